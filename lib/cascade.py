@@ -1,0 +1,287 @@
+"""The cascade: stages of transformers that fuse two latents into one, each ending in a spectral-norm projection,
+a residual and RMS scaling (seed 000 describes the two-stage reference).
+
+Legend: B batch, D latent channels (128), T frames (75 a second), d width of a stage, S stages.
+"""
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lib.errors import UserError
+from lib.projection import SpectralLinear
+
+LATENT_DIM = 128
+SOURCES = ("input", "noisy_input", "target", "noisy_target", "previous")
+RESIDUAL_SOURCES = ("mean", "previous")
+RMS_SCALINGS = ("fixed", "learnable", "off")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage. Every mechanism that the ablation varies is a field here."""
+
+    sources: tuple[str, ...] = ("noisy_input", "target")  # concatenated in this order; 'previous' is the stage before
+    width: int | None = None  # None: D · number of sources; another width gets an input projection
+    num_layers: int = 6
+    num_heads: int = 8
+    ffn_mult: int = 4
+    dropout: float = 0.1
+    attention_dropout: float = 0.0  # above 0 attention leaves the fused path and is several times slower
+    residual_weight: float = 1.0  # 0.1 on a third stage is what collapses the RMS
+    residual_source: str = "mean"  # mean of the clean sources, or the previous stage's output
+    spectral_norm: bool = True
+    rms_scaling: str = "fixed"  # 'learnable' is the model of seed 003
+    clamp: tuple[float, float] | None = (0.7, 1.5)  # range of the RMS factor; None: unlimited
+
+    def __post_init__(self):
+        # JSON has lists only; a config read back must equal the one that was written
+        object.__setattr__(self, "sources", tuple(self.sources))
+        if self.clamp is not None:
+            object.__setattr__(self, "clamp", tuple(self.clamp))
+        _check(self.sources and all(s in SOURCES for s in self.sources), "sources", self.sources, f"some of {SOURCES}")
+        _check(self.residual_source in RESIDUAL_SOURCES, "residual_source", self.residual_source, RESIDUAL_SOURCES)
+        _check(self.rms_scaling in RMS_SCALINGS, "rms_scaling", self.rms_scaling, RMS_SCALINGS)
+        _check(self.num_layers >= 1, "num_layers", self.num_layers, "1 or more")
+        _check(self.ffn_mult >= 1, "ffn_mult", self.ffn_mult, "1 or more")
+        _check(self.width is None or self.width >= 2, "width", self.width, "None or 2 or more")
+        _check(math.isfinite(self.residual_weight), "residual_weight", self.residual_weight, "a finite number")
+        for name in ("dropout", "attention_dropout"):
+            _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "a share from 0 to below 1")
+        clamp_is_range = self.clamp is None or (len(self.clamp) == 2 and 0 < self.clamp[0] <= self.clamp[1])
+        _check(clamp_is_range, "clamp", self.clamp, "None or (low, high) with 0 < low ≤ high")
+
+
+@dataclass(frozen=True)
+class CascadeConfig:
+    """A cascade: its stages, from the first to the last, and what they share."""
+
+    stages: tuple[StageConfig, ...]
+    latent_dim: int = LATENT_DIM
+    anti_cheating: float = 0.0  # noise level, in standard deviations of the clip, added in training only
+
+    def __post_init__(self):
+        object.__setattr__(self, "stages", tuple(self.stages))
+        _check(len(self.stages) >= 1, "stages", self.stages, "at least one stage")
+        _check(self.latent_dim >= 1, "latent_dim", self.latent_dim, "1 or more")
+        _check(self.anti_cheating >= 0, "anti_cheating", self.anti_cheating, "0 or more")
+        first = self.stages[0]
+        _check("previous" not in first.sources, "stages[0].sources", first.sources, "no 'previous' in the first stage")
+        _check(first.residual_source != "previous", "stages[0].residual_source", "previous", "'mean' in stage 0")
+        for i, stage in enumerate(self.stages):
+            width = self.width(i)
+            rule = f"a multiple of num_heads ({stage.num_heads}), and even"
+            fits = stage.num_heads >= 1 and width % stage.num_heads == 0 and width % 2 == 0
+            _check(fits, f"stages[{i}].width", width, rule)
+
+    @classmethod
+    def reference(cls, num_stages: int = 2, *, anti_cheating: float = 0.0, **changes: Any) -> "CascadeConfig":
+        """The reference of seed 000: stage 0 fuses (input, target), each later one (input, previous, target).
+
+        `changes` are `StageConfig` fields and apply to every stage: `CascadeConfig.reference(3, num_layers=2)`.
+        """
+        _check(num_stages >= 1, "num_stages", num_stages, "1 or more")
+        later = ("noisy_input", "previous", "noisy_target")
+        stages = [StageConfig(**changes)] + [StageConfig(sources=later, **changes) for _ in range(num_stages - 1)]
+        return cls(tuple(stages), anti_cheating=anti_cheating)
+
+    def with_stage(self, index: int, **changes: Any) -> "CascadeConfig":
+        """A copy with some fields of one stage changed: `config.with_stage(-1, residual_weight=0.1)`."""
+        stages = list(self.stages)
+        stages[index] = dataclasses.replace(stages[index], **changes)
+        return dataclasses.replace(self, stages=tuple(stages))
+
+    def width(self, index: int) -> int:
+        """Width d of a stage's transformer."""
+        stage = self.stages[index]
+        return stage.width or self.latent_dim * len(stage.sources)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "CascadeConfig":
+        """The config that `to_dict` wrote. Unknown or missing fields raise `UserError`."""
+        stages = tuple(_from_fields(StageConfig, stage) for stage in values.get("stages", ()))
+        return _from_fields(cls, {**values, "stages": stages})
+
+
+def _check(ok: Any, field: str, value: Any, wanted: Any) -> None:
+    if not ok:
+        raise UserError(f"{field}={value!r} is not allowed; use {wanted}")
+
+
+def _from_fields(cls: type, values: dict[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise UserError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
+    return cls(**values)
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """What one stage did to the RMS, per sample: tensors `[B]`, detached, on the model's device."""
+
+    projection_rms: Tensor  # of the projection alone
+    mixed_rms: Tensor  # after the residual, before scaling
+    output_rms: Tensor  # after scaling
+    wanted_factor: Tensor  # what would bring the RMS to the wanted one
+    applied_factor: Tensor  # after the clamp; 1 where scaling is off
+    clamped: Tensor  # 1.0 where the clamp changed the factor, else 0.0
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square per sample, `[B, D, T] → [B]`, float32 or wider, with 1e-8 under the root."""
+    return (x.to(torch.promote_types(x.dtype, torch.float32)).square().mean(dim=(1, 2)) + 1e-8).sqrt()
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def sinusoidal_positions(T: int, d: int, device: torch.device) -> Tensor:
+    """Sinusoidal positions `[T, d]`, even channels sine, odd cosine (Vaswani et al. 2017, arXiv 1706.03762)."""
+    frames = torch.arange(T, dtype=torch.float32, device=device).unsqueeze(1)  # [T, 1]
+    rates = torch.exp(torch.arange(0, d, 2, dtype=torch.float32, device=device) * (-math.log(10_000.0) / d))  # [d/2]
+    return torch.stack([(frames * rates).sin(), (frames * rates).cos()], dim=2).flatten(1)  # [T, d/2, 2] → [T, d]
+
+
+class TransformerLayer(nn.Module):
+    """One post-norm encoder layer, `[B, T, d] → [B, T, d]`: the arithmetic of `nn.TransformerEncoderLayer` with exact
+    GELU, but with attention dropout as a switch of its own, so that by default attention runs on the fused path."""
+
+    def __init__(self, d: int, config: StageConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.attention_dropout = config.attention_dropout
+        self.qkv = nn.Linear(d, 3 * d)
+        self.attention_out = nn.Linear(d, d)
+        self.ffn_in = nn.Linear(d, config.ffn_mult * d)
+        self.ffn_out = nn.Linear(config.ffn_mult * d, d)
+        self.norm1 = nn.LayerNorm(d)
+        self.norm2 = nn.LayerNorm(d)
+        self.dropout = nn.Dropout(config.dropout)
+        # as nn.MultiheadAttention starts: the RMS at initialisation is part of what this project measures
+        nn.init.xavier_uniform_(self.qkv.weight)
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.zeros_(self.attention_out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.dropout(self.attend(x)))
+        return self.norm2(x + self.dropout(self.ffn_out(self.dropout(F.gelu(self.ffn_in(x))))))
+
+    def attend(self, x: Tensor) -> Tensor:
+        B, T, d = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, d // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, d / heads]
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.attention_out(attended.transpose(1, 2).reshape(B, T, d))
+
+
+class RmsScaling(nn.Module):
+    """Bring a stage's output towards the RMS of its two clips.
+
+    fixed: √((rms_in² + rms_tgt²)/2) / rms_out. learnable (seed 003): two learned weights mix the RMS values and a
+    learned log-scale multiplies the factor. off: the factor is measured but not applied.
+    """
+
+    def __init__(self, config: StageConfig):
+        super().__init__()
+        self.mode = config.rms_scaling
+        self.clamp = config.clamp
+        if self.mode == "learnable":
+            self.log_scale = nn.Parameter(torch.zeros(()))
+            self.input_weight = nn.Parameter(torch.tensor(0.5))
+            self.target_weight = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor, input_rms: Tensor, target_rms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`x [B, D, T]` and both RMS `[B]` → scaled x, its RMS before, the wanted and the applied factor, `[B]`."""
+        mixed_rms = rms(x)
+        if self.mode == "learnable":
+            w_in, w_tgt = self.input_weight.abs(), self.target_weight.abs()
+            goal = (w_in * input_rms + w_tgt * target_rms) / (w_in + w_tgt + 1e-8) * self.log_scale.exp()
+        else:
+            goal = ((input_rms.square() + target_rms.square()) / 2).sqrt()
+        wanted = goal / (mixed_rms + 1e-8)
+        if self.mode == "off":
+            return x, mixed_rms, wanted, torch.ones_like(wanted)
+        applied = wanted if self.clamp is None else wanted.clamp(*self.clamp)
+        return x * applied[:, None, None], mixed_rms, wanted, applied
+
+
+class Stage(nn.Module):
+    """One stage: concat → positions → transformer → projection → + w · residual → RMS scaling."""
+
+    def __init__(self, config: StageConfig, width: int, latent_dim: int):
+        super().__init__()
+        self.config = config
+        concat = latent_dim * len(config.sources)
+        self.input_projection = nn.Identity() if width == concat else nn.Linear(concat, width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.input_norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(TransformerLayer(width, config) for _ in range(config.num_layers))
+        self.post_norm = nn.LayerNorm(width)
+        linear = SpectralLinear if config.spectral_norm else nn.Linear
+        self.output_projection = linear(width, latent_dim)
+        self.rms_scaling = RmsScaling(config)
+
+    def forward(self, sources: dict[str, Tensor]) -> tuple[Tensor, StageTrace]:
+        """`sources`: name → `[B, D, T]`, every name of `SOURCES` that this stage uses, noisy and clean."""
+        x = torch.cat([sources[name] for name in self.config.sources], dim=1).transpose(1, 2)  # [B, T, concat]
+        x = self.input_projection(x)  # [B, T, d]
+        x = self.dropout(x + sinusoidal_positions(x.shape[1], x.shape[2], x.device).to(x.dtype))
+        x = self.input_norm(x)
+        for layer in self.layers:
+            x = layer(x)
+        projected = self.output_projection(self.post_norm(x)).transpose(1, 2)  # [B, D, T]
+        mixed = projected + self.config.residual_weight * self.residual(sources)
+        scaling = self.rms_scaling(mixed, rms(sources["input"]), rms(sources["target"]))
+        output, mixed_rms, wanted, applied = scaling
+        with torch.no_grad():
+            clamped = (wanted != applied).float() if self.config.rms_scaling != "off" else torch.zeros_like(wanted)
+            measured = (rms(projected), mixed_rms, rms(output), wanted, applied, clamped)
+        return output, StageTrace(*(value.detach() for value in measured))
+
+    def residual(self, sources: dict[str, Tensor]) -> Tensor:
+        """Mean of the clean sources of this stage, or the previous stage's output, `[B, D, T]`."""
+        if self.config.residual_source == "previous":
+            return sources["previous"]
+        clean = [sources[name.removeprefix("noisy_")] for name in self.config.sources]
+        return sum(clean) / len(clean)
+
+
+class Cascade(nn.Module):
+    """Fuse two latents into one. The reference has 4,772,480 + 10,697,600 parameters."""
+
+    def __init__(self, config: CascadeConfig | None = None):
+        super().__init__()
+        self.config = config or CascadeConfig.reference()
+        self.stages = nn.ModuleList(
+            Stage(stage, self.config.width(i), self.config.latent_dim) for i, stage in enumerate(self.config.stages)
+        )
+
+    def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, tuple[StageTrace, ...]]:
+        """`input`, `target` `[B, D, T]`, any T ≥ 1 → fused latents `[B, D, T]` and one trace per stage."""
+        D = self.config.latent_dim
+        if input.shape != target.shape or input.ndim != 3 or input.shape[1] != D or input.shape[2] < 1:
+            shapes = f"{list(input.shape)} and {list(target.shape)}"
+            raise ValueError(f"input and target must both be [B, {D}, T] with T ≥ 1, got {shapes}")
+        sources = {"input": input, "target": target}
+        sources["noisy_input"], sources["noisy_target"] = self.add_noise(input), self.add_noise(target)
+        traces = []
+        for stage in self.stages:
+            sources["previous"], trace = stage(sources)
+            traces.append(trace)
+        return sources["previous"], tuple(traces)
+
+    def add_noise(self, x: Tensor) -> Tensor:
+        """Anti-cheating noise, `level · std · randn` in training. The std is the clip's own, so that a sample's noise
+        does not depend on its neighbours in the batch (seed 000 takes it over the batch)."""
+        if not self.training or self.config.anti_cheating == 0:
+            return x
+        return x + self.config.anti_cheating * x.std(dim=(1, 2), keepdim=True) * torch.randn_like(x)

@@ -1,0 +1,336 @@
+"""Waveform ⇄ latents. Legend: B batch, N samples, T frames (75 Hz), D latent channels (128), H hop (320 samples).
+
+`MdctCodec` is the embedded default: a fixed transform, no weights. `EncodecCodec` is Meta's 24 kHz model along its
+continuous path (encoder and decoder without the quantiser). `load_codec` takes a name or a directory of weights.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import re
+import socket
+import textwrap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import encodec.model
+import torch
+from torch import Tensor, nn
+
+from lib.errors import UserError
+
+CODEC_NAMES = ("mdct", "encodec")
+OFFLINE_VARIABLE = "ENCODEC_OFFLINE"  # set to anything but 0: EnCodec's weights are never downloaded
+WEIGHTS_FILE = "encodec_24khz-d7cc33bc.th"  # the public file; the digits begin its sha256
+
+
+class Codec(Protocol):
+    """What every codec gives. It is frozen: `encode` carries no gradient, `decode` carries one to the latents."""
+
+    sample_rate: int  # Hz
+    hop: int  # samples per frame
+    dim: int  # latent channels
+    name: str
+    fingerprint: str  # hex sha256 of everything that changes latents
+
+    def encode(self, wav: Tensor) -> Tensor:
+        """`[B, 1, N]` → `[B, dim, T]`, T = ceil(N / hop): the last frame is padded. `ValueError` for NaN or inf."""
+
+    def decode(self, latents: Tensor, length: int | None = None) -> Tensor:
+        """`[B, dim, T]` → `[B, 1, T * hop]`, or the first `length` samples of it."""
+
+
+def load_codec(name_or_path: str | Path) -> "Codec":
+    """`"mdct"`, `"encodec"` (cached or downloaded weights), or a directory that holds EnCodec's weights."""
+    if name_or_path == "mdct":
+        return MdctCodec()
+    if name_or_path == "encodec":
+        return EncodecCodec.from_hub()
+    if Path(name_or_path).is_dir():
+        return EncodecCodec.from_directory(name_or_path)
+    raise UserError(
+        f"codec {str(name_or_path)!r}: unknown; choose {' or '.join(CODEC_NAMES)}, or the path of a directory "
+        f"that holds EnCodec's weights ({WEIGHTS_FILE})"
+    )
+
+
+# --- mdct -------------------------------------------------------------------------------------------------------------
+
+SAMPLE_RATE, HOP, DIM = 24_000, 320, 128
+BAND = 4_500.0  # Hz, reconstructed to over 60 dB; the 128 kept bins reach up to 4800 Hz
+KAISER_ALPHA = 4.0  # rejects to 88 dB in the band, where the sine window stops at 62 dB
+ROOT = 3  # latents are cube roots: kurtosis 5 on the demo music instead of 60, and the inverse is smooth at zero
+GAIN = 14.5  # brings the demo music to RMS 5.7, the level of EnCodec's latents
+ROLL_OFF = 80.0 / 300.0  # dB per Hz above the band, of the sound for which the clip's edges are optimal
+FLOOR = -120.0  # dB
+CONTEXT = 480  # samples from which the padding is predicted
+PADDING_NOISE = 1e-3  # white noise allowed for there: keeps the padding of full-band noise near 1.4 times its RMS
+MAX_COEFFICIENT = 1e4  # a full-scale waveform stays below sqrt(640) = 25; decode clamps here to stay finite
+
+
+class MdctCodec(nn.Module):
+    """The 128 lowest of 320 lapped-cosine bins (0 to 4.8 kHz), companded by a power law so that tails are light.
+
+    A TDAC transform (Princen, Johnson, Bradley 1987) as butterflies across the T - 1 inner block boundaries and an
+    orthonormal DCT-IV of each block. That takes exactly T frames for T·H samples, where the usual form takes T + 1.
+    The first and the last block have one edge without a neighbour, where a cosine series would bend the waveform and
+    lose 30 dB; their functions are the orthonormal ones that best hold band-limited sound, turned towards the cosines.
+    It has no weights: it computes on the device of its input, in float64 for float64 and in float32 for the rest.
+    """
+
+    sample_rate, hop, dim, name = SAMPLE_RATE, HOP, DIM, "mdct"
+
+    @property
+    def fingerprint(self) -> str:
+        constants = [SAMPLE_RATE, HOP, DIM, BAND, KAISER_ALPHA, ROOT, GAIN, ROLL_OFF, FLOOR, CONTEXT, PADDING_NOISE]
+        return hashlib.sha256(json.dumps(["mdct", 1, constants]).encode()).hexdigest()  # 1: raise it with the algorithm
+
+    @torch.no_grad()
+    def encode(self, wav: Tensor) -> Tensor:
+        """`[B, 1, N]` → `[B, 128, T]`. The last frame's padding continues the sound, so that no edge is audible."""
+        wav = _checked(wav, channels=1)
+        with torch.autocast(wav.device.type, enabled=False):
+            blocks = _continue(wav[:, 0]).unflatten(1, (-1, HOP))  # [B, T, H]
+            coefficients = _transform(_butterfly(blocks), inverse=False)  # [B, T, D]
+        latents = GAIN * coefficients.sign() * coefficients.abs().pow(1 / ROOT)
+        if not torch.isfinite(latents).all():
+            raise ValueError("wav holds NaN or infinite samples, or is too loud for its dtype: validate it on loading")
+        return latents.transpose(1, 2)
+
+    def decode(self, latents: Tensor, length: int | None = None) -> Tensor:
+        """`[B, 128, T]` → `[B, 1, T·320]` or `[B, 1, length]`. Finite for finite latents: see `MAX_COEFFICIENT`."""
+        latents = _checked(latents, channels=DIM)
+        bound = GAIN * MAX_COEFFICIENT ** (1 / ROOT)
+        coefficients = (latents.clamp(-bound, bound).transpose(1, 2) / GAIN).pow(ROOT)
+        with torch.autocast(latents.device.type, enabled=False):
+            blocks = _butterfly(_transform(coefficients, inverse=True), inverse=True)
+        return _trimmed(blocks.flatten(1).unsqueeze(1), length)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Run small matrices without torch's thread pool: on busy cores its waiting costs far more than the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _checked(x: Tensor, channels: int) -> Tensor:
+    if x.ndim != 3 or x.shape[1] != channels or x.shape[2] < 1:
+        raise ValueError(f"expected [B, {channels}, at least 1], got {list(x.shape)}")
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _trimmed(wav: Tensor, length: int | None) -> Tensor:
+    if length is not None and not 0 < length <= wav.shape[-1]:
+        raise ValueError(f"length {length}: the latents hold 1 to {wav.shape[-1]} samples")
+    return wav[..., :length]
+
+
+def _butterfly(blocks: Tensor, inverse: bool = False) -> Tensor:
+    return _rotate(blocks, _tables(blocks.device, blocks.dtype)["window"], inverse)
+
+
+def _rotate(blocks: Tensor, window: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate each pair of samples mirrored at an inner boundary: even towards the right block, odd towards the left."""
+    half = HOP // 2
+    cos, sin = window[half:], window[:half].flip(0)  # cos² + sin² = 1
+    sin = -sin if inverse else sin
+    left, right = blocks[:, :-1, half:].flip(-1), blocks[:, 1:, :half]
+    rotated = blocks.clone()
+    rotated[:, 1:, :half] = cos * right + sin * left
+    rotated[:, :-1, half:] = (cos * left - sin * right).flip(-1)
+    return rotated
+
+
+def _transform(x: Tensor, inverse: bool) -> Tensor:
+    """Blocks `[B, T, H]` → coefficients `[B, T, D]`, or back; orthonormal, so the inverse is the transpose."""
+    tables = _tables(x.device, x.dtype)
+    parts = {"single": x} if x.shape[1] == 1 else {"first": x[:, :1], "inner": x[:, 1:-1], "last": x[:, -1:]}
+    return torch.cat([part @ (tables[key] if inverse else tables[key].T) for key, part in parts.items()], dim=1)
+
+
+def _continue(wav: Tensor) -> Tensor:
+    """Pad `[B, N]` to whole frames by the linear prediction of band-limited sound: a cut would lose 30 dB there."""
+    padding, known = -wav.shape[-1] % HOP, min(wav.shape[-1], CONTEXT)
+    if not padding:
+        return wav
+    weights = _prediction(known, padding).to(wav)
+    return torch.cat([wav, wav[:, -known:] @ weights], dim=1)
+
+
+def _cached_tensors(function):
+    """Cache, and compute outside of inference mode: a tensor made in it could never take part in a backward pass."""
+    return functools.lru_cache(maxsize=8)(torch.inference_mode(False)(torch.no_grad()(function)))
+
+
+@_cached_tensors
+def _tables(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {key: table.to(device, dtype) for key, table in _design().items()}
+
+
+@_cached_tensors
+@one_thread()
+def _design() -> dict[str, Tensor]:
+    """The window's rising half `[H]` and the functions of each kind of block `[D, H]`, in float64."""
+    kaiser = torch.kaiser_window(HOP + 1, periodic=False, beta=math.pi * KAISER_ALPHA, dtype=torch.float64)
+    window = (kaiser.cumsum(0)[:-1] / kaiser.sum()).sqrt()
+    k, n = torch.arange(DIM, dtype=torch.float64)[:, None], torch.arange(HOP, dtype=torch.float64) + 0.5
+    dct4 = math.sqrt(2 / HOP) * torch.cos(math.pi / HOP * (k + 0.5) * n)  # even at its left end, odd at its right
+    dct2 = math.sqrt(2 / HOP) * torch.cos(math.pi / HOP * k * n)  # even at both
+    dct2[0] /= math.sqrt(2)
+
+    eye = torch.eye(2 * HOP, dtype=torch.float64)
+    fold = _rotate(eye.unflatten(1, (2, HOP)), window)  # [2H, 2, H]: what two neighbours make of each input sample
+    return {
+        "window": window,
+        "inner": dct4,
+        "first": _edge_functions(fold[:, 0], dct4),
+        "last": _edge_functions(fold[:, 1], dct2),
+        "single": _edge_functions(eye[:HOP, :HOP], dct2),
+    }
+
+
+def _edge_functions(fold: Tensor, cosines: Tensor) -> Tensor:
+    """`[D, H]` orthonormal: most of a folded block's energy for band-limited sound (Slepian's optimum, by the
+    eigenvectors of its covariance), rotated to lie nearest to the cosines (orthogonal Procrustes)."""
+    covariance = fold.T @ _autocovariance(fold.shape[0]) @ fold
+    subspace = torch.linalg.eigh(covariance).eigenvectors[:, -DIM:]  # [H, D]
+    u, _, vh = torch.linalg.svd(cosines @ subspace)
+    return u @ vh @ subspace.T
+
+
+@_cached_tensors
+def _prediction(known: int, padding: int) -> Tensor:
+    """`[known, padding]` weights of the best linear prediction of the samples that follow (Wiener)."""
+    covariance = _autocovariance(known + padding)
+    noise = PADDING_NOISE * torch.eye(known, dtype=torch.float64)
+    return torch.linalg.solve(covariance[:known, :known] + noise, covariance[:known, known:])
+
+
+def _autocovariance(size: int) -> Tensor:
+    """`[size, size]` of unit-power sound with a flat spectrum up to `BAND` and a slope of `ROLL_OFF` above."""
+    points = 1 << 15
+    frequency = torch.fft.rfftfreq(points, 1 / SAMPLE_RATE, dtype=torch.float64)
+    decibels = (-ROLL_OFF * (frequency - BAND).clamp(min=0)).clamp(min=FLOOR)
+    lags = torch.fft.irfft(10 ** (decibels / 10), n=points)
+    index = torch.arange(size)
+    return (lags / lags[0])[(index[:, None] - index).abs()]
+
+
+# --- encodec ----------------------------------------------------------------------------------------------------------
+
+
+class EncodecCodec(nn.Module):
+    """Meta's EnCodec at 24 kHz (Défossez et al. 2022), continuous: its encoder and decoder without the quantiser.
+
+    It computes in float32 on its own device, whatever the input's device and whatever autocast says.
+    """
+
+    sample_rate, hop, dim, name = SAMPLE_RATE, HOP, DIM, "encodec"
+
+    def __init__(self, model: encodec.model.EncodecModel, weights_sha256: str):
+        super().__init__()
+        self.encoder, self.decoder = model.encoder, model.decoder
+        for module in self.modules():  # folded: the old weight norm writes module.weight in each forward, threads race
+            if hasattr(module, "weight_g"):
+                nn.utils.remove_weight_norm(module)
+        self.requires_grad_(False).train()
+        self.fingerprint = hashlib.sha256(f"encodec-24khz-continuous {weights_sha256}".encode()).hexdigest()
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> "EncodecCodec":
+        """Load the one `encodec_24khz-<8 hex digits>.th` there; the digits begin its sha256. `UserError` if not so."""
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such directory; name the one that holds {WEIGHTS_FILE}")
+        files = [f for f in sorted(directory.iterdir()) if re.fullmatch(r"encodec_24khz-[0-9a-f]{8}\.th", f.name)]
+        if len(files) != 1:
+            found = ", ".join(f.name for f in files) or "none"
+            raise UserError(f"{directory}: needs exactly one encodec_24khz-<8 hex digits>.th, found {found}")
+        return cls._from_file(files[0])
+
+    @classmethod
+    def from_hub(cls) -> "EncodecCodec":
+        """The public weights from torch.hub's cache; else downloaded into it, unless `ENCODEC_OFFLINE` is set."""
+        file = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_FILE)
+        if not file.exists():
+            try:
+                _download(encodec.model.ROOT_URL + WEIGHTS_FILE, file)
+            except OSError as error:
+                raise UserError(
+                    f"codec 'encodec': its weights are not on this machine and could not be downloaded ({error}); give "
+                    f"the directory that holds {WEIGHTS_FILE} (--codec DIR), or run where the network reaches the hub"
+                ) from error
+        return cls._from_file(file)
+
+    @classmethod
+    def _from_file(cls, file: Path) -> "EncodecCodec":
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        sha256 = hashlib.sha256(content).hexdigest()
+        if not sha256.startswith(file.stem[-8:]):
+            raise UserError(f"{file}: its checksum begins {sha256[:8]}, not as its name says: download it again")
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # its random weights are about to go
+            warnings.filterwarnings("ignore", message=r".*weight_norm.* is deprecated", category=FutureWarning)
+            model = encodec.model.EncodecModel.encodec_model_24khz(pretrained=False)
+        try:
+            model.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        except pickle.UnpicklingError as error:
+            reason = "loading it would run code" if "Unsupported" in str(error) else "not a checkpoint of torch.save"
+            raise UserError(f"{file}: refused, {reason}; download the file again") from error
+        except (RuntimeError, EOFError, TypeError, AttributeError) as error:  # truncated archive, or other weights
+            reason = textwrap.shorten(str(error), 200)
+            raise UserError(f"{file}: not a whole checkpoint of EnCodec's 24 kHz model ({reason})") from error
+        return cls(model, sha256)
+
+    def train(self, mode: bool = True) -> "EncodecCodec":
+        """Stays in eval mode, whatever `mode`, but for the LSTMs: cuDNN has no backward pass for them in eval mode."""
+        super().train(False)
+        for module in self.modules():
+            if isinstance(module, nn.LSTM):
+                module.training = True  # they have no dropout, so nothing else changes
+        return self
+
+    @torch.no_grad()
+    def encode(self, wav: Tensor) -> Tensor:
+        """`[B, 1, N]` → `[B, 128, T]`, T = ceil(N / 320): the model pads by itself."""
+        latents = self._run(self.encoder, _checked(wav, channels=1))
+        if not torch.isfinite(latents).all():
+            raise ValueError("wav holds NaN or infinite samples: validate it on loading")
+        return latents
+
+    def decode(self, latents: Tensor, length: int | None = None) -> Tensor:
+        """`[B, 128, T]` → `[B, 1, T·320]` or `[B, 1, length]`."""
+        return _trimmed(self._run(self.decoder, _checked(latents, channels=DIM)), length)
+
+    def _run(self, network: nn.Module, x: Tensor) -> Tensor:
+        like = next(network.parameters())
+        with torch.autocast(like.device.type, enabled=False):
+            return network(x.to(like))
+
+
+def _download(url: str, file: Path) -> None:
+    if os.environ.get(OFFLINE_VARIABLE, "0") not in ("", "0"):
+        raise OSError(f"{OFFLINE_VARIABLE} is set")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # torch.hub sets none: a silent firewall would hold the user for minutes
+    try:
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem[-8:])
+    except RuntimeError as error:  # a wrong hash: a login page instead of the file
+        raise OSError(error) from error
+    finally:
+        socket.setdefaulttimeout(timeout)

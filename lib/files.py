@@ -1,0 +1,67 @@
+"""Files: written so that a kill leaves the old or the new one, loaded without running code from them."""
+
+import hashlib
+import os
+import pickle
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib.errors import UserError
+
+
+def safe_torch_load(path: str | Path, allowed: Iterable[type] = ()) -> Any:
+    """`torch.load` on the CPU that never runs code from the file; `UserError` says why a file is refused."""
+    path = Path(path)
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; check the path") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if "Unsupported global" in reason or "GLOBAL" in reason:
+            needs = reason.split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL " in reason else "code"
+            raise UserError(
+                f"{path}: refused, because loading it would run code from the file (it needs {needs}); "
+                "save it again with tensors, numbers, strings, lists and dicts only"
+            ) from None
+        raise UserError(f"{path}: not a torch checkpoint, or damaged; get the file again") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: truncated or not a torch checkpoint ({first}); get the file again") from None
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder for output and prove that it can be written to; `UserError` if not."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{uuid.uuid4().hex}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: cannot write here ({error.strerror}); choose another output folder") from None
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, fsync and rename it."""
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    temporary.write_text(text)
+    fsync(temporary)
+    os.replace(temporary, path)
+
+
+def fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

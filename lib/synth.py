@@ -1,0 +1,266 @@
+"""A seeded generator of demo music: drums, bass, chords and melody in one key and one tempo per song.
+
+Real enough to hear whether two clips were fused: songs differ in key, tempo, timbre, rhythm and arrangement, and most
+of their energy lies below 4.8 kHz, the band that the embedded codec keeps. A song depends on (seed, index) and its
+length alone. Sounds are arrays `[num_samples]` at 24 kHz, float64.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib.audio import SAMPLE_RATE, AudioError, probe_audio, save_audio
+from lib.errors import UserError
+
+VERSION = 1  # raise it when the same seed sounds different: songs of an older version are then made anew
+PEAK = 0.8
+SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}  # semitones above the tonic
+
+# scale degrees of the triads, one a bar
+_PROGRESSIONS = {
+    "major": ((0, 4, 5, 3), (0, 5, 3, 4), (5, 3, 0, 4), (0, 3, 0, 4), (0, 2, 3, 4)),
+    "minor": ((0, 5, 2, 6), (0, 3, 5, 6), (0, 6, 5, 6), (0, 3, 0, 4), (0, 5, 3, 4)),
+}
+# amplitudes of the harmonics, seconds until a struck note falls to 1/e, seconds of attack
+_TIMBRES = {
+    "organ": ((1.0, 0.5, 0.35, 0.2, 0.05, 0.1), 30.0, 0.02),
+    "piano": ((1.0, 0.6, 0.3, 0.2, 0.12, 0.08, 0.05), 0.7, 0.004),
+    "bell": ((1.0, 0.1, 0.4, 0.05, 0.25), 0.5, 0.002),
+    "flute": ((1.0, 0.25, 0.08, 0.03), 30.0, 0.05),
+    "reed": ((1.0, 0.1, 0.6, 0.1, 0.4, 0.05, 0.2), 4.0, 0.02),
+    "string": ((1.0, 0.55, 0.4, 0.3, 0.22, 0.16, 0.12, 0.09), 30.0, 0.12),
+}
+# which of (drums, bass, chords, melody) play, a letter each, section by section
+_ARRANGEMENTS = (
+    ("dbc", "dbcm", "cm", "dbcm", "dbc"),
+    ("bc", "dbcm", "dbc", "bcm", "dbcm"),
+    ("dc", "dbcm", "bcm", "dbcm", "dm"),
+)
+# steps are eighths of a bar of four beats
+_KICKS = ((0, 4), (0, 3, 4), (0, 4, 7), (0, 2, 4, 6))
+_BASSES = ((0, 2, 4, 6), (0, 3, 4, 7), (0, 1, 2, 3, 4, 5, 6, 7), (0, 4, 6))
+_MELODIES = ((0, 2, 3, 4, 6), (0, 1, 2, 4, 6, 7), (0, 3, 4, 6), (0, 2, 4, 5, 6, 7))
+
+
+@dataclass(frozen=True)
+class Song:
+    """What a song is drawn from. Everything that `render` needs besides its random generator."""
+
+    tempo: int  # beats a minute
+    tonic: int  # MIDI note, 48 to 59
+    scale: str
+    progression: tuple[int, ...]
+    arrangement: tuple[str, ...]
+    lead: str  # timbres
+    pad: str
+    bass: str
+
+    @property
+    def step(self) -> float:
+        """Samples in an eighth note."""
+        return 30 / self.tempo * SAMPLE_RATE
+
+    def note(self, degree: int) -> int:
+        """MIDI note of a scale degree counted from the tonic; 7 is the octave."""
+        octave, index = divmod(degree, 7)
+        return self.tonic + 12 * octave + SCALES[self.scale][index]
+
+
+def make_demo_dataset(root: str | Path, num_songs: int = 12, seconds: float = 40.0, seed: int = 0) -> list[Path]:
+    """Write `song_00.wav`, ... (24 kHz, mono, 16 bit) under `root`; return their paths. Songs already there are kept.
+
+    A song is kept if it has the right length and `.songs.json` beside it says that it was made with this seed.
+    Raises `UserError` if a number makes no sense, the folder cannot be written, or it holds songs that came from
+    elsewhere under these names: those are never overwritten.
+    """
+    if num_songs < 1 or not 1 <= seconds <= 600:
+        raise UserError(f"num_songs {num_songs}, seconds {seconds}: use at least one song of 1 to 600 seconds")
+    root = Path(root)
+    num_samples = round(seconds * SAMPLE_RATE)
+    paths = [root / f"song_{index:02d}.wav" for index in range(num_songs)]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _claim_folder(root, {"version": VERSION, "seed": seed})
+    except OSError as error:
+        raise UserError(f"{root}: cannot hold demo songs ({error.strerror}); choose another folder") from error
+    for index, path in enumerate(paths):
+        if not _is_complete(path, num_samples):
+            wav = render_song(seed, index, num_samples)
+            save_audio(path, torch.from_numpy(wav)[None], subtype="PCM_16")
+    return paths
+
+
+def _claim_folder(root: Path, recipe: dict) -> None:
+    """Mark `root` as holding songs of `recipe`, removing the songs of another one first."""
+    marker, text = root / ".songs.json", json.dumps(recipe)
+    songs = sorted(root.glob("song_*.wav"))
+    if songs and not marker.exists():
+        raise UserError(f"{songs[0]}: not a generated demo song; choose another folder or move it away")
+    if not marker.exists() or marker.read_text() != text:
+        for path in songs:
+            path.unlink()
+        marker.write_text(text)
+
+
+def draw_song(seed: int, index: int) -> tuple[Song, np.random.Generator]:
+    """Key, tempo, harmony and instruments of song `index`, and the generator to play it with."""
+    rng = np.random.default_rng([seed, index])
+    scale = str(rng.choice(list(SCALES)))
+    song = Song(
+        tempo=int(rng.integers(80, 141)),
+        tonic=int(rng.integers(48, 60)),
+        scale=scale,
+        progression=_PROGRESSIONS[scale][rng.integers(len(_PROGRESSIONS[scale]))],
+        arrangement=_ARRANGEMENTS[rng.integers(len(_ARRANGEMENTS))],
+        lead=str(rng.choice(["piano", "bell", "flute", "reed"])),
+        pad=str(rng.choice(["organ", "piano", "string"])),
+        bass=str(rng.choice(["piano", "reed", "flute"])),
+    )
+    return song, rng
+
+
+def render_song(seed: int, index: int, num_samples: int) -> np.ndarray:
+    """Song `index` as `[num_samples]`, float64, peak 0.8."""
+    song, rng = draw_song(seed, index)
+    bar = 8 * song.step
+    num_bars = int(np.ceil(num_samples / bar))
+    bars_per_section = 4 if num_bars >= 12 else 2
+    parts = {"d": _drums, "b": _bass, "c": _chords, "m": _melody}
+    mix = np.zeros(int((num_bars + 1) * bar) + 2 * SAMPLE_RATE)  # room for the last notes to ring
+    for letter, play in parts.items():
+        place = play(song, rng)
+        for number in range(num_bars):
+            section = song.arrangement[number // bars_per_section % len(song.arrangement)]
+            if letter in section:
+                chord = song.progression[number % len(song.progression)]
+                for step, sound in place(number, chord):
+                    start = round(number * bar + step * song.step)
+                    mix[start : start + len(sound)] += sound[: len(mix) - start]
+    mix = np.tanh(1.2 * mix[:num_samples])  # glues the parts together and tames coinciding peaks
+    fade = min(num_samples, SAMPLE_RATE // 2)
+    mix[-fade:] *= np.linspace(1, 0, fade)
+    return PEAK * mix / np.abs(mix).max()
+
+
+# A part takes the song and the generator, draws its pattern, and returns this: (bar number, chord) → [(step, sound)]
+Part = Callable[[int, int], list[tuple[float, np.ndarray]]]
+
+
+def _drums(song: Song, rng: np.random.Generator) -> Part:
+    kicks = _KICKS[rng.integers(len(_KICKS))]
+    hats = range(8) if rng.random() < 0.6 else range(0, 8, 2)
+    tuning = _frequency(song.tonic)  # drums in the song's key do not muddy it
+    kick, snare, hat = _kick(tuning / 4), _snare(tuning, rng), _hat(rng)
+
+    def play(number: int, chord: int) -> list[tuple[float, np.ndarray]]:
+        hits = [(step, 0.9 * kick) for step in kicks] + [(step, 0.5 * snare) for step in (2, 6)]
+        hits += [(step, (0.12 if step % 2 else 0.2) * hat) for step in hats]
+        if number % 4 == 3:  # a fill leads into the next four bars
+            hits += [(step, 0.35 * snare) for step in (7, 7.5)]
+        return hits
+
+    return play
+
+
+def _bass(song: Song, rng: np.random.Generator) -> Part:
+    steps = _BASSES[rng.integers(len(_BASSES))]
+    fifths = rng.random() < 0.5
+
+    def play(number: int, chord: int) -> list[tuple[float, np.ndarray]]:
+        notes = []
+        for step, until in zip(steps, (*steps[1:], 8), strict=True):
+            degree = chord + (4 if fifths and step == steps[-1] else 0)
+            tone = _tone(song.bass, song.note(degree % 7) - 12, round(0.9 * (until - step) * song.step))
+            notes.append((step, 0.4 * tone))
+        return notes
+
+    return play
+
+
+def _chords(song: Song, rng: np.random.Generator) -> Part:
+    stabs = rng.random() < 0.5  # short chords off the beat, or one that lasts the bar
+
+    def play(number: int, chord: int) -> list[tuple[float, np.ndarray]]:
+        # close position around the tonic: each note in the octave nearest to it
+        notes = [song.note((chord + third) % 7) + 12 * (third == 0 and chord == 0) for third in (0, 2, 4)]
+        if stabs:
+            return [
+                (step, 0.16 * _tone(song.pad, note, round(0.8 * song.step))) for step in (1, 3, 5, 7) for note in notes
+            ]
+        return [(0, 0.14 * _tone(song.pad, note, round(7.8 * song.step))) for note in notes]
+
+    return play
+
+
+def _melody(song: Song, rng: np.random.Generator) -> Part:
+    """A motif of two bars, repeated over the harmony: the ear knows it again, the notes follow the chord."""
+    rhythm = [_MELODIES[rng.integers(len(_MELODIES))] for _ in range(2)]
+    moves = [np.cumsum(rng.choice([-2, -1, -1, 0, 1, 1, 2], size=len(steps))) for steps in rhythm]
+    echo = round(3 * song.step)  # dotted quarter
+
+    def play(number: int, chord: int) -> list[tuple[float, np.ndarray]]:
+        steps, walk = rhythm[number % 2], moves[number % 2]
+        notes = []
+        for step, until, move in zip(steps, (*steps[1:], 8), walk - walk[0], strict=True):
+            degree = 7 + chord % 7 + int(np.clip(move, -4, 5))
+            if step in (0, 4):  # a chord tone on the strong beats
+                degree = 7 + chord % 7 + min((-3, 0, 2, 4), key=lambda third: abs(third - move))
+            tone = 0.3 * _tone(song.lead, song.note(degree), round(0.95 * (until - step) * song.step))
+            sound = np.zeros(len(tone) + echo)
+            sound[: len(tone)] += tone
+            sound[echo:] += 0.25 * tone
+            notes.append((step, sound))
+        return notes
+
+    return play
+
+
+@lru_cache(maxsize=256)  # a song plays the same few notes again and again
+def _tone(timbre: str, note: int, num_samples: int) -> np.ndarray:
+    """A note `[num_samples]` as a sum of harmonics; higher ones are weaker and die sooner."""
+    amplitudes, decay, attack = _TIMBRES[timbre]
+    seconds = np.arange(num_samples) / SAMPLE_RATE
+    vibrato = 0.3 * np.sin(2 * np.pi * 5 * seconds) * np.minimum(seconds, 1) if timbre in ("flute", "string") else 0
+    phase = 2 * np.pi * _frequency(note) * seconds + vibrato
+    sound = np.zeros(num_samples)
+    for number, amplitude in enumerate(amplitudes, start=1):
+        if number * _frequency(note) < 4500:  # stay in the codec's band
+            sound += amplitude * np.sin(number * phase) * np.exp(-seconds * number**0.7 / decay)
+    release = min(num_samples, round(0.03 * SAMPLE_RATE))
+    envelope = np.minimum(seconds / attack, 1)
+    envelope[num_samples - release :] *= np.linspace(1, 0, release)
+    return sound * envelope / np.linalg.norm(amplitudes)
+
+
+def _kick(frequency: float) -> np.ndarray:
+    seconds = np.arange(round(0.3 * SAMPLE_RATE)) / SAMPLE_RATE
+    sweep = frequency * seconds - 4 * np.exp(-30 * seconds)  # falls to `frequency` within a tenth of a second
+    return np.sin(2 * np.pi * sweep) * np.exp(-12 * seconds)
+
+
+def _snare(frequency: float, rng: np.random.Generator) -> np.ndarray:
+    seconds = np.arange(round(0.2 * SAMPLE_RATE)) / SAMPLE_RATE
+    noise = np.convolve(rng.standard_normal(len(seconds)), np.hanning(9) / 5, mode="same")  # dull: below 4 kHz or so
+    return (0.9 * noise + 0.5 * np.sin(2 * np.pi * frequency * seconds)) * np.exp(-22 * seconds)
+
+
+def _hat(rng: np.random.Generator) -> np.ndarray:
+    seconds = np.arange(round(0.08 * SAMPLE_RATE)) / SAMPLE_RATE
+    return np.diff(rng.standard_normal(len(seconds) + 1)) * np.exp(-70 * seconds)
+
+
+def _frequency(note: float) -> float:
+    """Hz of a MIDI note; A4 = 69 = 440 Hz."""
+    return 440 * 2 ** ((note - 69) / 12)
+
+
+def _is_complete(path: Path, num_samples: int) -> bool:
+    try:
+        return path.exists() and probe_audio(path).num_samples == num_samples
+    except AudioError:
+        return False

@@ -1,0 +1,354 @@
+"""One training loop: latents in, a run directory out.
+
+Legend: B batch, D latent channels, T frames.
+"""
+
+import dataclasses
+import logging
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from lib.cascade import Cascade, CascadeConfig, StageTrace
+from lib.codec import Codec
+from lib.errors import UserError
+from lib.latents import LatentPairs
+from lib.losses import LossConfig, total_loss
+from lib.runs import Run, config_differences
+
+logger = logging.getLogger(__name__)
+
+FACTOR_WARNING = 1.3  # seed 001 calls a scale factor above it a warning sign
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Training ends after `epochs` or `max_steps`, whichever comes first."""
+
+    epochs: int = 200
+    max_steps: int | None = None
+    batch_size: int = 8
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    clip: float | None = 10.0  # gradient norm above which gradients are scaled down; None: never
+    precision: str = "fp32"  # 'bf16': autocast, for GPUs and for CPUs with AMX; elsewhere it is slower, not faster
+    checkpoint_every: int = 100  # steps between validations, each of which writes a checkpoint
+    num_workers: int = 0  # reader processes; latents are memory-mapped, so a CPU run needs none
+    seed: int = 0
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self):
+        if isinstance(self.loss, dict):
+            object.__setattr__(self, "loss", LossConfig(**self.loss))
+        for name in ("epochs", "batch_size", "checkpoint_every", "max_steps"):
+            value = getattr(self, name)
+            if not (value is None and name == "max_steps") and not (isinstance(value, int) and value >= 1):
+                raise UserError(f"{name}={value!r} is not allowed; use a whole number, 1 or more")
+        for name, least in (("learning_rate", "above 0"), ("clip", "above 0"), ("weight_decay", "0 or more")):
+            value = getattr(self, name)
+            low_enough = value is None if name == "clip" else False
+            if not low_enough and not (math.isfinite(value) and (value > 0 or (value == 0 and least == "0 or more"))):
+                raise UserError(f"{name}={value!r} is not allowed; use a finite number, {least}")
+        if self.num_workers < 0:
+            raise UserError(f"num_workers={self.num_workers!r} is not allowed; use 0 or more")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision={self.precision!r} is not allowed; use one of {', '.join(PRECISIONS)}")
+
+
+class NonFiniteError(RuntimeError):
+    """Training met a NaN or an infinity. `step`, `stage` (None: outside the stages) and `tensor` say where first."""
+
+    def __init__(self, step: int, stage: int | None, tensor: str, checkpoint: Path | None):
+        self.step, self.stage, self.tensor = step, stage, tensor
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written yet"
+        where = f"stage {stage}" if stage is not None else "outside the stages"
+        super().__init__(f"non-finite value at step {step}, {where}, first in {tensor}; {kept}")
+
+
+def train(
+    out_dir: str | Path,
+    index: str | Path,
+    codec: Codec,
+    cascade: CascadeConfig,
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+) -> Run:
+    """Train a cascade on the latents of `index` and return its run directory.
+
+    With `resume`, a run in `out_dir` goes on from its last checkpoint, bit for bit on a CPU; one with another config is
+    refused. Without it a new run starts. Ctrl-C and SIGTERM save a checkpoint and raise `KeyboardInterrupt`.
+    """
+    wanted = {
+        "cascade": cascade.to_dict(),
+        "train": dataclasses.asdict(config),
+        "codec": {"name": codec.name, "fingerprint": codec.fingerprint},
+    }
+    pairs = {split: LatentPairs(index, split, codec_fingerprint=codec.fingerprint) for split in ("train", "val")}
+    check_sizes(pairs, config)
+    if resume and (Path(out_dir) / "config.json").exists():
+        run = Run.open(out_dir)
+        had = {key: run.config.get(key) for key in wanted}
+        if differences := config_differences(had, wanted):
+            raise UserError(
+                f"{out_dir}: holds a run with another config ({'; '.join(differences[:4])}); "
+                "resume with its own config, start again without resume, or choose another output folder"
+            )
+    else:
+        run = Run.create(out_dir, wanted)
+    Trainer(run, pairs["train"], pairs["val"]).run_to_end()
+    return run
+
+
+def check_sizes(pairs: dict[str, LatentPairs], config: TrainConfig) -> None:
+    for split, dataset in pairs.items():
+        if len(dataset) == 0:
+            raise UserError(f"the {split} split has no pairs; add music, or lower the clip length")
+    if config.batch_size > len(pairs["train"]):
+        available = len(pairs["train"])
+        raise UserError(f"batch_size={config.batch_size} is more than the {available} training pairs; lower it")
+
+
+class Trainer:
+    """The loop over a run's steps. Everything it needs to go on after a kill is in the run's checkpoints."""
+
+    def __init__(self, run: Run, train_pairs: LatentPairs, val_pairs: LatentPairs):
+        self.run = run
+        self.config = TrainConfig(**run.config["train"])
+        self.train_pairs, self.val_pairs = train_pairs, val_pairs
+        self.accelerator = Accelerator()
+        torch.manual_seed(self.config.seed)
+        model = Cascade(CascadeConfig.from_dict(run.config["cascade"]))
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.step = 0
+        self.best_loss = math.inf
+        self.warned: set[int] = set()  # stages whose factor has passed FACTOR_WARNING
+        self.stop_signal: int | None = None
+        if run.has_checkpoint():
+            self.load()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.train_pairs) / self.config.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        steps = self.config.epochs * self.steps_per_epoch
+        return min(steps, self.config.max_steps) if self.config.max_steps else steps
+
+    def run_to_end(self) -> None:
+        if self.step >= self.total_steps:
+            return
+        self.run.forget_metrics_after(self.step)
+        with catch_stop_signals(self):
+            progress = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", mininterval=1.0)
+            with progress:
+                while self.step < self.total_steps:
+                    for input, target in self.batches():
+                        row = self.train_step(input, target)
+                        progress.update()
+                        progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+                        done = self.step >= self.total_steps
+                        if done or self.step % self.config.checkpoint_every == 0:
+                            self.validate_and_save()
+                        elif self.stop_signal:
+                            self.save(is_best=False)
+                        if self.stop_signal and not done:
+                            name = signal.Signals(self.stop_signal).name
+                            raise KeyboardInterrupt(f"stopped by {name}; step {self.step} is saved in {self.run.path}")
+                        if done:
+                            break
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rest of the present epoch, `[B, D, T]` twice a batch. The order depends on seed and epoch alone."""
+        epoch, done = divmod(self.step, self.steps_per_epoch)
+        order = torch.randperm(
+            len(self.train_pairs), generator=torch.Generator().manual_seed(self.config.seed + epoch * 1_000_003)
+        )
+        return iter(self.loader(self.train_pairs, list(order.split(self.config.batch_size))[done:]))
+
+    def loader(self, pairs: LatentPairs, batches: list[Tensor]) -> DataLoader:
+        return DataLoader(
+            pairs,
+            batch_sampler=[batch.tolist() for batch in batches],
+            num_workers=self.config.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # a loader draws a seed when it starts; the model's RNG must not notice
+        )
+
+    def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor], tuple[StageTrace, ...]]:
+        device = self.accelerator.device
+        input, target = input.to(device, non_blocking=True), target.to(device, non_blocking=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            output, traces = self.model(input, target)
+        loss, terms = total_loss(output.float(), input, target, self.config.loss)
+        return loss, terms, traces
+
+    def train_step(self, input: Tensor, target: Tensor) -> dict[str, Any]:
+        """One optimizer step. Logs and returns its metrics; raises `NonFiniteError` before a bad step is taken."""
+        self.model.train()
+        rng = torch.get_rng_state()
+        loss, terms, traces = self.forward(input, target)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(loss)
+        largest = self.config.clip if self.config.clip is not None else math.inf
+        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), largest)
+        metrics = to_floats({"loss": loss, "grad_norm": grad_norm} | step_metrics(terms, traces))
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            self.stop_non_finite(input, target, rng)
+        self.optimizer.step()
+        self.step += 1
+        epoch = (self.step - 1) // self.steps_per_epoch
+        row = {"split": "train", "step": self.step, "epoch": epoch} | metrics
+        self.run.log(row)
+        self.warn_of_factors(metrics)
+        return row
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean loss, terms and traces over the validation pairs, in eval mode."""
+        self.model.eval()
+        sums: dict[str, float] = {}
+        for input, target in self.loader(self.val_pairs, list(torch.arange(len(self.val_pairs)).split(8))):
+            loss, terms, traces = self.forward(input, target)
+            for name, value in to_floats({"loss": loss} | step_metrics(terms, traces)).items():
+                sums[name] = sums.get(name, 0.0) + value * len(input)
+        return {name: value / len(self.val_pairs) for name, value in sums.items()}
+
+    def validate_and_save(self) -> None:
+        metrics = self.validate()
+        self.run.log({"split": "val", "step": self.step} | metrics)
+        is_best = metrics["loss"] < self.best_loss
+        self.best_loss = min(self.best_loss, metrics["loss"])
+        self.save(is_best=is_best)
+
+    # --- saving and going on -------------------------------------------------------------------------------------
+
+    def save(self, *, is_best: bool) -> None:
+        training = {
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all(),
+            "best_loss": self.best_loss,
+            "warned": sorted(self.warned),
+        }
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()  # aligns the projections' σ with the weights of this step
+        self.run.save(self.step, model, training, is_best=is_best)
+
+    def load(self) -> None:
+        self.step, training = self.run.load_training(self.accelerator.unwrap_model(self.model))
+        self.optimizer.load_state_dict(training["optimizer"])
+        torch.set_rng_state(training["rng"])
+        if len(training["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(training["cuda_rng"])
+        self.best_loss = training["best_loss"]
+        self.warned = set(training["warned"])
+
+    # --- signs of trouble ----------------------------------------------------------------------------------------
+
+    def warn_of_factors(self, metrics: dict[str, float]) -> None:
+        for stage in range(len(self.run.config["cascade"]["stages"])):
+            wanted = metrics[f"stage{stage}/wanted_factor"]
+            if wanted > FACTOR_WARNING and stage not in self.warned:
+                self.warned.add(stage)
+                logger.warning("step %d: stage %d wants the factor %.2f, above 1.3", self.step, stage, wanted)
+
+    def stop_non_finite(self, input: Tensor, target: Tensor, rng: Tensor) -> None:
+        """Find where the non-finite value appeared first, record it and raise."""
+        stage, tensor = self.find_non_finite(input, target, rng)
+        step = self.step + 1
+        self.run.log({"split": "train", "step": step, "event": "non_finite", "stage": stage, "tensor": tensor})
+        raise NonFiniteError(step, stage, tensor, self.run.path / "last" if self.run.has_checkpoint() else None)
+
+    @torch.no_grad()
+    def find_non_finite(self, input: Tensor, target: Tensor, rng: Tensor) -> tuple[int | None, str]:
+        """Repeat the forward pass under the same RNG and watch every module; then look at the gradients."""
+        for name, batch in (("input latents", input), ("target latents", target)):
+            if not batch.isfinite().all():
+                return None, name
+        model = self.accelerator.unwrap_model(self.model)
+        for name, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                return stage_of(name), f"parameter {name}"
+        found: list[str] = []
+
+        def watch(name: str):
+            def hook(module: nn.Module, inputs: tuple, outputs: Any) -> None:
+                for kind, values in (("input", inputs), ("output", outputs)):
+                    for value in values if isinstance(values, tuple) else (values,):
+                        if isinstance(value, Tensor) and not value.isfinite().all():
+                            found.append(f"{kind} of {name}")
+
+            return hook
+
+        hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+        try:
+            torch.set_rng_state(rng)
+            self.forward(input, target)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if found:
+            return stage_of(found[0].split(" of ")[1]), found[0]
+        for name, parameter in reversed(list(model.named_parameters())):  # backward runs from the last to the first
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                return stage_of(name), f"gradient of {name}"
+        return None, "loss"
+
+
+def stage_of(name: str) -> int | None:
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "stages" and len(parts) > 1 else None
+
+
+def step_metrics(terms: dict[str, Tensor], traces: tuple[StageTrace, ...]) -> dict[str, Tensor]:
+    """The loss terms and the batch means of every stage's trace, by the names that metrics.jsonl uses."""
+    metrics = {f"loss/{name}": value for name, value in terms.items()}
+    for stage, trace in enumerate(traces):
+        for trace_field in dataclasses.fields(trace):
+            metrics[f"stage{stage}/{trace_field.name}"] = getattr(trace, trace_field.name).mean()
+    return metrics
+
+
+def to_floats(values: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars to the host in one transfer."""
+    return dict(zip(values, torch.stack([v.detach().float() for v in values.values()]).tolist(), strict=True))
+
+
+class catch_stop_signals:
+    """While training: the first Ctrl-C or SIGTERM asks the trainer to stop after its step, a second acts at once."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def __enter__(self) -> None:
+        self.earlier = {}
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.earlier[number] = signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: Any) -> None:
+        self.trainer.stop_signal = number
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception: Any) -> None:
+        self.restore()

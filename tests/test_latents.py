@@ -1,0 +1,435 @@
+"""The latent cache: right rows, nothing encoded twice, nothing damaged ever returned, small when it is large."""
+
+import errno
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch.utils.data import DataLoader
+
+import lib.latents
+from lib.audio import SAMPLE_RATE, load_audio
+from lib.codec import DIM, HOP, MdctCodec
+from lib.errors import UserError
+from lib.latents import INDEX_VERSION, CorruptShardError, LatentPairs, encode_manifest
+from lib.pairs import Clip, Manifest, Pair
+
+CLIP = 10 * HOP
+ROW_BYTES = 4 * DIM * 10
+SHARD_BYTES = 4 * ROW_BYTES  # four clips a shard
+
+
+class CountingCodec(MdctCodec):
+    """Counts what it encodes, and can die like a killed process at one of the clips."""
+
+    def __init__(self, die_at=None):
+        super().__init__()
+        self.count, self.die_at, self.lock = 0, die_at, threading.Lock()
+
+    def encode(self, wav):
+        with self.lock:
+            self.count += 1
+            if self.count == self.die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(wav)
+
+
+def write_song(root: Path, name: str, clips: int, seed: int) -> None:
+    root.mkdir(exist_ok=True)
+    wav = 0.1 * np.random.default_rng(seed).standard_normal(clips * CLIP)
+    soundfile.write(root / name, wav, SAMPLE_RATE, subtype="FLOAT")
+
+
+def make_manifest(root: Path) -> Manifest:
+    """Continuation pairs of every song under `root`; the last song in order of name is the validation."""
+    songs = sorted(root.glob("*.wav"))
+    pairs = []
+    for song in songs:
+        sha256 = hashlib.sha256(song.read_bytes()).hexdigest()
+        frames = soundfile.info(song).frames
+        starts = range(0, frames, CLIP)
+        clips = [Clip(song.name, start, min(CLIP, frames - start), sha256) for start in starts]
+        for i in range(len(clips) - 1):
+            split = "val" if song == songs[-1] else "train"
+            pairs.append(Pair(f"{song.stem}_{i}", split, "continuation", clips[i], clips[i + 1]))
+    return Manifest(root, CLIP, SAMPLE_RATE, 0, tuple(pairs), ())
+
+
+@pytest.fixture
+def songs(tmp_path):
+    root = tmp_path / "songs of José"
+    write_song(root, "a.wav", 6, 1)
+    write_song(root, "b.wav", 5, 2)
+    write_song(root, "c.wav", 3, 3)
+    return root  # 14 clips: shards of 4, 4, 4 and 2
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+def encode(manifest, cache, codec=None, **options):
+    return encode_manifest(manifest, codec or MdctCodec(), cache, **({"shard_bytes": SHARD_BYTES} | options))
+
+
+def shard_files(report) -> list[Path]:
+    return [report.index.parent / shard["file"] for shard in json.loads(report.index.read_text())["shards"]]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def assert_right(report, manifest):
+    """Every pair of the manifest is there, in order, and equals the codec's latents of its two clips."""
+    codec = MdctCodec()
+    for split in ("train", "val"):
+        latent_pairs, wanted = LatentPairs(report.index, split, codec.fingerprint), manifest.split(split)
+        assert len(latent_pairs) == len(wanted) == report.pairs[split]
+        for i, (got, pair) in enumerate(zip(latent_pairs, wanted, strict=True)):
+            assert latent_pairs.pair_id(i) == pair.id
+            for latents, clip in zip(got, (pair.input, pair.target), strict=True):
+                wav = load_audio(manifest.path(clip), clip.offset, clip.length)
+                wav = torch.nn.functional.pad(wav, (0, CLIP - wav.shape[1]))
+                assert latents.dtype == torch.float32
+                assert torch.allclose(latents, codec.encode(wav[None])[0], atol=1e-4)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_pair_comes_back_in_order_with_its_latents(songs, cache):
+    short = soundfile.read(songs / "c.wav", dtype="float32")[0][: -HOP // 2]  # its last clip is padded with zeros
+    soundfile.write(songs / "c.wav", short, SAMPLE_RATE, subtype="FLOAT")
+    manifest = make_manifest(songs)
+    report = encode(manifest, cache)
+    assert (report.encoded, report.reused, report.rebuilt, report.dropped) == (14, 0, 0, ())
+    assert report.pairs == {"train": 9, "val": 2}
+    assert_right(report, manifest)
+    latent_pairs = LatentPairs(report.index, "train")
+    assert (latent_pairs.dim, latent_pairs.frames, latent_pairs.clip_length) == (DIM, 10, CLIP)
+    assert latent_pairs.fingerprint == MdctCodec().fingerprint
+
+
+def test_shards_have_the_asked_size_and_are_named_by_their_checksum(songs, cache):
+    files = shard_files(encode(make_manifest(songs), cache))
+    assert sorted(len(np.load(file)) for file in files) == [2, 4, 4, 4]
+    for file in files:
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem
+
+
+def test_the_cache_does_not_depend_on_the_number_of_workers(songs, tmp_path):
+    manifest = make_manifest(songs)
+    one, many = (encode(manifest, tmp_path / str(workers), workers=workers) for workers in (1, 5))
+    assert contents(one.index.parent) == contents(many.index.parent)
+
+
+def test_encoding_leaves_torchs_threads_as_they_were(songs, cache):
+    torch.set_num_threads(2)
+    try:
+        encode(make_manifest(songs), cache)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_second_run_encodes_nothing_and_a_new_song_only_itself(songs, cache):
+    encode(make_manifest(songs), cache)
+    codec = CountingCodec()
+    report = encode(make_manifest(songs), cache, codec)
+    assert (codec.count, report.encoded, report.reused) == (0, 0, 14)
+    (songs / "a.wav").rename(songs / "aa.wav")  # known by its content, not by its name
+    write_song(songs, "d.wav", 3, 4)
+    manifest = make_manifest(songs)
+    report = encode(manifest, cache, codec)
+    assert (codec.count, report.encoded, report.reused) == (3, 3, 14)
+    assert_right(report, manifest)
+
+
+def test_another_codec_or_clip_length_does_not_share_the_cache(songs, cache, monkeypatch):
+    encode(make_manifest(songs), cache)
+    monkeypatch.setattr(lib.codec, "GAIN", 3.0)
+    codec = CountingCodec()
+    encode(make_manifest(songs), cache, codec)
+    assert codec.count == 14
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("die_at", [1, 6, 14])
+def test_a_killed_run_resumes_with_what_is_missing(songs, cache, die_at):
+    manifest = make_manifest(songs)
+    process = multiprocessing.get_context("fork").Process(
+        target=encode, args=(manifest, cache, CountingCodec(die_at)), kwargs={"workers": 1}
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not list(cache.glob("*/index-*"))
+    # the next shard is encoded while one is written, so at least all but the last two begun shards are there
+    kept = sum(len(json.loads(path.read_text())["keys"]) for path in cache.glob("*/*.json"))
+    assert kept >= 4 * max(0, (die_at - 1) // 4 - 1)
+    codec = CountingCodec()
+    report = encode(manifest, cache, codec)
+    assert (codec.count, report.reused) == (14 - kept, kept)
+    assert_right(report, manifest)
+
+
+def test_two_processes_that_encode_at_once_do_no_harm(songs, cache):
+    manifest = make_manifest(songs)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=encode, args=(manifest, cache)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    report = encode(manifest, cache)
+    assert (report.encoded, report.rebuilt) == (0, 0)
+    assert_right(report, manifest)
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1000)
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, cut_short, Path.unlink])
+def test_a_damaged_shard_is_never_read_and_only_it_is_rebuilt(songs, cache, damage):
+    manifest = make_manifest(songs)
+    report = encode(manifest, cache)
+    before = contents(report.index.parent)
+    victim = max(shard_files(report), key=lambda file: file.stat().st_size)
+    written = {file: file.stat().st_mtime_ns for file in shard_files(report) if file != victim}
+    damage(victim)
+
+    latent_pairs, errors = LatentPairs(report.index, "train"), []
+    for i in range(len(latent_pairs)):
+        try:
+            latent_pairs[i]
+        except CorruptShardError as error:
+            errors.append(str(error))
+    assert errors
+    assert all(victim.name in error and "encode the manifest again" in error for error in errors)
+
+    codec = CountingCodec()
+    report = encode(manifest, cache, codec)
+    assert (codec.count, report.rebuilt, report.reused, report.encoded) == (4, 4, 10, 0)
+    assert contents(report.index.parent) == before  # the same bits, so indexes of other manifests still hold
+    assert {file: file.stat().st_mtime_ns for file in written} == written
+    assert_right(report, manifest)
+
+
+def test_a_damaged_shard_that_another_manifest_shares_is_replaced(songs, cache):
+    report = encode(make_manifest(songs), cache)
+    (songs / "a.wav").unlink()
+    manifest = make_manifest(songs)
+    for file in shard_files(report):
+        flip_a_byte(file)
+    report = encode(manifest, cache)
+    assert (report.rebuilt, report.reused) == (8, 0)
+    assert_right(report, manifest)
+    for file in shard_files(report):
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem
+
+
+def test_a_damaged_sidecar_costs_only_its_shard(songs, cache):
+    manifest = make_manifest(songs)
+    report = encode(manifest, cache)
+    shard_files(report)[0].with_suffix(".json").write_text('{"keys": [')
+    lost = len(np.load(shard_files(report)[0]))
+    report = encode(manifest, cache)
+    assert (report.encoded, report.reused) == (lost, 14 - lost)
+    assert encode(manifest, cache).reused == 14
+
+
+def test_clips_that_cannot_be_used_are_dropped_with_their_pairs(songs, cache):
+    manifest = make_manifest(songs)
+    (songs / "a.wav").write_bytes(b"not audio")
+    write_song(songs, "b.wav", 5, 99)  # other music than the manifest saw
+    report = encode(manifest, cache)
+    assert report.pairs == {"val": 2}
+    assert report.encoded == 3
+    reasons = {name.split(" at sample ")[0]: reason for name, reason in report.dropped}
+    assert len(report.dropped) == 11
+    assert "a.wav" in reasons["a.wav"]
+    assert "changed since the manifest" in reasons["b.wav"]
+    assert [LatentPairs(report.index, "val").pair_id(i) for i in range(2)] == ["c_0", "c_1"]
+    with pytest.raises(UserError, match="split 'train' has no pairs; there are val"):
+        LatentPairs(report.index, "train")
+
+
+def test_one_bad_clip_costs_only_its_own_pairs(songs, cache):
+    wav = soundfile.read(songs / "a.wav", dtype="float32")[0]
+    wav[2 * CLIP + 5] = np.nan
+    soundfile.write(songs / "a.wav", wav, SAMPLE_RATE, subtype="FLOAT")
+    report = encode(make_manifest(songs), cache)
+    assert [name for name, _ in report.dropped] == [f"a.wav at sample {2 * CLIP}"]
+    ids = LatentPairs(report.index, "train")
+    assert [ids.pair_id(i) for i in range(len(ids))] == ["a_0", "a_3", "a_4", "b_0", "b_1", "b_2", "b_3"]
+
+
+def test_nothing_left_is_one_line(songs, cache):
+    manifest = make_manifest(songs)
+    for song in songs.iterdir():
+        song.unlink()
+    with pytest.raises(UserError, match="no pair of the manifest can be encoded") as caught:
+        encode(manifest, cache)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_folder_that_cannot_be_written_is_one_line(songs, cache, monkeypatch):
+    manifest = make_manifest(songs)
+    cache.write_text("a file")
+    with pytest.raises(UserError, match=r"cannot be written .*choose a cache folder"):
+        encode(manifest, cache)
+    cache.unlink()
+
+    def refuse(source, target):
+        raise PermissionError(errno.EACCES, "Permission denied", str(target))
+
+    monkeypatch.setattr(os, "replace", refuse)  # not chmod: the superuser may write anywhere
+    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
+        encode(manifest, cache)
+    assert not list(cache.rglob("*.tmp"))
+
+
+def test_only_old_temporary_files_are_swept_away(songs, cache):
+    folder = encode(make_manifest(songs), cache).index.parent
+    old, young = folder / ".x.npy.1.tmp", folder / ".y.npy.2.tmp"
+    for path in (old, young):
+        path.write_bytes(b"")
+    os.utime(old, (0, 0))
+    encode(make_manifest(songs), cache)
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_a_codec_of_another_sample_rate_is_refused(songs, cache):
+    codec = MdctCodec()
+    codec.sample_rate = 48_000
+    with pytest.raises(UserError, match=r"48000 Hz.*24000 Hz"):
+        encode(make_manifest(songs), cache, codec)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_another_codecs_fingerprint_is_refused(songs, cache):
+    report = encode(make_manifest(songs), cache)
+    with pytest.raises(UserError, match=r"holds latents of codec mdct .*, not of 000000"):
+        LatentPairs(report.index, "train", "0" * 64)
+
+
+def test_a_missing_or_damaged_index_or_table_is_named(songs, cache):
+    report = encode(make_manifest(songs), cache)
+    index = json.loads(report.index.read_text())
+    with pytest.raises(UserError, match=r"absent.json: no index"):
+        LatentPairs(cache / "absent.json", "train")
+    table = report.index.with_name(index["splits"]["train"]["pairs"] + ".npy")
+    flip_a_byte(table)
+    with pytest.raises(CorruptShardError, match=table.name):
+        LatentPairs(report.index, "train")
+    for content in (
+        "",
+        "{",
+        "[]",
+        "{}",
+        json.dumps(index | {"version": INDEX_VERSION + 1}),
+        json.dumps({**index, "shards": 3}),
+    ):
+        report.index.write_text(content)
+        with pytest.raises(UserError, match="damaged index"):
+            LatentPairs(report.index, "train")
+
+
+def test_each_shard_is_verified_once_and_few_are_open(songs, cache, monkeypatch):
+    manifest = make_manifest(songs)
+    latent_pairs = LatentPairs(encode(manifest, cache, shard_bytes=1).index, "train")  # a shard for each clip
+    checked = []
+    intact = lib.latents._is_intact
+    monkeypatch.setattr(lib.latents, "_is_intact", lambda path, sha256: checked.append(path) or intact(path, sha256))
+    monkeypatch.setattr(lib.latents, "MAX_OPEN_SHARDS", 3)
+    open_before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
+    first = [latent_pairs[i] for i in range(len(latent_pairs))]
+    again = [latent_pairs[i] for i in range(len(latent_pairs))]
+    assert len(checked) == len(set(checked)) == 11
+    assert all(torch.equal(x, y) for one, two in zip(first, again, strict=True) for x, y in zip(one, two, strict=True))
+    assert len(latent_pairs._maps) == 3
+    if open_before is not None:
+        assert len(os.listdir("/proc/self/fd")) <= open_before + 3
+
+
+def test_a_dataloaders_workers_read_the_same_rows(songs, cache):
+    latent_pairs = LatentPairs(encode(make_manifest(songs), cache).index, "train")
+    latent_pairs[0]
+    copy = pickle.loads(pickle.dumps(latent_pairs))
+    assert len(copy._maps) == 0  # a worker opens and verifies its own
+    assert torch.equal(copy[3][1], latent_pairs[3][1])
+    batches = list(DataLoader(latent_pairs, batch_size=2, num_workers=2))
+    got = torch.cat([inputs for inputs, _ in batches])
+    assert torch.equal(got, torch.stack([inputs for inputs, _ in latent_pairs]))
+
+
+def test_rows_are_copies_that_may_be_changed(songs, cache):
+    latent_pairs = LatentPairs(encode(make_manifest(songs), cache).index, "train")
+    before = latent_pairs[0][0].clone()
+    latent_pairs[0][0].add_(1)
+    assert torch.equal(latent_pairs[0][0], before)
+
+
+OPEN_AND_MEASURE = """
+import resource, sys, time
+import lib.latents
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+latent_pairs = lib.latents.LatentPairs(sys.argv[1], "train")
+seconds = time.perf_counter() - start
+assert len(latent_pairs) == 100_000 and latent_pairs.pair_id(99_999) == "train_cross_99999"
+assert latent_pairs[0][0].shape == latent_pairs[99_999][1].shape == (128, 1200)
+print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_100_000_pairs_open_at_once_and_in_little_memory(tmp_path):
+    rows = lib.latents.SHARD_BYTES // (4 * DIM * 1200)
+    clips = 200_000
+    model = tmp_path / "0.npy"
+    np.lib.format.open_memmap(model, mode="w+", dtype=np.float32, shape=(rows, DIM, 1200)).flush()  # a hole: no disk
+    header, size = model.read_bytes()[:128], model.stat().st_size
+    with open(model, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    shards = [{"file": f"{i}.npy", "rows": rows, "sha256": sha256} for i in range(math.ceil(clips / rows))]
+    for shard in shards[1:]:
+        with open(tmp_path / shard["file"], "wb") as file:
+            file.write(header)
+            file.truncate(size)
+    places = np.stack(np.divmod(np.arange(clips), rows), axis=1).reshape(-1, 4).astype(np.int32)
+    ids = np.array([f"train_cross_{i:05d}".encode() for i in range(clips // 2)])
+    arrays = {"pairs": lib.latents._write_array(tmp_path, places), "ids": lib.latents._write_array(tmp_path, ids)}
+    index = {"version": INDEX_VERSION, "codec": "mdct", "fingerprint": "0" * 64, "dim": DIM, "frames": 1200}
+    index |= {"clip_length": 384_000, "sample_rate": SAMPLE_RATE, "shards": shards, "splits": {"train": arrays}}
+    (tmp_path / "index-0.json").write_text(json.dumps(index))
+
+    command = [sys.executable, "-c", OPEN_AND_MEASURE, str(tmp_path / "index-0.json")]
+    root = Path(lib.latents.__file__).parents[1]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    seconds, mebibytes = map(float, result.stdout.split())
+    assert seconds < 1
+    assert mebibytes < 200
