@@ -108,8 +108,9 @@ class CascadeConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CascadeConfig":
         """The config that `to_dict` wrote. Unknown or missing fields raise `UserError`."""
-        stages = tuple(_from_fields(StageConfig, stage) for stage in values.get("stages", ()))
-        return _from_fields(cls, {**values, "stages": stages})
+        if "stages" in values:
+            values = values | {"stages": tuple(_from_fields(StageConfig, stage) for stage in values["stages"])}
+        return _from_fields(cls, values)
 
 
 def _check(ok: Any, field: str, value: Any, wanted: Any) -> None:
@@ -121,6 +122,8 @@ def _from_fields(cls: type, values: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - known):
         raise UserError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
+    if missing := sorted(known - set(values)):
+        raise UserError(f"{cls.__name__} lacks the field {', '.join(missing)}; restore the config that was written")
     return cls(**values)
 
 

@@ -71,7 +71,7 @@ GAIN = 14.5  # brings the demo music to RMS 5.7, the level of EnCodec's latents
 ROLL_OFF = 80.0 / 300.0  # dB per Hz above the band, of the sound for which the clip's edges are optimal
 FLOOR = -120.0  # dB
 CONTEXT = 480  # samples from which the padding is predicted
-PADDING_NOISE = 1e-3  # white noise allowed for there: keeps the padding of full-band noise near 1.4 times its RMS
+PADDING_NOISE = 1e-2  # white noise allowed for there: less reconstructs better, more keeps the padding from clicks
 MAX_COEFFICIENT = 1e4  # a full-scale waveform stays below sqrt(640) = 25; decode clamps here to stay finite
 
 
@@ -94,7 +94,7 @@ class MdctCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:
-        """`[B, 1, N]` → `[B, 128, T]`. The last frame's padding continues the sound, so that no edge is audible."""
+        """`[B, 1, N]` → `[B, 128, T]`. The last frame's padding continues the sound, so that its end is no edge."""
         wav = _checked(wav, channels=1)
         with torch.autocast(wav.device.type, enabled=False):
             blocks = _continue(wav[:, 0]).unflatten(1, (-1, HOP))  # [B, T, H]
@@ -182,22 +182,20 @@ def _tables(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
 @_cached_tensors
 @one_thread()
 def _design() -> dict[str, Tensor]:
-    """The window's rising half `[H]` and the functions of each kind of block `[D, H]`, in float64."""
+    """The window's rising half `[H]` and the functions `[D, H]` of each kind of block (inner: DCT-IV), in float64."""
     kaiser = torch.kaiser_window(HOP + 1, periodic=False, beta=math.pi * KAISER_ALPHA, dtype=torch.float64)
     window = (kaiser.cumsum(0)[:-1] / kaiser.sum()).sqrt()
     k, n = torch.arange(DIM, dtype=torch.float64)[:, None], torch.arange(HOP, dtype=torch.float64) + 0.5
-    dct4 = math.sqrt(2 / HOP) * torch.cos(math.pi / HOP * (k + 0.5) * n)  # even at its left end, odd at its right
-    dct2 = math.sqrt(2 / HOP) * torch.cos(math.pi / HOP * k * n)  # even at both
-    dct2[0] /= math.sqrt(2)
+    cosines = math.sqrt(2 / HOP) * torch.cos(math.pi / HOP * (k + 0.5) * n)  # even to the left, odd to the right
 
     eye = torch.eye(2 * HOP, dtype=torch.float64)
     fold = _rotate(eye.unflatten(1, (2, HOP)), window)  # [2H, 2, H]: what two neighbours make of each input sample
     return {
         "window": window,
-        "inner": dct4,
-        "first": _edge_functions(fold[:, 0], dct4),
-        "last": _edge_functions(fold[:, 1], dct2),
-        "single": _edge_functions(eye[:HOP, :HOP], dct2),
+        "inner": cosines,
+        "first": _edge_functions(fold[:, 0], cosines),
+        "last": _edge_functions(fold[:, 1], cosines),
+        "single": _edge_functions(eye[:HOP, :HOP], cosines),
     }
 
 

@@ -30,7 +30,7 @@ def safe_torch_load(path: str | Path, allowed: Iterable[type] = ()) -> Any:
                 "save it again with tensors, numbers, strings, lists and dicts only"
             ) from None
         raise UserError(f"{path}: not a torch checkpoint, or damaged; get the file again") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # on damaged bytes the unpickler raises almost anything: IndexError, struct.error, ...
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: truncated or not a torch checkpoint ({first}); get the file again") from None
 
@@ -49,9 +49,12 @@ def make_folder(path: Path) -> None:
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file under a temporary name, fsync and rename it."""
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    temporary.write_text(text)
-    fsync(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

@@ -11,6 +11,7 @@ So a killed run loses at most the shards in flight, a new song adds a shard, a d
 processes that encode at once only do some work twice. Legend: P pairs, D latent channels, T frames.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from lib.audio import load_audio
 from lib.codec import Codec, one_thread
@@ -132,8 +133,9 @@ def encode_manifest(
 def _prepare(store: Path) -> None:
     store.mkdir(parents=True, exist_ok=True)
     for temp in store.glob(".*.tmp"):
-        if time.time() - temp.stat().st_mtime > STALE_SECONDS:
-            temp.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
+            if time.time() - temp.stat().st_mtime > STALE_SECONDS:
+                temp.unlink()
 
 
 def _find_shards(store: Path, clips: dict[str, Clip], pool: Executor) -> tuple[list[_Shard], list[_Shard]]:

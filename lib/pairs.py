@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from lib.audio import AUDIO_SUFFIXES, MIN_SAMPLES, SAMPLE_RATE, AudioError, check_audio
 from lib.errors import UserError

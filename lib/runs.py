@@ -53,13 +53,13 @@ class Run:
         earlier = [path / name for name in ("config.json", "metrics.jsonl", "checkpoints", "best", "last")]
         if (path / "config.json").exists():
             shutil.rmtree(path / "replaced", ignore_errors=True)
-            (path / "replaced").mkdir()
-            for item in earlier:
-                if item.is_symlink() or item.exists():
-                    os.rename(item, path / "replaced" / item.name)
-        (path / "checkpoints").mkdir(exist_ok=True)
+        for item in earlier:  # without its config.json, it is what a kill left of a run on its way to replaced/
+            if item.is_symlink() or item.exists():
+                (path / "replaced").mkdir(exist_ok=True)
+                os.rename(item, path / "replaced" / item.name)
         config = json.loads(json.dumps(config | {"versions": versions()}))  # what a later open reads
         write_atomic(path / "config.json", json.dumps(config, indent=1))
+        (path / "checkpoints").mkdir()
         return cls(path, config)
 
     @classmethod
@@ -68,11 +68,13 @@ class Run:
         path = Path(path)
         try:
             config = json.loads((path / "config.json").read_text())
+            if not isinstance(config, dict):
+                raise ValueError("not a JSON object")
         except FileNotFoundError:
             raise UserError(
                 f"{path}: no run here (no config.json); train one with `make demo` or notebook 04"
             ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise UserError(f"{path / 'config.json'}: damaged ({error}); restore it or train again") from None
         except OSError as error:
             raise UserError(
@@ -94,7 +96,13 @@ class Run:
             lines = (self.path / "metrics.jsonl").read_text().split("\n")
         except FileNotFoundError:
             return []
-        rows = [json.loads(line) for line in lines[:-1]]  # a complete line ends in a newline
+        rows = []
+        for number, line in enumerate(lines[:-1], 1):  # a complete line ends in a newline
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                file = self.path / "metrics.jsonl"
+                raise UserError(f"{file}: line {number} is damaged; delete that line, or train again") from None
         return [row for row in rows if split in (None, row.get("split"))]
 
     def forget_metrics_after(self, step: int) -> None:
@@ -122,7 +130,8 @@ class Run:
         else:
             os.rename(temporary, folder)
         fsync(folder.parent)
-        for name in ("last", "best") if is_best else ("last",):
+        # best first: a resume from `last` trusts that what it remembers as the lowest loss is in `best`
+        for name in ("best", "last") if is_best else ("last",):
             self._point(name, folder)
         self._prune()
         return folder
@@ -146,6 +155,8 @@ class Run:
 
         With `codec_fingerprint`, a run trained on another codec's latents is refused.
         """
+        if "cascade" not in self.config:
+            raise UserError(f"{self.path / 'config.json'}: describes no cascade; give a run that this project trained")
         self.check_codec(codec_fingerprint)
         folder, _ = self._verified(which, ("model.safetensors",))
         model = Cascade(CascadeConfig.from_dict(self.config["cascade"])).eval()
@@ -170,12 +181,13 @@ class Run:
         folder = self.path / which
         try:
             meta = json.loads((folder / "meta.json").read_text())
+            sums = {name: meta["sha256"][name] for name in names}
         except FileNotFoundError:
             raise UserError(f"{folder}: no checkpoint here; train this run first") from None
-        except json.JSONDecodeError:
+        except (ValueError, KeyError, TypeError):
             raise UserError(f"{folder / 'meta.json'}: damaged; {_other(which)}") from None
         for name in names:
-            if not (folder / name).exists() or file_sha256(folder / name) != meta["sha256"][name]:
+            if not (folder / name).exists() or file_sha256(folder / name) != sums[name]:
                 raise UserError(f"{folder / name}: truncated or changed since it was written; {_other(which)}")
         return folder, meta
 
@@ -223,6 +235,11 @@ def config_differences(a: Any, b: Any, prefix: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted(set(a) | set(b))
         return [d for key in keys for d in config_differences(a.get(key), b.get(key), f"{prefix}{key}.")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):  # JSON knows lists only
+        a, b = list(a), list(b)
+        if len(a) == len(b) and any(isinstance(item, dict) for item in a):
+            stem = prefix.rstrip(".")
+            return [d for i in range(len(a)) for d in config_differences(a[i], b[i], f"{stem}[{i}].")]
     return [] if a == b else [f"{prefix.rstrip('.')}: {a!r} → {b!r}"]
 
 
@@ -316,8 +333,10 @@ def _rename_original(path: Path, tensors: dict[str, Tensor], config: CascadeConf
         match = re.match(r"cascade_stages\.(\d+)\.(.+)", name)
         stage, rest = (f"stages.{match[1]}.", match[2]) if match else ("", name)
         if rest == "pos_encoding.pe":
+            if not isinstance(tensor, Tensor) or tensor.ndim != 3:
+                raise UserError(f"{path}: {name} is not [1, T, d]; this model's positions cannot be imported")
             T, d = tensor.shape[1:]
-            if not torch.allclose(tensor[0], sinusoidal_positions(T, d, torch.device("cpu")), atol=1e-4):
+            if not torch.allclose(tensor[0].float(), sinusoidal_positions(T, d, torch.device("cpu")), atol=1e-4):
                 raise UserError(f"{path}: {name} is not sinusoidal; this model's positions cannot be imported")
         elif part := re.match(r"transformer\.(layers\.\d+\.)(.+)", rest):
             own = next(

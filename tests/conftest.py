@@ -1,5 +1,62 @@
 """Shared fixtures: small audio files and folders that the tests write themselves."""
 
+import dataclasses
+import hashlib
+
+import numpy as np
+import pytest
+import soundfile
 import torch
+from torch import Tensor
+
+from lib.cascade import CascadeConfig
+from lib.latents import encode_manifest
+from lib.pairs import Clip, Manifest, Pair
 
 torch.set_num_threads(1)  # tests run in parallel processes
+
+FRAMES = 12  # of a clip in `tiny_index`
+
+
+class TinyCodec:
+    """Eight channels a frame: each the mean of 40 neighbouring samples, at the RMS of real latents (about 5)."""
+
+    sample_rate, hop, dim, name = 24_000, 320, 8, "tiny"
+    fingerprint = hashlib.sha256(b"tiny").hexdigest()
+
+    def encode(self, wav: Tensor) -> Tensor:
+        """`[B, 1, T · 320] → [B, 8, T]`."""
+        return 300.0 * wav[:, 0].unflatten(1, (-1, self.dim, self.hop // self.dim)).mean(3).transpose(1, 2)
+
+
+@pytest.fixture(scope="session")
+def tiny_codec():
+    return TinyCodec()
+
+
+@pytest.fixture(scope="session")
+def tiny_index(tmp_path_factory, tiny_codec):
+    """Latents `[8, 12]` on disk: 5 pairs for training, and 9 for validation, one more than a batch of it takes."""
+    root = tmp_path_factory.mktemp("songs")
+    length = FRAMES * tiny_codec.hop
+    pairs = []
+    for seed, (split, clips) in enumerate((("train", 6), ("val", 10))):
+        wav = 0.1 * np.random.default_rng(seed).standard_normal(clips * length)
+        soundfile.write(root / f"{split}.wav", wav, tiny_codec.sample_rate, subtype="FLOAT")
+        sha256 = hashlib.sha256((root / f"{split}.wav").read_bytes()).hexdigest()
+        cuts = [Clip(f"{split}.wav", i * length, length, sha256) for i in range(clips)]
+        pairs += [Pair(f"{split}_{i}", split, "continuation", cuts[i], cuts[i + 1]) for i in range(clips - 1)]
+    manifest = Manifest(root, length, tiny_codec.sample_rate, 0, tuple(pairs), ())
+    return encode_manifest(manifest, tiny_codec, root / "cache", workers=1).index
+
+
+@pytest.fixture(scope="session")
+def tiny_cascade():
+    """`tiny_cascade(num_stages, **StageConfig fields)`: the reference with 8 latent channels and one small layer."""
+
+    def build(num_stages: int = 2, *, anti_cheating: float = 0.0, **changes) -> CascadeConfig:
+        changes = {"num_layers": 1, "num_heads": 2, "ffn_mult": 2} | changes
+        reference = CascadeConfig.reference(num_stages, anti_cheating=anti_cheating, **changes)
+        return dataclasses.replace(reference, latent_dim=8)
+
+    return build

@@ -1,0 +1,44 @@
+# Every target makes the environment first, if it is not there yet. Needs git, make and Python 3.11 or later.
+
+PYTHON ?= python3
+BIN := .venv/bin
+NBVAL := $(BIN)/python -m pytest notebooks -p no:python -p no:cacheprovider --nbval --nbval-current-env \
+	--nbval-sanitize-with notebooks/nbval_sanitize.cfg --nbval-cell-timeout 300 --maxfail=1
+CLEAN := $(BIN)/nbstripout --keep-output --keep-count \
+	--extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
+
+.PHONY: demo test lab notebooks lock
+
+demo: .venv/ready
+	$(BIN)/python -m lib.pipeline --preset demo
+
+test: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -n 2
+	$(NBVAL)
+	$(BIN)/python -m lib.pipeline --preset smoke --out outputs/smoke-papermill
+
+lab: .venv/ready
+	$(BIN)/jupyter lab notebooks
+
+# execute the stored notebooks with the smoke preset and store their outputs
+notebooks: .venv/ready
+	for name in notebooks/*.ipynb; do $(BIN)/python tests/store_notebook.py $$name || exit 1; done
+	$(CLEAN) notebooks/*.ipynb
+
+lock:
+	uv pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --no-emit-index-url \
+		pyproject.toml -o requirements.lock
+
+# The lock is installed by uv, whose version the lock pins too; pip alone would do, more slowly.
+.venv/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@echo "making the environment in .venv (about 5 GB of packages)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(sed -n 's/^\(uv==[0-9.]*\).*/\1/p' requirements.lock)"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,185 @@
+"""The figures. Every function returns a matplotlib figure with labelled axes and units; none computes a result.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart and which print well. Legend: N samples, D latent
+channels, T frames.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torchaudio
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lib.audio import SAMPLE_RATE
+
+INPUT, TARGET, OUTPUT, AVERAGE = "#0072B2", "#E69F00", "#009E73", "#777777"
+STAGES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
+STYLE = {
+    "figure.dpi": 80,
+    "savefig.dpi": 110,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "font.size": 10,
+}
+
+
+def mel_db(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> Tensor:
+    """Log-mel picture of `[1, N]` in dB relative to its own maximum, floor -80: `[80, frames]`, hop 256 samples."""
+    n_fft = 1024
+    if wav.shape[-1] < n_fft:
+        wav = torch.nn.functional.pad(wav, (0, n_fft - wav.shape[-1]))
+    mel = torchaudio.transforms.MelSpectrogram(sample_rate, n_fft=n_fft, hop_length=256, n_mels=80)
+    return torchaudio.functional.amplitude_to_DB(mel(wav)[0], 10.0, 1e-10, 0.0, top_db=80.0)
+
+
+def waveform_and_latents(wav: Tensor, latents: Tensor, title: str, sample_rate: int = SAMPLE_RATE) -> Figure:
+    """One clip three ways: waveform `[1, N]`, mel picture, latents `[D, T]`."""
+    seconds = wav.shape[-1] / sample_rate
+    with plt.rc_context(STYLE):
+        figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(9, 6.5), height_ratios=(1, 1.5, 1.5), sharex=True)
+        _draw_waveform(top, wav, sample_rate, INPUT)
+        top.set_title(title)
+        _draw_mel(figure, middle, wav, sample_rate)
+        limit = float(latents.abs().quantile(0.995)) if latents.numel() < 1e7 else float(latents.abs().max())
+        extent = (0, seconds, 0, latents.shape[0])
+        picture = bottom.imshow(
+            latents.numpy(), origin="lower", aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent
+        )
+        bottom.set(ylabel="latent channel", xlabel="time (s)")
+        bottom.grid(False)
+        figure.colorbar(picture, ax=bottom, label="latent value")
+    return figure
+
+
+def latent_histogram(latents: Mapping[str, Tensor]) -> Figure:
+    """Distribution of latent values by name, on a log scale, beside a normal one of the same RMS."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 3.2))
+        for (name, values), colour in zip(latents.items(), (INPUT, TARGET), strict=False):
+            flat = values.flatten().numpy()
+            counts, edges = np.histogram(flat, bins=120, density=True)
+            axes.step(edges[:-1], counts, where="post", color=colour, label=f"{name}, RMS {flat.std():.2f}")
+        x = np.linspace(edges[0], edges[-1], 400)
+        sigma = flat.std()
+        normal = np.exp(-((x / sigma) ** 2) / 2) / (sigma * np.sqrt(2 * np.pi))
+        axes.plot(x, normal, color=AVERAGE, linestyle="--", label="normal distribution")
+        axes.set(yscale="log", ylim=(1e-6, None), xlabel="latent value", ylabel="density")
+        axes.legend()
+    return figure
+
+
+def spectra(wavs: Mapping[str, Tensor], band_edge: float | None = None, sample_rate: int = SAMPLE_RATE) -> Figure:
+    """Mean power spectra of `[1, N]` clips in dB, with the upper edge of the codec's band."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 3.2))
+        for (name, wav), colour in zip(wavs.items(), (INPUT, OUTPUT, TARGET), strict=False):
+            power = torch.stft(wav[0], 2048, window=torch.hann_window(2048), return_complex=True).abs().square().mean(1)
+            frequencies = torch.linspace(0, sample_rate / 2000, len(power))
+            axes.plot(frequencies, 10 * torch.log10(power + 1e-10), color=colour, label=name, linewidth=1)
+        if band_edge:
+            axes.axvline(
+                band_edge / 1000, color="black", linestyle=":", label=f"codec's edge, {band_edge / 1000:g} kHz"
+            )
+        axes.set(xlabel="frequency (kHz)", ylabel="power (dB)")
+        axes.legend()
+    return figure
+
+
+def loss_curve(train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, Any]]) -> Figure:
+    """Training and validation loss over steps."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 3.2))
+        axes.plot(*_series(train, "loss"), color=AVERAGE, linewidth=0.8, label="training, each batch")
+        axes.plot(*_series(val, "loss"), color=OUTPUT, marker="o", label="validation")
+        axes.set(xlabel="step", ylabel="loss (squared latent units)")
+        axes.legend()
+    return figure
+
+
+def gradient_curve(train: Sequence[Mapping[str, Any]], clip: float | None) -> Figure:
+    """Gradient norm before clipping over steps."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 3.2))
+        axes.plot(*_series(train, "grad_norm"), color=INPUT, linewidth=1, label="gradient norm before clipping")
+        if clip:
+            axes.axhline(clip, color="black", linestyle=":", label=f"clipped above {clip:g}")
+        axes.set(xlabel="step", ylabel="gradient norm", yscale="log")
+        axes.legend()
+    return figure
+
+
+def stage_curves(train: Sequence[Mapping[str, Any]], num_stages: int, clamp: tuple[float, float] | None) -> Figure:
+    """Per stage over steps: RMS of projection and output, wanted and applied factor, clamped share."""
+    with plt.rc_context(STYLE):
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
+        for stage in range(num_stages):
+            colour = STAGES[stage % len(STAGES)]
+            key = f"stage{stage}"
+            left.plot(*_series(train, f"{key}/output_rms"), color=colour, label=f"stage {stage} output")
+            left.plot(
+                *_series(train, f"{key}/projection_rms"), color=colour, ls="--", label=f"stage {stage} projection"
+            )
+            middle.plot(*_series(train, f"{key}/wanted_factor"), color=colour, ls="--", label=f"stage {stage} wanted")
+            middle.plot(*_series(train, f"{key}/applied_factor"), color=colour, label=f"stage {stage} applied")
+            right.plot(*_series(train, f"{key}/clamped"), color=colour, label=f"stage {stage}")
+        middle.axhline(1.3, color="black", linestyle=":", label="warning at 1.3")
+        if clamp:
+            middle.axhspan(*clamp, color="black", alpha=0.05, label="clamp range")
+        left.set(xlabel="step", ylabel="RMS (latent units)", ylim=(0, None))
+        middle.set(xlabel="step", ylabel="RMS factor")
+        right.set(xlabel="step", ylabel="share of clips clamped", ylim=(-0.05, 1.05))
+        for axes in (left, middle, right):
+            axes.legend(fontsize=8)
+    return figure
+
+
+def waveforms_and_mels(wavs: Mapping[str, Tensor], sample_rate: int = SAMPLE_RATE) -> Figure:
+    """Clips `[1, N]` side by side on one scale: waveform above, mel picture below."""
+    colours = dict(zip(wavs, (INPUT, TARGET, OUTPUT, AVERAGE), strict=False))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, len(wavs), figsize=(3.4 * len(wavs), 4.2), sharex=True, sharey="row")
+        for column, (name, wav) in enumerate(wavs.items()):
+            _draw_waveform(axes[0, column], wav, sample_rate, colours[name])
+            axes[0, column].set_title(name)
+            _draw_mel(figure if column == len(wavs) - 1 else None, axes[1, column], wav, sample_rate)
+            axes[1, column].set_xlabel("time (s)")
+            if column:
+                axes[0, column].set_ylabel("")
+                axes[1, column].set_ylabel("")
+    return figure
+
+
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _draw_waveform(axes: plt.Axes, wav: Tensor, sample_rate: int, colour: str) -> None:
+    """Minimum and maximum of each of about 1,000 slices: what an ear would call the outline."""
+    samples = wav[0].numpy()
+    width = max(1, len(samples) // 1000)
+    slices = samples[: len(samples) // width * width].reshape(-1, width)
+    time = np.arange(len(slices)) * width / sample_rate
+    axes.fill_between(time, slices.min(1), slices.max(1), color=colour, linewidth=0.3)
+    axes.set_ylabel("amplitude")
+
+
+def _draw_mel(figure: Figure | None, axes: plt.Axes, wav: Tensor, sample_rate: int) -> None:
+    decibels = mel_db(wav, sample_rate)
+    top = decibels.max()
+    extent = (0, wav.shape[-1] / sample_rate, 0, len(decibels))
+    picture = axes.imshow(
+        (decibels - top).numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-80, vmax=0, extent=extent
+    )
+    axes.set_ylabel("mel band")
+    axes.grid(False)
+    if figure is not None:
+        figure.colorbar(picture, ax=axes, label="dB below the clip's peak")

@@ -1,0 +1,182 @@
+"""What a notebook runs with: the presets, and the project folder that one of them works in.
+
+`load_preset` gives the settings, `open_project` the data, codec and latents that go with them. Every notebook starts
+with both, so that each can be run alone; what an earlier notebook has prepared is found and reused.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.audio import AUDIO_SUFFIXES
+from lib.cascade import CascadeConfig
+from lib.codec import Codec, load_codec
+from lib.errors import UserError
+from lib.files import make_folder, write_atomic
+from lib.latents import EncodeReport, encode_manifest
+from lib.losses import LossConfig
+from lib.pairs import Manifest, build_manifest, read_manifest
+from lib.synth import make_demo_dataset
+from lib.trainer import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]  # relative paths in notebooks mean this folder, wherever a kernel starts
+DEMO_SONGS = 16
+
+
+@dataclass(frozen=True)
+class Preset:
+    """All settings of a run of the notebooks. Fields of `train` and its `loss` can be overridden by their own names."""
+
+    name: str
+    codec: str  # a name, or a folder with weights
+    clip_seconds: float  # of training clips
+    listen_seconds: float  # of the clips to listen to
+    num_layers: int
+    train: TrainConfig
+    pair_mode: str = "auto"
+    listen_pairs: int = 3
+    num_stages: int = 2
+    anti_cheating: float = 0.0
+    data_seed: int = 0
+
+    @property
+    def cascade(self) -> CascadeConfig:
+        return CascadeConfig.reference(self.num_stages, anti_cheating=self.anti_cheating, num_layers=self.num_layers)
+
+
+PRESETS = {
+    # seconds a cell: what the notebooks store and what nbval runs
+    "smoke": Preset(
+        name="smoke",
+        codec="mdct",
+        clip_seconds=2.0,
+        listen_seconds=2.0,
+        listen_pairs=1,
+        num_layers=2,
+        train=TrainConfig(max_steps=24, batch_size=4, checkpoint_every=12),
+    ),
+    # the full model on short clips: a few minutes on two cores
+    "demo": Preset(
+        name="demo",
+        codec="mdct",
+        clip_seconds=4.0,
+        listen_seconds=16.0,
+        num_layers=6,
+        train=TrainConfig(max_steps=120, batch_size=4, checkpoint_every=40),
+    ),
+    # a GPU server: the seeds' own setting
+    "full": Preset(
+        name="full",
+        codec="encodec",
+        clip_seconds=16.0,
+        listen_seconds=16.0,
+        listen_pairs=6,
+        num_layers=6,
+        train=TrainConfig(epochs=200, batch_size=8, precision="bf16", checkpoint_every=500, num_workers=4),
+    ),
+}
+
+
+def load_preset(name: str, **overrides: Any) -> Preset:
+    """A preset with some settings changed: `load_preset("demo", max_steps=40, codec="encodec")`.
+
+    Unknown names and values of the wrong kind raise `UserError` with the choices.
+    """
+    if name not in PRESETS:
+        raise UserError(f"preset: unknown {name!r}; choose one of {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    rooms = {"preset": preset, "train": preset.train, "loss": preset.train.loss}
+    where = {
+        field.name: (room, field)
+        for room, holder in rooms.items()
+        for field in dataclasses.fields(holder)
+        if field.name not in ("name", "train", "loss")
+    }
+    changes: dict[str, dict[str, Any]] = {room: {} for room in rooms}
+    for key, value in overrides.items():
+        if key not in where:
+            raise UserError(f"setting: unknown {key!r}; choose from {', '.join(sorted(where))}")
+        room, field = where[key]
+        changes[room][key] = _as_type(key, value, field.type)
+    loss: LossConfig = dataclasses.replace(preset.train.loss, **changes["loss"])
+    train = dataclasses.replace(preset.train, loss=loss, **changes["train"])
+    changed = dataclasses.replace(preset, train=train, **changes["preset"])
+    for key, least in (("clip_seconds", 0.0), ("listen_seconds", 0.0), ("listen_pairs", 0)):
+        if not getattr(changed, key) > least:
+            raise UserError(f"{key}={getattr(changed, key)!r} is not allowed; use more than {least:g}")
+    _ = changed.cascade  # refuses what no cascade can be built from
+    return changed
+
+
+def _as_type(key: str, value: Any, annotation: Any) -> Any:
+    """`value` as the field's type: 1 is a float too, 1e-4 read by YAML as text is a number."""
+    kinds = getattr(annotation, "__args__", (annotation,))
+    if value is None and type(None) in kinds:
+        return None
+    for kind in kinds:
+        if kind is float and not isinstance(value, bool):
+            try:
+                return float(value)
+            except (TypeError, ValueError):
+                continue
+        if kind in (int, str) and isinstance(value, kind) and not isinstance(value, bool):
+            return value
+    wanted = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise UserError(f"setting {key}={value!r} is not allowed; use a value of type {wanted}")
+
+
+@dataclass(frozen=True)
+class Project:
+    """A preset at work: its folder, codec, pairs and latents."""
+
+    preset: Preset
+    out_dir: Path
+    codec: Codec
+    manifest: Manifest
+    latents: EncodeReport
+
+    def listening(self) -> Manifest:
+        """Pairs of the listening length; the split by source file is the one of training."""
+        seconds = self.preset.listen_seconds
+        return _manifest(self.manifest.root, self.out_dir / "listening.jsonl", seconds, self.preset)
+
+
+def open_project(preset: Preset, data_dir: str | Path = "", out_dir: str | Path = "") -> Project:
+    """Find or make everything that training needs.
+
+    `data_dir`: a folder of music (see data/README.md); empty: the demo songs, generated in data/demo. `out_dir`: the
+    run's folder; empty: outputs/<preset>. Relative paths are taken from the repository. Latents are cached in
+    data/latents, by content. Raises `UserError` for bad data, codec or folders.
+    """
+    out = ROOT / (out_dir or f"outputs/{preset.name}")
+    make_folder(out)
+    codec = load_codec(preset.codec)
+    data = ROOT / data_dir if data_dir else ROOT / "data" / "demo"
+    if not data_dir:
+        make_demo_dataset(data, num_songs=DEMO_SONGS)
+    manifest = _manifest(data, out / "manifest.jsonl", preset.clip_seconds, preset)
+    return Project(preset, out, codec, manifest, encode_manifest(manifest, codec, ROOT / "data" / "latents"))
+
+
+def _manifest(data: Path, path: Path, clip_seconds: float, preset: Preset) -> Manifest:
+    """The manifest at `path`, built anew when the settings or any file's name, size or time has changed."""
+    wanted = {"clip_seconds": clip_seconds, "mode": preset.pair_mode, "seed": preset.data_seed}
+    stamp = json.dumps(wanted | {"files": _listing_hash(data)})
+    stamp_path = path.with_suffix(".stamp.json")
+    if path.exists() and stamp_path.exists() and stamp_path.read_text() == stamp:
+        return read_manifest(path)
+    manifest = build_manifest(data, path, clip_seconds, mode=preset.pair_mode, seed=preset.data_seed)
+    write_atomic(stamp_path, stamp)
+    return manifest
+
+
+def _listing_hash(data: Path) -> str:
+    digest = hashlib.sha256(str(data.resolve()).encode())
+    for path in sorted(data.rglob("*")):
+        if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
+            status = path.stat()
+            digest.update(f"{path}:{status.st_size}:{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
