@@ -25,7 +25,7 @@ lab: .venv/ready
 
 # execute the stored notebooks with the smoke preset and store their outputs
 notebooks: .venv/ready
-	for name in notebooks/*.ipynb; do $(BIN)/python tests/store_notebook.py $$name || exit 1; done
+	TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace notebooks/*.ipynb
 	$(CLEAN) notebooks/*.ipynb
 
 lock:

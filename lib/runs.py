@@ -283,7 +283,9 @@ def import_original_checkpoint(path: str | Path, *, last_residual_weight: float 
     content = safe_torch_load(path, allowed=(argparse.Namespace,))  # its `args` holds numbers and strings only
     if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
         raise UserError(f"{path}: holds no 'model_state_dict'; give a checkpoint of the original training script")
-    tensors = {name.removeprefix("module."): value for name, value in content["model_state_dict"].items()}
+    tensors = {str(name).removeprefix("module."): value for name, value in content["model_state_dict"].items()}
+    if others := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"{path}: model_state_dict holds what is not a tensor: {', '.join(others[:8])}; export it again")
     agent = [name for name in tensors if name.startswith("creative_agent.")]
     ignored = tuple(
         part
@@ -333,7 +335,7 @@ def _rename_original(path: Path, tensors: dict[str, Tensor], config: CascadeConf
         match = re.match(r"cascade_stages\.(\d+)\.(.+)", name)
         stage, rest = (f"stages.{match[1]}.", match[2]) if match else ("", name)
         if rest == "pos_encoding.pe":
-            if not isinstance(tensor, Tensor) or tensor.ndim != 3:
+            if tensor.ndim != 3:
                 raise UserError(f"{path}: {name} is not [1, T, d]; this model's positions cannot be imported")
             T, d = tensor.shape[1:]
             if not torch.allclose(tensor[0].float(), sinusoidal_positions(T, d, torch.device("cpu")), atol=1e-4):

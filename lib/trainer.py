@@ -201,7 +201,7 @@ class Trainer:
     def train_step(self, input: Tensor, target: Tensor) -> dict[str, Any]:
         """One optimizer step. Logs and returns its metrics; raises `NonFiniteError` before a bad step is taken."""
         self.model.train()
-        rng = torch.get_rng_state()
+        rng = rng_state()
         loss, terms, traces = self.forward(input, target)
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
@@ -209,7 +209,7 @@ class Trainer:
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), largest)
         metrics = to_floats({"loss": loss, "grad_norm": grad_norm} | step_metrics(terms, traces))
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-            self.stop_non_finite(input, target, rng)
+            self.stop_non_finite("train", self.step + 1, input, target, rng)
         self.optimizer.step()
         self.step += 1
         epoch = (self.step - 1) // self.steps_per_epoch
@@ -220,12 +220,15 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean loss, terms and traces over the validation pairs, in eval mode."""
+        """Mean loss, terms and traces over the validation pairs, in eval mode. Raises `NonFiniteError`."""
         self.model.eval()
         sums: dict[str, float] = {}
         for input, target in self.loader(self.val_pairs, list(torch.arange(len(self.val_pairs)).split(8))):
             loss, terms, traces = self.forward(input, target)
-            for name, value in to_floats({"loss": loss} | step_metrics(terms, traces)).items():
+            metrics = to_floats({"loss": loss} | step_metrics(terms, traces))
+            if not math.isfinite(metrics["loss"]):  # finite gradients can still take weights to infinity
+                self.stop_non_finite("val", self.step, input, target, rng_state())
+            for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value * len(input)
         return {name: value / len(self.val_pairs) for name, value in sums.items()}
 
@@ -241,11 +244,9 @@ class Trainer:
     def save(self, *, is_best: bool) -> None:
         training = {
             "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),
             "best_loss": self.best_loss,
             "warned": sorted(self.warned),
-        }
+        } | rng_state()
         model = self.accelerator.unwrap_model(self.model)
         model.eval()  # aligns the projections' σ with the weights of this step
         self.run.save(self.step, model, training, is_best=is_best)
@@ -253,9 +254,7 @@ class Trainer:
     def load(self) -> None:
         self.step, training = self.run.load_training(self.accelerator.unwrap_model(self.model))
         self.optimizer.load_state_dict(training["optimizer"])
-        torch.set_rng_state(training["rng"])
-        if len(training["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(training["cuda_rng"])
+        set_rng_state(training)
         self.best_loss = training["best_loss"]
         self.warned = set(training["warned"])
 
@@ -268,16 +267,15 @@ class Trainer:
                 self.warned.add(stage)
                 logger.warning("step %d: stage %d wants the factor %.2f, above 1.3", self.step, stage, wanted)
 
-    def stop_non_finite(self, input: Tensor, target: Tensor, rng: Tensor) -> None:
+    def stop_non_finite(self, split: str, step: int, input: Tensor, target: Tensor, rng: dict[str, Any]) -> None:
         """Find where the non-finite value appeared first, record it and raise."""
         stage, tensor = self.find_non_finite(input, target, rng)
-        step = self.step + 1
-        self.run.log({"split": "train", "step": step, "event": "non_finite", "stage": stage, "tensor": tensor})
+        self.run.log({"split": split, "step": step, "event": "non_finite", "stage": stage, "tensor": tensor})
         raise NonFiniteError(step, stage, tensor, self.run.path / "last" if self.run.has_checkpoint() else None)
 
     @torch.no_grad()
-    def find_non_finite(self, input: Tensor, target: Tensor, rng: Tensor) -> tuple[int | None, str]:
-        """Repeat the forward pass under the same RNG and watch every module; then look at the gradients."""
+    def find_non_finite(self, input: Tensor, target: Tensor, rng: dict[str, Any]) -> tuple[int | None, str]:
+        """Repeat the forward pass under the same RNG and watch every module; then the backward pass and gradients."""
         for name, batch in (("input latents", input), ("target latents", target)):
             if not batch.isfinite().all():
                 return None, name
@@ -285,30 +283,53 @@ class Trainer:
         for name, parameter in model.named_parameters():
             if not parameter.isfinite().all():
                 return stage_of(name), f"parameter {name}"
-        found: list[str] = []
+        found: list[tuple[str, str]] = []  # kind of tensor and name of its module or parameter, the first one first
 
         def watch(name: str):
             def hook(module: nn.Module, inputs: tuple, outputs: Any) -> None:
                 for kind, values in (("input", inputs), ("output", outputs)):
                     for value in values if isinstance(values, tuple) else (values,):
                         if isinstance(value, Tensor) and not value.isfinite().all():
-                            found.append(f"{kind} of {name}")
+                            found.append((kind, name))
+
+            return hook
+
+        def watch_gradient(name: str):
+            def hook(parameter: Tensor) -> None:
+                if not parameter.grad.isfinite().all():
+                    found.append(("gradient", name))
 
             return hook
 
         hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+        hooks += [p.register_post_accumulate_grad_hook(watch_gradient(name)) for name, p in model.named_parameters()]
         try:
-            torch.set_rng_state(rng)
-            self.forward(input, target)
+            set_rng_state(rng)
+            loss, _, _ = self.forward(input, target)
+            if not found and not loss.isfinite():
+                return None, "loss"
+            if not found:  # once more with gradients: clipping has overwritten those of the step
+                self.optimizer.zero_grad(set_to_none=True)
+                set_rng_state(rng)
+                with torch.enable_grad():
+                    self.accelerator.backward(self.forward(input, target)[0])
         finally:
             for hook in hooks:
                 hook.remove()
-        if found:
-            return stage_of(found[0].split(" of ")[1]), found[0]
-        for name, parameter in reversed(list(model.named_parameters())):  # backward runs from the last to the first
-            if parameter.grad is not None and not parameter.grad.isfinite().all():
-                return stage_of(name), f"gradient of {name}"
-        return None, "loss"
+        if not found:
+            return None, "norm of the gradients"
+        kind, name = found[0]
+        return stage_of(name), f"{kind} of {name}"
+
+
+def rng_state() -> dict[str, Any]:
+    return {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["rng"])
+    if len(state["cuda_rng"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
 
 
 def stage_of(name: str) -> int | None:

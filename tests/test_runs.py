@@ -454,12 +454,13 @@ def trained_original(layers, steps=3, **options) -> Original:
     """After a few steps at a high rate, so that u and v lag behind the weight as they do in real files."""
     torch.manual_seed(0)
     model = Original(layers, **options)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     input, target = latents()
     for _ in range(steps):
-        optimizer.zero_grad()
-        (model(input, target) - input + 0.3 * target).square().mean().backward()
-        optimizer.step()
+        loss = (model(input, target) - input + 0.3 * target).square().mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.sub_(0.05 * gradient)
     return model.eval()
 
 
