@@ -12,6 +12,8 @@ import torch
 
 from lib.errors import UserError
 
+TEMPORARY = ".tmp"  # ends the name of a file that is being written
+
 
 def safe_torch_load(path: str | Path, allowed: Iterable[type] = ()) -> Any:
     """`torch.load` on the CPU that never runs code from the file; `UserError` says why a file is refused."""
@@ -46,11 +48,12 @@ def make_folder(path: Path) -> None:
         raise UserError(f"{path}: cannot write here ({error.strerror}); choose another output folder") from None
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, fsync and rename it."""
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
+    """Write a file under a temporary name, fsync and rename it. Text is UTF-8; surrogates carry odd file names."""
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}{TEMPORARY}")
     try:
-        temporary.write_text(text)
+        data = content.encode(errors="surrogateescape") if isinstance(content, str) else content
+        temporary.write_bytes(data)
         fsync(temporary)
         os.replace(temporary, path)
     finally:

@@ -17,7 +17,6 @@ import io
 import json
 import math
 import os
-import secrets
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -34,7 +33,8 @@ from tqdm import tqdm
 from lib.audio import load_audio
 from lib.codec import Codec, one_thread
 from lib.errors import UserError
-from lib.pairs import Clip, Manifest
+from lib.files import TEMPORARY, file_sha256, write_atomic
+from lib.manifest import Clip, Manifest
 
 INDEX_VERSION = 1
 SHARD_BYTES = 64 << 20  # about 100 clips of 16 s: few files, and little lost to a kill
@@ -132,7 +132,7 @@ def encode_manifest(
 
 def _prepare(store: Path) -> None:
     store.mkdir(parents=True, exist_ok=True)
-    for temp in store.glob(".*.tmp"):
+    for temp in store.glob(f".*{TEMPORARY}"):
         with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
             if time.time() - temp.stat().st_mtime > STALE_SECONDS:
                 temp.unlink()
@@ -196,7 +196,7 @@ def _encode_groups(
             if rows:
                 sha256 = _write_array(store, np.stack(list(rows.values())))
                 sidecar = {"fingerprint": codec.fingerprint, "sha256": sha256, "keys": list(rows)}
-                _write(store / f"{sha256}.json", json.dumps(sidecar).encode())
+                write_atomic(store / f"{sha256}.json", json.dumps(sidecar))
                 shards.append(_Shard(sha256, tuple(rows)))
     return shards, dropped
 
@@ -236,7 +236,7 @@ def _write_index(store: Path, manifest: Manifest, shards: list[_Shard], facts: d
     }
     identity = [[pair.id, pair.split, pair.input.key, pair.target.key] for pair in manifest.pairs]
     path = store / f"index-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}.json"
-    _write(path, json.dumps(index).encode())
+    write_atomic(path, json.dumps(index))
     return path, {split: len(table) for split, (table, _) in splits.items()}
 
 
@@ -245,26 +245,13 @@ def _write_array(folder: Path, array: np.ndarray) -> str:
     content = io.BytesIO()
     np.save(content, array, allow_pickle=False)
     sha256 = hashlib.sha256(content.getbuffer()).hexdigest()
-    _write(folder / f"{sha256}.npy", content.getbuffer())
+    write_atomic(folder / f"{sha256}.npy", content.getbuffer())
     return sha256
-
-
-def _write(path: Path, content: bytes | memoryview) -> None:
-    temp = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temp, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
 
 
 def _is_intact(path: Path, sha256: str) -> bool:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        return file_sha256(path) == sha256
     except OSError:
         return False
 

@@ -15,7 +15,6 @@ same recording in another format has other bytes and is not recognised.
 
 import hashlib
 import itertools
-import json
 import math
 import os
 import random
@@ -23,159 +22,21 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from lib.audio import AUDIO_SUFFIXES, MIN_SAMPLES, SAMPLE_RATE, AudioError, check_audio
 from lib.errors import UserError
+from lib.manifest import MODES, SPLITS, Clip, Manifest, Pair, Skipped, read_manifest, report_path, write_manifest
 
-MODES = ("auto", "named", "continuation", "cross", "both")
-SPLITS = ("train", "val")
-MANIFEST_VERSION = 1
+__all__ = ["Clip", "Manifest", "Pair", "build_manifest", "read_manifest"]
+
 MIN_FILL = 0.9  # a clip with at least this part of its length is used and padded with zeros later
 
 _NAMED = re.compile(r"(?P<id>pair_.+)_(?P<role>input|target|output)", re.IGNORECASE)
 _PROGRESS_FROM = 8  # files; below that a bar is noise
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A window of a file. `offset` and `length` are samples at 24 kHz; `length` counts real ones, before padding."""
-
-    path: str  # posix, relative to the data root
-    offset: int
-    length: int
-    sha256: str  # of the file's bytes
-
-    @property
-    def key(self) -> str:
-        """Identity of the content (64 bits, hex): the same for a copy of the file under another name."""
-        return hashlib.sha256(f"{self.sha256}:{self.offset}:{self.length}".encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Pair:
-    id: str  # unique in the manifest
-    split: str  # "train" or "val"
-    mode: str  # "named", "continuation" or "cross"
-    input: Clip
-    target: Clip
-
-
-@dataclass(frozen=True)
-class Skipped:
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    root: Path  # the data folder
-    clip_length: int  # samples at `sample_rate`
-    sample_rate: int
-    seed: int
-    pairs: tuple[Pair, ...]
-    skipped: tuple[Skipped, ...]
-
-    def split(self, name: str) -> tuple[Pair, ...]:
-        """The pairs of "train" or "val"."""
-        if name not in SPLITS:
-            raise ValueError(f"unknown split {name!r}; choose one of {', '.join(SPLITS)}")
-        return tuple(pair for pair in self.pairs if pair.split == name)
-
-    def path(self, clip: Clip) -> Path:
-        """Where a clip's file is."""
-        return self.root / clip.path
-
-
-def read_manifest(path: str | Path) -> Manifest:
-    """Read what `build_manifest` wrote. Raises `UserError` with file and line if it is missing or damaged."""
-    path = Path(path)
-    again = "build the manifest again"
-    number, pairs = 1, []
-    try:
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
-        first, *lines = text.removesuffix("\n").split("\n")  # not splitlines: names may hold U+2028 and the like
-        header = json.loads(first)
-        if header["version"] != MANIFEST_VERSION:
-            raise ValueError(f"version {header['version']!r} is not {MANIFEST_VERSION}")
-        fields = {name: header[name] for name in ("clip_length", "sample_rate", "seed")}
-        if not all(type(value) is int for value in fields.values()):
-            raise ValueError(f"{fields} are not all whole numbers")
-        root = Path(os.path.normpath(path.resolve().parent / header["root"]))
-        for line in lines:
-            number += 1
-            pairs.append(_pair_from_json(json.loads(line)))
-        if header["num_pairs"] != len(pairs):
-            raise ValueError(f"the file ends after {len(pairs)} pairs of {header['num_pairs']}")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {again}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        fault = f"no field {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{path}, line {number}: damaged ({fault}); {again}") from error
-    return Manifest(root=root, pairs=tuple(pairs), skipped=_read_report(_report_path(path)), **fields)
-
-
-def _report_path(manifest_path: Path) -> Path:
-    return manifest_path.with_name(manifest_path.stem + ".skipped.json")
-
-
-def _write_manifest(manifest: Manifest, path: Path, mode: str) -> None:
-    # the root is relative to the manifest, so that data and outputs can be moved together
-    header = {
-        "version": MANIFEST_VERSION,
-        "root": Path(os.path.relpath(manifest.root, path.resolve().parent)).as_posix(),
-        "sample_rate": manifest.sample_rate,
-        "clip_length": manifest.clip_length,
-        "mode": mode,
-        "seed": manifest.seed,
-        "num_pairs": len(manifest.pairs),  # tells a manifest that was cut off at the end of a line
-    }
-    lines = [json.dumps(line, ensure_ascii=False) for line in (header, *map(asdict, manifest.pairs))]
-    report = json.dumps([asdict(item) for item in manifest.skipped], ensure_ascii=False, indent=1)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_text(_report_path(path), report + "\n")
-        _write_text(path, "\n".join(lines) + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose a folder you may write to") from error
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Atomically; surrogateescape lets a file name through that is not UTF-8."""
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temp, "w", encoding="utf-8", errors="surrogateescape") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
-
-
-def _read_report(path: Path) -> tuple[Skipped, ...]:
-    if not path.exists():
-        return ()
-    try:
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
-        return tuple(Skipped(**item) for item in json.loads(text))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); build the manifest again or remove this file") from error
-
-
-def _pair_from_json(fields: dict) -> Pair:
-    pair = Pair(**fields | {half: Clip(**fields[half]) for half in ("input", "target")})
-    if pair.split not in SPLITS or pair.mode not in MODES:
-        raise ValueError(f"split {pair.split!r} or mode {pair.mode!r} is unknown")
-    for clip in (pair.input, pair.target):
-        if not (type(clip.offset) is type(clip.length) is int and clip.offset >= 0 < clip.length):
-            raise ValueError(f"offset {clip.offset!r} or length {clip.length!r} is no sample count")
-        if not (isinstance(clip.path, str) and re.fullmatch("[0-9a-f]{64}", str(clip.sha256))):
-            raise ValueError(f"path {clip.path!r} or sha256 {clip.sha256!r} is malformed")
-    return pair
 
 
 @dataclass(frozen=True)
@@ -217,8 +78,7 @@ def build_manifest(
     """
     root, out_path = Path(data_dir), Path(out_path)
     clip_length = _check_options(root, clip_seconds, mode, cross_per_file, val_fraction)
-    report_path = _report_path(out_path)
-    files, skipped = _list_files(root, ignore=(out_path, report_path))
+    files, skipped = _list_files(root, ignore=(out_path, report_path(out_path)))
     if not files:
         others = f" (only {len(skipped)} other files)" if skipped else ""
         raise UserError(f"{root}: no music in this folder{others}; put WAV, FLAC, OGG or MP3 files there")
@@ -237,7 +97,7 @@ def build_manifest(
         if not any(pair.split == split for pair in pairs):
             raise UserError(_no_pairs(root, split, files, skipped))
     manifest = Manifest(root.resolve(), clip_length, SAMPLE_RATE, seed, tuple(pairs), tuple(skipped))
-    _write_manifest(manifest, out_path, mode)
+    write_manifest(manifest, out_path, mode)
     return manifest
 
 

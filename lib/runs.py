@@ -285,7 +285,9 @@ def import_original_checkpoint(path: str | Path, *, last_residual_weight: float 
         raise UserError(f"{path}: holds no 'model_state_dict'; give a checkpoint of the original training script")
     tensors = {str(name).removeprefix("module."): value for name, value in content["model_state_dict"].items()}
     if others := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
-        raise UserError(f"{path}: model_state_dict holds what is not a tensor: {', '.join(others[:8])}; export it again")
+        raise UserError(
+            f"{path}: model_state_dict holds what is not a tensor: {', '.join(others[:8])}; export it again"
+        )
     agent = [name for name in tensors if name.startswith("creative_agent.")]
     ignored = tuple(
         part

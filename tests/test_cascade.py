@@ -489,12 +489,12 @@ def test_from_dict_names_unknown_and_missing_fields(tiny_cascade):
     stage = dict(good["stages"][0])
     with pytest.raises(UserError, match="CascadeConfig has no field stagess"):
         CascadeConfig.from_dict(good | {"stagess": 1})
-    with pytest.raises(UserError, match="StageConfig has no field droput.*dropout"):
+    with pytest.raises(UserError, match=r"StageConfig has no field droput.*dropout"):
         CascadeConfig.from_dict(good | {"stages": [stage | {"droput": 0.1}]})
     with pytest.raises(UserError, match="stages"):
         CascadeConfig.from_dict({})
     del stage["residual_weight"]
-    with pytest.raises(UserError, match="StageConfig .*residual_weight"):
+    with pytest.raises(UserError, match=r"StageConfig lacks the field residual_weight"):
         CascadeConfig.from_dict(good | {"stages": [stage]})
 
 

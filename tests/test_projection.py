@@ -1,4 +1,4 @@
-"""The projection's σ is the SVD's: in eval, in training, after a disturbance, under bf16; and the ceiling it implies."""
+"""The projection's σ by SVD: in eval, in training, after a disturbance, under bf16; and the ceiling that it implies."""
 
 import math
 

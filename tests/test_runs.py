@@ -351,7 +351,7 @@ def test_load_weights_refuses_other_files(tmp_path, config):
 def test_a_run_of_another_codec_is_refused(run, config):
     run.save(1, seeded(config, 1), {}, is_best=True)
     run.load_model(codec_fingerprint="f" * 64)
-    with pytest.raises(UserError, match="'tiny'.*use that codec"):
+    with pytest.raises(UserError, match=r"'tiny'.*use that codec"):
         run.load_model(codec_fingerprint="0" * 64)
 
 
@@ -530,7 +530,7 @@ def test_import_of_one_stage(tmp_path):
 def test_three_stages_need_the_last_residual_weight(tmp_path):
     original = trained_original((1, 1, 1), last_residual_weight=0.3)
     path = original_file(tmp_path / "x.pt", original)
-    with pytest.raises(UserError, match="3 stages.*last_residual_weight=0.1"):
+    with pytest.raises(UserError, match=r"3 stages.*last_residual_weight=0\.1"):
         import_original_checkpoint(path)
     assert parity(import_original_checkpoint(path, last_residual_weight=0.3).cascade, original) < 1e-5
     assert parity(import_original_checkpoint(path, last_residual_weight=0.1).cascade, original) > 1e-3
@@ -586,7 +586,7 @@ def test_positions_that_are_not_sinusoidal_are_refused(tmp_path, small_original,
     content = torch.load(path, weights_only=True)
     content["model_state_dict"]["cascade_stages.0.pos_encoding.pe"] = pe
     torch.save(content, path)
-    with pytest.raises(UserError, match="cascade_stages.0.pos_encoding.pe"):
+    with pytest.raises(UserError, match=r"cascade_stages\.0\.pos_encoding\.pe"):
         import_original_checkpoint(path)
 
 

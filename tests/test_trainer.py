@@ -447,10 +447,9 @@ with exit_on_user_error():
 
 def test_sigterm_to_a_program_of_its_own(start, tiny_index, tmp_path, whole):
     """A fresh interpreter, as a user starts it, and a signal from outside."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, whole.path / "config.json", tiny_index, tmp_path / "run"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"},
-    )  # fmt: skip
+    command = [sys.executable, "-c", PROGRAM, whole.path / "config.json", tiny_index, tmp_path / "run"]
+    paths = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=paths)
     assert process.stdout.readline() == "at step 4\n", process.stderr.read()
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
