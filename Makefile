@@ -7,7 +7,7 @@ NBVAL := $(BIN)/python -m pytest notebooks -p no:python -p no:cacheprovider --nb
 CLEAN := $(BIN)/nbstripout --keep-output --keep-count \
 	--extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
 
-.PHONY: demo test lab notebooks lock
+.PHONY: demo test lab record notebooks lock
 
 demo: .venv/ready
 	$(BIN)/python -m lib.pipeline --preset demo
@@ -22,6 +22,14 @@ test: .venv/ready
 
 lab: .venv/ready
 	$(BIN)/jupyter lab notebooks
+
+# run a preset and keep the small results that the README quotes
+PRESET ?= demo
+record: .venv/ready
+	$(BIN)/python -m lib.pipeline --preset $(PRESET)
+	mkdir -p outputs/record/$(PRESET)
+	cp outputs/$(PRESET)/summary.json outputs/$(PRESET)/figures/listening_0.png outputs/$(PRESET)/figures/stages.png \
+		outputs/record/$(PRESET)/
 
 # execute the stored notebooks with the smoke preset and store their outputs
 notebooks: .venv/ready

@@ -94,8 +94,9 @@ def crossfaded(bounds: list[tuple[int, int]], chunk_at: Callable[[int, int], Ten
     for i, (start, end) in enumerate(tqdm(bounds, desc="fusing", unit="chunk", disable=len(bounds) < 2)):
         wav = chunk_at(start, end)
         if tail is not None:
-            rise = (torch.arange(tail.shape[1]) + 0.5) / tail.shape[1]
-            wav[:, : tail.shape[1]] = wav[:, : tail.shape[1]] * rise + tail * (1 - rise)
+            n = tail.shape[1]
+            rise = (torch.arange(n) + 0.5) / n
+            wav = torch.cat([wav[:, :n] * rise + tail * (1 - rise), wav[:, n:]], dim=1)
         shared = end - bounds[i + 1][0] if i + 1 < len(bounds) else 0
         tail = wav[:, wav.shape[1] - shared :]
         yield wav[:, : wav.shape[1] - shared]
@@ -112,7 +113,10 @@ def main() -> None:
     options = parser.parse_args()
     with exit_on_user_error():
         run = Run.open(options.run)
-        codec = load_codec(options.codec or run.config["codec"]["name"])
+        trained_on = run.config.get("codec")
+        if not isinstance(trained_on, dict) or not isinstance(trained_on.get("name"), str):
+            raise UserError(f"{run.path / 'config.json'}: damaged, it names no codec; restore it or train again")
+        codec = load_codec(options.codec or trained_on["name"])
         report = fuse_files(options.input, options.target, options.out, run, codec, which=options.checkpoint)
         seconds = report.num_samples / SAMPLE_RATE
         print(f"{report.path}: {seconds:.2f} s in {report.chunks} chunk(s), peak {report.peak:.3f}")

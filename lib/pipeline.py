@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import papermill
+import torch
 import yaml
 from jupyter_client.manager import KernelManager
 from papermill.exceptions import PapermillExecutionError
@@ -67,19 +68,21 @@ def run_notebooks(
         for item in skipped[:5]:
             say(f"  {item.path}: {item.reason}")
     parameters = {"preset": preset_name, "overrides": overrides, "data_dir": data, "out_dir": str(out)}
+    inputs = json.dumps([parameters, project.codec.fingerprint, project.latents.index.name])  # index: by content
     for number, name in enumerate(only, start=1):
         given = parameters | ({"resume": resume} if name == "04_training" else {})
-        stamp = out / "report" / f"{name}.done"
-        state = hashlib.sha256((json.dumps(parameters) + notebook_path(name).read_text()).encode()).hexdigest()
-        if resume and stamp.exists() and stamp.read_text() == state:
+        stamp = done_path(out, name)
+        state = hashlib.sha256((inputs + notebook_path(name).read_text()).encode()).hexdigest()
+        if resume and stamp.exists() and json.loads(stamp.read_text())["state"] == state:
             say(f"[{number}/{len(only)}] {name}: done before, skipped")
             continue
         say(f"[{number}/{len(only)}] {name} → {out / name}.ipynb")
         stamp.unlink(missing_ok=True)
         started = time.monotonic()
         execute(name, out, given)
-        write_atomic(stamp, state)
-        say(f"[{number}/{len(only)}] {name}: {time.monotonic() - started:.0f} s")
+        seconds = time.monotonic() - started
+        write_atomic(stamp, json.dumps({"state": state, "seconds": round(seconds)}))
+        say(f"[{number}/{len(only)}] {name}: {seconds:.0f} s")
     return write_report(out, f"Latent fusion: {preset_name}", facts(preset, out, train, val))
 
 
@@ -131,7 +134,7 @@ def stop_signals_go_to(kernel: KernelManager) -> Iterator[None]:
 
 
 def facts(preset: Preset, out: Path, train: int, val: int) -> dict[str, str]:
-    """The head of the page: what was run."""
+    """The head of the page: what was run, on what, and how long it took."""
     head = {"preset": preset.name, "pairs": f"{train} training, {val} validation"}
     if (out / "config.json").exists():
         run = Run.open(out)
@@ -139,7 +142,16 @@ def facts(preset: Preset, out: Path, train: int, val: int) -> dict[str, str]:
         head["codec"] = run.config["codec"]["name"]
         head["training"] = f"{steps[-1] if steps else 0} steps"
         head["code"] = f"commit {run.config['versions']['commit']}, torch {run.config['versions']['torch']}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    head["machine"] = f"{os.cpu_count()} cores, {device}"
+    seconds = {n: json.loads(done_path(out, n).read_text())["seconds"] for n in NOTEBOOKS if done_path(out, n).exists()}
+    head["time"] = ", ".join(f"{name} {value} s" for name, value in seconds.items())
     return head
+
+
+def done_path(out: Path, name: str) -> Path:
+    """The mark of a finished notebook: the state it ran with, and the seconds it took."""
+    return out / "report" / f"{name}.done"
 
 
 def notebook_path(name: str) -> Path:
@@ -159,7 +171,7 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
             raise UserError(f"--set {setting}: not of the form name=value; write for example --set max_steps=200")
         try:
             overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none
             raise UserError(f"--set {setting}: {value!r} is not a YAML value; quote it") from None
     return overrides
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lib.audio import SAMPLE_RATE
 
-HEADROOM = 0.99  # of full scale
+HEADROOM = 0.99  # of full scale, where a clip that passes it is turned down to
 
 
 class Players:
@@ -25,7 +25,7 @@ class Players:
         self.wavs = dict(wavs)
         self.sample_rate = sample_rate
         peak = max(float(wav.abs().max()) for wav in self.wavs.values())
-        self.gain = min(1.0, HEADROOM / max(peak, 1e-12))
+        self.gain = HEADROOM / peak if peak > 1 else 1.0
 
     def levels(self) -> list[dict[str, object]]:
         """Name, RMS and peak of each clip, linear, before the common gain."""

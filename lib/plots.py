@@ -37,7 +37,8 @@ def mel_db(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> Tensor:
     if wav.shape[-1] < n_fft:
         wav = torch.nn.functional.pad(wav, (0, n_fft - wav.shape[-1]))
     mel = torchaudio.transforms.MelSpectrogram(sample_rate, n_fft=n_fft, hop_length=256, n_mels=80)
-    return torchaudio.functional.amplitude_to_DB(mel(wav)[0], 10.0, 1e-10, 0.0, top_db=80.0)
+    decibels = torchaudio.functional.amplitude_to_DB(mel(wav)[0], 10.0, 1e-10, 0.0, top_db=80.0)
+    return decibels - decibels.max()
 
 
 def waveform_and_latents(wav: Tensor, latents: Tensor, title: str, sample_rate: int = SAMPLE_RATE) -> Figure:
@@ -65,11 +66,11 @@ def latent_histogram(latents: Mapping[str, Tensor]) -> Figure:
         figure, axes = plt.subplots(figsize=(7, 3.2))
         for (name, values), colour in zip(latents.items(), (INPUT, TARGET), strict=False):
             flat = values.flatten().numpy()
+            level = np.sqrt(np.mean(flat**2))
             counts, edges = np.histogram(flat, bins=120, density=True)
-            axes.step(edges[:-1], counts, where="post", color=colour, label=f"{name}, RMS {flat.std():.2f}")
+            axes.step(edges[:-1], counts, where="post", color=colour, label=f"{name}, RMS {level:.2f}")
         x = np.linspace(edges[0], edges[-1], 400)
-        sigma = flat.std()
-        normal = np.exp(-((x / sigma) ** 2) / 2) / (sigma * np.sqrt(2 * np.pi))
+        normal = np.exp(-((x / level) ** 2) / 2) / (level * np.sqrt(2 * np.pi))
         axes.plot(x, normal, color=AVERAGE, linestyle="--", label="normal distribution")
         axes.set(yscale="log", ylim=(1e-6, None), xlabel="latent value", ylabel="density")
         axes.legend()
@@ -145,7 +146,9 @@ def waveforms_and_mels(wavs: Mapping[str, Tensor], sample_rate: int = SAMPLE_RAT
     """Clips `[1, N]` side by side on one scale: waveform above, mel picture below."""
     colours = dict(zip(wavs, (INPUT, TARGET, OUTPUT, AVERAGE), strict=False))
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(2, len(wavs), figsize=(3.4 * len(wavs), 4.2), sharex=True, sharey="row")
+        figure, axes = plt.subplots(
+            2, len(wavs), figsize=(3.4 * len(wavs), 4.2), sharex=True, sharey="row", squeeze=False
+        )
         for column, (name, wav) in enumerate(wavs.items()):
             _draw_waveform(axes[0, column], wav, sample_rate, colours[name])
             axes[0, column].set_title(name)
@@ -174,10 +177,9 @@ def _draw_waveform(axes: plt.Axes, wav: Tensor, sample_rate: int, colour: str) -
 
 def _draw_mel(figure: Figure | None, axes: plt.Axes, wav: Tensor, sample_rate: int) -> None:
     decibels = mel_db(wav, sample_rate)
-    top = decibels.max()
     extent = (0, wav.shape[-1] / sample_rate, 0, len(decibels))
     picture = axes.imshow(
-        (decibels - top).numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-80, vmax=0, extent=extent
+        decibels.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-80, vmax=0, extent=extent
     )
     axes.set_ylabel("mel band")
     axes.grid(False)

@@ -7,6 +7,7 @@ with both, so that each can be run alone; what an earlier notebook has prepared 
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ PRESETS = {
         clip_seconds=4.0,
         listen_seconds=16.0,
         num_layers=6,
-        train=TrainConfig(max_steps=120, batch_size=4, checkpoint_every=40),
+        train=TrainConfig(max_steps=80, batch_size=4, checkpoint_every=40),
     ),
     # a GPU server: the seeds' own setting
     "full": Preset(
@@ -80,7 +81,7 @@ PRESETS = {
 }
 
 
-def load_preset(name: str, **overrides: Any) -> Preset:
+def load_preset(name: str, /, **overrides: Any) -> Preset:
     """A preset with some settings changed: `load_preset("demo", max_steps=40, codec="encodec")`.
 
     Unknown names and values of the wrong kind raise `UserError` with the choices.
@@ -120,7 +121,7 @@ def _as_type(key: str, value: Any, annotation: Any) -> Any:
         if kind is float and not isinstance(value, bool):
             try:
                 return float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
         if kind in (int, str) and isinstance(value, kind) and not isinstance(value, bool):
             return value
@@ -168,15 +169,24 @@ def _manifest(data: Path, path: Path, clip_seconds: float, preset: Preset) -> Ma
     stamp_path = path.with_suffix(".stamp.json")
     if path.exists() and stamp_path.exists() and stamp_path.read_text() == stamp:
         return read_manifest(path)
+    stamp_path.unlink(missing_ok=True)  # a kill before the new one is written must not leave the old one in force
     manifest = build_manifest(data, path, clip_seconds, mode=preset.pair_mode, seed=preset.data_seed)
     write_atomic(stamp_path, stamp)
     return manifest
 
 
 def _listing_hash(data: Path) -> str:
-    digest = hashlib.sha256(str(data.resolve()).encode())
-    for path in sorted(data.rglob("*")):
-        if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
-            status = path.stat()
-            digest.update(f"{path}:{status.st_size}:{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    digest = hashlib.sha256(str(data.resolve()).encode(errors="surrogateescape"))
+    seen = set()
+    for folder, subfolders, names in os.walk(data, followlinks=True):  # links as in `build_manifest`
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        subfolders.sort()
+        for path in (Path(folder, name) for name in sorted(names)):
+            if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
+                status = path.stat()
+                digest.update(f"{path}:{status.st_size}:{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

@@ -70,7 +70,7 @@ class Section:
 
     def table(self, rows: Sequence[Mapping[str, Any]], caption: str) -> Table:
         table = Table(rows)
-        self._add({"kind": "html", "html": table._repr_html_(), "caption": caption})
+        self._add({"kind": "html", "html": table._repr_html_(), "caption": caption, "rows": list(rows)})
         return table
 
     def players(self, players: Players, caption: str) -> Players:
@@ -86,11 +86,16 @@ class Section:
 
 
 def write_report(out_dir: Path, title: str, facts: Mapping[str, str]) -> Path:
-    """Join the sections in `out_dir` into `index.html`, with pictures and players inside it; returns its path."""
+    """Join the sections in `out_dir` into `index.html`, with pictures and players inside it; returns its path.
+
+    `summary.json` beside it holds the facts and every table as data.
+    """
     paths = sorted((out_dir / "report").glob("*.json"))
     if not paths:
         raise UserError(f"{out_dir}: no sections to report on; run the notebooks first")
     sections = [json.loads(path.read_text()) for path in paths]
+    tables = {item["caption"]: item["rows"] for section in sections for item in section["items"] if "rows" in item}
+    write_atomic(out_dir / "summary.json", json.dumps({"facts": dict(facts), "tables": tables}, indent=1))
     for section in sections:
         for item in section["items"]:
             if item["kind"] == "figure":

@@ -8,14 +8,14 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -24,12 +24,14 @@ from lib.codec import Codec
 from lib.errors import UserError
 from lib.latents import LatentPairs
 from lib.losses import LossConfig, total_loss
+from lib.nonfinite import NonFiniteError, find_non_finite
 from lib.runs import Run, config_differences
 
 logger = logging.getLogger(__name__)
 
 FACTOR_WARNING = 1.3  # seed 001 calls a scale factor above it a warning sign
 PRECISIONS = ("fp32", "bf16")
+LENGTH = ("epochs", "max_steps")  # a resumed run may be made longer or shorter
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,6 @@ class TrainConfig:
             raise UserError(f"precision={self.precision!r} is not allowed; use one of {', '.join(PRECISIONS)}")
 
 
-class NonFiniteError(RuntimeError):
-    """Training met a NaN or an infinity. `step`, `stage` (None: outside the stages) and `tensor` say where first."""
-
-    def __init__(self, step: int, stage: int | None, tensor: str, checkpoint: Path | None):
-        self.step, self.stage, self.tensor = step, stage, tensor
-        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written yet"
-        where = f"stage {stage}" if stage is not None else "outside the stages"
-        super().__init__(f"non-finite value at step {step}, {where}, first in {tensor}; {kept}")
-
-
 def train(
     out_dir: str | Path,
     index: str | Path,
@@ -87,24 +79,30 @@ def train(
 ) -> Run:
     """Train a cascade on the latents of `index` and return its run directory.
 
-    With `resume`, a run in `out_dir` goes on from its last checkpoint, bit for bit on a CPU; one with another config is
-    refused. Without it a new run starts. Ctrl-C and SIGTERM save a checkpoint and raise `KeyboardInterrupt`.
+    With `resume`, a run in `out_dir` goes on from its last checkpoint, bit for bit on a CPU; only its length may differ
+    now, and another config or other data is refused. Without it a new run starts. Ctrl-C and SIGTERM save a checkpoint
+    and raise `KeyboardInterrupt`.
     """
     wanted = {
         "cascade": cascade.to_dict(),
         "train": dataclasses.asdict(config),
         "codec": {"name": codec.name, "fingerprint": codec.fingerprint},
+        "data": Path(index).stem,  # names the pairs by their content
     }
     pairs = {split: LatentPairs(index, split, codec_fingerprint=codec.fingerprint) for split in ("train", "val")}
     check_sizes(pairs, config)
+    if cascade.latent_dim != codec.dim:
+        raise UserError(f"latent_dim={cascade.latent_dim} does not fit codec {codec.name}; use {codec.dim}")
     if resume and (Path(out_dir) / "config.json").exists():
         run = Run.open(out_dir)
         had = {key: run.config.get(key) for key in wanted}
-        if differences := config_differences(had, wanted):
+        length = {name: wanted["train"][name] for name in LENGTH}
+        if differences := config_differences(had | {"train": (had["train"] or {}) | length}, wanted):
             raise UserError(
                 f"{out_dir}: holds a run with another config ({'; '.join(differences[:4])}); "
                 "resume with its own config, start again without resume, or choose another output folder"
             )
+        run.config["train"] |= length
     else:
         run = Run.create(out_dir, wanted)
     Trainer(run, pairs["train"], pairs["val"]).run_to_end()
@@ -151,37 +149,34 @@ class Trainer:
         return min(steps, self.config.max_steps) if self.config.max_steps else steps
 
     def run_to_end(self) -> None:
+        """Train the steps that are left. After a stop signal: save, and raise `KeyboardInterrupt`."""
         if self.step >= self.total_steps:
             return
         self.run.forget_metrics_after(self.step)
-        with catch_stop_signals(self):
-            progress = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", mininterval=1.0)
-            with progress:
-                while self.step < self.total_steps:
-                    for input, target in self.batches():
-                        row = self.train_step(input, target)
-                        progress.update()
-                        progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-                        done = self.step >= self.total_steps
-                        if done or self.step % self.config.checkpoint_every == 0:
-                            self.validate_and_save()
-                        elif self.stop_signal:
-                            self.save(is_best=False)
-                        if self.stop_signal and not done:
-                            name = signal.Signals(self.stop_signal).name
-                            raise KeyboardInterrupt(f"stopped by {name}; step {self.step} is saved in {self.run.path}")
-                        if done:
-                            break
+        progress = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", mininterval=1.0)
+        with catch_stop_signals(self), progress:
+            for input, target in self.batches():
+                row = self.train_step(input, target)
+                progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+                progress.update()
+                done = self.step == self.total_steps
+                if done or self.step % self.config.checkpoint_every == 0:
+                    self.validate_and_save()
+                elif self.stop_signal:
+                    self.save(is_best=False)
+                if self.stop_signal and not done:
+                    name = signal.Signals(self.stop_signal).name
+                    raise KeyboardInterrupt(f"stopped by {name}; step {self.step} is saved in {self.run.path}")
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rest of the present epoch, `[B, D, T]` twice a batch. The order depends on seed and epoch alone."""
-        epoch, done = divmod(self.step, self.steps_per_epoch)
-        order = torch.randperm(
-            len(self.train_pairs), generator=torch.Generator().manual_seed(self.config.seed + epoch * 1_000_003)
-        )
-        return iter(self.loader(self.train_pairs, list(order.split(self.config.batch_size))[done:]))
+        """The batches of the steps that are left, `[B, D, T]` twice. Their order depends on seed and epoch alone."""
+        for epoch in range(self.step // self.steps_per_epoch, self.config.epochs):
+            generator = torch.Generator().manual_seed(self.config.seed + epoch * 1_000_003)
+            order = torch.randperm(len(self.train_pairs), generator=generator).split(self.config.batch_size)
+            first = epoch * self.steps_per_epoch
+            yield from self.loader(self.train_pairs, order[self.step - first : self.total_steps - first])
 
-    def loader(self, pairs: LatentPairs, batches: list[Tensor]) -> DataLoader:
+    def loader(self, pairs: LatentPairs, batches: Sequence[Tensor]) -> DataLoader:
         return DataLoader(
             pairs,
             batch_sampler=[batch.tolist() for batch in batches],
@@ -223,7 +218,7 @@ class Trainer:
         """Mean loss, terms and traces over the validation pairs, in eval mode. Raises `NonFiniteError`."""
         self.model.eval()
         sums: dict[str, float] = {}
-        for input, target in self.loader(self.val_pairs, list(torch.arange(len(self.val_pairs)).split(8))):
+        for input, target in self.loader(self.val_pairs, torch.arange(len(self.val_pairs)).split(8)):
             loss, terms, traces = self.forward(input, target)
             metrics = to_floats({"loss": loss} | step_metrics(terms, traces))
             if not math.isfinite(metrics["loss"]):  # finite gradients can still take weights to infinity
@@ -269,57 +264,15 @@ class Trainer:
 
     def stop_non_finite(self, split: str, step: int, input: Tensor, target: Tensor, rng: dict[str, Any]) -> None:
         """Find where the non-finite value appeared first, record it and raise."""
-        stage, tensor = self.find_non_finite(input, target, rng)
+
+        def forward() -> Tensor:
+            set_rng_state(rng)
+            return self.forward(input, target)[0]
+
+        latents = {"input latents": input, "target latents": target}
+        stage, tensor = find_non_finite(self.accelerator.unwrap_model(self.model), latents, forward)
         self.run.log({"split": split, "step": step, "event": "non_finite", "stage": stage, "tensor": tensor})
         raise NonFiniteError(step, stage, tensor, self.run.path / "last" if self.run.has_checkpoint() else None)
-
-    @torch.no_grad()
-    def find_non_finite(self, input: Tensor, target: Tensor, rng: dict[str, Any]) -> tuple[int | None, str]:
-        """Repeat the forward pass under the same RNG and watch every module; then the backward pass and gradients."""
-        for name, batch in (("input latents", input), ("target latents", target)):
-            if not batch.isfinite().all():
-                return None, name
-        model = self.accelerator.unwrap_model(self.model)
-        for name, parameter in model.named_parameters():
-            if not parameter.isfinite().all():
-                return stage_of(name), f"parameter {name}"
-        found: list[tuple[str, str]] = []  # kind of tensor and name of its module or parameter, the first one first
-
-        def watch(name: str):
-            def hook(module: nn.Module, inputs: tuple, outputs: Any) -> None:
-                for kind, values in (("input", inputs), ("output", outputs)):
-                    for value in values if isinstance(values, tuple) else (values,):
-                        if isinstance(value, Tensor) and not value.isfinite().all():
-                            found.append((kind, name))
-
-            return hook
-
-        def watch_gradient(name: str):
-            def hook(parameter: Tensor) -> None:
-                if not parameter.grad.isfinite().all():
-                    found.append(("gradient", name))
-
-            return hook
-
-        hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
-        hooks += [p.register_post_accumulate_grad_hook(watch_gradient(name)) for name, p in model.named_parameters()]
-        try:
-            set_rng_state(rng)
-            loss, _, _ = self.forward(input, target)
-            if not found and not loss.isfinite():
-                return None, "loss"
-            if not found:  # once more with gradients: clipping has overwritten those of the step
-                self.optimizer.zero_grad(set_to_none=True)
-                set_rng_state(rng)
-                with torch.enable_grad():
-                    self.accelerator.backward(self.forward(input, target)[0])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if not found:
-            return None, "norm of the gradients"
-        kind, name = found[0]
-        return stage_of(name), f"{kind} of {name}"
 
 
 def rng_state() -> dict[str, Any]:
@@ -330,11 +283,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["rng"])
     if len(state["cuda_rng"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda_rng"])
-
-
-def stage_of(name: str) -> int | None:
-    parts = name.split(".")
-    return int(parts[1]) if parts[0] == "stages" and len(parts) > 1 else None
 
 
 def step_metrics(terms: dict[str, Tensor], traces: tuple[StageTrace, ...]) -> dict[str, Tensor]:

@@ -102,11 +102,15 @@ def test_missing_file_and_folder(tmp_path):
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def test_write_atomic_replaces_the_text(tmp_path):
+def test_write_atomic_replaces_the_content(tmp_path):
     path = tmp_path / "ä file.json"
     write_atomic(path, "old")
     write_atomic(path, "new ♪")
-    assert path.read_text() == "new ♪"
+    assert path.read_text(encoding="utf-8") == "new ♪"
+    write_atomic(path, memoryview(b"\x00\xff"))
+    assert path.read_bytes() == b"\x00\xff"
+    write_atomic(path, os.fsdecode(b"caf\xe9"))  # a file name that is not UTF-8 comes back as its bytes
+    assert path.read_bytes() == b"caf\xe9"
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -119,7 +123,7 @@ def test_a_failure_while_writing_leaves_the_old_file_alone(tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if broken == "write":
-        monkeypatch.setattr(lib.files.Path, "write_text", fail)
+        monkeypatch.setattr(lib.files.Path, "write_bytes", fail)
     elif broken == "fsync":
         monkeypatch.setattr(lib.files, "fsync", fail)
     else:

@@ -118,19 +118,23 @@ def test_nothing_moves_in_eval_mode():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_sigma_is_right_under_bf16_autocast(training):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # each has its own list of operations that autocast blurs
+def test_sigma_is_right_under_bf16_autocast(training, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
     torch.manual_seed(0)
-    linear = SpectralLinear(256, 128).train(training)
+    linear = SpectralLinear(256, 128).to(device).train(training)
     with torch.no_grad():
         linear.parametrizations.weight.original.mul_(1.5)
     linear.train(not training).train(training)
     seen = []
     linear.parametrizations.weight.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    with torch.autocast("cpu", torch.bfloat16):
-        output = linear(torch.randn(4, 256))
+    with torch.autocast(device, torch.bfloat16):
+        output = linear(torch.randn(4, 256, device=device))
     assert output.dtype == torch.bfloat16  # autocast did act on the layer
     assert seen[-1].dtype == torch.float32
-    assert svd(seen[-1]) == pytest.approx(1, abs=1e-5)  # bf16 keeps 8 bits: σ in it is off by up to 4e-3
+    # bf16 keeps 8 bits: for a weight in it σ is off by up to 4e-3, for vectors aligned in it by 2e-6 (its top is flat)
+    assert svd(seen[-1]) == pytest.approx(1, abs=5e-7)
 
 
 def test_gradient_is_that_of_the_normalised_weight():

@@ -1,6 +1,7 @@
 """Training: what it computes and records, that a kill at any moment changes nothing, and how it stops when it must."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -23,11 +24,13 @@ from lib.cascade import Cascade, CascadeConfig
 from lib.errors import UserError, exit_on_user_error
 from lib.latents import LatentPairs
 from lib.losses import LossConfig
+from lib.projection import spectral_sigma
 from lib.runs import Run
 from lib.trainer import NonFiniteError, TrainConfig, Trainer, catch_stop_signals, train
 
 ROOT = Path(__file__).parent.parent
-CONFIG = TrainConfig(max_steps=8, batch_size=2, checkpoint_every=3, learning_rate=1e-2)  # 3 steps an epoch
+# Three steps an epoch, so that checkpoints fall within epochs; at this rate and seed the last one is not the best.
+CONFIG = TrainConfig(max_steps=8, batch_size=2, checkpoint_every=2, learning_rate=3e-2, seed=2)
 
 
 @pytest.fixture
@@ -75,7 +78,7 @@ def test_every_row_has_the_metrics_that_the_issue_names(start):
     rows = run.metrics()
     assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 9))
     assert [row["epoch"] for row in rows if row["split"] == "train"] == [0, 0, 0, 1, 1, 1, 2, 2]
-    assert [row["step"] for row in rows if row["split"] == "val"] == [3, 6, 8]
+    assert [row["step"] for row in rows if row["split"] == "val"] == [2, 4, 6, 8]
     for row in rows:
         assert set(row) == (shared | {"grad_norm", "epoch"} if row["split"] == "train" else shared)
         assert all(isinstance(value, int | float | str) and value == value for value in row.values())
@@ -105,7 +108,7 @@ def test_one_step_is_adamw(new_trainer, tiny_cascade):
     trainer.train_step(*next(trainer.batches()))
     for old, new in zip(before, trainer.model.parameters(), strict=True):
         step = new.grad / (new.grad.abs() + 1e-8)  # Adam's first step: m̂ / (√v̂ + ε)
-        torch.testing.assert_close(new.detach(), old * (1 - 1e-2 * 0.5) - 1e-2 * step, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(new.detach(), old * (1 - 3e-2 * 0.5) - 3e-2 * step, rtol=1e-4, atol=1e-6)
 
 
 def test_defaults_are_the_issues():
@@ -119,7 +122,7 @@ def test_an_epoch_takes_every_pair_once_in_an_order_of_its_own(new_trainer):
     trainer = new_trainer()
     orders = []
     for trainer.step in (0, 3, 0):
-        batches = list(trainer.batches())
+        batches = list(itertools.islice(trainer.batches(), 3))
         assert [len(input) for input, _ in batches] == [2, 2, 1]
         orders.append(torch.cat([input for input, _ in batches]))
     everything = torch.stack([trainer.train_pairs[i][0] for i in range(5)])
@@ -128,11 +131,11 @@ def test_an_epoch_takes_every_pair_once_in_an_order_of_its_own(new_trainer):
     assert torch.equal(orders[0], orders[2])
     assert not torch.equal(orders[0], orders[1])
     trainer.step = 1  # within an epoch: the rest of it
-    assert torch.equal(torch.cat([input for input, _ in trainer.batches()]), orders[0][2:])
+    assert torch.equal(torch.cat([input for input, _ in itertools.islice(trainer.batches(), 2)]), orders[0][2:])
 
 
 def test_validation_is_the_mean_over_pairs_in_eval_mode(start, tiny_index):
-    run = start(max_steps=3)  # nine pairs: a batch of eight and one of one
+    run = start(max_steps=2)  # nine pairs: a batch of eight and one of one
     model = run.load_model("last")
     pairs = LatentPairs(tiny_index, "val")
     losses, factors = [], []
@@ -152,7 +155,7 @@ def test_best_is_the_lowest_validation_loss(start, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 1.5])
     validate = Trainer.validate
     monkeypatch.setattr(Trainer, "validate", lambda trainer: validate(trainer) | {"loss": next(losses)})
-    run = start(max_steps=8, checkpoint_every=2)
+    run = start()
     assert os.readlink(run.path / "best").endswith("step_00000004")
     assert os.readlink(run.path / "last").endswith("step_00000008")
     assert sorted(os.listdir(run.path / "checkpoints")) == ["step_00000004", "step_00000008"]
@@ -274,8 +277,6 @@ def die_while_writing(call: int) -> None:
     Path.write_bytes = hook
 
 
-# Each checkpoint makes 5 calls of fsync, one of os.rename and two of os.replace where it is the best; starting makes
-# one of each of fsync and os.replace for config.json, and one for metrics.jsonl.
 KILLS = {
     "before anything is written": lambda: die_before(lib.trainer.Run, "create", 1),
     "after config.json": lambda: die_before(lib.trainer.Run, "forget_metrics_after", 1),
@@ -296,6 +297,8 @@ KILLS = {
     "second checkpoint, before the pruning": lambda: die_before(Run, "_prune", 2),
     "third checkpoint, before its name": lambda: die_before(os, "rename", 3),
     "third checkpoint, before the pruning": lambda: die_before(Run, "_prune", 3),
+    "last checkpoint, before its name": lambda: die_before(os, "rename", 4),
+    "last checkpoint, before the pruning": lambda: die_before(Run, "_prune", 4),
 }
 
 
@@ -319,7 +322,9 @@ def assert_same_run(resumed: Run, whole: Run) -> None:
 def whole(tmp_path_factory, tiny_index, tiny_codec, tiny_cascade) -> Run:
     """The uninterrupted run that every other is held against."""
     folder = tmp_path_factory.mktemp("whole")
-    return train(folder, tiny_index, tiny_codec, tiny_cascade(anti_cheating=0.1), CONFIG)
+    run = train(folder, tiny_index, tiny_codec, tiny_cascade(anti_cheating=0.1), CONFIG)
+    assert os.readlink(run.path / "best") != os.readlink(run.path / "last")  # or a lost `best_loss` would go unseen
+    return run
 
 
 @pytest.mark.parametrize("kill", KILLS)
@@ -390,7 +395,7 @@ def signal_myself_at(step: int, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [1, 4, 6])  # 6 is a checkpoint of its own
+@pytest.mark.parametrize("step", [1, 5, 6])  # 6 is a checkpoint of its own
 def test_signals_save_and_exit_cleanly(start, whole, tmp_path, number, step):
     def child():
         signal_myself_at(step, number)
@@ -406,6 +411,8 @@ def test_signals_save_and_exit_cleanly(start, whole, tmp_path, number, step):
     assert last == f"error: stopped by {number.name}; step {step} is saved in {tmp_path / 'run'}"
     run = Run.open(tmp_path / "run")
     assert os.readlink(run.path / "last").endswith(f"step_{step:08d}")
+    for stage in run.load_model("last").stages:  # saved with the σ of this step's weights
+        assert spectral_sigma(stage.output_projection) == pytest.approx(1, abs=1e-5)
     assert_same_run(start(resume=True), whole)
 
 
@@ -429,15 +436,15 @@ from lib.trainer import TrainConfig, train
 
 log = Run.log
 
-def wait_at_step_4(run, row):
+def wait_at_step_5(run, row):
     log(run, row)
-    if row["step"] == 4:
+    if row["step"] == 5:
         handler = signal.getsignal(signal.SIGTERM)
-        print("at step 4", flush=True)
+        print("at step 5", flush=True)
         while signal.getsignal(signal.SIGTERM) == handler:  # the first signal takes the handler away
             time.sleep(0.01)
 
-Run.log = wait_at_step_4
+Run.log = wait_at_step_5
 config, index, out = sys.argv[1:]
 config = json.load(open(config))
 with exit_on_user_error():
@@ -449,13 +456,16 @@ def test_sigterm_to_a_program_of_its_own(start, tiny_index, tmp_path, whole):
     """A fresh interpreter, as a user starts it, and a signal from outside."""
     command = [sys.executable, "-c", PROGRAM, whole.path / "config.json", tiny_index, tmp_path / "run"]
     paths = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=paths)
-    assert process.stdout.readline() == "at step 4\n", process.stderr.read()
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=paths) as process:
+        try:
+            assert process.stdout.readline() == "at step 5\n", process.stderr.read()
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert "error: stopped by SIGTERM; step 4 is saved in" in errors
+    assert "error: stopped by SIGTERM; step 5 is saved in" in errors
     assert_same_run(start(resume=True), whole)
 
 
@@ -558,7 +568,7 @@ def test_a_non_finite_value_is_named_and_leaves_the_last_good_checkpoint(
         "split": "train", "step": 5, "event": "non_finite", "stage": stage, "tensor": error.value.tensor
     }  # fmt: skip
     assert run.metrics("train")[-2]["step"] == 4  # the bad step was not taken
-    assert os.readlink(run.path / "last").endswith("step_00000003")
+    assert os.readlink(run.path / "last").endswith("step_00000004")
     assert all(value.isfinite().all() for value in run.load_model("last").state_dict().values())
     monkeypatch.undo()
     if clip == CONFIG.clip:  # without the fault it goes on from there
@@ -577,7 +587,7 @@ def test_non_finite_latents_are_named(start, tmp_path, monkeypatch, which):
 
     monkeypatch.setattr(LatentPairs, "__getitem__", poisoned)
     with pytest.raises(NonFiniteError) as error:
-        start()
+        start(checkpoint_every=8)
     assert error.value.stage is None
     assert error.value.tensor == ("input latents", "target latents")[which]
     assert error.value.step <= 3  # the pair comes in the first epoch
@@ -600,7 +610,7 @@ def test_a_non_finite_validation_writes_no_checkpoint(start, tmp_path, monkeypat
     assert (error.value.step, error.value.stage) == (6, 1)
     assert error.value.tensor == "parameter stages.1.layers.0.ffn_in.weight"
     run = Run.open(tmp_path / "run")
-    assert os.readlink(run.path / "last").endswith("step_00000003")
+    assert os.readlink(run.path / "last").endswith("step_00000004")
     assert all(value.isfinite().all() for value in run.load_model("last").state_dict().values())
     row = run.metrics()[-1]
     assert (row["split"], row["step"], row["event"], row["stage"]) == ("val", 6, "non_finite", 1)
@@ -611,7 +621,7 @@ def test_a_non_finite_validation_writes_no_checkpoint(start, tmp_path, monkeypat
 
 def test_resume_with_another_config_lists_the_fields(start, tiny_cascade, tiny_codec):
     start()
-    with pytest.raises(UserError, match=r"another config \(train\.learning_rate: 0\.01 → 0\.02\)"):
+    with pytest.raises(UserError, match=r"another config \(train\.learning_rate: 0\.03 → 0\.02\)"):
         start(resume=True, learning_rate=0.02)
     with pytest.raises(UserError, match=r"cascade\.stages\[1\]\.dropout: 0\.1 → 0\.2"):
         start(resume=True, cascade=tiny_cascade(anti_cheating=0.1).with_stage(1, dropout=0.2))
@@ -676,3 +686,11 @@ def test_config_survives_json():
 def test_reader_processes_give_the_same_run(start):
     first = start(max_steps=2)
     assert start("workers", max_steps=2, num_workers=1).metrics() == first.metrics()
+
+
+def test_a_finished_run_can_be_made_longer(start):
+    longer = start("longer", max_steps=4)
+    start("short", max_steps=2)
+    extended = start("short", max_steps=4, resume=True)
+    assert extended.metrics("train") == longer.metrics("train")
+    assert len(extended.metrics("train")) == 4

@@ -1,0 +1,75 @@
+"""Where a NaN or an infinity appeared first: what a training that must stop has to say."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class NonFiniteError(RuntimeError):
+    """Training met a NaN or an infinity. `step`, `stage` (None: outside the stages) and `tensor` say where first."""
+
+    def __init__(self, step: int, stage: int | None, tensor: str, checkpoint: Path | None):
+        self.step, self.stage, self.tensor = step, stage, tensor
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written yet"
+        where = f"stage {stage}" if stage is not None else "outside the stages"
+        super().__init__(f"non-finite value at step {step}, {where}, first in {tensor}; {kept}")
+
+
+def find_non_finite(
+    model: nn.Module, latents: Mapping[str, Tensor], forward: Callable[[], Tensor]
+) -> tuple[int | None, str]:
+    """The stage (None: outside the stages) and the first tensor that is not finite, in the order of computation.
+
+    Looks at the latents by name, at the parameters, then repeats the pass: `forward()` must return the loss, under the
+    same random numbers each time it is called. Gradients are watched as the backward pass makes them.
+    """
+    for name, batch in latents.items():
+        if not batch.isfinite().all():
+            return None, name
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return stage_of(name), f"parameter {name}"
+    found: list[tuple[str, str]] = []  # kind of tensor and name of its module or parameter, the first one first
+
+    def watch(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple, outputs: Any) -> None:
+            for kind, values in (("input", inputs), ("output", outputs)):
+                for value in values if isinstance(values, tuple) else (values,):
+                    if isinstance(value, Tensor) and not value.isfinite().all():
+                        found.append((kind, name))
+
+        return hook
+
+    def watch_gradient(name: str) -> Callable:
+        def hook(parameter: Tensor) -> None:
+            if not parameter.grad.isfinite().all():
+                found.append(("gradient", name))
+
+        return hook
+
+    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    hooks += [p.register_post_accumulate_grad_hook(watch_gradient(name)) for name, p in model.named_parameters()]
+    try:
+        with torch.no_grad():
+            loss = forward()
+        if not found and not loss.isfinite():
+            return None, "loss"
+        if not found:  # once more with gradients: clipping has overwritten those of the step
+            model.zero_grad(set_to_none=True)
+            with torch.enable_grad():
+                forward().backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        return None, "norm of the gradients"
+    kind, name = found[0]
+    return stage_of(name), f"{kind} of {name}"
+
+
+def stage_of(name: str) -> int | None:
+    parts = name.split(".")
+    return int(parts[1]) if parts[0] == "stages" and len(parts) > 1 else None
