@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,8 @@ from typing import Any
 import papermill
 import torch
 import yaml
-from jupyter_client.manager import KernelManager
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from papermill.exceptions import PapermillExecutionError
 
 from lib.audio import AudioError
@@ -73,7 +75,7 @@ def run_notebooks(
         given = parameters | ({"resume": resume} if name == "04_training" else {})
         stamp = done_path(out, name)
         state = hashlib.sha256((inputs + notebook_path(name).read_text()).encode()).hexdigest()
-        if resume and stamp.exists() and json.loads(stamp.read_text())["state"] == state:
+        if resume and finished(out, name).get("state") == state:
             say(f"[{number}/{len(only)}] {name}: done before, skipped")
             continue
         say(f"[{number}/{len(only)}] {name} → {out / name}.ipynb")
@@ -89,29 +91,44 @@ def run_notebooks(
 def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
     """One notebook through papermill, its progress bars on stderr."""
     executed = out / f"{name}.ipynb"
-    kernel = KernelManager(kernel_name="python3", transport="ipc")  # no open port on a shared server
+    # ipc: no open port on a shared server; async: the other manager waits forever for a kernel that was killed
+    sockets = tempfile.TemporaryDirectory(
+        prefix="kernel-"
+    )  # its own: two runs at once would talk to each other's kernel
+    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets.name}/kernel")
+    paths = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook_path(name), executed))
+    asked: list[str] = []
     try:
-        with stop_signals_go_to(kernel):
-            papermill.execute_notebook(
-                notebook_path(name), executed, parameters, cwd=ROOT, km=kernel, stderr_file=sys.stderr
-            )
+        with stop_signals_go_to(kernel) as asked:
+            papermill.execute_notebook(*paths, parameters, cwd=ROOT, km=kernel, stderr_file=sys.stderr)
+        if asked:  # between two cells, where no code saw it
+            raise KeyboardInterrupt("stopped; go on with --resume")
     except PapermillExecutionError as error:
         if error.ename in USER_ERRORS:
             raise UserError(error.evalue) from None
         if error.ename == "KeyboardInterrupt":
-            raise KeyboardInterrupt(f"{error.evalue}; go on with --resume") from None
+            raise KeyboardInterrupt(f"{error.evalue or 'stopped'}; go on with --resume") from None
         raise NotebookError(
             f"{name}, cell {error.exec_count}: {error.ename}: {error.evalue}; the executed notebook is {executed}"
         ) from None
+    except RuntimeError as error:  # the kernel died, or never started
+        if asked:
+            raise KeyboardInterrupt("stopped; go on with --resume") from None
+        raise NotebookError(f"{name}: {error}; the executed notebook is {executed}") from None
     finally:
         if kernel.has_kernel:
-            kernel.shutdown_kernel(now=True)
-        kernel.cleanup_resources()
+            run_sync(kernel.shutdown_kernel)(now=True)
+        run_sync(kernel.cleanup_resources)()
+        sockets.cleanup()
 
 
 @contextlib.contextmanager
-def stop_signals_go_to(kernel: KernelManager) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM interrupts the kernel, which lets training save; a second one acts at once."""
+def stop_signals_go_to(kernel: AsyncKernelManager) -> Iterator[list[str]]:
+    """The first Ctrl-C or SIGTERM interrupts the kernel, which lets training save; a second one acts at once.
+
+    Yields a list, empty until a signal came.
+    """
+    asked: list[str] = []
     earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
@@ -122,13 +139,14 @@ def stop_signals_go_to(kernel: KernelManager) -> Iterator[None]:
         restore()
         if kernel.provisioner is None or kernel.provisioner.pid is None:
             raise KeyboardInterrupt
-        say(f"{signal.Signals(number).name}: asking the notebook to save and stop; again to stop at once")
+        asked.append(signal.Signals(number).name)
+        say(f"{asked[0]}: asking the notebook to save and stop; again to stop at once")
         os.kill(kernel.provisioner.pid, signal.SIGINT)
 
     for number in earlier:
         signal.signal(number, interrupt)
     try:
-        yield
+        yield asked
     finally:
         restore()
 
@@ -144,7 +162,7 @@ def facts(preset: Preset, out: Path, train: int, val: int) -> dict[str, str]:
         head["code"] = f"commit {run.config['versions']['commit']}, torch {run.config['versions']['torch']}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     head["machine"] = f"{os.cpu_count()} cores, {device}"
-    seconds = {n: json.loads(done_path(out, n).read_text())["seconds"] for n in NOTEBOOKS if done_path(out, n).exists()}
+    seconds = {name: done["seconds"] for name in NOTEBOOKS if (done := finished(out, name))}
     head["time"] = ", ".join(f"{name} {value} s" for name, value in seconds.items())
     return head
 
@@ -152,6 +170,14 @@ def facts(preset: Preset, out: Path, train: int, val: int) -> dict[str, str]:
 def done_path(out: Path, name: str) -> Path:
     """The mark of a finished notebook: the state it ran with, and the seconds it took."""
     return out / "report" / f"{name}.done"
+
+
+def finished(out: Path, name: str) -> dict[str, Any]:
+    """What the mark says; empty where there is none, or none that can be read."""
+    try:
+        return dict(json.loads(done_path(out, name).read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def notebook_path(name: str) -> Path:
