@@ -7,7 +7,7 @@ NBVAL := $(BIN)/python -m pytest notebooks -p no:python -p no:cacheprovider --nb
 CLEAN := $(BIN)/nbstripout --keep-output --keep-count \
 	--extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
 
-.PHONY: demo test lab record notebooks lock
+.PHONY: demo test lab bench record notebooks lock
 
 demo: .venv/ready
 	$(BIN)/python -m lib.pipeline --preset demo
@@ -22,6 +22,9 @@ test: .venv/ready
 
 lab: .venv/ready
 	$(BIN)/jupyter lab notebooks
+
+bench: .venv/ready
+	$(BIN)/python -W ignore::FutureWarning tests/bench.py
 
 # run a preset and keep the small results that the README quotes
 PRESET ?= demo
