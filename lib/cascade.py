@@ -107,10 +107,13 @@ class CascadeConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CascadeConfig":
-        """The config that `to_dict` wrote. Unknown or missing fields raise `UserError`."""
-        if "stages" in values:
-            values = values | {"stages": tuple(_from_fields(StageConfig, stage) for stage in values["stages"])}
-        return _from_fields(cls, values)
+        """The config that `to_dict` wrote. Unknown, missing or malformed fields raise `UserError`."""
+        try:
+            if "stages" in values:
+                values = values | {"stages": tuple(_from_fields(StageConfig, stage) for stage in values["stages"])}
+            return _from_fields(cls, values)
+        except (TypeError, AttributeError) as error:  # a number where there was text, and the like
+            raise UserError(f"cascade config: damaged ({error}); restore the config that was written") from None
 
 
 def _check(ok: Any, field: str, value: Any, wanted: Any) -> None:

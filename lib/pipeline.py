@@ -37,6 +37,7 @@ from lib.report import write_report
 from lib.runs import Run
 
 NOTEBOOKS = ("01_encoding", "04_training", "05_listening")
+NEEDS = {"05_listening": "04_training"}  # to be done again when the other has been
 USER_ERRORS = {error.__name__ for error in (UserError, AudioError, CorruptShardError)}
 
 
@@ -60,9 +61,9 @@ def run_notebooks(
     preset = load_preset(preset_name, **overrides)
     out = Path(out_dir or ROOT / "outputs" / preset_name).resolve()
     data = str(Path(data_dir).resolve()) if data_dir else ""
-    make_folder(out)
     say(f"preset {preset_name}: data and latents")
     project = open_project(preset, data, out)
+    make_folder(out / "report")
     train, val = (len(project.manifest.split(split)) for split in ("train", "val"))
     say(f"{train} training and {val} validation pairs, codec {project.codec.name}")
     if skipped := project.manifest.skipped:
@@ -74,7 +75,8 @@ def run_notebooks(
     for number, name in enumerate(only, start=1):
         given = parameters | ({"resume": resume} if name == "04_training" else {})
         stamp = done_path(out, name)
-        state = hashlib.sha256((inputs + notebook_path(name).read_text()).encode()).hexdigest()
+        needed = json.dumps(finished(out, NEEDS[name])) if name in NEEDS else ""
+        state = hashlib.sha256((inputs + needed + notebook_path(name).read_text()).encode()).hexdigest()
         if resume and finished(out, name).get("state") == state:
             say(f"[{number}/{len(only)}] {name}: done before, skipped")
             continue
@@ -83,7 +85,7 @@ def run_notebooks(
         started = time.monotonic()
         execute(name, out, given)
         seconds = time.monotonic() - started
-        write_atomic(stamp, json.dumps({"state": state, "seconds": round(seconds)}))
+        write_atomic(stamp, json.dumps({"state": state, "seconds": round(seconds), "at": time.time()}))
         say(f"[{number}/{len(only)}] {name}: {seconds:.0f} s")
     return write_report(out, f"Latent fusion: {preset_name}", facts(preset, out, train, val))
 
@@ -207,10 +209,10 @@ def chosen_notebooks(only: str | None) -> tuple[str, ...]:
     if only is None:
         return NOTEBOOKS
     asked = [part.strip() for part in only.split(",") if part.strip()]
-    unknown = [part for part in asked if not any(name.startswith(part) for name in NOTEBOOKS)]
+    unknown = [part for part in asked if not any(part in (name, name[:2]) for name in NOTEBOOKS)]
     if unknown or not asked:
         raise UserError(f"--only {only}: unknown {', '.join(unknown) or 'choice'}; choose from {', '.join(NOTEBOOKS)}")
-    return tuple(name for name in NOTEBOOKS if any(name.startswith(part) for part in asked))
+    return tuple(name for name in NOTEBOOKS if name in asked or name[:2] in asked)
 
 
 def main() -> None:

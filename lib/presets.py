@@ -153,9 +153,11 @@ def open_project(preset: Preset, data_dir: str | Path = "", out_dir: str | Path 
     data/latents, by content. Raises `UserError` for bad data, codec or folders.
     """
     out = ROOT / (out_dir or f"outputs/{preset.name}")
-    make_folder(out)
     codec = load_codec(preset.codec)
     data = ROOT / data_dir if data_dir else ROOT / "data" / "demo"
+    if out.resolve().is_relative_to(data.resolve()):
+        raise UserError(f"{out}: is inside the data folder, whose music it would add to; choose another output folder")
+    make_folder(out)
     if not data_dir:
         make_demo_dataset(data, num_songs=DEMO_SONGS)
     manifest = _manifest(data, out / "manifest.jsonl", preset.clip_seconds, preset)

@@ -570,3 +570,12 @@ def test_golden_file():
 
 if __name__ == "__main__":
     write_golden()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"stages": 5}, {"stages": [5]}, {"stages": None}, {"latent_dim": "128"}, {"anti_cheating": None}],
+)
+def test_from_dict_refuses_values_of_another_kind(tiny_cascade, damage):
+    with pytest.raises(UserError, match="damaged"):
+        CascadeConfig.from_dict(tiny_cascade().to_dict() | damage)

@@ -1,0 +1,405 @@
+"""Fusing two files: seams that cannot be heard, memory that does not grow, lengths to the sample, and the errors."""
+
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import soundfile
+import torch
+
+import lib.fuse
+from lib.audio import SAMPLE_RATE, AudioError, load_audio
+from lib.cascade import Cascade, CascadeConfig
+from lib.codec import OFFLINE_VARIABLE, MdctCodec
+from lib.errors import UserError
+from lib.fuse import CHUNK, OVERLAP, chunk_bounds, crossfaded, fuse_clips, fuse_files, main
+from lib.runs import Run
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return MdctCodec()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, codec) -> Run:
+    """An untrained cascade in a run directory: full width, one layer a stage."""
+    torch.manual_seed(0)
+    config = CascadeConfig.reference(num_layers=1)
+    values = {"cascade": config.to_dict(), "codec": {"name": codec.name, "fingerprint": codec.fingerprint}}
+    run = Run.create(tmp_path_factory.mktemp("run") / "a run é", values)
+    run.save(1, Cascade(config), {}, is_best=True)
+    return run
+
+
+def music(num_samples: int, rate: int = SAMPLE_RATE, channels: int = 1, seed: int = 0) -> np.ndarray:
+    """`[N, C]`: a few tones below 4 kHz, and a little noise."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(num_samples) / rate
+    tones = sum(np.sin(2 * np.pi * f * time + rng.uniform(0, 6)) for f in rng.uniform(100, 4000, 4))
+    return 0.1 * tones[:, None] + 0.01 * rng.standard_normal((num_samples, channels))
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """`clip(name, num_samples, rate, channels, seed)` writes a music file in the format of its suffix."""
+
+    def write(
+        name: str, num_samples: int = 12_000, rate: int = SAMPLE_RATE, channels: int = 1, seed: int = 0, **options
+    ) -> Path:
+        path = tmp_path / name
+        soundfile.write(path, music(num_samples, rate, channels, seed), rate, **options)
+        return path
+
+    return write
+
+
+# --- chunks -----------------------------------------------------------------------------------------------------------
+
+
+def test_chunks_cover_every_sample_once_but_for_the_overlaps():
+    for chunk, overlap in ((100, 10), (7, 3), (11, 1)):
+        for num_samples in range(1, 6 * chunk):
+            bounds = chunk_bounds(num_samples, chunk, overlap)
+            assert bounds[0][0] == 0
+            assert bounds[-1][1] == num_samples
+            assert all(0 < end - start <= chunk for start, end in bounds)
+            assert all(end - start == chunk for start, end in bounds[:-1])
+            for (_, end), (start, last) in itertools.pairwise(bounds):
+                assert end - start == overlap
+                assert last > end, "a chunk that adds nothing"
+
+
+@pytest.mark.parametrize("num_samples", [320, OVERLAP, CHUNK - 1, CHUNK, CHUNK + 1, 3600 * SAMPLE_RATE])
+def test_chunks_of_the_real_size(num_samples):
+    bounds = chunk_bounds(num_samples)
+    assert bounds[-1][1] == num_samples
+    assert len(bounds) == max(1, math.ceil((num_samples - OVERLAP) / (CHUNK - OVERLAP)))
+    assert (len(bounds) == 1) == (num_samples <= 16 * SAMPLE_RATE)
+
+
+def joined(signal: torch.Tensor, chunk: int, overlap: int, chunk_at=None) -> torch.Tensor:
+    bounds = chunk_bounds(signal.shape[1], chunk, overlap)
+    return torch.cat(list(crossfaded(bounds, chunk_at or (lambda start, end: signal[:, start:end]))), dim=1)
+
+
+@pytest.mark.parametrize("num_samples", [1, 99, 100, 101, 190, 191, 1000, 1003])
+def test_chunks_that_change_nothing_join_without_a_seam(num_samples):
+    torch.manual_seed(0)
+    sine = torch.sin(0.3 * torch.arange(num_samples, dtype=torch.float64))[None]
+    for signal in (sine, torch.randn(1, num_samples, dtype=torch.float64)):
+        original = signal.clone()
+        assert torch.allclose(joined(signal, 100, 10), original, rtol=0, atol=1e-7)  # the fade is in float32
+        assert torch.equal(signal, original)  # and the chunks are not written into
+
+
+def test_the_fade_is_linear_from_one_rendering_to_the_next():
+    values = iter((0.0, 1.0))
+    fade = joined(torch.zeros(1, 190), 100, 10, lambda start, end: torch.full((1, end - start), next(values)))[0]
+    assert fade[:90].eq(0).all()
+    assert fade[100:].eq(1).all()
+    assert fade[90:100].tolist() == pytest.approx([(i + 0.5) / 10 for i in range(10)])
+
+
+def test_chunks_of_inference_mode_can_be_joined():
+    @torch.inference_mode()
+    def chunk_at(start, end):
+        return torch.ones(1, end - start)
+
+    assert torch.allclose(joined(torch.zeros(1, 300), 100, 10, chunk_at), torch.ones(1, 300))
+
+
+def test_at_most_two_chunks_are_alive():
+    alive = weakref.WeakSet()
+
+    class Samples(np.ndarray):
+        __hash__ = object.__hash__
+
+    def chunk_at(start, end):
+        samples = np.zeros((1, end - start), dtype=np.float32).view(Samples)
+        alive.add(samples)
+        return torch.from_numpy(samples)
+
+    most = 0
+    for piece in crossfaded(chunk_bounds(5000, 100, 10), chunk_at):
+        most = max(most, len(alive))
+        del piece
+    assert most <= 2
+
+
+def test_memory_does_not_grow_with_the_files(tmp_path, run, codec, monkeypatch):
+    """Six minutes: the output alone would take 35 MB, and so would each input."""
+    path = tmp_path / "long.flac"
+    with soundfile.SoundFile(path, "w", SAMPLE_RATE, 1) as file:
+        minute = music(60 * SAMPLE_RATE)[:, 0]
+        for _ in range(6):
+            file.write(minute)
+    used = []
+
+    def average(input, target, model, codec):
+        used.append(psutil.Process().memory_info().rss)
+        return (input + target) / 2
+
+    monkeypatch.setattr(lib.fuse, "fuse_clips", average)
+    report = fuse_files(path, path, tmp_path / "out.flac", run, codec)
+    assert report.num_samples == soundfile.info(tmp_path / "out.flac").frames == 360 * SAMPLE_RATE
+    assert len(used) == report.chunks == 24
+    assert max(used[2:]) - used[2] < 12e6
+    (out,), (wav,) = (load_audio(p, 29 * SAMPLE_RATE, 4 * SAMPLE_RATE) for p in (tmp_path / "out.flac", path))
+    assert torch.allclose(out, wav, atol=1e-5)  # the average of a file with itself, across a seam
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_short_file_gives_what_fuse_clips_gives(tmp_path, clip, run, codec):
+    paths = clip("a.wav", 12_345, subtype="FLOAT"), clip("b.wav", 12_345, seed=1, subtype="FLOAT")
+    report = fuse_files(*paths, tmp_path / "out.wav", run, codec)
+    wanted = fuse_clips(*(load_audio(path)[None] for path in paths), run.load_model("best"), codec)[0]
+    written = load_audio(report.path)
+    assert torch.equal(written, wanted)
+    assert (report.num_samples, report.chunks) == (12_345, 1)
+    assert report.peak == pytest.approx(wanted.abs().max().item())
+    assert wanted.isfinite().all()
+    assert wanted.square().mean().sqrt() > 0.01
+
+
+def test_fuse_clips_is_encode_cascade_decode(run, codec):
+    model = run.load_model("best")
+    input, target = (torch.from_numpy(music(1000, seed=seed).T[None]).float() for seed in (0, 1))  # [1, 1, N]
+    with torch.no_grad():
+        latents, _ = model(codec.encode(input), codec.encode(target))
+        wanted = codec.decode(latents, length=1000)
+    assert torch.equal(fuse_clips(input, target, model, codec), wanted)
+    assert not torch.allclose(fuse_clips(target, input, model, codec), wanted, atol=1e-3)
+
+
+def test_the_order_of_the_clips_and_the_weights_matter(tmp_path, clip, run, codec):
+    a, b = clip("a.wav"), clip("b.wav", seed=1)
+    wavs = []
+    for number, pair in enumerate(((a, b), (b, a), (a, a))):
+        fuse_files(*pair, tmp_path / f"{number}.wav", run, codec)
+        wavs.append(load_audio(tmp_path / f"{number}.wav"))
+    assert not torch.allclose(wavs[0], wavs[1], atol=1e-3)
+    assert not torch.allclose(wavs[0], wavs[2], atol=1e-3)
+
+
+def test_a_long_file_is_fused_chunk_by_chunk(tmp_path, clip, run, codec):
+    num_samples = CHUNK + 40_001
+    a, b = clip("a.wav", num_samples), clip("b.wav", num_samples + 999, seed=1)
+    report = fuse_files(a, b, tmp_path / "out.wav", run, codec)
+    written = load_audio(report.path)
+    assert (report.num_samples, report.chunks, written.shape) == (num_samples, 2, (1, num_samples))
+    model = run.load_model("best")
+
+    def chunk(start, end):
+        return fuse_clips(*(load_audio(path, start, end - start)[None] for path in (a, b)), model, codec)[0]
+
+    seam = CHUNK - OVERLAP
+    assert torch.allclose(written[:, :seam], chunk(0, CHUNK)[:, :seam], atol=1e-6)
+    assert torch.allclose(written[:, CHUNK:], chunk(seam, num_samples)[:, OVERLAP:], atol=1e-6)
+    middle = CHUNK - OVERLAP // 2
+    between = (chunk(0, CHUNK)[:, middle] + chunk(seam, num_samples)[:, OVERLAP // 2]) / 2
+    assert torch.allclose(written[:, middle], between, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "wanted"),
+    [
+        (("a.wav", 10_007, 24_000, 1), ("b.wav", 10_009, 24_000, 2), 10_007),
+        # 20,001 frames at 44.1 kHz are 10,884.9 samples at 24 kHz
+        (("a.flac", 20_001, 44_100, 2), ("b.wav", 30_000, 24_000, 1), 10_885),
+        (("a.wav", 30_000, 24_000, 1), ("b.ogg", 20_001, 44_100, 2), 10_885),
+        (("a.mp3", 44_100, 44_100, 2), ("b.flac", 9_999, 48_000, 1), 5_000),
+        (("a.mp3", 44_100, 44_100, 2), ("b.wav", 8_000, 8_000, 1), 24_000),
+        (("a.wav", 320, 24_000, 1), ("b.wav", 24_000, 24_000, 1), 320),  # one frame
+    ],
+)
+def test_the_output_is_as_long_as_the_shorter_file(tmp_path, clip, run, codec, first, second, wanted):
+    report = fuse_files(clip(*first), clip(*second, seed=1), tmp_path / "out.wav", run, codec)
+    info = soundfile.info(report.path)
+    assert report.num_samples == info.frames == wanted
+    assert (info.samplerate, info.channels, info.subtype) == (24_000, 1, "FLOAT")
+
+
+def test_best_and_last_are_different_checkpoints(tmp_path, clip, codec):
+    config = CascadeConfig.reference(1, num_layers=1)
+    values = {"cascade": config.to_dict(), "codec": {"name": codec.name, "fingerprint": codec.fingerprint}}
+    run = Run.create(tmp_path / "run", values)
+    for step in (1, 2):
+        torch.manual_seed(step)
+        run.save(step, Cascade(config), {}, is_best=step == 1)
+    a, b = clip("a.wav"), clip("b.wav", seed=1)
+    wavs = {}
+    for which in ("best", "last"):
+        fuse_files(a, b, tmp_path / f"{which}.wav", run, codec, which=which)
+        wavs[which] = load_audio(tmp_path / f"{which}.wav")
+    assert not torch.allclose(wavs["best"], wavs["last"], atol=1e-3)
+
+
+def test_nothing_is_left_behind_when_the_output_would_clip(tmp_path, clip, run, codec, monkeypatch):
+    monkeypatch.setattr(lib.fuse, "fuse_clips", lambda input, target, model, codec: 50 * input)
+    a, b = clip("a.wav"), clip("b.wav")
+    with pytest.raises(AudioError, match="would clip"):
+        fuse_files(a, b, tmp_path / "out.flac", run, codec)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.wav", "b.wav"}
+    report = fuse_files(a, b, tmp_path / "out.wav", run, codec)  # a float file holds it
+    assert report.peak > 1
+
+
+def test_a_run_of_another_codec_is_refused(tmp_path, clip, run):
+    class Other(MdctCodec):
+        fingerprint = "0" * 64
+
+    with pytest.raises(UserError, match="trained on latents of codec 'mdct'"):
+        fuse_files(clip("a.wav"), clip("b.wav"), tmp_path / "out.wav", run, Other())
+    assert not (tmp_path / "out.wav").exists()
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """`call(*argv)` runs the command; returns its exit code, stdout and stderr. A traceback would fail the test."""
+
+    def run(*argv: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lib.fuse", *map(str, argv)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_the_command_fuses_files_with_odd_names(tmp_path, clip, run, call):
+    a, b = clip("drums & bass.wav"), clip("мелодия 'é'.flac", seed=1)
+    out = tmp_path / "fused {à}  2.wav"
+    code, said, errors = call(a, b, "-o", out, "--run", run.path)
+    assert (code, errors) == (0, "")
+    assert said.startswith(f"{out}: 0.50 s in 1 chunk(s), peak ")
+    assert soundfile.info(out).frames == 12_000
+
+
+def changed_copy(run: Run, folder: Path, **config) -> Path:
+    shutil.copytree(run.path, folder, symlinks=True)
+    (folder / "config.json").write_text(json.dumps(run.config | config))
+    return folder
+
+
+def wrong_samples(path: Path, samples: np.ndarray) -> Path:
+    soundfile.write(path, samples, SAMPLE_RATE, subtype="FLOAT")
+    return path
+
+
+# name → (what is wrong, with which option, and the words that the one line must hold)
+INPUTS = {
+    "missing": (lambda folder: folder / "no such.wav", "no such file; check the path"),
+    "a folder": (lambda folder: folder, "a folder, not an audio file; name a file"),
+    "zero bytes": (lambda folder: (folder / "x.wav", (folder / "x.wav").write_bytes(b""))[0], "empty (0 bytes); copy"),
+    "text": (lambda folder: (folder / "x.wav", (folder / "x.wav").write_text("la la"))[0], "not audio.*; use WAV"),
+    "NaN": (lambda folder: wrong_samples(folder / "x.wav", np.r_[np.ones(900), np.nan]), "NaN or inf.*; export"),
+    "silence": (lambda folder: wrong_samples(folder / "x.wav", np.zeros(24_000)), "silent all through.*; use a"),
+    "too short": (lambda folder: wrong_samples(folder / "x.wav", np.ones(319)), "only 319 samples.*; use a longer"),
+}
+
+
+@pytest.mark.parametrize("role", ["input", "target"])
+@pytest.mark.parametrize("fault", INPUTS)
+def test_a_bad_file_is_one_line_and_exit_code_2(tmp_path, clip, run, call, fault, role):
+    make, words = INPUTS[fault]
+    (tmp_path / "bad files é").mkdir()
+    bad, good = make(tmp_path / "bad files é"), clip("good.wav")
+    pair = (bad, good) if role == "input" else (good, bad)
+    check_one_line(call(*pair, "-o", tmp_path / "out.wav", "--run", run.path), bad, words)
+    assert not (tmp_path / "out.wav").exists()
+
+
+def check_one_line(result: tuple[int, str, str], where: object, words: str) -> None:
+    code, said, errors = result
+    assert (code, said) == (2, ""), errors
+    assert re.fullmatch(r"error: [^\n]+\n", errors), errors
+    assert str(where) in errors
+    assert re.search(words if ".*" in words else re.escape(words), errors), errors
+
+
+def test_a_truncated_file_is_one_line(tmp_path, clip, run, call):
+    bad = clip("cut.flac", 48_000)
+    bad.write_bytes(bad.read_bytes()[:-20_000])
+    check_one_line(call(bad, clip("b.wav"), "-o", tmp_path / "o.wav", "--run", run.path), bad, "truncated.*; copy")
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("no such folder/out.wav", "cannot be written (No such file or directory); choose an existing folder"),
+        ("b.wav/out.wav", "cannot be written (Not a directory); choose an existing folder"),
+        ("/proc/out.wav", "cannot be written.*; choose an existing folder"),  # root may not write there either
+        ("out.xyz", "cannot write .xyz; use .flac, .mp3, .ogg, .wav"),
+        ("out", "cannot write a file without suffix; use"),
+        ("a.wav", "is one of the two clips; choose another output file"),
+        ("sub/../b.wav", "is one of the two clips; choose another output file"),
+        ("link.wav", "is one of the two clips; choose another output file"),
+    ],
+)
+def test_a_bad_output_is_one_line_and_the_clips_stay(tmp_path, clip, run, call, out, words):
+    a, b = clip("a.wav"), clip("b.wav", seed=1)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link.wav").symlink_to(a)
+    before = a.read_bytes(), b.read_bytes()
+    check_one_line(call(a, b, "-o", tmp_path / out, "--run", run.path), tmp_path / out, words)
+    assert (a.read_bytes(), b.read_bytes()) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"a.wav", "b.wav", "link.wav", "sub"}
+
+
+def test_a_bad_run_is_one_line(tmp_path, clip, run, call, monkeypatch):
+    monkeypatch.setenv(OFFLINE_VARIABLE, "1")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))  # no weights, whatever this machine holds
+    a, b = clip("a.wav"), clip("b.wav")
+
+    def fails(path: Path, where: object, words: str, *options: str) -> None:
+        check_one_line(call(a, b, "-o", tmp_path / "out.wav", "--run", path, *options), where, words)
+        assert not (tmp_path / "out.wav").exists()
+
+    fails(tmp_path / "none", tmp_path / "none", "no run here (no config.json); train one with")
+    fails(a, a, "cannot be read.*; check|no run here")
+
+    config = tmp_path / "text" / "config.json"
+    config.parent.mkdir()
+    for content in ("{", "", "[]", "\x00"):
+        config.write_text(content)
+        fails(config.parent, config, "damaged.*; restore it or train again")
+    for number, codec in enumerate((None, {}, "mdct", {"name": 3})):
+        path = changed_copy(run, tmp_path / f"codec{number}", codec=codec)
+        fails(path, path / "config.json", "names no codec; restore it or train again")
+        fails(path, path / "config.json", "names no codec; restore it or train again", "--codec", "mdct")
+    path = changed_copy(run, tmp_path / "cascade", cascade=run.config["cascade"] | {"colour": "red"})
+    fails(path, "colour", "CascadeConfig has no field colour; its fields are")
+
+    path = changed_copy(run, tmp_path / "older", codec={"name": "mdct", "fingerprint": "0" * 64})
+    fails(path, path, "trained on latents of codec 'mdct'.*; use that codec, or train again")
+    path = changed_copy(run, tmp_path / "encodec", codec={"name": "encodec", "fingerprint": "0" * 64})
+    fails(path, "encodec", "its weights are not on this machine.*; give the directory that holds")
+    fails(path, path, "trained on latents of codec 'encodec'.*; use that codec", "--codec", "mdct")
+    path = changed_copy(run, tmp_path / "unknown", codec={"name": "lpc", "fingerprint": "0" * 64})
+    fails(path, "'lpc'", "unknown; choose mdct or encodec")
+
+    path = changed_copy(run, tmp_path / "cut")
+    weights = path / "best" / "model.safetensors"
+    os.truncate(weights, 1000)
+    fails(path, weights, "truncated or changed since it was written; restore it")
+    (path / "best").unlink()
+    fails(path, path / "best", "no checkpoint here; train this run first")

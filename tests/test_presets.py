@@ -1,0 +1,321 @@
+"""Presets: every one builds, overrides reach their field, and a project is made once and then found again."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import soundfile
+import yaml
+
+import lib.presets
+from lib.cascade import CascadeConfig
+from lib.errors import UserError
+from lib.losses import LossConfig
+from lib.presets import DEMO_SONGS, PRESETS, load_preset, open_project
+from lib.synth import make_demo_dataset
+from lib.trainer import TrainConfig
+
+SMALL = {"clip_seconds": 1.0, "listen_seconds": 2.0, "pair_mode": "both"}
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("songs")
+    make_demo_dataset(folder, num_songs=5, seconds=5)
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path, songs, monkeypatch) -> Path:
+    """A repository of its own, with five songs of 5 s in `my songs é`."""
+    monkeypatch.setattr(lib.presets, "ROOT", tmp_path)
+    shutil.copytree(songs, tmp_path / "my songs é")
+    return tmp_path
+
+
+@pytest.fixture
+def builds(monkeypatch) -> list[Path]:
+    """The manifests that are really built, in order."""
+    built, build = [], lib.presets.build_manifest
+
+    def recorded(data, path, *args, **options):
+        built.append(Path(path))
+        return build(data, path, *args, **options)
+
+    monkeypatch.setattr(lib.presets, "build_manifest", recorded)
+    return built
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds(name):
+    preset = load_preset(name)
+    assert preset.name == name
+    assert isinstance(preset.cascade, CascadeConfig)
+    assert isinstance(preset.train, TrainConfig)
+    assert len(preset.cascade.stages) == 2
+    assert all(stage.num_layers == preset.num_layers for stage in preset.cascade.stages)
+
+
+def test_the_presets_are_those_of_the_design():
+    smoke, demo, full = (PRESETS[name] for name in ("smoke", "demo", "full"))
+    assert [p.codec for p in (smoke, demo, full)] == ["mdct", "mdct", "encodec"]
+    assert [p.clip_seconds for p in (smoke, demo, full)] == [2, 4, 16]
+    assert [p.num_layers for p in (smoke, demo, full)] == [2, 6, 6]
+    assert demo.listen_seconds == full.listen_seconds == 16
+    train = full.train
+    assert (train.epochs, train.batch_size, train.learning_rate) == (200, 8, 1e-4)
+    assert (train.weight_decay, train.clip, train.max_steps) == (0.01, 10.0, None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "found"),
+    [
+        ("codec", "encodec", lambda p: p.codec),
+        ("clip_seconds", 3.0, lambda p: p.clip_seconds),
+        ("num_layers", 1, lambda p: p.cascade.stages[1].num_layers),
+        ("num_stages", 3, lambda p: len(p.cascade.stages)),
+        ("anti_cheating", 0.25, lambda p: p.cascade.anti_cheating),
+        ("max_steps", 7, lambda p: p.train.max_steps),
+        ("max_steps", None, lambda p: p.train.max_steps),
+        ("clip", None, lambda p: p.train.clip),
+        ("precision", "bf16", lambda p: p.train.precision),
+        ("seed", 5, lambda p: p.train.seed),
+        ("data_seed", 6, lambda p: p.data_seed),
+        ("input_weight", 0.9, lambda p: p.train.loss.input_weight),
+    ],
+)
+def test_an_override_reaches_its_field_and_no_other(setting, value, found):
+    changed, plain = load_preset("smoke", **{setting: value}), load_preset("smoke")
+    assert found(changed) == value
+    assert found(plain) != value
+
+    def flat(preset):
+        values = dataclasses.asdict(preset)
+        train = values.pop("train")
+        return values | train.pop("loss") | train
+
+    assert flat(changed) == flat(plain) | {setting: value}
+    assert PRESETS["smoke"] == plain  # the table itself is never written to
+
+
+def test_every_setting_has_one_room():
+    """A name that is a field of two rooms would reach only one of them."""
+    rooms = (lib.presets.Preset, TrainConfig, LossConfig)
+    names = [f.name for room in rooms for f in dataclasses.fields(room) if f.name not in ("name", "train", "loss")]
+    assert len(names) == len(set(names))
+
+
+def test_numbers_are_taken_as_yaml_writes_them():
+    assert isinstance(yaml.safe_load("1e-4"), str)  # YAML 1.1 wants a dot in it
+    assert load_preset("smoke", learning_rate="1e-4").train.learning_rate == 1e-4
+    clip = load_preset("smoke", clip=5).train.clip
+    assert (clip, type(clip)) == (5.0, float)
+    assert load_preset("smoke", clip="2.5").train.clip == 2.5
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("max_steps", True, "type int or none"),
+        ("max_steps", 4.0, "type int or none"),
+        ("max_steps", "4", "type int or none"),
+        ("batch_size", None, "type int"),
+        ("learning_rate", True, "type float"),
+        ("learning_rate", "fast", "type float"),
+        ("learning_rate", None, "type float"),
+        pytest.param("learning_rate", 10**400, "type float", id="learning_rate-huge"),
+        ("clip", "none", "type float or none"),
+        ("codec", 1, "type str"),
+        ("clip_seconds", [1], "type float"),
+        ("seed", {}, "type int"),
+        # of the right type, but no sense
+        ("learning_rate", "nan", "finite number"),
+        ("max_steps", 0, "whole number, 1 or more"),
+        ("precision", "fp8", "use one of fp32, bf16"),
+        ("clip_seconds", 0, "more than 0"),
+        ("clip_seconds", ".nan", "type float"),
+        ("listen_seconds", float("nan"), "more than 0"),
+        ("listen_pairs", 0, "more than 0"),
+        ("num_stages", 0, "1 or more"),
+        ("num_layers", 0, "1 or more"),
+        ("anti_cheating", -1, "0 or more"),
+        ("input_weight", -0.3, "0 or more"),
+        ("num_workers", -1, "0 or more"),
+    ],
+)
+def test_a_bad_value_names_the_setting_and_what_it_takes(setting, value, words):
+    with pytest.raises(UserError) as caught:
+        load_preset("smoke", **{setting: value})
+    assert setting in str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_lists_the_choices():
+    with pytest.raises(UserError, match="preset: unknown 'big'; choose one of smoke, demo, full"):
+        load_preset("big")
+    for name in ("max_step", "train", "loss", "name"):
+        with pytest.raises(
+            UserError, match=f"unknown '{name}'; choose from .*batch_size, .*input_weight, .*num_layers"
+        ):
+            load_preset("demo", **{name: 1})
+
+
+# --- project ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_project_is_made_from_a_folder_of_songs(root):
+    project = open_project(load_preset("smoke", **SMALL), "my songs é", "out/run 1")
+    assert project.out_dir == root / "out" / "run 1"
+    assert project.manifest.root == (root / "my songs é").resolve()
+    assert project.manifest.clip_length == 24_000
+    assert {pair.mode for pair in project.manifest.pairs} == {"continuation", "cross"}
+    assert project.codec.name == "mdct"
+    assert project.latents.index.is_relative_to(root / "data" / "latents")
+    assert project.latents.pairs == {name: len(project.manifest.split(name)) for name in ("train", "val")}
+    assert project.latents.encoded > 0
+    assert {path.name for path in root.iterdir()} == {"my songs é", "out", "data"}  # nothing elsewhere
+
+
+def test_relative_paths_are_taken_from_the_repository_whatever_the_working_directory(root, monkeypatch, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    project = open_project(load_preset("smoke", **SMALL), "my songs é")
+    assert project.out_dir == root / "outputs" / "smoke"
+    assert not list((tmp_path / "elsewhere").iterdir())
+    absolute = open_project(load_preset("smoke", **SMALL), root / "my songs é", tmp_path / "elsewhere" / "run")
+    assert absolute.out_dir == tmp_path / "elsewhere" / "run"
+    assert absolute.manifest.pairs == project.manifest.pairs
+
+
+def test_without_data_the_demo_songs_are_made_in_the_repository(root, songs, monkeypatch):
+    asked = []
+
+    def copy(folder, num_songs):
+        asked.append((folder, num_songs))
+        shutil.copytree(songs, folder)
+
+    monkeypatch.setattr(lib.presets, "make_demo_dataset", copy)
+    project = open_project(load_preset("smoke", **SMALL))
+    assert asked == [(root / "data" / "demo", DEMO_SONGS)]
+    assert project.manifest.root == (root / "data" / "demo").resolve()
+
+
+def test_what_is_there_already_is_reused(root, builds):
+    settings = load_preset("smoke", **SMALL)
+    first = open_project(settings, "my songs é")
+    again = open_project(settings, "my songs é")
+    assert len(builds) == 1
+    assert again.manifest == first.manifest
+    assert (again.latents.encoded, again.latents.reused) == (0, first.latents.encoded)
+
+
+def overwrite(folder: Path) -> None:
+    """Another song under a name that is there: same size, later time."""
+    wav, rate = soundfile.read(folder / "song_01.wav")
+    soundfile.write(folder / "song_00.wav", wav, rate, subtype="PCM_16")
+
+
+def add_in_a_linked_folder(folder: Path) -> None:
+    shutil.copy(folder / "song_01.wav", folder.parent / "linked" / "new.wav")
+
+
+CHANGES = {
+    "added": lambda folder: shutil.copy(folder / "song_00.wav", folder / "a copy.WAV"),
+    "removed": lambda folder: (folder / "song_00.wav").unlink(),
+    "renamed": lambda folder: (folder / "song_00.wav").rename(folder / "other.wav"),
+    "overwritten": overwrite,
+    "added in a linked folder": add_in_a_linked_folder,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_manifest_is_built_anew_when_the_music_changes(root, builds, change):
+    folder, linked = root / "my songs é", root / "linked"
+    linked.mkdir()
+    (folder / "more").symlink_to(linked)  # music is followed into links
+    settings = load_preset("smoke", **SMALL)
+    first = open_project(settings, folder).manifest
+    CHANGES[change](folder)
+    second = open_project(settings, folder).manifest
+    assert len(builds) == 2
+    assert second != first
+
+
+@pytest.mark.parametrize("setting", [{"clip_seconds": 1.5}, {"pair_mode": "cross"}, {"data_seed": 1}])
+def test_the_manifest_is_built_anew_when_a_setting_changes(root, builds, setting):
+    first = open_project(load_preset("smoke", **SMALL), "my songs é").manifest
+    second = open_project(load_preset("smoke", **SMALL | setting), "my songs é").manifest
+    assert len(builds) == 2
+    assert second != first
+    open_project(load_preset("smoke", **SMALL | {"max_steps": 3, "codec": "mdct"} | setting), "my songs é")
+    assert len(builds) == 2  # what the pairs do not depend on changes nothing
+
+
+def test_a_kill_while_the_manifest_is_built_leaves_no_stale_stamp(root, monkeypatch):
+    """Settings A, then B killed once its manifest was written, then A again: A's stamp must not vouch for B's."""
+    first = open_project(load_preset("smoke", **SMALL), "my songs é").manifest
+
+    def killed(path, text):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lib.presets, "write_atomic", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_project(load_preset("smoke", **SMALL | {"clip_seconds": 1.5}), "my songs é")
+    assert open_project(load_preset("smoke", **SMALL), "my songs é").manifest == first
+
+
+def test_a_loop_of_links_in_the_music_ends(root):
+    os.symlink("..", root / "my songs é" / "loop")
+    assert open_project(load_preset("smoke", **SMALL), "my songs é").manifest.pairs
+
+
+def test_listening_has_longer_clips_and_the_same_split(root, builds):
+    project = open_project(load_preset("smoke", **SMALL), "my songs é")
+    listening = project.listening()
+    assert listening.clip_length == 48_000
+    for split in ("train", "val"):
+        short, long = (
+            {clip.sha256 for pair in manifest.split(split) for clip in (pair.input, pair.target)}
+            for manifest in (project.manifest, listening)
+        )
+        assert long
+        assert long <= short
+    assert [path.name for path in builds] == ["manifest.jsonl", "listening.jsonl"]
+    project.listening()
+    assert len(builds) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "out", "changes", "words"),
+    [
+        ("none", "", {}, "none: no such folder; check the path"),
+        ("file", "", {}, "file: a file, not a folder"),
+        ("empty", "", {}, "empty: no music in this folder"),
+        ("my songs é", "file", {}, "file: cannot write here"),
+        ("my songs é", "file/run", {}, "file/run: cannot write here"),
+        ("my songs é", "/proc/run", {}, "/proc/run: cannot write here"),
+        ("my songs é", "", {"codec": "lpc"}, "codec 'lpc': unknown; choose mdct or encodec"),
+        ("my songs é", "", {"clip_seconds": 1000}, "no usable pair for"),
+        ("my songs é", "", {"pair_mode": "all"}, "mode: unknown 'all'; choose one of"),
+    ],
+)
+def test_what_a_project_cannot_be_made_of(root, data, out, changes, words):
+    (root / "file").write_text("x")
+    (root / "empty").mkdir()
+    with pytest.raises(UserError) as caught:
+        open_project(load_preset("smoke", **SMALL | changes), data, out)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_output_folder_inside_the_music_is_refused(root):
+    with pytest.raises(UserError, match="inside the data folder"):
+        open_project(load_preset("smoke", **SMALL), "my songs é", "my songs é/out")
+    assert not (root / "my songs é" / "out").exists()

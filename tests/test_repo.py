@@ -1,0 +1,194 @@
+"""The repository itself: one environment described three times alike, entry points that exist, nothing large."""
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHONS = ("3.11", "3.12")  # that the lock is made for
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    return tomllib.loads(text("pyproject.toml"))["project"]
+
+
+@pytest.fixture(scope="module")
+def lock() -> list[tuple[Requirement, list[str]]]:
+    """Every entry of the lock and its hashes."""
+    entries = []
+    for entry in text("requirements.lock").replace("\\\n", " ").splitlines():
+        if entry.strip() and not entry.startswith("#"):
+            requirement, *hashes = entry.split("--hash=")
+            entries.append((Requirement(requirement.strip()), [h.strip() for h in hashes]))
+    return entries
+
+
+@pytest.fixture(scope="module")
+def conda() -> tuple[list[str], list[str]]:
+    """Conda's own packages, and what it hands to pip."""
+    dependencies = yaml.safe_load(text("environment.yml"))["dependencies"]
+    (by_pip,) = (item["pip"] for item in dependencies if isinstance(item, dict))
+    return [item for item in dependencies if isinstance(item, str)], by_pip
+
+
+def locked(lock, name: str, python: str) -> list[Version]:
+    """The versions that a Linux machine with this Python gets."""
+    environment = {"python_version": python, "python_full_version": f"{python}.7", "sys_platform": "linux"}
+    environment |= {"platform_machine": "x86_64", "os_name": "posix", "platform_system": "Linux"}
+    return [
+        Version(next(iter(entry.specifier)).version)
+        for entry, _ in lock
+        if canonicalize_name(entry.name) == canonicalize_name(name)
+        and (entry.marker is None or Marker(str(entry.marker)).evaluate(environment))
+    ]
+
+
+# --- environment ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_the_lock_holds_every_dependency_at_a_version_that_it_allows(project, lock, python):
+    assert Version(python) in SpecifierSet(project["requires-python"])
+    for dependency in map(Requirement, project["dependencies"]):
+        versions = locked(lock, dependency.name, python)
+        assert len(versions) == 1, f"{dependency} has {versions} on Python {python}"
+        assert versions[0] in dependency.specifier, dependency
+
+
+def test_every_entry_of_the_lock_is_pinned_and_has_hashes(lock):
+    assert len(lock) > 100
+    for requirement, hashes in lock:
+        assert [spec.operator for spec in requirement.specifier] == ["=="], requirement
+        assert hashes, requirement
+        assert all(re.fullmatch("sha256:[0-9a-f]{64}", value) for value in hashes), requirement
+
+
+def test_the_lock_names_no_address(lock):
+    assert not re.search(r"https?:|file:|--index|--find-links|git\+| @ ", text("requirements.lock"))
+    assert all(requirement.url is None for requirement, _ in lock)
+
+
+def test_conda_builds_the_same_environment(project, lock, conda):
+    packages, by_pip = conda
+    (python,) = (item for item in packages if re.match(r"python\b", item))
+    version = python.removeprefix("python=")
+    assert version in PYTHONS
+    assert Version(version) in SpecifierSet(project["requires-python"])
+    assert [item.split() for item in by_pip] == [["--requirement", "requirements.lock"]]
+    assert (ROOT / "requirements.lock").exists()
+    names = {canonicalize_name(requirement.name) for requirement, _ in lock}
+    for item in packages:
+        name, pin = re.fullmatch(r"([\w.-]+)(.*)", item).groups()
+        assert canonicalize_name(name) not in names, f"{item} would come from conda and from the lock"
+        assert not pin or name == "python", f"{item}: the lock alone pins versions"
+
+
+def test_what_is_installed_is_what_the_lock_says(lock):
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    for name in ("torch", "torchaudio", "papermill", "numpy"):
+        assert Version(importlib.metadata.version(name)).base_version == str(locked(lock, name, python)[0]), name
+
+
+# --- entry points -----------------------------------------------------------------------------------------------------
+
+
+def makefile_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][\w-]*):(?!=)", text("Makefile"), re.MULTILINE))
+
+
+def test_the_readme_names_the_two_commands_and_no_target_that_does_not_exist():
+    named = set(re.findall(r"\bmake ([a-z][\w-]*)", text("README.md")))
+    commands = re.findall(r"^ {4}make (\w+)|`make (\w+)", text("README.md"), re.MULTILINE)
+    used = {first or second for first, second in commands}
+    assert {"demo", "test"} <= used <= named
+    assert used <= makefile_targets()
+
+
+def test_files_and_modules_that_the_readme_names_exist():
+    for module in set(re.findall(r"python -m (lib\.\w+)", text("README.md"))):
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+    for target in re.findall(r"\]\(([^)#:]+)\)", text("README.md")):
+        if not target.startswith("outputs/record/"):  # measured by `make record`
+            assert (ROOT / target).exists(), target
+
+
+def test_every_command_is_declared_phony():
+    phony = set(re.search(r"^\.PHONY: (.+)$", text("Makefile"), re.MULTILINE)[1].split())
+    assert phony == {target for target in makefile_targets() if not (ROOT / target).is_file()}
+
+
+def test_the_makefile_takes_nothing_for_granted():
+    """Git, make and Python: no command of the virtual environment is called by its bare name."""
+    for line in text("Makefile").splitlines():
+        if line.startswith("\t"):
+            tool = re.match(r"\s*[@-]?(?:\w+=\S+ )*(\S*)", line)[1]
+            assert tool not in {"python", "python3", "pip", "pytest", "ruff", "jupyter", "nbstripout", "lint-imports"}
+
+
+def test_ci_runs_make_test():
+    path = ROOT / ".ci" / "run"
+    assert os.access(path, os.X_OK)
+    lines = text(".ci/run").splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert "set -euo pipefail" in lines
+    assert "make test" in lines
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+def test_make_test_checks_style_layers_tests_notebooks_and_a_papermill_run():
+    recipe = subprocess.run(
+        ["make", "--dry-run", "--assume-old=.venv/ready", "test"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for step in ("ruff check", "ruff format --check", "lint-imports", "-m pytest", "--nbval ", "lib.pipeline"):
+        assert step in recipe, step
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    return [ROOT / os.fsdecode(name) for name in listed.split(b"\0") if name]
+
+
+def test_no_large_file_is_tracked():
+    assert not [path for path in tracked() if path.exists() and path.stat().st_size > 2_000_000]
+
+
+def test_generated_files_are_not_tracked():
+    for path in tracked():
+        inside = path.relative_to(ROOT).as_posix()
+        assert not re.match(r"data/(?!README\.md$)|outputs/(?!record/)|\.venv/|.*__pycache__/", inside), inside
+
+
+def test_every_module_has_its_tests():
+    modules = {path.stem for path in (ROOT / "lib").glob("*.py")} - {"__init__"}
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert modules <= tests
+    assert tests - modules <= {"notebooks", "repo", "encodec_weights"}, "a test of a module that is not there"
+
+
+def test_every_module_has_its_layer():
+    """An import-linter contract that does not know a module says nothing about it."""
+    contract = tomllib.loads(text("pyproject.toml"))["tool"]["importlinter"]["contracts"][0]
+    layers = {name.strip() for layer in contract["layers"] for name in layer.split(":")}
+    modules = {path.stem for path in (ROOT / "lib").glob("*.py")} - {"__init__"}
+    assert {name.strip("()") for name in layers} == modules
+    assert contract["exhaustive"]
