@@ -1,1 +1,7 @@
 """Fuse two clips of music in the latent space of a frozen codec; study why the cascade that does it can explode."""
+
+import os
+
+# Set before torch loads OpenMP, and inherited by notebook kernels. Threads that wait by spinning take each other's cores
+# as soon as another process wants one: a training step on two busy cores took three times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

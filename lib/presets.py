@@ -66,7 +66,7 @@ PRESETS = {
         clip_seconds=4.0,
         listen_seconds=16.0,
         num_layers=6,
-        train=TrainConfig(max_steps=80, batch_size=4, checkpoint_every=40),
+        train=TrainConfig(max_steps=60, batch_size=4, checkpoint_every=30),
     ),
     # a GPU server: the seeds' own setting
     "full": Preset(
