@@ -2,6 +2,6 @@
 
 import os
 
-# Set before torch loads OpenMP, and inherited by notebook kernels. Threads that wait by spinning take each other's cores
-# as soon as another process wants one: a training step on two busy cores took three times as long.
+# Set before torch loads OpenMP, and inherited by notebook kernels: threads that wait by spinning take each other's
+# cores as soon as another process wants one, and training on busy cores becomes several times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

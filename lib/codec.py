@@ -90,7 +90,7 @@ class MdctCodec(nn.Module):
     @property
     def fingerprint(self) -> str:
         constants = [SAMPLE_RATE, HOP, DIM, BAND, KAISER_ALPHA, ROOT, GAIN, ROLL_OFF, FLOOR, CONTEXT, PADDING_NOISE]
-        return hashlib.sha256(json.dumps(["mdct", 1, constants]).encode()).hexdigest()  # 1: raise it with the algorithm
+        return hashlib.sha256(json.dumps(["mdct", 2, constants]).encode()).hexdigest()  # 2: raise it with the algorithm
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:

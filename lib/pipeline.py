@@ -64,6 +64,8 @@ def run_notebooks(
     say(f"preset {preset_name}: data and latents")
     project = open_project(preset, data, out)
     make_folder(out / "report")
+    if "05_listening" in only:
+        project.listening()  # refuse songs too short to listen to before training, not after
     train, val = (len(project.manifest.split(split)) for split in ("train", "val"))
     say(f"{train} training and {val} validation pairs, codec {project.codec.name}")
     if skipped := project.manifest.skipped:
@@ -112,6 +114,10 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
             raise KeyboardInterrupt(f"{error.evalue or 'stopped'}; go on with --resume") from None
         raise NotebookError(
             f"{name}, cell {error.exec_count}: {error.ename}: {error.evalue}; the executed notebook is {executed}"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or executed}: cannot be written ({error.strerror}); make room there"
         ) from None
     except RuntimeError as error:  # the kernel died, or never started
         if asked:

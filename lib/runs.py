@@ -273,7 +273,7 @@ class OriginalCheckpoint:
 
 
 def import_original_checkpoint(path: str | Path, *, last_residual_weight: float | None = None) -> OriginalCheckpoint:
-    """Read a file that the original implementation wrote with `torch.save` (its format is described in the README).
+    """Read a file that the original implementation wrote with `torch.save`.
 
     Widths, layers and stages are inferred from the tensors. The residual weight of a third stage is not in the file:
     with three stages or more `last_residual_weight` must say it (seed 001: 0.1, its repair 0.3); the last stage's
