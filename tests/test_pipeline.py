@@ -79,6 +79,7 @@ def project(monkeypatch) -> SimpleNamespace:
     """No data, no codec: what `open_project` would return, and what it was asked for."""
     stub = SimpleNamespace(asked=[], latents=SimpleNamespace(index=Path("index-1.json")))
     stub.codec = SimpleNamespace(name="mdct", fingerprint="f" * 64)
+    stub.listening = lambda: stub.asked.append("listening")
     stub.manifest = SimpleNamespace(skipped=(), split=lambda split: (1, 2, 3) if split == "train" else (4,))
     monkeypatch.setattr(lib.pipeline, "open_project", lambda *given: stub.asked.append(given) or stub)
     return stub
