@@ -142,7 +142,10 @@ class Project:
     def listening(self) -> Manifest:
         """Pairs of the listening length; the split by source file is the one of training."""
         seconds = self.preset.listen_seconds
-        return _manifest(self.manifest.root, self.out_dir / "listening.jsonl", seconds, self.preset)
+        try:
+            return _manifest(self.manifest.root, self.out_dir / "listening.jsonl", seconds, self.preset)
+        except UserError as error:
+            raise UserError(f"listen_seconds={seconds:g} is too long for this music; lower it ({error})") from None
 
 
 def open_project(preset: Preset, data_dir: str | Path = "", out_dir: str | Path = "") -> Project:
