@@ -319,3 +319,9 @@ def test_an_output_folder_inside_the_music_is_refused(root):
     with pytest.raises(UserError, match="inside the data folder"):
         open_project(load_preset("smoke", **SMALL), "my songs é", "my songs é/out")
     assert not (root / "my songs é" / "out").exists()
+
+
+def test_listening_clips_that_the_music_cannot_give_name_their_setting(root):
+    project = open_project(load_preset("smoke", **(SMALL | {"listen_seconds": 500.0})), "my songs é")
+    with pytest.raises(UserError, match="listen_seconds=500 is too long"):
+        project.listening()
