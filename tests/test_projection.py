@@ -8,7 +8,7 @@ from torch import nn
 
 from lib.projection import SpectralLinear, rms_ceiling, spectral_sigma
 
-TOLERANCE = 1e-3  # of σ, as the issue asks
+TOLERANCE = 1e-3  # of σ, what a run may rely on
 
 
 def svd(weight: torch.Tensor) -> float:

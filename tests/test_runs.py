@@ -425,7 +425,7 @@ class OriginalStage(nn.Module):
 
 
 class Original(nn.Module):
-    """The model that wrote the files, from shared/original_checkpoint.md and seeds 000 to 002."""
+    """The model that wrote the files, from its file format and seeds 000 to 002."""
 
     def __init__(self, layers=(6, 6), last_residual_weight=0.1):
         super().__init__()

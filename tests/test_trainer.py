@@ -70,7 +70,7 @@ def test_the_loss_goes_down(start, tiny_cascade):
     assert len(losses) == 60
 
 
-def test_every_row_has_the_metrics_that_the_issue_names(start):
+def test_every_row_has_every_metric(start):
     run = start()
     stage = ("projection_rms", "mixed_rms", "output_rms", "wanted_factor", "applied_factor", "clamped")
     shared = {"split", "step", "loss", "loss/input_mse", "loss/target_mse"}
@@ -111,7 +111,7 @@ def test_one_step_is_adamw(new_trainer, tiny_cascade):
         torch.testing.assert_close(new.detach(), old * (1 - 3e-2 * 0.5) - 3e-2 * step, rtol=1e-4, atol=1e-6)
 
 
-def test_defaults_are_the_issues():
+def test_defaults_are_the_reference():
     config = TrainConfig()
     assert (config.learning_rate, config.weight_decay, config.clip) == (1e-4, 0.01, 10.0)
     assert (config.loss.input_weight, config.loss.target_weight) == (0.3, 0.3)
