@@ -26,13 +26,10 @@ lab: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -W ignore::FutureWarning tests/bench.py
 
-# run a preset and keep the small results that the README quotes
+# measure what the README quotes: the ablation, the notebooks, the claims; goes on where it was stopped
 PRESET ?= demo
 record: .venv/ready
-	$(BIN)/python -m lib.pipeline --preset $(PRESET)
-	mkdir -p outputs/record/$(PRESET)
-	cp outputs/$(PRESET)/summary.json outputs/$(PRESET)/figures/listening_0.png outputs/$(PRESET)/figures/stages.png \
-		outputs/record/$(PRESET)/
+	$(BIN)/python -m lib.record --preset $(PRESET)
 
 # execute the stored notebooks with the smoke preset and store their outputs
 notebooks: .venv/ready

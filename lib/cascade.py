@@ -7,6 +7,8 @@ Legend: B batch, D latent channels (128), T frames (75 a second), d width of a s
 import dataclasses
 import functools
 import math
+import sys
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.errors import UserError
+from lib.law import INPUT, LATENT_RMS, TARGET, Clips, StagePrediction, mean_of, predict_stage, preserving_weight
 from lib.projection import SpectralLinear
 
 LATENT_DIM = 128
 SOURCES = ("input", "noisy_input", "target", "noisy_target", "previous")
 RESIDUAL_SOURCES = ("mean", "previous")
 RMS_SCALINGS = ("fixed", "learnable", "off")
+MIXINGS = ("add", "preserving")
+
+
+class CollapseWarning(UserWarning):
+    """A stage whose RMS collapses by design: the law says that it must be amplified beyond its clamp."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class StageConfig:
     attention_dropout: float = 0.0  # above 0 attention leaves the fused path and is several times slower
     residual_weight: float = 1.0  # 0.1 on a third stage is what collapses the RMS
     residual_source: str = "mean"  # mean of the clean sources, or the previous stage's output
+    mixing: str = "add"  # projection + w · residual, or RMS-'preserving': √(1 − w²) · projection + w · residual
+    projection_gain: float = 1.0  # multiplies the projection, whose σ is then no longer 1 but this
     spectral_norm: bool = True
     rms_scaling: str = "fixed"  # 'learnable' is the model of seed 003
     clamp: tuple[float, float] | None = (0.7, 1.5)  # range of the RMS factor; None: unlimited
@@ -47,24 +57,41 @@ class StageConfig:
             object.__setattr__(self, "clamp", tuple(self.clamp))
         _check(self.sources and all(s in SOURCES for s in self.sources), "sources", self.sources, f"some of {SOURCES}")
         _check(self.residual_source in RESIDUAL_SOURCES, "residual_source", self.residual_source, RESIDUAL_SOURCES)
+        _check(self.mixing in MIXINGS, "mixing", self.mixing, MIXINGS)
         _check(self.rms_scaling in RMS_SCALINGS, "rms_scaling", self.rms_scaling, RMS_SCALINGS)
         _check(self.num_layers >= 1, "num_layers", self.num_layers, "1 or more")
         _check(self.ffn_mult >= 1, "ffn_mult", self.ffn_mult, "1 or more")
         _check(self.width is None or self.width >= 2, "width", self.width, "None or 2 or more")
         _check(math.isfinite(self.residual_weight), "residual_weight", self.residual_weight, "a finite number")
+        fits = self.mixing != "preserving" or 0 <= self.residual_weight <= 1
+        _check(fits, "residual_weight", self.residual_weight, "0 to 1 where mixing is 'preserving'")
+        gain_is_positive = math.isfinite(self.projection_gain) and self.projection_gain > 0
+        _check(gain_is_positive, "projection_gain", self.projection_gain, "a finite number above 0")
         for name in ("dropout", "attention_dropout"):
             _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "a share from 0 to below 1")
         clamp_is_range = self.clamp is None or (len(self.clamp) == 2 and 0 < self.clamp[0] <= self.clamp[1])
         _check(clamp_is_range, "clamp", self.clamp, "None or (low, high) with 0 < low ≤ high")
 
+    @property
+    def residual_names(self) -> tuple[str, ...]:
+        """The signals whose mean is the residual: the clean sources of this stage, or the previous stage's output."""
+        if self.residual_source == "previous":
+            return ("previous",)
+        return tuple(name.removeprefix("noisy_") for name in self.sources)
+
 
 @dataclass(frozen=True)
 class CascadeConfig:
-    """A cascade: its stages, from the first to the last, and what they share."""
+    """A cascade: its stages, from the first to the last, and what they share.
+
+    Warns with `CollapseWarning` where the law of `lib.law` predicts that a stage wants more amplification than its
+    clamp allows (1.5 without a clamp), for two unlike clips of RMS `latent_rms`.
+    """
 
     stages: tuple[StageConfig, ...]
     latent_dim: int = LATENT_DIM
     anti_cheating: float = 0.0  # noise level, in standard deviations of the clip, added in training only
+    latent_rms: float = LATENT_RMS  # of the codec's latents; only the design rule reads it
 
     def __post_init__(self):
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -79,6 +106,46 @@ class CascadeConfig:
             rule = f"a multiple of num_heads ({stage.num_heads}), and even"
             fits = stage.num_heads >= 1 and width % stage.num_heads == 0 and width % 2 == 0
             _check(fits, f"stages[{i}].width", width, rule)
+        _check(0 < self.latent_rms < math.inf, "latent_rms", self.latent_rms, "a finite number above 0")
+        self._warn_of_collapse()
+
+    def _warn_of_collapse(self) -> None:
+        for i, (stage, found) in enumerate(zip(self.stages, self.predict_rms(), strict=True)):
+            if found.wanted_factor > found.safe_factor * (1 + 1e-9):
+                weight = found.smallest_safe_weight
+                if weight > stage.residual_weight:
+                    safe = "no weight is safe"
+                    if math.isfinite(weight):  # rounded up, or the weight that the message names would warn again
+                        safe = f"the smallest safe weight is {math.ceil(100 * weight) / 100:.2f}"
+                else:
+                    safe = "a smaller weight is safe"
+                warnings.warn(
+                    f"stage {i}: residual_weight={stage.residual_weight:g} lets the RMS collapse: predicted "
+                    f"{found.mixed_rms:.2f} before scaling, of {self.latent_rms:.2f} wanted, needs the factor "
+                    f"{found.wanted_factor:.1f}; {safe} at width {self.width(i)}",
+                    CollapseWarning,
+                    stacklevel=_frames_to_caller(),
+                )
+
+    def predict_rms(self, clips: Clips | None = None) -> tuple[StagePrediction, ...]:
+        """The RMS of every stage of an untrained cascade by the law of `lib.law`; `clips`: unlike ones by default."""
+        clips = clips or Clips(self.latent_rms, self.latent_rms)
+        signals, predictions = {"input": INPUT, "target": TARGET}, []
+        for i, stage in enumerate(self.stages):
+            prediction, signals["previous"] = predict_stage(
+                mean_of([signals[name] for name in stage.residual_names]),
+                clips,
+                d=self.width(i),
+                D=self.latent_dim,
+                weight=stage.residual_weight,
+                gain=stage.projection_gain,
+                spectral_norm=stage.spectral_norm,
+                preserving=stage.mixing == "preserving",
+                clamp=stage.clamp,
+                scaling=stage.rms_scaling,
+            )
+            predictions.append(prediction)
+        return tuple(predictions)
 
     @classmethod
     def reference(cls, num_stages: int = 2, *, anti_cheating: float = 0.0, **changes: Any) -> "CascadeConfig":
@@ -116,6 +183,14 @@ class CascadeConfig:
             raise UserError(f"cascade config: damaged ({error}); restore the config that was written") from None
 
 
+def _frames_to_caller() -> int:
+    """How far up the code is that asked for a config: `with_stage` and `dataclasses.replace` lie between."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__") in (__name__, "dataclasses"):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
 def _check(ok: Any, field: str, value: Any, wanted: Any) -> None:
     if not ok:
         raise UserError(f"{field}={value!r} is not allowed; use {wanted}")
@@ -134,7 +209,9 @@ def _from_fields(cls: type, values: dict[str, Any]) -> Any:
 class StageTrace:
     """What one stage did to the RMS, per sample: tensors `[B]`, detached, on the model's device."""
 
-    projection_rms: Tensor  # of the projection alone
+    projection_rms: Tensor  # of the projection alone, its gain included
+    residual_rms: Tensor  # of the residual, before its weight
+    alignment: Tensor  # cosine between projection and residual, -1 to 1
     mixed_rms: Tensor  # after the residual, before scaling
     output_rms: Tensor  # after scaling
     wanted_factor: Tensor  # what would bring the RMS to the wanted one
@@ -145,6 +222,11 @@ class StageTrace:
 def rms(x: Tensor) -> Tensor:
     """Root mean square per sample, `[B, D, T] → [B]`, float32 or wider, with 1e-8 under the root."""
     return (x.to(torch.promote_types(x.dtype, torch.float32)).square().mean(dim=(1, 2)) + 1e-8).sqrt()
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Cosine between two signals as vectors, per sample, `[B, D, T]` twice → `[B]`; 0 where one is silent."""
+    return F.cosine_similarity(x.flatten(1).float(), y.flatten(1).float(), dim=1)
 
 
 @functools.lru_cache(maxsize=16)
@@ -245,20 +327,20 @@ class Stage(nn.Module):
         for layer in self.layers:
             x = layer(x)
         projected = self.output_projection(self.post_norm(x)).transpose(1, 2)  # [B, D, T]
-        mixed = projected + self.config.residual_weight * self.residual(sources)
+        if self.config.projection_gain != 1:
+            projected = self.config.projection_gain * projected
+        residual = sum(sources[name] for name in self.config.residual_names) / len(self.config.residual_names)
+        weight = self.config.residual_weight
+        mixed = (
+            projected if self.config.mixing == "add" else preserving_weight(weight) * projected
+        ) + weight * residual
         scaling = self.rms_scaling(mixed, rms(sources["input"]), rms(sources["target"]))
         output, mixed_rms, wanted, applied = scaling
         with torch.no_grad():
             clamped = (wanted != applied).float() if self.config.rms_scaling != "off" else torch.zeros_like(wanted)
-            measured = (rms(projected), mixed_rms, rms(output), wanted, applied, clamped)
+            own = (rms(projected), rms(residual), cosine(projected, residual))
+            measured = (*own, mixed_rms, rms(output), wanted, applied, clamped)
         return output, StageTrace(*(value.detach() for value in measured))
-
-    def residual(self, sources: dict[str, Tensor]) -> Tensor:
-        """Mean of the clean sources of this stage, or the previous stage's output, `[B, D, T]`."""
-        if self.config.residual_source == "previous":
-            return sources["previous"]
-        clean = [sources[name.removeprefix("noisy_")] for name in self.config.sources]
-        return sum(clean) / len(clean)
 
 
 class Cascade(nn.Module):

@@ -36,7 +36,7 @@ from lib.presets import PRESETS, ROOT, Preset, load_preset, open_project
 from lib.report import write_report
 from lib.runs import Run
 
-NOTEBOOKS = ("01_encoding", "04_training", "05_listening")
+NOTEBOOKS = ("01_encoding", "02_stage_ablation", "03_rms_collapse", "04_training", "05_listening")
 NEEDS = {"05_listening": "04_training"}  # to be done again when the other has been
 USER_ERRORS = {error.__name__ for error in (UserError, AudioError, CorruptShardError)}
 
@@ -221,23 +221,33 @@ def chosen_notebooks(only: str | None) -> tuple[str, ...]:
     return tuple(name for name in NOTEBOOKS if name in asked or name[:2] in asked)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lib.pipeline", description="Run the notebooks in order.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that runs notebooks takes."""
     parser.add_argument("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--data", default="", help="folder of music (default: generated demo songs)")
     parser.add_argument("--codec", help=f"{', '.join(CODEC_NAMES)} or a directory of EnCodec weights")
     parser.add_argument("--out", default="", help="output folder (default: outputs/<preset>)")
-    parser.add_argument("--only", help="notebooks to run, by their numbers: 04,05")
-    parser.add_argument("--resume", action="store_true", help="skip what is done, go on with training")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of the preset"
     )
+
+
+def parsed_overrides(options: argparse.Namespace) -> dict[str, Any]:
+    overrides = parse_overrides(options.set)
+    if options.codec:
+        folder = Path(options.codec)
+        overrides["codec"] = str(folder.resolve()) if folder.is_dir() else options.codec
+    return overrides
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lib.pipeline", description="Run the notebooks in order.")
+    add_arguments(parser)
+    parser.add_argument("--only", help="notebooks to run, by their numbers: 04,05")
+    parser.add_argument("--resume", action="store_true", help="skip what is done, go on with training")
     options = parser.parse_args()
     with exit_on_user_error():
-        overrides = parse_overrides(options.set)
-        if options.codec:
-            folder = Path(options.codec)
-            overrides["codec"] = str(folder.resolve()) if folder.is_dir() else options.codec
+        overrides = parsed_overrides(options)
         only = chosen_notebooks(options.only)
         try:
             page = run_notebooks(options.preset, overrides, options.data, options.out, only, options.resume)

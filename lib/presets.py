@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lib.ablation import Plan, Result, read_record, run_plan
 from lib.audio import AUDIO_SUFFIXES
 from lib.cascade import CascadeConfig
 from lib.codec import Codec, load_codec
@@ -22,8 +23,10 @@ from lib.losses import LossConfig
 from lib.pairs import Manifest, build_manifest, read_manifest
 from lib.synth import make_demo_dataset
 from lib.trainer import TrainConfig
+from lib.variants import chosen_variants
 
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in notebooks mean this folder, wherever a kernel starts
+RECORD = ROOT / "outputs" / "record"  # what `make record` wrote
 DEMO_SONGS = 16
 
 
@@ -42,6 +45,29 @@ class Preset:
     num_stages: int = 2
     anti_cheating: float = 0.0
     data_seed: int = 0
+    # notebook 02: which variants, at which depth, for how long, on clips of which length
+    ablation_variants: str = "named"
+    ablation_layers: int = 2
+    ablation_steps: int = 60
+    ablation_seeds: int = 3
+    ablation_clip_seconds: float = 1.0
+    ablation_batch_size: int = 4
+    ablation_val_pairs: int = 32
+    record_variants: str = "all"  # of `make record`, whose runs are longer; it adds the named settings at full depth
+    record_steps: int = 100
+
+    @property
+    def plan(self) -> Plan:
+        """The ablation. Its reference trains like the seeds' model, in float32, whatever `train` says."""
+        reference = TrainConfig(
+            epochs=1_000_000,  # the steps decide
+            max_steps=self.ablation_steps,
+            batch_size=self.ablation_batch_size,
+            checkpoint_every=min(self.ablation_steps, 500),
+            max_val_pairs=self.ablation_val_pairs,
+        )
+        variants = chosen_variants(self.ablation_variants)
+        return Plan(variants, self.ablation_layers, self.ablation_seeds, reference)
 
     @property
     def cascade(self) -> CascadeConfig:
@@ -58,6 +84,12 @@ PRESETS = {
         listen_pairs=1,
         num_layers=2,
         train=TrainConfig(max_steps=24, batch_size=4, checkpoint_every=12),
+        ablation_layers=1,
+        ablation_steps=10,
+        ablation_seeds=2,
+        ablation_val_pairs=8,
+        record_variants="named",
+        record_steps=10,
     ),
     # the full model on short clips: a few minutes on two cores
     "demo": Preset(
@@ -77,6 +109,14 @@ PRESETS = {
         listen_pairs=6,
         num_layers=6,
         train=TrainConfig(epochs=200, batch_size=8, precision="bf16", checkpoint_every=500, num_workers=4),
+        ablation_variants="all",
+        ablation_layers=6,
+        ablation_steps=2000,
+        ablation_seeds=5,
+        ablation_clip_seconds=16.0,
+        ablation_batch_size=8,
+        ablation_val_pairs=64,
+        record_steps=2000,
     ),
 }
 
@@ -105,10 +145,19 @@ def load_preset(name: str, /, **overrides: Any) -> Preset:
     loss: LossConfig = dataclasses.replace(preset.train.loss, **changes["loss"])
     train = dataclasses.replace(preset.train, loss=loss, **changes["train"])
     changed = dataclasses.replace(preset, train=train, **changes["preset"])
-    for key, least in (("clip_seconds", 0.0), ("listen_seconds", 0.0), ("listen_pairs", 0)):
+    for key, least in (
+        ("clip_seconds", 0.0),
+        ("listen_seconds", 0.0),
+        ("listen_pairs", 0),
+        ("ablation_clip_seconds", 0.0),
+    ):
         if not getattr(changed, key) > least:
             raise UserError(f"{key}={getattr(changed, key)!r} is not allowed; use more than {least:g}")
-    _ = changed.cascade  # refuses what no cascade can be built from
+    for field in dataclasses.fields(Preset):
+        key = field.name
+        if key.startswith(("ablation_", "record_")) and field.type is int and getattr(changed, key) < 1:
+            raise UserError(f"{key}={getattr(changed, key)!r} is not allowed; use 1 or more")
+    _ = changed.cascade, changed.plan  # refuses what no cascade can be built from
     return changed
 
 
@@ -138,6 +187,25 @@ class Project:
     codec: Codec
     manifest: Manifest
     latents: EncodeReport
+
+    def ablation(self) -> tuple[Result, ...]:
+        """The results of the preset's ablation, on clips of its own length; runs that were made before are reused."""
+        folder = self.out_dir / "ablation"
+        make_folder(folder)
+        seconds = self.preset.ablation_clip_seconds
+        manifest = _manifest(self.manifest.root, folder / "manifest.jsonl", seconds, self.preset)
+        latents = encode_manifest(manifest, self.codec, ROOT / "data" / "latents")
+        return run_plan(self.preset.plan, latents.index, self.preset.codec, folder / "runs")
+
+    def grid(self) -> tuple[tuple[Result, ...], str]:
+        """The whole ablation grid and where it comes from: the preset's own if it runs all variants, else the record
+        that `make record` wrote for this preset, or for the demo."""
+        if self.preset.ablation_variants == "all":
+            return self.ablation(), f"preset {self.preset.name}, this run"
+        path = RECORD / self.preset.name / "ablation.json"
+        path = path if path.exists() else RECORD / "demo" / "ablation.json"
+        results, facts = read_record(path)
+        return results, f"recorded: preset {facts['preset']}, {facts['steps']} steps, codec {facts['codec']}"
 
     def listening(self) -> Manifest:
         """Pairs of the listening length; the split by source file is the one of training."""

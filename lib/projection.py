@@ -76,3 +76,14 @@ def rms_ceiling(d: int, D: int, gamma: float = 1.0) -> float:
     if d < 1 or D < 1 or gamma < 0:
         raise ValueError(f"rms_ceiling needs d ≥ 1, D ≥ 1 and gamma ≥ 0, got d={d}, D={D}, gamma={gamma}")
     return math.sqrt(d / D) * gamma
+
+
+def projection_ceiling(norm: nn.LayerNorm, projection: nn.Linear) -> float:
+    """Largest RMS that `projection` can give to the output of `norm` as both stand, its bias included.
+
+    LayerNorm gives γ ⊙ n + β with ‖n‖ = √d, so at most max|γ|·√d + ‖β‖; the projection multiplies that by σ at most and
+    adds its bias; over D channels: (σ·(max|γ|·√d + ‖β‖) + ‖b‖)/√D. With γ = 1, β = 0, b = 0 it is `rms_ceiling`.
+    """
+    D, d = projection.weight.shape
+    longest = norm.weight.abs().max().item() * math.sqrt(d) + norm.bias.norm().item()
+    return (spectral_sigma(projection) * longest + projection.bias.norm().item()) / math.sqrt(D)

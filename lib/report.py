@@ -8,6 +8,7 @@ import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import jinja2
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from lib.claims import Verdict
 from lib.errors import UserError
 from lib.files import write_atomic
 from lib.player import Players
@@ -71,6 +73,23 @@ class Section:
     def table(self, rows: Sequence[Mapping[str, Any]], caption: str) -> Table:
         table = Table(rows)
         self._add({"kind": "html", "html": table._repr_html_(), "caption": caption, "rows": list(rows)})
+        return table
+
+    def claims(self, verdicts: Sequence[Verdict]) -> Table:
+        """Verdicts as a table; `lib.claims.collect` finds them again."""
+        rows = [
+            {
+                "claim": v.claim,
+                "said": v.said,
+                "measured": v.measured + (f" ({v.spread})" if v.spread else ""),
+                "verdict": v.verdict + (f": {v.why}" if v.why else ""),
+            }
+            for v in verdicts
+        ]
+        table = Table(rows)
+        caption = "Claims audited here"
+        stored = [asdict(verdict) for verdict in verdicts]
+        self._add({"kind": "html", "html": table._repr_html_(), "caption": caption, "claims": stored})
         return table
 
     def players(self, players: Players, caption: str) -> Players:

@@ -23,7 +23,7 @@ from lib.cascade import Cascade, CascadeConfig, StageTrace
 from lib.codec import Codec
 from lib.errors import UserError
 from lib.latents import LatentPairs
-from lib.losses import LossConfig, total_loss
+from lib.losses import Decode, LossConfig, total_loss
 from lib.nonfinite import NonFiniteError, find_non_finite
 from lib.runs import Run, config_differences
 
@@ -46,6 +46,7 @@ class TrainConfig:
     clip: float | None = 10.0  # gradient norm above which gradients are scaled down; None: never
     precision: str = "fp32"  # 'bf16': autocast, for GPUs and for CPUs with AMX; elsewhere it is slower, not faster
     checkpoint_every: int = 100  # steps between validations, each of which writes a checkpoint
+    max_val_pairs: int | None = None  # validate on so many pairs at most, spread evenly over all; None: on all
     num_workers: int = 0  # reader processes; latents are memory-mapped, so a CPU run needs none
     seed: int = 0
     loss: LossConfig = field(default_factory=LossConfig)
@@ -53,9 +54,9 @@ class TrainConfig:
     def __post_init__(self):
         if isinstance(self.loss, dict):
             object.__setattr__(self, "loss", LossConfig(**self.loss))
-        for name in ("epochs", "batch_size", "checkpoint_every", "max_steps"):
+        for name in ("epochs", "batch_size", "checkpoint_every", "max_steps", "max_val_pairs"):
             value = getattr(self, name)
-            if not (value is None and name == "max_steps") and not (isinstance(value, int) and value >= 1):
+            if not (value is None and name.startswith("max_")) and not (isinstance(value, int) and value >= 1):
                 raise UserError(f"{name}={value!r} is not allowed; use a whole number, 1 or more")
         for name, least in (("learning_rate", "above 0"), ("clip", "above 0"), ("weight_decay", "0 or more")):
             value = getattr(self, name)
@@ -76,6 +77,7 @@ def train(
     config: TrainConfig,
     *,
     resume: bool = False,
+    progress: bool = True,
 ) -> Run:
     """Train a cascade on the latents of `index` and return its run directory.
 
@@ -105,7 +107,7 @@ def train(
         run.config["train"] |= length
     else:
         run = Run.create(out_dir, wanted)
-    Trainer(run, pairs["train"], pairs["val"]).run_to_end()
+    Trainer(run, pairs["train"], pairs["val"], codec.decode).run_to_end(progress=progress)
     return run
 
 
@@ -121,15 +123,16 @@ def check_sizes(pairs: dict[str, LatentPairs], config: TrainConfig) -> None:
 class Trainer:
     """The loop over a run's steps. Everything it needs to go on after a kill is in the run's checkpoints."""
 
-    def __init__(self, run: Run, train_pairs: LatentPairs, val_pairs: LatentPairs):
+    def __init__(self, run: Run, train_pairs: LatentPairs, val_pairs: LatentPairs, decode: Decode | None = None):
         self.run = run
+        self.decode = decode  # for the terms of the loss that are heard
         self.config = TrainConfig(**run.config["train"])
         self.train_pairs, self.val_pairs = train_pairs, val_pairs
         self.accelerator = Accelerator()
         torch.manual_seed(self.config.seed)
         model = Cascade(CascadeConfig.from_dict(run.config["cascade"]))
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay
+            model.parameters(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay, fused=True
         )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.step = 0
@@ -148,17 +151,27 @@ class Trainer:
         steps = self.config.epochs * self.steps_per_epoch
         return min(steps, self.config.max_steps) if self.config.max_steps else steps
 
-    def run_to_end(self) -> None:
-        """Train the steps that are left. After a stop signal: save, and raise `KeyboardInterrupt`."""
+    def run_to_end(self, *, progress: bool = True) -> None:
+        """Train the steps that are left, with a progress bar on stderr or without one.
+
+        After a stop signal: save, and raise `KeyboardInterrupt`.
+        """
         if self.step >= self.total_steps:
             return
         self.run.forget_metrics_after(self.step)
-        progress = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", mininterval=1.0)
-        with catch_stop_signals(self), progress:
+        bar = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            mininterval=1.0,
+            **({} if progress else {"disable": True}),  # unnamed, tqdm's own environment variables decide
+        )
+        with catch_stop_signals(self), bar:
             for input, target in self.batches():
                 row = self.train_step(input, target)
-                progress.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-                progress.update()
+                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+                bar.update()
                 done = self.step == self.total_steps
                 if done or self.step % self.config.checkpoint_every == 0:
                     self.validate_and_save()
@@ -170,7 +183,7 @@ class Trainer:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of the steps that are left, `[B, D, T]` twice. Their order depends on seed and epoch alone."""
-        for epoch in range(self.step // self.steps_per_epoch, self.config.epochs):
+        for epoch in range(self.step // self.steps_per_epoch, math.ceil(self.total_steps / self.steps_per_epoch)):
             generator = torch.Generator().manual_seed(self.config.seed + epoch * 1_000_003)
             order = torch.randperm(len(self.train_pairs), generator=generator).split(self.config.batch_size)
             first = epoch * self.steps_per_epoch
@@ -190,7 +203,7 @@ class Trainer:
         input, target = input.to(device, non_blocking=True), target.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             output, traces = self.model(input, target)
-        loss, terms = total_loss(output.float(), input, target, self.config.loss)
+        loss, terms = total_loss(output.float(), input, target, self.config.loss, self.decode)
         return loss, terms, traces
 
     def train_step(self, input: Tensor, target: Tensor) -> dict[str, Any]:
@@ -200,9 +213,10 @@ class Trainer:
         loss, terms, traces = self.forward(input, target)
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
+        shares = gradient_norms(self.accelerator.unwrap_model(self.model))
         largest = self.config.clip if self.config.clip is not None else math.inf
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), largest)
-        metrics = to_floats({"loss": loss, "grad_norm": grad_norm} | step_metrics(terms, traces))
+        metrics = to_floats({"loss": loss, "grad_norm": grad_norm} | shares | step_metrics(terms, traces))
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             self.stop_non_finite("train", self.step + 1, input, target, rng)
         self.optimizer.step()
@@ -218,14 +232,15 @@ class Trainer:
         """Mean loss, terms and traces over the validation pairs, in eval mode. Raises `NonFiniteError`."""
         self.model.eval()
         sums: dict[str, float] = {}
-        for input, target in self.loader(self.val_pairs, torch.arange(len(self.val_pairs)).split(8)):
+        chosen = evenly_spread(len(self.val_pairs), self.config.max_val_pairs)
+        for input, target in self.loader(self.val_pairs, chosen.split(8)):
             loss, terms, traces = self.forward(input, target)
             metrics = to_floats({"loss": loss} | step_metrics(terms, traces))
             if not math.isfinite(metrics["loss"]):  # finite gradients can still take weights to infinity
                 self.stop_non_finite("val", self.step, input, target, rng_state())
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + value * len(input)
-        return {name: value / len(self.val_pairs) for name, value in sums.items()}
+        return {name: value / len(chosen) for name, value in sums.items()}
 
     def validate_and_save(self) -> None:
         metrics = self.validate()
@@ -275,6 +290,12 @@ class Trainer:
         raise NonFiniteError(step, stage, tensor, self.run.path / "last" if self.run.has_checkpoint() else None)
 
 
+def evenly_spread(count: int, most: int | None) -> Tensor:
+    """At most `most` (None: all) of the numbers 0 to count − 1, spread evenly."""
+    most = min(count, most or count)
+    return torch.arange(most) * count // most
+
+
 def rng_state() -> dict[str, Any]:
     return {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
 
@@ -292,6 +313,17 @@ def step_metrics(terms: dict[str, Tensor], traces: tuple[StageTrace, ...]) -> di
         for trace_field in dataclasses.fields(trace):
             metrics[f"stage{stage}/{trace_field.name}"] = getattr(trace, trace_field.name).mean()
     return metrics
+
+
+@torch.no_grad()
+def gradient_norms(model: Cascade) -> dict[str, Tensor]:
+    """Gradient norm of every part of every stage before clipping, as 'grad_norm/stage1/output_projection'."""
+    norms = {}
+    for i, stage in enumerate(model.stages):
+        for name, part in stage.named_children():
+            if grads := [p.grad for p in part.parameters() if p.grad is not None]:
+                norms[f"grad_norm/stage{i}/{name}"] = torch.nn.utils.get_total_norm(grads)
+    return norms
 
 
 def to_floats(values: dict[str, Tensor]) -> dict[str, float]:

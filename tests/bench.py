@@ -5,6 +5,7 @@ straightforward build would use: dropout in attention too, the legacy spectral n
 slow in that test, are left out of it.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -18,6 +19,7 @@ from test_cascade import PlainCascade
 
 from lib.cascade import Cascade, CascadeConfig
 from lib.codec import MdctCodec
+from lib.explorer import RmsExplorer
 from lib.report import Table
 
 OUT = Path(__file__).resolve().parents[1] / "outputs" / "bench.json"
@@ -87,6 +89,15 @@ def main() -> None:
         {"what": f"mdct {name}", "times real time": f"{16 / seconds:.0f}"}
         for name, seconds in (("encode", encode), ("decode", decode))
     ]
+    explorer = RmsExplorer(*torch.randn(2, 1, 128, 75) * 5.7, num_layers=6)
+    positions = itertools.count()
+    weight, similarity = alternate(
+        lambda: explorer.png(weight=next(positions) / 100), lambda: explorer.png(similarity=next(positions) / 100)
+    )
+    redraws = [
+        {"what": f"redraw on {name}", "ms": f"{1000 * seconds:.0f}"}
+        for name, seconds in (("residual weight", weight), ("similarity", similarity))
+    ]
     machine = {
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -94,10 +105,10 @@ def main() -> None:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "peak memory (MiB)": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
-    for table in (rows, rates, [machine]):
+    for table in (rows, rates, redraws, [machine]):
         print(Table(table), end="\n\n")
     OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps({"cascade": rows, "codec": rates, "machine": machine}, indent=1))
+    OUT.write_text(json.dumps({"cascade": rows, "codec": rates, "explorer": redraws, "machine": machine}, indent=1))
 
 
 if __name__ == "__main__":

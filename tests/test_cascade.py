@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,24 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lib.cascade import RESIDUAL_SOURCES, RMS_SCALINGS, Cascade, CascadeConfig, RmsScaling, StageConfig, StageTrace, rms
+from lib.cascade import (
+    MIXINGS,
+    RESIDUAL_SOURCES,
+    RMS_SCALINGS,
+    Cascade,
+    CascadeConfig,
+    CollapseWarning,
+    RmsScaling,
+    StageConfig,
+    StageTrace,
+    cosine,
+    rms,
+)
 from lib.errors import UserError
+from lib.law import LATENT_RMS
 from lib.projection import SpectralLinear
+
+pytestmark = pytest.mark.filterwarnings("ignore::lib.cascade.CollapseWarning")  # toy cascades collapse by design
 
 GOLDEN = Path(__file__).parent / "data" / "cascade_golden.safetensors"
 
@@ -579,3 +596,229 @@ if __name__ == "__main__":
 def test_from_dict_refuses_values_of_another_kind(tiny_cascade, damage):
     with pytest.raises(UserError, match="damaged"):
         CascadeConfig.from_dict(tiny_cascade().to_dict() | damage)
+
+
+# --- gain, mixing, and what the trace says of projection and residual -------------------------------------------------
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("gain", [0.5, 1.0, 9.0])
+def test_forward_and_backward_of_every_mixing_and_gain(tiny_cascade, mixing, gain):
+    one_pass(tiny_cascade(3, residual_weight=0.6).with_stage(-1, mixing=mixing, projection_gain=gain))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual_source", RESIDUAL_SOURCES)
+@pytest.mark.parametrize("weight", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("gain", [1.0, 2.5])
+def test_mixing_gain_and_their_trace_by_hand(tiny_cascade, residual_source, weight, mixing, gain):
+    config = tiny_cascade(3, rms_scaling="off").with_stage(
+        -1, residual_source=residual_source, residual_weight=weight, mixing=mixing, projection_gain=gain
+    )
+    torch.manual_seed(0)
+    cascade = Cascade(config).eval()
+    seen = {}
+    cascade.stages[1].register_forward_hook(lambda module, inputs, output: seen.update(previous=output[0]))
+    cascade.stages[2].output_projection.register_forward_hook(
+        lambda module, inputs, output: seen.update(projection=output.transpose(1, 2))
+    )
+    input, target = clips(3, rms_in=5.0, rms_tgt=2.0)
+    output, traces = cascade(input, target)
+    projection, trace = gain * seen["projection"], traces[-1]
+    residual = seen["previous"] if residual_source == "previous" else (input + seen["previous"] + target) / 3
+    share = math.sqrt(1 - weight**2) if mixing == "preserving" else 1.0
+    mixed = share * projection + weight * residual
+
+    torch.testing.assert_close(output, mixed, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(trace.projection_rms.double(), true_rms(projection), rtol=1e-5, atol=0)
+    torch.testing.assert_close(trace.residual_rms.double(), true_rms(residual), rtol=1e-5, atol=0)
+    torch.testing.assert_close(trace.mixed_rms.double(), true_rms(mixed), rtol=1e-5, atol=0)
+    for b in range(3):
+        p, r = projection[b].double().flatten(), residual[b].double().flatten()
+        assert trace.alignment[b].item() == pytest.approx((p @ r / p.norm() / r.norm()).item(), abs=1e-5)
+    assert trace.alignment.abs().max() > 1e-3
+
+
+def test_the_cosine_of_two_signals():
+    x, y = clips(3)
+    y = torch.stack([2 * x[0], -0.1 * x[1], torch.zeros_like(x[2])])
+    torch.testing.assert_close(cosine(x, y), torch.tensor([1.0, -1.0, 0.0]))
+    assert cosine(x.bfloat16(), x.bfloat16()).dtype == torch.float32
+    right_angle = torch.tensor([[[1.0, 1.0]]]), torch.tensor([[[3.0, 0.0]]])
+    assert cosine(*right_angle).item() == pytest.approx(math.sqrt(0.5))
+
+
+@pytest.mark.parametrize(
+    ("mixing", "weight", "gain", "share"),
+    [("add", 0.6, 1.0, 1.0), ("add", 0.6, 3.0, 3.0), ("preserving", 0.6, 1.0, 0.8), ("preserving", 0.6, 3.0, 2.4),
+     ("preserving", 0.0, 2.0, 2.0), ("preserving", 1.0, 2.0, 0.0)],
+)  # fmt: skip
+def test_gradient_through_mixing_and_gain(tiny_cascade, mixing, weight, gain, share):
+    """The output's sum grows by the projection's share for every frame and clip that its bias reaches."""
+    config = tiny_cascade(1, mixing=mixing, residual_weight=weight, projection_gain=gain, rms_scaling="off")
+    stage = Cascade(config).stages[0]
+    input, target = clips(2, 7)
+    sources = {"target": target, "noisy_input": input.clone(), "noisy_target": target}
+    stage(sources | {"input": input.requires_grad_()})[0].sum().backward()
+    bias = stage.output_projection.bias.grad
+    torch.testing.assert_close(bias, torch.full((8,), 2 * 7 * share))
+    torch.testing.assert_close(input.grad, torch.full_like(input, weight / 2))  # the residual is the mean of two
+
+
+@torch.no_grad()
+def test_preserving_mixing_keeps_the_rms_of_two_orthogonal_signals(tiny_cascade):
+    for weight in (0.1, 0.5, 0.9):
+        config = tiny_cascade(1, mixing="preserving", residual_weight=weight, rms_scaling="off")
+        stage = Cascade(config).stages[0].eval()
+        residual = torch.zeros(1, 8, 4)
+        residual[:, :4] = 2.0
+        projection = (2.0 * torch.ones(1, 8, 4) - residual).transpose(1, 2)
+        stage.output_projection.register_forward_hook(lambda module, inputs, output, value=projection: value)
+        names = ("input", "target", "noisy_input", "noisy_target")
+        _, trace = stage(dict.fromkeys(names, residual))
+        assert trace.alignment.item() == 0
+        assert trace.mixed_rms.item() == pytest.approx(trace.residual_rms.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"mixing": "mean"}, {"mixing": None}, {"projection_gain": 0.0}, {"projection_gain": -1.0},
+        {"projection_gain": math.inf}, {"projection_gain": math.nan}, {"residual_weight": 1.01, "mixing": "preserving"},
+        {"residual_weight": -0.1, "mixing": "preserving"},
+    ],
+)  # fmt: skip
+def test_bad_mixing_values_name_the_field(values):
+    with pytest.raises(UserError, match=rf"^{next(iter(values))}=.*is not allowed; use"):
+        StageConfig(**values)
+    StageConfig(**values | {"mixing": "add", "projection_gain": 1.0})
+
+
+@pytest.mark.parametrize("value", [0.0, -5.7, math.nan])
+def test_a_bad_latent_rms_names_the_field(value):
+    with pytest.raises(UserError, match=r"^latent_rms=.*above 0"):
+        CascadeConfig((StageConfig(),), latent_rms=value)
+
+
+def test_the_new_fields_survive_json(tiny_cascade):
+    config = tiny_cascade(2, mixing="preserving", projection_gain=2.5, residual_weight=0.9)
+    config = dataclasses.replace(config, latent_rms=3.0)
+    assert CascadeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+# --- the design rule --------------------------------------------------------------------------------------------------
+
+
+def collapses(build: Callable[[], object]) -> list[str]:
+    """The messages of every `CollapseWarning` while something is built."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build()
+    assert all(item.category is CollapseWarning for item in caught)
+    return [str(item.message) for item in caught]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 5])
+def test_the_reference_warns_of_nothing(num_stages):
+    assert collapses(lambda: CascadeConfig.reference(num_stages)) == []
+    for changes in ({"clamp": None}, {"rms_scaling": "off"}, {"rms_scaling": "learnable"}, {"spectral_norm": False}):
+        assert collapses(lambda changes=changes: CascadeConfig.reference(num_stages, **changes)) == []
+
+
+@pytest.mark.parametrize("source", RESIDUAL_SOURCES)
+@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("changes", [{}, {"clamp": (0.5, 1.2)}, {"clamp": None}, {"mixing": "preserving"}])
+def test_both_sides_of_the_line(source, num_stages, changes):
+    base = CascadeConfig.reference(num_stages).with_stage(-1, residual_source=source, **changes)
+    safe = base.predict_rms()[-1].smallest_safe_weight
+    assert 0.3 < safe < 1.1
+    (message,) = collapses(lambda: base.with_stage(-1, residual_weight=0.999 * safe))
+    assert message.startswith(f"stage {num_stages - 1}: ")
+    for weight in (safe, 1.001 * safe):
+        assert collapses(lambda weight=weight: base.with_stage(-1, residual_weight=weight)) == []
+
+
+def test_the_line_of_a_weak_last_stage():
+    """√((5.7/1.5)² − 0.641²)/5.7 for the previous output; the mean of three clips is quieter, so it needs more."""
+    base = CascadeConfig.reference(3)
+    previous = base.with_stage(-1, residual_source="previous").predict_rms()[-1].smallest_safe_weight
+    assert previous == pytest.approx(math.sqrt((5.7 / 1.5) ** 2 - 0.641**2) / 5.7, abs=1e-4)
+    assert base.predict_rms()[-1].smallest_safe_weight > previous + 0.1
+
+
+def test_the_message_tells_stage_weight_predicted_rms_and_the_safe_weight():
+    with pytest.warns(CollapseWarning) as caught:
+        config = CascadeConfig.reference(3).with_stage(-1, residual_weight=0.1, residual_source="previous")
+    (message,) = [str(item.message) for item in caught]
+    found = config.predict_rms()[-1]
+    assert found.mixed_rms == pytest.approx(math.hypot(0.641, 0.57), abs=1e-3)
+    assert "stage 2: residual_weight=0.1 " in message
+    assert "predicted 0.86 before scaling, of 5.70 wanted" in message
+    assert "the factor 6.6" in message
+    assert "the smallest safe weight is 0.66 at width 384" in message
+
+
+def test_every_stage_below_the_line_is_named():
+    messages = collapses(lambda: CascadeConfig((StageConfig(residual_weight=0.3),)))
+    assert [message.split(":")[0] for message in messages] == ["stage 0"]
+    messages = collapses(lambda: CascadeConfig.reference(3, residual_weight=0.3))
+    assert [message.split(":")[0] for message in messages] == ["stage 0", "stage 1", "stage 2"]
+
+
+def test_the_warning_points_at_the_line_that_built_the_config():
+    with pytest.warns(CollapseWarning) as caught:
+        CascadeConfig((StageConfig(residual_weight=0.3),))
+    assert caught[0].filename == __file__
+
+
+def test_a_stage_that_no_weight_can_save():
+    first = StageConfig(residual_weight=0.0, rms_scaling="off")  # leaves its projection alone, of RMS 0.6
+    last = StageConfig(sources=("input", "previous"), residual_source="previous", mixing="preserving")
+    messages = collapses(lambda: CascadeConfig((first, last)))
+    assert "no weight is safe" in messages[1]
+
+
+def test_the_latents_own_rms_moves_the_line():
+    def at(latent_rms: float, weight: float) -> list[str]:
+        last = StageConfig(("input", "previous", "target"), residual_source="previous", residual_weight=weight)
+        return collapses(lambda: CascadeConfig((StageConfig(), last), latent_rms=latent_rms))
+
+    assert at(5.7, 0.5)
+    assert at(1.0, 0.5) == []  # the projection is nearly loud enough by itself
+    assert at(5.7, 0.66) == []
+    (message,) = at(20.0, 0.66)  # beside which the projection is nothing
+    assert "of 20.00 wanted" in message
+
+
+@pytest.mark.parametrize("share", [0.8, 1.2])
+def test_training_does_not_cross_the_line(share):
+    """Below the safe weight every clip stays clamped and too quiet, above it none does: from first to last step."""
+    base = CascadeConfig.reference(2, num_layers=1).with_stage(-1, residual_source="previous")
+    weight = share * base.predict_rms()[-1].smallest_safe_weight
+    if share < 1:
+        with pytest.warns(CollapseWarning):
+            config = base.with_stage(-1, residual_weight=weight)
+    else:
+        config = base.with_stage(-1, residual_weight=weight)
+    torch.manual_seed(0)
+    cascade = Cascade(config)
+    optimizer = torch.optim.AdamW(cascade.parameters(), lr=1e-4)
+    input, target = clips(4, 20, 128, LATENT_RMS, LATENT_RMS)
+    losses = []
+    for _ in range(40):
+        output, traces = cascade(input, target)
+        last = traces[-1]
+        if share < 1:
+            assert (last.clamped == 1).all()
+            assert (last.applied_factor == 1.5).all()
+            assert (last.output_rms < 0.9 * LATENT_RMS).all()
+        else:
+            assert (last.clamped == 0).all()
+            torch.testing.assert_close(last.output_rms, torch.full((4,), LATENT_RMS), rtol=1e-4, atol=0)
+        loss = (output - input).square().mean() + (output - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1  # it did train

@@ -1,13 +1,17 @@
 """Metrics: ratios and moments of signals whose values are known, and baselines against the formula by hand."""
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from lib.cascade import Cascade
+from lib.cascade import Cascade, StageTrace
+from lib.latents import LatentPairs
 from lib.losses import LossConfig
-from lib.metrics import band_snr, baseline_losses, kurtosis
+from lib.metrics import band_snr, baseline_losses, evaluate_fusion, kurtosis, movement
 
 RATE, N = 24_000, 24_000  # a whole second: every whole frequency falls on one bin
 
@@ -116,3 +120,98 @@ def test_the_plain_average_is_the_minimum_for_equal_weights_only(pairs, untraine
 def test_baselines_are_measured_without_dropout(pairs, untrained):
     first, second = (baseline_losses(pairs, LossConfig(), untrained.train()) for _ in range(2))
     assert first == second
+
+
+# --- how a cascade fuses ----------------------------------------------------------------------------------------------
+
+
+class Answer(nn.Module):
+    """A cascade without stages, whose output is a function of its latents."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+        self.weight = nn.Parameter(torch.zeros(()))  # says which device it is on
+
+    def forward(self, input, target):
+        return self.output(input, target), ()
+
+
+def by_hand(output: np.ndarray, input: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """The metrics of one pair `[D, T]`."""
+
+    def rms(x):
+        return np.sqrt((x**2).mean())
+
+    def moves(x):
+        return np.sqrt((x**2).mean(axis=0)).std()
+
+    errors = {"input_mse": ((output - input) ** 2).mean(), "target_mse": ((output - target) ** 2).mean()}
+    return errors | {
+        "mse": sum(errors.values()) / 2,
+        "input_correlation": np.corrcoef(output.ravel(), input.ravel())[0, 1],
+        "target_correlation": np.corrcoef(output.ravel(), target.ravel())[0, 1],
+        "rms_ratio": rms(output) / np.sqrt((rms(input) ** 2 + rms(target) ** 2) / 2),
+        "movement_ratio": moves(output) / ((moves(input) + moves(target)) / 2),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::lib.cascade.CollapseWarning")
+def test_evaluate_fusion_is_what_the_formulas_give(tiny_index, tiny_cascade):
+    """Nine pairs, one more than a batch takes; dropout is off although the model comes in training mode."""
+    torch.manual_seed(1)
+    cascade = Cascade(tiny_cascade(residual_weight=0.3)).train()
+    pairs = LatentPairs(tiny_index, "val")
+    found = evaluate_fusion(cascade, pairs)
+    cascade.eval()
+    rows = []
+    for input, target in (pairs[i] for i in range(9)):
+        with torch.no_grad():
+            output, traces = cascade(input[None], target[None])
+        row = by_hand(*(x.double().numpy() for x in (output[0], input, target)))
+        for i, trace in enumerate(traces):
+            row |= {f"stage{i}/{name}": value.item() for name, value in vars(trace).items()}
+        rows.append(row)
+    wanted = {name: np.mean([row[name] for row in rows]) for name in rows[0]}
+    assert set(found) == set(wanted)
+    assert {f.name for f in dataclasses.fields(StageTrace)} == {n[7:] for n in found if n.startswith("stage1/")}
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    for name in ("input_correlation", "target_mse", "movement_ratio", "stage1/wanted_factor"):
+        values = [row[name] for row in rows]
+        mean_of_batch_means = (np.mean(values[:8]) + values[8]) / 2
+        assert abs(mean_of_batch_means / found[name] - 1) > 1e-3, name  # the tolerance tells them apart
+
+
+def test_a_model_that_gives_its_input_back(tiny_index):
+    pairs = LatentPairs(tiny_index, "val")
+    found = evaluate_fusion(Answer(lambda input, target: input), pairs)
+    assert found["input_correlation"] == pytest.approx(1, abs=1e-6)
+    assert found["input_mse"] == 0
+    assert abs(found["target_correlation"]) < 0.2
+    assert found["mse"] == pytest.approx(found["target_mse"] / 2)
+    assert found["rms_ratio"] == pytest.approx(1, abs=0.05)
+    assert found["movement_ratio"] == pytest.approx(1, abs=0.1)
+
+
+def test_an_output_that_stands_still_does_not_move(tiny_index):
+    pairs = LatentPairs(tiny_index, "val")
+    found = evaluate_fusion(Answer(lambda input, target: torch.full_like(input, 3.0)), pairs)
+    assert found["movement_ratio"] == pytest.approx(0, abs=1e-6)
+    assert found["input_correlation"] == found["target_correlation"] == 0
+    doubled = evaluate_fusion(Answer(lambda input, target: 2 * input), pairs)
+    assert doubled["movement_ratio"] == pytest.approx(2, abs=0.2)
+
+
+def test_movement_is_the_standard_deviation_of_the_frames_rms():
+    latents = torch.ones(2, 4, 6)
+    latents[1, :, ::2] = 3.0  # frames of RMS 3 and 1 in turn
+    assert movement(latents).tolist() == pytest.approx([0, 1])
+
+
+def test_evaluation_leaves_weights_and_gradients_alone(tiny_index, tiny_cascade):
+    cascade = Cascade(tiny_cascade())
+    before = {name: value.clone() for name, value in cascade.eval().state_dict().items()}
+    first, second = (evaluate_fusion(cascade.train(), LatentPairs(tiny_index, "val")) for _ in range(2))
+    assert first == second
+    assert all(torch.equal(value, before[name]) for name, value in cascade.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in cascade.parameters())

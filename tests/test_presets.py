@@ -16,6 +16,7 @@ from lib.losses import LossConfig
 from lib.presets import DEMO_SONGS, PRESETS, load_preset, open_project
 from lib.synth import make_demo_dataset
 from lib.trainer import TrainConfig
+from lib.variants import NAMED, VARIANTS
 
 SMALL = {"clip_seconds": 1.0, "listen_seconds": 2.0, "pair_mode": "both"}
 
@@ -164,6 +165,83 @@ def test_an_unknown_name_lists_the_choices():
             UserError, match=f"unknown '{name}'; choose from .*batch_size, .*input_weight, .*num_layers"
         ):
             load_preset("demo", **{name: 1})
+
+
+# --- the ablation's settings ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "variants", "layers", "seeds", "steps", "batch_size", "val_pairs"),
+    [
+        ("smoke", NAMED, 1, 2, 10, 4, 8),
+        ("demo", NAMED, 2, 3, 60, 4, 32),
+        ("full", VARIANTS, 6, 5, 2000, 8, 64),
+    ],
+)
+def test_the_plan_of_every_preset(name, variants, layers, seeds, steps, batch_size, val_pairs):
+    plan = load_preset(name).plan
+    assert plan.variants == variants
+    assert (plan.num_layers, plan.seeds) == (layers, seeds)
+    assert plan.train == TrainConfig(
+        epochs=1_000_000,
+        max_steps=steps,
+        batch_size=batch_size,
+        checkpoint_every=min(steps, 500),
+        max_val_pairs=val_pairs,
+    )
+    assert plan.train.precision == "fp32"
+    for variant in plan.variants:
+        assert all(stage.num_layers == layers for stage in variant.cascade(plan.num_layers).stages)
+        assert variant.training(plan.train).max_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "found"),
+    [
+        ("ablation_variants", "all", lambda p: [v.name for v in p.plan.variants]),
+        ("ablation_layers", 3, lambda p: p.plan.num_layers),
+        ("ablation_steps", 700, lambda p: (p.plan.train.max_steps, p.plan.train.checkpoint_every)),
+        ("ablation_seeds", 4, lambda p: p.plan.seeds),
+        ("ablation_batch_size", 3, lambda p: p.plan.train.batch_size),
+        ("ablation_val_pairs", 5, lambda p: p.plan.train.max_val_pairs),
+        ("ablation_clip_seconds", 0.5, lambda p: p.ablation_clip_seconds),
+    ],
+)
+def test_an_override_of_the_ablation_reaches_the_plan(setting, value, found):
+    wanted = {"ablation_variants": [v.name for v in VARIANTS], "ablation_steps": (700, 500)}.get(setting, value)
+    changed, plain = load_preset("smoke", **{setting: value}), load_preset("smoke")
+    assert found(changed) == wanted
+    assert found(plain) != wanted
+    assert changed.train == plain.train
+    assert changed.cascade == plain.cascade
+
+
+def test_settings_of_the_training_leave_the_ablation_alone():
+    plain = load_preset("smoke").plan
+    assert load_preset("smoke", max_steps=3, precision="bf16", learning_rate=1e-2, num_layers=3).plan == plain
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("ablation_variants", "some", "'some' is not allowed; use one of named, all"),
+        ("ablation_seeds", 0, "1 or more"),
+        ("ablation_layers", 0, "1 or more"),
+        ("ablation_steps", 0, "1 or more"),
+        ("ablation_steps", -3, "1 or more"),
+        ("ablation_batch_size", 0, "1 or more"),
+        ("ablation_val_pairs", 0, "1 or more"),
+        ("ablation_clip_seconds", 0, "more than 0"),
+        ("ablation_seeds", 2.5, "type int"),
+        ("ablation_steps", None, "type int"),
+    ],
+)
+def test_a_bad_setting_of_the_ablation_is_named(setting, value, words):
+    with pytest.raises(UserError) as caught:
+        load_preset("smoke", **{setting: value})
+    assert setting in str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 # --- project ----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from lib.latents import LatentPairs
 from lib.losses import LossConfig
 from lib.projection import spectral_sigma
 from lib.runs import Run
-from lib.trainer import NonFiniteError, TrainConfig, Trainer, catch_stop_signals, train
+from lib.trainer import NonFiniteError, TrainConfig, Trainer, catch_stop_signals, evenly_spread, train
 
 ROOT = Path(__file__).parent.parent
 # Three steps an epoch, so that checkpoints fall within epochs; at this rate and seed the last one is not the best.
@@ -72,15 +72,26 @@ def test_the_loss_goes_down(start, tiny_cascade):
 
 def test_every_row_has_every_metric(start):
     run = start()
-    stage = ("projection_rms", "mixed_rms", "output_rms", "wanted_factor", "applied_factor", "clamped")
+    stage = (
+        "projection_rms",
+        "residual_rms",
+        "alignment",
+        "mixed_rms",
+        "output_rms",
+        "wanted_factor",
+        "applied_factor",
+        "clamped",
+    )
     shared = {"split", "step", "loss", "loss/input_mse", "loss/target_mse"}
     shared |= {f"stage{i}/{name}" for i in range(2) for name in stage}
+    parts = ("input_norm", "layers", "post_norm", "output_projection")
+    trained = shared | {"grad_norm", "epoch"} | {f"grad_norm/stage{i}/{part}" for i in range(2) for part in parts}
     rows = run.metrics()
     assert [row["step"] for row in rows if row["split"] == "train"] == list(range(1, 9))
     assert [row["epoch"] for row in rows if row["split"] == "train"] == [0, 0, 0, 1, 1, 1, 2, 2]
     assert [row["step"] for row in rows if row["split"] == "val"] == [2, 4, 6, 8]
     for row in rows:
-        assert set(row) == (shared | {"grad_norm", "epoch"} if row["split"] == "train" else shared)
+        assert set(row) == (trained if row["split"] == "train" else shared)
         assert all(isinstance(value, int | float | str) and value == value for value in row.values())
         assert row["loss"] == pytest.approx(0.3 * row["loss/input_mse"] + 0.3 * row["loss/target_mse"], rel=1e-5)
 
@@ -694,3 +705,83 @@ def test_a_finished_run_can_be_made_longer(start):
     extended = start("short", max_steps=4, resume=True)
     assert extended.metrics("train") == longer.metrics("train")
     assert len(extended.metrics("train")) == 4
+
+
+# --- parts of the gradient, part of the validation --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"rms_scaling": "learnable", "clamp": None}, {"width": 12}])
+def test_the_parts_gradient_norms_add_up_to_the_whole(start, tiny_cascade, changes):
+    """Every parameter belongs to one part, and the parts are measured before clipping."""
+    run = start(cascade=tiny_cascade(3, **changes), clip=1e-3, max_steps=3)
+    for row in run.metrics("train"):
+        parts = [value for name, value in row.items() if name.startswith("grad_norm/")]
+        assert len(parts) >= 12
+        assert math.sqrt(sum(value**2 for value in parts)) == pytest.approx(row["grad_norm"], rel=1e-5)
+        assert row["grad_norm"] > 1e-2
+
+
+def test_a_parts_gradient_norm_is_that_of_its_parameters(new_trainer, tiny_cascade):
+    trainer = new_trainer(tiny_cascade(rms_scaling="learnable", clamp=None), clip=None)
+    row = trainer.train_step(*next(trainer.batches()))
+    for i, stage in enumerate(trainer.model.stages):
+        for name in ("input_norm", "layers", "post_norm", "output_projection", "rms_scaling"):
+            squares = sum(p.grad.double().square().sum().item() for p in getattr(stage, name).parameters())
+            assert row[f"grad_norm/stage{i}/{name}"] == pytest.approx(math.sqrt(squares), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "chosen"),
+    [
+        (9, None, list(range(9))),
+        (9, 9, list(range(9))),
+        (9, 20, list(range(9))),
+        (9, 4, [0, 2, 4, 6]),
+        (9, 1, [0]),
+        (10, 3, [0, 3, 6]),
+    ],
+)
+def test_evenly_spread(count, most, chosen):
+    assert evenly_spread(count, most).tolist() == chosen
+
+
+def test_validation_of_some_pairs_is_the_mean_over_those(start, tiny_index):
+    run = start(max_steps=2, max_val_pairs=4)
+    model, pairs = run.load_model("last"), LatentPairs(tiny_index, "val")
+    losses = []
+    with torch.no_grad():
+        for input, target in (pairs[i] for i in range(9)):
+            output, _ = model(input[None], target[None])
+            losses.append((0.3 * (output - input).square().mean() + 0.3 * (output - target).square().mean()).item())
+    (row,) = run.metrics("val")
+    assert row["loss"] == pytest.approx(sum(losses[i] for i in (0, 2, 4, 6)) / 4, rel=1e-5)
+    assert abs(sum(losses[:4]) / 4 / row["loss"] - 1) > 1e-3
+    assert abs(sum(losses) / 9 / row["loss"] - 1) > 1e-3
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5])
+def test_a_bad_number_of_validation_pairs_is_refused(value):
+    with pytest.raises(UserError, match=rf"^max_val_pairs={value} is not allowed; use a whole number, 1 or more"):
+        TrainConfig(max_val_pairs=value)
+
+
+def test_without_progress_nothing_is_written(tmp_path, tiny_index, tiny_codec, tiny_cascade, capfd):
+    for progress in (False, True):
+        train(tmp_path / str(progress), tiny_index, tiny_codec, tiny_cascade(), CONFIG, progress=progress)
+        output, errors = capfd.readouterr()
+        assert output == ""
+        assert ("training" in errors) == progress
+        assert bool(errors) == progress
+
+
+def test_the_trainer_gives_the_loss_its_codecs_sound(start, tiny_codec, monkeypatch):
+    """A term on sound trains; without its weight nothing is decoded."""
+    calls, decode = [], type(tiny_codec).decode
+    monkeypatch.setattr(type(tiny_codec), "decode", lambda codec, x: calls.append(x.shape) or decode(codec, x))
+    start("plain", max_steps=2)
+    assert not calls
+    run = start("sound", max_steps=2, loss=LossConfig(anti_modulation_weight=0.5))
+    assert calls[0] == (2, 8, 12)
+    row = run.metrics("train")[0]
+    sum_of_squares = 0.3 * row["loss/input_mse"] + 0.3 * row["loss/target_mse"]
+    assert row["loss"] == pytest.approx(sum_of_squares + 0.5 * row["loss/anti_modulation"], rel=1e-5)

@@ -1,0 +1,139 @@
+"""The record: what it runs, what it keeps, and that what is committed agrees with itself."""
+
+import dataclasses
+import json
+
+import pytest
+
+import lib.record
+from lib.ablation import read_record
+from lib.claims import CLAIMS, VERDICTS, markdown_table
+from lib.errors import UserError
+from lib.presets import RECORD, load_preset
+from lib.record import FIGURES, MARKS, README, changed_by_depth, check_readme, recorded_plans, with_claims
+
+TEXT = f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n"
+
+
+def test_the_table_takes_the_place_of_the_old_one():
+    assert with_claims(TEXT, "| \\1 new |") == f"before\n{MARKS[0]}\n| \\1 new |\n{MARKS[1]}\nafter\n"
+
+
+@pytest.mark.parametrize("text", ["", MARKS[0], TEXT + MARKS[1]])
+def test_a_readme_without_its_marks_is_refused(text):
+    with pytest.raises(UserError, match=r"README\.md: the marks .* once; restore"):
+        check_readme(text)
+
+
+def test_the_demos_record_has_the_grid_and_the_named_settings_at_full_depth():
+    grid, deep = recorded_plans(load_preset("demo"))
+    assert (grid.ablation_variants, grid.ablation_layers, grid.ablation_steps) == ("all", 2, 100)
+    assert (deep.ablation_variants, deep.ablation_layers, deep.ablation_steps) == ("named", 6, 100)
+    (full,) = recorded_plans(load_preset("full"))
+    assert (full.ablation_variants, full.ablation_layers, full.ablation_seeds) == ("all", 6, 5)
+
+
+@pytest.fixture
+def stub(monkeypatch, tmp_path):
+    """The command with its parts replaced: no run is made, the committed results are given back."""
+    results, _ = read_record(RECORD / "demo" / "ablation.json")
+    out = tmp_path / "out"
+    (out / "figures").mkdir(parents=True)
+    (out / "report").mkdir()
+    for name in FIGURES:
+        (out / "figures" / f"{name}.png").write_bytes(name.encode())
+    (out / "summary.json").write_text("{}")
+    (out / "report" / "02_x.json").write_text(json.dumps({"items": []}))
+    said = []
+
+    class Project:
+        def __init__(self, preset, data, folder):
+            self.preset = preset
+            self.codec = type("codec", (), {"name": "mdct"})
+
+        def ablation(self):
+            return [r for r in results if r.num_layers == self.preset.ablation_layers]
+
+    def run_notebooks(*given):
+        said.append(given)
+        return out / "index.html"
+
+    readme = tmp_path / "README.md"
+    readme.write_text(TEXT)
+    monkeypatch.setattr(lib.record, "open_project", Project)
+    monkeypatch.setattr(lib.record, "run_notebooks", run_notebooks)
+    monkeypatch.setattr(lib.record, "RECORD", tmp_path / "record")
+    monkeypatch.setattr(lib.record, "README", readme)
+    return tmp_path, said
+
+
+def test_a_record_holds_runs_figures_summary_claims_and_the_readmes_table(stub):
+    folder, said = stub
+    written = lib.record.record("demo", {}, "songs", "")
+    assert written == folder / "record" / "demo"
+    assert said == [("demo", {}, "songs", "")]
+    assert {path.name for path in written.iterdir()} == {
+        "ablation.json",
+        "summary.json",
+        *(f"{n}.png" for n in FIGURES),
+    }
+    results, facts = read_record(written / "ablation.json")
+    assert {r.num_layers for r in results} == {2, 6}
+    assert (facts["preset"], facts["codec"], facts["steps"]) == ("demo", "mdct", 100)
+    claims = json.loads((folder / "record" / "claims.json").read_text())
+    assert [row["claim"] for row in claims] == list(CLAIMS)
+    assert markdown_table(claims) in (folder / "README.md").read_text()
+
+
+def test_a_broken_readme_is_seen_before_any_run(stub):
+    folder, said = stub
+    (folder / "README.md").write_text("no marks")
+    with pytest.raises(UserError, match="marks"):
+        lib.record.record("demo", {}, "", "")
+    assert not said
+    assert not (folder / "record").exists()
+
+
+def test_the_full_preset_says_what_it_needs(stub, capsys, monkeypatch):
+    def no_weights(*_):
+        raise UserError("weights are missing")
+
+    monkeypatch.setattr(lib.record, "open_project", no_weights)
+    monkeypatch.setattr(lib.record.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="weights are missing"):
+        lib.record.record("full", {}, "", "")
+    assert "no GPU was found" in capsys.readouterr().err
+
+
+# --- what is committed ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return json.loads((RECORD / "claims.json").read_text())
+
+
+def test_every_claim_has_a_verdict(committed):
+    assert {row["claim"] for row in committed} == set(CLAIMS)
+    for row in committed:
+        assert row["verdict"] in VERDICTS
+        assert row["why"] or row["measured"], row
+        if row["verdict"] != "not tested here":
+            assert row["measured"], row
+            assert row["codec"], row
+            assert row["commit"], row
+
+
+def test_the_readme_quotes_the_claims_as_they_were_written(committed):
+    assert markdown_table(committed) in README.read_text()
+
+
+def test_the_verdicts_on_depth_follow_from_the_runs():
+    results, facts = read_record(RECORD / "demo" / "ablation.json")
+    assert facts["changed_by_depth"] == changed_by_depth(list(results))
+    assert len({r.num_layers for r in results}) == 2
+    seeds = {(r.variant, r.num_layers): 0 for r in results}
+    for r in results:
+        seeds[r.variant, r.num_layers] += 1
+    assert set(seeds.values()) == {3}
+    assert all(dataclasses.asdict(r)["steps"] == facts["steps"] or r.non_finite for r in results)

@@ -1,0 +1,122 @@
+"""Statistics over seeds against values worked out by hand, and a factorial against the model that made it."""
+
+import itertools
+import math
+
+import pytest
+
+from lib.spread import describe, difference, factorial_effects
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([2.4, 2.9, 2.1], "2.40 (2.10 to 2.90)"),
+        ([4.0, 1.0], "2.50 (1.00 to 4.00)"),
+        ([0.12345, 0.1, 0.2], "0.123 (0.100 to 0.200)"),
+        ([5.0], "5.00"),
+        ([15_438.4, 100.0], "7,769 (100 to 15,438)"),
+        ([], "none"),
+    ],
+)
+def test_describe(values, text):
+    assert describe(values) == text
+
+
+def test_describe_rounds_to_the_digits_asked_for():
+    assert describe([math.pi, math.e, 5.0], digits=2) == "3.1 (2.7 to 5.0)"
+    assert describe([math.pi], digits=5) == "3.1416"
+
+
+def test_nan_is_refused():
+    for values, others in (([1.0, math.nan], [2.0, 3.0]), ([1.0, 2.0], [math.nan, 3.0])):
+        with pytest.raises(ValueError, match="cannot compare NaN"):
+            difference(values, others)
+
+
+@pytest.mark.parametrize(
+    ("values", "others", "verdict"),
+    [
+        ([3, 4], [1, 2], "higher"),
+        ([1, 2], [3, 4], "lower"),
+        ([1, 2], [2, 3], "within seed spread"),  # they touch
+        ([2, 3], [1, 2], "within seed spread"),
+        ([1, 9], [4, 5], "within seed spread"),
+        ([2.0001, 3], [1, 2], "higher"),
+        ([9, 4, 7], [3, 1], "higher"),  # in no order, not as many
+        ([5], [1, 2], "one seed tells nothing"),
+        ([5, 6], [1], "one seed tells nothing"),
+        ([], [], "one seed tells nothing"),
+    ],
+)
+def test_difference(values, others, verdict):
+    assert difference(values, others) == verdict
+
+
+@pytest.mark.parametrize(("seeds", "chance"), [(3, 2 / 20), (5, 1 / 126)])
+def test_how_often_chance_alone_makes_a_difference(seeds, chance):
+    """All ways to deal equal ranks to two sides: the share that is called a difference."""
+    ranks = set(range(2 * seeds))
+    sides = [(side, ranks - set(side)) for side in itertools.combinations(ranks, seeds)]
+    called = [difference(list(a), list(b)) != "within seed spread" for a, b in sides]
+    assert sum(called) / len(called) == pytest.approx(chance)
+
+
+# --- factorials -------------------------------------------------------------------------------------------------------
+
+FACTORS = ("norm", "clamp", "clipping")
+EFFECTS = {  # of seed 0; those of seed 1 are twice as large
+    "norm": 3.0,
+    "clamp": -1.0,
+    "clipping": 0.5,
+    "norm × clamp": 2.0,
+    "norm × clipping": 0.0,
+    "clamp × clipping": -0.25,
+    "norm × clamp × clipping": 0.75,
+}
+
+
+def model(levels: tuple[bool, ...], seed: int) -> float:
+    """Mean 10, and half of each effect, with the sign that the product of its factors' levels (−1, 1) has."""
+    value = 10.0
+    for name, effect in EFFECTS.items():
+        signs = [1 if levels[FACTORS.index(factor)] else -1 for factor in name.split(" × ")]
+        value += (1 + seed) * effect / 2 * math.prod(signs)
+    return value
+
+
+def full_factorial() -> dict[tuple[bool, ...], list[float]]:
+    return {levels: [model(levels, 0), model(levels, 1)] for levels in itertools.product((False, True), repeat=3)}
+
+
+def test_effects_of_a_model_that_is_known():
+    effects = factorial_effects(full_factorial(), FACTORS)
+    assert list(effects) == list(EFFECTS)
+    for name, effect in EFFECTS.items():
+        assert effects[name] == pytest.approx([effect, 2 * effect]), name
+
+
+def test_a_main_effect_is_the_mean_with_it_minus_the_mean_without():
+    cells = {(False, False): [1.0], (True, False): [4.0], (False, True): [2.0], (True, True): [9.0]}
+    effects = factorial_effects(cells, ("a", "b"))
+    assert effects == {"a": [(4 + 9 - 1 - 2) / 2], "b": [(2 + 9 - 1 - 4) / 2], "a × b": [(1 + 9 - 2 - 4) / 2]}
+
+
+def test_cells_come_in_any_order():
+    turned = factorial_effects(dict(reversed(full_factorial().items())), FACTORS)
+    for name, values in factorial_effects(full_factorial(), FACTORS).items():
+        assert turned[name] == pytest.approx(values)
+
+
+def test_a_missing_cell_is_refused():
+    cells = full_factorial()
+    del cells[True, False, True]
+    with pytest.raises(ValueError, match=r"all 8 cells.*got 7"):
+        factorial_effects(cells, FACTORS)
+
+
+def test_unequal_seeds_are_refused():
+    cells = full_factorial()
+    cells[True, False, True].pop()
+    with pytest.raises(ValueError, match="equally many seeds"):
+        factorial_effects(cells, FACTORS)
