@@ -45,7 +45,7 @@ from lib.nonfinite import NonFiniteError
 from lib.projection import projection_ceiling
 from lib.runs import Run, versions
 from lib.trainer import TrainConfig, evenly_spread, train
-from lib.variants import Variant
+from lib.variants import NAMED, Variant
 
 DECIDES = (
     "cascade",
@@ -92,7 +92,7 @@ class Result:
     start: dict[str, float]  # medians over the first tenth of the steps ...
     end: dict[str, float]  # ... and over the last
     final: dict[str, float] | None  # on the validation pairs, after the last step; None after a non-finite value
-    grad_norm: tuple[float, ...]  # before clipping, one a step; in a record, medians of equal parts
+    grad_norm: tuple[float, ...]  # before clipping, one a step, inf for a non-finite one; recorded: medians of parts
     run: str  # its folder
 
 
@@ -291,7 +291,7 @@ def read_result(folder: Path, variant: str, seed: int, num_layers: int) -> Resul
         raise UserError(f"{folder / 'result.json'}: damaged ({error}); delete {folder} and run again") from None
     rows = [row for row in Run.open(folder).metrics("train") if "event" not in row]
     tenth = max(1, len(rows) // 10)
-    norms = tuple(row["grad_norm"] for row in rows)
+    norms = tuple(row["grad_norm"] for row in rows) + ((math.inf,) if stored["non_finite"] else ())
     return Result(
         variant, seed, num_layers, len(rows), **end, start=medians(rows[:tenth]), end=medians(rows[-tenth:]),
         grad_norm=norms, run=str(folder),
@@ -338,7 +338,10 @@ def read_record(path: Path) -> tuple[tuple[Result, ...], dict[str, Any]]:
     try:
         content = json.loads(path.read_text())
         results = tuple(Result(**row | {"grad_norm": tuple(row["grad_norm"])}) for row in content["results"])
-        return results, content["facts"]
+        facts = {name: content["facts"][name] for name in ("preset", "codec", "steps", "changed_by_depth", "commit")}
+        if missing := {variant.name for variant in NAMED} - {result.variant for result in results}:
+            raise ValueError(f"no runs of {', '.join(sorted(missing))}")
+        return results, facts
     except FileNotFoundError:
         raise UserError(f"{path}: no record of the ablation here; `make record` writes one") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -346,5 +349,5 @@ def read_record(path: Path) -> tuple[tuple[Result, ...], dict[str, Any]]:
 
 
 def growth(result: Result) -> float:
-    """Median gradient norm of the last tenth of the steps over that of the first."""
-    return result.end["grad_norm"] / result.start["grad_norm"] if result.start.get("grad_norm") else math.nan
+    """Median gradient norm of the last tenth of the steps over the first; infinite where a value was not finite."""
+    return math.inf if result.non_finite else result.end["grad_norm"] / result.start["grad_norm"]

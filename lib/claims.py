@@ -93,7 +93,11 @@ def merge(path: Path, verdicts: Sequence[dict[str, Any]], facts: dict[str, str])
     kept = []
     if path.exists():
         try:
-            kept = [row for row in json.loads(path.read_text()) if row["preset"] not in (facts["preset"], "")]
+            kept = [
+                row
+                for row in json.loads(path.read_text())
+                if row["claim"] in CLAIMS and row["preset"] not in (facts["preset"], "")
+            ]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged ({error}); restore it from the repository, or delete it") from None
     rows = kept + [row | facts for row in verdicts]

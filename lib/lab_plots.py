@@ -1,9 +1,11 @@
 """The figures of the laboratory: ablation and collapse. Every function returns a figure; none computes a result.
 
-A variant has one colour and line style throughout (Okabe and Ito's colours, which colour-blind readers tell apart).
+The settings that the seeds name have one colour and marker throughout (Okabe and Ito's, which colour-blind readers tell
+apart); all else is grey, black, or another of those colours.
 """
 
 import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -14,16 +16,13 @@ from matplotlib.figure import Figure
 
 from lib.ablation import Result
 from lib.plots import STAGES, STYLE
-from lib.variants import EXPLODING, LEARNABLE, REFERENCE, REPAIR, VARIANTS
+from lib.variants import EXPLODING, LEARNABLE, REFERENCE, REPAIR
 
 COLOURS = {REFERENCE: "#0072B2", EXPLODING: "#D55E00", REPAIR: "#E69F00", LEARNABLE: "#CC79A7"}
 MARKERS = {REFERENCE: "o", EXPLODING: "s", REPAIR: "^", LEARNABLE: "D"}
 PARTS = ("input_projection", "input_norm", "layers", "post_norm", "output_projection", "rms_scaling")
-PART_COLOURS = ("#999999", "#56B4E9", "#0072B2", "#009E73", "#D55E00", "#CC79A7")
-_cycle = itertools.cycle(itertools.product(("#009E73", "#56B4E9", "#000000", "#999999"), ("o", "s", "^", "D", "v")))
-for _variant in VARIANTS:
-    if _variant.name not in COLOURS:
-        COLOURS[_variant.name], MARKERS[_variant.name] = next(_cycle)
+PART_COLOURS = ("#EEEEEE", "#DDDDDD", "#BBBBBB", "#888888", "#444444", "#000000")  # greys: colours are variants
+OTHER = "#666666"  # a variant that no seed names; the figures label its row
 
 
 def gradient_trajectories(groups: Mapping[str, Sequence[Result]], clip: float | None = None) -> Figure:
@@ -31,24 +30,28 @@ def gradient_trajectories(groups: Mapping[str, Sequence[Result]], clip: float | 
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 4))
         for name, results in groups.items():
-            length = min(len(r.grad_norm) for r in results)
-            if length == 0:
+            finite = [[norm for norm in r.grad_norm if math.isfinite(norm)] for r in results]
+            steps = np.linspace(1, max(r.steps for r in results), max(map(len, finite)))
+            norms = np.array([on_steps(r.steps, own, steps) for r, own in zip(results, finite, strict=True) if own])
+            if not norms.size:
                 continue
-            norms = np.array([r.grad_norm[:length] for r in results])
-            steps = np.linspace(1, max(r.steps for r in results), length)
-            axes.fill_between(steps, norms.min(0), norms.max(0), color=COLOURS[name], alpha=0.2, linewidth=0)
-            every = max(1, length // 8)
-            axes.plot(
-                steps, np.median(norms, 0), color=COLOURS[name], marker=MARKERS[name], markevery=every, label=name
-            )
-            for result in results:
-                if result.non_finite:
-                    axes.plot(result.steps, result.grad_norm[-1], "x", color=COLOURS[name], markersize=11)
+            colour, marker = COLOURS.get(name, OTHER), MARKERS.get(name, "o")
+            axes.fill_between(steps, np.nanmin(norms, 0), np.nanmax(norms, 0), color=colour, alpha=0.2, linewidth=0)
+            every = max(1, len(steps) // 8)
+            axes.plot(steps, np.nanmedian(norms, 0), color=colour, marker=marker, markevery=every, label=name)
+            for result, own in zip(results, finite, strict=True):
+                if result.non_finite and own:
+                    axes.plot(result.steps, own[-1], "x", color=colour, markersize=11)
         if clip:
             axes.axhline(clip, color="black", linestyle=":", label=f"clipped above {clip:g}")
         axes.set(xlabel="step", ylabel="gradient norm before clipping", yscale="log")
         axes.legend(fontsize=8)
     return figure
+
+
+def on_steps(length: int, norms: Sequence[float], steps: np.ndarray) -> np.ndarray:
+    """A run's norms, spread evenly over its own steps, at the steps of the figure; NaN after its end."""
+    return np.interp(steps, np.linspace(1, length, len(norms)), norms, right=np.nan)
 
 
 def variant_ranges(
@@ -69,8 +72,10 @@ def variant_ranges(
                 axes.axvspan(min(values[REFERENCE]), max(values[REFERENCE]), color=COLOURS[REFERENCE], alpha=0.15)
             for y, name in enumerate(names):
                 if found := values.get(name):
-                    axes.plot([min(found), max(found)], [y, y], color=COLOURS[name], linewidth=2)
-                    axes.plot(found, [y] * len(found), MARKERS[name], color=COLOURS[name], markersize=4)
+                    axes.plot([min(found), max(found)], [y, y], color=COLOURS.get(name, OTHER), linewidth=2)
+                    axes.plot(
+                        found, [y] * len(found), MARKERS.get(name, "o"), color=COLOURS.get(name, OTHER), markersize=4
+                    )
                 else:
                     axes.text(0.5, y, "non-finite", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
             axes.set(xlabel=label)
@@ -125,7 +130,7 @@ def factorial(effects: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         for axes, (label, found) in zip(rows[0], effects.items(), strict=True):
             for y, values in enumerate(found.values()):
                 sure = min(values) > 0 or max(values) < 0
-                colour = "#D55E00" if sure else "#999999"
+                colour = "#000000" if sure else "#999999"
                 axes.plot([min(values), max(values)], [y, y], color=colour, linewidth=2)
                 axes.plot(values, [y] * len(values), "o" if sure else "x", color=colour, markersize=5)
             axes.axvline(0, color="black", linewidth=1)
@@ -143,12 +148,12 @@ def predicted_and_measured(
         figure, rows = plt.subplots(1, len(panels), figsize=(1 + 3.3 * len(panels), 3.4), sharey=True, squeeze=False)
         for axes, (title, data) in zip(rows[0], panels.items(), strict=True):
             measured = np.asarray(data["measured"])
-            axes.fill_between(data["x"], measured.min(0), measured.max(0), color="#0072B2", alpha=0.3, linewidth=0)
-            axes.plot(data["x"], np.median(measured, 0), color="#0072B2", label="measured, median and range")
-            axes.plot(data["x"], data["predicted"], color="#D55E00", linestyle="--", label="predicted")
+            axes.fill_between(data["x"], measured.min(0), measured.max(0), color="#000000", alpha=0.25, linewidth=0)
+            axes.plot(data["x"], np.median(measured, 0), color="#000000", label="measured, median and range")
+            axes.plot(data["x"], data["predicted"], color="#56B4E9", linestyle="--", label="predicted")
             if "bound" in data:
                 axes.plot(data["x"], data["bound"], color="#009E73", linestyle=":", label="bound")
-            axes.axhline(goal, color="black", linewidth=0.8, label="wanted")
+            axes.axhline(goal, color="#999999", linewidth=0.8, label="wanted")
             axes.set(xlabel=xlabel, title=title, ylim=(0, None))
         rows[0, 0].set_ylabel(ylabel)
         rows[0, 0].legend(fontsize=8)

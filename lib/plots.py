@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart and which pri
 channels, T frames.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.audio import SAMPLE_RATE
+
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it names every font that it did not need
 
 INPUT, TARGET, OUTPUT, AVERAGE = "#0072B2", "#E69F00", "#009E73", "#777777"
 STAGES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")

@@ -48,7 +48,7 @@ class Preset:
     # notebook 02: which variants, at which depth, for how long, on clips of which length
     ablation_variants: str = "named"
     ablation_layers: int = 2
-    ablation_steps: int = 60
+    ablation_steps: int = 50
     ablation_seeds: int = 3
     ablation_clip_seconds: float = 1.0
     ablation_batch_size: int = 4
@@ -157,6 +157,7 @@ def load_preset(name: str, /, **overrides: Any) -> Preset:
         key = field.name
         if key.startswith(("ablation_", "record_")) and field.type is int and getattr(changed, key) < 1:
             raise UserError(f"{key}={getattr(changed, key)!r} is not allowed; use 1 or more")
+    chosen_variants(changed.record_variants, "record_variants")
     _ = changed.cascade, changed.plan  # refuses what no cascade can be built from
     return changed
 

@@ -43,6 +43,7 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, out_dir: 
     check_readme(README.read_text())
     if preset.name == "full" and not torch.cuda.is_available():
         say("no GPU was found: preset full takes weeks here; PRESET=demo is made for such a machine")
+    merge(RECORD / "claims.json", [], {"preset": preset.name})  # a damaged file is seen before the runs, not after
     folder = RECORD / preset.name
     folder.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []

@@ -222,10 +222,12 @@ def check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor
 
 
 def versions() -> dict[str, str]:
-    """What a number must be quoted with: torch's version and this repository's commit."""
+    """What a number must be quoted with: torch's version and this repository's commit, '+' where lib/ has changed."""
     root = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return {"torch": torch.__version__, "commit": git.stdout.strip() or "unknown"}
+    git = {"cwd": root, "capture_output": True, "text": True, "check": False}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **git).stdout.strip()
+    changed = subprocess.run(["git", "status", "--porcelain", "--", "."], **git).stdout.strip()
+    return {"torch": torch.__version__, "commit": commit + "+" * bool(changed) if commit else "unknown"}
 
 
 def config_differences(a: Any, b: Any, prefix: str = "") -> list[str]:

@@ -138,7 +138,7 @@ VARIANTS = (*NAMED, *SINGLE_CHANGES, *PROTECTIONS.values(), *CAUSES.values(), *W
 SETS = {"named": NAMED, "all": VARIANTS}
 
 
-def chosen_variants(name: str) -> tuple[Variant, ...]:
+def chosen_variants(name: str, setting: str = "ablation_variants") -> tuple[Variant, ...]:
     if name not in SETS:
-        raise UserError(f"ablation_variants={name!r} is not allowed; use one of {', '.join(SETS)}")
+        raise UserError(f"{setting}={name!r} is not allowed; use one of {', '.join(SETS)}")
     return SETS[name]

@@ -174,7 +174,7 @@ def test_an_unknown_name_lists_the_choices():
     ("name", "variants", "layers", "seeds", "steps", "batch_size", "val_pairs"),
     [
         ("smoke", NAMED, 1, 2, 10, 4, 8),
-        ("demo", NAMED, 2, 3, 60, 4, 32),
+        ("demo", NAMED, 2, 3, 50, 4, 32),
         ("full", VARIANTS, 6, 5, 2000, 8, 64),
     ],
 )
