@@ -23,7 +23,7 @@ from lib.losses import LossConfig
 from lib.pairs import Manifest, build_manifest, read_manifest
 from lib.synth import make_demo_dataset
 from lib.trainer import TrainConfig
-from lib.variants import chosen_variants
+from lib.variants import NAMED, chosen_variants
 
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in notebooks mean this folder, wherever a kernel starts
 RECORD = ROOT / "outputs" / "record"  # what `make record` wrote
@@ -206,6 +206,10 @@ class Project:
         path = RECORD / self.preset.name / "ablation.json"
         path = path if path.exists() else RECORD / "demo" / "ablation.json"
         results, facts = read_record(path)
+        lacking = {variant.name for variant in NAMED} - {result.variant for result in results}
+        lacking |= {"preset", "steps", "codec"} - set(facts)
+        if lacking:
+            raise UserError(f"{path}: lacks {', '.join(sorted(lacking))}; restore it or run `make record`")
         return results, f"recorded: preset {facts['preset']}, {facts['steps']} steps, codec {facts['codec']}"
 
     def listening(self) -> Manifest:

@@ -266,7 +266,9 @@ def test_a_non_finite_run_is_recorded_and_stops_no_other(results, tmp_path):
         assert result.non_finite["stage"] == 0
         assert result.non_finite["tensor"].startswith(("output of stages.0.", "input of stages.0."))
         assert result.final is None
-        assert result.steps == len(result.grad_norm) == 1
+        assert result.steps == 1
+        assert [math.isinf(norm) for norm in result.grad_norm] == [False, True]
+        assert math.isinf(growth(result))
         assert sorted(os.listdir(result.run)) == ["config.json", "metrics.jsonl", "result.json"]
         assert result.start == result.end
     assert all(result.final and result.non_finite is None for result in found[2:])
@@ -279,8 +281,8 @@ def test_a_run_that_breaks_in_its_first_step_has_no_metrics(results, monkeypatch
     monkeypatch.setattr(LatentPairs, "__getitem__", lambda pairs, i: tuple(x * math.inf for x in getitem(pairs, i)))
     (result,) = results(tiny_plan(REFERENCE, seeds=1))
     assert result.non_finite == {"step": 1, "stage": None, "tensor": "input latents"}
-    assert (result.steps, result.start, result.end, result.grad_norm) == (0, {}, {}, ())
-    assert math.isnan(growth(result))
+    assert (result.steps, result.start, result.end, result.grad_norm) == (0, {}, {}, (math.inf,))
+    assert math.isinf(growth(result))
 
 
 @pytest.mark.parametrize("content", ["{", "", "[]", "null", '{"final": null}', "\x00"])

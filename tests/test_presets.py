@@ -1,6 +1,7 @@
 """Presets: every one builds, overrides reach their field, and a project is made once and then found again."""
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -403,3 +404,25 @@ def test_listening_clips_that_the_music_cannot_give_name_their_setting(root):
     project = open_project(load_preset("smoke", **(SMALL | {"listen_seconds": 500.0})), "my songs é")
     with pytest.raises(UserError, match="listen_seconds=500 is too long"):
         project.listening()
+
+
+def test_a_record_that_lacks_what_the_notebooks_need_is_named(tmp_path, monkeypatch):
+    record = json.loads((lib.presets.RECORD / "demo" / "ablation.json").read_text())
+    path = tmp_path / "demo" / "ablation.json"
+    path.parent.mkdir()
+    monkeypatch.setattr(lib.presets, "RECORD", tmp_path)
+    project = lib.presets.Project(load_preset("smoke"), tmp_path, None, None, None)
+    with pytest.raises(UserError, match="no record of the ablation here"):
+        project.grid()
+    path.write_text(json.dumps(record))
+    results, source = project.grid()
+    assert len(results) == len(record["results"])
+    assert source == "recorded: preset demo, 100 steps, codec mdct"
+    few = [row for row in record["results"] if row["variant"] != "final 2-stage"]
+    for broken, what in (
+        (record | {"results": few}, "final 2-stage"),
+        (record | {"facts": {}}, "codec, preset, steps"),
+    ):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=rf"ablation\.json: lacks {what}; restore"):
+            project.grid()
