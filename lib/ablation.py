@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,24 +35,37 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 import lib
+from lib.agent import MaskingConfig
+from lib.batches import evenly_spread
 from lib.cascade import CascadeConfig, CollapseWarning
 from lib.codec import load_codec
+from lib.configs import from_fields
 from lib.errors import UserError
 from lib.files import make_folder, write_atomic
 from lib.latents import LatentPairs
-from lib.metrics import evaluate_fusion
+from lib.metrics import evaluate_fusion, judge_outputs, mean_judgement
 from lib.nonfinite import NonFiniteError
 from lib.projection import projection_ceiling
 from lib.runs import Run, versions
-from lib.trainer import TrainConfig, evenly_spread, train
+from lib.train_config import TrainConfig
+from lib.trainer import train
 from lib.variants import Variant
 
 DECIDES = (
     "cascade",
     "law",
     "projection",
+    "agent",
+    "fusion",
     "losses",
+    "sound",
+    "batches",
+    "curriculum",
+    "adversary",
+    "optimization",
     "nonfinite",
+    "telemetry",
+    "train_config",
     "trainer",
     "metrics",
 )  # modules whose code makes a result
@@ -66,6 +79,7 @@ class Plan:
     num_layers: int
     seeds: int
     train: TrainConfig  # of the reference; variants change it
+    masking: MaskingConfig = field(default_factory=MaskingConfig)  # with any, results are also judged by ear
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,7 @@ class Job:
     codec: str
     cascade: dict[str, Any]
     train: dict[str, Any]
+    masking: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -94,6 +109,7 @@ class Result:
     final: dict[str, float] | None  # on the validation pairs, after the last step; None after a non-finite value
     grad_norm: tuple[float, ...]  # before clipping, one a step, inf for a non-finite one; recorded: medians of parts
     run: str  # its folder
+    quarter: dict[str, float] = field(default_factory=dict)  # medians over the tenth before a quarter of the steps
 
 
 def run_plan(
@@ -114,8 +130,9 @@ def run_plan(
         for seed in range(plan.seeds):
             config = dataclasses.replace(variant.training(plan.train), seed=seed)
             cascade = variant.cascade(plan.num_layers).to_dict()
-            key = job_key(cascade, dataclasses.asdict(config), fingerprint, index.stem)
-            jobs[key] = Job(key, str(folder / key), str(index), codec, cascade, dataclasses.asdict(config))
+            masking = dataclasses.asdict(plan.masking)
+            key = job_key(cascade, dataclasses.asdict(config), masking, fingerprint, index.stem)
+            jobs[key] = Job(key, str(folder / key), str(index), codec, cascade, dataclasses.asdict(config), masking)
             order.append((variant.name, seed, key))
     missing = [job for key, job in jobs.items() if not (folder / key / "result.json").exists()]
     if missing:
@@ -125,9 +142,19 @@ def run_plan(
     return tuple(read_result(folder / key, name, seed, plan.num_layers) for name, seed, key in order)
 
 
-def job_key(cascade: dict[str, Any], train_config: dict[str, Any], fingerprint: str, data: str) -> str:
+def job_key(
+    cascade: dict[str, Any], train_config: dict[str, Any], masking: dict[str, Any], fingerprint: str, data: str
+) -> str:
     """A hash of everything that a result depends on: configs, codec, data, torch, and the code that computes it."""
-    what = [json.loads(json.dumps(cascade)), train_config, fingerprint, data, torch.__version__, code_fingerprint()]
+    what = [
+        json.loads(json.dumps(cascade)),
+        train_config,
+        masking,
+        fingerprint,
+        data,
+        torch.__version__,
+        code_fingerprint(),
+    ]
     what.append("cuda" if torch.cuda.is_available() else "cpu")
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -253,21 +280,26 @@ def deterministic() -> Iterator[None]:
 def run_job(job: Job) -> None:
     """Train, evaluate, write result.json, and drop the checkpoints, which nobody will need."""
     folder = Path(job.folder)
-    codec, config = load_codec(job.codec), TrainConfig(**job.train)
+    codec, config = load_codec(job.codec), from_fields(TrainConfig, job.train)
     result: dict[str, Any] = {"non_finite": None, "final": None}
     with deterministic():
         try:
-            cascade = CascadeConfig.from_dict(job.cascade)
-            run = train(folder, job.index, codec, cascade, config, resume=True, progress=False)
+            cascade, masking = CascadeConfig.from_dict(job.cascade), from_fields(MaskingConfig, job.masking)
+            run = train(folder, job.index, codec, cascade, config, masking, resume=True, progress=False)
             model = run.load_model("last").to("cuda" if torch.cuda.is_available() else "cpu")
             pairs = LatentPairs(job.index, "val", codec_fingerprint=codec.fingerprint)
             pairs = Subset(pairs, evenly_spread(len(pairs), config.max_val_pairs).tolist())
             ceilings = {
                 f"stage{i}/ceiling": stage.config.projection_gain
                 * projection_ceiling(stage.post_norm, stage.output_projection)
-                for i, stage in enumerate(model.stages)
+                for i, stage in enumerate(model.cascade.stages)
             }
             result["final"] = evaluate_fusion(model, pairs) | ceilings
+            if masking.masking != "none":
+                judged = judge_outputs((pairs[i] for i in range(len(pairs))), codec, {"heard": model})
+                for name in ("heard", "average of latents"):
+                    means = mean_judgement(judged[name])
+                    result["final"] |= {f"{name}/{key}": value for key, value in means.items()}
         except NonFiniteError as error:
             result["non_finite"] = {"step": error.step, "stage": error.stage, "tensor": error.tensor}
     write_atomic(folder / "result.json", json.dumps(result, indent=1))
@@ -294,7 +326,7 @@ def read_result(folder: Path, variant: str, seed: int, num_layers: int) -> Resul
     norms = tuple(row["grad_norm"] for row in rows) + ((math.inf,) if stored["non_finite"] else ())
     return Result(
         variant, seed, num_layers, len(rows), **end, start=medians(rows[:tenth]), end=medians(rows[-tenth:]),
-        grad_norm=norms, run=str(folder),
+        grad_norm=norms, run=str(folder), quarter=medians(rows[len(rows) // 4 - tenth : len(rows) // 4]),
     )  # fmt: skip
 
 

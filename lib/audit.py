@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from lib.ablation import Result, by_variant, growth
 from lib.claims import NOT_TESTED, Verdict, judge
 from lib.spread import difference, factorial_effects
-from lib.trainer import TrainConfig
+from lib.train_config import TrainConfig
 from lib.variants import EXPLODING, LEARNABLE, PROTECTIONS, REFERENCE, REPAIR, Variant
 
 EPOCH_3_BATCH_205 = 3 * 205  # steps at least before the NaN of claim C7, which seed 001 puts there
@@ -53,9 +53,10 @@ def last_projection_share(result: Result) -> float:
 
 
 def largest_factor(result: Result) -> float:
-    """Largest wanted factor of any stage, at the start or the end of training, as medians over a tenth of the steps."""
-    found = [v for part in (result.start, result.end) for k, v in part.items() if k.endswith("/wanted_factor")]
-    return max(found, default=math.inf)
+    """Largest wanted factor of any stage, at the start, a quarter or the end of training, each a median over a tenth of
+    the steps."""
+    parts = (result.start, result.quarter, result.end)
+    return max((v for part in parts for k, v in part.items() if k.endswith("/wanted_factor")), default=math.inf)
 
 
 def scalar_norms(result: Result) -> tuple[float, float]:
@@ -97,7 +98,7 @@ def from_to(results: Sequence[Result], key: str) -> str:
 
 
 def audit_named(results: Sequence[Result]) -> list[Verdict]:
-    """C5 to C8, C10, C11, C15 and the 0.3× part of C14, from the settings that the seeds describe."""
+    """C5 to C8, C15 and the 0.3× part of C14, from the settings that the seeds describe."""
     found = by_variant(results)
     reference, exploding, repair, learnable = (found[n] for n in (REFERENCE, EXPLODING, REPAIR, LEARNABLE))
     steps = min(r.steps for r in reference)
@@ -176,22 +177,6 @@ def audit_named(results: Sequence[Result]) -> list[Verdict]:
             found="times the norm of all others",
             why="" if scalars else "no run took a step",
         ),
-        judge(
-            "C10",
-            "two stages: 200 epochs without NaN",
-            None if never_non_finite(reference) else False,
-            found=first_non_finite(reference),
-            why=f"{steps} steps only; notebook 04 of preset full trains 200 epochs"
-            if never_non_finite(reference)
-            else "",
-        ),
-        judge(
-            "C11",
-            "two stages: no factor above 1.3",
-            max(each(reference, largest_factor)) <= 1.3,
-            each(reference, largest_factor),
-            found="largest factor of a stage",
-        ),
         stability("C14", "three stages at 0.3× are stable", repair),
         judge(
             "C14",
@@ -229,12 +214,6 @@ def audit_named(results: Sequence[Result]) -> list[Verdict]:
             == "higher",
             [f["movement_ratio"] / f["rms_ratio"] for f in finals[REPAIR]],
             found="of the sources' movement, at equal level",
-        ),
-        judge(
-            "C15",
-            "a reconstruction term of 0.01 to 0.05, or novelty of 0.5 to 0.7, cures a constant output",
-            None,
-            why="needs the creative losses, which this project does not have yet",
         ),
     ]
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.configs import check, from_fields
 from lib.errors import UserError
 from lib.law import INPUT, LATENT_RMS, TARGET, Clips, StagePrediction, mean_of, predict_stage, preserving_weight
 from lib.projection import SpectralLinear
@@ -55,22 +56,22 @@ class StageConfig:
         object.__setattr__(self, "sources", tuple(self.sources))
         if self.clamp is not None:
             object.__setattr__(self, "clamp", tuple(self.clamp))
-        _check(self.sources and all(s in SOURCES for s in self.sources), "sources", self.sources, f"some of {SOURCES}")
-        _check(self.residual_source in RESIDUAL_SOURCES, "residual_source", self.residual_source, RESIDUAL_SOURCES)
-        _check(self.mixing in MIXINGS, "mixing", self.mixing, MIXINGS)
-        _check(self.rms_scaling in RMS_SCALINGS, "rms_scaling", self.rms_scaling, RMS_SCALINGS)
-        _check(self.num_layers >= 1, "num_layers", self.num_layers, "1 or more")
-        _check(self.ffn_mult >= 1, "ffn_mult", self.ffn_mult, "1 or more")
-        _check(self.width is None or self.width >= 2, "width", self.width, "None or 2 or more")
-        _check(math.isfinite(self.residual_weight), "residual_weight", self.residual_weight, "a finite number")
+        check(self.sources and all(s in SOURCES for s in self.sources), "sources", self.sources, f"some of {SOURCES}")
+        check(self.residual_source in RESIDUAL_SOURCES, "residual_source", self.residual_source, RESIDUAL_SOURCES)
+        check(self.mixing in MIXINGS, "mixing", self.mixing, MIXINGS)
+        check(self.rms_scaling in RMS_SCALINGS, "rms_scaling", self.rms_scaling, RMS_SCALINGS)
+        check(self.num_layers >= 1, "num_layers", self.num_layers, "1 or more")
+        check(self.ffn_mult >= 1, "ffn_mult", self.ffn_mult, "1 or more")
+        check(self.width is None or self.width >= 2, "width", self.width, "None or 2 or more")
+        check(math.isfinite(self.residual_weight), "residual_weight", self.residual_weight, "a finite number")
         fits = self.mixing != "preserving" or 0 <= self.residual_weight <= 1
-        _check(fits, "residual_weight", self.residual_weight, "0 to 1 where mixing is 'preserving'")
+        check(fits, "residual_weight", self.residual_weight, "0 to 1 where mixing is 'preserving'")
         gain_is_positive = math.isfinite(self.projection_gain) and self.projection_gain > 0
-        _check(gain_is_positive, "projection_gain", self.projection_gain, "a finite number above 0")
+        check(gain_is_positive, "projection_gain", self.projection_gain, "a finite number above 0")
         for name in ("dropout", "attention_dropout"):
-            _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "a share from 0 to below 1")
+            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "a share from 0 to below 1")
         clamp_is_range = self.clamp is None or (len(self.clamp) == 2 and 0 < self.clamp[0] <= self.clamp[1])
-        _check(clamp_is_range, "clamp", self.clamp, "None or (low, high) with 0 < low ≤ high")
+        check(clamp_is_range, "clamp", self.clamp, "None or (low, high) with 0 < low ≤ high")
 
     @property
     def residual_names(self) -> tuple[str, ...]:
@@ -95,18 +96,18 @@ class CascadeConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "stages", tuple(self.stages))
-        _check(len(self.stages) >= 1, "stages", self.stages, "at least one stage")
-        _check(self.latent_dim >= 1, "latent_dim", self.latent_dim, "1 or more")
-        _check(self.anti_cheating >= 0, "anti_cheating", self.anti_cheating, "0 or more")
+        check(len(self.stages) >= 1, "stages", self.stages, "at least one stage")
+        check(self.latent_dim >= 1, "latent_dim", self.latent_dim, "1 or more")
+        check(self.anti_cheating >= 0, "anti_cheating", self.anti_cheating, "0 or more")
         first = self.stages[0]
-        _check("previous" not in first.sources, "stages[0].sources", first.sources, "no 'previous' in the first stage")
-        _check(first.residual_source != "previous", "stages[0].residual_source", "previous", "'mean' in stage 0")
+        check("previous" not in first.sources, "stages[0].sources", first.sources, "no 'previous' in the first stage")
+        check(first.residual_source != "previous", "stages[0].residual_source", "previous", "'mean' in stage 0")
         for i, stage in enumerate(self.stages):
             width = self.width(i)
             rule = f"a multiple of num_heads ({stage.num_heads}), and even"
             fits = stage.num_heads >= 1 and width % stage.num_heads == 0 and width % 2 == 0
-            _check(fits, f"stages[{i}].width", width, rule)
-        _check(0 < self.latent_rms < math.inf, "latent_rms", self.latent_rms, "a finite number above 0")
+            check(fits, f"stages[{i}].width", width, rule)
+        check(0 < self.latent_rms < math.inf, "latent_rms", self.latent_rms, "a finite number above 0")
         self._warn_of_collapse()
 
     def _warn_of_collapse(self) -> None:
@@ -153,7 +154,7 @@ class CascadeConfig:
 
         `changes` are `StageConfig` fields and apply to every stage: `CascadeConfig.reference(3, num_layers=2)`.
         """
-        _check(num_stages >= 1, "num_stages", num_stages, "1 or more")
+        check(num_stages >= 1, "num_stages", num_stages, "1 or more")
         later = ("noisy_input", "previous", "noisy_target")
         stages = [StageConfig(**changes)] + [StageConfig(sources=later, **changes) for _ in range(num_stages - 1)]
         return cls(tuple(stages), anti_cheating=anti_cheating)
@@ -177,8 +178,8 @@ class CascadeConfig:
         """The config that `to_dict` wrote. Unknown, missing or malformed fields raise `UserError`."""
         try:
             if "stages" in values:
-                values = values | {"stages": tuple(_from_fields(StageConfig, stage) for stage in values["stages"])}
-            return _from_fields(cls, values)
+                values = values | {"stages": tuple(from_fields(StageConfig, stage) for stage in values["stages"])}
+            return from_fields(cls, values)
         except (TypeError, AttributeError) as error:  # a number where there was text, and the like
             raise UserError(f"cascade config: damaged ({error}); restore the config that was written") from None
 
@@ -186,23 +187,9 @@ class CascadeConfig:
 def _frames_to_caller() -> int:
     """How far up the code is that asked for a config: `with_stage` and `dataclasses.replace` lie between."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__") in (__name__, "dataclasses"):
+    while frame.f_back and frame.f_globals.get("__name__") in (__name__, "dataclasses", "lib.configs"):
         level, frame = level + 1, frame.f_back
     return level
-
-
-def _check(ok: Any, field: str, value: Any, wanted: Any) -> None:
-    if not ok:
-        raise UserError(f"{field}={value!r} is not allowed; use {wanted}")
-
-
-def _from_fields(cls: type, values: dict[str, Any]) -> Any:
-    known = {field.name for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - known):
-        raise UserError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
-    if missing := sorted(known - set(values)):
-        raise UserError(f"{cls.__name__} lacks the field {', '.join(missing)}; restore the config that was written")
-    return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -355,10 +342,7 @@ class Cascade(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, tuple[StageTrace, ...]]:
         """`input`, `target` `[B, D, T]`, any T ≥ 1 → fused latents `[B, D, T]` and one trace per stage."""
-        D = self.config.latent_dim
-        if input.shape != target.shape or input.ndim != 3 or input.shape[1] != D or input.shape[2] < 1:
-            shapes = f"{list(input.shape)} and {list(target.shape)}"
-            raise ValueError(f"input and target must both be [B, {D}, T] with T ≥ 1, got {shapes}")
+        self.check_shapes(input, target)
         sources = {"input": input, "target": target}
         sources["noisy_input"], sources["noisy_target"] = self.add_noise(input), self.add_noise(target)
         traces = []
@@ -366,6 +350,13 @@ class Cascade(nn.Module):
             sources["previous"], trace = stage(sources)
             traces.append(trace)
         return sources["previous"], tuple(traces)
+
+    def check_shapes(self, input: Tensor, target: Tensor) -> None:
+        """`ValueError` unless both are latents that this cascade can fuse."""
+        D = self.config.latent_dim
+        if input.shape != target.shape or input.ndim != 3 or input.shape[1] != D or input.shape[2] < 1:
+            shapes = f"{list(input.shape)} and {list(target.shape)}"
+            raise ValueError(f"input and target must both be [B, {D}, T] with T ≥ 1, got {shapes}")
 
     def add_noise(self, x: Tensor) -> Tensor:
         """Anti-cheating noise, `level · std · randn` in training. The std is the clip's own, so that a sample's noise

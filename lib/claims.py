@@ -38,8 +38,6 @@ CLAIMS = {
     "C18": ("004", "cross-attention lets each position query the global context"),
 }
 NOT_BUILT = {
-    "C12": "needs the masks of the creative agent, which this project does not have yet",
-    "C13": "needs a measure of quality beyond the latents, and EnCodec",
     "C16": "needs the super-resolver, which this project does not have yet",
     "C17": "needs the super-resolver, which this project does not have yet",
     "C18": "needs the super-resolver, which this project does not have yet",

@@ -6,7 +6,6 @@ In a front end with widgets the explorer is live; in a headless run the same cel
 import dataclasses
 import functools
 import io
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,6 @@ import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython import get_ipython
 from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from lib.cascade import Cascade, StageTrace, rms
 from lib.lab_plots import Waterfall, waterfalls
+from lib.live import can_show_widgets
 from lib.plots import STYLE
 from lib.probes import set_last_stage
 from lib.variants import EXPLODING, VARIANTS
@@ -36,20 +35,6 @@ GRID = {  # what a headless run shows
     "w = 0.1, equal clips": {"weight": 0.1, "similarity": 1.0},
     "w = 0.1, no spectral norm": {"weight": 0.1, "spectral_norm": False},
 }
-
-
-def can_show_widgets() -> bool:
-    """Whether the cell that runs now was sent by a front end in a browser.
-
-    Papermill, nbval and nbconvert send cells through jupyter_client, whose message ids end in _<process>_<number>;
-    JupyterLab and its kin send ids of their own.
-    """
-    shell = get_ipython()
-    kernel = getattr(shell, "kernel", None)
-    if kernel is None:
-        return False
-    message_id = kernel.get_parent().get("header", {}).get("msg_id", "")
-    return bool(message_id) and re.search(r"_\d+_\d+$", message_id) is None
 
 
 class RmsExplorer:

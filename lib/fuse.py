@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.audio import SAMPLE_RATE, AudioWriter, check_audio, load_audio
-from lib.cascade import Cascade
 from lib.codec import Codec, load_codec
 from lib.errors import UserError, exit_on_user_error
+from lib.fusion import FusionModel
 from lib.runs import Run
 
 CHUNK = 16 * SAMPLE_RATE  # samples: the clip length that the seeds' system works on
@@ -73,9 +73,9 @@ def fuse_files(
 
 
 @torch.inference_mode()
-def fuse_clips(input: Tensor, target: Tensor, model: Cascade, codec: Codec) -> Tensor:
+def fuse_clips(input: Tensor, target: Tensor, model: FusionModel, codec: Codec) -> Tensor:
     """Waveforms `[B, 1, N]` twice → fused waveform `[B, 1, N]`."""
-    latents, _ = model(codec.encode(input), codec.encode(target))
+    latents = model(codec.encode(input), codec.encode(target)).latents
     return codec.decode(latents, length=input.shape[-1])
 
 

@@ -77,12 +77,17 @@ def encode_manifest(
     cache_dir: str | Path,
     workers: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    share: tuple[int, int] = (0, 1),
 ) -> EncodeReport:
     """Bring the latents of every clip into the cache, encoding only what it lacks, and write the manifest's index.
 
     Clips shorter than `clip_length` are padded with zeros. `workers` threads (default: one a core) read and encode. A
     clip that cannot be read, or whose file changed since the manifest, is dropped with its pairs. Raises `UserError` if
     no pair is left, if the codec has another sample rate, or if the cache cannot be written.
+
+    `share` (i, n): this is the i-th of n processes that encode the same manifest together. Which clips it takes depends
+    on the manifest alone, so that none is left out or done twice, whenever each begins. The index then holds what was
+    there when it was written; once all are done, one more call completes it.
     """
     if codec.sample_rate != manifest.sample_rate:
         raise UserError(f"codec {codec.name}: takes {codec.sample_rate} Hz, the manifest has {manifest.sample_rate} Hz")
@@ -90,15 +95,18 @@ def encode_manifest(
     frames = math.ceil(manifest.clip_length / codec.hop)
     rows_per_shard = max(1, shard_bytes // (4 * codec.dim * frames))
     clips = {clip.key: clip for pair in manifest.pairs for clip in (pair.input, pair.target)}
+    number, of = share
+    mine = {key for place, key in enumerate(clips) if place // rows_per_shard % of == number}
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     try:
         with one_thread():  # each clip on its own core: faster, and the same bits whatever the machine is doing
             _prepare(store)
             shards, damaged = _find_shards(store, clips, pool)
+            damaged = [shard for shard in damaged if int(shard.sha256[:8], 16) % of == number]
             cached = {key for shard in shards for key in shard.keys}
             lost = [[key for key in shard.keys if key in clips and key not in cached] for shard in damaged]
             rebuilt = {key for keys in lost for key in keys}
-            missing = [key for key in clips if key not in cached | rebuilt]
+            missing = [key for key in clips if key in mine and key not in cached | rebuilt]
             groups = [keys for keys in lost if keys]
             groups += [missing[i : i + rows_per_shard] for i in range(0, len(missing), rows_per_shard)]
             new_shards, dropped = _encode_groups(groups, manifest, clips, codec, store, pool)
@@ -116,7 +124,7 @@ def encode_manifest(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-    if not pairs:
+    if not pairs and of == 1:
         first = "; ".join(f"{name}: {reason}" for name, reason in list(dropped.values())[:3])
         raise UserError(f"{manifest.root}: no pair of the manifest can be encoded; first reasons: {first}")
     done = {key for shard in new_shards for key in shard.keys}

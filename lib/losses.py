@@ -1,45 +1,89 @@
-"""The terms of the objective, each a small function with its domain: latents `[B, D, T]` or sound `[B, 1, N]`.
+"""The terms of the objective, each a small function with its domain: latents `[B, D, T]`, sound `[B, 1, N]` or masks.
 
-Legend: B batch, D latent channels, T frames, N samples.
+Every term is a mean over clips of something that depends on one clip alone, so that a batch split over processes has
+the same loss. Legend: B batch, D latent channels, T frames, N samples.
 """
 
 import dataclasses
-import math
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import auraloss
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lib.agent import Masks
+from lib.audio import SAMPLE_RATE
+from lib.cascade import cosine
+from lib.configs import check, is_finite
 from lib.errors import UserError
+from lib.sound import HOP, correlation, envelope, harmony_similarity, log_mel, rhythm_similarity
 
-SEGMENTS = 250  # of an envelope
 ANTI_MODULATIONS = ("squared", "log")
+NOVELTY_THRESHOLD = 0.7  # cosine above which an output is called a copy
+SHORTEST_WINDOW = 0.1  # seconds: 8 frames, longer than the longest Fourier transform of the terms on sound
+OUTLIER_DEVIATIONS = 3.0  # above a band's mean in the sources, in its standard deviations
 
 Decode = Callable[[Tensor], Tensor]  # latents [B, D, T] → sound [B, 1, N], differentiable
+Critic = Callable[[Tensor], Tensor]  # latents [B, D, T] → logits [B], positive for music
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the terms; 0 leaves a term out. `anti_modulation` chooses that term's form."""
+    """Weights of the terms; 0 leaves a term out, and with it what only that term needs."""
 
+    # on latents
     input_weight: float = 0.3  # pulls the output towards the input latents ...
     target_weight: float = 0.3  # ... and as strongly towards the target's: neither source is to win by default
     input_rms_weight: float = 0.0  # the same two pulls by the root of the squared error, whose gradient does not grow
     target_rms_weight: float = 0.0  # with the error
-    anti_modulation_weight: float = 0.0  # against an output that takes over the sources' loudness curve; decodes
+    novelty_weight: float = 0.0  # against an output whose cosine with a source is above 0.7
+    adversarial_weight: float = 0.0  # towards what the discriminator takes for music
+    # on sound: these decode
+    stft_weight: float = 0.0  # distance to both sources' spectra, in several resolutions
+    mel_weight: float = 0.0  # the same on the mel scale
+    rhythm_weight: float = 0.0  # the input's onsets ...
+    harmony_weight: float = 0.0  # ... with the target's pitch classes
+    anti_modulation_weight: float = 0.0  # against an output that takes over the sources' loudness curve
     anti_modulation: str = "squared"  # 'log' has no bound: value and gradient grow without end towards |corr| = 1
+    outlier_weight: float = 0.0  # against mel bands far louder than either source ever has them
+    window_seconds: float | None = 2.0  # of every clip is decoded, at random in training; None: all of it
+    # on masks
+    overlap_weight: float = 0.0
+    coverage_weight: float = 0.0
+    balance_weight: float = 0.0
+    temporal_diversity_weight: float = 0.0
 
     def __post_init__(self):
-        weights = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type is float}
+        weights = self.weights
         for name, weight in weights.items():
-            if not (math.isfinite(weight) and weight >= 0):
-                raise UserError(f"loss {name}={weight!r} is not allowed; use a finite number, 0 or more")
+            check(is_finite(weight) and weight >= 0, f"loss {name}", weight, "a finite number, 0 or more")
         if not any(weights.values()):
             raise UserError(f"loss: {', '.join(weights)} are all 0; give at least one term a weight")
-        if self.anti_modulation not in ANTI_MODULATIONS:
-            choices = ", ".join(ANTI_MODULATIONS)
-            raise UserError(f"loss anti_modulation={self.anti_modulation!r} is not allowed; use one of {choices}")
+        choices = f"one of {', '.join(ANTI_MODULATIONS)}"
+        check(self.anti_modulation in ANTI_MODULATIONS, "loss anti_modulation", self.anti_modulation, choices)
+        seconds = self.window_seconds
+        fits = seconds is None or (is_finite(seconds) and seconds >= SHORTEST_WINDOW)
+        check(fits, "loss window_seconds", seconds, f"None or a finite number, {SHORTEST_WINDOW} or more")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights by their fields' names."""
+        names = (field.name for field in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in names if name.endswith("_weight")}
+
+    def weighted(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the terms whose weight is not 0."""
+        return tuple(name for name in names if getattr(self, f"{name}_weight"))
+
+
+SOUND_TERMS = ("stft", "mel", "rhythm", "harmony", "anti_modulation", "outlier")
+MASK_TERMS = ("overlap", "coverage", "balance", "temporal_diversity")
+
+
+# --- latents ---------------------------------------------------------------------------------------------------------
 
 
 def latent_mse(output: Tensor, reference: Tensor) -> Tensor:
@@ -55,19 +99,43 @@ def rms_error(output: Tensor, reference: Tensor) -> Tensor:
     return ((output - reference).square().mean(dim=(1, 2)) + 1e-8).sqrt().mean()
 
 
-def envelope(wav: Tensor) -> Tensor:
-    """Loudness curve: RMS of each of 250 equal segments, `[B, 1, N] → [B, 250]`. N below 250 raises `ValueError`."""
-    length = wav.shape[-1] // SEGMENTS
-    if length < 1:
-        raise ValueError(f"an envelope needs at least {SEGMENTS} samples, got {wav.shape[-1]}")
-    segments = wav[:, 0, : SEGMENTS * length].unflatten(1, (SEGMENTS, length))
-    return (segments.square().mean(dim=2) + 1e-10).sqrt()
+def novelty(output: Tensor, source: Tensor) -> Tensor:
+    """How far the cosine between output and source, `[B, D, T]`, is above 0.7: 0 to 0.3, mean over clips."""
+    return (cosine(output, source) - NOVELTY_THRESHOLD).relu().mean()
 
 
-def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's correlation along the last axis, `[B, n]` twice → `[B]`; 0 where one of them is constant."""
-    x, y = x - x.mean(dim=-1, keepdim=True), y - y.mean(dim=-1, keepdim=True)
-    return torch.nn.functional.cosine_similarity(x, y, dim=-1)
+def adversarial(logits: Tensor) -> Tensor:
+    """The generator's side of the hinge loss (Lim and Ye 2017, arXiv 1705.02894): −mean of the logits `[B]`."""
+    return -logits.mean()
+
+
+def discriminator_hinge(real: Tensor, made: Tensor) -> Tensor:
+    """The discriminator's side: it wants logits `[B]` above 1 for music and below −1 for what was made."""
+    return F.relu(1 - real).mean() + F.relu(1 + made).mean()
+
+
+# --- sound -----------------------------------------------------------------------------------------------------------
+
+
+def stft_distance(output: Tensor, source: Tensor) -> Tensor:
+    """Spectral convergence plus distance of log magnitudes, mean over windows of 512, 1024 and 2048 samples (Yamamoto
+    et al. 2020, arXiv 1910.11480), `[B, 1, N]` twice → mean over clips. More than 1024 samples."""
+    return _stft(output.device)(output, source)
+
+
+def mel_distance(output: Tensor, source: Tensor) -> Tensor:
+    """Mean absolute difference of the log mel powers, `[B, 1, N]` twice, in nepers of power."""
+    return (log_mel(output) - log_mel(source)).abs().mean()
+
+
+def rhythm(output: Tensor, input: Tensor) -> Tensor:
+    """1 − correlation of the onset envelopes, `[B, 1, N]` twice → mean over clips, 0 to 2."""
+    return 1 - rhythm_similarity(output, input).mean()
+
+
+def harmony(output: Tensor, target: Tensor) -> Tensor:
+    """1 − similarity of the pitch classes over time, `[B, 1, N]` twice → mean over clips, 0 to 2."""
+    return 1 - harmony_similarity(output, target).mean()
 
 
 def anti_modulation(output: Tensor, source: Tensor, form: str) -> Tensor:
@@ -80,28 +148,128 @@ def anti_modulation(output: Tensor, source: Tensor, form: str) -> Tensor:
     return (corr.square() if form == "squared" else -torch.log(1 - corr.abs())).mean()
 
 
+def spectral_outliers(output: Tensor, input: Tensor, target: Tensor) -> Tensor:
+    """How far mel bands of the output rise above three standard deviations of that band in both sources, squared.
+
+    `[B, 1, N]` three times. Deviations are taken over the sources' frames, in log power, and are at least 0.5.
+    """
+    sources = torch.cat([log_mel(input), log_mel(target)], dim=2)  # [B, M, 2F]
+    mean, deviation = sources.mean(dim=2, keepdim=True), sources.std(dim=2, keepdim=True).clamp_min(0.5)
+    return ((log_mel(output) - mean) / deviation - OUTLIER_DEVIATIONS).relu().square().mean()
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)  # a window made in it could never take part in a backward pass
+def _stft(device: torch.device) -> torch.nn.Module:
+    distance = auraloss.freq.MultiResolutionSTFTLoss(
+        fft_sizes=[512, 1024, 2048], hop_sizes=[128, 256, 512], win_lengths=[512, 1024, 2048], device=device
+    )
+    for resolution in distance.stft_losses:
+        resolution.spectralconv = _SpectralConvergence()
+    return distance
+
+
+class _SpectralConvergence(torch.nn.Module):
+    """‖X − Y‖/‖Y‖ of magnitudes `[B, bins, F]`, mean over clips; auraloss's own takes one norm over the batch."""
+
+    def forward(self, output: Tensor, source: Tensor) -> Tensor:
+        return (torch.linalg.matrix_norm(output - source) / torch.linalg.matrix_norm(source)).mean()
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def overlap(masks: Masks) -> Tensor:
+    """Mean of m_in · m_tgt: 0 where no place is taken from both, 0.25 for two masks of 0.5. 1 − complementarity."""
+    return (masks.input * masks.target).mean()
+
+
+def coverage(masks: Masks) -> Tensor:
+    """Mean square of what both masks together lack of 1: 0 where every place has a source."""
+    return (1 - masks.input - masks.target).relu().square().mean()
+
+
+def balance(masks: Masks) -> Tensor:
+    """Squared distance of each mask's mean over (D, T) from 0.5, summed, mean over clips: neither clip is to win."""
+    return sum((mask.mean(dim=(1, 2)) - 0.5).square().mean() for mask in masks)
+
+
+def temporal_diversity(masks: Masks) -> Tensor:
+    """1 − twice the deviation of each channel's mask over time, mean over channels and both masks: 1 for masks that
+    stand still, 0 for masks that are 0 half of the time and 1 in the other."""
+    return 1 - sum((mask.var(dim=2, correction=0) + 1e-8).sqrt().mean() for mask in masks)
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
 def total_loss(
-    output: Tensor, input: Tensor, target: Tensor, config: LossConfig, decode: Decode | None = None
+    output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    config: LossConfig,
+    decode: Decode | None = None,
+    *,
+    masks: Masks | None = None,
+    critic: Critic | None = None,
+    random_window: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum for latents `[B, D, T]`, and every term before weighting, by name.
 
     The two squared errors are always among the terms: runs of different objectives compare by them. Terms on sound need
-    `decode`, and call it only when their weight is not 0.
+    `decode`, those on masks `masks` (`ValueError` without); the adversarial term is left out as long as there is no
+    `critic`. The window that is decoded is drawn from torch's generator if `random_window`, else it is the middle.
     """
     terms = {"input_mse": latent_mse(output, input), "target_mse": latent_mse(output, target)}
     weights = {"input_mse": config.input_weight, "target_mse": config.target_weight}
-    for name, source, weight in (
-        ("input_rms", input, config.input_rms_weight),
-        ("target_rms", target, config.target_rms_weight),
-    ):
-        if weight:
-            terms[name], weights[name] = rms_error(output, source), weight
-    if config.anti_modulation_weight:
-        if decode is None:
-            raise ValueError("anti_modulation_weight needs sound: give total_loss the codec's decode")
-        sound = decode(output)
-        with torch.no_grad():
-            sources = decode(input), decode(target)
-        penalties = [anti_modulation(sound, source, config.anti_modulation) for source in sources]
-        terms["anti_modulation"], weights["anti_modulation"] = sum(penalties), config.anti_modulation_weight
+    both = (("input", input), ("target", target))
+    for name, source in both:
+        if getattr(config, f"{name}_rms_weight"):
+            terms[f"{name}_rms"] = rms_error(output, source)
+    if config.novelty_weight:
+        terms["novelty"] = sum(novelty(output, source) for _, source in both)
+    if config.adversarial_weight and critic is not None:
+        terms["adversarial"] = adversarial(critic(output))
+    terms |= _sound_terms(output, input, target, config, decode, random_window)
+    for name in config.weighted(MASK_TERMS):
+        if masks is None:
+            raise ValueError(f"{name}_weight needs masks: give the model a masking")
+        terms[name] = {
+            "overlap": overlap,
+            "coverage": coverage,
+            "balance": balance,
+            "temporal_diversity": temporal_diversity,
+        }[name](masks)
+    weights |= {name: getattr(config, f"{name}_weight") for name in terms if name not in weights}
     return sum(weights[name] * term for name, term in terms.items()), terms
+
+
+def _sound_terms(
+    output: Tensor, input: Tensor, target: Tensor, config: LossConfig, decode: Decode | None, random_window: bool
+) -> dict[str, Tensor]:
+    names = config.weighted(SOUND_TERMS)
+    if not names:
+        return {}
+    if decode is None:
+        raise ValueError(f"{names[0]}_weight needs sound: give total_loss the codec's decode")
+    start, end = _window(output.shape[2], config.window_seconds, random_window)
+    with torch.no_grad():
+        input, target = decode(input[..., start:end]), decode(target[..., start:end])
+    output = decode(output[..., start:end])
+    terms = {
+        "stft": lambda: (stft_distance(output, input) + stft_distance(output, target)) / 2,
+        "mel": lambda: (mel_distance(output, input) + mel_distance(output, target)) / 2,
+        "rhythm": lambda: rhythm(output, input),
+        "harmony": lambda: harmony(output, target),
+        "anti_modulation": lambda: sum(anti_modulation(output, x, config.anti_modulation) for x in (input, target)),
+        "outlier": lambda: spectral_outliers(output, input, target),
+    }
+    return {name: terms[name]() for name in names}
+
+
+def _window(frames: int, seconds: float | None, random: bool) -> tuple[int, int]:
+    """First and last frame of the window to decode."""
+    length = frames if seconds is None else min(frames, max(1, round(seconds * SAMPLE_RATE / HOP)))
+    room = frames - length
+    start = int(torch.randint(room + 1, ())) if random and room else room // 2
+    return start, start + length

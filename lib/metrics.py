@@ -5,16 +5,25 @@ Legend: N samples, D latent channels, T frames.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
+import librosa
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lib.agent import FIXED_MASKINGS, complementarity, fixed_masks
 from lib.audio import SAMPLE_RATE
 from lib.cascade import Cascade, rms
+from lib.codec import Codec
+from lib.fusion import FusionModel
 from lib.latents import LatentPairs
-from lib.losses import LossConfig, correlation, latent_mse, total_loss
+from lib.losses import LossConfig, latent_mse, total_loss
+from lib.sound import HOP, correlation, envelope, log_mel
 
 
 def band_snr(
@@ -67,21 +76,22 @@ def baseline_losses(pairs: LatentPairs, loss: LossConfig, untrained: Cascade) ->
 
 
 @torch.no_grad()
-def evaluate_fusion(cascade: Cascade, pairs: Dataset) -> dict[str, float]:
-    """How a cascade fuses `pairs`, as means over them, in eval mode on the cascade's device.
+def evaluate_fusion(model: FusionModel, pairs: Dataset) -> dict[str, float]:
+    """How a model fuses `pairs`, as means over them, in eval mode on the model's device.
 
     input_mse, target_mse, mse (their mean)      squared latent units
     input_correlation, target_correlation        Pearson's over all values of a clip: how much of each source leaks
     rms_ratio                                    output's RMS over √((rms_in² + rms_tgt²)/2)
     movement_ratio                               how much the frames' RMS varies in time, over the same of the sources
+    complementarity                              of the masks, where there are any
     stage<i>/<field>                             of every stage's trace
     """
-    device = next(cascade.parameters()).device
+    device = next(model.parameters()).device
     sums: dict[str, Tensor] = {}
-    cascade.eval()
+    model.eval()
     for input, target in DataLoader(pairs, batch_size=8):
         input, target = input.to(device), target.to(device)
-        output, traces = cascade(input, target)
+        output, traces, masks = model(input, target)
         goal = ((rms(input).square() + rms(target).square()) / 2).sqrt()
         values = {
             "input_mse": latent_mse(output, input),
@@ -92,6 +102,8 @@ def evaluate_fusion(cascade: Cascade, pairs: Dataset) -> dict[str, float]:
             "movement_ratio": movement(output) / ((movement(input) + movement(target)) / 2 + 1e-8),
         }
         values["mse"] = (values["input_mse"] + values["target_mse"]) / 2
+        if masks is not None:
+            values["complementarity"] = complementarity(masks)
         for i, trace in enumerate(traces):
             for field in dataclasses.fields(trace):
                 values[f"stage{i}/{field.name}"] = getattr(trace, field.name)
@@ -103,3 +115,123 @@ def evaluate_fusion(cascade: Cascade, pairs: Dataset) -> dict[str, float]:
 def movement(latents: Tensor) -> Tensor:
     """Standard deviation over time of the frames' RMS, `[B, D, T] → [B]`: 0 for an output that stands still."""
     return latents.square().mean(dim=1).sqrt().std(dim=1, correction=0)
+
+
+# --- by ear ----------------------------------------------------------------------------------------------------------
+
+CHROMA_FFT = 4096  # 5.9 Hz a bin
+CHROMA_HOP = 4 * HOP  # 53 ms
+
+
+@dataclass(frozen=True)
+class Hearing:
+    """What a fusion is judged by, of one clip."""
+
+    onsets: Tensor  # onset strength, 75 frames a second, by librosa
+    chroma: Tensor  # share of each pitch class around 1/12, flattened over frames of 53 ms, by librosa
+    envelope: Tensor  # RMS of 250 segments
+    log_mel: Tensor  # [M, F]
+    rms: float
+    movement: float  # deviation of the envelope over its mean: 0 for a sound that stands still
+
+
+def hear(wav: Tensor) -> Hearing:
+    """Features of a clip `[1, N]` at 24 kHz. They are librosa's, not those that `lib.losses` trains with."""
+    samples = wav[0].float().cpu().numpy()
+    onsets = librosa.onset.onset_strength(y=samples, sr=SAMPLE_RATE, hop_length=HOP)
+    classes = librosa.feature.chroma_stft(
+        y=samples, sr=SAMPLE_RATE, n_fft=CHROMA_FFT, hop_length=CHROMA_HOP, tuning=0.0, norm=1
+    )  # [12, frames], zeros where there is silence
+    share = np.where(classes.sum(axis=0) > 0, classes - 1 / 12, 0.0)  # or silence would go well with silence
+    curve = envelope(wav[None].float().cpu())[0]
+    return Hearing(
+        torch.from_numpy(onsets),
+        torch.from_numpy(share.astype(np.float32)).flatten(),
+        curve,
+        log_mel(wav[None].float().cpu())[0],
+        float(wav.square().mean().sqrt()),
+        float(curve.std() / curve.mean()),
+    )
+
+
+def judge_fusion(output: Hearing, input: Hearing, target: Hearing) -> dict[str, float]:
+    """How a fusion relates to its two clips.
+
+    rhythm           correlation of the onset strengths of output and input, −1 to 1
+    harmony          cosine of the chroma of output and target around 1/12, −1 to 1
+    merit            the figure of merit: harmonic mean of the two, negative ones counted as 0. It is high only where
+                     the output carries the input's rhythm *and* the target's harmony; copying one clip gives about 0
+    input_envelope, target_envelope    correlation of the loudness curves: how much of each the output copies
+    input_mel, target_mel              mean distance of the log mel powers, dB
+    rms_ratio        output's RMS over √((rms_in² + rms_tgt²)/2), of the sound
+    movement_ratio   movement of the output over the mean of both clips': 0 where it is constant
+    """
+    rhythm = float(correlation(output.onsets, input.onsets))
+    harmony = float(torch.nn.functional.cosine_similarity(output.chroma, target.chroma, dim=0))
+    decibels = 10 / math.log(10)
+    return {
+        "rhythm": rhythm,
+        "harmony": harmony,
+        "merit": merit(rhythm, harmony),
+        "input_envelope": float(correlation(output.envelope, input.envelope)),
+        "target_envelope": float(correlation(output.envelope, target.envelope)),
+        "input_mel": decibels * float((output.log_mel - input.log_mel).abs().mean()),
+        "target_mel": decibels * float((output.log_mel - target.log_mel).abs().mean()),
+        "rms_ratio": output.rms / (math.sqrt((input.rms**2 + target.rms**2) / 2) + 1e-8),
+        "movement_ratio": 2 * output.movement / (input.movement + target.movement + 1e-8),
+    }
+
+
+def merit(rhythm: float, harmony: float) -> float:
+    """Harmonic mean of two similarities, negative ones counted as 0."""
+    rhythm, harmony = max(rhythm, 0.0), max(harmony, 0.0)
+    return 2 * rhythm * harmony / (rhythm + harmony) if rhythm + harmony else 0.0
+
+
+@torch.inference_mode()
+def fusions(
+    input: Tensor, target: Tensor, codec: Codec, models: Mapping[str, FusionModel]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every baseline's and every model's fusion of two latents `[D, T]`, by name, as sound `[1, N]`.
+
+    Baselines: each clip alone, the plain averages of latents and of waveforms, and what each fixed masking puts
+    together without a model. All of them have been through the codec.
+    """
+    input, target = input[None], target[None]
+    sounds = {"input": codec.decode(input), "target": codec.decode(target)}
+    sounds["average of waveforms"] = (sounds["input"] + sounds["target"]) / 2
+    yield from ((name, wav[0]) for name, wav in sounds.items())
+    latents = {"average of latents": (input + target) / 2}
+    for kind in FIXED_MASKINGS:
+        masks = fixed_masks(kind, input, target)
+        latents[f"{kind} masks"] = masks.input * input + masks.target * target
+    for name, model in models.items():
+        device = next(model.parameters()).device
+        latents[name] = model.eval()(input.to(device), target.to(device)).latents.cpu()
+    yield from ((name, codec.decode(x)[0]) for name, x in latents.items())
+
+
+def judge_outputs(
+    pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec, models: Mapping[str, FusionModel]
+) -> dict[str, list[dict[str, float]]]:
+    """`judge_fusion` of every output of `fusions`, one entry a pair: name of the output → metrics of each pair."""
+    judged: dict[str, list[dict[str, float]]] = {}
+    for input, target in pairs:
+        heard = {name: hear(wav) for name, wav in fusions(input, target, codec, models)}
+        for name, output in heard.items():
+            judged.setdefault(name, []).append(judge_fusion(output, heard["input"], heard["target"]))
+    return judged
+
+
+def mean_judgement(judged: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over pairs of what `judge_outputs` found of one output."""
+    return {name: math.fsum(row[name] for row in judged) / len(judged) for name in judged[0]}
+
+
+def advantage(judged: Mapping[str, Sequence[Mapping[str, float]]], name: str, over: str) -> tuple[float, float]:
+    """By how much the figure of merit of one output is above another's, over the same pairs: mean and its standard
+    error."""
+    differences = [a["merit"] - b["merit"] for a, b in zip(judged[name], judged[over], strict=True)]
+    if len(differences) < 2:
+        return differences[0], math.inf
+    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))

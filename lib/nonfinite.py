@@ -1,11 +1,14 @@
 """Where a NaN or an infinity appeared first: what a training that must stop has to say."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+NORM = "norm of the gradients"  # the last resort: nothing else was not finite
 
 
 class NonFiniteError(RuntimeError):
@@ -65,11 +68,24 @@ def find_non_finite(
         for hook in hooks:
             hook.remove()
     if not found:
-        return None, "norm of the gradients"
+        return None, NORM
     kind, name = found[0]
     return stage_of(name), f"{kind} of {name}"
 
 
+def find_in_batches(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], forward: Callable[[tuple[Tensor, Tensor]], Tensor]
+) -> tuple[int | None, str] | None:
+    """The same for the (input, target) batches of one step, each by itself; None where there are none."""
+    found = None
+    for batch in batches:
+        latents = dict(zip(("input latents", "target latents"), batch, strict=True))
+        found = find_non_finite(model, latents, lambda batch=batch: forward(batch))
+        if found[1] != NORM:
+            break
+    return found
+
+
 def stage_of(name: str) -> int | None:
-    parts = name.split(".")
-    return int(parts[1]) if parts[0] == "stages" and len(parts) > 1 else None
+    match = re.match(r"(?:cascade\.)?stages\.(\d+)", name)
+    return int(match[1]) if match else None

@@ -103,7 +103,7 @@ def loss_curve(train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, An
         figure, axes = plt.subplots(figsize=(7, 3.2))
         axes.plot(*_series(train, "loss"), color=AVERAGE, linewidth=0.8, label="training, each batch")
         axes.plot(*_series(val, "loss"), color=OUTPUT, marker="o", label="validation")
-        axes.set(xlabel="step", ylabel="loss (squared latent units)")
+        axes.set(xlabel="step", ylabel="loss")
         axes.legend()
     return figure
 
@@ -141,6 +141,70 @@ def stage_curves(train: Sequence[Mapping[str, Any]], num_stages: int, clamp: tup
         middle.set(xlabel="step", ylabel="RMS factor")
         right.set(xlabel="step", ylabel="share of clips clamped", ylim=(-0.05, 1.05))
         for axes in (left, middle, right):
+            axes.legend(fontsize=8)
+    return figure
+
+
+def discriminator_curve(train: Sequence[Mapping[str, Any]]) -> Figure:
+    """Mean logits of the discriminator for music and for fusions, over steps; hinge wants them beyond ±1."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 3.2))
+        axes.plot(*_series(train, "discriminator/real"), color=INPUT, label="the clips' own latents")
+        axes.plot(*_series(train, "discriminator/made"), color=OUTPUT, label="fusions")
+        for limit in (-1, 1):
+            axes.axhline(limit, color="black", linestyle=":", linewidth=1)
+        axes.set(xlabel="step", ylabel="mean logit")
+        axes.legend()
+    return figure
+
+
+def complementarity_curve(train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, Any]]) -> Figure:
+    """Complementarity of the masks over steps, above that of two constant masks of 0.5."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 3.2))
+        axes.plot(*_series(train, "masks/complementarity"), color=AVERAGE, linewidth=0.8, label="training, each step")
+        axes.plot(*_series(val, "masks/complementarity"), color=OUTPUT, marker="o", label="validation")
+        axes.axhline(0.75, color="black", linestyle=":", label="constant masks of 0.5")
+        axes.set(xlabel="step", ylabel="1 − mean(m_in · m_tgt)")
+        axes.legend()
+    return figure
+
+
+def mask_pictures(input_mask: Tensor, target_mask: Tensor, frame_rate: float) -> Figure:
+    """What is taken from each clip, masks `[D, T]`: over channels and time, 0 dark, 1 bright."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), sharex=True, sharey=True)
+        for ax, mask, name in zip(axes, (input_mask, target_mask), ("input", "target"), strict=True):
+            extent = (0, mask.shape[1] / frame_rate, 0, mask.shape[0])
+            picture = ax.imshow(
+                mask.numpy(), origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=extent
+            )
+            ax.set(title=f"taken from the {name}", xlabel="time (s)")
+            ax.grid(False)
+        axes[0].set_ylabel("latent channel")
+        figure.colorbar(picture, ax=axes, label="mask")
+    return figure
+
+
+def training_dashboard(
+    train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, Any]], num_stages: int, title: str
+) -> Figure:
+    """A training at a glance: loss, gradient norm, RMS and factor of every stage, over steps."""
+    with plt.rc_context(STYLE):
+        figure, ((top, norms), (levels, factors)) = plt.subplots(2, 2, figsize=(11, 6), sharex=True)
+        figure.suptitle(title)
+        top.plot(*_series(train, "loss"), color=AVERAGE, linewidth=0.8, label="training, each step")
+        top.plot(*_series(val, "loss"), color=OUTPUT, marker="o", label="validation")
+        norms.plot(*_series(train, "grad_norm"), color=INPUT, linewidth=1, label="before clipping")
+        for stage in range(num_stages):
+            colour = STAGES[stage % len(STAGES)]
+            levels.plot(*_series(train, f"stage{stage}/output_rms"), color=colour, label=f"stage {stage} output")
+            factors.plot(*_series(train, f"stage{stage}/wanted_factor"), color=colour, label=f"stage {stage} wanted")
+        top.set(ylabel="loss")
+        norms.set(ylabel="gradient norm", yscale="log")
+        levels.set(ylabel="RMS (latent units)", xlabel="step", ylim=(0, None))
+        factors.set(ylabel="RMS factor", xlabel="step")
+        for axes in (top, norms, levels, factors):
             axes.legend(fontsize=8)
     return figure
 

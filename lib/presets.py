@@ -4,26 +4,33 @@
 with both, so that each can be run alone; what an earlier notebook has prepared is found and reused.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from lib.ablation import Plan, Result, read_record, run_plan
+from lib.adversary import AdversaryConfig
+from lib.agent import MaskingConfig
 from lib.audio import AUDIO_SUFFIXES
 from lib.cascade import CascadeConfig
 from lib.codec import Codec, load_codec
+from lib.curriculum import CurriculumConfig
 from lib.errors import UserError
 from lib.files import make_folder, write_atomic
 from lib.latents import EncodeReport, encode_manifest
 from lib.losses import LossConfig
 from lib.pairs import Manifest, build_manifest, read_manifest
 from lib.synth import make_demo_dataset
-from lib.trainer import TrainConfig
-from lib.variants import NAMED, chosen_variants
+from lib.train_config import NESTED, TrainConfig
+from lib.variants import NAMED, SCHEDULED, Variant, chosen_variants
 
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in notebooks mean this folder, wherever a kernel starts
 RECORD = ROOT / "outputs" / "record"  # what `make record` wrote
@@ -32,7 +39,7 @@ DEMO_SONGS = 16
 
 @dataclass(frozen=True)
 class Preset:
-    """All settings of a run of the notebooks. Fields of `train` and its `loss` can be overridden by their own names."""
+    """All settings of a run of the notebooks. Fields of the configs in it can be overridden by their own names."""
 
     name: str
     codec: str  # a name, or a folder with weights
@@ -40,6 +47,9 @@ class Preset:
     listen_seconds: float  # of the clips to listen to
     num_layers: int
     train: TrainConfig
+    masking: MaskingConfig = field(default_factory=lambda: MaskingConfig("learned"))
+    demo_every: int = 1  # epochs between clips to listen to, which training writes
+    judged_pairs: int = 24  # validation pairs, spread evenly, on which outputs are compared by ear
     pair_mode: str = "auto"
     listen_pairs: int = 3
     num_stages: int = 2
@@ -53,6 +63,12 @@ class Preset:
     ablation_clip_seconds: float = 1.0
     ablation_batch_size: int = 4
     ablation_val_pairs: int = 32
+    # the whole system over a whole schedule, in miniature: 200 epochs on few and short clips
+    schedule_epochs: int = 200
+    schedule_pairs: int = 8
+    schedule_batch_size: int = 2
+    schedule_layers: int = 1
+    schedule_seeds: int = 2
     record_variants: str = "all"  # of `make record`, whose runs are longer; it adds the named settings at full depth
     record_steps: int = 100
 
@@ -70,9 +86,51 @@ class Preset:
         return Plan(variants, self.ablation_layers, self.ablation_seeds, reference)
 
     @property
+    def schedule(self) -> Plan:
+        """The preset's objective, discriminator and curriculum over `schedule_epochs`, with the longest schedule's
+        settings: a warm-up, cosine, averaged weights, noise that reaches its ceiling, targets that change places."""
+        train = dataclasses.replace(
+            self.train,
+            epochs=self.schedule_epochs,
+            max_steps=None,
+            patience=None,
+            batch_size=self.schedule_batch_size,
+            accumulate=1,
+            warmup_steps=20,
+            schedule="cosine",
+            ema=0.99,
+            precision="fp32",
+            checkpoint_every=500,
+            max_train_pairs=self.schedule_pairs,
+            max_val_pairs=self.ablation_val_pairs,
+            num_workers=0,
+            curriculum=CurriculumConfig(noise_rate=0.002, noise_start=10, target_shuffling=0.25),
+        )
+        return Plan(SCHEDULED, self.schedule_layers, self.schedule_seeds, train, MaskingConfig("learned"))
+
+    @property
     def cascade(self) -> CascadeConfig:
         return CascadeConfig.reference(self.num_stages, anti_cheating=self.anti_cheating, num_layers=self.num_layers)
 
+
+# What the notebooks train with. Squared errors alone are smallest at the plain average of both clips, with masks or
+# without; small weights keep them as an anchor, and rhythm and harmony say what is to be taken from which clip.
+OBJECTIVE = LossConfig(
+    input_weight=0.03,
+    target_weight=0.03,
+    novelty_weight=1.0,
+    adversarial_weight=0.05,
+    stft_weight=0.1,
+    mel_weight=0.1,
+    rhythm_weight=1.0,
+    harmony_weight=1.0,
+    anti_modulation_weight=0.1,
+    outlier_weight=0.1,
+    overlap_weight=1.0,
+    coverage_weight=1.0,
+    balance_weight=1.0,
+    temporal_diversity_weight=0.1,
+)
 
 PRESETS = {
     # seconds a cell: what the notebooks store and what nbval runs
@@ -83,11 +141,24 @@ PRESETS = {
         listen_seconds=2.0,
         listen_pairs=1,
         num_layers=2,
-        train=TrainConfig(max_steps=24, batch_size=4, checkpoint_every=12),
+        train=TrainConfig(
+            max_steps=24,
+            batch_size=4,
+            agent_learning_rate=1e-3,
+            warmup_steps=4,
+            ema=0.9,
+            checkpoint_every=12,
+            max_val_pairs=16,
+            loss=OBJECTIVE,
+            adversary=AdversaryConfig(discriminator_learning_rate=1e-4, discriminator_warmup=8),
+        ),
+        judged_pairs=4,
         ablation_layers=1,
         ablation_steps=10,
         ablation_seeds=2,
         ablation_val_pairs=8,
+        schedule_epochs=2,
+        schedule_seeds=1,
         record_variants="named",
         record_steps=10,
     ),
@@ -98,7 +169,18 @@ PRESETS = {
         clip_seconds=4.0,
         listen_seconds=16.0,
         num_layers=6,
-        train=TrainConfig(max_steps=60, batch_size=4, checkpoint_every=30),
+        train=TrainConfig(
+            max_steps=60,
+            batch_size=4,
+            agent_learning_rate=1e-3,
+            warmup_steps=5,
+            ema=0.9,
+            checkpoint_every=30,
+            max_val_pairs=24,
+            loss=OBJECTIVE,
+            curriculum=CurriculumConfig(noise_rate=0.1),
+            adversary=AdversaryConfig(discriminator_learning_rate=1e-4, discriminator_warmup=20),
+        ),
     ),
     # a GPU server: the seeds' own setting
     "full": Preset(
@@ -108,7 +190,24 @@ PRESETS = {
         listen_seconds=16.0,
         listen_pairs=6,
         num_layers=6,
-        train=TrainConfig(epochs=200, batch_size=8, precision="bf16", checkpoint_every=500, num_workers=4),
+        train=TrainConfig(
+            epochs=200,
+            patience=20,
+            batch_size=8,
+            agent_learning_rate=1e-3,
+            warmup_steps=500,
+            schedule="cosine",
+            ema=0.999,
+            precision="auto",
+            checkpoint_every=500,
+            max_val_pairs=256,
+            num_workers=4,
+            loss=OBJECTIVE,
+            curriculum=CurriculumConfig(noise_rate=0.002, noise_start=10, target_shuffling=0.25),
+            adversary=AdversaryConfig(discriminator_learning_rate=1e-4, discriminator_warmup=1000),
+        ),
+        demo_every=10,
+        judged_pairs=128,
         ablation_variants="all",
         ablation_layers=6,
         ablation_steps=2000,
@@ -116,6 +215,9 @@ PRESETS = {
         ablation_clip_seconds=16.0,
         ablation_batch_size=8,
         ablation_val_pairs=64,
+        schedule_pairs=256,
+        schedule_batch_size=8,
+        schedule_layers=6,
         record_steps=2000,
     ),
 }
@@ -129,12 +231,13 @@ def load_preset(name: str, /, **overrides: Any) -> Preset:
     if name not in PRESETS:
         raise UserError(f"preset: unknown {name!r}; choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
-    rooms = {"preset": preset, "train": preset.train, "loss": preset.train.loss}
+    rooms = {"preset": preset, "masking": preset.masking, "train": preset.train}
+    rooms |= {name: getattr(preset.train, name) for name in NESTED}
     where = {
         field.name: (room, field)
         for room, holder in rooms.items()
         for field in dataclasses.fields(holder)
-        if field.name not in ("name", "train", "loss")
+        if not (room in ("preset", "train") and field.name in ("name", *rooms))
     }
     changes: dict[str, dict[str, Any]] = {room: {} for room in rooms}
     for key, value in overrides.items():
@@ -142,23 +245,27 @@ def load_preset(name: str, /, **overrides: Any) -> Preset:
             raise UserError(f"setting: unknown {key!r}; choose from {', '.join(sorted(where))}")
         room, field = where[key]
         changes[room][key] = _as_type(key, value, field.type)
-    loss: LossConfig = dataclasses.replace(preset.train.loss, **changes["loss"])
-    train = dataclasses.replace(preset.train, loss=loss, **changes["train"])
-    changed = dataclasses.replace(preset, train=train, **changes["preset"])
+    nested = {name: dataclasses.replace(rooms[name], **changes[name]) for name in NESTED}
+    train = dataclasses.replace(preset.train, **nested, **changes["train"])
+    masking = dataclasses.replace(preset.masking, **changes["masking"])
+    changed = dataclasses.replace(preset, train=train, masking=masking, **changes["preset"])
+    train.check_masking(masking)
     for key, least in (
         ("clip_seconds", 0.0),
         ("listen_seconds", 0.0),
         ("listen_pairs", 0),
+        ("demo_every", 0),
+        ("judged_pairs", 0),
         ("ablation_clip_seconds", 0.0),
     ):
         if not getattr(changed, key) > least:
             raise UserError(f"{key}={getattr(changed, key)!r} is not allowed; use more than {least:g}")
     for field in dataclasses.fields(Preset):
         key = field.name
-        if key.startswith(("ablation_", "record_")) and field.type is int and getattr(changed, key) < 1:
+        if key.startswith(("ablation_", "record_", "schedule_")) and field.type is int and getattr(changed, key) < 1:
             raise UserError(f"{key}={getattr(changed, key)!r} is not allowed; use 1 or more")
     chosen_variants(changed.record_variants, "record_variants")
-    _ = changed.cascade, changed.plan  # refuses what no cascade can be built from
+    _ = changed.cascade, changed.plan, changed.schedule  # refuses what no cascade can be built from
     return changed
 
 
@@ -173,6 +280,8 @@ def _as_type(key: str, value: Any, annotation: Any) -> Any:
                 return float(value)
             except (TypeError, ValueError, OverflowError):
                 continue
+        if kind is bool and isinstance(value, bool):
+            return value
         if kind in (int, str) and isinstance(value, kind) and not isinstance(value, bool):
             return value
     wanted = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
@@ -191,26 +300,40 @@ class Project:
 
     def ablation(self) -> tuple[Result, ...]:
         """The results of the preset's ablation, on clips of its own length; runs that were made before are reused."""
+        return self._results(self.preset.plan)
+
+    def schedule(self) -> tuple[Result, ...]:
+        """The same of the whole schedule in miniature."""
+        return self._results(self.preset.schedule)
+
+    def _results(self, plan: Plan) -> tuple[Result, ...]:
         folder = self.out_dir / "ablation"
         make_folder(folder)
         seconds = self.preset.ablation_clip_seconds
         manifest = _manifest(self.manifest.root, folder / "manifest.jsonl", seconds, self.preset)
         latents = encode_manifest(manifest, self.codec, ROOT / "data" / "latents")
-        return run_plan(self.preset.plan, latents.index, self.preset.codec, folder / "runs")
+        return run_plan(plan, latents.index, self.preset.codec, folder / "runs")
 
     def grid(self) -> tuple[tuple[Result, ...], str]:
         """The whole ablation grid and where it comes from: the preset's own if it runs all variants, else the record
         that `make record` wrote for this preset, or for the demo."""
         if self.preset.ablation_variants == "all":
             return self.ablation(), f"preset {self.preset.name}, this run"
-        path = RECORD / self.preset.name / "ablation.json"
-        path = path if path.exists() else RECORD / "demo" / "ablation.json"
+        results, facts = self.recorded("ablation", NAMED)
+        return results, facts["source"]
+
+    def recorded(self, name: str, variants: Sequence[Variant]) -> tuple[tuple[Result, ...], dict[str, Any]]:
+        """The results that `make record` wrote for this preset, or for the demo, and their facts; 'source' says in
+        words where they come from."""
+        path = RECORD / self.preset.name / f"{name}.json"
+        path = path if path.exists() else RECORD / "demo" / f"{name}.json"
         results, facts = read_record(path)
-        lacking = {variant.name for variant in NAMED} - {result.variant for result in results}
+        lacking = {variant.name for variant in variants} - {result.variant for result in results}
         lacking |= {"preset", "steps", "codec"} - set(facts)
         if lacking:
             raise UserError(f"{path}: lacks {', '.join(sorted(lacking))}; restore it or run `make record`")
-        return results, f"recorded: preset {facts['preset']}, {facts['steps']} steps, codec {facts['codec']}"
+        source = f"recorded: preset {facts['preset']}, {facts['steps']} steps, codec {facts['codec']}"
+        return results, facts | {"source": source}
 
     def listening(self) -> Manifest:
         """Pairs of the listening length; the split by source file is the one of training."""
@@ -221,12 +344,15 @@ class Project:
             raise UserError(f"listen_seconds={seconds:g} is too long for this music; lower it ({error})") from None
 
 
-def open_project(preset: Preset, data_dir: str | Path = "", out_dir: str | Path = "") -> Project:
+def open_project(
+    preset: Preset, data_dir: str | Path = "", out_dir: str | Path = "", processes: PartialState | None = None
+) -> Project:
     """Find or make everything that training needs.
 
     `data_dir`: a folder of music (see data/README.md); empty: the demo songs, generated in data/demo. `out_dir`: the
     run's folder; empty: outputs/<preset>. Relative paths are taken from the repository. Latents are cached in
-    data/latents, by content. Raises `UserError` for bad data, codec or folders.
+    data/latents, by content. Several `processes` that call this together encode together. Raises `UserError` for bad
+    data, codec or folders.
     """
     out = ROOT / (out_dir or f"outputs/{preset.name}")
     codec = load_codec(preset.codec)
@@ -234,10 +360,17 @@ def open_project(preset: Preset, data_dir: str | Path = "", out_dir: str | Path 
     if out.resolve().is_relative_to(data.resolve()):
         raise UserError(f"{out}: is inside the data folder, whose music it would add to; choose another output folder")
     make_folder(out)
-    if not data_dir:
-        make_demo_dataset(data, num_songs=DEMO_SONGS)
-    manifest = _manifest(data, out / "manifest.jsonl", preset.clip_seconds, preset)
-    return Project(preset, out, codec, manifest, encode_manifest(manifest, codec, ROOT / "data" / "latents"))
+    main_first = processes.main_process_first if processes else contextlib.nullcontext
+    cache = ROOT / "data" / "latents"
+    with main_first():
+        if not data_dir:
+            make_demo_dataset(data, num_songs=DEMO_SONGS)
+        manifest = _manifest(data, out / "manifest.jsonl", preset.clip_seconds, preset)
+    if processes and processes.num_processes > 1:
+        encode_manifest(manifest, codec, cache, share=(processes.process_index, processes.num_processes))
+        processes.wait_for_everyone()
+    with main_first():
+        return Project(preset, out, codec, manifest, encode_manifest(manifest, codec, cache))
 
 
 def _manifest(data: Path, path: Path, clip_seconds: float, preset: Preset) -> Manifest:

@@ -2,9 +2,11 @@
 
     python -m lib.record --preset demo [--data DIR] [--codec NAME|DIR] [--out DIR] [--set record_steps=200]
 
-Runs the preset's ablation grid, and the settings that the seeds name at full depth; then every notebook; then keeps
+Runs the preset's ablation grid, the settings that the seeds name at full depth, and the whole training schedule in
+miniature; then every notebook; then keeps
 
     outputs/record/<preset>/ablation.json    every run of the grid, and whether depth changes a verdict
+    outputs/record/<preset>/schedule.json    every run of the whole schedule in miniature
     outputs/record/<preset>/summary.json     facts and tables of the notebooks, and the figures in FIGURES
     outputs/record/claims.json               the audit of every claim, also as the table in README.md
 
@@ -52,8 +54,13 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, out_dir: 
         say(f"ablation: variants {plan.ablation_variants}, {layers} layers, {steps} steps, {plan.ablation_seeds} seeds")
         project = open_project(plan, data_dir, out_dir)
         results += project.ablation()
-    facts = {"preset": preset.name, "codec": project.codec.name, "steps": preset.record_steps}
-    write_record(folder / "ablation.json", results, facts | {"changed_by_depth": changed_by_depth(results)})
+    facts = {"preset": preset.name, "codec": project.codec.name}
+    depth = {"steps": preset.record_steps, "changed_by_depth": changed_by_depth(results)}
+    write_record(folder / "ablation.json", results, facts | depth)
+    say(f"the whole schedule in miniature: {preset.schedule_epochs} epochs, {preset.schedule_seeds} seeds")
+    scheduled = project.schedule()
+    length = {"steps": max(result.steps for result in scheduled), "epochs": preset.schedule_epochs}
+    write_record(folder / "schedule.json", scheduled, facts | length)
     page = run_notebooks(preset_name, overrides, data_dir, out_dir)
     for name in FIGURES:
         shutil.copyfile(page.parent / "figures" / f"{name}.png", folder / f"{name}.png")

@@ -9,18 +9,14 @@ A checkpoint is written under a temporary name, fsynced and renamed, so that a k
 complete one. Everything is loaded without running code from the file.
 """
 
-import argparse
 import dataclasses
 import json
-import logging
 import math
 import os
-import re
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +25,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lib.cascade import Cascade, CascadeConfig, sinusoidal_positions
+from lib.agent import MaskingConfig
+from lib.cascade import CascadeConfig
+from lib.configs import from_fields
 from lib.errors import UserError
 from lib.files import file_sha256, fsync, make_folder, safe_torch_load, write_atomic
-
-logger = logging.getLogger(__name__)
+from lib.fusion import FusionModel
 
 FILES = ("model.safetensors", "training.pt")
 
@@ -61,6 +58,27 @@ class Run:
         write_atomic(path / "config.json", json.dumps(config, indent=1))
         (path / "checkpoints").mkdir()
         return cls(path, config)
+
+    @classmethod
+    def start(cls, path: str | Path, config: dict[str, Any], *, resume: bool, free: dict[str, Sequence[str]]) -> "Run":
+        """With `resume` the run in `path`, if there is one with this config; else a new one.
+
+        `free`: part of the config → its fields that may differ; those of `config` are in force. Any other difference
+        raises `UserError`.
+        """
+        if not (resume and (Path(path) / "config.json").exists()):
+            return cls.create(path, config)
+        run = cls.open(path)
+        had = {key: run.config.get(key) for key in config}
+        for part, names in free.items():
+            had[part] = (had[part] or {}) | {name: config[part][name] for name in names}
+        if differences := config_differences(had, config):
+            raise UserError(
+                f"{path}: holds a run with another config ({'; '.join(differences[:4])}); "
+                "resume with its own config, start again without resume, or choose another output folder"
+            )
+        run.config |= {part: had[part] for part in free}
+        return run
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -112,7 +130,7 @@ class Run:
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
-    def save(self, step: int, model: Cascade, training: dict[str, Any], *, is_best: bool) -> Path:
+    def save(self, step: int, model: FusionModel, training: dict[str, Any], *, is_best: bool) -> Path:
         """Write a checkpoint, point `last` (and `best`) at it, and delete those that neither names."""
         folder = self.path / "checkpoints" / f"step_{step:08d}"
         temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
@@ -150,20 +168,21 @@ class Run:
     def has_checkpoint(self) -> bool:
         return (self.path / "last").exists()
 
-    def load_model(self, which: str = "best", *, codec_fingerprint: str | None = None) -> Cascade:
-        """The trained cascade in eval mode, on the CPU. `which`: 'best' or 'last'.
+    def load_model(self, which: str = "best", *, codec_fingerprint: str | None = None) -> FusionModel:
+        """The trained model in eval mode, on the CPU. `which`: 'best' or 'last'.
 
         With `codec_fingerprint`, a run trained on another codec's latents is refused.
         """
-        if "cascade" not in self.config:
-            raise UserError(f"{self.path / 'config.json'}: describes no cascade; give a run that this project trained")
+        if not {"cascade", "masking"} <= set(self.config):
+            raise UserError(f"{self.path / 'config.json'}: describes no model; give a run that this project trained")
         self.check_codec(codec_fingerprint)
         folder, _ = self._verified(which, ("model.safetensors",))
-        model = Cascade(CascadeConfig.from_dict(self.config["cascade"])).eval()
+        masking = from_fields(MaskingConfig, self.config["masking"])
+        model = FusionModel(CascadeConfig.from_dict(self.config["cascade"]), masking).eval()
         load_weights(model, folder / "model.safetensors")
         return model
 
-    def load_training(self, model: Cascade, which: str = "last") -> tuple[int, dict[str, Any]]:
+    def load_training(self, model: FusionModel, which: str = "last") -> tuple[int, dict[str, Any]]:
         """Load a checkpoint's weights into `model`; returns its step and the trainer's state."""
         folder, meta = self._verified(which, FILES)
         load_weights(model, folder / "model.safetensors")
@@ -206,7 +225,12 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     model.load_state_dict(weights)
 
 
-def check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def check_tensors(
+    path: Path | str,
+    found: dict[str, Tensor],
+    wanted: dict[str, Tensor],
+    fix: str = "use the config that the file was trained with",
+) -> None:
     """`UserError` that lists missing and unknown tensors and wrong shapes."""
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unknown {name}" for name in found if name not in wanted]
@@ -218,7 +242,7 @@ def check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         listed = "; ".join(problems[:8]) + more
-        raise UserError(f"{path}: does not fit this model: {listed}; use the config that the file was trained with")
+        raise UserError(f"{path}: does not fit this model: {listed}; {fix}")
 
 
 def versions() -> dict[str, str]:
@@ -243,115 +267,3 @@ def config_differences(a: Any, b: Any, prefix: str = "") -> list[str]:
             stem = prefix.rstrip(".")
             return [d for i in range(len(a)) for d in config_differences(a[i], b[i], f"{stem}[{i}].")]
     return [] if a == b else [f"{prefix.rstrip('.')}: {a!r} → {b!r}"]
-
-
-# --- checkpoints of the original implementation --------------------------------------------------------------------
-
-LAYER_NAMES = {  # original name → ours, within a transformer layer
-    "self_attn.in_proj_weight": "qkv.weight",
-    "self_attn.in_proj_bias": "qkv.bias",
-    "self_attn.out_proj": "attention_out",
-    "linear1": "ffn_in",
-    "linear2": "ffn_out",
-    "norm1": "norm1",
-    "norm2": "norm2",
-}
-PROJECTION_NAMES = {
-    "weight_orig": "parametrizations.weight.original",
-    "weight_u": "parametrizations.weight.0._u",
-    "weight_v": "parametrizations.weight.0._v",
-    "bias": "bias",
-}
-
-
-@dataclass(frozen=True)
-class OriginalCheckpoint:
-    """What `import_original_checkpoint` found in the file."""
-
-    cascade: Cascade  # in eval mode; its outputs equal the original's
-    epoch: int | None
-    best_val_loss: float | None
-    ignored: tuple[str, ...]  # parts of the file that this import does not use
-
-
-def import_original_checkpoint(path: str | Path, *, last_residual_weight: float | None = None) -> OriginalCheckpoint:
-    """Read a file that the original implementation wrote with `torch.save`.
-
-    Widths, layers and stages are inferred from the tensors. The residual weight of a third stage is not in the file:
-    with three stages or more `last_residual_weight` must say it (seed 001: 0.1, its repair 0.3); the last stage's
-    residual is then the previous stage's output, as in seed 002. Raises `UserError` that lists unknown or missing keys.
-    """
-    path = Path(path)
-    content = safe_torch_load(path, allowed=(argparse.Namespace,))  # its `args` holds numbers and strings only
-    if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
-        raise UserError(f"{path}: holds no 'model_state_dict'; give a checkpoint of the original training script")
-    tensors = {str(name).removeprefix("module."): value for name, value in content["model_state_dict"].items()}
-    if others := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
-        raise UserError(
-            f"{path}: model_state_dict holds what is not a tensor: {', '.join(others[:8])}; export it again"
-        )
-    agent = [name for name in tensors if name.startswith("creative_agent.")]
-    ignored = tuple(
-        part
-        for part, found in (
-            ("creative_agent: outputs equal the original's without its masks", agent),
-            ("discriminator_state_dict", "discriminator_state_dict" in content),
-        )
-        if found
-    )
-    for part in ignored:
-        logger.warning("%s: not imported: %s", path, part)
-    tensors = {name: value for name, value in tensors.items() if name not in agent}
-    config = _original_config(path, tensors, last_residual_weight)
-    cascade = Cascade(config).eval()
-    renamed = _rename_original(path, tensors, config)
-    check_tensors(path, renamed, cascade.state_dict())
-    cascade.load_state_dict(renamed)
-    return OriginalCheckpoint(cascade, content.get("epoch"), content.get("best_val_loss"), ignored)
-
-
-def _original_config(path: Path, tensors: dict[str, Tensor], last_residual_weight: float | None) -> CascadeConfig:
-    layers = {}  # stage → number of layers
-    for name in tensors:
-        if match := re.match(r"cascade_stages\.(\d+)\.transformer\.layers\.(\d+)\.", name):
-            stage, layer = int(match[1]), int(match[2])
-            layers[stage] = max(layers.get(stage, 0), layer + 1)
-    if not layers or sorted(layers) != list(range(len(layers))):
-        raise UserError(
-            f"{path}: has no keys cascade_stages.0.transformer.layers.0.*; is it another model's checkpoint?"
-        )
-    config = CascadeConfig.reference(len(layers))
-    for stage, num_layers in layers.items():
-        config = config.with_stage(stage, num_layers=num_layers)
-    if len(layers) > 2:
-        if last_residual_weight is None:
-            raise UserError(
-                f"{path}: has {len(layers)} stages, and the file does not say the last residual weight; "
-                "pass last_residual_weight=0.1 (seed 001) or 0.3 (its repair)"
-            )
-        config = config.with_stage(-1, residual_weight=last_residual_weight, residual_source="previous")
-    return config
-
-
-def _rename_original(path: Path, tensors: dict[str, Tensor], config: CascadeConfig) -> dict[str, Tensor]:
-    renamed = {}
-    for name, tensor in tensors.items():
-        match = re.match(r"cascade_stages\.(\d+)\.(.+)", name)
-        stage, rest = (f"stages.{match[1]}.", match[2]) if match else ("", name)
-        if rest == "pos_encoding.pe":
-            if tensor.ndim != 3:
-                raise UserError(f"{path}: {name} is not [1, T, d]; this model's positions cannot be imported")
-            T, d = tensor.shape[1:]
-            if not torch.allclose(tensor[0].float(), sinusoidal_positions(T, d, torch.device("cpu")), atol=1e-4):
-                raise UserError(f"{path}: {name} is not sinusoidal; this model's positions cannot be imported")
-        elif part := re.match(r"transformer\.(layers\.\d+\.)(.+)", rest):
-            own = next(
-                (to + part[2].removeprefix(o) for o, to in LAYER_NAMES.items() if part[2].startswith(o)), part[2]
-            )
-            renamed[stage + part[1] + own] = tensor
-        elif rest.startswith("output_proj."):
-            own = rest.removeprefix("output_proj.")
-            renamed[f"{stage}output_projection.{PROJECTION_NAMES.get(own, own)}"] = tensor
-        else:
-            renamed[stage + rest] = tensor
-    return renamed

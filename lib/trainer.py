@@ -1,72 +1,55 @@
-"""One training loop: latents in, a run directory out.
+"""One training loop: latents in, a run directory out. One process, or several by accelerate.
 
 Legend: B batch, D latent channels, T frames.
 """
 
+import contextlib
+import copy
 import dataclasses
 import logging
 import math
 import signal
-import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lib.cascade import Cascade, CascadeConfig, StageTrace
+from lib.adversary import Adversary
+from lib.agent import MaskingConfig
+from lib.batches import Batch, TrainingOrder, evenly_spread, load_batches
+from lib.cascade import CascadeConfig
 from lib.codec import Codec
+from lib.configs import from_fields
+from lib.curriculum import mix_noise, noise_share
 from lib.errors import UserError
+from lib.fusion import Fusion, FusionModel, evaluating
 from lib.latents import LatentPairs
-from lib.losses import Decode, LossConfig, total_loss
-from lib.nonfinite import NonFiniteError, find_non_finite
-from lib.runs import Run, config_differences
+from lib.losses import Decode, total_loss
+from lib.nonfinite import NORM, NonFiniteError, find_in_batches
+from lib.optimization import learning_rate_factor, move_average, parameter_groups
+from lib.processes import (
+    StopSignals,
+    join_processes,
+    out_of_memory_advice,
+    rng_state,
+    seed_process,
+    set_rng_state,
+    sum_over_processes,
+)
+from lib.runs import Run
+from lib.telemetry import Callback, gradient_norms, step_metrics, to_floats
+from lib.train_config import LENGTH, TrainConfig, resolved_precision
 
 logger = logging.getLogger(__name__)
 
 FACTOR_WARNING = 1.3  # seed 001 calls a scale factor above it a warning sign
-PRECISIONS = ("fp32", "bf16")
-LENGTH = ("epochs", "max_steps")  # a resumed run may be made longer or shorter
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. Training ends after `epochs` or `max_steps`, whichever comes first."""
-
-    epochs: int = 200
-    max_steps: int | None = None
-    batch_size: int = 8
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.01
-    clip: float | None = 10.0  # gradient norm above which gradients are scaled down; None: never
-    precision: str = "fp32"  # 'bf16': autocast, for GPUs and for CPUs with AMX; elsewhere it is slower, not faster
-    checkpoint_every: int = 100  # steps between validations, each of which writes a checkpoint
-    max_val_pairs: int | None = None  # validate on so many pairs at most, spread evenly over all; None: on all
-    num_workers: int = 0  # reader processes; latents are memory-mapped, so a CPU run needs none
-    seed: int = 0
-    loss: LossConfig = field(default_factory=LossConfig)
-
-    def __post_init__(self):
-        if isinstance(self.loss, dict):
-            object.__setattr__(self, "loss", LossConfig(**self.loss))
-        for name in ("epochs", "batch_size", "checkpoint_every", "max_steps", "max_val_pairs"):
-            value = getattr(self, name)
-            if not (value is None and name.startswith("max_")) and not (isinstance(value, int) and value >= 1):
-                raise UserError(f"{name}={value!r} is not allowed; use a whole number, 1 or more")
-        for name, least in (("learning_rate", "above 0"), ("clip", "above 0"), ("weight_decay", "0 or more")):
-            value = getattr(self, name)
-            low_enough = value is None if name == "clip" else False
-            if not low_enough and not (math.isfinite(value) and (value > 0 or (value == 0 and least == "0 or more"))):
-                raise UserError(f"{name}={value!r} is not allowed; use a finite number, {least}")
-        if self.num_workers < 0:
-            raise UserError(f"num_workers={self.num_workers!r} is not allowed; use 0 or more")
-        if self.precision not in PRECISIONS:
-            raise UserError(f"precision={self.precision!r} is not allowed; use one of {', '.join(PRECISIONS)}")
+VAL_BATCH = 8
 
 
 def train(
@@ -75,198 +58,339 @@ def train(
     codec: Codec,
     cascade: CascadeConfig,
     config: TrainConfig,
+    masking: MaskingConfig | None = None,
     *,
     resume: bool = False,
     progress: bool = True,
+    callbacks: Sequence[Callback] = (),
 ) -> Run:
-    """Train a cascade on the latents of `index` and return its run directory.
+    """Train a model on the latents of `index` and return its run directory.
 
     With `resume`, a run in `out_dir` goes on from its last checkpoint, bit for bit on a CPU; only its length may differ
-    now, and another config or other data is refused. Without it a new run starts. Ctrl-C and SIGTERM save a checkpoint
-    and raise `KeyboardInterrupt`.
+    now, and the number of processes; another config or other data is refused. Without it a new run starts. Ctrl-C and
+    SIGTERM save a checkpoint and raise `KeyboardInterrupt`. Under a launcher every process calls this, and all return.
     """
+    masking = masking or MaskingConfig()
+    config = dataclasses.replace(config, precision=resolved_precision(config.precision))
     wanted = {
         "cascade": cascade.to_dict(),
+        "masking": dataclasses.asdict(masking),
         "train": dataclasses.asdict(config),
         "codec": {"name": codec.name, "fingerprint": codec.fingerprint},
         "data": Path(index).stem,  # names the pairs by their content
     }
+    config.check_masking(masking)
     pairs = {split: LatentPairs(index, split, codec_fingerprint=codec.fingerprint) for split in ("train", "val")}
-    check_sizes(pairs, config)
+    join_processes()
+    accelerator = Accelerator(mixed_precision="no")  # the config says it, not the launcher
+    if accelerator.distributed_type not in (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+    ):
+        raise UserError(f"launcher: {accelerator.distributed_type.value} is not supported; use plain data parallelism")
+    config.check_sizes({split: len(found) for split, found in pairs.items()}, accelerator.num_processes)
     if cascade.latent_dim != codec.dim:
         raise UserError(f"latent_dim={cascade.latent_dim} does not fit codec {codec.name}; use {codec.dim}")
-    if resume and (Path(out_dir) / "config.json").exists():
-        run = Run.open(out_dir)
-        had = {key: run.config.get(key) for key in wanted}
-        length = {name: wanted["train"][name] for name in LENGTH}
-        if differences := config_differences(had | {"train": (had["train"] or {}) | length}, wanted):
-            raise UserError(
-                f"{out_dir}: holds a run with another config ({'; '.join(differences[:4])}); "
-                "resume with its own config, start again without resume, or choose another output folder"
-            )
-        run.config["train"] |= length
-    else:
-        run = Run.create(out_dir, wanted)
-    Trainer(run, pairs["train"], pairs["val"], codec.decode).run_to_end(progress=progress)
+    with accelerator.main_process_first():  # makes the run that the others open
+        run = Run.start(out_dir, wanted, resume=resume or not accelerator.is_main_process, free={"train": LENGTH})
+    if isinstance(codec, nn.Module):  # one with weights decodes where they are
+        codec.to(accelerator.device)
+    try:
+        Trainer(run, pairs, codec.decode, callbacks).run_to_end(progress=progress)
+    finally:
+        if isinstance(codec, nn.Module):
+            codec.to("cpu")
+    accelerator.wait_for_everyone()
     return run
-
-
-def check_sizes(pairs: dict[str, LatentPairs], config: TrainConfig) -> None:
-    for split, dataset in pairs.items():
-        if len(dataset) == 0:
-            raise UserError(f"the {split} split has no pairs; add music, or lower the clip length")
-    if config.batch_size > len(pairs["train"]):
-        available = len(pairs["train"])
-        raise UserError(f"batch_size={config.batch_size} is more than the {available} training pairs; lower it")
 
 
 class Trainer:
     """The loop over a run's steps. Everything it needs to go on after a kill is in the run's checkpoints."""
 
-    def __init__(self, run: Run, train_pairs: LatentPairs, val_pairs: LatentPairs, decode: Decode | None = None):
+    def __init__(
+        self,
+        run: Run,
+        pairs: dict[str, LatentPairs],
+        decode: Decode | None = None,
+        callbacks: Sequence[Callback] = (),
+    ):
         self.run = run
         self.decode = decode  # for the terms of the loss that are heard
-        self.config = TrainConfig(**run.config["train"])
-        self.train_pairs, self.val_pairs = train_pairs, val_pairs
-        self.accelerator = Accelerator()
+        self.config = from_fields(TrainConfig, run.config["train"])
+        self.pairs = pairs
+        most = {"train": self.config.max_train_pairs, "val": self.config.max_val_pairs}
+        self.chosen = {split: evenly_spread(len(pairs[split]), most[split]) for split in pairs}
+        self.accelerator = Accelerator(mixed_precision="no")
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.order = TrainingOrder(len(self.chosen["train"]), self.config, rank, processes)
+        self.callbacks = callbacks if self.accelerator.is_main_process else ()
         torch.manual_seed(self.config.seed)
-        model = Cascade(CascadeConfig.from_dict(run.config["cascade"]))
+        cascade = CascadeConfig.from_dict(run.config["cascade"])
+        model = FusionModel(cascade, from_fields(MaskingConfig, run.config["masking"]))
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay, fused=True
+            parameter_groups(model, self.config),
+            lr=self.config.learning_rate,
+            weight_decay=self.config.weight_decay,
+            fused=True,
         )
+        self.average = copy.deepcopy(model).to(self.accelerator.device) if self.config.ema else None
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.adversary = None
+        if self.config.adversary.discriminator_learning_rate is not None:
+            clip = self.max_norm
+            self.adversary = Adversary(self.config.adversary, cascade.latent_dim, clip, self.accelerator)
         self.step = 0
         self.best_loss = math.inf
+        self.stale = 0  # validations since the best one
         self.warned: set[int] = set()  # stages whose factor has passed FACTOR_WARNING
-        self.stop_signal: int | None = None
+        self.stop = StopSignals()
         if run.has_checkpoint():
             self.load()
+        elif self.accelerator.process_index:
+            seed_process(self.config.seed, 0, self.accelerator.process_index)
 
     @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.train_pairs) / self.config.batch_size)
+    def plain_model(self) -> FusionModel:
+        """The model in training, out of what the launcher wraps it in."""
+        return self.accelerator.unwrap_model(self.model)
 
     @property
-    def total_steps(self) -> int:
-        steps = self.config.epochs * self.steps_per_epoch
-        return min(steps, self.config.max_steps) if self.config.max_steps else steps
+    def kept_model(self) -> FusionModel:
+        """The one that is validated and kept: the averaged weights where there are any."""
+        return self.plain_model if self.average is None else self.average
+
+    @property
+    def max_norm(self) -> float:
+        return self.config.clip if self.config.clip is not None else math.inf
+
+    @property
+    def out_of_patience(self) -> bool:
+        return self.config.patience is not None and self.stale >= self.config.patience
 
     def run_to_end(self, *, progress: bool = True) -> None:
         """Train the steps that are left, with a progress bar on stderr or without one.
 
-        After a stop signal: save, and raise `KeyboardInterrupt`.
+        After a stop signal: save, and raise `KeyboardInterrupt`. Out of memory: `UserError` that says what to lower.
         """
-        if self.step >= self.total_steps:
+        total = self.order.total_steps(self.step)
+        if self.step >= total or self.out_of_patience:
             return
-        self.run.forget_metrics_after(self.step)
+        if self.accelerator.is_main_process:
+            self.run.forget_metrics_after(self.step)
         bar = tqdm(
-            total=self.total_steps,
+            total=total,
             initial=self.step,
             desc="training",
             unit="step",
             mininterval=1.0,
-            **({} if progress else {"disable": True}),  # unnamed, tqdm's own environment variables decide
+            # unnamed, tqdm's own environment variables decide
+            **({} if progress and self.accelerator.is_main_process else {"disable": True}),
         )
-        with catch_stop_signals(self), bar:
-            for input, target in self.batches():
-                row = self.train_step(input, target)
-                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-                bar.update()
-                done = self.step == self.total_steps
-                if done or self.step % self.config.checkpoint_every == 0:
-                    self.validate_and_save()
-                elif self.stop_signal:
-                    self.save(is_best=False)
-                if self.stop_signal and not done:
-                    name = signal.Signals(self.stop_signal).name
-                    raise KeyboardInterrupt(f"stopped by {name}; step {self.step} is saved in {self.run.path}")
+        for callback in self.callbacks:
+            callback.on_start(self)
+        try:
+            with self.stop, bar, out_of_memory_advice(self.memory_advice):
+                for batches in self.steps():
+                    row, stop = self.train_step(batches)
+                    bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+                    bar.update()
+                    if self.after_step(row, stop, last=self.step == total):
+                        return
+        finally:
+            for callback in self.callbacks:
+                callback.on_end(self)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of the steps that are left, `[B, D, T]` twice. Their order depends on seed and epoch alone."""
-        for epoch in range(self.step // self.steps_per_epoch, math.ceil(self.total_steps / self.steps_per_epoch)):
-            generator = torch.Generator().manual_seed(self.config.seed + epoch * 1_000_003)
-            order = torch.randperm(len(self.train_pairs), generator=generator).split(self.config.batch_size)
-            first = epoch * self.steps_per_epoch
-            yield from self.loader(self.train_pairs, order[self.step - first : self.total_steps - first])
+    def after_step(self, row: dict[str, Any], stop: bool, *, last: bool) -> bool:
+        """Tell the callbacks, validate and save where it is time. Whether training is over."""
+        for callback in self.callbacks:
+            callback.on_step(self, row)
+            if self.order.position == 0:
+                callback.on_epoch(self, self.order.epoch)
+        if last or self.step % self.config.checkpoint_every == 0:
+            self.validate_and_save()
+        elif stop:
+            self.save(is_best=False)
+        over = last or self.out_of_patience
+        if stop and not over:
+            name = signal.Signals(self.stop.asked or signal.SIGTERM).name  # or another process's
+            raise KeyboardInterrupt(f"stopped by {name}; step {self.step} is saved in {self.run.path}")
+        return over
 
-    def loader(self, pairs: LatentPairs, batches: Sequence[Tensor]) -> DataLoader:
-        return DataLoader(
-            pairs,
-            batch_sampler=[batch.tolist() for batch in batches],
-            num_workers=self.config.num_workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # a loader draws a seed when it starts; the model's RNG must not notice
+    # --- data ----------------------------------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[list[Batch]]:
+        """The batches of every step that is left."""
+        for plan in self.order.epochs():
+            loader = iter(self.loader("train", [batch for step in plan for batch in step]))
+            for step in plan:
+                yield [next(loader) for _ in step]
+
+    def loader(self, split: str, batches: Sequence[Tensor]) -> DataLoader:
+        on_gpu = self.accelerator.device.type == "cuda"
+        workers = self.config.num_workers
+        return load_batches(self.pairs[split], self.chosen[split], batches, workers=workers, pin_memory=on_gpu)
+
+    def to_device(self, batch: Batch) -> Batch:
+        return tuple(clips.to(self.accelerator.device, non_blocking=True) for clips in batch)
+
+    # --- steps ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, model: nn.Module, batch: Batch, *, noise: float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor], Fusion]:
+        """Loss, metrics and output of a batch; `noise` is the share that is mixed into what the model sees."""
+        input, target = self.to_device(batch)
+        device = self.accelerator.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            fusion: Fusion = model(mix_noise(input, noise), mix_noise(target, noise))
+        loss, terms = total_loss(
+            fusion.latents.float(),
+            input,
+            target,
+            self.config.loss,
+            self.decode,
+            masks=fusion.masks,
+            # not in validation: the loss would move with the discriminator
+            critic=self.adversary.critic(self.step) if self.adversary and model.training else None,
+            random_window=model.training,
         )
+        return loss, step_metrics(terms, fusion), fusion
 
-    def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor], tuple[StageTrace, ...]]:
-        device = self.accelerator.device
-        input, target = input.to(device, non_blocking=True), target.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            output, traces = self.model(input, target)
-        loss, terms = total_loss(output.float(), input, target, self.config.loss, self.decode)
-        return loss, terms, traces
-
-    def train_step(self, input: Tensor, target: Tensor) -> dict[str, Any]:
-        """One optimizer step. Logs and returns its metrics; raises `NonFiniteError` before a bad step is taken."""
+    def train_step(self, batches: Sequence[Batch]) -> tuple[dict[str, Any], bool]:
+        """One optimizer step on one batch or several. Logs and returns its metrics, and whether some process was asked
+        to stop. Raises `NonFiniteError`, in every process, before a bad step is taken."""
         self.model.train()
         rng = rng_state()
-        loss, terms, traces = self.forward(input, target)
+        epoch = self.order.epoch
+        share = noise_share(epoch, self.config.curriculum)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["full_lr"] * learning_rate_factor(
+                self.step, self.order.progress(self.step), self.config
+            )
         self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
-        shares = gradient_norms(self.accelerator.unwrap_model(self.model))
-        largest = self.config.clip if self.config.clip is not None else math.inf
-        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), largest)
-        metrics = to_floats({"loss": loss, "grad_norm": grad_norm} | shares | step_metrics(terms, traces))
+        sums: dict[str, Tensor] = {}
+        made = []
+        for i, batch in enumerate(batches):
+            weight = len(batch[0]) / sum(len(b[0]) for b in batches)
+            with self.accelerator.no_sync(self.model) if i + 1 < len(batches) else contextlib.nullcontext():
+                loss, terms, fusion = self.forward(self.model, batch, noise=share)
+                self.accelerator.backward(loss * weight if weight < 1 else loss)
+            for name, value in ({"loss": loss} | terms).items():
+                sums[name] = sums.get(name, 0) + weight * value.detach()
+            made.append(fusion.latents.detach().float())
+        shares = gradient_norms(self.plain_model)
+        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_norm)
+        asked = torch.tensor(float(self.stop.asked is not None), device=self.accelerator.device)
+        metrics = self.to_floats({"loss": sums.pop("loss"), "grad_norm": grad_norm} | shares | sums | {"stop": asked})
+        stop = metrics.pop("stop") > 0
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-            self.stop_non_finite("train", self.step + 1, input, target, rng)
+            self.stop_non_finite("train", self.step + 1, batches, rng, share)
         self.optimizer.step()
+        if self.average is not None:
+            move_average(self.average, self.plain_model, self.config.ema, self.step)
+        if self.adversary is not None:
+            clean = [(output, *self.to_device(batch)) for output, batch in zip(made, batches, strict=True)]
+            learned = self.to_floats(self.adversary.learn(self.step, clean))
+            if not all(map(math.isfinite, learned.values())):
+                self.end_non_finite("train", self.step + 1, None, "the discriminator's loss or gradient")
+            metrics |= learned
+        if self.config.curriculum.noise_rate:
+            metrics["noise_share"] = share
         self.step += 1
-        epoch = (self.step - 1) // self.steps_per_epoch
+        self.order.advance()
         row = {"split": "train", "step": self.step, "epoch": epoch} | metrics
-        self.run.log(row)
+        self.log(row)
         self.warn_of_factors(metrics)
-        return row
+        return row, stop
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean loss, terms and traces over the validation pairs, in eval mode. Raises `NonFiniteError`."""
-        self.model.eval()
-        sums: dict[str, float] = {}
-        chosen = evenly_spread(len(self.val_pairs), self.config.max_val_pairs)
-        for input, target in self.loader(self.val_pairs, chosen.split(8)):
-            loss, terms, traces = self.forward(input, target)
-            metrics = to_floats({"loss": loss} | step_metrics(terms, traces))
-            if not math.isfinite(metrics["loss"]):  # finite gradients can still take weights to infinity
-                self.stop_non_finite("val", self.step, input, target, rng_state())
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + value * len(input)
-        return {name: value / len(chosen) for name, value in sums.items()}
+        """Mean loss, terms and traces over the validation pairs of all processes, in eval mode. Raises
+        `NonFiniteError`."""
+        sums = {"pairs": 0.0}
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        places = torch.arange(len(self.chosen["val"]))[rank::processes, None].expand(-1, 2)
+        batches = places.split(VAL_BATCH) if len(places) else ()  # fewer pairs than processes: none for this one
+        bad = None
+        with evaluating(self.kept_model) as model:
+            for batch in self.loader("val", batches):
+                loss, terms, _ = self.forward(model, batch)
+                metrics = to_floats({"loss": loss} | terms)
+                if not math.isfinite(metrics["loss"]):  # finite gradients can still take weights to infinity
+                    bad = batch
+                for name, value in metrics.items():
+                    sums[name] = sums.get(name, 0.0) + value * len(batch[0])
+                sums["pairs"] += len(batch[0])
+            sums = sum_over_processes(sums)
+            if not math.isfinite(sums["loss"]):
+                self.stop_non_finite("val", self.step, [bad] if bad else [], rng_state(), 0.0)
+        pairs = sums.pop("pairs")
+        return {name: value / pairs for name, value in sums.items()}
 
     def validate_and_save(self) -> None:
-        metrics = self.validate()
-        self.run.log({"split": "val", "step": self.step} | metrics)
-        is_best = metrics["loss"] < self.best_loss
-        self.best_loss = min(self.best_loss, metrics["loss"])
+        row = {"split": "val", "step": self.step} | self.validate()
+        self.log(row)
+        is_best = row["loss"] < self.best_loss
+        self.best_loss = min(self.best_loss, row["loss"])
+        self.stale = 0 if is_best else self.stale + 1
+        for callback in self.callbacks:
+            callback.on_validation(self, row)
         self.save(is_best=is_best)
+
+    def to_floats(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Means over the processes, on the host, in one transfer."""
+        if not values or self.accelerator.num_processes == 1:
+            return to_floats(values)
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        return dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self.run.log(row)
 
     # --- saving and going on -------------------------------------------------------------------------------------
 
     def save(self, *, is_best: bool) -> None:
+        random = gather_object([rng_state()])  # one of each process
+        model = self.kept_model.train().eval()  # aligns the projections' σ with the weights of this step
+        if not self.accelerator.is_main_process:
+            return
         training = {
             "optimizer": self.optimizer.state_dict(),
+            "epoch": self.order.epoch,
+            "position": self.order.position,
             "best_loss": self.best_loss,
+            "stale": self.stale,
             "warned": sorted(self.warned),
-        } | rng_state()
-        model = self.accelerator.unwrap_model(self.model)
-        model.eval()  # aligns the projections' σ with the weights of this step
+            "random": random,
+        }
+        if self.average is not None:
+            training["weights"] = self.plain_model.state_dict()  # the checkpoint's own are the average
+        if self.adversary is not None:
+            training["adversary"] = self.adversary.state_dict()
         self.run.save(self.step, model, training, is_best=is_best)
 
     def load(self) -> None:
-        self.step, training = self.run.load_training(self.accelerator.unwrap_model(self.model))
+        self.step, training = self.run.load_training(self.kept_model)
+        if self.average is not None:
+            self.plain_model.load_state_dict(training["weights"])
+        if self.adversary is not None:
+            self.adversary.load_state_dict(training["adversary"])
         self.optimizer.load_state_dict(training["optimizer"])
-        set_rng_state(training)
-        self.best_loss = training["best_loss"]
+        self.order.epoch, self.order.position = training["epoch"], training["position"]
+        self.best_loss, self.stale = training["best_loss"], training["stale"]
         self.warned = set(training["warned"])
+        rank = self.accelerator.process_index
+        if len(training["random"]) == self.accelerator.num_processes:
+            set_rng_state(training["random"][rank])
+        else:  # another number of processes than before
+            seed_process(self.config.seed, self.step, rank)
+
+    def memory_advice(self) -> str:
+        seconds = self.pairs["train"].clip_length / self.pairs["train"].sample_rate
+        kept = f"; {self.run.path / 'last'} is kept" if self.run.has_checkpoint() else ""
+        return f"out of memory at step {self.step + 1}: {self.config.memory_advice(seconds)}{kept}"
 
     # --- signs of trouble ----------------------------------------------------------------------------------------
 
@@ -275,81 +399,24 @@ class Trainer:
             wanted = metrics[f"stage{stage}/wanted_factor"]
             if wanted > FACTOR_WARNING and stage not in self.warned:
                 self.warned.add(stage)
-                logger.warning("step %d: stage %d wants the factor %.2f, above 1.3", self.step, stage, wanted)
+                if self.accelerator.is_main_process:
+                    logger.warning("step %d: stage %d wants the factor %.2f, above 1.3", self.step, stage, wanted)
 
-    def stop_non_finite(self, split: str, step: int, input: Tensor, target: Tensor, rng: dict[str, Any]) -> None:
-        """Find where the non-finite value appeared first, record it and raise."""
+    def stop_non_finite(
+        self, split: str, step: int, batches: Sequence[Batch], rng: dict[str, Any], noise: float
+    ) -> None:
+        """Find where the non-finite value appeared first, in whichever process, record it and raise in all."""
+        model = self.plain_model if split == "train" else self.kept_model
 
-        def forward() -> Tensor:
+        def forward(batch: Batch) -> Tensor:
             set_rng_state(rng)
-            return self.forward(input, target)[0]
+            return self.forward(model, batch, noise=noise)[0]
 
-        latents = {"input latents": input, "target latents": target}
-        stage, tensor = find_non_finite(self.accelerator.unwrap_model(self.model), latents, forward)
-        self.run.log({"split": split, "step": step, "event": "non_finite", "stage": stage, "tensor": tensor})
+        found = find_in_batches(model, batches, forward)
+        reports = [report for report in gather_object([found]) if report]
+        stage, tensor = next((report for report in reports if report[1] != NORM), reports[0])
+        self.end_non_finite(split, step, stage, tensor)
+
+    def end_non_finite(self, split: str, step: int, stage: int | None, tensor: str) -> None:
+        self.log({"split": split, "step": step, "event": "non_finite", "stage": stage, "tensor": tensor})
         raise NonFiniteError(step, stage, tensor, self.run.path / "last" if self.run.has_checkpoint() else None)
-
-
-def evenly_spread(count: int, most: int | None) -> Tensor:
-    """At most `most` (None: all) of the numbers 0 to count − 1, spread evenly."""
-    most = min(count, most or count)
-    return torch.arange(most) * count // most
-
-
-def rng_state() -> dict[str, Any]:
-    return {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["rng"])
-    if len(state["cuda_rng"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-
-
-def step_metrics(terms: dict[str, Tensor], traces: tuple[StageTrace, ...]) -> dict[str, Tensor]:
-    """The loss terms and the batch means of every stage's trace, by the names that metrics.jsonl uses."""
-    metrics = {f"loss/{name}": value for name, value in terms.items()}
-    for stage, trace in enumerate(traces):
-        for trace_field in dataclasses.fields(trace):
-            metrics[f"stage{stage}/{trace_field.name}"] = getattr(trace, trace_field.name).mean()
-    return metrics
-
-
-@torch.no_grad()
-def gradient_norms(model: Cascade) -> dict[str, Tensor]:
-    """Gradient norm of every part of every stage before clipping, as 'grad_norm/stage1/output_projection'."""
-    norms = {}
-    for i, stage in enumerate(model.stages):
-        for name, part in stage.named_children():
-            if grads := [p.grad for p in part.parameters() if p.grad is not None]:
-                norms[f"grad_norm/stage{i}/{name}"] = torch.nn.utils.get_total_norm(grads)
-    return norms
-
-
-def to_floats(values: dict[str, Tensor]) -> dict[str, float]:
-    """Scalars to the host in one transfer."""
-    return dict(zip(values, torch.stack([v.detach().float() for v in values.values()]).tolist(), strict=True))
-
-
-class catch_stop_signals:
-    """While training: the first Ctrl-C or SIGTERM asks the trainer to stop after its step, a second acts at once."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-
-    def __enter__(self) -> None:
-        self.earlier = {}
-        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.earlier[number] = signal.signal(number, self.handle)
-
-    def handle(self, number: int, frame: Any) -> None:
-        self.trainer.stop_signal = number
-        self.restore()
-
-    def restore(self) -> None:
-        for number, handler in self.earlier.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *exception: Any) -> None:
-        self.restore()

@@ -16,7 +16,7 @@ from lib.cascade import CascadeConfig, CollapseWarning
 from lib.errors import UserError
 from lib.law import LATENT_RMS, initial_projection_rms
 from lib.projection import rms_ceiling
-from lib.trainer import TrainConfig
+from lib.train_config import TrainConfig
 
 REFERENCE = "final 2-stage"
 EXPLODING = "exploding 3-stage"
@@ -132,6 +132,29 @@ WEAK_RESIDUALS = (
         last=WEAK | {"projection_gain": START_GAIN, "mixing": "preserving"},
     ),
     Variant("weak, no clamp in stage 2", "weak residual", stages=3, last=WEAK | {"clamp": None}),
+)
+
+# The whole system, trained over a whole schedule: masks, losses in three domains, discriminator, curriculum. The
+# others are the model of seed 003 (0.1× residual in the last of two stages) with creative terms alone, and its cures.
+WHOLE, WHOLE_3 = "whole system", "whole system, 3 stages"
+CREATIVE, RECONSTRUCTION = "creative terms alone", "creative terms, reconstruction"
+NOVELTY, RESIDUAL = "creative terms, novelty 0.6", "creative terms, residual 0.3"
+CREATIVE_TERMS = NO_MSE | {"novelty_weight": 0.85, "anti_modulation_weight": 0.5}
+CREATIVE_TERMS |= dict.fromkeys(("stft_weight", "mel_weight", "rhythm_weight", "harmony_weight"), 0.0)
+WEAK_LAST = {"residual_weight": 0.1}
+
+SCHEDULED = (
+    Variant(WHOLE, "schedule"),
+    Variant(WHOLE_3, "schedule", stages=3, last=WEAK),
+    Variant(CREATIVE, "schedule", last=WEAK_LAST, loss=CREATIVE_TERMS),
+    Variant(
+        RECONSTRUCTION,
+        "schedule",
+        last=WEAK_LAST,
+        loss=CREATIVE_TERMS | {"input_weight": 0.03, "target_weight": 0.03},
+    ),
+    Variant(NOVELTY, "schedule", last=WEAK_LAST, loss=CREATIVE_TERMS | {"novelty_weight": 0.6}),
+    Variant(RESIDUAL, "schedule", last={"residual_weight": 0.3}, loss=CREATIVE_TERMS),
 )
 
 VARIANTS = (*NAMED, *SINGLE_CHANGES, *PROTECTIONS.values(), *CAUSES.values(), *WEAK_RESIDUALS)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib.cascade import CascadeConfig
 from lib.latents import encode_manifest
@@ -31,6 +31,20 @@ class TinyCodec:
     def decode(self, latents: Tensor) -> Tensor:
         """`[B, 8, T] → [B, 1, T · 320]`, each mean held for its 40 samples."""
         return latents.transpose(1, 2).repeat_interleave(self.hop // self.dim, 2).flatten(1)[:, None] / 300.0
+
+
+class TinyDiscriminator(nn.Module):
+    """As random as the real one, by its dropout, with a thousandth of its parameters."""
+
+    def __init__(self, latent_dim: int, *, spectral_norm: bool = False):
+        super().__init__()
+        self.conv = nn.Conv1d(latent_dim, 16, 3)
+        self.classifier = nn.Sequential(nn.LeakyReLU(0.2), nn.Dropout(0.3), nn.Linear(16, 1))
+        if spectral_norm:
+            nn.utils.parametrizations.spectral_norm(self.conv)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.classifier(self.conv(latents).square().mean(dim=2)).squeeze(1)
 
 
 @pytest.fixture(scope="session")

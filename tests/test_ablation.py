@@ -39,15 +39,18 @@ from lib.ablation import (
     work,
     write_record,
 )
+from lib.agent import MaskingConfig
 from lib.cascade import CascadeConfig, CollapseWarning
 from lib.codec import MdctCodec
+from lib.curriculum import CurriculumConfig
 from lib.errors import UserError
 from lib.files import file_sha256
 from lib.latents import LatentPairs, encode_manifest
-from lib.metrics import evaluate_fusion
+from lib.metrics import evaluate_fusion, judge_outputs, mean_judgement
 from lib.pairs import Clip, Manifest, Pair
 from lib.runs import Run
-from lib.trainer import TrainConfig, Trainer
+from lib.train_config import TrainConfig
+from lib.trainer import Trainer
 from lib.variants import Variant
 
 pytestmark = pytest.mark.filterwarnings("ignore::lib.cascade.CollapseWarning")
@@ -173,7 +176,7 @@ def test_the_final_metrics_are_those_of_the_last_checkpoint_on_the_chosen_pairs(
     assert {name: value for name, value in result.final.items() if not name.endswith("/ceiling")} == wanted
     assert evaluate_fusion(model, pairs)["mse"] != wanted["mse"]
     ceilings = [result.final[f"stage{i}/ceiling"] for i in range(3)]
-    for i, (stage, ceiling) in enumerate(zip(model.stages, ceilings, strict=True)):
+    for i, (stage, ceiling) in enumerate(zip(model.cascade.stages, ceilings, strict=True)):
         d, length = stage.post_norm.normalized_shape[0], stage.post_norm.weight.abs().max().item()
         rest = stage.post_norm.bias.norm().item() + stage.output_projection.bias.norm().item()  # σ is 1
         assert ceiling == pytest.approx((length * math.sqrt(d) + rest) / math.sqrt(8), rel=1e-4)
@@ -264,7 +267,7 @@ def test_a_non_finite_run_is_recorded_and_stops_no_other(results, tmp_path):
     for result in found[:2]:
         assert result.non_finite["step"] == 2  # the first step had taken the weights there
         assert result.non_finite["stage"] == 0
-        assert result.non_finite["tensor"].startswith(("output of stages.0.", "input of stages.0."))
+        assert result.non_finite["tensor"].startswith(("output of cascade.stages.0.", "input of cascade.stages.0."))
         assert result.final is None
         assert result.steps == 1
         assert [math.isinf(norm) for norm in result.grad_norm] == [False, True]
@@ -300,6 +303,7 @@ def test_a_damaged_result_is_named(results, content):
 PARTS = (
     REFERENCE.cascade(1).to_dict(),
     dataclasses.asdict(CONFIG),
+    dataclasses.asdict(MaskingConfig()),
     TinyCodec.fingerprint,
     "data",
 )
@@ -313,8 +317,10 @@ PARTS = (
         (1, dataclasses.asdict(dataclasses.replace(CONFIG, seed=1))),
         (1, dataclasses.asdict(dataclasses.replace(CONFIG, max_steps=7))),
         (1, dataclasses.asdict(CONFIG) | {"loss": {"input_weight": 0.5}}),
-        (2, "0" * 64),
-        (3, "other"),
+        (1, dataclasses.asdict(dataclasses.replace(CONFIG, curriculum=CurriculumConfig(noise_rate=0.1)))),
+        (2, dataclasses.asdict(MaskingConfig("learned"))),
+        (3, "0" * 64),
+        (4, "other"),
     ],
 )
 def test_the_key_changes_with_every_part(part, value):
@@ -437,7 +443,7 @@ def threads(monkeypatch) -> None:
 
 
 def jobs_called(*names: str) -> list[Job]:
-    return [Job(name, f"runs/{name}", "index", "tiny", {}, {}) for name in names]
+    return [Job(name, f"runs/{name}", "index", "tiny", {}, {}, {}) for name in names]
 
 
 def test_a_failed_run_is_named_after_the_others_have_ended(threads, monkeypatch):
@@ -527,6 +533,24 @@ def test_workers_give_what_one_process_gives(mdct_index, tmp_path, monkeypatch):
     assert_same_results(found, wanted)
     assert "loss/anti_modulation" in found[2].end
     assert all(result.final for result in found)
+
+
+def test_with_masks_results_are_judged_by_ear_too(mdct_index, tmp_path, monkeypatch):
+    monkeypatch.setattr(lib.ablation, "run_jobs", lambda jobs, workers: [run_job(job) for job in jobs])
+    variants = (Variant("plain", "named", every={"width": 16, "num_heads": 2, "ffn_mult": 1}),)
+    config = TrainConfig(max_steps=2, batch_size=2, checkpoint_every=2)
+    (deaf,) = run_plan(Plan(variants, 1, 1, config), mdct_index, "mdct", tmp_path)
+    (result,) = run_plan(Plan(variants, 1, 1, config, MaskingConfig("learned")), mdct_index, "mdct", tmp_path)
+    assert deaf.run != result.run
+    assert set(deaf.final) < set(result.final)
+    judged = set(result.final) - set(deaf.final)
+    for name in ("heard", "average of latents"):
+        assert {f"{name}/rhythm", f"{name}/harmony", f"{name}/merit"} <= judged
+    assert "complementarity" in judged
+    assert result.final["heard/rhythm"] != result.final["average of latents/rhythm"]
+    pairs = LatentPairs(mdct_index, "val")
+    average = judge_outputs((pairs[i] for i in range(len(pairs))), MdctCodec(), {})["average of latents"]
+    assert result.final["average of latents/merit"] == mean_judgement(average)["merit"]
 
 
 PROGRAM = """

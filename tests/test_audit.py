@@ -85,7 +85,6 @@ LONG = {"steps": EPOCH_3_BATCH_205}
         ("C8", "NaN", {"learnable": {"bad_step": 3}}, {"two": LONG, "learnable": LONG}),
         ("C8", "100 to 10,000", {"learnable": {"scalars": 1.0}}, {"learnable": {"scalars": 1e-4}}),
         ("C8", "together", {"learnable": {"scalars": 2.0}}, {"learnable": {"scalars": 0.5}}),
-        ("C11", "above 1.3", {"two": {"factor": 1.3}}, {"two": {"factor": 1.31}}),
         ("C14", "0.3× are stable", {"repair": {"norms": (2, 1)}}, {"repair": {"norms": (1, 2)}}),
         ("C14", "wanted level", {"repair": {"ratio": 0.9}}, {"repair": {"ratio": 0.6}}),
         ("C15", "below 100", {"weak": {"norms": (101, 101)}}, {"weak": {"norms": (99, 99)}}),
@@ -109,9 +108,8 @@ def test_the_last_projection_is_that_of_the_last_stage():
 
 
 def test_short_runs_do_not_settle_what_takes_long():
-    for claim, words in (("C7", "NaN"), ("C8", "NaN"), ("C10", "200 epochs"), ("C7", "0.3×"), ("C7", "2 to 5")):
+    for claim, words in (("C7", "NaN"), ("C8", "NaN"), ("C7", "0.3×"), ("C7", "2 to 5")):
         assert verdict(named(), claim, words) == NOT_TESTED
-    assert verdict(named(two={"bad_step": 5}), "C10", "200 epochs") == REFUTED
 
 
 def test_runs_that_end_at_their_first_step_are_judged():

@@ -1,5 +1,6 @@
 """Fusing two files: seams that cannot be heard, memory that does not grow, lengths to the sample, and the errors."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -17,11 +18,13 @@ import soundfile
 import torch
 
 import lib.fuse
+from lib.agent import MaskingConfig
 from lib.audio import SAMPLE_RATE, AudioError, load_audio
-from lib.cascade import Cascade, CascadeConfig
+from lib.cascade import CascadeConfig
 from lib.codec import OFFLINE_VARIABLE, MdctCodec
 from lib.errors import UserError
 from lib.fuse import CHUNK, OVERLAP, chunk_bounds, crossfaded, fuse_clips, fuse_files, main
+from lib.fusion import FusionModel
 from lib.runs import Run
 
 
@@ -32,12 +35,18 @@ def codec():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, codec) -> Run:
-    """An untrained cascade in a run directory: full width, one layer a stage."""
-    torch.manual_seed(0)
-    config = CascadeConfig.reference(num_layers=1)
-    values = {"cascade": config.to_dict(), "codec": {"name": codec.name, "fingerprint": codec.fingerprint}}
-    run = Run.create(tmp_path_factory.mktemp("run") / "a run é", values)
-    run.save(1, Cascade(config), {}, is_best=True)
+    """An untrained model in a run directory: full width, one layer a stage, learned masks."""
+    return saved_run(tmp_path_factory.mktemp("run") / "a run é", codec, CascadeConfig.reference(num_layers=1))
+
+
+def saved_run(folder: Path, codec, config: CascadeConfig, steps: int = 1) -> Run:
+    """A run with a checkpoint of other weights at every step, the first of them the best."""
+    masking = MaskingConfig("learned")
+    values = {"cascade": config.to_dict(), "masking": dataclasses.asdict(masking)}
+    run = Run.create(folder, values | {"codec": {"name": codec.name, "fingerprint": codec.fingerprint}})
+    for step in range(1, steps + 1):
+        torch.manual_seed(step)
+        run.save(step, FusionModel(config, masking), {}, is_best=step == 1)
     return run
 
 
@@ -173,11 +182,11 @@ def test_a_short_file_gives_what_fuse_clips_gives(tmp_path, clip, run, codec):
     assert wanted.square().mean().sqrt() > 0.01
 
 
-def test_fuse_clips_is_encode_cascade_decode(run, codec):
+def test_fuse_clips_is_encode_model_decode(run, codec):
     model = run.load_model("best")
     input, target = (torch.from_numpy(music(1000, seed=seed).T[None]).float() for seed in (0, 1))  # [1, 1, N]
     with torch.no_grad():
-        latents, _ = model(codec.encode(input), codec.encode(target))
+        latents = model(codec.encode(input), codec.encode(target)).latents
         wanted = codec.decode(latents, length=1000)
     assert torch.equal(fuse_clips(input, target, model, codec), wanted)
     assert not torch.allclose(fuse_clips(target, input, model, codec), wanted, atol=1e-3)
@@ -232,12 +241,7 @@ def test_the_output_is_as_long_as_the_shorter_file(tmp_path, clip, run, codec, f
 
 
 def test_best_and_last_are_different_checkpoints(tmp_path, clip, codec):
-    config = CascadeConfig.reference(1, num_layers=1)
-    values = {"cascade": config.to_dict(), "codec": {"name": codec.name, "fingerprint": codec.fingerprint}}
-    run = Run.create(tmp_path / "run", values)
-    for step in (1, 2):
-        torch.manual_seed(step)
-        run.save(step, Cascade(config), {}, is_best=step == 1)
+    run = saved_run(tmp_path / "run", codec, CascadeConfig.reference(1, num_layers=1), steps=2)
     a, b = clip("a.wav"), clip("b.wav", seed=1)
     wavs = {}
     for which in ("best", "last"):

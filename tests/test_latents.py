@@ -201,6 +201,50 @@ def test_two_processes_that_encode_at_once_do_no_harm(songs, cache):
     assert_right(report, manifest)
 
 
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_shares_encode_every_clip_once_whenever_each_begins(songs, tmp_path, processes):
+    """One after the other is the worst case: each finds what those before it have written."""
+    manifest = make_manifest(songs)
+    alone = encode(manifest, tmp_path / "alone")
+    for name, order in (("first to last", range(processes)), ("last to first", reversed(range(processes)))):
+        codecs = [CountingCodec() for _ in range(processes)]
+        for i in order:
+            encode(manifest, tmp_path / name, codecs[i], share=(i, processes))
+        assert sum(codec.count for codec in codecs) == 14
+        assert [codec.count for codec in codecs][:4] == {2: [8, 6], 3: [6, 4, 4], 7: [4, 4, 4, 2]}[processes]
+        report = encode(manifest, tmp_path / name)
+        assert (report.encoded, report.reused) == (0, 14)
+        assert report.index.read_bytes() == alone.index.read_bytes()  # the same shards, by their checksums
+        assert_right(report, manifest)
+
+
+def test_shares_of_a_cache_that_holds_a_part_take_the_rest(songs, cache):
+    encode(make_manifest(songs), cache)
+    write_song(songs, "0.wav", 9, 4)  # comes first: every later clip has another place now
+    codecs = [CountingCodec() for _ in range(2)]
+    for i, codec in enumerate(codecs):
+        encode(make_manifest(songs), cache, codec, share=(i, 2))
+    assert [codec.count for codec in codecs] == [5, 4]
+    report = encode(make_manifest(songs), cache)
+    assert (report.encoded, report.reused) == (0, 23)
+    assert_right(report, make_manifest(songs))
+
+
+def test_shares_rebuild_each_damaged_shard_once(songs, cache):
+    manifest = make_manifest(songs)
+    report = encode(manifest, cache)
+    before = contents(report.index.parent)
+    for file in shard_files(report):
+        flip_a_byte(file)
+    codecs = [CountingCodec() for _ in range(2)]
+    for i, codec in enumerate(codecs):
+        encode(manifest, cache, codec, share=(i, 2))
+    assert sum(codec.count for codec in codecs) == 14
+    assert encode(manifest, cache).encoded == 0
+    assert report.index.read_bytes() == before[report.index.name]
+    assert_right(report, manifest)
+
+
 def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.nonfinite import NonFiniteError, find_non_finite, stage_of
+from lib.nonfinite import NORM, NonFiniteError, find_in_batches, find_non_finite, stage_of
 
 
 @pytest.fixture
@@ -50,8 +50,31 @@ def test_nothing_is_left_on_a_healthy_model(model):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("bad", [0, 1, 2])
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_batch_that_is_not_finite_is_found_among_those_of_a_step(model, bad, which):
+    batches = [tuple(torch.randn(2, 2, 4)) for _ in range(3)]
+    batches[bad][which][0, 0] = float("nan")
+    seen = []
+
+    def loss_of(batch):
+        seen.append(batch)
+        return forward(model, batch[0] + batch[1])
+
+    assert find_in_batches(model, batches, loss_of) == (None, ("input latents", "target latents")[which])
+    assert len(seen) == 2 * bad  # each batch before: a pass without gradients, one with them; none after
+
+
+def test_batches_that_are_finite_each_by_itself(model):
+    batches = [tuple(torch.randn(2, 2, 4)) for _ in range(2)]
+    assert find_in_batches(model, batches, lambda batch: forward(model, sum(batch))) == (None, NORM)
+    assert find_in_batches(model, [], lambda batch: forward(model, sum(batch))) is None  # a process without any
+
+
 def test_stage_and_message():
     assert stage_of("stages.12.layers.0.qkv") == 12
+    assert stage_of("cascade.stages.1.output_projection.weight") == 1
+    assert stage_of("mask_generator.stages.1") is None
     assert stage_of("head.weight") is None
     error = NonFiniteError(7, 1, "output of stages.1", None)
     assert (error.step, error.stage, error.tensor) == (7, 1, "output of stages.1")

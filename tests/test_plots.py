@@ -25,7 +25,8 @@ def training_rows(num_stages: int = 2) -> list[dict]:
     names = ("output_rms", "projection_rms", "wanted_factor", "applied_factor", "clamped")
     rows = []
     for step in (1, 2, 5):
-        row = {"step": step, "loss": 10.0 / step, "grad_norm": 2.0 * step}
+        row = {"step": step, "loss": 10.0 / step, "grad_norm": 2.0 * step, "masks/complementarity": 0.7 + 0.01 * step}
+        row |= {"discriminator/real": 0.1 * step, "discriminator/made": -0.2 * step}
         for stage in range(num_stages):
             row |= {f"stage{stage}/{name}": 0.1 * i + 0.01 * step + 0.002 * stage for i, name in enumerate(names)}
         rows.append(row)
@@ -33,7 +34,7 @@ def training_rows(num_stages: int = 2) -> list[dict]:
 
 
 def val_rows() -> list[dict]:
-    return [{"step": 2, "loss": 7.0}, {"step": 5, "loss": 6.0}]
+    return [{"step": s, "loss": loss, "masks/complementarity": 0.9} for s, loss in ((2, 7.0), (5, 6.0))]
 
 
 torch.manual_seed(0)
@@ -45,6 +46,10 @@ FIGURES = {
     "loss_curve": lambda: plots.loss_curve(training_rows(), val_rows()),
     "gradient_curve": lambda: plots.gradient_curve(training_rows(), 10.0),
     "stage_curves": lambda: plots.stage_curves(training_rows(), 2, (0.7, 1.5)),
+    "discriminator_curve": lambda: plots.discriminator_curve(training_rows()),
+    "complementarity_curve": lambda: plots.complementarity_curve(training_rows(), val_rows()),
+    "mask_pictures": lambda: plots.mask_pictures(torch.rand(128, 40), torch.rand(128, 40), 75.0),
+    "training_dashboard": lambda: plots.training_dashboard(training_rows(), val_rows(), 2, "step 5 of 9"),
     "waveforms_and_mels": lambda: plots.waveforms_and_mels({"input": sine(440), "output": sine(880)}),
 }
 
@@ -188,3 +193,34 @@ def test_waveforms_and_mels_puts_clips_on_one_scale(count):
     tops = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in tops] == list(wavs)
     assert len({axes.get_ylim() for axes in tops}) == 1
+
+
+def test_the_discriminator_curve_shows_both_logits():
+    (axes,) = plots.discriminator_curve(training_rows()).axes
+    assert curve(axes, "the clips' own latents") == ([1, 2, 5], [0.1, 0.2, 0.5])
+    assert curve(axes, "fusions") == ([1, 2, 5], [-0.2, -0.4, -1.0])
+
+
+def test_complementarity_stands_above_its_baseline():
+    (axes,) = plots.complementarity_curve(training_rows(), val_rows()).axes
+    assert curve(axes, "training, each step")[1] == pytest.approx([0.71, 0.72, 0.75])
+    assert curve(axes, "validation") == ([2, 5], [0.9, 0.9])
+    assert set(curve(axes, "constant masks of 0.5")[1]) == {0.75}
+
+
+def test_mask_pictures_share_one_scale_from_0_to_1():
+    input, target = torch.zeros(128, 75), torch.full((128, 75), 0.25)
+    left, right = (ax.images[0] for ax in plots.mask_pictures(input, target, 75.0).axes[:2])
+    assert left.get_clim() == right.get_clim() == (0, 1)
+    assert (right.get_array() == 0.25).all()
+    assert left.get_extent() == [0, 1, 0, 128]
+
+
+def test_the_dashboard_holds_every_stage():
+    top, norms, levels, factors = plots.training_dashboard(training_rows(3), val_rows(), 3, "step 5 of 9").axes
+    assert curve(top, "validation") == ([2, 5], [7.0, 6.0])
+    assert curve(norms, "before clipping") == ([1, 2, 5], [2.0, 4.0, 10.0])
+    for stage in range(3):
+        rows = training_rows(3)
+        assert curve(levels, f"stage {stage} output")[1] == [row[f"stage{stage}/output_rms"] for row in rows]
+        assert curve(factors, f"stage {stage} wanted")[1] == [row[f"stage{stage}/wanted_factor"] for row in rows]

@@ -11,12 +11,12 @@ import soundfile
 import yaml
 
 import lib.presets
+from lib.agent import MaskingConfig
 from lib.cascade import CascadeConfig
 from lib.errors import UserError
-from lib.losses import LossConfig
-from lib.presets import DEMO_SONGS, PRESETS, load_preset, open_project
+from lib.presets import DEMO_SONGS, OBJECTIVE, PRESETS, load_preset, open_project
 from lib.synth import make_demo_dataset
-from lib.trainer import TrainConfig
+from lib.train_config import NESTED, TrainConfig
 from lib.variants import NAMED, VARIANTS
 
 SMALL = {"clip_seconds": 1.0, "listen_seconds": 2.0, "pair_mode": "both"}
@@ -72,6 +72,22 @@ def test_the_presets_are_those_of_the_design():
     train = full.train
     assert (train.epochs, train.batch_size, train.learning_rate) == (200, 8, 1e-4)
     assert (train.weight_decay, train.clip, train.max_steps) == (0.01, 10.0, None)
+    for preset in (smoke, demo, full):  # what is trained is the same; only how long and on what differs
+        assert preset.masking == MaskingConfig("learned")
+        assert preset.train.loss == OBJECTIVE
+        assert preset.train.adversary.discriminator_learning_rate == 1e-4
+        assert preset.train.agent_learning_rate > preset.train.learning_rate
+        assert preset.train.ema
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_warm_up_outlasts_its_preset(name):
+    """Short presets must come to what their settings promise: a heard discriminator, the full learning rate, noise."""
+    train = PRESETS[name].train
+    if train.max_steps is not None:
+        assert train.warmup_steps < train.max_steps / 2
+        assert train.adversary.discriminator_warmup < train.max_steps / 2
+        assert train.checkpoint_every <= train.max_steps
 
 
 @pytest.mark.parametrize(
@@ -89,6 +105,18 @@ def test_the_presets_are_those_of_the_design():
         ("seed", 5, lambda p: p.train.seed),
         ("data_seed", 6, lambda p: p.data_seed),
         ("input_weight", 0.9, lambda p: p.train.loss.input_weight),
+        ("window_seconds", None, lambda p: p.train.loss.window_seconds),
+        ("anti_modulation", "log", lambda p: p.train.loss.anti_modulation),
+        ("noise_rate", 0.02, lambda p: p.train.curriculum.noise_rate),
+        ("target_shuffling", 0.5, lambda p: p.train.curriculum.target_shuffling),
+        ("discriminator_every", 3, lambda p: p.train.adversary.discriminator_every),
+        ("discriminator_spectral_norm", True, lambda p: p.train.adversary.discriminator_spectral_norm),
+        ("masking", "energy", lambda p: p.masking.masking),
+        ("hard_masks", True, lambda p: p.masking.hard_masks),
+        ("patience", 2, lambda p: p.train.patience),
+        ("accumulate", 2, lambda p: p.train.accumulate),
+        ("agent_learning_rate", None, lambda p: p.train.agent_learning_rate),
+        ("demo_every", 5, lambda p: p.demo_every),
     ],
 )
 def test_an_override_reaches_its_field_and_no_other(setting, value, found):
@@ -99,7 +127,8 @@ def test_an_override_reaches_its_field_and_no_other(setting, value, found):
     def flat(preset):
         values = dataclasses.asdict(preset)
         train = values.pop("train")
-        return values | train.pop("loss") | train
+        nested = [values.pop("masking"), *(train.pop(room) for room in NESTED)]
+        return values | train | dict(item for room in nested for item in room.items())
 
     assert flat(changed) == flat(plain) | {setting: value}
     assert PRESETS["smoke"] == plain  # the table itself is never written to
@@ -107,9 +136,13 @@ def test_an_override_reaches_its_field_and_no_other(setting, value, found):
 
 def test_every_setting_has_one_room():
     """A name that is a field of two rooms would reach only one of them."""
-    rooms = (lib.presets.Preset, TrainConfig, LossConfig)
-    names = [f.name for room in rooms for f in dataclasses.fields(room) if f.name not in ("name", "train", "loss")]
+    names = [f.name for f in dataclasses.fields(lib.presets.Preset) if f.name not in ("name", "train", "masking")]
+    names += [f.name for f in dataclasses.fields(TrainConfig) if f.name not in NESTED]
+    names += [f.name for room in (*NESTED.values(), MaskingConfig) for f in dataclasses.fields(room)]
     assert len(names) == len(set(names))
+    for name in names:
+        with pytest.raises(UserError, match=f"setting {name}="):  # each can be reached, and takes no list
+            load_preset("smoke", **{name: [object]})
 
 
 def test_numbers_are_taken_as_yaml_writes_them():
@@ -148,6 +181,20 @@ def test_numbers_are_taken_as_yaml_writes_them():
         ("anti_cheating", -1, "0 or more"),
         ("input_weight", -0.3, "0 or more"),
         ("num_workers", -1, "0 or more"),
+        ("patience", 0, "whole number, 1 or more, or none"),
+        ("accumulate", 0, "whole number, 1 or more"),
+        ("ema", 1, "from 0 to below 1"),
+        ("schedule", "linear", "use one of constant, cosine"),
+        ("masking", "loud", "use one of none, constant"),
+        ("masking", "none", "overlap_weight needs masks"),
+        ("hard_masks", 1, "type bool"),
+        ("noise_ceiling", 1.5, "at most 1"),
+        ("target_shuffling", -0.1, "0 or more"),
+        ("gradient_penalty", "inf", "finite number"),
+        ("discriminator_every", 0, "whole number, 1 or more"),
+        ("discriminator_learning_rate", None, "adversarial_weight=0.05 needs a discriminator"),
+        ("demo_every", 0, "more than 0"),
+        ("judged_pairs", 0, "more than 0"),
     ],
 )
 def test_a_bad_value_names_the_setting_and_what_it_takes(setting, value, words):
@@ -161,9 +208,9 @@ def test_a_bad_value_names_the_setting_and_what_it_takes(setting, value, words):
 def test_an_unknown_name_lists_the_choices():
     with pytest.raises(UserError, match="preset: unknown 'big'; choose one of smoke, demo, full"):
         load_preset("big")
-    for name in ("max_step", "train", "loss", "name"):
+    for name in ("max_step", "train", "loss", "curriculum", "adversary", "name"):
         with pytest.raises(
-            UserError, match=f"unknown '{name}'; choose from .*batch_size, .*input_weight, .*num_layers"
+            UserError, match=f"unknown '{name}'; choose from .*batch_size, .*hard_masks, .*input_weight, .*noise_rate"
         ):
             load_preset("demo", **{name: 1})
 

@@ -11,6 +11,7 @@ from lib.claims import CLAIMS, VERDICTS, markdown_table
 from lib.errors import UserError
 from lib.presets import RECORD, load_preset
 from lib.record import FIGURES, MARKS, README, changed_by_depth, check_readme, recorded_plans, with_claims
+from lib.variants import SCHEDULED
 
 TEXT = f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n"
 
@@ -37,6 +38,7 @@ def test_the_demos_record_has_the_grid_and_the_named_settings_at_full_depth():
 def stub(monkeypatch, tmp_path):
     """The command with its parts replaced: no run is made, the committed results are given back."""
     results, _ = read_record(RECORD / "demo" / "ablation.json")
+    scheduled, _ = read_record(RECORD / "demo" / "schedule.json")
     out = tmp_path / "out"
     (out / "figures").mkdir(parents=True)
     (out / "report").mkdir()
@@ -53,6 +55,9 @@ def stub(monkeypatch, tmp_path):
 
         def ablation(self):
             return [r for r in results if r.num_layers == self.preset.ablation_layers]
+
+        def schedule(self):
+            return scheduled
 
     def run_notebooks(*given):
         said.append(given)
@@ -74,12 +79,16 @@ def test_a_record_holds_runs_figures_summary_claims_and_the_readmes_table(stub):
     assert said == [("demo", {}, "songs", "")]
     assert {path.name for path in written.iterdir()} == {
         "ablation.json",
+        "schedule.json",
         "summary.json",
         *(f"{n}.png" for n in FIGURES),
     }
     results, facts = read_record(written / "ablation.json")
     assert {r.num_layers for r in results} == {2, 6}
     assert (facts["preset"], facts["codec"], facts["steps"]) == ("demo", "mdct", 100)
+    results, facts = read_record(written / "schedule.json")
+    assert facts["epochs"] == 200
+    assert {r.variant for r in results} == {v.name for v in SCHEDULED}
     claims = json.loads((folder / "record" / "claims.json").read_text())
     assert [row["claim"] for row in claims] == list(CLAIMS)
     assert markdown_table(claims) in (folder / "README.md").read_text()
@@ -137,3 +146,12 @@ def test_the_verdicts_on_depth_follow_from_the_runs():
         seeds[r.variant, r.num_layers] += 1
     assert set(seeds.values()) == {3}
     assert all(dataclasses.asdict(r)["steps"] == facts["steps"] or r.non_finite for r in results)
+
+
+def test_the_recorded_schedule_ran_its_epochs():
+    results, facts = read_record(RECORD / "demo" / "schedule.json")
+    assert facts["epochs"] == load_preset("demo").schedule_epochs == 200
+    assert all(r.steps == facts["steps"] or r.non_finite for r in results)
+    assert {(r.variant, r.seed) for r in results} == {
+        (v.name, seed) for v in SCHEDULED for seed in range(load_preset("demo").schedule_seeds)
+    }

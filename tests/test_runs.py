@@ -1,12 +1,8 @@
-"""Run directories: what is saved comes back, a crash at any point leaves a complete checkpoint, bad files are named.
+"""Run directories: what is saved comes back, a crash at any point leaves a complete checkpoint, bad files are named."""
 
-And checkpoints of the original implementation, which the tests rebuild from PyTorch's own parts.
-"""
-
-import argparse
+import dataclasses
 import errno
 import json
-import logging
 import math
 import os
 
@@ -15,14 +11,20 @@ import torch
 from torch import nn
 
 import lib.runs
-from lib.cascade import Cascade
+from lib.agent import MaskingConfig
 from lib.errors import UserError
-from lib.runs import Run, config_differences, import_original_checkpoint, load_weights
+from lib.fusion import FusionModel
+from lib.runs import Run, config_differences, load_weights
 
 
-def seeded(config, seed: int) -> Cascade:
+def seeded(config, seed: int, masking: MaskingConfig | None = None) -> FusionModel:
     torch.manual_seed(seed)
-    return Cascade(config).eval()
+    return FusionModel(config, masking).eval()
+
+
+def described(config, masking: MaskingConfig | None = None) -> dict:
+    """What a run's config says of its model."""
+    return {"cascade": config.to_dict(), "masking": dataclasses.asdict(masking or MaskingConfig())}
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
@@ -41,7 +43,7 @@ def config(tiny_cascade):
 
 @pytest.fixture
 def run(tmp_path, config):
-    values = {"cascade": config.to_dict(), "codec": {"name": "tiny", "fingerprint": "f" * 64}}
+    values = described(config) | {"codec": {"name": "tiny", "fingerprint": "f" * 64}}
     return Run.create(tmp_path / "a run é", values)
 
 
@@ -122,9 +124,10 @@ def test_open_names_a_folder_without_a_run(tmp_path):
         Run.open(tmp_path)
 
 
-def test_another_programs_config_is_no_cascade(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "encodec"}')
-    with pytest.raises(UserError, match=r"config\.json: .*cascade"):
+@pytest.mark.parametrize("content", ['{"model_type": "encodec"}', '{"cascade": {}}', '{"masking": {}}'])
+def test_another_programs_config_describes_no_model(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json: describes no model; give a run that this project trained"):
         Run.open(tmp_path).load_model()
 
 
@@ -190,7 +193,7 @@ def test_save_and_load_round_trip(run, config):
         loaded = opened.load_model(which)
         assert same_weights(loaded, model)
         assert not any(module.training for module in loaded.modules())
-        assert loaded.config == config
+        assert loaded.cascade.config == config
     other = seeded(config, 2)
     assert not same_weights(other, model)
     step, training = opened.load_training(other)
@@ -199,6 +202,33 @@ def test_save_and_load_round_trip(run, config):
     assert torch.equal(training["rng"], state["rng"])
     assert torch.equal(training["optimizer"]["exp_avg"], state["optimizer"]["exp_avg"])
     assert training["best_loss"] == math.inf
+
+
+@pytest.mark.parametrize("masking", [MaskingConfig("energy"), MaskingConfig("learned"), MaskingConfig("learned", True)])
+def test_the_masks_come_back_with_the_model(tmp_path, config, masking):
+    run = Run.create(tmp_path, described(config, masking))
+    model = seeded(config, 1, masking)
+    run.save(1, model, {}, is_best=True)
+    loaded = Run.open(tmp_path).load_model()
+    assert loaded.masking == masking
+    assert same_weights(loaded, model)
+    clips = torch.randn(2, 3, 8, 12)
+    for a, b in zip(loaded(*clips).masks, model(*clips).masks, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_masking_of_other_fields_is_refused(run, config):
+    run.save(1, seeded(config, 1), {}, is_best=True)
+    for masking, words in (
+        ({"masking": "none", "hard_masks": False, "colour": 1}, "MaskingConfig has no field colour"),
+        ({"masking": "none"}, "MaskingConfig lacks the field hard_masks"),
+        ({"masking": "loud", "hard_masks": False}, "masking='loud' is not allowed"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Run(run.path, run.config | {"masking": masking}).load_model()
+    learned = {"masking": "learned", "hard_masks": False}
+    with pytest.raises(UserError, match=r"does not fit this model: missing mask_generator\."):
+        Run(run.path, run.config | {"masking": learned}).load_model()
 
 
 def test_best_and_last_point_and_the_rest_is_deleted(run, config):
@@ -254,7 +284,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_complete_checkpoints(tmp_path, co
     call, died = 0, True
     while died:
         call += 1
-        run = Run.create(tmp_path / str(call), {"cascade": config.to_dict()})
+        run = Run.create(tmp_path / str(call), described(config))
         run.save(1, models[1], {"best_step": 1}, is_best=True)
         with monkeypatch.context() as patch:
             calls = kill_at(patch, call)
@@ -334,8 +364,8 @@ def test_damage_to_the_optimizer_does_not_stop_listening(run, config):
 def test_a_checkpoint_of_another_config_lists_what_does_not_fit(run, config, tiny_cascade):
     run.save(1, seeded(config, 1), {}, is_best=True)
     for other, problem in (
-        (tiny_cascade(3), r"missing stages\.2\..* and \d+ more"),
-        (tiny_cascade(1), r"unknown stages\.1\."),
+        (tiny_cascade(3), r"missing cascade\.stages\.2\..* and \d+ more"),
+        (tiny_cascade(1), r"unknown cascade\.stages\.1\."),
         (tiny_cascade(2, ffn_mult=3), r"ffn_in\.weight is \[32, 16\] instead of \[48, 16\]"),
     ):
         with pytest.raises(UserError, match=rf"model\.safetensors: does not fit this model: .*{problem}"):
@@ -392,227 +422,3 @@ def test_config_differences_name_the_fields():
     tuples = {"stages": ({"dropout": 0.1, "clamp": (1, 2)}, {"dropout": 0.1})}
     assert config_differences({"stages": a["stages"]}, tuples) == []  # JSON knows lists only
     assert config_differences({"x": [1]}, {"x": [1, 2]}) == ["x: [1] → [1, 2]"]
-
-
-# --- checkpoints of the original implementation -----------------------------------------------------------------------
-
-
-class OriginalPositions(nn.Module):
-    def __init__(self, d):
-        super().__init__()
-        pe = torch.zeros(1, 2000, d)
-        angles = torch.arange(2000).unsqueeze(1) * torch.exp(torch.arange(0, d, 2) * (-math.log(10000.0) / d))
-        pe[0, :, 0::2], pe[0, :, 1::2] = torch.sin(angles), torch.cos(angles)
-        self.register_buffer("pe", pe)
-
-    def forward(self, x):
-        return x + self.pe[:, : x.shape[1]]
-
-
-class OriginalStage(nn.Module):
-    def __init__(self, d, layers):
-        super().__init__()
-        self.pos_encoding = OriginalPositions(d)
-        self.input_norm = nn.LayerNorm(d)
-        layer = nn.TransformerEncoderLayer(d, 8, 4 * d, 0.1, activation="gelu", batch_first=True)
-        self.transformer = nn.TransformerEncoder(layer, layers)
-        self.post_norm = nn.LayerNorm(d)
-        self.output_proj = nn.utils.spectral_norm(nn.Linear(d, 128))  # the legacy one: weight_orig, weight_u, weight_v
-
-    def forward(self, x):
-        x = self.post_norm(self.transformer(self.input_norm(self.pos_encoding(x.transpose(1, 2)))))
-        return self.output_proj(x).transpose(1, 2)
-
-
-class Original(nn.Module):
-    """The model that wrote the files, from its file format and seeds 000 to 002."""
-
-    def __init__(self, layers=(6, 6), last_residual_weight=0.1):
-        super().__init__()
-        self.cascade_stages = nn.ModuleList(OriginalStage(256 if s == 0 else 384, n) for s, n in enumerate(layers))
-        self.last_residual_weight = last_residual_weight
-
-    def forward(self, input, target):
-        output = None
-        for s, stage in enumerate(self.cascade_stages):
-            sources = [input, target] if s == 0 else [input, output, target]
-            residual = sum(sources) / len(sources)
-            if s >= 2 and s == len(self.cascade_stages) - 1:
-                residual = self.last_residual_weight * output
-            out = stage(torch.cat(sources, dim=1)) + residual
-            ms = [x.pow(2).mean(dim=(1, 2), keepdim=True) + 1e-8 for x in (input, target, out)]
-            factor = torch.sqrt((ms[0] + ms[1]) / 2) / (torch.sqrt(ms[2]) + 1e-8)
-            output = out * torch.clamp(factor, 0.7, 1.5)
-        return output
-
-
-def latents(T=9, seed=3):
-    return 5 * torch.randn(2, 2, 128, T, generator=torch.Generator().manual_seed(seed))
-
-
-def trained_original(layers, steps=3, **options) -> Original:
-    """After a few steps at a high rate, so that u and v lag behind the weight as they do in real files."""
-    torch.manual_seed(0)
-    model = Original(layers, **options)
-    input, target = latents()
-    for _ in range(steps):
-        loss = (model(input, target) - input + 0.3 * target).square().mean()
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-        with torch.no_grad():
-            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-                parameter.sub_(0.05 * gradient)
-    return model.eval()
-
-
-def original_file(path, model, args="absent", prefix="", interrupted=False, extra=()):
-    weights = {prefix + name: value for name, value in model.state_dict().items()}
-    weights |= {prefix + name: torch.zeros(2) for name in extra}
-    content = {"epoch": 12, "model_state_dict": weights, "optimizer_state_dict": {"state": {}}, "best_val_loss": 0.25}
-    if interrupted:
-        content |= {"patience_counter": 3}
-    else:
-        content |= {"train_loss": 0.5, "val_loss": 0.25}
-    values = {"num_layers": 6, "lr": 1e-4, "name": "x", "flag": None}
-    if args != "absent":
-        content["args"] = values if args == "dict" else argparse.Namespace(**values)
-    torch.save(content, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def small_original():
-    return trained_original((1, 2))
-
-
-@torch.no_grad()
-def parity(cascade: Cascade, original: Original) -> float:
-    input, target = latents(T=40, seed=4)
-    wanted = original(input, target)
-    return ((cascade(input, target)[0] - wanted).abs().max() / wanted.abs().max()).item()
-
-
-def test_import_of_the_full_model_has_eval_parity(tmp_path, caplog):
-    original = trained_original((6, 6), steps=2)
-    path = original_file(tmp_path / "best_model.pt", original, args="namespace")
-    with caplog.at_level(logging.WARNING):
-        imported = import_original_checkpoint(path)
-    assert sum(p.numel() for p in imported.cascade.parameters()) == 4_772_480 + 10_697_600
-    assert not imported.cascade.training
-    assert (imported.epoch, imported.best_val_loss, imported.ignored) == (12, 0.25, ())
-    assert not caplog.records
-    assert parity(imported.cascade, original) < 1e-5
-    imported.cascade.train().eval()  # σ by the library's own rule instead of the file's u and v: not the original
-    assert parity(imported.cascade, original) > 1e-4
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("args", ["absent", "dict", "namespace"])
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_import_of_every_kind_of_file(tmp_path, small_original, prefix, args, interrupted):
-    path = original_file(tmp_path / "x.pt", small_original, args, prefix, interrupted)
-    imported = import_original_checkpoint(path)
-    assert [stage.num_layers for stage in imported.cascade.config.stages] == [1, 2]
-    assert parity(imported.cascade, small_original) < 1e-5
-
-
-def test_import_of_eight_layers(tmp_path):
-    original = trained_original((8, 8), steps=0)
-    imported = import_original_checkpoint(original_file(tmp_path / "x.pt", original))
-    assert [stage.num_layers for stage in imported.cascade.config.stages] == [8, 8]
-    assert parity(imported.cascade, original) < 1e-5
-
-
-def test_import_of_one_stage(tmp_path):
-    original = trained_original((1,))
-    assert parity(import_original_checkpoint(original_file(tmp_path / "x.pt", original)).cascade, original) < 1e-5
-
-
-def test_three_stages_need_the_last_residual_weight(tmp_path):
-    original = trained_original((1, 1, 1), last_residual_weight=0.3)
-    path = original_file(tmp_path / "x.pt", original)
-    with pytest.raises(UserError, match=r"3 stages.*last_residual_weight=0\.1"):
-        import_original_checkpoint(path)
-    assert parity(import_original_checkpoint(path, last_residual_weight=0.3).cascade, original) < 1e-5
-    assert parity(import_original_checkpoint(path, last_residual_weight=0.1).cascade, original) > 1e-3
-
-
-def test_agent_and_discriminator_are_ignored_and_said_so(tmp_path, small_original, caplog):
-    names = ["creative_agent.mask_generator.input_analyzer.0.weight", "creative_agent.discriminator.encoder.0.bias"]
-    path = original_file(tmp_path / "x.pt", small_original, extra=names, prefix="module.")
-    content = torch.load(path, weights_only=True) | {"discriminator_state_dict": {"classifier.0.weight": torch.ones(2)}}
-    torch.save(content, path)
-    with caplog.at_level(logging.WARNING):
-        imported = import_original_checkpoint(path)
-    assert parity(imported.cascade, small_original) < 1e-5
-    for part in ("creative_agent", "discriminator_state_dict"):
-        assert any(part in record.getMessage() and "not imported" in record.getMessage() for record in caplog.records)
-        assert any(part in ignored for ignored in imported.ignored)
-
-
-def test_missing_and_unknown_keys_are_listed(tmp_path, small_original):
-    path = original_file(tmp_path / "x.pt", small_original)
-    content = torch.load(path, weights_only=True)
-    weights = content["model_state_dict"]
-    del weights["cascade_stages.0.post_norm.bias"]
-    del weights["cascade_stages.1.output_proj.weight_u"]
-    weights["cascade_stages.1.transformer.layers.0.linear3.weight"] = torch.zeros(1)
-    weights["surprise"] = torch.zeros(1)
-    weights["cascade_stages.1.input_norm.bias"] = torch.zeros(7)
-    torch.save(content, path)
-    with pytest.raises(UserError) as error:
-        import_original_checkpoint(path)
-    message = str(error.value)
-    assert message.startswith(str(path))
-    assert "missing stages.0.post_norm.bias" in message
-    assert "missing stages.1.output_projection.parametrizations.weight.0._u" in message
-    assert "unknown stages.1.layers.0.linear3.weight" in message
-    assert "unknown surprise" in message
-    assert "stages.1.input_norm.bias is [7] instead of [384]" in message
-
-
-@pytest.mark.parametrize("layer", ["cascade_stages.0.", "cascade_stages.1.transformer.layers.0."])
-def test_a_missing_stage_or_layer_is_not_passed_over(tmp_path, small_original, layer):
-    path = original_file(tmp_path / "x.pt", small_original)
-    content = torch.load(path, weights_only=True)
-    content["model_state_dict"] = {k: v for k, v in content["model_state_dict"].items() if not k.startswith(layer)}
-    torch.save(content, path)
-    with pytest.raises(UserError, match=r"missing stages\.1\.layers\.0|has no keys cascade_stages\.0"):
-        import_original_checkpoint(path)
-
-
-@pytest.mark.parametrize("pe", [torch.zeros(1, 2000, 256), torch.zeros(3), "text"])
-def test_positions_that_are_not_sinusoidal_are_refused(tmp_path, small_original, pe):
-    path = original_file(tmp_path / "x.pt", small_original)
-    content = torch.load(path, weights_only=True)
-    content["model_state_dict"]["cascade_stages.0.pos_encoding.pe"] = pe
-    torch.save(content, path)
-    with pytest.raises(UserError, match=r"cascade_stages\.0\.pos_encoding\.pe"):
-        import_original_checkpoint(path)
-
-
-@pytest.mark.parametrize("content", [{"epoch": 1}, [1, 2], {"model_state_dict": {"a.weight": torch.zeros(1)}},
-                                     {"model_state_dict": [1]}])  # fmt: skip
-def test_other_files_are_named(tmp_path, content):
-    torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=r"x\.pt: (holds no 'model_state_dict'|has no keys cascade_stages)"):
-        import_original_checkpoint(tmp_path / "x.pt")
-
-
-def test_an_original_file_that_would_run_code_is_refused(tmp_path, small_original):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "marker"),)
-
-    torch.save({"model_state_dict": small_original.state_dict(), "args": Evil()}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=r"x\.pt: refused, because loading it would run code"):
-        import_original_checkpoint(tmp_path / "x.pt")
-    assert not (tmp_path / "marker").exists()
-
-
-def test_a_truncated_original_file_is_named(tmp_path, small_original):
-    path = original_file(tmp_path / "x.pt", small_original)
-    path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(UserError, match=r"x\.pt: truncated or not a torch checkpoint"):
-        import_original_checkpoint(path)
-    with pytest.raises(UserError, match="no such file"):
-        import_original_checkpoint(tmp_path / "none.pt")

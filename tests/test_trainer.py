@@ -13,34 +13,79 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from conftest import TinyDiscriminator
 from torch import nn
 
+import lib.adversary
 import lib.runs
 import lib.trainer
+from lib.adversary import AdversaryConfig
+from lib.agent import MASKINGS, MaskingConfig
 from lib.cascade import Cascade, CascadeConfig
+from lib.curriculum import CurriculumConfig
 from lib.errors import UserError, exit_on_user_error
+from lib.files import safe_torch_load
+from lib.fusion import FusionModel
 from lib.latents import LatentPairs
 from lib.losses import LossConfig
+from lib.nonfinite import NonFiniteError
 from lib.projection import spectral_sigma
 from lib.runs import Run
-from lib.trainer import NonFiniteError, TrainConfig, Trainer, catch_stop_signals, evenly_spread, train
+from lib.telemetry import Callback
+from lib.train_config import TrainConfig
+from lib.trainer import Trainer, train
 
 ROOT = Path(__file__).parent.parent
 # Three steps an epoch, so that checkpoints fall within epochs; at this rate and seed the last one is not the best.
 CONFIG = TrainConfig(max_steps=8, batch_size=2, checkpoint_every=2, learning_rate=3e-2, seed=2)
+# Everything at once: three epochs of three steps, the last of each smaller.
+EVERYTHING = {
+    "epochs": 3,
+    "max_steps": None,
+    "patience": 99,
+    "batch_size": 1,
+    "accumulate": 2,
+    "agent_learning_rate": 1e-2,
+    "warmup_steps": 3,
+    "schedule": "cosine",
+    "ema": 0.6,
+    "loss": LossConfig(
+        novelty_weight=0.5, adversarial_weight=0.5, anti_modulation_weight=0.5, overlap_weight=1.0, window_seconds=0.1
+    ),
+    "curriculum": CurriculumConfig(noise_rate=0.1, target_shuffling=0.4),
+    "adversary": AdversaryConfig(
+        discriminator_learning_rate=1e-2,
+        discriminator_every=2,
+        discriminator_warmup=2,
+        gradient_penalty=1.0,
+        discriminator_spectral_norm=True,
+    ),
+}
+HARD = MaskingConfig("learned", hard_masks=True)
 
 
 @pytest.fixture
 def start(tmp_path, tiny_index, tiny_codec, tiny_cascade) -> Callable[..., Run]:
-    """`start(folder, cascade=, resume=, **TrainConfig fields)` trains; dropout and noise make every step random."""
+    """`start(folder, cascade=, masking=, resume=, callbacks=, **TrainConfig fields)` trains; dropout and noise make
+    every step random."""
 
-    def run(folder: str = "run", cascade: CascadeConfig | None = None, resume: bool = False, **changes) -> Run:
+    def run(
+        folder: str = "run",
+        cascade: CascadeConfig | None = None,
+        masking: MaskingConfig | None = None,
+        resume: bool = False,
+        callbacks: tuple[Callback, ...] = (),
+        **changes,
+    ) -> Run:
         cascade = cascade or tiny_cascade(anti_cheating=0.1)
         config = dataclasses.replace(CONFIG, **changes)
-        return train(tmp_path / folder, tiny_index, tiny_codec, cascade, config, resume=resume)
+        out = tmp_path / folder
+        return train(out, tiny_index, tiny_codec, cascade, config, masking, resume=resume, callbacks=callbacks)
 
     return run
 
@@ -49,14 +94,51 @@ def start(tmp_path, tiny_index, tiny_codec, tiny_cascade) -> Callable[..., Run]:
 def new_trainer(tmp_path, tiny_index, tiny_codec, tiny_cascade) -> Callable[..., Trainer]:
     """A trainer before its first step, to be looked into."""
 
-    def build(cascade: CascadeConfig | None = None, **changes) -> Trainer:
+    def build(
+        cascade: CascadeConfig | None = None,
+        masking: MaskingConfig | None = None,
+        callbacks: tuple[Callback, ...] = (),
+        **changes,
+    ) -> Trainer:
         config = dataclasses.replace(CONFIG, **changes)
         cascade = cascade or tiny_cascade()
-        codec = {"name": tiny_codec.name, "fingerprint": tiny_codec.fingerprint}
-        values = {"cascade": cascade.to_dict(), "train": dataclasses.asdict(config), "codec": codec}
-        return Trainer(Run.create(tmp_path / "run", values), *(LatentPairs(tiny_index, s) for s in ("train", "val")))
+        values = {"cascade": cascade.to_dict(), "masking": dataclasses.asdict(masking or MaskingConfig())}
+        values |= {"train": dataclasses.asdict(config)}
+        values |= {"codec": {"name": tiny_codec.name, "fingerprint": tiny_codec.fingerprint}}
+        pairs = {split: LatentPairs(tiny_index, split) for split in ("train", "val")}
+        return Trainer(Run.create(tmp_path / "run", values), pairs, tiny_codec.decode, callbacks)
 
     return build
+
+
+@pytest.fixture
+def tiny_discriminator(monkeypatch) -> None:
+    monkeypatch.setattr(lib.adversary, "Discriminator", TinyDiscriminator)
+
+
+class Recorder(Callback):
+    """Every call, in order; `look(trainer)` is noted after every step."""
+
+    def __init__(self, look: Callable[[Trainer], Any] = lambda trainer: None):
+        self.calls: list[tuple] = []
+        self.look, self.seen = look, []
+
+    def on_start(self, trainer):
+        self.calls.append(("start", trainer.step))
+
+    def on_step(self, trainer, row):
+        self.calls.append(("step", row["step"]))
+        self.seen.append(self.look(trainer))
+
+    def on_epoch(self, trainer, epoch):
+        self.calls.append(("epoch", epoch))
+
+    def on_validation(self, trainer, row):
+        last = os.readlink(trainer.run.path / "last")[-1:] if trainer.run.has_checkpoint() else None
+        self.calls.append(("validation", row["step"], last))
+
+    def on_end(self, trainer):
+        self.calls.append(("end", trainer.step))
 
 
 # --- what a run computes and records ----------------------------------------------------------------------------------
@@ -98,13 +180,13 @@ def test_every_row_has_every_metric(start):
 
 def test_gradient_norm_is_measured_before_clipping_and_clipping_takes_place(new_trainer, tiny_cascade):
     trainer = new_trainer(tiny_cascade(dropout=0.0), clip=1e-3)
-    input, target = next(trainer.batches())
-    manual = Cascade(tiny_cascade(dropout=0.0))
-    manual.load_state_dict(trainer.model.state_dict())
-    output, traces = manual(input, target)
+    ((input, target),) = batches = next(trainer.steps())
+    manual = FusionModel(tiny_cascade(dropout=0.0))
+    manual.load_state_dict(trainer.plain_model.state_dict())
+    output, traces, _ = manual(input, target)
     (0.3 * (output - input).pow(2).mean() + 0.3 * (output - target).pow(2).mean()).backward()
     norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in manual.parameters()))
-    row = trainer.train_step(input, target)
+    row, _ = trainer.train_step(batches)
     assert norm > 1e-2  # far above the clip, so that before and after differ
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
     clipped = math.sqrt(sum(p.grad.double().square().sum().item() for p in trainer.model.parameters()))
@@ -116,33 +198,26 @@ def test_gradient_norm_is_measured_before_clipping_and_clipping_takes_place(new_
 def test_one_step_is_adamw(new_trainer, tiny_cascade):
     trainer = new_trainer(tiny_cascade(dropout=0.0), weight_decay=0.5, clip=None)
     before = [p.detach().clone() for p in trainer.model.parameters()]
-    trainer.train_step(*next(trainer.batches()))
+    trainer.train_step(next(trainer.steps()))
     for old, new in zip(before, trainer.model.parameters(), strict=True):
         step = new.grad / (new.grad.abs() + 1e-8)  # Adam's first step: m̂ / (√v̂ + ε)
         torch.testing.assert_close(new.detach(), old * (1 - 3e-2 * 0.5) - 3e-2 * step, rtol=1e-4, atol=1e-6)
 
 
-def test_defaults_are_the_reference():
-    config = TrainConfig()
-    assert (config.learning_rate, config.weight_decay, config.clip) == (1e-4, 0.01, 10.0)
-    assert (config.loss.input_weight, config.loss.target_weight) == (0.3, 0.3)
-    assert (config.batch_size, config.epochs) == (8, 200)
-
-
 def test_an_epoch_takes_every_pair_once_in_an_order_of_its_own(new_trainer):
     trainer = new_trainer()
     orders = []
-    for trainer.step in (0, 3, 0):
-        batches = list(itertools.islice(trainer.batches(), 3))
-        assert [len(input) for input, _ in batches] == [2, 2, 1]
-        orders.append(torch.cat([input for input, _ in batches]))
-    everything = torch.stack([trainer.train_pairs[i][0] for i in range(5)])
+    for trainer.order.epoch in (0, 1, 0):
+        batches = list(itertools.islice(trainer.steps(), 3))
+        assert [len(input) for ((input, _),) in batches] == [2, 2, 1]
+        orders.append(torch.cat([input for ((input, _),) in batches]))
+    everything = torch.stack([trainer.pairs["train"][i][0] for i in range(5)])
     for order in orders:
         assert sorted(order.sum(dim=(1, 2)).tolist()) == sorted(everything.sum(dim=(1, 2)).tolist())
     assert torch.equal(orders[0], orders[2])
     assert not torch.equal(orders[0], orders[1])
-    trainer.step = 1  # within an epoch: the rest of it
-    assert torch.equal(torch.cat([input for input, _ in itertools.islice(trainer.batches(), 2)]), orders[0][2:])
+    trainer.order.position = 2  # within an epoch: the rest of it
+    assert torch.equal(torch.cat([input for ((input, _),) in itertools.islice(trainer.steps(), 2)]), orders[0][2:])
 
 
 def test_validation_is_the_mean_over_pairs_in_eval_mode(start, tiny_index):
@@ -152,7 +227,7 @@ def test_validation_is_the_mean_over_pairs_in_eval_mode(start, tiny_index):
     losses, factors = [], []
     with torch.no_grad():
         for input, target in (pairs[i] for i in range(len(pairs))):
-            output, traces = model(input[None], target[None])
+            output, traces, _ = model(input[None], target[None])
             losses.append(0.3 * (output - input).square().mean() + 0.3 * (output - target).square().mean())
             factors.append(traces[1].wanted_factor)
     (row,) = run.metrics("val")
@@ -313,19 +388,28 @@ KILLS = {
 }
 
 
+def assert_equal(a: Any, b: Any) -> None:
+    """Nested dicts and lists of tensors and numbers, to the last bit."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        a, b = list(a.values()), list(b.values())
+    if isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 def assert_same_run(resumed: Run, whole: Run) -> None:
-    """Weights, optimizer, RNG, best checkpoint and metrics, to the last bit."""
+    """Weights, optimizers, RNG, place in the data, best checkpoint and metrics, to the last bit."""
     assert (resumed.path / "metrics.jsonl").read_bytes() == (whole.path / "metrics.jsonl").read_bytes()
     for pointer in ("best", "last"):
         assert os.readlink(resumed.path / pointer) == os.readlink(whole.path / pointer)
         first, second = (run.path / pointer / "model.safetensors" for run in (resumed, whole))
         assert first.read_bytes() == second.read_bytes()
-    states = []
-    for run in (resumed, whole):
-        _, training = run.load_training(Cascade(CascadeConfig.from_dict(run.config["cascade"])))
-        moments = [value for state in training["optimizer"]["state"].values() for value in state.values()]
-        states.append([*moments, training["rng"], torch.tensor(training["best_loss"])])
-    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+    assert_equal(*(safe_torch_load(run.path / "last" / "training.pt") for run in (resumed, whole)))
     assert set(os.listdir(resumed.path / "checkpoints")) >= set(os.listdir(whole.path / "checkpoints"))
 
 
@@ -394,22 +478,67 @@ def test_a_resume_without_the_rng_would_be_another_run(start, whole, tmp_path, m
 # --- Ctrl-C and SIGTERM -----------------------------------------------------------------------------------------------
 
 
-def signal_myself_at(step: int, number: int) -> None:
-    log = Run.log
+def signal_myself_in(step: int, number: int) -> None:
+    train_step = Trainer.train_step
 
-    def hook(run: Run, row: dict) -> None:
-        log(run, row)
-        if row["step"] == step and row["split"] == "train":
+    def hook(trainer: Trainer, batches):
+        if trainer.step + 1 == step:
             os.kill(os.getpid(), number)
+        return train_step(trainer, batches)
 
-    Run.log = hook
+    Trainer.train_step = hook
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory, tiny_index, tiny_codec, tiny_cascade) -> Run:
+    """The uninterrupted run with everything switched on."""
+    config, folder = dataclasses.replace(CONFIG, **EVERYTHING), tmp_path_factory.mktemp("everything")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lib.adversary, "Discriminator", TinyDiscriminator)
+        run = train(folder, tiny_index, tiny_codec, tiny_cascade(anti_cheating=0.1), config, HARD)
+    rows = run.metrics("train")
+    assert len(rows) == 9
+    terms = {"loss/adversarial", "loss/overlap", "loss/anti_modulation", "discriminator/penalty", "noise_share"}
+    assert terms <= {name for row in rows for name in row}
+    assert os.readlink(run.path / "best") != os.readlink(run.path / "last")
+    return run
+
+
+@pytest.mark.parametrize("step", range(1, 10))
+def test_with_everything_on_a_kill_after_any_step_changes_nothing(
+    start, everything, tmp_path, tiny_discriminator, step
+):
+    def child():
+        die_at_step(step)
+        start(masking=HARD, **EVERYTHING)
+
+    assert os.WIFSIGNALED(in_child(child, tmp_path / "output.txt")), (tmp_path / "output.txt").read_text()
+    torch.manual_seed(99)
+    assert_same_run(start(masking=HARD, resume=True, **EVERYTHING), everything)
+
+
+@pytest.mark.parametrize("step", range(1, 9))
+def test_with_everything_on_a_signal_in_any_step_changes_nothing(
+    start, everything, tmp_path, monkeypatch, tiny_discriminator, step
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", Trainer.train_step)  # put back afterwards
+        signal_myself_in(step, signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt, match=f"stopped by SIGTERM; step {step} is saved"):
+            start(masking=HARD, **EVERYTHING)
+    run = Run.open(tmp_path / "run")
+    assert os.readlink(run.path / "last").endswith(f"step_{step:08d}")
+    for stage in run.load_model("last").cascade.stages:  # the averaged weights, with their own σ
+        assert spectral_sigma(stage.output_projection) == pytest.approx(1, abs=1e-5)
+    torch.manual_seed(99)
+    assert_same_run(start(masking=HARD, resume=True, **EVERYTHING), everything)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", [1, 5, 6])  # 6 is a checkpoint of its own
 def test_signals_save_and_exit_cleanly(start, whole, tmp_path, number, step):
     def child():
-        signal_myself_at(step, number)
+        signal_myself_in(step, number)
         with exit_on_user_error():
             start()
 
@@ -422,14 +551,14 @@ def test_signals_save_and_exit_cleanly(start, whole, tmp_path, number, step):
     assert last == f"error: stopped by {number.name}; step {step} is saved in {tmp_path / 'run'}"
     run = Run.open(tmp_path / "run")
     assert os.readlink(run.path / "last").endswith(f"step_{step:08d}")
-    for stage in run.load_model("last").stages:  # saved with the σ of this step's weights
+    for stage in run.load_model("last").cascade.stages:  # saved with the σ of this step's weights
         assert spectral_sigma(stage.output_projection) == pytest.approx(1, abs=1e-5)
     assert_same_run(start(resume=True), whole)
 
 
 def test_a_signal_in_the_last_step_lets_it_finish(start, whole, tmp_path):
     def child():
-        signal_myself_at(8, signal.SIGTERM)
+        signal_myself_in(8, signal.SIGTERM)
         start()
 
     assert in_child(child, tmp_path / "output.txt") == 0, (tmp_path / "output.txt").read_text()
@@ -443,19 +572,20 @@ from conftest import TinyCodec
 from lib.cascade import CascadeConfig
 from lib.errors import exit_on_user_error
 from lib.runs import Run
-from lib.trainer import TrainConfig, train
+from lib.train_config import TrainConfig
+from lib.trainer import train
 
 log = Run.log
 
-def wait_at_step_5(run, row):
+def wait_after_step_4(run, row):
     log(run, row)
-    if row["step"] == 5:
+    if row["step"] == 4 and row["split"] == "train":
         handler = signal.getsignal(signal.SIGTERM)
-        print("at step 5", flush=True)
+        print("after step 4", flush=True)
         while signal.getsignal(signal.SIGTERM) == handler:  # the first signal takes the handler away
             time.sleep(0.01)
 
-Run.log = wait_at_step_5
+Run.log = wait_after_step_4
 config, index, out = sys.argv[1:]
 config = json.load(open(config))
 with exit_on_user_error():
@@ -464,12 +594,12 @@ with exit_on_user_error():
 
 
 def test_sigterm_to_a_program_of_its_own(start, tiny_index, tmp_path, whole):
-    """A fresh interpreter, as a user starts it, and a signal from outside."""
+    """A fresh interpreter, as a user starts it, and a signal from outside: the next step is the last."""
     command = [sys.executable, "-c", PROGRAM, whole.path / "config.json", tiny_index, tmp_path / "run"]
     paths = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=paths) as process:
         try:
-            assert process.stdout.readline() == "at step 5\n", process.stderr.read()
+            assert process.stdout.readline() == "after step 4\n", process.stderr.read()
             process.send_signal(signal.SIGTERM)
             _, errors = process.communicate(timeout=60)
         finally:
@@ -480,33 +610,17 @@ def test_sigterm_to_a_program_of_its_own(start, tiny_index, tmp_path, whole):
     assert_same_run(start(resume=True), whole)
 
 
-def test_the_second_signal_acts_at_once():
-    class Stopped:
-        stop_signal = None
-
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    trainer = Stopped()
-    with catch_stop_signals(trainer):
-        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert trainer.stop_signal == signal.SIGTERM
-        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    with catch_stop_signals(trainer):
-        pass
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
 # --- non-finite values ------------------------------------------------------------------------------------------------
 
 
 def poison_before(monkeypatch, step: int, poison: Callable[[Cascade], None]) -> None:
-    """Call `poison(model)` once, just before a training step."""
+    """Call `poison(cascade)` once, just before a training step."""
     train_step = Trainer.train_step
 
-    def hook(trainer: Trainer, input, target):
+    def hook(trainer: Trainer, batches):
         if trainer.step + 1 == step:
-            poison(trainer.model)
-        return train_step(trainer, input, target)
+            poison(trainer.plain_model.cascade)
+        return train_step(trainer, batches)
 
     monkeypatch.setattr(Trainer, "train_step", hook)
 
@@ -545,15 +659,15 @@ def bad_gradient(factor: float) -> Callable[[Cascade], None]:
     return poison
 
 
-GRADIENT = r"gradient of stages\.0\.layers\.0\.ffn_out\.(bias|weight)"
+GRADIENT = r"gradient of cascade\.stages\.0\.layers\.0\.ffn_out\.(bias|weight)"
 
 
 @pytest.mark.parametrize(
     ("poison", "stage", "tensor"),
     [
-        (poison_parameter, 1, r"parameter stages\.1\.layers\.0\.ffn_in\.weight"),
-        (overflow_in_the_ffn, 1, r"output of stages\.1\.layers\.0\.ffn_out"),
-        (overflow_in_the_residual, 1, r"input of stages\.1\.rms_scaling"),
+        (poison_parameter, 1, r"parameter cascade\.stages\.1\.layers\.0\.ffn_in\.weight"),
+        (overflow_in_the_ffn, 1, r"output of cascade\.stages\.1\.layers\.0\.ffn_out"),
+        (overflow_in_the_residual, 1, r"input of cascade\.stages\.1\.rms_scaling"),
         (overflow_in_the_loss, None, "loss"),
         (bad_gradient(math.nan), 0, GRADIENT),
         (bad_gradient(math.inf), 0, GRADIENT),
@@ -586,6 +700,50 @@ def test_a_non_finite_value_is_named_and_leaves_the_last_good_checkpoint(
         assert_same_run(start(resume=True), whole)
 
 
+class EvalOnly(nn.Module):
+    """A fault that training does not show."""
+
+    def forward(self, x):
+        return x if self.training else x * math.inf
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_a_fault_of_eval_mode_alone_is_named(start, monkeypatch, ema):
+    validate = Trainer.validate
+
+    def broken(trainer):
+        stage = trainer.kept_model.cascade.stages[1]
+        stage.post_norm = nn.Sequential(stage.post_norm, EvalOnly())
+        return validate(trainer)
+
+    monkeypatch.setattr(Trainer, "validate", broken)
+    with pytest.raises(NonFiniteError) as error:
+        start(ema=ema)
+    assert (error.value.step, error.value.stage) == (2, 1)
+    assert error.value.tensor == "output of cascade.stages.1.post_norm.1"
+
+
+def test_a_non_finite_discriminator_is_named(start, tmp_path, monkeypatch, tiny_discriminator):
+    made = []
+
+    def break_at_4(latent_dim, **options):
+        made.append(TinyDiscriminator(latent_dim, **options))
+        return made[0]
+
+    def poison(cascade):
+        with torch.no_grad():
+            made[0].conv.weight[0, 0, 0] = math.nan
+
+    monkeypatch.setattr(lib.adversary, "Discriminator", break_at_4)
+    poison_before(monkeypatch, 4, poison)
+    with pytest.raises(NonFiniteError, match="first in the discriminator's loss or gradient") as error:
+        start(adversary=AdversaryConfig(discriminator_learning_rate=1e-3))
+    assert (error.value.step, error.value.stage) == (4, None)
+    run = Run.open(tmp_path / "run")
+    assert os.readlink(run.path / "last").endswith("step_00000002")
+    assert run.metrics()[-1]["event"] == "non_finite"
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_non_finite_latents_are_named(start, tmp_path, monkeypatch, which):
     getitem = LatentPairs.__getitem__
@@ -612,14 +770,14 @@ def test_a_non_finite_validation_writes_no_checkpoint(start, tmp_path, monkeypat
 
     def broken(trainer):
         if trainer.step == 6:
-            poison_parameter(trainer.model)
+            poison_parameter(trainer.plain_model.cascade)
         return validate(trainer)
 
     monkeypatch.setattr(Trainer, "validate", broken)
     with pytest.raises(NonFiniteError) as error:
         start()
     assert (error.value.step, error.value.stage) == (6, 1)
-    assert error.value.tensor == "parameter stages.1.layers.0.ffn_in.weight"
+    assert error.value.tensor == "parameter cascade.stages.1.layers.0.ffn_in.weight"
     run = Run.open(tmp_path / "run")
     assert os.readlink(run.path / "last").endswith("step_00000004")
     assert all(value.isfinite().all() for value in run.load_model("last").state_dict().values())
@@ -672,28 +830,6 @@ def test_a_folder_that_cannot_be_written_is_refused(start, tmp_path):
         start("file")
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("epochs", 0), ("batch_size", 0), ("batch_size", 1.5), ("checkpoint_every", 0), ("max_steps", 0),
-        ("learning_rate", 0.0), ("learning_rate", math.nan), ("learning_rate", -1.0), ("weight_decay", -0.1),
-        ("weight_decay", math.inf), ("clip", 0.0), ("clip", -1.0), ("clip", math.inf), ("num_workers", -1),
-        ("precision", "fp16"), ("precision", "bf-16"),
-    ],
-)  # fmt: skip
-def test_bad_values_name_the_field(field, value):
-    with pytest.raises(UserError, match=rf"^{field}={value!r} is not allowed; use ") as error:
-        TrainConfig(**{field: value})
-    if field == "precision":
-        assert "fp32, bf16" in str(error.value)
-
-
-def test_config_survives_json():
-    config = TrainConfig(clip=None, weight_decay=0.0, loss=LossConfig(0.1, 0.2))
-    assert TrainConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
-    assert isinstance(TrainConfig(loss={"input_weight": 0.1}).loss, LossConfig)
-
-
 def test_reader_processes_give_the_same_run(start):
     first = start(max_steps=2)
     assert start("workers", max_steps=2, num_workers=1).metrics() == first.metrics()
@@ -723,26 +859,11 @@ def test_the_parts_gradient_norms_add_up_to_the_whole(start, tiny_cascade, chang
 
 def test_a_parts_gradient_norm_is_that_of_its_parameters(new_trainer, tiny_cascade):
     trainer = new_trainer(tiny_cascade(rms_scaling="learnable", clamp=None), clip=None)
-    row = trainer.train_step(*next(trainer.batches()))
-    for i, stage in enumerate(trainer.model.stages):
+    row, _ = trainer.train_step(next(trainer.steps()))
+    for i, stage in enumerate(trainer.plain_model.cascade.stages):
         for name in ("input_norm", "layers", "post_norm", "output_projection", "rms_scaling"):
             squares = sum(p.grad.double().square().sum().item() for p in getattr(stage, name).parameters())
             assert row[f"grad_norm/stage{i}/{name}"] == pytest.approx(math.sqrt(squares), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("count", "most", "chosen"),
-    [
-        (9, None, list(range(9))),
-        (9, 9, list(range(9))),
-        (9, 20, list(range(9))),
-        (9, 4, [0, 2, 4, 6]),
-        (9, 1, [0]),
-        (10, 3, [0, 3, 6]),
-    ],
-)
-def test_evenly_spread(count, most, chosen):
-    assert evenly_spread(count, most).tolist() == chosen
 
 
 def test_validation_of_some_pairs_is_the_mean_over_those(start, tiny_index):
@@ -751,18 +872,12 @@ def test_validation_of_some_pairs_is_the_mean_over_those(start, tiny_index):
     losses = []
     with torch.no_grad():
         for input, target in (pairs[i] for i in range(9)):
-            output, _ = model(input[None], target[None])
+            output = model(input[None], target[None]).latents
             losses.append((0.3 * (output - input).square().mean() + 0.3 * (output - target).square().mean()).item())
     (row,) = run.metrics("val")
     assert row["loss"] == pytest.approx(sum(losses[i] for i in (0, 2, 4, 6)) / 4, rel=1e-5)
     assert abs(sum(losses[:4]) / 4 / row["loss"] - 1) > 1e-3
     assert abs(sum(losses) / 9 / row["loss"] - 1) > 1e-3
-
-
-@pytest.mark.parametrize("value", [0, -1, 1.5])
-def test_a_bad_number_of_validation_pairs_is_refused(value):
-    with pytest.raises(UserError, match=rf"^max_val_pairs={value} is not allowed; use a whole number, 1 or more"):
-        TrainConfig(max_val_pairs=value)
 
 
 def test_without_progress_nothing_is_written(tmp_path, tiny_index, tiny_codec, tiny_cascade, capfd):
@@ -785,3 +900,340 @@ def test_the_trainer_gives_the_loss_its_codecs_sound(start, tiny_codec, monkeypa
     row = run.metrics("train")[0]
     sum_of_squares = 0.3 * row["loss/input_mse"] + 0.3 * row["loss/target_mse"]
     assert row["loss"] == pytest.approx(sum_of_squares + 0.5 * row["loss/anti_modulation"], rel=1e-5)
+
+
+# --- accumulated batches, averaged weights, rates ---------------------------------------------------------------------
+
+
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in trainer.plain_model.named_parameters()}
+
+
+def test_accumulated_batches_equal_one(new_trainer, tiny_cascade):
+    """Of 2, 2 and 1 pairs: each counts by its size."""
+    masks = MaskingConfig("learned")
+    loss = LossConfig(novelty_weight=1.0, overlap_weight=1.0, anti_modulation_weight=1.0, window_seconds=None)
+    together = new_trainer(tiny_cascade(dropout=0.0), masks, batch_size=5, loss=loss)
+    wanted, _ = together.train_step(next(together.steps()))
+    apart = new_trainer(tiny_cascade(dropout=0.0), masks, batch_size=2, accumulate=3, loss=loss)
+    batches = next(apart.steps())
+    assert [len(input) for input, _ in batches] == [2, 2, 1]
+    row, _ = apart.train_step(batches)
+    assert row.pop("split") == wanted.pop("split") == "train"
+    assert row == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    for name, gradient in gradients(together).items():
+        torch.testing.assert_close(gradients(apart)[name], gradient, rtol=1e-4, atol=1e-6)
+
+    model, sums = FusionModel(tiny_cascade(dropout=0.0), masks), 0.0
+    model.load_state_dict(new_trainer(tiny_cascade(dropout=0.0), masks).plain_model.state_dict())
+    for input, target in batches:
+        output = model(input, target).latents
+        sums += (0.3 * (output - input).square().mean() + 0.3 * (output - target).square().mean()).item() / 3
+    squares = 0.3 * wanted["loss/input_mse"] + 0.3 * wanted["loss/target_mse"]
+    assert abs(sums / squares - 1) > 1e-4  # the mean of the batches' means is another number
+
+
+def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.plain_model.named_parameters()}
+
+
+def test_the_averaged_weights_follow_their_formula_and_are_kept(start, new_trainer, tiny_index):
+    average, recorder = parameters(new_trainer(ema=0.3)), Recorder(parameters)
+    run = start("averaged", ema=0.3, callbacks=(recorder,), max_steps=6)
+    for step, values in enumerate(recorder.seen):
+        decay = min(0.3, (1 + step) / (10 + step))
+        average = {name: decay * average[name] + (1 - decay) * value for name, value in values.items()}
+    kept = run.load_model("last")
+    for name, value in kept.named_parameters():
+        torch.testing.assert_close(value.detach(), average[name], rtol=1e-5, atol=1e-6)
+    difference = max((value - recorder.seen[-1][name]).abs().max().item() for name, value in kept.named_parameters())
+    assert difference > 1e-3  # the last weights are others
+
+    pairs = LatentPairs(tiny_index, "val")
+    with torch.no_grad():
+        outputs = [(kept(x[None], y[None]).latents, x, y) for x, y in (pairs[i] for i in range(len(pairs)))]
+    loss = sum(((o - x).square().mean() + (o - y).square().mean()).item() * 0.3 for o, x, y in outputs) / len(pairs)
+    assert run.metrics("val")[-1]["loss"] == pytest.approx(loss, rel=1e-5)
+    plain = start("plain", max_steps=6).metrics("val")[-1]["loss"]
+    assert abs(plain / loss - 1) > 1e-4
+    assert [row["loss"] for row in run.metrics("train")] == [
+        row["loss"] for row in Run.open(run.path.parent / "plain").metrics("train")
+    ]  # the average looks on
+
+
+def rates(trainer: Trainer) -> list[float]:
+    return [group["lr"] for group in trainer.optimizer.param_groups]
+
+
+@pytest.mark.parametrize("length", [{"epochs": 3, "max_steps": None}, {"max_steps": 9}])
+def test_the_rates_that_are_set(start, length, monkeypatch):
+    settings = {"warmup_steps": 4, "schedule": "cosine", "agent_learning_rate": 2e-2, "masking": HARD} | length
+    recorder = Recorder(rates)
+    start("whole", callbacks=(recorder,), **settings)
+    done = [0, 0.4, 0.8, 1, 1.4, 1.8, 2, 2.4, 2.8] if length["max_steps"] is None else range(9)  # 2, 2 and 1 of 5 pairs
+    total = 3 if length["max_steps"] is None else 9
+    factors = [min(1, (k + 1) / 4) * (1 + math.cos(math.pi * done[k] / total)) / 2 for k in range(9)]
+    for (cascade, agent), factor in zip(recorder.seen, factors, strict=True):
+        assert cascade == pytest.approx(3e-2 * factor)
+        assert agent == pytest.approx(2e-2 * factor)
+    first, second = Recorder(rates), Recorder(rates)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", Trainer.train_step)
+        signal_myself_in(5, signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            start("stopped", callbacks=(first,), **settings)
+    start("stopped", callbacks=(second,), resume=True, **settings)
+    assert first.seen + second.seen == recorder.seen
+    assert len(first.seen) == 5
+
+
+def test_the_agents_rate_is_its_own(new_trainer, tiny_cascade):
+    """Adam's first step is as long as the rate, wherever there is a gradient."""
+    trainer = new_trainer(masking=MaskingConfig("learned"), agent_learning_rate=1e-3, weight_decay=0.0)
+    before = parameters(trainer)
+    trainer.train_step(next(trainer.steps()))
+    longest = {"cascade": 0.0, "mask_generator": 0.0}
+    for name, value in parameters(trainer).items():
+        part = name.split(".")[0]
+        longest[part] = max(longest[part], (value - before[name]).abs().max().item())
+    assert longest == pytest.approx({"cascade": 3e-2, "mask_generator": 1e-3}, rel=1e-2)
+
+
+# --- patience ---------------------------------------------------------------------------------------------------------
+
+
+def test_patience_counts_validations_without_a_lower_loss(start, monkeypatch):
+    losses = iter([3.0, 1.0, 1.0, 0.5, 2.0, 0.5, 9.0, 0.4])  # as low as before is no lower
+    validate = Trainer.validate
+    monkeypatch.setattr(Trainer, "validate", lambda trainer: validate(trainer) | {"loss": next(losses)})
+    settings = {"checkpoint_every": 1, "max_steps": 20}
+    run = start(patience=2, **settings)
+    assert len(run.metrics("train")) == 6
+    assert os.readlink(run.path / "best").endswith("step_00000004")
+    assert os.readlink(run.path / "last").endswith("step_00000006")
+    start(patience=2, resume=True, **settings)  # it is over
+    assert len(run.metrics("train")) == 6
+    with pytest.raises(StopIteration):  # more patience: goes on, and remembers what was best
+        start(patience=4, resume=True, **settings)
+    assert os.readlink(run.path / "best").endswith("step_00000008")
+
+
+# --- noise and the discriminator --------------------------------------------------------------------------------------
+
+
+def test_the_model_sees_noise_and_is_held_against_clean_latents(start, monkeypatch):
+    seen, held = [], []
+    forward, total_loss = FusionModel.forward, lib.trainer.total_loss
+
+    def watched_forward(model, input, target):
+        seen.append((model.training, input.clone(), target.clone()))
+        return forward(model, input, target)
+
+    def watched_loss(output, input, target, *rest, **options):
+        held.append((input.clone(), target.clone()))
+        return total_loss(output, input, target, *rest, **options)
+
+    monkeypatch.setattr(FusionModel, "forward", watched_forward)
+    monkeypatch.setattr(lib.trainer, "total_loss", watched_loss)
+    curriculum = CurriculumConfig(noise_rate=0.25, noise_ceiling=0.4)
+    run = start(curriculum=curriculum, batch_size=5, max_steps=3, checkpoint_every=3)  # a step is an epoch
+    shares = [row["noise_share"] for row in run.metrics("train")]
+    assert shares == pytest.approx([0, 0.25, 0.4])
+    assert len(seen) == len(held) == 5  # three steps, and nine validation pairs in two batches
+    for (training, *noisy), clean, share in zip(seen, held, [*shares, 0, 0], strict=True):
+        assert training == (len(clean[0]) == 5)
+        for x, y in zip(noisy, clean, strict=True):
+            if share == 0:
+                assert torch.equal(x, y)
+                continue
+            noise = (x - (1 - share**2) ** 0.5 * y) / share
+            assert rms(noise) == pytest.approx(rms(y), rel=0.1)
+            assert abs((noise * y).mean().item()) < 0.15 * rms(y) ** 2
+        assert share == 0 or not torch.allclose(noisy[0] - clean[0], noisy[1] - clean[1], atol=0.1)
+
+
+def rms(x: torch.Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def test_the_discriminators_steps_are_its_own(start, monkeypatch, tiny_discriminator):
+    """It learns from the first step, every second one, from clean latents of both kinds; the model hears it later."""
+    learned, learn = [], lib.adversary.Adversary.learn
+
+    def watched(adversary, step, batches):
+        learned.append((step, batches, [p.detach().clone() for p in adversary.model.parameters()]))
+        metrics = learn(adversary, step, batches)
+        learned[-1] += ([p.detach().clone() for p in adversary.model.parameters()],)
+        return metrics
+
+    monkeypatch.setattr(lib.adversary.Adversary, "learn", watched)
+    adversary = AdversaryConfig(discriminator_learning_rate=1e-2, discriminator_every=2, discriminator_warmup=3)
+    loss = LossConfig(adversarial_weight=0.5)
+    run = start(adversary=adversary, loss=loss, curriculum=CurriculumConfig(noise_rate=0.2), max_steps=6)
+    rows = run.metrics("train")
+    assert ["loss/adversarial" in row for row in rows] == [False] * 3 + [True] * 3
+    assert ["discriminator/loss" in row for row in rows] == [True, False] * 3
+    assert all("loss/adversarial" not in row for row in run.metrics("val"))  # the losses of validation stay comparable
+    for row in rows[3:]:
+        squares = 0.3 * row["loss/input_mse"] + 0.3 * row["loss/target_mse"]
+        assert row["loss"] == pytest.approx(squares + 0.5 * row["loss/adversarial"], rel=1e-5)
+    for (step, _, before, after), (_, _, following, _) in zip(learned, [*learned[1:], learned[-1]], strict=True):
+        assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) == (step % 2 == 0)
+        if step < 5:  # between its steps nothing else moves it
+            assert all(torch.equal(a, b) for a, b in zip(after, following, strict=True))
+
+
+def test_the_discriminator_judges_clean_latents_beside_what_was_made(
+    start, tiny_index, monkeypatch, tiny_discriminator
+):
+    batches, learn = [], lib.adversary.Adversary.learn
+    monkeypatch.setattr(
+        lib.adversary.Adversary, "learn", lambda a, step, given: batches.extend(given) or learn(a, step, given)
+    )
+    pairs = LatentPairs(tiny_index, "train")
+    clips = [{pairs[i][side].sum().item() for i in range(5)} for side in (0, 1)]
+    adversary = AdversaryConfig(discriminator_learning_rate=1e-2)
+    start(adversary=adversary, curriculum=CurriculumConfig(noise_rate=0.2), batch_size=1, accumulate=2, max_steps=6)
+    assert len(batches) == 10  # two epochs
+    for made, input, target in batches:
+        assert made.shape == input.shape == target.shape
+        assert not made.requires_grad
+        assert input.sum().item() in clips[0]
+        assert target.sum().item() in clips[1]
+
+
+def test_the_discriminator_is_no_part_of_the_models_optimizer(new_trainer, tiny_discriminator):
+    adversary = AdversaryConfig(discriminator_learning_rate=1e-4)
+    trainer = new_trainer(adversary=adversary, loss=LossConfig(adversarial_weight=1.0), masking=HARD)
+    own = {id(p) for p in trainer.plain_model.parameters()}
+    optimized = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in optimized} == own
+    assert len(optimized) == len(own)
+    trainer.adversary.optimizer.zero_grad()
+    loss, terms, _ = trainer.forward(trainer.model.train(), next(trainer.steps())[0])
+    loss.backward()
+    assert "adversarial" in "".join(terms)
+    assert all(p.grad is None for p in trainer.adversary.model.parameters())  # its weights are frozen in the loss
+    assert all(p.grad is not None for p in trainer.plain_model.parameters())
+
+
+# --- who looks on -----------------------------------------------------------------------------------------------------
+
+
+def test_callbacks_are_called_in_order(start):
+    recorder = Recorder()
+    start(callbacks=(recorder,), max_steps=6)
+    assert recorder.calls == [
+        ("start", 0),
+        ("step", 1),
+        ("step", 2), ("validation", 2, None),
+        ("step", 3), ("epoch", 1),
+        ("step", 4), ("validation", 4, "2"),
+        ("step", 5),
+        ("step", 6), ("epoch", 2), ("validation", 6, "4"),
+        ("end", 6),
+    ]  # fmt: skip
+    recorder.calls.clear()
+    start(callbacks=(recorder,), max_steps=7, resume=True)
+    assert recorder.calls == [("start", 6), ("step", 7), ("validation", 7, "6"), ("end", 7)]
+    recorder.calls.clear()
+    start(callbacks=(recorder,), max_steps=7, resume=True)  # nothing left to look at
+    assert recorder.calls == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt("stopped"), UserError("use another")])
+def test_callbacks_are_told_of_the_end_whatever_ends_it(start, monkeypatch, error):
+    def fail(cascade):
+        raise error
+
+    poison_before(monkeypatch, 4, fail)
+    first, second = Recorder(), Recorder()
+    with pytest.raises(type(error), match=str(error)):
+        start(callbacks=(first, second))
+    assert first.calls[-1] == second.calls[-1] == ("end", 3)
+    assert first.calls.count(("end", 3)) == 1
+
+
+def test_looking_on_changes_nothing(start, whole):
+    assert_same_run(start(callbacks=(Recorder(parameters),)), whole)
+
+
+# --- out of memory ----------------------------------------------------------------------------------------------------
+
+
+def gpu_is_full(cascade: Cascade) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def machine_is_full(cascade: Cascade) -> None:
+    torch.empty(1 << 50)
+
+
+@pytest.mark.parametrize("full", [gpu_is_full, machine_is_full])
+@pytest.mark.parametrize("step", [1, 4])
+def test_out_of_memory_says_what_to_lower(start, tmp_path, monkeypatch, full, step):
+    poison_before(monkeypatch, step, full)
+    with pytest.raises(UserError, match=f"out of memory at step {step}: ") as error:
+        start(accumulate=2, batch_size=2)
+    message = str(error.value)
+    for part in ("batch_size (now 2)", "batch_size=1 with accumulate=4 trains alike", "bf16 (now fp32)"):
+        assert part in message
+    assert "clip_seconds (now 0.16)" in message
+    assert ("last is kept" in message) == (step == 4)
+    assert "\n" not in message
+
+
+def test_another_error_of_the_allocators_kind_is_not_taken_for_it(start, monkeypatch):
+    def fail(cascade):
+        raise RuntimeError("shape mismatch")
+
+    poison_before(monkeypatch, 1, fail)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        start()
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masking", [*(MaskingConfig(name) for name in MASKINGS), HARD], ids=lambda m: m.masking)
+def test_every_masking_trains(start, masking):
+    loss = LossConfig(overlap_weight=1.0 if masking.masking != "none" else 0.0)
+    run = start(masking=masking, loss=loss, max_steps=2)
+    rows = run.metrics()
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert all(("masks/complementarity" in row) == (masking.masking != "none") for row in rows)
+    assert all(("grad_norm/mask_generator" in row) == (masking.masking == "learned") for row in run.metrics("train"))
+    assert run.load_model("last").masking == masking
+
+
+def test_a_term_on_masks_without_masks_is_refused(start, tmp_path):
+    with pytest.raises(UserError, match="coverage_weight needs masks: set masking='learned', or the weight to 0"):
+        start(loss=LossConfig(coverage_weight=0.1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_with_other_masks_is_refused(start):
+    start(masking=MaskingConfig("energy"), max_steps=2)
+    with pytest.raises(UserError, match=r"masking\.masking: 'energy' → 'temporal'"):
+        start(masking=MaskingConfig("temporal"), max_steps=2, resume=True)
+
+
+def test_a_step_larger_than_the_data_names_all_that_makes_it(start, tiny_index, tmp_path):
+    with pytest.raises(UserError, match="batch_size=2 × accumulate=3 is more than the 5 training pairs; lower it"):
+        start(accumulate=3)
+    with pytest.raises(UserError, match="batch_size=2 is more than the 1 training pairs"):
+        start(max_train_pairs=1)
+    assert not (tmp_path / "run").exists()
+    pairs = {split: len(LatentPairs(tiny_index, split)) for split in ("train", "val")}
+    with pytest.raises(UserError, match="batch_size=2 × 3 processes is more than the 5 training pairs"):
+        CONFIG.check_sizes(pairs, 3)
+    CONFIG.check_sizes(pairs, 2)
+
+
+def test_the_precision_is_the_configs_whatever_the_launcher_says(start, whole, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        assert_same_run(start(), whole)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

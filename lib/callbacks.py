@@ -1,0 +1,103 @@
+"""What looks on while a model trains: clips to listen to, TensorBoard, curves in a notebook."""
+
+import time
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from IPython.display import display
+from torch.utils.tensorboard import SummaryWriter
+
+from lib import plots
+from lib.audio import save_audio
+from lib.batches import evenly_spread
+from lib.codec import Codec
+from lib.fusion import evaluating
+from lib.live import can_show_widgets
+from lib.telemetry import Callback
+from lib.trainer import Trainer
+
+
+class DemoClips(Callback):
+    """Every few epochs, the same validation pairs to listen to and to look at.
+
+    Writes into the run's folder audio/pair_0_input.wav, audio/pair_0_target.wav and, for each time,
+    audio/pair_0_epoch_0010.wav and figures/pair_0_epoch_0010.png; all at the levels that the codec gives.
+    """
+
+    def __init__(self, codec: Codec, every: int, count: int = 2):
+        self.codec, self.every, self.count = codec, every, count
+
+    def on_epoch(self, trainer: Trainer, epoch: int) -> None:
+        if epoch % self.every:
+            return
+        pairs = trainer.pairs["val"]
+        audio, figures = trainer.run.path / "audio", trainer.run.path / "figures"
+        for folder in (audio, figures):
+            folder.mkdir(exist_ok=True)
+        for number, place in enumerate(evenly_spread(len(pairs), self.count).tolist()):
+            latents = [clip[None].to(trainer.accelerator.device) for clip in pairs[place]]
+            with torch.inference_mode(), evaluating(trainer.kept_model) as model:
+                outputs = (*latents, model(*latents).latents.float())
+                sounds = (self.codec.decode(x)[0].cpu() for x in outputs)
+                wavs = dict(zip(("input", "target", "output"), sounds, strict=True))
+            for name in ("input", "target"):
+                save_audio(audio / f"pair_{number}_{name}.wav", wavs[name])
+            save_audio(audio / f"pair_{number}_epoch_{epoch:04d}.wav", wavs["output"])
+            figure = plots.waveforms_and_mels(wavs)
+            figure.savefig(figures / f"pair_{number}_epoch_{epoch:04d}.png")
+            plt.close(figure)
+
+
+class TensorBoard(Callback):
+    """Every number of metrics.jsonl as a curve: `tensorboard --logdir outputs`."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.writer = SummaryWriter(str(trainer.run.path / "tensorboard"), purge_step=trainer.step + 1)
+
+    def on_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if isinstance(value, float):
+                self.writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
+
+    on_validation = on_step
+
+    def on_end(self, trainer: Trainer) -> None:
+        self.writer.close()
+
+
+class Dashboard(Callback):
+    """Curves under the cell that trains, redrawn while it runs; nothing without a front end to show them."""
+
+    def __init__(self, seconds: float = 3.0):
+        self.seconds = seconds  # between two pictures, each of which takes about a quarter of a second
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.shown = display(display_id=True) if can_show_widgets() else None
+        self.rows = {split: trainer.run.metrics(split) for split in ("train", "val")}
+        self.began, self.first, self.last = time.monotonic(), trainer.step, -self.seconds
+
+    def on_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        self.rows[row["split"]].append(row)
+        if self.shown is not None and time.monotonic() - self.last >= self.seconds:
+            self.draw(trainer)
+
+    on_validation = on_step
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self.shown is not None:
+            self.draw(trainer)
+
+    def draw(self, trainer: Trainer) -> None:
+        figure = self.figure(trainer)
+        self.shown.update(figure)
+        plt.close(figure)
+        self.last = time.monotonic()
+
+    def figure(self, trainer: Trainer) -> plt.Figure:
+        total, taken = trainer.order.total_steps(trainer.step), trainer.step - self.first
+        left = (time.monotonic() - self.began) / max(1, taken) * (total - trainer.step)
+        title = f"step {trainer.step} of {total}, epoch {trainer.order.epoch}, about {left / 60:.1f} min left"
+        return plots.training_dashboard(
+            self.rows["train"], self.rows["val"], len(trainer.plain_model.cascade.stages), title
+        )

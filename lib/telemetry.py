@@ -1,0 +1,62 @@
+"""What a training step reports, by the names that metrics.jsonl uses, and who may listen."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib.agent import complementarity
+from lib.fusion import Fusion, FusionModel
+
+
+class Callback:
+    """Looks on while a model trains, in the main process. It must not change the model; `trainer` is the `Trainer`."""
+
+    def on_start(self, trainer: Any) -> None:
+        """Before the first step that is taken now."""
+
+    def on_step(self, trainer: Any, row: dict[str, Any]) -> None:
+        """After every optimizer step, with its row of metrics.jsonl."""
+
+    def on_epoch(self, trainer: Any, epoch: int) -> None:
+        """After the last step of an epoch; `epoch` counts those that are done."""
+
+    def on_validation(self, trainer: Any, row: dict[str, Any]) -> None:
+        """After every validation, before its checkpoint."""
+
+    def on_end(self, trainer: Any) -> None:
+        """When training ends, stops or fails."""
+
+
+@torch.no_grad()
+def step_metrics(terms: dict[str, Tensor], fusion: Fusion) -> dict[str, Tensor]:
+    """The loss terms, the masks' complementarity, and the batch means of every stage's trace, by the names that
+    metrics.jsonl uses."""
+    metrics = {f"loss/{name}": value for name, value in terms.items()}
+    if fusion.masks is not None:
+        metrics["masks/complementarity"] = complementarity(fusion.masks).mean()
+    for stage, trace in enumerate(fusion.traces):
+        for trace_field in dataclasses.fields(trace):
+            metrics[f"stage{stage}/{trace_field.name}"] = getattr(trace, trace_field.name).mean()
+    return metrics
+
+
+@torch.no_grad()
+def gradient_norms(model: FusionModel) -> dict[str, Tensor]:
+    """Gradient norm of every part before clipping, as 'grad_norm/stage1/output_projection'."""
+    parts = {f"stage{i}/{n}": p for i, stage in enumerate(model.cascade.stages) for n, p in stage.named_children()}
+    if model.mask_generator is not None:
+        parts["mask_generator"] = model.mask_generator
+    norms = {}
+    for name, part in parts.items():
+        if grads := [p.grad for p in part.parameters() if p.grad is not None]:
+            norms[f"grad_norm/{name}"] = torch.nn.utils.get_total_norm(grads)
+    return norms
+
+
+def to_floats(values: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars to the host in one transfer."""
+    if not values:
+        return {}
+    return dict(zip(values, torch.stack([v.detach().float() for v in values.values()]).tolist(), strict=True))

@@ -1,0 +1,69 @@
+"""Train a preset's model: one process, or several by a launcher.
+
+    python -m lib.train --preset full --data DIR --out outputs/full [--resume] [--set epochs=50]
+    accelerate launch --num_processes 4 -m lib.train --preset full ...
+    torchrun --nproc_per_node 4 -m lib.train --preset full ...
+
+Every process encodes its share of the music, takes its share of every step, and all of them stop together.
+"""
+
+import argparse
+
+import torch
+from accelerate import notebook_launcher
+from accelerate.state import AcceleratorState
+from torch.distributed.elastic.utils.distributed import get_free_port
+
+from lib.callbacks import Callback, DemoClips, TensorBoard
+from lib.errors import UserError, exit_on_user_error
+from lib.pipeline import add_arguments, parsed_overrides
+from lib.presets import Project, load_preset, open_project
+from lib.processes import join_processes
+from lib.runs import Run
+from lib.trainer import train
+
+
+def train_project(
+    project: Project, *, resume: bool = False, num_processes: int = 1, callbacks: tuple[Callback, ...] = ()
+) -> Run:
+    """Train the project's model; writes clips to listen to and TensorBoard's curves beside the run's own files.
+
+    In a notebook `num_processes` above 1 starts so many, one a GPU; `callbacks` are then left out, because a process of
+    its own has no way to the notebook's page.
+    """
+    preset = project.preset
+    listeners = (DemoClips(project.codec, preset.demo_every), TensorBoard())
+    arguments = (project.out_dir, project.latents.index, project.codec, preset.cascade, preset.train, preset.masking)
+
+    def start(*callbacks: Callback) -> Run:
+        return train(*arguments, resume=resume, callbacks=callbacks)
+
+    def start_forked() -> None:
+        torch.set_num_threads(1)  # OpenMP's threads do not follow into a fork: a step would wait for them forever
+        start(*listeners)
+
+    if num_processes == 1:
+        return start(*listeners, *callbacks)
+    if torch.cuda.is_initialized():
+        raise UserError(f"num_processes={num_processes}: this kernel has used a GPU already; restart it, train first")
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training's, or each would think itself alone
+    notebook_launcher(start_forked, num_processes=num_processes, use_port=str(get_free_port()))
+    return Run.open(project.out_dir)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lib.train", description="Train a preset's model.")
+    add_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
+    options = parser.parse_args()
+    with exit_on_user_error():
+        preset = load_preset(options.preset, **parsed_overrides(options))
+        processes = join_processes()
+        project = open_project(preset, options.data, options.out, processes)
+        run = train_project(project, resume=options.resume)
+        if processes.is_main_process:
+            print(f"run: {run.path}")
+
+
+if __name__ == "__main__":
+    main()
