@@ -331,8 +331,8 @@ def read_result(folder: Path, variant: str, seed: int, num_layers: int) -> Resul
 
 
 def medians(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    names = [name for name in rows[0] if name not in ("split", "step", "epoch")] if rows else []
-    values = {name: [row[name] for row in rows if row[name] is not None] for name in names}  # null: was not finite
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("split", "step", "epoch"))
+    values = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}  # null: not finite
     return {name: statistics.median(found) for name, found in values.items() if found}
 
 

@@ -16,6 +16,7 @@ from lib.configs import check
 MASKINGS = ("none", "constant", "temporal", "frequency", "channel", "energy", "hybrid", "learned")
 FIXED_MASKINGS = MASKINGS[2:-1]  # each gives every place to one of the clips
 SEGMENT = 25  # frames, a third of a second: the grain of fixed masks in time
+MAX_RESTORED = 1000.0  # factor by which masked latents are brought back at most
 SMOOTHING = 5  # frames over which the louder clip is found
 
 
@@ -121,7 +122,9 @@ def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
     if mask.shape != x.shape:
         raise ValueError(f"mask is {list(mask.shape)}, the latents are {list(x.shape)}; give a mask of their shape")
     masked = x * mask
-    return masked * (rms(x) / rms(masked))[:, None, None]
+    # bounded: the gradient of a clip that a mask leaves out altogether would be a million times the others'
+    factor = (rms(x) / rms(masked)).clamp(max=MAX_RESTORED)
+    return masked * factor[:, None, None]
 
 
 def complementarity(masks: Masks) -> Tensor:

@@ -43,7 +43,7 @@ def audit_schedule(results: Sequence[Result], epochs: int) -> list[Verdict]:
         judge(
             "C7",
             "0.1×, the whole objective: NaN within three epochs",
-            not never_non_finite(three) if steps >= EPOCH_3_BATCH_205 else None,
+            any(within_three_epochs(r) for r in three) if steps >= EPOCH_3_BATCH_205 else None,
             found=first_non_finite(three),
             why="" if steps >= EPOCH_3_BATCH_205 else f"fewer than {EPOCH_3_BATCH_205} steps",
         ),
@@ -82,7 +82,8 @@ def audit_schedule(results: Sequence[Result], epochs: int) -> list[Verdict]:
             "two stages sound as good as three",
             difference(each(whole, heard_merit), each(three, heard_merit)) != "lower",
             each(whole, heard_merit),
-            found=f"figure of merit, against {statistics.median(each(three, heard_merit)):.3f}",
+            found=f"figure of merit, against {statistics.median(each(three, heard_merit)):.3f} at "
+            f"{statistics.median(each(three, level)):.2f} of the wanted RMS: the figure is blind to level",
         ),
         judge(
             "C15",
@@ -139,21 +140,41 @@ def audit_cures(ill: Sequence[Result], cured: dict[str, Sequence[Result]]) -> li
             "creative terms alone, with a final residual of 0.1, leave a constant output",
             constant,
             each(ill, movement),
-            found=f"of the sources' movement; below {CONSTANT} is called constant",
-        )
+            found=f"of the sources' movement, whatever the level; below {CONSTANT} is called constant",
+        ),
+        judge(
+            "C15",
+            "creative terms alone, with a final residual of 0.1, keep the level (RMS ratio 0.8 to 1.2)",
+            at_level(ill),
+            each(ill, level),
+            found="of the wanted RMS",
+        ),
     ]
     for name, results in cured.items():
+        reason = "" if constant else "the output is not constant without it"
+        if name == NOVELTY and not any(part.get("loss/novelty") for r in ill for part in (r.start, r.quarter, r.end)):
+            reason = "the novelty term never acted, whatever its weight: no cosine passed 0.7"
         verdicts.append(
             judge(
                 "C15",
                 f"{CURES[name]} cures a constant output",
-                difference(each(results, movement), each(ill, movement)) == "higher" if constant else None,
+                difference(each(results, movement), each(ill, movement)) == "higher" if not reason else None,
                 each(results, movement),
                 found=f"of the sources' movement, {statistics.median(each(ill, movement)):.3f} without",
-                why="" if constant else "the output is not constant without it",
+                why=reason,
             )
         )
     return verdicts
+
+
+def within_three_epochs(result: Result) -> bool:
+    """Whether a non-finite value came as early as the seeds' did."""
+    return result.non_finite is not None and result.non_finite["step"] <= EPOCH_3_BATCH_205
+
+
+def level(result: Result) -> float:
+    """RMS of the output over the wanted one, on the validation pairs; 0 for a run without an end."""
+    return result.final["rms_ratio"] if result.final else 0.0
 
 
 def heard_merit(result: Result) -> float:

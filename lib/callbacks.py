@@ -19,18 +19,27 @@ from lib.trainer import Trainer
 
 
 class DemoClips(Callback):
-    """Every few epochs, the same validation pairs to listen to and to look at.
+    """Every few epochs and at the end, the same validation pairs to listen to and to look at.
 
     Writes into the run's folder audio/pair_0_input.wav, audio/pair_0_target.wav and, for each time,
-    audio/pair_0_epoch_0010.wav and figures/pair_0_epoch_0010.png; all at the levels that the codec gives.
+    audio/pair_0_epoch_0010.wav or audio/pair_0_last.wav and their pictures in figures/, at the levels that the codec
+    gives.
     """
 
     def __init__(self, codec: Codec, every: int, count: int = 2):
         self.codec, self.every, self.count = codec, every, count
 
     def on_epoch(self, trainer: Trainer, epoch: int) -> None:
-        if epoch % self.every:
-            return
+        if epoch % self.every == 0:
+            self.write(trainer, f"epoch_{epoch:04d}")
+
+    def on_end(self, trainer: Trainer) -> None:
+        if (
+            trainer.order.total_steps(trainer.step) == trainer.step or trainer.out_of_patience
+        ):  # not stopped, not failed
+            self.write(trainer, "last")
+
+    def write(self, trainer: Trainer, when: str) -> None:
         pairs = trainer.pairs["val"]
         audio, figures = trainer.run.path / "audio", trainer.run.path / "figures"
         for folder in (audio, figures):
@@ -43,9 +52,9 @@ class DemoClips(Callback):
                 wavs = dict(zip(("input", "target", "output"), sounds, strict=True))
             for name in ("input", "target"):
                 save_audio(audio / f"pair_{number}_{name}.wav", wavs[name])
-            save_audio(audio / f"pair_{number}_epoch_{epoch:04d}.wav", wavs["output"])
+            save_audio(audio / f"pair_{number}_{when}.wav", wavs["output"])
             figure = plots.waveforms_and_mels(wavs)
-            figure.savefig(figures / f"pair_{number}_epoch_{epoch:04d}.png")
+            figure.savefig(figures / f"pair_{number}_{when}.png")
             plt.close(figure)
 
 

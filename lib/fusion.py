@@ -47,7 +47,7 @@ class FusionModel(nn.Module):
     def make_masks(self, input: Tensor, target: Tensor) -> Masks | None:
         """What is taken of each clip; None without masking."""
         if self.mask_generator is not None:
-            masks = self.mask_generator(input, target)
+            masks = Masks(*(mask.float() for mask in self.mask_generator(input, target)))
             return harden(masks) if self.masking.hard_masks else masks
         return None if self.masking.masking == "none" else fixed_masks(self.masking.masking, input, target)
 

@@ -1,6 +1,7 @@
 """Measure what the README quotes, and write it to outputs/record/.
 
     python -m lib.record --preset demo [--data DIR] [--codec NAME|DIR] [--out DIR] [--set record_steps=200]
+                         [--resume]
 
 Runs the preset's ablation grid, the settings that the seeds name at full depth, and the whole training schedule in
 miniature; then every notebook; then keeps
@@ -39,7 +40,7 @@ README = ROOT / "README.md"
 MARKS = ("<!-- the claims: written by make record -->", "<!-- end of the claims -->")
 
 
-def record(preset_name: str, overrides: dict[str, Any], data_dir: str, out_dir: str) -> Path:
+def record(preset_name: str, overrides: dict[str, Any], data_dir: str, out_dir: str, *, resume: bool = False) -> Path:
     """Measure and write; returns the folder of the preset's record. `UserError` for bad settings, before any run."""
     preset = load_preset(preset_name, **overrides)
     check_readme(README.read_text())
@@ -61,7 +62,7 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, out_dir: 
     scheduled = project.schedule()
     length = {"steps": max(result.steps for result in scheduled), "epochs": preset.schedule_epochs}
     write_record(folder / "schedule.json", scheduled, facts | length)
-    page = run_notebooks(preset_name, overrides, data_dir, out_dir)
+    page = run_notebooks(preset_name, overrides, data_dir, out_dir, resume=resume)
     for name in FIGURES:
         shutil.copyfile(page.parent / "figures" / f"{name}.png", folder / f"{name}.png")
     shutil.copyfile(page.parent / "summary.json", folder / "summary.json")
@@ -105,10 +106,11 @@ def with_claims(readme: str, table: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.record", description="Measure what the README quotes.")
     add_arguments(parser)
+    parser.add_argument("--resume", action="store_true", help="keep the notebooks that are done, go on with training")
     options = parser.parse_args()
     with exit_on_user_error():
         try:
-            folder = record(options.preset, parsed_overrides(options), options.data, options.out)
+            folder = record(options.preset, parsed_overrides(options), options.data, options.out, resume=options.resume)
         except NotebookError as error:
             sys.exit(f"error: {error}")
         print(f"record: {folder}")

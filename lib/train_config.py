@@ -53,6 +53,7 @@ class TrainConfig:
         check_counts(self, "epochs", "batch_size", "accumulate", "checkpoint_every")
         check_counts(self, "max_steps", "patience", "max_train_pairs", "max_val_pairs", optional=True)
         check_counts(self, "num_workers", "warmup_steps", "seed", least=0)
+        check(self.seed < 2**31, "seed", self.seed, "a whole number below 2³¹")
         check_numbers(self, "learning_rate", above=0)
         check_numbers(self, "weight_decay")
         for name in ("clip", "agent_learning_rate"):

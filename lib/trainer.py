@@ -80,6 +80,8 @@ def train(
         "data": Path(index).stem,  # names the pairs by their content
     }
     config.check_masking(masking)
+    if config.loss.anti_modulation == "log" and config.loss.anti_modulation_weight:
+        logger.warning("anti_modulation='log' has no bound: it is infinite where an output's envelope is a source's")
     pairs = {split: LatentPairs(index, split, codec_fingerprint=codec.fingerprint) for split in ("train", "val")}
     join_processes()
     accelerator = Accelerator(mixed_precision="no")  # the config says it, not the launcher

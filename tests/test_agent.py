@@ -412,3 +412,14 @@ def test_without_spectral_norm_the_weights_are_free():
         discriminator(x)
     assert all(sigma > 5 for sigma in sigmas(discriminator))
     assert not any("parametrizations" in name for name in discriminator.state_dict())
+
+
+def test_a_mask_that_leaves_a_clip_out_does_not_blow_up_its_gradient():
+    """Bringing silence back to the clip's level would multiply the gradient by √(1e8) times that level."""
+    clip, _ = clips()
+    for value in (0.0, 1e-6):
+        mask = torch.full_like(clip, value).requires_grad_()
+        apply_mask(clip, mask).sum().backward()
+        assert mask.grad.abs().max() <= 1000 * clip.abs().max() * 1.001
+    nearly = apply_mask(clip, torch.full_like(clip, 0.02))  # far smaller masks than any that was learned
+    torch.testing.assert_close(nearly, clip, rtol=1e-4, atol=1e-5)

@@ -22,7 +22,10 @@ TRACE = {"stage0/wanted_factor": 1.2, "stage1/wanted_factor": 1.1}
 def result(variant: str, seed: int, masks: float = 0.9, factor: float = 1.2, **changes) -> Result:
     trace = TRACE | {"stage1/wanted_factor": factor}
     norms = (3.0, 4.0, *[1.0] * 38)  # as in a record of 200 epochs: two parts up to epoch 10
-    start, quarter = trace | {"masks/complementarity": 0.75}, trace | {"masks/complementarity": masks}
+    start, quarter = (
+        trace | {"masks/complementarity": 0.75, "loss/novelty": 0.1},
+        trace | {"masks/complementarity": masks},
+    )
     base = Result(variant, seed, 1, 800, None, start, trace, dict(HEALTHY), norms, "run", quarter)
     return dataclasses.replace(base, **changes)
 
@@ -105,6 +108,25 @@ def test_the_measured_numbers_stand_in_the_verdicts():
     verdicts = {(v.claim, v.said): v for v in audit_schedule(all_results(), 200)}
     masks = next(v for (claim, _), v in verdicts.items() if claim == "C12")
     assert masks.measured.startswith("0.900 at epoch 50, 0.750 in the first epochs, 0.75 for constant masks")
+
+
+def test_a_term_that_never_acts_cures_nothing():
+    idle = {"masks/complementarity": 0.75, "loss/novelty": 0.0}
+    ill = [dataclasses.replace(r, start=idle) for r in (final(heard_movement_ratio=0.1)(CREATIVE, s) for s in (0, 1))]
+    (said, level, cure) = audit_cures(ill, {NOVELTY: [result(NOVELTY, seed) for seed in range(2)]})
+    assert (said.verdict, level.verdict, cure.verdict) == (REPRODUCED, REPRODUCED, NOT_TESTED)
+    assert "never acted" in cure.why
+
+
+def test_a_quiet_output_is_told_from_a_constant_one():
+    quiet = [final(rms_ratio=0.2)(CREATIVE, seed) for seed in range(2)]
+    constant, level = audit_cures(quiet, {})
+    assert (constant.verdict, level.verdict) == (REFUTED, REFUTED)
+
+
+def test_a_late_nan_is_not_the_seeds():
+    late = all_results(three=lambda name, seed: result(name, seed, non_finite={"step": 700, "stage": 1, "tensor": "x"}))
+    assert verdict(audit_schedule(late, 200), "C7", "NaN within") == REFUTED
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,31 @@ def test_steps_of_two_epochs_by_hand():
     assert (order.epoch, order.position, order.total_steps(6)) == (2, 0, 6)
 
 
+def test_an_epoch_comes_in_one_piece_and_what_is_left_of_it_too():
+    order = TrainingOrder(5, TrainConfig(epochs=3, batch_size=2))
+    order.advance()
+    pieces = []
+    for plan in order.epochs():
+        pieces.append(len(plan))
+        for _ in plan:
+            order.advance()
+    assert pieces == [2, 3, 3]
+
+
+def test_an_epoch_ends_with_its_last_step_though_a_few_pairs_are_left_out():
+    order = TrainingOrder(8, TrainConfig(epochs=2, batch_size=2), rank=0, processes=3)
+    order.advance()
+    assert (order.epoch, order.position) == (1, 0)  # after six of eight pairs, two for three processes
+
+
+def test_a_training_made_shorter_than_it_is_is_over():
+    order = TrainingOrder(5, TrainConfig(epochs=2, batch_size=2))
+    order.epoch, order.position = 4, 2
+    assert order.total_steps(13) == 13
+    assert order.progress(13) == 1
+    assert walk(order) == []
+
+
 def test_targets_are_shuffled_as_the_config_says():
     config = TrainConfig(epochs=1, batch_size=8, curriculum=CurriculumConfig(target_shuffling=0.5))
     ((_, _, (batch,)),) = walk(TrainingOrder(8, config))
@@ -146,6 +171,10 @@ def test_steps_are_counted_before_they_are_taken(count, batch_size, accumulate, 
     assert {len(steps) for steps in walks} == {total}
     places = [[(epoch, position) for epoch, position, _ in steps] for steps in walks]
     assert all(place == places[0] for place in places)
+    for epoch in range(3):
+        pairs = [tuple(p.tolist()) for w in walks for e, _, step in w if e == epoch for batch in step for p in batch]
+        assert len(set(pairs)) == len(pairs)
+        assert count - len(pairs) <= processes - 1
     again = TrainingOrder(count, config, 0, processes)
     progress = []
     for number, (again.epoch, again.position) in enumerate(places[0]):

@@ -83,15 +83,28 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_clips_are_written_at_their_epochs_and_no_others(start, tiny_codec):
+def test_clips_are_written_at_their_epochs_and_at_the_end(start, tiny_codec):
     run = start([DemoClips(tiny_codec, every=2, count=2)])
     times = [f"pair_{pair}_epoch_{epoch:04d}" for pair in (0, 1) for epoch in (2, 4)]
+    times = sorted([*times, "pair_0_last", "pair_1_last"])
     sources = [f"pair_{pair}_{name}" for pair in (0, 1) for name in ("input", "target")]
     assert files(run.path / "audio") == sorted(f"{name}.wav" for name in times + sources)
     assert files(run.path / "figures") == [f"{name}.png" for name in times]
     for name in times:
         assert imread(run.path / "figures" / f"{name}.png").std() > 0.05  # something is drawn
     assert plt.get_fignums() == []
+
+
+def test_the_last_clips_are_of_a_training_that_came_to_its_end(start, tiny_codec, tmp_path):
+    """By its length or for lack of patience; not of one that failed."""
+    with pytest.raises(Stop):
+        start([DemoClips(tiny_codec, every=100, count=1), Kill(5)], folder="failed")
+    assert not (tmp_path / "failed" / "audio").exists()
+    endings = {"steps": {"max_steps": 2}, "patience": {"patience": 1, "learning_rate": 1.0, "checkpoint_every": 1}}
+    for folder, changes in endings.items():
+        run = start([DemoClips(tiny_codec, every=100, count=1), keep := Keep()], folder=folder, **changes)
+        assert files(run.path / "figures") == ["pair_0_last.png"]
+        assert keep.trainer.out_of_patience == (folder == "patience")
 
 
 def test_sources_are_the_same_validation_pairs_at_the_codecs_level(start, tiny_codec, tiny_index):

@@ -301,3 +301,11 @@ def test_the_discriminator_judges_what_the_model_made():
     Discriminator()(model(*clips()).latents).sum().backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert any(p.grad.any() for p in model.mask_generator.parameters())
+
+
+def test_masks_are_float32_under_autocast():
+    """Means of masks are what the seeds measure: in bfloat16 they would move in steps of 0.004."""
+    model = build(MaskingConfig("learned")).eval()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        masks = model(*clips()).masks
+    assert masks.input.dtype == masks.target.dtype == torch.float32

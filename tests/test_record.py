@@ -59,7 +59,8 @@ def stub(monkeypatch, tmp_path):
         def schedule(self):
             return scheduled
 
-    def run_notebooks(*given):
+    def run_notebooks(*given, resume):
+        assert resume is False
         said.append(given)
         return out / "index.html"
 

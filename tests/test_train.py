@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,12 +31,14 @@ from conftest import FRAMES, TinyCodec, TinyDiscriminator
 import lib.adversary
 import lib.batches
 import lib.presets
+import lib.train
 import lib.trainer
 from lib.adversary import AdversaryConfig
 from lib.agent import MaskingConfig
 from lib.cascade import CascadeConfig
 from lib.codec import MdctCodec
 from lib.curriculum import CurriculumConfig
+from lib.errors import UserError
 from lib.latents import LatentPairs, encode_manifest
 from lib.losses import LossConfig
 from lib.nonfinite import NonFiniteError
@@ -44,6 +47,8 @@ from lib.presets import load_preset, open_project
 from lib.processes import join_processes
 from lib.runs import Run
 from lib.synth import make_demo_dataset
+from lib.telemetry import Callback
+from lib.train import main, train_project
 from lib.train_config import TrainConfig
 from lib.trainer import Trainer, train
 
@@ -530,3 +535,63 @@ def test_accelerate_and_a_notebook_start_processes_that_train_alike(tmp_path):
     assert [(row["split"], row["step"]) for row in rows[0]] == [("train", 1), ("train", 2), ("val", 2)]
     assert rows[0] == rows[1]
     assert "lib.trainer" not in done.stderr
+
+
+def test_a_kernel_that_has_used_a_gpu_cannot_be_forked(tmp_path, monkeypatch):
+    latents = SimpleNamespace(index=tmp_path / "index.json")
+    project = SimpleNamespace(preset=load_preset("smoke"), codec=TinyCodec(), out_dir=tmp_path, latents=latents)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(UserError, match="num_processes=2: this kernel has used a GPU already; restart it, train first"):
+        train_project(project, num_processes=2)
+
+
+def test_in_one_process_those_who_look_on_are_told(tmp_path, monkeypatch):
+    index = make_data(tmp_path)
+    preset = dataclasses.replace(load_preset("smoke"), train=dataclasses.replace(CONFIG, batch_size=4, max_steps=3))
+    project = SimpleNamespace(
+        preset=preset, codec=TinyCodec(), out_dir=tmp_path / "out", latents=SimpleNamespace(index=index)
+    )
+    monkeypatch.setattr(lib.presets.Preset, "cascade", tiny_cascade(0.1))
+    told = []
+    mine = Callback()
+    monkeypatch.setattr(mine, "on_epoch", lambda trainer, epoch: told.append(epoch))
+    run = train_project(project, callbacks=(mine,))
+    assert told == [1]
+    assert (run.path / "audio" / "pair_0_epoch_0001.wav").exists()
+    assert list((run.path / "tensorboard").iterdir())
+    assert run.load_model("last").masking == MaskingConfig("learned")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--preset", "none"], "preset: unknown 'none'"),
+        (["--preset", "smoke", "--set", "max_steps"], "--set max_steps: not of the form name=value"),
+        (["--preset", "smoke", "--data", "/nowhere"], "/nowhere: no such folder"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys, options, words):
+    monkeypatch.setattr(sys, "argv", ["lib.train", *options, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {words}")
+    assert errors.count("\n") == 1
+
+
+def test_the_options_reach_the_training(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(lib.train, "open_project", lambda *given: asked.append(given) or "project")
+    monkeypatch.setattr(
+        lib.train, "train_project", lambda *given, **options: asked.append((given, options)) or Run(tmp_path, {})
+    )
+    options = ["--preset", "demo", "--data", "songs", "--out", "there", "--resume", "--set", "max_steps=5"]
+    monkeypatch.setattr(sys, "argv", ["lib.train", *options])
+    main()
+    preset, *folders = asked[0]
+    assert (preset.name, preset.train.max_steps) == ("demo", 5)
+    assert folders[:2] == ["songs", "there"]
+    assert folders[2].num_processes == 1
+    assert asked[1] == (("project",), {"resume": True})
+    assert capsys.readouterr().out == f"run: {tmp_path}\n"

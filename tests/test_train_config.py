@@ -21,6 +21,7 @@ BAD = (
     [(name, value, "a whole number, 1 or more$") for name in COUNTS for value in (0, -1, 1.5, None, True, "8")]
     + [(name, value, "a whole number, 1 or more, or none$") for name in OPTIONAL_COUNTS for value in (0, 2.0, "8")]
     + [(name, value, "a whole number, 0 or more$") for name in FROM_ZERO for value in (-1, 0.5, None)]
+    + [("seed", 2**31, "a whole number below 2³¹$")]
     + [("learning_rate", value, "a finite number, above 0$") for value in (0, -1e-4, math.nan, math.inf, "1e-4", None)]
     + [("agent_learning_rate", value, "a finite number, above 0$") for value in (0, -1e-4, math.nan, "1e-4")]
     + [("clip", value, "a finite number, above 0$") for value in (0, -1.0, math.inf, math.nan)]
