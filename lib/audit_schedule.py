@@ -36,6 +36,8 @@ def audit_schedule(results: Sequence[Result], epochs: int) -> list[Verdict]:
     long_enough = epochs >= EPOCHS
     short = "" if long_enough else f"{epochs} epochs only"
     early = [norm for result in whole for norm in result.grad_norm[: math.ceil(len(result.grad_norm) * 10 / epochs)]]
+    parts = min(len(result.grad_norm) for result in whole)
+    recorded = f" (recorded as medians of {parts} parts)" if parts < min(r.steps for r in whole) else ""
     masks = each(whole, lambda result: result.quarter.get("masks/complementarity", 0.0))
     untrained = statistics.median(each(whole, lambda result: result.start.get("masks/complementarity", 0.0)))
     steps = min(each(three, lambda result: result.steps)) if never_non_finite(three) else EPOCH_3_BATCH_205
@@ -59,7 +61,7 @@ def audit_schedule(results: Sequence[Result], epochs: int) -> list[Verdict]:
             "two stages: gradient norm 2 to 5 up to epoch 10",
             within(early, 2, 5) if long_enough else None,
             early,
-            found="before clipping, of the whole objective",
+            found=f"before clipping, of the whole objective{recorded}",
             why=short,
         ),
         judge(
@@ -90,7 +92,7 @@ def audit_schedule(results: Sequence[Result], epochs: int) -> list[Verdict]:
             "the whole system keeps its gradient norm below 100",
             max(each(whole, peak)) < 100,
             each(whole, peak),
-            found="largest norm",
+            found=f"largest norm{recorded}",
         ),
         judge(
             "C15",
