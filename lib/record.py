@@ -35,7 +35,7 @@ from lib.pipeline import NotebookError, add_arguments, parsed_overrides, run_not
 from lib.presets import RECORD, ROOT, Preset, load_preset, open_project
 from lib.runs import versions
 
-FIGURES = ("listening_0", "stages", "grid", "collapse", "waterfalls")
+FIGURES = ("listening_0", "masks", "stages", "grid", "collapse", "waterfalls")
 README = ROOT / "README.md"
 MARKS = ("<!-- the claims: written by make record -->", "<!-- end of the claims -->")
 

@@ -156,3 +156,13 @@ def test_the_recorded_schedule_ran_its_epochs():
     assert {(r.variant, r.seed) for r in results} == {
         (v.name, seed) for v in SCHEDULED for seed in range(load_preset("demo").schedule_seeds)
     }
+
+
+def test_the_readme_quotes_the_figure_of_merit_as_it_was_measured():
+    tables = json.loads((RECORD / "demo" / "summary.json").read_text())["tables"]
+    (rows,) = (rows for caption, rows in tables.items() if caption.startswith("Means over") and "merit" in rows[0])
+    merit = {row["output"]: row["merit"] for row in rows}
+    averages = f"{merit['average of latents']} and {merit['average of waveforms']} for the plain averages"
+    said = f"is {merit['trained model']} for the trained model, {averages} of latents and of waveforms"
+    assert said in " ".join(README.read_text().split())
+    assert float(merit["trained model"]) > float(merit["average of latents"])
