@@ -52,6 +52,7 @@ from lib.trainer import train
 from lib.variants import Variant
 
 DECIDES = (
+    "dropout",
     "cascade",
     "law",
     "projection",

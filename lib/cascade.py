@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.configs import check, from_fields
+from lib.dropout import Dropout
 from lib.errors import UserError
 from lib.law import INPUT, LATENT_RMS, TARGET, Clips, StagePrediction, mean_of, predict_stage, preserving_weight
 from lib.projection import SpectralLinear
@@ -239,7 +240,7 @@ class TransformerLayer(nn.Module):
         self.ffn_out = nn.Linear(config.ffn_mult * d, d)
         self.norm1 = nn.LayerNorm(d)
         self.norm2 = nn.LayerNorm(d)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         # as nn.MultiheadAttention starts: the RMS at initialisation is part of what this project measures
         nn.init.xavier_uniform_(self.qkv.weight)
         nn.init.zeros_(self.qkv.bias)
@@ -297,7 +298,7 @@ class Stage(nn.Module):
         self.config = config
         concat = latent_dim * len(config.sources)
         self.input_projection = nn.Identity() if width == concat else nn.Linear(concat, width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.input_norm = nn.LayerNorm(width)
         self.layers = nn.ModuleList(TransformerLayer(width, config) for _ in range(config.num_layers))
         self.post_norm = nn.LayerNorm(width)
