@@ -67,6 +67,7 @@ DECIDES = (
     "nonfinite",
     "telemetry",
     "train_config",
+    "learner",
     "trainer",
     "metrics",
 )  # modules whose code makes a result

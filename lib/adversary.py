@@ -15,6 +15,7 @@ from torch import Tensor
 from lib.agent import Discriminator
 from lib.configs import check, check_counts, check_numbers
 from lib.losses import Critic, discriminator_hinge
+from lib.nonfinite import not_finite
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class Adversary:
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + share * value.detach()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
-        if norm.isfinite():
-            self.optimizer.step()
+        self.optimizer.optimizer.found_inf = not_finite(norm)
+        self.optimizer.step()
         return {f"discriminator/{name}": value for name, value in (sums | {"grad_norm": norm}).items()}
 
     def loss(self, made: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -4,16 +4,16 @@ The order depends on the seed and the epoch alone, never on the number of proces
 T frames.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from lib.latents import LatentPairs
+from lib.learner import Batch
 from lib.train_config import TrainConfig
-
-Batch = tuple[Tensor, Tensor]  # input and target latents, [B, D, T] each
 
 
 def epoch_order(num_pairs: int, epoch: int, seed: int, shuffled: float = 0.0) -> Tensor:
@@ -27,18 +27,17 @@ def epoch_order(num_pairs: int, epoch: int, seed: int, shuffled: float = 0.0) ->
     return torch.stack([inputs, targets], dim=1)
 
 
-def process_share(order: Tensor, batch_size: int, accumulate: int, rank: int, processes: int) -> list[list[Tensor]]:
+def process_share(order: Tensor, batch_size: int, accumulate: int, rank: int, processes: int) -> Iterator[list[Tensor]]:
     """What one of several processes takes of an order `[P, 2]`: for each step, its batches `[≤ batch_size, 2]`.
 
     A step takes `batch_size · accumulate · processes` pairs, and every process the same number of them; of the last,
     smaller step up to `processes − 1` pairs are left out.
     """
-    steps = []
-    for pairs in order.split(batch_size * accumulate * processes):
-        share = len(pairs) // processes
-        if share:
-            steps.append(list(pairs[rank * share : (rank + 1) * share].split(batch_size)))
-    return steps
+    pairs_per_step = batch_size * accumulate * processes
+    for start in range(0, len(order), pairs_per_step):
+        pairs = order[start : start + pairs_per_step]
+        if share := len(pairs) // processes:
+            yield list(pairs[rank * share : (rank + 1) * share].split(batch_size))
 
 
 class TrainingOrder:
@@ -49,19 +48,16 @@ class TrainingOrder:
         self.num_pairs, self.config, self.rank, self.processes = num_pairs, config, rank, processes
         self.epoch = self.position = 0
 
-    def left(self) -> list[list[Tensor]]:
-        """The steps that are left of this epoch: for each the batches of this process, as places in the data."""
-        config = self.config
-        order = epoch_order(self.num_pairs, self.epoch, config.seed, config.curriculum.target_shuffling)
-        return process_share(order[self.position :], config.batch_size, config.accumulate, self.rank, self.processes)
-
-    def epochs(self) -> Iterator[list[list[Tensor]]]:
-        """What is left of each epoch that is left; `advance` must be called for every step that is taken."""
-        while self.epoch < self.config.epochs:
-            if steps := self.left():
-                yield steps
-            else:  # fewer processes had left too few pairs for one step of these
-                self.epoch, self.position = self.epoch + 1, 0
+    def steps(self) -> Iterator[list[Tensor]]:
+        """Every step that is left: the batches of this process, as places in the data. The iterator may run ahead of
+        `advance`, which must be called for every step that is taken."""
+        if self.num_pairs - self.position < self.processes:  # fewer processes had left too few pairs for one of these
+            self.epoch, self.position = self.epoch + 1, 0
+        config, epoch, position = self.config, self.epoch, self.position
+        while epoch < config.epochs:
+            order = epoch_order(self.num_pairs, epoch, config.seed, config.curriculum.target_shuffling)[position:]
+            yield from process_share(order, config.batch_size, config.accumulate, self.rank, self.processes)
+            epoch, position = epoch + 1, 0
 
     def advance(self) -> None:
         """One step has been taken."""
@@ -97,26 +93,32 @@ def evenly_spread(count: int, most: int | None) -> Tensor:
     return torch.arange(most) * count // most
 
 
-def load_batches(
-    pairs: LatentPairs, chosen: Tensor, batches: Sequence[Tensor], *, workers: int, pin_memory: bool
-) -> DataLoader:
-    """`batches`, each `[≤ B, 2]` places among the `chosen` pairs of the data, → input and target latents."""
-    return DataLoader(
-        CrossedPairs(pairs),
-        batch_sampler=[chosen[batch].tolist() for batch in batches],
-        num_workers=workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # a loader draws a seed when it starts; the model's RNG must not notice
-    )
+def read_ahead(
+    pairs: LatentPairs, chosen: Tensor, steps: Iterable[list[Tensor]], *, threads: int, pin_memory: bool
+) -> Iterator[list[Batch]]:
+    """The latents of every step, in order, while as many threads read the steps that follow.
 
+    A step is a list of batches `[≤ B, 2]`: places among the `chosen` pairs of the data, whose input and whose target.
+    With `pin_memory` the latents lie where a GPU can fetch them while it computes.
+    """
 
-class CrossedPairs(Dataset):
-    """The input of one pair with the target of another: `[i, j]` → latents `[D, T]` twice."""
+    def read(step: list[Tensor]) -> list[Batch]:
+        return [clips(chosen[batch].tolist()) for batch in step]
 
-    def __init__(self, pairs: LatentPairs):
-        self.pairs = pairs
+    def clips(places: list[list[int]]) -> Batch:
+        inputs = [pairs[i] for i, _ in places]
+        targets = [inputs[k][1] if i == j else pairs[j][1] for k, (i, j) in enumerate(places)]
+        batch = torch.stack([input for input, _ in inputs]), torch.stack(targets)
+        return tuple(x.pin_memory() for x in batch) if pin_memory else batch
 
-    def __getitem__(self, places: tuple[int, int]) -> Batch:
-        i, j = places
-        input, target = self.pairs[i]
-        return input, target if i == j else self.pairs[j][1]
+    with ThreadPoolExecutor(threads, "read_ahead") as pool:
+        ahead: deque[Future[list[Batch]]] = deque()
+        try:
+            for step in steps:
+                ahead.append(pool.submit(read, step))
+                if len(ahead) > threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -46,7 +46,7 @@ class DemoClips(Callback):
             folder.mkdir(exist_ok=True)
         for number, place in enumerate(evenly_spread(len(pairs), self.count).tolist()):
             latents = [clip[None].to(trainer.accelerator.device) for clip in pairs[place]]
-            with torch.inference_mode(), evaluating(trainer.kept_model) as model:
+            with torch.inference_mode(), evaluating(trainer.learner.kept_model) as model:
                 outputs = (*latents, model(*latents).latents.float())
                 sounds = (self.codec.decode(x)[0].cpu() for x in outputs)
                 wavs = dict(zip(("input", "target", "output"), sounds, strict=True))
@@ -108,5 +108,5 @@ class Dashboard(Callback):
         left = (time.monotonic() - self.began) / max(1, taken) * (total - trainer.step)
         title = f"step {trainer.step} of {total}, epoch {trainer.order.epoch}, about {left / 60:.1f} min left"
         return plots.training_dashboard(
-            self.rows["train"], self.rows["val"], len(trainer.plain_model.cascade.stages), title
+            self.rows["train"], self.rows["val"], len(trainer.learner.plain_model.cascade.stages), title
         )

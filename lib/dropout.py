@@ -16,7 +16,7 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return F.dropout(x, self.p, self.training)
-        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)  # 64 random bits each
+        words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,))  # 64 random bits each
         draws = words.view(torch.int16)[: x.numel()].view(x.shape)
         dropped = min(round(self.p * DRAWS), DRAWS - 1)
         return (x * (draws >= dropped - DRAWS // 2)).mul_(DRAWS / (DRAWS - dropped))

@@ -86,6 +86,11 @@ def find_in_batches(
     return found
 
 
+def not_finite(x: Tensor) -> Tensor:
+    """1 for each element that is NaN or infinite, else 0: for a device to read without its host."""
+    return (~x.isfinite()).float()
+
+
 def stage_of(name: str) -> int | None:
     match = re.match(r"(?:cascade\.)?stages\.(\d+)", name)
     return int(match[1]) if match else None

@@ -103,7 +103,6 @@ class Preset:
             checkpoint_every=500,
             max_train_pairs=self.schedule_pairs,
             max_val_pairs=self.ablation_val_pairs,
-            num_workers=0,
             curriculum=CurriculumConfig(noise_rate=0.002, noise_start=10, target_shuffling=0.25),
         )
         return Plan(SCHEDULED, self.schedule_layers, self.schedule_seeds, train, MaskingConfig("learned"))
@@ -202,6 +201,7 @@ PRESETS = {
             checkpoint_every=500,
             max_val_pairs=256,
             num_workers=4,
+            gather_every=10,
             loss=OBJECTIVE,
             curriculum=CurriculumConfig(noise_rate=0.002, noise_start=10, target_shuffling=0.25),
             adversary=AdversaryConfig(discriminator_learning_rate=1e-4, discriminator_warmup=1000),

@@ -1,6 +1,7 @@
 """What a training step reports, by the names that metrics.jsonl uses, and who may listen."""
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ class Callback:
         """Before the first step that is taken now."""
 
     def on_step(self, trainer: Any, row: dict[str, Any]) -> None:
-        """After every optimizer step, with its row of metrics.jsonl."""
+        """For every optimizer step, with its row of metrics.jsonl; once its metrics are gathered."""
 
     def on_epoch(self, trainer: Any, epoch: int) -> None:
         """After the last step of an epoch; `epoch` counts those that are done."""
@@ -55,7 +56,7 @@ def gradient_norms(model: FusionModel) -> dict[str, Tensor]:
     return norms
 
 
-def to_floats(values: dict[str, Tensor]) -> dict[str, float]:
+def to_floats(values: dict[Hashable, Tensor]) -> dict[Hashable, float]:
     """Scalars to the host in one transfer."""
     if not values:
         return {}

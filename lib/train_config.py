@@ -39,7 +39,9 @@ class TrainConfig:
     checkpoint_every: int = 100  # steps between validations, each of which writes a checkpoint
     max_train_pairs: int | None = None  # train on so many pairs at most, spread evenly over all; None: on all
     max_val_pairs: int | None = None  # validate on so many pairs at most, spread likewise
-    num_workers: int = 0  # reader processes; latents are memory-mapped, so a CPU run needs none
+    num_workers: int = 2  # threads that read the latents of the next steps
+    gather_every: int = 1  # steps between two transfers of the metrics; each makes the host wait for a GPU
+    compile: bool = False  # torch.compile: minutes at the start; measured slower on a CPU
     seed: int = 0
     loss: LossConfig = field(default_factory=LossConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
@@ -50,9 +52,10 @@ class TrainConfig:
             value = getattr(self, name)
             if isinstance(value, dict):
                 object.__setattr__(self, name, _partly(cls, name, value))
-        check_counts(self, "epochs", "batch_size", "accumulate", "checkpoint_every")
+        check_counts(self, "epochs", "batch_size", "accumulate", "checkpoint_every", "num_workers", "gather_every")
         check_counts(self, "max_steps", "patience", "max_train_pairs", "max_val_pairs", optional=True)
-        check_counts(self, "num_workers", "warmup_steps", "seed", least=0)
+        check_counts(self, "warmup_steps", "seed", least=0)
+        check(isinstance(self.compile, bool), "compile", self.compile, "true or false")
         check(self.seed < 2**31, "seed", self.seed, "a whole number below 2³¹")
         check_numbers(self, "learning_rate", above=0)
         check_numbers(self, "weight_decay")

@@ -4,12 +4,12 @@ Legend: B batch, D latent channels, T frames.
 """
 
 import contextlib
-import copy
 import dataclasses
 import logging
 import math
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lib.adversary import Adversary
 from lib.agent import MaskingConfig
-from lib.batches import Batch, TrainingOrder, evenly_spread, load_batches
+from lib.batches import TrainingOrder, evenly_spread, read_ahead
 from lib.cascade import CascadeConfig
 from lib.codec import Codec
 from lib.configs import from_fields
-from lib.curriculum import mix_noise, noise_share
+from lib.curriculum import noise_share
 from lib.errors import UserError
-from lib.fusion import Fusion, FusionModel, evaluating
+from lib.fusion import evaluating
 from lib.latents import LatentPairs
-from lib.losses import Decode, total_loss
+from lib.learner import Batch, Learner
+from lib.losses import Decode
 from lib.nonfinite import NORM, NonFiniteError, find_in_batches
-from lib.optimization import learning_rate_factor, move_average, parameter_groups
 from lib.processes import (
     StopSignals,
     join_processes,
@@ -43,7 +41,7 @@ from lib.processes import (
     sum_over_processes,
 )
 from lib.runs import Run
-from lib.telemetry import Callback, gradient_norms, step_metrics, to_floats
+from lib.telemetry import Callback, to_floats
 from lib.train_config import LENGTH, TrainConfig, resolved_precision
 
 logger = logging.getLogger(__name__)
@@ -107,6 +105,17 @@ def train(
     return run
 
 
+@dataclass
+class TakenStep:
+    """A step whose metrics are still on the device, with what it takes to repeat it."""
+
+    facts: dict[str, Any]  # split, step and epoch, and what the host knew of it
+    metrics: dict[str, Tensor]
+    batches: Sequence[Batch]
+    rng: dict[str, Any]
+    noise: float
+
+
 class Trainer:
     """The loop over a run's steps. Everything it needs to go on after a kill is in the run's checkpoints."""
 
@@ -118,7 +127,6 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ):
         self.run = run
-        self.decode = decode  # for the terms of the loss that are heard
         self.config = from_fields(TrainConfig, run.config["train"])
         self.pairs = pairs
         most = {"train": self.config.max_train_pairs, "val": self.config.max_val_pairs}
@@ -129,19 +137,9 @@ class Trainer:
         self.callbacks = callbacks if self.accelerator.is_main_process else ()
         torch.manual_seed(self.config.seed)
         cascade = CascadeConfig.from_dict(run.config["cascade"])
-        model = FusionModel(cascade, from_fields(MaskingConfig, run.config["masking"]))
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, self.config),
-            lr=self.config.learning_rate,
-            weight_decay=self.config.weight_decay,
-            fused=True,
-        )
-        self.average = copy.deepcopy(model).to(self.accelerator.device) if self.config.ema else None
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.adversary = None
-        if self.config.adversary.discriminator_learning_rate is not None:
-            clip = self.max_norm
-            self.adversary = Adversary(self.config.adversary, cascade.latent_dim, clip, self.accelerator)
+        masking = from_fields(MaskingConfig, run.config["masking"])
+        self.learner = Learner(self.config, cascade, masking, self.accelerator, decode)
+        self.ungathered: list[TakenStep] = []  # steps whose metrics have not been gathered
         self.step = 0
         self.best_loss = math.inf
         self.stale = 0  # validations since the best one
@@ -151,20 +149,6 @@ class Trainer:
             self.load()
         elif self.accelerator.process_index:
             seed_process(self.config.seed, 0, self.accelerator.process_index)
-
-    @property
-    def plain_model(self) -> FusionModel:
-        """The model in training, out of what the launcher wraps it in."""
-        return self.accelerator.unwrap_model(self.model)
-
-    @property
-    def kept_model(self) -> FusionModel:
-        """The one that is validated and kept: the averaged weights where there are any."""
-        return self.plain_model if self.average is None else self.average
-
-    @property
-    def max_norm(self) -> float:
-        return self.config.clip if self.config.clip is not None else math.inf
 
     @property
     def out_of_patience(self) -> bool:
@@ -192,24 +176,35 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_start(self)
         try:
-            with self.stop, bar, out_of_memory_advice(self.memory_advice):
-                for batches in self.steps():
-                    row, stop = self.train_step(batches)
-                    bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+            with (
+                self.stop,
+                bar,
+                out_of_memory_advice(self.memory_advice),
+                contextlib.closing(self.steps()) as batches_of_steps,
+            ):
+                for batches in batches_of_steps:
+                    self.train_step(batches)
                     bar.update()
-                    if self.after_step(row, stop, last=self.step == total):
+                    if self.after_step(bar, last=self.step == total):
                         return
         finally:
             for callback in self.callbacks:
                 callback.on_end(self)
 
-    def after_step(self, row: dict[str, Any], stop: bool, *, last: bool) -> bool:
-        """Tell the callbacks, validate and save where it is time. Whether training is over."""
-        for callback in self.callbacks:
-            callback.on_step(self, row)
-            if self.order.position == 0:
+    def after_step(self, bar: tqdm, *, last: bool) -> bool:
+        """Gather the metrics, tell the callbacks, validate and save where it is time. Whether training is over."""
+        save, epoch_over = last or self.step % self.config.checkpoint_every == 0, self.order.position == 0
+        if not (save or epoch_over or len(self.ungathered) == self.config.gather_every):
+            return False
+        rows, stop = self.gather()
+        for row in rows:
+            for callback in self.callbacks:
+                callback.on_step(self, row)
+        bar.set_postfix(loss=f"{rows[-1]['loss']:.3f}", refresh=False)
+        if epoch_over:
+            for callback in self.callbacks:
                 callback.on_epoch(self, self.order.epoch)
-        if last or self.step % self.config.checkpoint_every == 0:
+        if save:
             self.validate_and_save()
         elif stop:
             self.save(is_best=False)
@@ -222,89 +217,50 @@ class Trainer:
     # --- data ----------------------------------------------------------------------------------------------------
 
     def steps(self) -> Iterator[list[Batch]]:
-        """The batches of every step that is left."""
-        for plan in self.order.epochs():
-            loader = iter(self.loader("train", [batch for step in plan for batch in step]))
-            for step in plan:
-                yield [next(loader) for _ in step]
+        """The batches of every step that is left, read while the steps before are taken."""
+        yield from self.read("train", self.order.steps())
 
-    def loader(self, split: str, batches: Sequence[Tensor]) -> DataLoader:
+    def read(self, split: str, steps: Iterable[list[Tensor]]) -> Iterator[list[Batch]]:
         on_gpu = self.accelerator.device.type == "cuda"
-        workers = self.config.num_workers
-        return load_batches(self.pairs[split], self.chosen[split], batches, workers=workers, pin_memory=on_gpu)
+        pairs, chosen, threads = self.pairs[split], self.chosen[split], self.config.num_workers
+        return read_ahead(pairs, chosen, steps, threads=threads, pin_memory=on_gpu)
 
     def to_device(self, batch: Batch) -> Batch:
         return tuple(clips.to(self.accelerator.device, non_blocking=True) for clips in batch)
 
     # --- steps ---------------------------------------------------------------------------------------------------
 
-    def forward(
-        self, model: nn.Module, batch: Batch, *, noise: float = 0.0
-    ) -> tuple[Tensor, dict[str, Tensor], Fusion]:
-        """Loss, metrics and output of a batch; `noise` is the share that is mixed into what the model sees."""
-        input, target = self.to_device(batch)
-        device = self.accelerator.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            fusion: Fusion = model(mix_noise(input, noise), mix_noise(target, noise))
-        loss, terms = total_loss(
-            fusion.latents.float(),
-            input,
-            target,
-            self.config.loss,
-            self.decode,
-            masks=fusion.masks,
-            # not in validation: the loss would move with the discriminator
-            critic=self.adversary.critic(self.step) if self.adversary and model.training else None,
-            random_window=model.training,
-        )
-        return loss, step_metrics(terms, fusion), fusion
-
-    def train_step(self, batches: Sequence[Batch]) -> tuple[dict[str, Any], bool]:
-        """One optimizer step on one batch or several. Logs and returns its metrics, and whether some process was asked
-        to stop. Raises `NonFiniteError`, in every process, before a bad step is taken."""
-        self.model.train()
-        rng = rng_state()
-        epoch = self.order.epoch
-        share = noise_share(epoch, self.config.curriculum)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["full_lr"] * learning_rate_factor(
-                self.step, self.order.progress(self.step), self.config
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, Tensor] = {}
-        made = []
-        for i, batch in enumerate(batches):
-            weight = len(batch[0]) / sum(len(b[0]) for b in batches)
-            with self.accelerator.no_sync(self.model) if i + 1 < len(batches) else contextlib.nullcontext():
-                loss, terms, fusion = self.forward(self.model, batch, noise=share)
-                self.accelerator.backward(loss * weight if weight < 1 else loss)
-            for name, value in ({"loss": loss} | terms).items():
-                sums[name] = sums.get(name, 0) + weight * value.detach()
-            made.append(fusion.latents.detach().float())
-        shares = gradient_norms(self.plain_model)
-        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_norm)
-        asked = torch.tensor(float(self.stop.asked is not None), device=self.accelerator.device)
-        metrics = self.to_floats({"loss": sums.pop("loss"), "grad_norm": grad_norm} | shares | sums | {"stop": asked})
-        stop = metrics.pop("stop") > 0
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-            self.stop_non_finite("train", self.step + 1, batches, rng, share)
-        self.optimizer.step()
-        if self.average is not None:
-            move_average(self.average, self.plain_model, self.config.ema, self.step)
-        if self.adversary is not None:
-            clean = [(output, *self.to_device(batch)) for output, batch in zip(made, batches, strict=True)]
-            learned = self.to_floats(self.adversary.learn(self.step, clean))
-            if not all(map(math.isfinite, learned.values())):
-                self.end_non_finite("train", self.step + 1, None, "the discriminator's loss or gradient")
-            metrics |= learned
-        if self.config.curriculum.noise_rate:
-            metrics["noise_share"] = share
+    def train_step(self, batches: Sequence[Batch]) -> None:
+        """One optimizer step on one batch or several. What it measured waits for `gather`."""
+        epoch, rng = self.order.epoch, rng_state()
+        noise = noise_share(epoch, self.config.curriculum)
+        batches = [self.to_device(batch) for batch in batches]
+        metrics = self.learner.learn(self.step, batches, progress=self.order.progress(self.step), noise=noise)
         self.step += 1
         self.order.advance()
-        row = {"split": "train", "step": self.step, "epoch": epoch} | metrics
-        self.log(row)
-        self.warn_of_factors(metrics)
-        return row, stop
+        facts = {"split": "train", "step": self.step, "epoch": epoch}
+        if self.config.curriculum.noise_rate:
+            facts["noise_share"] = noise
+        self.ungathered.append(TakenStep(facts, metrics, batches, rng, noise))
+
+    def gather(self) -> tuple[list[dict[str, Any]], bool]:
+        """Log and return the metrics of the steps since the last call, in one transfer from the device, and whether
+        some process was asked to stop. Raises `NonFiniteError`, in every process; no bad step was taken then."""
+        taken, self.ungathered = self.ungathered, []
+        asked = torch.full((), float(self.stop.asked is not None), device=self.accelerator.device)
+        tensors = {(i, name): value for i, step in enumerate(taken) for name, value in step.metrics.items()}
+        floats = self.to_floats(tensors | {"stop": asked})
+        rows = []
+        for i, step in enumerate(taken):
+            row = step.facts | {name: floats[i, name] for name in step.metrics}
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                self.stop_non_finite("train", row["step"], step.batches, step.rng, step.noise)
+            if not all(math.isfinite(value) for name, value in row.items() if name.startswith("discriminator/")):
+                self.end_non_finite("train", row["step"], None, "the discriminator's loss or gradient")
+            self.log(row)
+            self.warn_of_factors(row)
+            rows.append(row)
+        return rows, floats["stop"] > 0
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -313,11 +269,13 @@ class Trainer:
         sums = {"pairs": 0.0}
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         places = torch.arange(len(self.chosen["val"]))[rank::processes, None].expand(-1, 2)
-        batches = places.split(VAL_BATCH) if len(places) else ()  # fewer pairs than processes: none for this one
+        # where there are fewer pairs than processes, none are left for some
+        steps = [[batch] for batch in places.split(VAL_BATCH)] if len(places) else []
         bad = None
-        with evaluating(self.kept_model) as model:
-            for batch in self.loader("val", batches):
-                loss, terms, _ = self.forward(model, batch)
+        with evaluating(self.learner.kept_model) as model:
+            for (read,) in self.read("val", steps):
+                batch = self.to_device(read)
+                loss, terms, _ = self.learner.loss(model, batch)
                 metrics = to_floats({"loss": loss} | terms)
                 if not math.isfinite(metrics["loss"]):  # finite gradients can still take weights to infinity
                     bad = batch
@@ -340,9 +298,9 @@ class Trainer:
             callback.on_validation(self, row)
         self.save(is_best=is_best)
 
-    def to_floats(self, values: dict[str, Tensor]) -> dict[str, float]:
+    def to_floats(self, values: dict[Hashable, Tensor]) -> dict[Hashable, float]:
         """Means over the processes, on the host, in one transfer."""
-        if not values or self.accelerator.num_processes == 1:
+        if self.accelerator.num_processes == 1:
             return to_floats(values)
         stacked = torch.stack([value.detach().float() for value in values.values()])
         return dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
@@ -355,11 +313,11 @@ class Trainer:
 
     def save(self, *, is_best: bool) -> None:
         random = gather_object([rng_state()])  # one of each process
-        model = self.kept_model.train().eval()  # aligns the projections' σ with the weights of this step
+        model = self.learner.kept_model.train().eval()  # aligns the projections' σ with the weights of this step
         if not self.accelerator.is_main_process:
             return
         training = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.learner.optimizer.state_dict(),
             "epoch": self.order.epoch,
             "position": self.order.position,
             "best_loss": self.best_loss,
@@ -367,19 +325,19 @@ class Trainer:
             "warned": sorted(self.warned),
             "random": random,
         }
-        if self.average is not None:
-            training["weights"] = self.plain_model.state_dict()  # the checkpoint's own are the average
-        if self.adversary is not None:
-            training["adversary"] = self.adversary.state_dict()
+        if self.learner.average is not None:
+            training["weights"] = self.learner.plain_model.state_dict()  # the checkpoint's own are the average
+        if self.learner.adversary is not None:
+            training["adversary"] = self.learner.adversary.state_dict()
         self.run.save(self.step, model, training, is_best=is_best)
 
     def load(self) -> None:
-        self.step, training = self.run.load_training(self.kept_model)
-        if self.average is not None:
-            self.plain_model.load_state_dict(training["weights"])
-        if self.adversary is not None:
-            self.adversary.load_state_dict(training["adversary"])
-        self.optimizer.load_state_dict(training["optimizer"])
+        self.step, training = self.run.load_training(self.learner.kept_model)
+        if self.learner.average is not None:
+            self.learner.plain_model.load_state_dict(training["weights"])
+        if self.learner.adversary is not None:
+            self.learner.adversary.load_state_dict(training["adversary"])
+        self.learner.optimizer.load_state_dict(training["optimizer"])
         self.order.epoch, self.order.position = training["epoch"], training["position"]
         self.best_loss, self.stale = training["best_loss"], training["stale"]
         self.warned = set(training["warned"])
@@ -408,13 +366,17 @@ class Trainer:
         self, split: str, step: int, batches: Sequence[Batch], rng: dict[str, Any], noise: float
     ) -> None:
         """Find where the non-finite value appeared first, in whichever process, record it and raise in all."""
-        model = self.plain_model if split == "train" else self.kept_model
+        learner = self.learner
+        model = learner.plain_model if split == "train" else learner.kept_model
+        critic = learner.adversary.critic(step - 1) if learner.adversary and split == "train" else None
 
         def forward(batch: Batch) -> Tensor:
             set_rng_state(rng)
-            return self.forward(model, batch, noise=noise)[0]
+            return learner.loss(model, batch, noise=noise, critic=critic)[0]
 
-        found = find_in_batches(model, batches, forward)
+        watchable = torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()
+        with watchable:
+            found = find_in_batches(model, batches, forward)
         reports = [report for report in gather_object([found]) if report]
         stage, tensor = next((report for report in reports if report[1] != NORM), reports[0])
         self.end_non_finite(split, step, stage, tensor)

@@ -1,10 +1,14 @@
 """Which pairs a step takes: every one once, the same whatever the number of processes, targets moved as asked."""
 
+import threading
+import tracemalloc
+
 import pytest
 import torch
 
-from lib.batches import TrainingOrder, epoch_order, evenly_spread, load_batches, process_share
+from lib.batches import TrainingOrder, epoch_order, evenly_spread, process_share, read_ahead
 from lib.curriculum import CurriculumConfig
+from lib.errors import UserError
 from lib.latents import LatentPairs
 from lib.train_config import TrainConfig
 
@@ -66,7 +70,7 @@ def test_one_target_alone_has_nobody_to_change_places_with():
 
 def test_one_process_takes_the_order_as_it_is():
     order = epoch_order(11, 0, 0)
-    steps = process_share(order, batch_size=2, accumulate=2, rank=0, processes=1)
+    steps = list(process_share(order, batch_size=2, accumulate=2, rank=0, processes=1))
     assert [[len(batch) for batch in step] for step in steps] == [[2, 2], [2, 2], [2, 1]]
     assert torch.equal(torch.cat([batch for step in steps for batch in step]), order)
 
@@ -76,7 +80,7 @@ def test_one_process_takes_the_order_as_it_is():
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_all_processes_together_take_what_one_takes(count, batch_size, accumulate, processes):
     order = epoch_order(count, 2, 5, 0.5)
-    shares = [process_share(order, batch_size, accumulate, rank, processes) for rank in range(processes)]
+    shares = [list(process_share(order, batch_size, accumulate, rank, processes)) for rank in range(processes)]
     sizes = [[[len(batch) for batch in step] for step in share] for share in shares]
     assert all(size == sizes[0] for size in sizes)  # or one would wait for the others for ever
     whole = batch_size * accumulate * processes
@@ -108,10 +112,9 @@ def test_accumulated_batches_are_the_larger_batch():
 def walk(order: TrainingOrder) -> list[tuple[int, int, list[torch.Tensor]]]:
     """All steps that are left: epoch, position and batches of each."""
     taken = []
-    for plan in order.epochs():
-        for step in plan:
-            taken.append((order.epoch, order.position, step))
-            order.advance()
+    for step in order.steps():
+        taken.append((order.epoch, order.position, step))
+        order.advance()
     return taken
 
 
@@ -128,15 +131,27 @@ def test_steps_of_two_epochs_by_hand():
     assert (order.epoch, order.position, order.total_steps(6)) == (2, 0, 6)
 
 
-def test_an_epoch_comes_in_one_piece_and_what_is_left_of_it_too():
-    order = TrainingOrder(5, TrainConfig(epochs=3, batch_size=2))
-    order.advance()
-    pieces = []
-    for plan in order.epochs():
-        pieces.append(len(plan))
-        for _ in plan:
-            order.advance()
-    assert pieces == [2, 3, 3]
+def test_steps_may_be_asked_for_before_those_before_them_are_taken():
+    config = TrainConfig(epochs=3, batch_size=2)
+    in_step, ahead = TrainingOrder(5, config), TrainingOrder(5, config)
+    for order in (in_step, ahead):
+        order.advance()
+    wanted = [step for _, _, step in walk(in_step)]
+    asked = list(ahead.steps())
+    assert len(asked) == len(wanted) == 8
+    assert all(torch.equal(a, b) for (a,), (b,) in zip(asked, wanted, strict=True))
+    assert (ahead.epoch, ahead.position) == (0, 2)
+
+
+def test_the_order_of_a_million_pairs_is_made_as_it_is_asked_for():
+    """The first step of an epoch costs no more objects than the first of a small one."""
+    order = TrainingOrder(1_000_000, TrainConfig(epochs=1000, batch_size=8))
+    tracemalloc.start()
+    first = next(order.steps())
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [len(batch) for batch in first] == [8]
+    assert held < 100_000  # a list of all 125,000 steps takes tens of MB
 
 
 def test_an_epoch_ends_with_its_last_step_though_a_few_pairs_are_left_out():
@@ -256,25 +271,82 @@ def test_gaps_of_a_spread_differ_by_one_at_most(count, most):
 # --- from disk --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_batch_has_the_input_of_one_pair_with_the_target_of_another(tiny_index, workers):
+def read(pairs, chosen, steps, threads=2):
+    return read_ahead(pairs, chosen, steps, threads=threads, pin_memory=False)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_batch_has_the_input_of_one_pair_with_the_target_of_another(tiny_index, threads):
     pairs = LatentPairs(tiny_index, "val")
     chosen = torch.tensor([1, 3, 4, 8])  # what training takes of the data
-    batches = [torch.tensor([[0, 2], [1, 1], [3, 0]]), torch.tensor([[2, 3]])]
-    loaded = list(load_batches(pairs, chosen, batches, workers=workers, pin_memory=False))
-    places = [[(1, 4), (3, 3), (8, 1)], [(4, 8)]]
-    assert [len(input) for input, _ in loaded] == [3, 1]
-    for (input, target), wanted in zip(loaded, places, strict=True):
-        assert torch.equal(input, torch.stack([pairs[i][0] for i, _ in wanted]))
-        assert torch.equal(target, torch.stack([pairs[j][1] for _, j in wanted]))
-    assert not torch.equal(loaded[0][1][0], pairs[1][1])
+    steps = [[torch.tensor([[0, 2], [1, 1], [3, 0]]), torch.tensor([[2, 3]])], [torch.tensor([[1, 0]])]]
+    places = [[[(1, 4), (3, 3), (8, 1)], [(4, 8)]], [[(3, 1)]]]
+    loaded = list(read(pairs, chosen, steps, threads))
+    assert [[len(input) for input, _ in step] for step in loaded] == [[3, 1], [1]]
+    for step, wanted_step in zip(loaded, places, strict=True):
+        for (input, target), wanted in zip(step, wanted_step, strict=True):
+            assert torch.equal(input, torch.stack([pairs[i][0] for i, _ in wanted]))
+            assert torch.equal(target, torch.stack([pairs[j][1] for _, j in wanted]))
+    assert not torch.equal(loaded[0][0][1][0], pairs[1][1])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_loading_leaves_the_random_numbers_alone(tiny_index, workers):
+def test_loading_leaves_the_random_numbers_alone(tiny_index):
     state = torch.get_rng_state()
-    for _ in load_batches(
-        LatentPairs(tiny_index, "train"), torch.arange(5), [torch.zeros(2, 2).long()], workers=workers, pin_memory=False
-    ):
+    for _ in read(LatentPairs(tiny_index, "train"), torch.arange(5), [[torch.zeros(2, 2).long()]]):
         pass
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class WatchedPairs:
+    """Tells which pairs have been read, and by whom; pair 13 is damaged."""
+
+    def __init__(self):
+        self.seen, self.readers, self.lock = [], set(), threading.Condition()
+
+    def __getitem__(self, i):
+        if i == 13:
+            raise UserError("shard 13: its checksum is wrong")
+        with self.lock:
+            self.seen.append(i)
+            self.readers.add(threading.current_thread().name)
+            self.lock.notify_all()
+        return torch.full((2, 3), float(i)), torch.full((2, 3), -float(i))
+
+    def wait_for(self, count):
+        with self.lock:
+            assert self.lock.wait_for(lambda: len(self.seen) >= count, timeout=30)
+
+
+def steps_of_one(numbers):
+    return [[torch.tensor([[i, i]])] for i in numbers]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_the_steps_that_follow_are_read_while_one_is_taken(threads):
+    """As many as there are threads and no more: memory stays bounded."""
+    pairs = WatchedPairs()
+    batches = read(pairs, torch.arange(12), steps_of_one(range(12)), threads)
+    order = []
+    for number in range(12):
+        ((input, _),) = next(batches)
+        order.append(input[0, 0, 0].item())
+        pairs.wait_for(min(12, number + 1 + threads))
+        assert sorted(pairs.seen) == list(range(min(12, number + 1 + threads)))
+    assert order == list(range(12))
+    assert next(batches, None) is None
+    assert threading.current_thread().name not in pairs.readers
+
+
+def test_a_read_that_fails_fails_in_its_own_step():
+    batches = read(WatchedPairs(), torch.arange(20), steps_of_one([1, 13, 2]))
+    assert len(next(batches)) == 1
+    with pytest.raises(UserError, match="shard 13"):
+        next(batches)
+
+
+def test_no_thread_is_left_when_reading_ends_early():
+    batches = read(WatchedPairs(), torch.arange(12), steps_of_one(range(12)))
+    next(batches)
+    assert any(thread.name.startswith("read_ahead") for thread in threading.enumerate())
+    batches.close()
+    assert not any(thread.name.startswith("read_ahead") for thread in threading.enumerate())

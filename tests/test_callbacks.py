@@ -69,10 +69,10 @@ class Keep(Callback):
 
 def state(trainer: Trainer) -> list:
     """All that training goes on from: weights of both models, modes, gradients, random numbers."""
-    models = [trainer.plain_model, *([trainer.average] if trainer.average is not None else [])]
+    models = [trainer.learner.plain_model, *([trainer.learner.average] if trainer.learner.average is not None else [])]
     kept = [value.clone() for model in models for value in model.parameters()]
     modes = [module.training for model in models for module in model.modules()]
-    gradients = [p.grad.clone() for p in trainer.plain_model.parameters() if p.grad is not None]
+    gradients = [p.grad.clone() for p in trainer.learner.plain_model.parameters() if p.grad is not None]
     return [*kept, *gradients, rng_state()["rng"], torch.tensor(modes), torch.tensor(torch.is_grad_enabled())]
 
 
@@ -126,7 +126,7 @@ def test_outputs_are_those_of_the_model_that_is_kept(start, tiny_codec, tiny_ind
     with torch.no_grad():
         kept = run.load_model("last")(input, target).latents
         torch.testing.assert_close(found, tiny_codec.decode(kept)[0], rtol=1e-4, atol=1e-6)
-        in_training = keep.trainer.plain_model.eval()(input, target).latents
+        in_training = keep.trainer.learner.plain_model.eval()(input, target).latents
     difference = (tiny_codec.decode(in_training)[0] - found).abs().max()
     assert (difference > 1e-4) == (ema > 0)
     assert found.square().mean().sqrt() > 0.01

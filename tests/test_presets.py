@@ -180,7 +180,7 @@ def test_numbers_are_taken_as_yaml_writes_them():
         ("num_layers", 0, "1 or more"),
         ("anti_cheating", -1, "0 or more"),
         ("input_weight", -0.3, "0 or more"),
-        ("num_workers", -1, "0 or more"),
+        ("num_workers", 0, "1 or more"),
         ("patience", 0, "whole number, 1 or more, or none"),
         ("accumulate", 0, "whole number, 1 or more"),
         ("ema", 1, "from 0 to below 1"),

@@ -14,9 +14,9 @@ from lib.errors import UserError
 from lib.losses import MASK_TERMS, LossConfig
 from lib.train_config import PRECISIONS, SCHEDULES, TrainConfig, resolved_precision
 
-COUNTS = ("epochs", "batch_size", "accumulate", "checkpoint_every")
+COUNTS = ("epochs", "batch_size", "accumulate", "checkpoint_every", "num_workers", "gather_every")
 OPTIONAL_COUNTS = ("max_steps", "patience", "max_train_pairs", "max_val_pairs")
-FROM_ZERO = ("num_workers", "warmup_steps", "seed")
+FROM_ZERO = ("warmup_steps", "seed")
 BAD = (
     [(name, value, "a whole number, 1 or more$") for name in COUNTS for value in (0, -1, 1.5, None, True, "8")]
     + [(name, value, "a whole number, 1 or more, or none$") for name in OPTIONAL_COUNTS for value in (0, 2.0, "8")]
@@ -28,6 +28,7 @@ BAD = (
     + [("weight_decay", value, "a finite number, 0 or more$") for value in (-0.1, math.nan, math.inf, None)]
     + [("ema", value, "a decay from 0 to below 1$") for value in (1, 1.0, -0.1, math.nan, "0.9", None)]
     + [("precision", value, "one of fp32, bf16, auto$") for value in ("fp16", "", None)]
+    + [("compile", value, "true or false$") for value in (1, None, "true")]
     + [("schedule", value, "one of constant, cosine$") for value in ("linear", None)]
 )
 

@@ -22,6 +22,7 @@ from conftest import TinyDiscriminator
 from torch import nn
 
 import lib.adversary
+import lib.learner
 import lib.runs
 import lib.trainer
 from lib.adversary import AdversaryConfig
@@ -42,7 +43,7 @@ from lib.trainer import Trainer, train
 
 ROOT = Path(__file__).parent.parent
 # Three steps an epoch, so that checkpoints fall within epochs; at this rate and seed the last one is not the best.
-CONFIG = TrainConfig(max_steps=8, batch_size=2, checkpoint_every=2, learning_rate=3e-2, seed=2)
+CONFIG = TrainConfig(max_steps=8, batch_size=2, checkpoint_every=2, learning_rate=0.1, seed=2)
 # Everything at once: three epochs of three steps, the last of each smaller.
 EVERYTHING = {
     "epochs": 3,
@@ -144,6 +145,13 @@ class Recorder(Callback):
 # --- what a run computes and records ----------------------------------------------------------------------------------
 
 
+def take(trainer: Trainer, batches) -> dict:
+    """One step and its row."""
+    trainer.train_step(batches)
+    (row,), _ = trainer.gather()
+    return row
+
+
 def test_the_loss_goes_down(start, tiny_cascade):
     steps = {"max_steps": 60, "checkpoint_every": 60}
     run = start(cascade=tiny_cascade(dropout=0.0), loss=LossConfig(1.0, 0.0), **steps)  # learn to give the input back
@@ -182,14 +190,14 @@ def test_gradient_norm_is_measured_before_clipping_and_clipping_takes_place(new_
     trainer = new_trainer(tiny_cascade(dropout=0.0), clip=1e-3)
     ((input, target),) = batches = next(trainer.steps())
     manual = FusionModel(tiny_cascade(dropout=0.0))
-    manual.load_state_dict(trainer.plain_model.state_dict())
+    manual.load_state_dict(trainer.learner.plain_model.state_dict())
     output, traces, _ = manual(input, target)
     (0.3 * (output - input).pow(2).mean() + 0.3 * (output - target).pow(2).mean()).backward()
     norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in manual.parameters()))
-    row, _ = trainer.train_step(batches)
+    row = take(trainer, batches)
     assert norm > 1e-2  # far above the clip, so that before and after differ
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
-    clipped = math.sqrt(sum(p.grad.double().square().sum().item() for p in trainer.model.parameters()))
+    clipped = math.sqrt(sum(p.grad.double().square().sum().item() for p in trainer.learner.model.parameters()))
     assert clipped == pytest.approx(1e-3, rel=1e-3)
     assert row["stage1/output_rms"] == pytest.approx(traces[1].output_rms.mean().item(), rel=1e-5)
     assert row["stage0/wanted_factor"] == pytest.approx(traces[0].wanted_factor.mean().item(), rel=1e-5)
@@ -197,11 +205,11 @@ def test_gradient_norm_is_measured_before_clipping_and_clipping_takes_place(new_
 
 def test_one_step_is_adamw(new_trainer, tiny_cascade):
     trainer = new_trainer(tiny_cascade(dropout=0.0), weight_decay=0.5, clip=None)
-    before = [p.detach().clone() for p in trainer.model.parameters()]
+    before = [p.detach().clone() for p in trainer.learner.model.parameters()]
     trainer.train_step(next(trainer.steps()))
-    for old, new in zip(before, trainer.model.parameters(), strict=True):
+    for old, new in zip(before, trainer.learner.model.parameters(), strict=True):
         step = new.grad / (new.grad.abs() + 1e-8)  # Adam's first step: m̂ / (√v̂ + ε)
-        torch.testing.assert_close(new.detach(), old * (1 - 3e-2 * 0.5) - 3e-2 * step, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(new.detach(), old * (1 - 0.1 * 0.5) - 0.1 * step, rtol=1e-4, atol=1e-6)
 
 
 def test_an_epoch_takes_every_pair_once_in_an_order_of_its_own(new_trainer):
@@ -475,6 +483,30 @@ def test_a_resume_without_the_rng_would_be_another_run(start, whole, tmp_path, m
         assert_same_run(start(resume=True), whole)
 
 
+# --- metrics gathered every few steps ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [2, 3, 5, 100])
+def test_how_often_metrics_are_gathered_changes_no_row_and_no_weight(start, whole, every):
+    recorder = Recorder(lambda trainer: trainer.step)
+    run = start(gather_every=every, callbacks=(recorder,))
+    assert_same_run(run, whole)
+    steps = [call[1] for call in recorder.calls if call[0] == "step"]
+    assert steps == list(range(1, 9))
+    # gathered at the latest where a checkpoint is due or an epoch ends: after 2, 3, 4, 6 and 8 of 8 steps
+    assert recorder.seen == [2, 2, 3, 4, 6, 6, 8, 8]
+
+
+def test_a_bad_step_is_found_among_those_gathered_with_it(start, tmp_path, monkeypatch, whole):
+    poison_before(monkeypatch, 5, poison_parameter)
+    with pytest.raises(NonFiniteError) as error:
+        start(gather_every=100, checkpoint_every=8, batch_size=1, max_steps=8, epochs=2)
+    assert (error.value.step, error.value.stage) == (5, 1)
+    run = Run.open(tmp_path / "run")
+    assert [row["step"] for row in run.metrics("train")] == [1, 2, 3, 4, 5]
+    assert not run.has_checkpoint()
+
+
 # --- Ctrl-C and SIGTERM -----------------------------------------------------------------------------------------------
 
 
@@ -619,7 +651,7 @@ def poison_before(monkeypatch, step: int, poison: Callable[[Cascade], None]) -> 
 
     def hook(trainer: Trainer, batches):
         if trainer.step + 1 == step:
-            poison(trainer.plain_model.cascade)
+            poison(trainer.learner.plain_model.cascade)
         return train_step(trainer, batches)
 
     monkeypatch.setattr(Trainer, "train_step", hook)
@@ -712,7 +744,7 @@ def test_a_fault_of_eval_mode_alone_is_named(start, monkeypatch, ema):
     validate = Trainer.validate
 
     def broken(trainer):
-        stage = trainer.kept_model.cascade.stages[1]
+        stage = trainer.learner.kept_model.cascade.stages[1]
         stage.post_norm = nn.Sequential(stage.post_norm, EvalOnly())
         return validate(trainer)
 
@@ -770,7 +802,7 @@ def test_a_non_finite_validation_writes_no_checkpoint(start, tmp_path, monkeypat
 
     def broken(trainer):
         if trainer.step == 6:
-            poison_parameter(trainer.plain_model.cascade)
+            poison_parameter(trainer.learner.plain_model.cascade)
         return validate(trainer)
 
     monkeypatch.setattr(Trainer, "validate", broken)
@@ -790,7 +822,7 @@ def test_a_non_finite_validation_writes_no_checkpoint(start, tmp_path, monkeypat
 
 def test_resume_with_another_config_lists_the_fields(start, tiny_cascade, tiny_codec):
     start()
-    with pytest.raises(UserError, match=r"another config \(train\.learning_rate: 0\.03 → 0\.02\)"):
+    with pytest.raises(UserError, match=r"another config \(train\.learning_rate: 0\.1 → 0\.02\)"):
         start(resume=True, learning_rate=0.02)
     with pytest.raises(UserError, match=r"cascade\.stages\[1\]\.dropout: 0\.1 → 0\.2"):
         start(resume=True, cascade=tiny_cascade(anti_cheating=0.1).with_stage(1, dropout=0.2))
@@ -859,8 +891,8 @@ def test_the_parts_gradient_norms_add_up_to_the_whole(start, tiny_cascade, chang
 
 def test_a_parts_gradient_norm_is_that_of_its_parameters(new_trainer, tiny_cascade):
     trainer = new_trainer(tiny_cascade(rms_scaling="learnable", clamp=None), clip=None)
-    row, _ = trainer.train_step(next(trainer.steps()))
-    for i, stage in enumerate(trainer.plain_model.cascade.stages):
+    row = take(trainer, next(trainer.steps()))
+    for i, stage in enumerate(trainer.learner.plain_model.cascade.stages):
         for name in ("input_norm", "layers", "post_norm", "output_projection", "rms_scaling"):
             squares = sum(p.grad.double().square().sum().item() for p in getattr(stage, name).parameters())
             assert row[f"grad_norm/stage{i}/{name}"] == pytest.approx(math.sqrt(squares), rel=1e-5)
@@ -906,7 +938,7 @@ def test_the_trainer_gives_the_loss_its_codecs_sound(start, tiny_codec, monkeypa
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad for name, parameter in trainer.plain_model.named_parameters()}
+    return {name: parameter.grad for name, parameter in trainer.learner.plain_model.named_parameters()}
 
 
 def test_accumulated_batches_equal_one(new_trainer, tiny_cascade):
@@ -914,18 +946,18 @@ def test_accumulated_batches_equal_one(new_trainer, tiny_cascade):
     masks = MaskingConfig("learned")
     loss = LossConfig(novelty_weight=1.0, overlap_weight=1.0, anti_modulation_weight=1.0, window_seconds=None)
     together = new_trainer(tiny_cascade(dropout=0.0), masks, batch_size=5, loss=loss)
-    wanted, _ = together.train_step(next(together.steps()))
+    wanted = take(together, next(together.steps()))
     apart = new_trainer(tiny_cascade(dropout=0.0), masks, batch_size=2, accumulate=3, loss=loss)
     batches = next(apart.steps())
     assert [len(input) for input, _ in batches] == [2, 2, 1]
-    row, _ = apart.train_step(batches)
+    row = take(apart, batches)
     assert row.pop("split") == wanted.pop("split") == "train"
     assert row == pytest.approx(wanted, rel=1e-5, abs=1e-6)
     for name, gradient in gradients(together).items():
         torch.testing.assert_close(gradients(apart)[name], gradient, rtol=1e-4, atol=1e-6)
 
     model, sums = FusionModel(tiny_cascade(dropout=0.0), masks), 0.0
-    model.load_state_dict(new_trainer(tiny_cascade(dropout=0.0), masks).plain_model.state_dict())
+    model.load_state_dict(new_trainer(tiny_cascade(dropout=0.0), masks).learner.plain_model.state_dict())
     for input, target in batches:
         output = model(input, target).latents
         sums += (0.3 * (output - input).square().mean() + 0.3 * (output - target).square().mean()).item() / 3
@@ -934,7 +966,7 @@ def test_accumulated_batches_equal_one(new_trainer, tiny_cascade):
 
 
 def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in trainer.plain_model.named_parameters()}
+    return {name: value.detach().clone() for name, value in trainer.learner.plain_model.named_parameters()}
 
 
 def test_the_averaged_weights_follow_their_formula_and_are_kept(start, new_trainer, tiny_index):
@@ -962,7 +994,7 @@ def test_the_averaged_weights_follow_their_formula_and_are_kept(start, new_train
 
 
 def rates(trainer: Trainer) -> list[float]:
-    return [group["lr"] for group in trainer.optimizer.param_groups]
+    return [group["lr"] for group in trainer.learner.optimizer.param_groups]
 
 
 @pytest.mark.parametrize("length", [{"epochs": 3, "max_steps": None}, {"max_steps": 9}])
@@ -974,7 +1006,7 @@ def test_the_rates_that_are_set(start, length, monkeypatch):
     total = 3 if length["max_steps"] is None else 9
     factors = [min(1, (k + 1) / 4) * (1 + math.cos(math.pi * done[k] / total)) / 2 for k in range(9)]
     for (cascade, agent), factor in zip(recorder.seen, factors, strict=True):
-        assert cascade == pytest.approx(3e-2 * factor)
+        assert cascade == pytest.approx(0.1 * factor)
         assert agent == pytest.approx(2e-2 * factor)
     first, second = Recorder(rates), Recorder(rates)
     with monkeypatch.context() as patch:
@@ -996,7 +1028,7 @@ def test_the_agents_rate_is_its_own(new_trainer, tiny_cascade):
     for name, value in parameters(trainer).items():
         part = name.split(".")[0]
         longest[part] = max(longest[part], (value - before[name]).abs().max().item())
-    assert longest == pytest.approx({"cascade": 3e-2, "mask_generator": 1e-3}, rel=1e-2)
+    assert longest == pytest.approx({"cascade": 0.1, "mask_generator": 1e-3}, rel=1e-2)
 
 
 # --- patience ---------------------------------------------------------------------------------------------------------
@@ -1023,7 +1055,7 @@ def test_patience_counts_validations_without_a_lower_loss(start, monkeypatch):
 
 def test_the_model_sees_noise_and_is_held_against_clean_latents(start, monkeypatch):
     seen, held = [], []
-    forward, total_loss = FusionModel.forward, lib.trainer.total_loss
+    forward, total_loss = FusionModel.forward, lib.learner.total_loss
 
     def watched_forward(model, input, target):
         seen.append((model.training, input.clone(), target.clone()))
@@ -1034,7 +1066,7 @@ def test_the_model_sees_noise_and_is_held_against_clean_latents(start, monkeypat
         return total_loss(output, input, target, *rest, **options)
 
     monkeypatch.setattr(FusionModel, "forward", watched_forward)
-    monkeypatch.setattr(lib.trainer, "total_loss", watched_loss)
+    monkeypatch.setattr(lib.learner, "total_loss", watched_loss)
     curriculum = CurriculumConfig(noise_rate=0.25, noise_ceiling=0.4)
     run = start(curriculum=curriculum, batch_size=5, max_steps=3, checkpoint_every=3)  # a step is an epoch
     shares = [row["noise_share"] for row in run.metrics("train")]
@@ -1105,16 +1137,19 @@ def test_the_discriminator_judges_clean_latents_beside_what_was_made(
 def test_the_discriminator_is_no_part_of_the_models_optimizer(new_trainer, tiny_discriminator):
     adversary = AdversaryConfig(discriminator_learning_rate=1e-4)
     trainer = new_trainer(adversary=adversary, loss=LossConfig(adversarial_weight=1.0), masking=HARD)
-    own = {id(p) for p in trainer.plain_model.parameters()}
-    optimized = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    own = {id(p) for p in trainer.learner.plain_model.parameters()}
+    optimized = [p for group in trainer.learner.optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in optimized} == own
     assert len(optimized) == len(own)
-    trainer.adversary.optimizer.zero_grad()
-    loss, terms, _ = trainer.forward(trainer.model.train(), next(trainer.steps())[0])
+    trainer.learner.adversary.optimizer.zero_grad()
+    learner = trainer.learner
+    loss, terms, _ = learner.loss(learner.model.train(), next(trainer.steps())[0], critic=learner.adversary.critic(0))
     loss.backward()
     assert "adversarial" in "".join(terms)
-    assert all(p.grad is None for p in trainer.adversary.model.parameters())  # its weights are frozen in the loss
-    assert all(p.grad is not None for p in trainer.plain_model.parameters())
+    assert all(
+        p.grad is None for p in trainer.learner.adversary.model.parameters()
+    )  # its weights are frozen in the loss
+    assert all(p.grad is not None for p in trainer.learner.plain_model.parameters())
 
 
 # --- who looks on -----------------------------------------------------------------------------------------------------

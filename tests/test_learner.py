@@ -1,0 +1,181 @@
+"""One step: it never waits for the device, holds its weights still where a value is not finite, and compiles whole."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TinyCodec, TinyDiscriminator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lib.adversary
+from lib.adversary import AdversaryConfig
+from lib.agent import MaskingConfig
+from lib.codec import MdctCodec
+from lib.curriculum import CurriculumConfig
+from lib.fusion import FusionModel
+from lib.learner import Learner
+from lib.losses import LossConfig
+from lib.presets import OBJECTIVE
+from lib.train_config import TrainConfig
+
+CONFIG = TrainConfig(learning_rate=0.01, clip=1.0)
+
+
+def clips(seed=0, B=3, D=8, T=12):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(5.0 * torch.randn(2, B, D, T, generator=generator))
+
+
+@pytest.fixture
+def build(monkeypatch, tiny_cascade):
+    """`build(TrainConfig fields)`: a learner of small models."""
+    monkeypatch.setattr(lib.adversary, "Discriminator", TinyDiscriminator)
+
+    def learner(masking="learned", dim=8, decode=None, **changes):
+        torch.manual_seed(0)
+        cascade = dataclasses.replace(tiny_cascade(anti_cheating=0.1), latent_dim=dim)
+        config = dataclasses.replace(CONFIG, **changes)
+        decode = decode or TinyCodec().decode
+        return Learner(config, cascade, MaskingConfig(masking), Accelerator(mixed_precision="no"), decode)
+
+    return learner
+
+
+def weights(learner):
+    return {name: value.detach().clone() for name, value in learner.plain_model.named_parameters()}
+
+
+# --- no wait ----------------------------------------------------------------------------------------------------------
+
+WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "bincount")
+
+
+class WaitsForbidden(TorchDispatchMode):
+    """An operator whose result the host needs before it can go on is an error, as it would be a stop on a GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__.lstrip("_")
+        on_host_by_choice = name == "local_scalar_dense" and not args[0].is_floating_point()  # a drawn window's start
+        if name in {wait.lstrip("_") for wait in WAITS} and not on_host_by_choice:
+            raise AssertionError(f"the step waits in aten::{name}")
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_with_everything_on_never_asks_what_a_tensor_holds(build, precision):
+    loss = dataclasses.replace(OBJECTIVE, input_rms_weight=0.1, target_rms_weight=0.1, window_seconds=0.2)
+    adversary = AdversaryConfig(
+        discriminator_learning_rate=1e-3, gradient_penalty=1.0, discriminator_spectral_norm=True
+    )
+    learner = build(
+        dim=128, decode=MdctCodec().decode, loss=loss, adversary=adversary, ema=0.9, precision=precision, warmup_steps=3
+    )
+    batches = [clips(seed, D=128, T=20) for seed in (0, 1)]
+    learner.learn(0, batches, progress=0.0, noise=0.2)  # fills the caches
+    with WaitsForbidden():
+        metrics = learner.learn(1, batches, progress=0.5, noise=0.2)
+    assert {"loss", "grad_norm", "loss/stft", "discriminator/loss", "masks/complementarity"} <= metrics.keys()
+    assert all(isinstance(value, torch.Tensor) and value.numel() == 1 for value in metrics.values())
+
+
+def test_the_guard_notices_a_wait():
+    with WaitsForbidden(), pytest.raises(AssertionError, match="waits in aten::local_scalar_dense"):
+        torch.ones(()).item()
+    with WaitsForbidden(), pytest.raises(AssertionError, match="waits"):
+        bool(torch.ones(3).isfinite().all().float())
+
+
+# --- values that are not finite ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_from_a_bad_step_on_the_weights_keep_their_values(build, bad):
+    learner = build()
+    learner.learn(0, [clips()], progress=0.0)
+    before, steps = weights(learner), optimizer_steps(learner)
+    input, target = clips(1)
+    input[0, 0, 0] = bad
+    metrics = learner.learn(1, [(input, target)], progress=0.0)
+    assert not metrics["loss"].isfinite()
+    metrics = learner.learn(2, [clips(2)], progress=0.0)  # a good one that follows
+    assert metrics["loss"].isfinite()
+    assert metrics["grad_norm"] > 0
+    for name, value in weights(learner).items():
+        assert torch.equal(value, before[name]), name
+    assert optimizer_steps(learner) == steps
+
+
+def test_good_steps_change_every_weight(build):
+    """What the test above must be able to tell."""
+    learner = build()
+    before = weights(learner)
+    learner.learn(0, [clips()], progress=0.0)
+    assert all(not torch.equal(value, before[name]) for name, value in weights(learner).items())
+    assert optimizer_steps(learner) == {1.0}
+
+
+def test_a_discriminator_with_a_bad_gradient_keeps_its_weights(build):
+    learner = build(adversary=AdversaryConfig(discriminator_learning_rate=1e-2))
+    model = learner.adversary.model
+    before = [p.detach().clone() for p in model.parameters()]
+    made, input, target = torch.randn(3, 3, 8, 12)
+    made[0, 0, 0] = math.nan
+    assert not learner.adversary.learn(0, [(made, input, target)])["discriminator/loss"].isfinite()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    learner.adversary.learn(1, [(made.nan_to_num(), input, target)])  # its own next step is taken again
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def optimizer_steps(learner):
+    return {state["step"].item() for state in learner.optimizer.state.values()}
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled_without_a_compiler(monkeypatch):
+    """Traced as torch.compile traces, then run as it is: what has a graph break is an error, and no C++ is needed."""
+    compile = FusionModel.compile
+    monkeypatch.setattr(FusionModel, "compile", lambda model, **options: compile(model, backend="eager", **options))
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("masking", ["learned", "energy", "none"])
+def test_a_compiled_model_has_no_graph_break_and_takes_the_same_steps(build, compiled_without_a_compiler, masking):
+    config = {"masking": masking, "curriculum": CurriculumConfig(noise_rate=0.1)}
+    learners = build(**config), build(**config, compile=True)
+    metrics = []
+    for learner in learners:
+        torch.manual_seed(1)
+        batches = [clips(seed, B=B) for seed, B in ((0, 3), (1, 3), (2, 2))]  # an epoch ends with a smaller batch
+        metrics.append([learner.learn(i, [batch], progress=0.0, noise=0.2) for i, batch in enumerate(batches)])
+    for plain, compiled in zip(*metrics, strict=True):
+        for name, value in plain.items():
+            torch.testing.assert_close(compiled[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    for name, value in weights(learners[0]).items():
+        torch.testing.assert_close(weights(learners[1])[name], value, rtol=1e-4, atol=1e-5)
+    assert learners[1].plain_model.state_dict().keys() == learners[0].plain_model.state_dict().keys()
+
+
+def test_a_graph_break_would_be_an_error(build, compiled_without_a_compiler, monkeypatch):
+    forward = FusionModel.forward
+
+    def with_a_wait(model, input, target):
+        return forward(model, input, target * (1.0 if input.sum().item() > 0 else 2.0))
+
+    monkeypatch.setattr(FusionModel, "forward", with_a_wait)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        build(compile=True).learn(0, [clips()], progress=0.0)
+
+
+def test_the_averaged_weights_are_a_model_of_their_own(build):
+    learner = build(ema=0.5, loss=LossConfig())
+    assert learner.kept_model is learner.average is not learner.plain_model
+    assert build().kept_model is not None
+    learner.learn(0, [clips()], progress=0.0)
+    moved = dict(learner.average.named_parameters())
+    assert any(not torch.equal(value, moved[name]) for name, value in weights(learner).items())
