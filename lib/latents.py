@@ -3,12 +3,13 @@
 The cache has one folder for each codec fingerprint and clip length. In it every array is a plain `.npy` file named by
 its own sha256, written to a temporary name, fsynced and renamed: a file is right, or its name tells that it is not.
 
-    <sha256>.npy    a shard, float32 [rows, D, T]; or an index's table of pairs, int32 [P, 4]; or its pair ids
-    <sha256>.json   beside a shard, written after it: the clip keys of its rows
+    <sha256>.npy    a shard, float32 [rows, D, T]; or an index's table of pairs, uint32 [P, 6]; or its pair ids
+    <sha256>.json   beside a shard, written after it: the clip keys of its rows, and each row's own checksum
     index-*.json    one for each manifest: what the latents are, its shards, and for each split the table and the ids
 
 So a killed run loses at most the shards in flight, a new song adds a shard, a damaged shard is rebuilt alone, and two
-processes that encode at once only do some work twice. Legend: P pairs, D latent channels, T frames.
+processes that encode at once only do some work twice. Reading checks the row it reads and no other: a pair costs the
+same among a thousand and among a million. Legend: P pairs, D latent channels, T frames.
 """
 
 import contextlib
@@ -17,7 +18,9 @@ import io
 import json
 import math
 import os
+import threading
 import time
+import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -36,7 +39,7 @@ from lib.errors import UserError
 from lib.files import TEMPORARY, file_sha256, write_atomic
 from lib.manifest import Clip, Manifest
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 SHARD_BYTES = 64 << 20  # about 100 clips of 16 s: few files, and little lost to a kill
 MAX_OPEN_SHARDS = 32  # each memory map holds a file descriptor, and a process may have 1024
 STALE_SECONDS = 24 * 3600  # a temporary file this old was left by a killed run
@@ -66,6 +69,7 @@ class EncodeReport:
 class _Shard:
     sha256: str
     keys: tuple[str, ...]  # of its rows
+    crcs: tuple[int, ...]  # of their bytes
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -153,7 +157,8 @@ def _find_shards(store: Path, clips: dict[str, Clip], pool: Executor) -> tuple[l
         if path.name.startswith("index-"):
             continue
         try:
-            shard = _Shard(path.stem, tuple(json.loads(path.read_text())["keys"]))
+            sidecar = json.loads(path.read_text())
+            shard = _Shard(path.stem, tuple(sidecar["keys"]), tuple(sidecar["crc32"]))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # its rows are unknown: they count as missing
         if not clips.keys().isdisjoint(shard.keys):
@@ -202,10 +207,11 @@ def _encode_groups(
                 else:
                     rows[key] = result
             if rows:
-                sha256 = _write_array(store, np.stack(list(rows.values())))
-                sidecar = {"fingerprint": codec.fingerprint, "sha256": sha256, "keys": list(rows)}
+                array = np.ascontiguousarray(np.stack(list(rows.values())))  # row after row
+                sha256, crcs = _write_array(store, array), [zlib.crc32(row) for row in array]
+                sidecar = {"fingerprint": codec.fingerprint, "sha256": sha256, "keys": list(rows), "crc32": crcs}
                 write_atomic(store / f"{sha256}.json", json.dumps(sidecar))
-                shards.append(_Shard(sha256, tuple(rows)))
+                shards.append(_Shard(sha256, tuple(rows), tuple(crcs)))
     return shards, dropped
 
 
@@ -222,7 +228,11 @@ def _two_ahead(groups: list[list[str]], encode: Callable, pool: Executor) -> Ite
 def _write_index(store: Path, manifest: Manifest, shards: list[_Shard], facts: dict) -> tuple[Path, dict[str, int]]:
     """Returns the index's path and the number of pairs of each split; a pair without both its clips is left out."""
     shards = sorted(shards, key=lambda shard: shard.sha256)
-    place = {key: (number, row) for number, shard in enumerate(shards) for row, key in enumerate(shard.keys)}
+    place = {
+        key: (number, row, crc)
+        for number, shard in enumerate(shards)
+        for row, (key, crc) in enumerate(zip(shard.keys, shard.crcs, strict=True))
+    }
     splits = {}
     for pair in manifest.pairs:
         if pair.input.key in place and pair.target.key in place:
@@ -236,7 +246,8 @@ def _write_index(store: Path, manifest: Manifest, shards: list[_Shard], facts: d
         "shards": [{"file": f"{s.sha256}.npy", "rows": len(s.keys), "sha256": s.sha256} for s in shards],
         "splits": {
             split: {
-                "pairs": _write_array(store, np.array(table, dtype=np.int32)),  # input shard, row, target shard, row
+                # shard, row and the row's checksum, of the input and of the target
+                "pairs": _write_array(store, np.array(table, dtype=np.uint32)),
                 "ids": _write_array(store, np.array(ids)),  # UTF-8 of fixed width: memory-mapped like the rest
             }
             for split, (table, ids) in splits.items()
@@ -270,9 +281,10 @@ def _is_intact(path: Path, sha256: str) -> bool:
 class LatentPairs(Dataset):
     """The pairs of one split of an index: `pairs[i]` is (input `[D, T]`, target `[D, T]`), float32.
 
-    Shards are opened when first touched, and verified then, once in a process. Raises `UserError` for a missing or
-    damaged index, an unknown split, or latents of a codec other than `codec_fingerprint`; `CorruptShardError` where a
-    shard is not what was written. It pickles as its arguments, so each worker of a DataLoader opens its own maps.
+    Shards are opened when touched; every row is verified when it is read. Several threads may read at once. Raises
+    `UserError` for a missing or damaged index, an unknown split, or latents of a codec other than `codec_fingerprint`;
+    `CorruptShardError` where a shard is not what was written. It pickles as its arguments, so each worker of a
+    DataLoader opens its own maps.
     """
 
     def __init__(self, index_path: str | Path, split: str, codec_fingerprint: str | None = None):
@@ -285,7 +297,7 @@ class LatentPairs(Dataset):
             self.codec, self.fingerprint = index["codec"], index["fingerprint"]
             self.dim, self.frames = index["dim"], index["frames"]
             self.clip_length, self.sample_rate = index["clip_length"], index["sample_rate"]
-            self._shards = [(path.parent / shard["file"], shard["sha256"]) for shard in index["shards"]]
+            self._shards = [path.parent / shard["file"] for shard in index["shards"]]
             splits = {name: (entry["pairs"], entry["ids"]) for name, entry in index["splits"].items()}
         except OSError as error:
             raise UserError(f"{path}: no index to read ({error.strerror}); encode the manifest first") from error
@@ -300,7 +312,7 @@ class LatentPairs(Dataset):
             )
         self._table, self._ids = (_open_array(path.parent / f"{sha256}.npy", sha256) for sha256 in splits[split])
         self._maps: OrderedDict[int, np.ndarray] = OrderedDict()  # least recently used first
-        self._verified: set[int] = set()
+        self._lock = threading.Lock()  # of the maps
 
     def __reduce__(self):
         return type(self), self._arguments
@@ -309,26 +321,32 @@ class LatentPairs(Dataset):
         return len(self._table)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        input_shard, input_row, target_shard, target_row = self._table[i].tolist()
-        return self._row(input_shard, input_row), self._row(target_shard, target_row)
+        places = self._table[i].tolist()
+        return self._row(*places[:3]), self._row(*places[3:])
 
     def pair_id(self, i: int) -> str:
         """The pair's id in the manifest."""
         return self._ids[i].decode(errors="surrogateescape")
 
-    def _row(self, number: int, row: int) -> Tensor:
-        if number in self._maps:
-            self._maps.move_to_end(number)
-        else:
-            path, sha256 = self._shards[number]
-            self._maps[number] = _open_array(path, None if number in self._verified else sha256)
-            self._verified.add(number)
-            if len(self._maps) > MAX_OPEN_SHARDS:
-                self._maps.popitem(last=False)
-        return torch.from_numpy(np.array(self._maps[number][row]))
+    def _row(self, number: int, row: int, crc: int) -> Tensor:
+        shard = self._shard(number)
+        latents = np.array(shard[row], order="C") if row < len(shard) else None
+        if latents is None or zlib.crc32(latents) != crc:
+            raise CorruptShardError(self._shards[number], f"row {row} is not what was written")
+        return torch.from_numpy(latents)
+
+    def _shard(self, number: int) -> np.ndarray:
+        with self._lock:
+            if number in self._maps:
+                self._maps.move_to_end(number)
+            else:
+                self._maps[number] = _open_array(self._shards[number])
+                if len(self._maps) > MAX_OPEN_SHARDS:
+                    self._maps.popitem(last=False)
+            return self._maps[number]
 
 
-def _open_array(path: Path, sha256: str | None) -> np.ndarray:
+def _open_array(path: Path, sha256: str | None = None) -> np.ndarray:
     """A memory map of the file, after its checksum if one is given."""
     if sha256 is not None and not _is_intact(path, sha256):
         raise CorruptShardError(path, "its checksum is wrong" if path.exists() else "no such file")
