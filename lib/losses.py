@@ -1,15 +1,13 @@
-"""The terms of the objective, each a small function with its domain: latents `[B, D, T]`, sound `[B, 1, N]` or masks.
+"""The terms of the objective, each a small function with its domain: latents `[B, D, T]`, sound or masks.
 
 Every term is a mean over clips of something that depends on one clip alone, so that a batch split over processes has
 the same loss. Legend: B batch, D latent channels, T frames, N samples.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import auraloss
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,11 +17,12 @@ from lib.audio import SAMPLE_RATE
 from lib.cascade import cosine
 from lib.configs import check, is_finite
 from lib.errors import UserError
-from lib.sound import HOP, correlation, envelope, harmony_similarity, log_mel, rhythm_similarity
+from lib.sound import HOP, Sound, correlation, harmony_similarity, rhythm_similarity
 
 ANTI_MODULATIONS = ("squared", "log")
 NOVELTY_THRESHOLD = 0.7  # cosine above which an output is called a copy
-SHORTEST_WINDOW = 0.1  # seconds: 8 frames, longer than the longest Fourier transform of the terms on sound
+SHORTEST_WINDOW = 0.1  # seconds: 8 frames, more than half of the longest window of the terms on sound
+STFT_SIZES = (512, 1024, 2048)  # samples
 OUTLIER_DEVIATIONS = 3.0  # above a band's mean in the sources, in its standard deviations
 
 Decode = Callable[[Tensor], Tensor]  # latents [B, D, T] → sound [B, 1, N], differentiable
@@ -117,63 +116,50 @@ def discriminator_hinge(real: Tensor, made: Tensor) -> Tensor:
 # --- sound -----------------------------------------------------------------------------------------------------------
 
 
-def stft_distance(output: Tensor, source: Tensor) -> Tensor:
-    """Spectral convergence plus distance of log magnitudes, mean over windows of 512, 1024 and 2048 samples (Yamamoto
-    et al. 2020, arXiv 1910.11480), `[B, 1, N]` twice → mean over clips. More than 1024 samples."""
-    return _stft(output.device)(output, source)
+def stft_distance(output: Sound, source: Sound) -> Tensor:
+    """Spectral convergence ‖X − Y‖/‖Y‖ plus distance of log magnitudes, mean over windows of 512, 1024 and 2048 samples
+    (Yamamoto et al. 2020, arXiv 1910.11480), and over clips. More than 1024 samples."""
+    distances = []
+    for size in STFT_SIZES:
+        made, wanted = output.magnitudes(size), source.magnitudes(size)  # [B, bins, F]
+        convergence = torch.linalg.matrix_norm(made - wanted) / torch.linalg.matrix_norm(wanted)
+        distances.append(convergence.mean() + (made.log() - wanted.log()).abs().mean())
+    return sum(distances) / len(distances)
 
 
-def mel_distance(output: Tensor, source: Tensor) -> Tensor:
-    """Mean absolute difference of the log mel powers, `[B, 1, N]` twice, in nepers of power."""
-    return (log_mel(output) - log_mel(source)).abs().mean()
+def mel_distance(output: Sound, source: Sound) -> Tensor:
+    """Mean absolute difference of the log mel powers, in nepers of power."""
+    return (output.log_mel - source.log_mel).abs().mean()
 
 
-def rhythm(output: Tensor, input: Tensor) -> Tensor:
-    """1 − correlation of the onset envelopes, `[B, 1, N]` twice → mean over clips, 0 to 2."""
+def rhythm(output: Sound, input: Sound) -> Tensor:
+    """1 − correlation of the onset envelopes, mean over clips, 0 to 2."""
     return 1 - rhythm_similarity(output, input).mean()
 
 
-def harmony(output: Tensor, target: Tensor) -> Tensor:
-    """1 − similarity of the pitch classes over time, `[B, 1, N]` twice → mean over clips, 0 to 2."""
+def harmony(output: Sound, target: Sound) -> Tensor:
+    """1 − similarity of the pitch classes over time, mean over clips, 0 to 2."""
     return 1 - harmony_similarity(output, target).mean()
 
 
-def anti_modulation(output: Tensor, source: Tensor, form: str) -> Tensor:
-    """Penalty on an output `[B, 1, N]` whose envelope follows a source's: mean of corr² or of −ln(1 − |corr|).
+def anti_modulation(output: Sound, source: Sound, form: str) -> Tensor:
+    """Penalty on an output whose envelope follows a source's: mean of corr² or of −ln(1 − |corr|).
 
     The logarithm has no bound: at |corr| = 1 it is infinite, and towards it its gradient with respect to an envelope of
     length l around its mean grows as √((1 + |corr|)/(1 − |corr|))/l.
     """
-    corr = correlation(envelope(output), envelope(source)).clamp(-1, 1)  # rounding may pass 1
+    corr = correlation(output.envelope, source.envelope).clamp(-1, 1)  # rounding may pass 1
     return (corr.square() if form == "squared" else -torch.log(1 - corr.abs())).mean()
 
 
-def spectral_outliers(output: Tensor, input: Tensor, target: Tensor) -> Tensor:
+def spectral_outliers(output: Sound, input: Sound, target: Sound) -> Tensor:
     """How far mel bands of the output rise above three standard deviations of that band in both sources, squared.
 
-    `[B, 1, N]` three times. Deviations are taken over the sources' frames, in log power, and are at least 0.5.
+    Deviations are taken over the sources' frames, in log power, and are at least 0.5.
     """
-    sources = torch.cat([log_mel(input), log_mel(target)], dim=2)  # [B, M, 2F]
+    sources = torch.cat([input.log_mel, target.log_mel], dim=2)  # [B, M, 2F]
     mean, deviation = sources.mean(dim=2, keepdim=True), sources.std(dim=2, keepdim=True).clamp_min(0.5)
-    return ((log_mel(output) - mean) / deviation - OUTLIER_DEVIATIONS).relu().square().mean()
-
-
-@functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)  # a window made in it could never take part in a backward pass
-def _stft(device: torch.device) -> torch.nn.Module:
-    distance = auraloss.freq.MultiResolutionSTFTLoss(
-        fft_sizes=[512, 1024, 2048], hop_sizes=[128, 256, 512], win_lengths=[512, 1024, 2048], device=device
-    )
-    for resolution in distance.stft_losses:
-        resolution.spectralconv = _SpectralConvergence()
-    return distance
-
-
-class _SpectralConvergence(torch.nn.Module):
-    """‖X − Y‖/‖Y‖ of magnitudes `[B, bins, F]`, mean over clips; auraloss's own takes one norm over the batch."""
-
-    def forward(self, output: Tensor, source: Tensor) -> Tensor:
-        return (torch.linalg.matrix_norm(output - source) / torch.linalg.matrix_norm(source)).mean()
+    return ((output.log_mel - mean) / deviation - OUTLIER_DEVIATIONS).relu().square().mean()
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------
@@ -253,9 +239,7 @@ def _sound_terms(
     if decode is None:
         raise ValueError(f"{names[0]}_weight needs sound: give total_loss the codec's decode")
     start, end = _window(output.shape[2], config.window_seconds, random_window)
-    with torch.no_grad():
-        input, target = decode(input[..., start:end]), decode(target[..., start:end])
-    output = decode(output[..., start:end])
+    output, input, target = (Sound(decode(x[..., start:end])) for x in (output, input.detach(), target.detach()))
     terms = {
         "stft": lambda: (stft_distance(output, input) + stft_distance(output, target)) / 2,
         "mel": lambda: (mel_distance(output, input) + mel_distance(output, target)) / 2,

@@ -10,20 +10,24 @@ from torch import Tensor
 
 import lib.sound
 from lib.audio import SAMPLE_RATE
-from lib.sound import (
-    CHROMA_FFT,
-    HOP,
-    chroma,
-    correlation,
-    envelope,
-    harmony_similarity,
-    log_mel,
-    onset_envelope,
-    rhythm_similarity,
-)
+from lib.sound import CHROMA_FFT, HOP, Sound, chroma, correlation, envelope, log_mel
 from lib.synth import render_song
 
 SECONDS = 4
+
+
+def onset_envelope(wav: Tensor) -> Tensor:
+    return Sound(wav).onsets
+
+
+def rhythm_similarity(x: Tensor, y: Tensor) -> Tensor:
+    return lib.sound.rhythm_similarity(Sound(x), Sound(y))
+
+
+def harmony_similarity(x: Tensor, y: Tensor) -> Tensor:
+    return lib.sound.harmony_similarity(Sound(x), Sound(y))
+
+
 FEATURES = (envelope, log_mel, onset_envelope, chroma)
 SIMILARITIES = (harmony_similarity, rhythm_similarity)
 
@@ -275,3 +279,19 @@ def test_first_used_in_inference_mode_they_still_train_later(feature):
     wav = tone(440).requires_grad_()
     feature(wav).square().sum().backward()
     assert wav.grad.abs().max() > 0
+
+
+def test_a_sound_computes_each_feature_once_and_only_when_it_is_asked_for(wavs, monkeypatch):
+    calls = []
+    for name in ("envelope", "log_mel", "onset_envelope", "chroma", "magnitudes"):
+        feature = getattr(lib.sound, name)
+        monkeypatch.setattr(lib.sound, name, lambda *x, name=name, f=feature: calls.append(name) or f(*x))
+    sound = Sound(wavs)
+    assert not calls
+    for _ in range(2):
+        assert torch.equal(sound.log_mel, log_mel(wavs))
+        assert torch.equal(sound.chroma, chroma(wavs))
+        assert torch.equal(sound.envelope, envelope(wavs))
+        assert sound.onsets.shape[1] == sound.log_mel.shape[2] - 1
+        assert [sound.magnitudes(size).shape[1] for size in (512, 1024)] == [257, 513]
+    assert sorted(calls) == ["chroma", "envelope", "log_mel", "magnitudes", "magnitudes", "onset_envelope"]
