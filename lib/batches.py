@@ -4,13 +4,12 @@ The order depends on the seed and the epoch alone, never on the number of proces
 T frames.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from lib.ahead import map_ahead
 from lib.latents import LatentPairs
 from lib.learner import Batch
 from lib.train_config import TrainConfig
@@ -111,14 +110,4 @@ def read_ahead(
         batch = torch.stack([input for input, _ in inputs]), torch.stack(targets)
         return tuple(x.pin_memory() for x in batch) if pin_memory else batch
 
-    with ThreadPoolExecutor(threads, "read_ahead") as pool:
-        ahead: deque[Future[list[Batch]]] = deque()
-        try:
-            for step in steps:
-                ahead.append(pool.submit(read, step))
-                if len(ahead) > threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    return map_ahead(read, steps, threads=threads)

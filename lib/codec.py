@@ -17,6 +17,7 @@ import socket
 import textwrap
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -317,7 +318,19 @@ class EncodecCodec(nn.Module):
     def _run(self, network: nn.Module, x: Tensor) -> Tensor:
         like = next(network.parameters())
         with torch.autocast(like.device.type, enabled=False):
-            return network(x.to(like))
+            x = x.to(like)
+            threads = min(len(x), torch.get_num_threads())
+            if like.device.type == "cpu" and threads > 1 and not torch.is_grad_enabled():
+                return _clip_by_clip(network, x, threads)
+            return network(x)
+
+
+@one_thread()
+def _clip_by_clip(network: nn.Module, x: Tensor, threads: int) -> Tensor:
+    """Each clip of a batch on a core of its own: close to twice as fast on two, as convolutions share one badly."""
+    run = torch.inference_mode()(network) if torch.is_inference_mode_enabled() else torch.no_grad()(network)
+    with ThreadPoolExecutor(threads) as pool:
+        return torch.cat(list(pool.map(run, x.split(1))))
 
 
 def _download(url: str, file: Path) -> None:

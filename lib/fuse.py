@@ -7,7 +7,8 @@ memory does not grow with the length. The output is exactly as long as the short
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lib.ahead import map_ahead
 from lib.audio import SAMPLE_RATE, AudioWriter, check_audio, load_audio
 from lib.codec import Codec, load_codec
 from lib.errors import UserError, exit_on_user_error
@@ -57,15 +59,18 @@ def fuse_files(
     out_path = Path(out_path)
     if out_path.resolve() in (Path(input_path).resolve(), Path(target_path).resolve()):
         raise UserError(f"{out_path}: is one of the two clips; choose another output file")
-    num_samples = min(check_audio(path).num_samples for path in (input_path, target_path))
+    paths = (input_path, target_path)
+    with contextlib.closing(map_ahead(check_audio, paths, threads=2)) as checks:
+        num_samples = min(report.num_samples for report in checks)
     bounds = chunk_bounds(num_samples)
 
-    def fused(start: int, end: int) -> Tensor:
-        clips = [load_audio(path, start, end - start)[None].to(device) for path in (input_path, target_path)]
-        return fuse_clips(*clips, model, codec)[0].cpu()
+    def read(bound: tuple[int, int]) -> list[Tensor]:
+        start, end = bound
+        return [load_audio(path, start, end - start)[None] for path in paths]
 
     peak = 0.0
-    with AudioWriter(out_path) as writer:
+    with AudioWriter(out_path) as writer, contextlib.closing(map_ahead(read, bounds, threads=1)) as chunks:
+        fused = (fuse_clips(*(clip.to(device) for clip in clips), model, codec)[0].cpu() for clips in chunks)
         for piece in crossfaded(bounds, fused):
             peak = max(peak, float(piece.abs().max()))
             writer.write(piece)
@@ -75,7 +80,7 @@ def fuse_files(
 @torch.inference_mode()
 def fuse_clips(input: Tensor, target: Tensor, model: FusionModel, codec: Codec) -> Tensor:
     """Waveforms `[B, 1, N]` twice → fused waveform `[B, 1, N]`."""
-    latents = model(codec.encode(input), codec.encode(target)).latents
+    latents = model(*codec.encode(torch.cat([input, target])).chunk(2)).latents
     return codec.decode(latents, length=input.shape[-1])
 
 
@@ -85,19 +90,19 @@ def chunk_bounds(num_samples: int, chunk: int = CHUNK, overlap: int = OVERLAP) -
     return [(start, min(start + chunk, num_samples)) for start in starts]
 
 
-def crossfaded(bounds: list[tuple[int, int]], chunk_at: Callable[[int, int], Tensor]) -> Iterator[Tensor]:
-    """The pieces `[1, n]` of one signal, from overlapping chunks `[1, end - start]`.
+def crossfaded(bounds: list[tuple[int, int]], chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The pieces `[1, n]` of one signal, from overlapping chunks `[1, end - start]`, taken one by one.
 
     The fade is linear in amplitude: both sides of an overlap are renderings of the same seconds, so they add in phase.
     """
     tail = None  # what the next chunk's beginning is faded into
-    for i, (start, end) in enumerate(tqdm(bounds, desc="fusing", unit="chunk", disable=len(bounds) < 2)):
-        wav = chunk_at(start, end)
+    bar = tqdm(chunks, desc="fusing", unit="chunk", total=len(bounds), disable=len(bounds) < 2)
+    for i, wav in enumerate(bar):
         if tail is not None:
             n = tail.shape[1]
             rise = (torch.arange(n) + 0.5) / n
             wav = torch.cat([wav[:, :n] * rise + tail * (1 - rise), wav[:, n:]], dim=1)
-        shared = end - bounds[i + 1][0] if i + 1 < len(bounds) else 0
+        shared = bounds[i][1] - bounds[i + 1][0] if i + 1 < len(bounds) else 0
         tail = wav[:, wav.shape[1] - shared :]
         yield wav[:, : wav.shape[1] - shared]
 

@@ -1,6 +1,5 @@
 """Which pairs a step takes: every one once, the same whatever the number of processes, targets moved as asked."""
 
-import threading
 import tracemalloc
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 
 from lib.batches import TrainingOrder, epoch_order, evenly_spread, process_share, read_ahead
 from lib.curriculum import CurriculumConfig
-from lib.errors import UserError
 from lib.latents import LatentPairs
 from lib.train_config import TrainConfig
 
@@ -295,58 +293,3 @@ def test_loading_leaves_the_random_numbers_alone(tiny_index):
     for _ in read(LatentPairs(tiny_index, "train"), torch.arange(5), [[torch.zeros(2, 2).long()]]):
         pass
     assert torch.equal(torch.get_rng_state(), state)
-
-
-class WatchedPairs:
-    """Tells which pairs have been read, and by whom; pair 13 is damaged."""
-
-    def __init__(self):
-        self.seen, self.readers, self.lock = [], set(), threading.Condition()
-
-    def __getitem__(self, i):
-        if i == 13:
-            raise UserError("shard 13: its checksum is wrong")
-        with self.lock:
-            self.seen.append(i)
-            self.readers.add(threading.current_thread().name)
-            self.lock.notify_all()
-        return torch.full((2, 3), float(i)), torch.full((2, 3), -float(i))
-
-    def wait_for(self, count):
-        with self.lock:
-            assert self.lock.wait_for(lambda: len(self.seen) >= count, timeout=30)
-
-
-def steps_of_one(numbers):
-    return [[torch.tensor([[i, i]])] for i in numbers]
-
-
-@pytest.mark.parametrize("threads", [1, 2, 4])
-def test_the_steps_that_follow_are_read_while_one_is_taken(threads):
-    """As many as there are threads and no more: memory stays bounded."""
-    pairs = WatchedPairs()
-    batches = read(pairs, torch.arange(12), steps_of_one(range(12)), threads)
-    order = []
-    for number in range(12):
-        ((input, _),) = next(batches)
-        order.append(input[0, 0, 0].item())
-        pairs.wait_for(min(12, number + 1 + threads))
-        assert sorted(pairs.seen) == list(range(min(12, number + 1 + threads)))
-    assert order == list(range(12))
-    assert next(batches, None) is None
-    assert threading.current_thread().name not in pairs.readers
-
-
-def test_a_read_that_fails_fails_in_its_own_step():
-    batches = read(WatchedPairs(), torch.arange(20), steps_of_one([1, 13, 2]))
-    assert len(next(batches)) == 1
-    with pytest.raises(UserError, match="shard 13"):
-        next(batches)
-
-
-def test_no_thread_is_left_when_reading_ends_early():
-    batches = read(WatchedPairs(), torch.arange(12), steps_of_one(range(12)))
-    next(batches)
-    assert any(thread.name.startswith("read_ahead") for thread in threading.enumerate())
-    batches.close()
-    assert not any(thread.name.startswith("read_ahead") for thread in threading.enumerate())

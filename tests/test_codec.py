@@ -249,6 +249,37 @@ def test_encodec_16_seconds_are_1200_frames_and_come_back_whole(encodec_codec):
         assert encodec_codec.decode(latents).shape == (1, 1, 384_000)
 
 
+@pytest.fixture
+def two_cores():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_encodec_takes_a_batch_on_all_cores_with_the_same_result(encodec_codec, two_cores, mode):
+    wav = 0.1 * torch.randn(3, 1, 6_400)
+    runs, network = [], encodec_codec.encoder
+    watch = network.register_forward_pre_hook(lambda module, x: runs.append((len(x[0]), torch.get_num_threads())))
+    with mode():
+        latents = encodec_codec.encode(wav)
+        sound = encodec_codec.decode(latents)
+        watch.remove()
+        assert runs == [(1, 1)] * 3
+        for i in range(3):
+            assert torch.allclose(encodec_codec.encode(wav[i : i + 1])[0], latents[i], atol=1e-5)
+            assert torch.allclose(encodec_codec.decode(latents[i : i + 1])[0], sound[i], atol=1e-5)
+    assert torch.get_num_threads() == 2
+    assert latents.is_inference() == (mode is torch.inference_mode)
+
+
+def test_encodec_decodes_a_batch_with_its_gradient_on_all_cores_too(encodec_codec, two_cores):
+    latents = torch.randn(2, DIM, 5, requires_grad=True)
+    encodec_codec.decode(latents).square().sum().backward()
+    assert latents.grad.abs().amin(dim=(1, 2)).min() > 0
+
+
 @pytest.mark.parametrize("num_samples", [1, 320, 5_001])
 def test_encodec_is_the_packages_encoder_and_decoder(encodec_codec, model, num_samples):
     wav = 0.1 * torch.randn(2, 1, num_samples)

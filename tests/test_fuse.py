@@ -98,7 +98,8 @@ def test_chunks_of_the_real_size(num_samples):
 
 def joined(signal: torch.Tensor, chunk: int, overlap: int, chunk_at=None) -> torch.Tensor:
     bounds = chunk_bounds(signal.shape[1], chunk, overlap)
-    return torch.cat(list(crossfaded(bounds, chunk_at or (lambda start, end: signal[:, start:end]))), dim=1)
+    chunk_at = chunk_at or (lambda start, end: signal[:, start:end])
+    return torch.cat(list(crossfaded(bounds, itertools.starmap(chunk_at, bounds))), dim=1)
 
 
 @pytest.mark.parametrize("num_samples", [1, 99, 100, 101, 190, 191, 1000, 1003])
@@ -138,8 +139,8 @@ def test_at_most_two_chunks_are_alive():
         alive.add(samples)
         return torch.from_numpy(samples)
 
-    most = 0
-    for piece in crossfaded(chunk_bounds(5000, 100, 10), chunk_at):
+    most, bounds = 0, chunk_bounds(5000, 100, 10)
+    for piece in crossfaded(bounds, itertools.starmap(chunk_at, bounds)):
         most = max(most, len(alive))
         del piece
     assert most <= 2
@@ -188,7 +189,7 @@ def test_fuse_clips_is_encode_model_decode(run, codec):
     with torch.no_grad():
         latents = model(codec.encode(input), codec.encode(target)).latents
         wanted = codec.decode(latents, length=1000)
-    assert torch.equal(fuse_clips(input, target, model, codec), wanted)
+    assert torch.allclose(fuse_clips(input, target, model, codec), wanted, atol=1e-5)  # two clips in one batch
     assert not torch.allclose(fuse_clips(target, input, model, codec), wanted, atol=1e-3)
 
 
