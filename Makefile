@@ -23,8 +23,10 @@ test: .venv/ready
 lab: .venv/ready
 	$(BIN)/jupyter lab notebooks
 
+# PARTS="cascade data" measures some of it; BENCH=outputs/record/bench/cpu is where the README's figures come from
+BENCH ?= outputs/bench
 bench: .venv/ready
-	$(BIN)/python -W ignore::FutureWarning tests/bench.py
+	$(BIN)/python tests/bench $(PARTS) --out $(BENCH)
 
 # measure what the README quotes: the ablation, the notebooks, the claims; goes on where it was stopped
 PRESET ?= demo

@@ -1,0 +1,171 @@
+"""How things are timed: side by side in one run, in processes of their own, beside what the machine can do at best."""
+
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+ROUNDS = 3  # after one to warm up
+Run = Callable[[], object]
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def timed(run: Run) -> float:
+    """Seconds until its result is there."""
+    synchronize()
+    started = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - started
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def alternate(*runs: Run, rounds: int = ROUNDS) -> list[float]:
+    """Median seconds of each, taken in turn so that a busy moment hits all alike."""
+    seconds = [[timed(run) for run in runs] for _ in range(rounds + 1)][1:]
+    return [statistics.median(column) for column in zip(*seconds, strict=True)]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A contender's median time, and the most memory that it took beyond what it holds at rest."""
+
+    seconds: float
+    peak_mib: float
+
+
+def compete(*contenders: tuple[Callable[..., Run], Any], rounds: int = ROUNDS) -> list[Measured]:
+    """The same for what `make(*arguments)` returns, each in a process of its own, so that each one's memory is seen.
+
+    `make` must be a function of a module. Its first call, with nothing in memory but what has been made, is not timed.
+    """
+    context = multiprocessing.get_context("spawn")
+    children = []
+    try:
+        for make, *arguments in contenders:
+            here, there = context.Pipe()
+            child = context.Process(target=_serve, args=(there, make, arguments), daemon=True)
+            child.start()
+            there.close()
+            children.append((child, here))
+        at_rest = [_ask(here) for _, here in children]
+        taken = [[_ask(here) for _, here in children] for _ in range(rounds)]
+        peaks = taken[-1]
+        return [
+            Measured(statistics.median(t[i][0] for t in taken), max(0.0, peaks[i][1] - at_rest[i][1]))
+            for i in range(len(children))
+        ]
+    finally:
+        for child, here in children:
+            here.close()
+            child.terminate()
+            child.join()
+
+
+def _ask(connection: Any) -> tuple[float, float]:
+    connection.send(None)
+    answer = connection.recv()
+    if isinstance(answer, str):
+        raise RuntimeError(answer)
+    return answer
+
+
+def _serve(connection: Any, make: Callable[..., Run], arguments: list[Any]) -> None:
+    """First answer: memory at rest. After one call to warm up, every answer is (seconds, peak MiB so far)."""
+    try:
+        run = make(*arguments)
+        connection.recv()
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the imports
+        connection.send((0.0, _memory()))
+        run()
+        while True:
+            connection.recv()
+            connection.send((timed(run), _peak()))
+    except EOFError:
+        return
+    except Exception as error:
+        connection.send(f"{make.__name__}{tuple(arguments)}: {error!r}")
+
+
+def _memory() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 2**20
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def _peak() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**10  # ru_maxrss begins with that of the parent
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of the best matrix product found, of sizes like the model's and larger."""
+    large = 8192 if torch.cuda.is_available() else 2048
+    best = 0.0
+    for m, k, n in ((large, large, large), (9600, 384, 1536), (9600, 1536, 384), (4 * large, large // 2, large // 2)):
+        a = torch.randn(m, k, device=device()).to(dtype)
+        b = torch.randn(k, n, device=device()).to(dtype)
+        out = torch.empty(m, n, device=device(), dtype=dtype)
+        (seconds,) = alternate(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), rounds=9)
+        best = max(best, 2 * m * k * n / seconds)
+    return best
+
+
+def copy_rate() -> float:
+    """Bytes a second, read and written, of copying far more than any cache holds."""
+    source = torch.zeros((2**31 if torch.cuda.is_available() else 2**28) // 4, device=device())
+    to = torch.empty_like(source)
+    (seconds,) = alternate(lambda: to.copy_(source), rounds=9)
+    return 2 * source.numel() * 4 / seconds
+
+
+def precision() -> str:
+    """What this machine trains in fastest: as `precision='auto'` decides."""
+    from lib.train_config import resolved_precision
+
+    return resolved_precision("auto")
+
+
+def machine() -> dict[str, Any]:
+    facts = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "amx": torch.cpu._is_amx_tile_supported(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "torch": torch.__version__,
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,224 @@
+"""What surrounds the model: codecs, a folder encoded, two long files fused, pairs read from disk."""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import encodec.model
+import psutil
+import soundfile
+import torch
+from measure import alternate, timed
+from simulated import simulated_index
+
+import lib.fuse
+from lib.agent import MaskingConfig
+from lib.audio import SAMPLE_RATE
+from lib.batches import TrainingOrder, read_ahead
+from lib.cascade import CascadeConfig
+from lib.codec import EncodecCodec, MdctCodec
+from lib.fusion import FusionModel
+from lib.latents import LatentPairs, encode_manifest
+from lib.pairs import build_manifest
+from lib.runs import Run
+from lib.synth import make_demo_dataset, render_song
+from lib.train_config import TrainConfig
+
+CLIP = 16  # seconds
+
+
+# --- codecs -----------------------------------------------------------------------------------------------------------
+
+
+def codecs() -> list[dict[str, Any]]:
+    """Times real time. EnCodec has random weights, which cost what trained ones do; 'plain' is the package as its
+    documentation calls it, a clip at a time."""
+    wavs = torch.stack([torch.from_numpy(render_song(0, i, CLIP * SAMPLE_RATE)).float() for i in range(4)])[:, None]
+    mdct = MdctCodec()
+    latents = mdct.encode(wavs)
+    encode, decode = alternate(lambda: mdct.encode(wavs), lambda: mdct.decode(latents), rounds=9)
+    rows = [
+        {"codec": "mdct", "what": what, "times_real_time": 4 * CLIP / seconds}
+        for what, seconds in (("encode", encode), ("decode", decode))
+    ]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", FutureWarning)
+        plain = encodec.model.EncodecModel.encodec_model_24khz(pretrained=False).eval()
+        here = EncodecCodec(encodec.model.EncodecModel.encodec_model_24khz(pretrained=False), "random")
+        latents = plain.encoder(wavs)
+
+        def by_package(network, x):
+            return [network(clip) for clip in x.split(1)]
+
+        for what, network, run, x in (
+            ("encode", plain.encoder, here.encode, wavs),
+            ("decode", plain.decoder, here.decode, latents),
+        ):
+            stock, mine, alone = alternate(
+                lambda n=network, x=x: by_package(n, x), lambda r=run, x=x: r(x), lambda r=run, x=x: r(x[:1])
+            )
+            rows.append({"codec": "encodec", "what": what, "times_real_time": 4 * CLIP / mine, "ratio": stock / mine})
+            rows.append({"codec": "encodec", "what": f"{what}, one clip", "times_real_time": CLIP / alone})
+            rows[-1]["ratio"] = stock / 4 / alone
+    return rows
+
+
+def folder() -> dict[str, Any]:
+    """A folder of songs encoded with EnCodec: how busy the cores are while files are read and encoded."""
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        root = Path(name)
+        make_demo_dataset(root / "music", num_songs=4)
+        manifest = build_manifest(root / "music", root / "manifest.jsonl", 8.0)
+        codec = EncodecCodec(encodec.model.EncodecModel.encodec_model_24khz(pretrained=False), "random")
+        process = psutil.Process()
+        before, started = sum(process.cpu_times()[:2]), time.perf_counter()
+        report = encode_manifest(manifest, codec, root / "latents")
+        seconds = time.perf_counter() - started
+        busy = (sum(process.cpu_times()[:2]) - before) / seconds
+    return {"clips": report.encoded, "seconds": seconds, "times_real_time": report.encoded * 8 / seconds, "cores": busy}
+
+
+# --- fusing -----------------------------------------------------------------------------------------------------------
+
+
+def fusing(minutes: float = 3.0) -> dict[str, Any]:
+    """`lib.fuse` on two stereo FLAC files at 44.1 kHz: total time, the seconds of every stage, and its memory."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        codec = MdctCodec()
+        config = CascadeConfig.reference()
+        values = {"cascade": config.to_dict(), "masking": {"masking": "learned"}, "codec": {"name": codec.name}}
+        values["codec"]["fingerprint"] = codec.fingerprint
+        run = Run.create(root / "run", values)
+        torch.manual_seed(0)
+        run.save(1, FusionModel(config, MaskingConfig("learned")), {}, is_best=True)
+        files = []
+        for i in range(2):
+            song = render_song(1, i, round(minutes * 60 * 44_100))
+            files.append(root / f"{i}.flac")
+            soundfile.write(files[-1], torch.from_numpy(song)[:, None].expand(-1, 2).numpy(), 44_100)
+        spent: dict[str, float] = defaultdict(float)
+        watched = (
+            (lib.fuse, "check_audio", "check"),
+            (lib.fuse, "load_audio", "read"),
+            (MdctCodec, "encode", "encode"),
+            (FusionModel, "forward", "model"),
+            (MdctCodec, "decode", "decode"),
+            (lib.fuse.AudioWriter, "write", "write"),
+        )
+        memory: list[float] = []
+        with watch(watched, spent), sampled_memory(memory):
+            seconds = timed(lambda: lib.fuse.fuse_files(*files, root / "out.flac", run, codec))
+    third = len(memory) // 3
+    return {
+        "minutes": minutes,
+        "seconds": seconds,
+        "times_real_time": 60 * minutes / seconds,
+        "stages_times_real_time": {name: 60 * minutes / value for name, value in spent.items()},
+        "stages_seconds": dict(spent),
+        "memory_growth_mib": max(memory[-third:]) - max(memory[third : 2 * third]),
+    }
+
+
+@contextmanager
+def watch(places: tuple, spent: dict[str, float]) -> Iterator[None]:
+    """Add up the seconds of each function by its name, in whichever thread it runs."""
+    patches = []
+    for owner, name, key in places:
+        function = getattr(owner, name)
+
+        def timed_call(*args, function=function, key=key, **options):
+            started = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                spent[key] += time.perf_counter() - started
+
+        patches.append(mock.patch.object(owner, name, timed_call))
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+@contextmanager
+def sampled_memory(into: list[float]) -> Iterator[None]:
+    """Resident MiB, ten times a second."""
+    over = threading.Event()
+
+    def sample() -> None:
+        while not over.wait(0.1):
+            into.append(psutil.Process().memory_info().rss / 2**20)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+OPEN_AND_SHUFFLE = """
+import sys, time
+import psutil, torch
+from lib.batches import TrainingOrder
+from lib.latents import LatentPairs
+from lib.train_config import TrainConfig
+before, started = psutil.Process().memory_info().rss, time.perf_counter()
+pairs = LatentPairs(sys.argv[1], "train")
+next(TrainingOrder(len(pairs), TrainConfig(batch_size=8)).steps())
+print(time.perf_counter() - started, (psutil.Process().memory_info().rss - before) / 2**20)
+"""
+
+
+def data(sizes: tuple[int, ...] = (1_000, 1_000_000), batch_size: int = 8, steps: int = 150) -> list[dict[str, Any]]:
+    """Simulated pairs of 16 s: what opening and shuffling cost, what reading a step costs, and how long a training
+    step of 50 ms (that of a fast GPU) waits for the next one."""
+    rows = []
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as name:
+            index = simulated_index(Path(name), size)
+            command = [sys.executable, "-c", OPEN_AND_SHUFFLE, str(index)]
+            root = Path(lib.fuse.__file__).parents[1]
+            said = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+            seconds, mebibytes = map(float, said.split())
+            pairs = LatentPairs(index, "train")
+            config = TrainConfig(batch_size=batch_size, epochs=1000)
+            row = {"pairs": size, "open_and_shuffle_s": seconds, "open_and_shuffle_mib": mebibytes}
+            row["read_ms"] = 1000 * statistics.median(waits(pairs, config, steps, busy=0.0))
+            waited = waits(pairs, config, steps, busy=0.05)
+            row["stall"] = statistics.mean(waited) / (0.05 + statistics.mean(waited))
+            rows.append(row)
+    return rows
+
+
+def waits(pairs: LatentPairs, config: TrainConfig, steps: int, busy: float) -> list[float]:
+    """Seconds that each step waits for its batch, the first few left out, while a step takes `busy` seconds."""
+    chosen = torch.arange(len(pairs))
+    order = TrainingOrder(len(pairs), config).steps()
+    batches = read_ahead(pairs, chosen, order, threads=config.num_workers, pin_memory=torch.cuda.is_available())
+    found = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        next(batches)
+        found.append(time.perf_counter() - started)
+        time.sleep(busy)
+    batches.close()
+    return found[10:]

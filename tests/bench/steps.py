@@ -1,0 +1,206 @@
+"""Where a whole training step's time goes: the terms of the objective, the discriminator, and kinds of kernels."""
+
+import dataclasses
+import os
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from accelerate import Accelerator
+from measure import alternate, device, precision
+from scaling import scaling_efficiency
+from torch.nn.parallel import DistributedDataParallel
+
+from lib.adversary import AdversaryConfig
+from lib.agent import MaskingConfig, Masks
+from lib.cascade import Cascade, CascadeConfig
+from lib.codec import MdctCodec
+from lib.curriculum import CurriculumConfig
+from lib.learner import Learner
+from lib.losses import MASK_TERMS, SOUND_TERMS, total_loss
+from lib.presets import OBJECTIVE
+from lib.train_config import TrainConfig
+
+
+def learner(**changes: Any) -> Learner:
+    torch.manual_seed(0)
+    config = TrainConfig(
+        loss=OBJECTIVE,
+        adversary=AdversaryConfig(discriminator_learning_rate=1e-4),
+        curriculum=CurriculumConfig(noise_rate=0.1),
+        precision=precision(),
+        **changes,
+    )
+    cascade = CascadeConfig.reference(anti_cheating=0.1)
+    return Learner(config, cascade, MaskingConfig("learned"), Accelerator(mixed_precision="no"), MdctCodec().decode)
+
+
+def clips(B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.randn(2, B, 128, T, device=device()) * 5.7)
+
+
+def objective(B: int = 4, T: int = 1200) -> dict[str, Any]:
+    """Seconds of every part of a step with everything on, forward and backward, each measured by itself; a term on
+    sound without the decoding that all of them share."""
+    whole, batch, decode = learner(), clips(B, T), MdctCodec().decode
+    model = whole.plain_model.train()
+    output = torch.randn(B, 128, T, device=device(), requires_grad=True)
+    masks = [torch.rand_like(output, requires_grad=True) for _ in range(2)]
+
+    def cascade() -> None:
+        model.zero_grad()
+        model.cascade(*batch)[0].square().mean().backward()
+
+    def with_masks() -> None:
+        model.zero_grad()
+        model(*batch).latents.square().mean().backward()
+
+    def terms(*names: str) -> None:
+        weights = {field: 0.0 for field in OBJECTIVE.weights if field not in ("input_weight", "target_weight")}
+        loss = dataclasses.replace(OBJECTIVE, **weights | {f"{n}_weight": 1.0 for n in names})
+        critic = whole.adversary.critic(0) if "adversarial" in names else None
+        of_masks = Masks(*masks) if set(names) & set(MASK_TERMS) else None
+        total_loss(output, *batch, loss, decode, masks=of_masks, critic=critic, random_window=True)[0].backward()
+
+    def window() -> None:
+        frames = round(OBJECTIVE.window_seconds * 75)
+        decode(output[..., :frames]).square().mean().backward()
+        with torch.no_grad():
+            decode(batch[0][..., :frames]), decode(batch[1][..., :frames])
+
+    named = ("novelty", "adversarial", *SOUND_TERMS, *MASK_TERMS)
+    runs = [lambda: whole.learn(0, [batch], progress=0.0, noise=0.1), cascade, with_masks, lambda: terms(), window]
+    runs += [lambda name=name: terms(name) for name in named]
+    runs += [lambda: terms(*SOUND_TERMS)]
+    runs += [lambda: whole.adversary.learn(0, [(output.detach(), *batch)]), whole.optimizer.step]
+    total, alone, masked, squares, decoding, *each, sound, discriminator, optimizer = alternate(*runs)
+    shares = {"cascade": alone, "mask generator": max(0.0, masked - alone), "squared errors": squares}
+    shares["decoding a window"] = decoding
+    for name, seconds in zip(named, each, strict=True):
+        shares[name] = max(0.0, seconds - squares - (decoding if name in SOUND_TERMS else 0.0))
+    shares |= {"discriminator": discriminator, "optimizer": optimizer}
+    return {
+        "batch": B,
+        "frames": T,
+        "step_s": total,
+        "sum_of_parts_s": sum(shares.values()),
+        "all_sound_terms_s": sound,
+        "sound_over_cascade": sound / alone,
+        "shares": {name: seconds / sum(shares.values()) for name, seconds in shares.items()},
+    }
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "attention": ("attention", "flash", "fmha"),
+    "matrix products": ("mm", "gemm", "cutlass", "cublas", "nvjet", "linear"),
+    "convolutions": ("conv", "cudnn"),
+    "random numbers": ("rand", "bernoulli", "dropout", "distribution"),
+    "Fourier transforms": ("fft",),
+    "optimizer": ("adam", "lerp", "foreach"),
+    "norms": ("norm", "softmax"),
+    "copies": ("copy", "memcpy", "memset", "cat", "clone", "fill", "zero"),
+}
+
+
+def kernels(B: int = 2, T: int = 1200) -> dict[str, float]:
+    """Share of a whole step's time on the device, by kind of kernel."""
+    whole, batch = learner(), [clips(B, T)]
+    for _ in range(2):
+        whole.learn(1, batch, progress=0.0, noise=0.1)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    on_gpu = device().type == "cuda"
+    if on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        whole.learn(2, batch, progress=0.0, noise=0.1)
+        if on_gpu:
+            torch.cuda.synchronize()
+    spent: dict[str, float] = defaultdict(float)
+    for event in profile.key_averages():
+        if on_gpu and event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        seconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        name = event.key.lower()
+        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "elementwise")
+        spent[kind] += seconds
+    total = sum(spent.values())
+    return dict(sorted(((kind, seconds / total) for kind, seconds in spent.items()), key=lambda item: -item[1]))
+
+
+# --- scaling ----------------------------------------------------------------------------------------------------------
+
+
+def scaling(T: int = 300) -> dict[str, Any]:
+    """Two processes of one thread against one of two threads, and what the paper says of more devices."""
+    cascade = Cascade()
+    gradient_bytes = 4 * sum(p.numel() for p in cascade.parameters())
+    found: dict[str, Any] = {"gradient_mib": gradient_bytes / 2**20}
+    if device().type == "cpu":
+        context = torch.multiprocessing.get_context("spawn")
+        queue = context.SimpleQueue()
+        for processes in (1, 2):
+            torch.multiprocessing.spawn(_train, (processes, T, queue), nprocs=processes)
+            found[f"processes_{processes}_clips_per_s"] = queue.get()
+        found["ratio"] = found["processes_2_clips_per_s"] / found["processes_1_clips_per_s"]
+    return found
+
+
+# name, bytes a second in one direction, seconds of a turn
+LINKS = {
+    "cuda": (("NVLink 4, 450 GB/s", 450e9, 5e-6), ("InfiniBand NDR, 50 GB/s", 50e9, 10e-6)),
+    "cpu": (("Ethernet, 10 Gbit/s", 1.25e9, 50e-6),),
+}
+
+
+def paper(step_s: float, gradient_bytes: float) -> list[dict[str, Any]]:
+    """Efficiency on 8 and 64 devices like this one from the time of its step, for links that are stated."""
+    rows = []
+    for link, bandwidth, latency in LINKS[device().type]:
+        for devices in (8, 64):
+            args = (step_s, gradient_bytes, bandwidth, devices)
+            rows.append({"link": link, "devices": devices, "step_s": step_s})
+            rows[-1]["efficiency"] = scaling_efficiency(*args, latency=latency)
+            rows[-1]["efficiency_overlapped"] = scaling_efficiency(*args, latency=latency, overlap=2 / 3)
+    return rows
+
+
+def _train(rank: int, processes: int, T: int, queue: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=processes)
+    try:
+        torch.manual_seed(0)
+        model = DistributedDataParallel(Cascade().train())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        B = 8 // processes
+        input, target = clips(B, T)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            (model(input, target)[0] - input).square().mean().backward()
+            optimizer.step()
+
+        (seconds,) = alternate(step, rounds=5)
+        if rank == 0:
+            queue.put(8 / seconds)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def run_time(step_s: float, pairs: int = 1000, epochs: int = 200, batch: int = 64) -> float:
+    """Hours of a full-size training run at the measured time of a step."""
+    return epochs * -(-pairs // batch) * step_s / 3600
+
+
+def no_wait() -> None:
+    """Raises where a whole step makes the host wait for the GPU."""
+    whole, batch = learner(), [clips(8, 1200)]
+    whole.learn(0, batch, progress=0.0, noise=0.1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        whole.learn(1, batch, progress=0.0, noise=0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

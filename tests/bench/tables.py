@@ -1,0 +1,123 @@
+"""What was measured, as tables: ratios first."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lib.report import Table
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def _race(rows: Rows) -> Rows:
+    return [
+        {
+            "what": row["what"],
+            "clips × frames": f"{row['batch']} × {row['frames']}",
+            "times the stock build": f"{row['ratio']:.2f}",
+            "highest possible": f"{row['highest_ratio']:.2f}",
+            "share of the limit": f"{row['here_share_of_limit']:.0%}",
+            "stock build's share": f"{row['baseline_share_of_limit']:.0%}",
+            "seconds": f"{row['here_s']:.3g}",
+            "stock build's": f"{row['baseline_s']:.3g}",
+            "MiB a clip": f"{row['here_mib_per_clip']:.0f}",
+            "stock build's MiB": f"{row['baseline_mib_per_clip']:.0f}",
+        }
+        for row in rows
+    ]
+
+
+def _curves(found: dict[str, Any]) -> Rows:
+    curves = found["curves"]
+    return [
+        {"build": name, "loss of the last steps": ", ".join(f"{x:.3f}" for x in values)}
+        for name, values in curves["last_losses"].items()
+    ] + [
+        {
+            "build": "difference of the means",
+            "loss of the last steps": f"{curves['difference']:+.4f}, seeds differ by {curves['seed_spread']:.4f}",
+        }
+    ]
+
+
+def _data(found: dict[str, Any]) -> Rows:
+    return [
+        {
+            "pairs": f"{row['pairs']:,}",
+            "open and shuffle": f"{row['open_and_shuffle_s']:.2f} s, {row['open_and_shuffle_mib']:.0f} MiB",
+            "read a step of 8": f"{row['read_ms']:.1f} ms",
+            "stall": f"{row['stall']:.1%}",
+        }
+        for row in found["data"]
+    ]
+
+
+def _codecs(found: dict[str, Any]) -> Rows:
+    return [
+        {
+            "codec": f"{row['codec']} {row['what']}",
+            "times the package": f"{row['ratio']:.2f}" if "ratio" in row else "",
+            "times real time": f"{row['times_real_time']:.0f}",
+        }
+        for row in found["codecs"]
+    ]
+
+
+def _fusing(found: dict[str, Any]) -> Rows:
+    fusing = found["fusing"]
+    stages = [
+        {"stage": name, "times real time": f"{value:.0f}", "s": f"{fusing['stages_seconds'][name]:.2f}"}
+        for name, value in fusing["stages_times_real_time"].items()
+    ]
+    whole = {
+        "stage": "all of it",
+        "times real time": f"{fusing['times_real_time']:.1f}",
+        "s": f"{fusing['seconds']:.2f}",
+    }
+    return [*stages, whole]
+
+
+def _shares(shares: Mapping[str, float]) -> Rows:
+    ordered = sorted(shares.items(), key=lambda item: -item[1])
+    return [{"part": name, "share of the step": f"{value:.1%}"} for name, value in ordered]
+
+
+def _flat(values: Mapping[str, Any]) -> Rows:
+    return [{name: f"{x:.4g}" if isinstance(x, float) else str(x) for name, x in values.items()}]
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
+    "machine": lambda found: _flat(found["machine"]),
+    "limit": lambda found: _flat(found["limit"]),
+    "cascade": lambda found: _race(found["cascade"]),
+    "sweep": lambda found: _race([row for rows in found["sweep"].values() for row in rows]),
+    "curves": _curves,
+    "codecs": _codecs,
+    "folder": lambda found: _flat(found["folder"]),
+    "fusing": _fusing,
+    "data": _data,
+    "objective": lambda found: _shares(found["objective"]["shares"]),
+    "kernels": lambda found: _shares(found["kernels"]),
+    "scaling": lambda found: _flat(found["scaling"]),
+    "paper": lambda found: [
+        {"link": row["link"], "devices": row["devices"]}
+        | {name: f"{row[name]:.1%}" for name in ("efficiency", "efficiency_overlapped")}
+        for row in found["paper"]
+    ],
+    "explorer": lambda found: [{"slider": r["slider"], "ms": f"{r['ms']:.0f}"} for r in found["explorer"]],
+    "gpu": lambda found: _flat(found["gpu"]),
+}
+
+
+def as_text(name: str, found: dict[str, Any]) -> str:
+    return repr(Table(TABLES[name](found)))
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    """Every part that was measured, under its name."""
+    return "\n".join(f"## {name}\n\n{markdown(TABLES[name](found))}" for name in TABLES if name in found)
+
+
+def markdown(rows: Rows) -> str:
+    table = Table(rows)
+    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
