@@ -1,4 +1,4 @@
-"""Encode a manifest's clips once, into checksummed shards on disk; read them back memory-mapped, as pairs.
+"""Encode a manifest's clips once, into checksummed shards on disk; read them back row by row, as pairs.
 
 The cache has one folder for each codec fingerprint and clip length. In it every array is a plain `.npy` file named by
 its own sha256, written to a temporary name, fsynced and renamed: a file is right, or its name tells that it is not.
@@ -18,10 +18,9 @@ import io
 import json
 import math
 import os
-import threading
 import time
 import zlib
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,7 +40,6 @@ from lib.manifest import Clip, Manifest
 
 INDEX_VERSION = 2
 SHARD_BYTES = 64 << 20  # about 100 clips of 16 s: few files, and little lost to a kill
-MAX_OPEN_SHARDS = 32  # each memory map holds a file descriptor, and a process may have 1024
 STALE_SECONDS = 24 * 3600  # a temporary file this old was left by a killed run
 AGAIN = "encode the manifest again, which rebuilds just what is missing or damaged"
 
@@ -281,10 +279,9 @@ def _is_intact(path: Path, sha256: str) -> bool:
 class LatentPairs(Dataset):
     """The pairs of one split of an index: `pairs[i]` is (input `[D, T]`, target `[D, T]`), float32.
 
-    Shards are opened when touched; every row is verified when it is read. Several threads may read at once. Raises
-    `UserError` for a missing or damaged index, an unknown split, or latents of a codec other than `codec_fingerprint`;
-    `CorruptShardError` where a shard is not what was written. It pickles as its arguments, so each worker of a
-    DataLoader opens its own maps.
+    Every row is verified when it is read. Several threads may read at once. Raises `UserError` for a missing or damaged
+    index, an unknown split, or latents of a codec other than `codec_fingerprint`; `CorruptShardError` where a shard is
+    not what was written. It pickles as its arguments.
     """
 
     def __init__(self, index_path: str | Path, split: str, codec_fingerprint: str | None = None):
@@ -297,7 +294,7 @@ class LatentPairs(Dataset):
             self.codec, self.fingerprint = index["codec"], index["fingerprint"]
             self.dim, self.frames = index["dim"], index["frames"]
             self.clip_length, self.sample_rate = index["clip_length"], index["sample_rate"]
-            self._shards = [path.parent / shard["file"] for shard in index["shards"]]
+            self._shards = [(path.parent / shard["file"], shard["rows"]) for shard in index["shards"]]
             splits = {name: (entry["pairs"], entry["ids"]) for name, entry in index["splits"].items()}
         except OSError as error:
             raise UserError(f"{path}: no index to read ({error.strerror}); encode the manifest first") from error
@@ -311,8 +308,6 @@ class LatentPairs(Dataset):
                 f"{path}: holds latents of codec {has}, not of {asked}; encode with the codec you train with"
             )
         self._table, self._ids = (_open_array(path.parent / f"{sha256}.npy", sha256) for sha256 in splits[split])
-        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()  # least recently used first
-        self._lock = threading.Lock()  # of the maps
 
     def __reduce__(self):
         return type(self), self._arguments
@@ -329,26 +324,23 @@ class LatentPairs(Dataset):
         return self._ids[i].decode(errors="surrogateescape")
 
     def _row(self, number: int, row: int, crc: int) -> Tensor:
-        shard = self._shard(number)
-        latents = np.array(shard[row], order="C") if row < len(shard) else None
-        if latents is None or zlib.crc32(latents) != crc:
-            raise CorruptShardError(self._shards[number], f"row {row} is not what was written")
+        path, rows = self._shards[number]
+        latents = np.empty((self.dim, self.frames), dtype=np.float32)
+        try:
+            # read, not mapped: a map's page faults cost ten times as much where the page is not in memory yet
+            with open(path, "rb", buffering=0) as file:
+                file.seek(os.fstat(file.fileno()).st_size - (rows - row) * latents.nbytes)
+                file.readinto(latents)
+        except (OSError, ValueError) as error:  # ValueError: it is shorter than its rows
+            raise CorruptShardError(path, f"cannot be read ({error})") from error
+        if zlib.crc32(latents) != crc:
+            raise CorruptShardError(path, f"row {row} is not what was written")
         return torch.from_numpy(latents)
 
-    def _shard(self, number: int) -> np.ndarray:
-        with self._lock:
-            if number in self._maps:
-                self._maps.move_to_end(number)
-            else:
-                self._maps[number] = _open_array(self._shards[number])
-                if len(self._maps) > MAX_OPEN_SHARDS:
-                    self._maps.popitem(last=False)
-            return self._maps[number]
 
-
-def _open_array(path: Path, sha256: str | None = None) -> np.ndarray:
-    """A memory map of the file, after its checksum if one is given."""
-    if sha256 is not None and not _is_intact(path, sha256):
+def _open_array(path: Path, sha256: str) -> np.ndarray:
+    """A memory map of the file, whose checksum is right."""
+    if not _is_intact(path, sha256):
         raise CorruptShardError(path, "its checksum is wrong" if path.exists() else "no such file")
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -39,7 +39,7 @@ class TrainConfig:
     checkpoint_every: int = 100  # steps between validations, each of which writes a checkpoint
     max_train_pairs: int | None = None  # train on so many pairs at most, spread evenly over all; None: on all
     max_val_pairs: int | None = None  # validate on so many pairs at most, spread likewise
-    num_workers: int = 2  # threads that read the latents of the next steps
+    num_workers: int = 1  # threads that read the latents of the next steps; a fast GPU needs more than one
     gather_every: int = 1  # steps between two transfers of the metrics; each makes the host wait for a GPU
     compile: bool = False  # torch.compile: minutes at the start; measured slower on a CPU
     seed: int = 0

@@ -14,6 +14,9 @@ from typing import Any
 import psutil
 import torch
 
+from lib.runs import versions
+from lib.train_config import resolved_precision
+
 ROUNDS = 3  # after one to warm up
 Run = Callable[[], object]
 
@@ -142,8 +145,6 @@ def copy_rate() -> float:
 
 def precision() -> str:
     """What this machine trains in fastest: as `precision='auto'` decides."""
-    from lib.train_config import resolved_precision
-
     return resolved_precision("auto")
 
 
@@ -155,7 +156,7 @@ def machine() -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "amx": torch.cpu._is_amx_tile_supported(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "torch": torch.__version__,
+        **versions(),
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
