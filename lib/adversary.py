@@ -61,9 +61,11 @@ class Adversary:
         weights = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
         return lambda latents: torch.func.functional_call(model, weights, (latents,))
 
-    def learn(self, step: int, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+    def learn(
+        self, step: int, batches: Sequence[tuple[Tensor, Tensor, Tensor]], failed: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """One step on batches of (made, input, target) latents, `[B, D, T]` each; returns its metrics, or nothing
-        where it is not its turn. The optimizer is left alone where the gradient is not finite."""
+        where it is not its turn. The weights are left alone where the gradient is not finite or `failed` is 1."""
         if step % self.config.discriminator_every:
             return {}
         self.model.train()
@@ -78,7 +80,8 @@ class Adversary:
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + share * value.detach()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.optimizer.found_inf = not_finite(norm)
+        bad = not_finite(norm)
+        self.optimizer.optimizer.found_inf = bad if failed is None else torch.maximum(failed, bad)
         self.optimizer.step()
         return {f"discriminator/{name}": value for name, value in (sums | {"grad_norm": norm}).items()}
 

@@ -34,9 +34,7 @@ class DemoClips(Callback):
             self.write(trainer, f"epoch_{epoch:04d}")
 
     def on_end(self, trainer: Trainer) -> None:
-        if (
-            trainer.order.total_steps(trainer.step) == trainer.step or trainer.out_of_patience
-        ):  # not stopped, not failed
+        if trainer.finished:
             self.write(trainer, "last")
 
     def write(self, trainer: Trainer, when: str) -> None:

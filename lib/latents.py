@@ -157,6 +157,8 @@ def _find_shards(store: Path, clips: dict[str, Clip], pool: Executor) -> tuple[l
         try:
             sidecar = json.loads(path.read_text())
             shard = _Shard(path.stem, tuple(sidecar["keys"]), tuple(sidecar["crc32"]))
+            if len(shard.crcs) != len(shard.keys):
+                continue
         except (OSError, ValueError, KeyError, TypeError):
             continue  # its rows are unknown: they count as missing
         if not clips.keys().isdisjoint(shard.keys):
@@ -328,12 +330,12 @@ class LatentPairs(Dataset):
         latents = np.empty((self.dim, self.frames), dtype=np.float32)
         try:
             # read, not mapped: a map's page faults cost ten times as much where the page is not in memory yet
-            with open(path, "rb", buffering=0) as file:
+            with open(path, "rb") as file:
                 file.seek(os.fstat(file.fileno()).st_size - (rows - row) * latents.nbytes)
-                file.readinto(latents)
+                whole = file.readinto(latents) == latents.nbytes
         except (OSError, ValueError) as error:  # ValueError: it is shorter than its rows
             raise CorruptShardError(path, f"cannot be read ({error})") from error
-        if zlib.crc32(latents) != crc:
+        if not whole or zlib.crc32(latents) != crc:
             raise CorruptShardError(path, f"row {row} is not what was written")
         return torch.from_numpy(latents)
 

@@ -90,8 +90,8 @@ class Learner:
     def learn(self, step: int, batches: Sequence[Batch], *, progress: float, noise: float = 0.0) -> dict[str, Tensor]:
         """Optimizer step number `step` (from 0) on one batch or several, of a training that is done to `progress`.
 
-        Returns its metrics as scalars on the device. Where loss or gradient is not finite the weights keep their
-        values, in this step and in all that follow.
+        Returns its metrics as scalars on the device. Where loss or gradient is not finite, in whichever process, model
+        and discriminator keep their weights, in this step and in all that follow.
         """
         self.model.train()
         for group in self.optimizer.param_groups:
@@ -111,12 +111,15 @@ class Learner:
         shares = gradient_norms(self.plain_model)
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_norm)
         metrics = {"loss": sums.pop("loss"), "grad_norm": grad_norm} | shares | sums
-        self.failed = torch.maximum(self.failed, not_finite(metrics["loss"] + grad_norm))
+        bad = torch.maximum(not_finite(metrics["loss"]), not_finite(grad_norm))
+        if self.accelerator.num_processes > 1:  # all hold still or none
+            bad = self.accelerator.reduce(bad, "sum").clamp(max=1)
+        self.failed = torch.maximum(self.failed, bad)
         self.optimizer.optimizer.found_inf = self.failed  # what a gradient scaler would set: 1 leaves the weights alone
         self.optimizer.step()
         if self.average is not None:
             move_average(self.average, self.plain_model, self.config.ema, step)
         if self.adversary is not None:
             clean = [(output, *batch) for output, batch in zip(made, batches, strict=True)]
-            metrics |= self.adversary.learn(step, clean)
+            metrics |= self.adversary.learn(step, clean, self.failed)
         return metrics

@@ -75,12 +75,12 @@ def log_mel(wav: Tensor) -> Tensor:
     return (_mel(wav.device)(wav[:, 0]) + FLOOR).log()
 
 
-def onset_envelope(log_mel: Tensor) -> Tensor:
-    """How much every mel band rises from frame to frame, averaged over bands: `[B, M, F] → [B, F − 1]`, 0 or more.
+def onset_envelope(levels: Tensor) -> Tensor:
+    """How much every band of `log_mel` rises from frame to frame, averaged: `[B, M, F] → [B, F − 1]`, 0 or more.
 
     The spectral flux of Böck and Widmer (DAFx 2013) without its maximum filter.
     """
-    return log_mel.diff(dim=2).relu().mean(dim=1)
+    return levels.diff(dim=2).relu().mean(dim=1)
 
 
 def chroma(wav: Tensor) -> Tensor:

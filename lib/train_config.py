@@ -16,6 +16,7 @@ from lib.losses import MASK_TERMS, LossConfig
 PRECISIONS = ("fp32", "bf16", "auto")
 SCHEDULES = ("constant", "cosine")
 LENGTH = ("epochs", "max_steps", "patience")  # a resumed run may be made longer or shorter
+WITHOUT_EFFECT = ("num_workers", "gather_every")  # on what a run computes: may change as well
 NESTED = {"loss": LossConfig, "curriculum": CurriculumConfig, "adversary": AdversaryConfig}
 
 
@@ -40,7 +41,7 @@ class TrainConfig:
     max_train_pairs: int | None = None  # train on so many pairs at most, spread evenly over all; None: on all
     max_val_pairs: int | None = None  # validate on so many pairs at most, spread likewise
     num_workers: int = 1  # threads that read the latents of the next steps; a fast GPU needs more than one
-    gather_every: int = 1  # steps between two transfers of the metrics; each makes the host wait for a GPU
+    gather_every: int = 1  # steps, or fewer where an epoch ends, between transfers of the metrics: a GPU waits in each
     compile: bool = False  # torch.compile: minutes at the start; measured slower on a CPU
     seed: int = 0
     loss: LossConfig = field(default_factory=LossConfig)

@@ -42,7 +42,7 @@ from lib.processes import (
 )
 from lib.runs import Run
 from lib.telemetry import Callback, to_floats
-from lib.train_config import LENGTH, TrainConfig, resolved_precision
+from lib.train_config import LENGTH, WITHOUT_EFFECT, TrainConfig, resolved_precision
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,9 @@ def train(
     """Train a model on the latents of `index` and return its run directory.
 
     With `resume`, a run in `out_dir` goes on from its last checkpoint, bit for bit on a CPU; only its length may differ
-    now, and the number of processes; another config or other data is refused. Without it a new run starts. Ctrl-C and
-    SIGTERM save a checkpoint and raise `KeyboardInterrupt`. Under a launcher every process calls this, and all return.
+    now, the number of processes, and how data are read and metrics gathered; another config or other data is refused.
+    Without it a new run starts. Ctrl-C and SIGTERM save a checkpoint and raise `KeyboardInterrupt`. Under a launcher
+    every process calls this, and all return.
     """
     masking = masking or MaskingConfig()
     config = dataclasses.replace(config, precision=resolved_precision(config.precision))
@@ -93,7 +94,9 @@ def train(
     if cascade.latent_dim != codec.dim:
         raise UserError(f"latent_dim={cascade.latent_dim} does not fit codec {codec.name}; use {codec.dim}")
     with accelerator.main_process_first():  # makes the run that the others open
-        run = Run.start(out_dir, wanted, resume=resume or not accelerator.is_main_process, free={"train": LENGTH})
+        run = Run.start(
+            out_dir, wanted, resume=resume or not accelerator.is_main_process, free={"train": LENGTH + WITHOUT_EFFECT}
+        )
     if isinstance(codec, nn.Module):  # one with weights decodes where they are
         codec.to(accelerator.device)
     try:
@@ -140,6 +143,7 @@ class Trainer:
         masking = from_fields(MaskingConfig, run.config["masking"])
         self.learner = Learner(self.config, cascade, masking, self.accelerator, decode)
         self.ungathered: list[TakenStep] = []  # steps whose metrics have not been gathered
+        self.finished = False  # neither stopped nor failed
         self.step = 0
         self.best_loss = math.inf
         self.stale = 0  # validations since the best one
@@ -186,6 +190,7 @@ class Trainer:
                     self.train_step(batches)
                     bar.update()
                     if self.after_step(bar, last=self.step == total):
+                        self.finished = True
                         return
         finally:
             for callback in self.callbacks:
@@ -194,12 +199,11 @@ class Trainer:
     def after_step(self, bar: tqdm, *, last: bool) -> bool:
         """Gather the metrics, tell the callbacks, validate and save where it is time. Whether training is over."""
         save, epoch_over = last or self.step % self.config.checkpoint_every == 0, self.order.position == 0
-        if not (save or epoch_over or len(self.ungathered) == self.config.gather_every):
+        # a signal is looked for at once where no other process must be asked
+        asked = self.stop.asked is not None and self.accelerator.num_processes == 1
+        if not (save or epoch_over or asked or len(self.ungathered) == self.config.gather_every):
             return False
         rows, stop = self.gather()
-        for row in rows:
-            for callback in self.callbacks:
-                callback.on_step(self, row)
         bar.set_postfix(loss=f"{rows[-1]['loss']:.3f}", refresh=False)
         if epoch_over:
             for callback in self.callbacks:
@@ -244,8 +248,9 @@ class Trainer:
         self.ungathered.append(TakenStep(facts, metrics, batches, rng, noise))
 
     def gather(self) -> tuple[list[dict[str, Any]], bool]:
-        """Log and return the metrics of the steps since the last call, in one transfer from the device, and whether
-        some process was asked to stop. Raises `NonFiniteError`, in every process; no bad step was taken then."""
+        """Log, show the callbacks and return the metrics of the steps since the last call, in one transfer from the
+        device, and whether some process was asked to stop. Raises `NonFiniteError`, in every process; from the bad step
+        on none was taken then."""
         taken, self.ungathered = self.ungathered, []
         asked = torch.full((), float(self.stop.asked is not None), device=self.accelerator.device)
         tensors = {(i, name): value for i, step in enumerate(taken) for name, value in step.metrics.items()}
@@ -259,6 +264,8 @@ class Trainer:
                 self.end_non_finite("train", row["step"], None, "the discriminator's loss or gradient")
             self.log(row)
             self.warn_of_factors(row)
+            for callback in self.callbacks:
+                callback.on_step(self, row)
             rows.append(row)
         return rows, floats["stop"] > 0
 
@@ -273,8 +280,8 @@ class Trainer:
         steps = [[batch] for batch in places.split(VAL_BATCH)] if len(places) else []
         bad = None
         with evaluating(self.learner.kept_model) as model:
-            for (read,) in self.read("val", steps):
-                batch = self.to_device(read)
+            for (clips,) in self.read("val", steps):
+                batch = self.to_device(clips)
                 loss, terms, _ = self.learner.loss(model, batch)
                 metrics = to_floats({"loss": loss} | terms)
                 if not math.isfinite(metrics["loss"]):  # finite gradients can still take weights to infinity
@@ -354,13 +361,13 @@ class Trainer:
 
     # --- signs of trouble ----------------------------------------------------------------------------------------
 
-    def warn_of_factors(self, metrics: dict[str, float]) -> None:
+    def warn_of_factors(self, row: dict[str, Any]) -> None:
         for stage in range(len(self.run.config["cascade"]["stages"])):
-            wanted = metrics[f"stage{stage}/wanted_factor"]
+            wanted = row[f"stage{stage}/wanted_factor"]
             if wanted > FACTOR_WARNING and stage not in self.warned:
                 self.warned.add(stage)
                 if self.accelerator.is_main_process:
-                    logger.warning("step %d: stage %d wants the factor %.2f, above 1.3", self.step, stage, wanted)
+                    logger.warning("step %d: stage %d wants the factor %.2f, above 1.3", row["step"], stage, wanted)
 
     def stop_non_finite(
         self, split: str, step: int, batches: Sequence[Batch], rng: dict[str, Any], noise: float

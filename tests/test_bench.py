@@ -1,13 +1,12 @@
 """What the benchmarks rest on: operations counted, the baseline that they race against, the sums on paper."""
 
-import math
-
 import pytest
 import torch
 from baseline import StockCascade
 from flops import forward_flops, training_flops
 from measure import compete
 from scaling import scaling_efficiency
+from steps import kind_of
 from tables import markdown
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -129,4 +128,28 @@ def test_a_contender_that_fails_is_named():
 
 def test_a_markdown_table():
     assert markdown([{"a": 1, "b": "x"}, {"a": 2}]) == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 |  |\n"
-    assert not math.isnan(len(markdown([])))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("aten::mm", "matrix products"),
+        ("aten::addmm", "matrix products"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("aten::mkldnn_convolution", "convolutions"),
+        ("aten::normal_", "random numbers"),
+        ("aten::native_layer_norm_backward", "norms"),
+        ("aten::_fft_r2c", "Fourier transforms"),
+        ("aten::_fused_adamw_", "optimizer"),
+        ("aten::copy_", "copies"),
+        ("aten::mul", "elementwise"),
+        ("void multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4, ADAM_MODE::ADAMW>>", "optimizer"),
+        ("void GammaBetaBackwardCUDAKernelTemplate<float, float>", "norms"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", "convolutions"),
+        ("nvjet_hsh_128x256_64x4_2x1_v_bz_TNT", "matrix products"),
+        ("void flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "attention"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+    ],
+)
+def test_kernels_are_sorted_by_what_they_do(kernel, kind):
+    assert kind_of(kernel) == kind

@@ -27,6 +27,7 @@ import lib.runs
 import lib.trainer
 from lib.adversary import AdversaryConfig
 from lib.agent import MASKINGS, MaskingConfig
+from lib.batches import epoch_order
 from lib.cascade import Cascade, CascadeConfig
 from lib.curriculum import CurriculumConfig
 from lib.errors import UserError, exit_on_user_error
@@ -486,25 +487,80 @@ def test_a_resume_without_the_rng_would_be_another_run(start, whole, tmp_path, m
 # --- metrics gathered every few steps ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("every", [2, 3, 5, 100])
-def test_how_often_metrics_are_gathered_changes_no_row_and_no_weight(start, whole, every):
+@pytest.mark.parametrize("every", [2, 3, 100])
+def test_how_often_metrics_are_gathered_changes_no_row_and_no_weight(start, every):
+    settings = {"batch_size": 1, "checkpoint_every": 8}
     recorder = Recorder(lambda trainer: trainer.step)
-    run = start(gather_every=every, callbacks=(recorder,))
-    assert_same_run(run, whole)
-    steps = [call[1] for call in recorder.calls if call[0] == "step"]
-    assert steps == list(range(1, 9))
-    # gathered at the latest where a checkpoint is due or an epoch ends: after 2, 3, 4, 6 and 8 of 8 steps
-    assert recorder.seen == [2, 2, 3, 4, 6, 6, 8, 8]
+    run = start("gathered", gather_every=every, callbacks=(recorder,), **settings)
+    assert_same_run(run, start("at once", **settings))
+    assert [call[1] for call in recorder.calls if call[0] == "step"] == list(range(1, 9))
+    # at the latest where an epoch of five steps ends, or a checkpoint is due
+    assert recorder.seen == {2: [2, 2, 4, 4, 5, 7, 7, 8], 3: [3, 3, 3, 5, 5, 8, 8, 8], 100: [5] * 5 + [8] * 3}[every]
 
 
-def test_a_bad_step_is_found_among_those_gathered_with_it(start, tmp_path, monkeypatch, whole):
-    poison_before(monkeypatch, 5, poison_parameter)
+def test_a_bad_step_is_found_among_those_gathered_with_it(start, tmp_path, monkeypatch):
+    """Steps 1 to 5 are gathered together, and the latents of the second are bad."""
+    getitem, bad = LatentPairs.__getitem__, epoch_order(5, 0, CONFIG.seed)[1, 0].item()
+
+    def poisoned(pairs, i):
+        pair = getitem(pairs, i)
+        if i == bad and len(pairs) == 5:
+            pair[0][3, 4] = math.nan
+        return pair
+
+    monkeypatch.setattr(LatentPairs, "__getitem__", poisoned)
+    recorder = Recorder(lambda trainer: trainer.step)
     with pytest.raises(NonFiniteError) as error:
-        start(gather_every=100, checkpoint_every=8, batch_size=1, max_steps=8, epochs=2)
-    assert (error.value.step, error.value.stage) == (5, 1)
+        start(gather_every=100, checkpoint_every=8, batch_size=1, callbacks=(recorder,))
+    assert (error.value.step, error.value.tensor) == (2, "input latents")
     run = Run.open(tmp_path / "run")
-    assert [row["step"] for row in run.metrics("train")] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in run.metrics("train")] == [1, 2]
+    assert run.metrics()[-1]["event"] == "non_finite"
+    assert recorder.seen == [5]  # the good step before it is shown, though the steps after it were tried
     assert not run.has_checkpoint()
+
+
+def test_a_signal_is_seen_at_once_however_seldom_metrics_are_gathered(start, tmp_path):
+    earlier = Trainer.train_step
+    try:
+        signal_myself_in(3, signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt, match="step 3 is saved"):
+            start(gather_every=100, checkpoint_every=8, batch_size=1)
+    finally:
+        Trainer.train_step = earlier
+    assert os.readlink(tmp_path / "run" / "last").endswith("step_00000003")
+
+
+def test_the_warning_names_the_step_it_came_from(start, tiny_cascade, caplog):
+    quiet = tiny_cascade(2).with_stage(1, projection_gain=0.01, residual_weight=0.5)
+    for every in (1, 100):
+        start(str(every), gather_every=every, checkpoint_every=8, batch_size=1, cascade=quiet)
+    steps = [record.message.split(":")[0] for record in caplog.records if "wants the factor" in record.message]
+    assert len(steps) >= 2
+    assert steps[: len(steps) // 2] == steps[len(steps) // 2 :]
+
+
+def test_how_data_are_read_and_metrics_gathered_may_change_on_resuming(start, whole):
+    start(max_steps=4, gather_every=3, num_workers=2)
+    assert_same_run(start(resume=True), whole)
+
+
+def test_a_compiled_model_trains_and_its_faults_are_found(start, monkeypatch):
+    """Traced as torch.compile traces, then run as it is: no C++ compiler is needed."""
+    compile = FusionModel.compile
+    monkeypatch.setattr(FusionModel, "compile", lambda model, **options: compile(model, backend="eager", **options))
+    try:
+        compiled = start("compiled", compile=True)
+        plain = start("plain")
+        for a, b in zip(compiled.metrics("val"), plain.metrics("val"), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        poison_before(monkeypatch, 3, poison_parameter)
+        with pytest.raises(NonFiniteError) as error:
+            start("broken", compile=True)
+        assert (error.value.step, error.value.stage) == (3, 1)
+        assert error.value.tensor == "parameter cascade.stages.1.layers.0.ffn_in.weight"
+    finally:
+        torch.compiler.reset()
 
 
 # --- Ctrl-C and SIGTERM -----------------------------------------------------------------------------------------------
@@ -862,9 +918,9 @@ def test_a_folder_that_cannot_be_written_is_refused(start, tmp_path):
         start("file")
 
 
-def test_reader_processes_give_the_same_run(start):
+def test_several_readers_give_the_same_run(start):
     first = start(max_steps=2)
-    assert start("workers", max_steps=2, num_workers=1).metrics() == first.metrics()
+    assert start("readers", max_steps=2, num_workers=3).metrics() == first.metrics()
 
 
 def test_a_finished_run_can_be_made_longer(start):
@@ -1092,9 +1148,9 @@ def test_the_discriminators_steps_are_its_own(start, monkeypatch, tiny_discrimin
     """It learns from the first step, every second one, from clean latents of both kinds; the model hears it later."""
     learned, learn = [], lib.adversary.Adversary.learn
 
-    def watched(adversary, step, batches):
+    def watched(adversary, step, batches, failed):
         learned.append((step, batches, [p.detach().clone() for p in adversary.model.parameters()]))
-        metrics = learn(adversary, step, batches)
+        metrics = learn(adversary, step, batches, failed)
         learned[-1] += ([p.detach().clone() for p in adversary.model.parameters()],)
         return metrics
 
@@ -1120,7 +1176,7 @@ def test_the_discriminator_judges_clean_latents_beside_what_was_made(
 ):
     batches, learn = [], lib.adversary.Adversary.learn
     monkeypatch.setattr(
-        lib.adversary.Adversary, "learn", lambda a, step, given: batches.extend(given) or learn(a, step, given)
+        lib.adversary.Adversary, "learn", lambda a, step, given, failed: batches.extend(given) or learn(a, step, given)
     )
     pairs = LatentPairs(tiny_index, "train")
     clips = [{pairs[i][side].sum().item() for i in range(5)} for side in (0, 1)]

@@ -35,18 +35,15 @@ def gpu(found: dict[str, Any]) -> dict[str, Any] | None:
         *((models.training_step, name, models.GPU_STEP_B, models.STEP_T, "bf16") for name in ("here", "compiled"))
     )
     steps.no_wait()
-    return {
-        "compiled_ratio": eager.seconds / compiled.seconds,
-        "compiled_s": compiled.seconds,
-        "full_training_hours": steps.run_time(eager.seconds),
-    }
+    found = {"compiled_ratio": eager.seconds / compiled.seconds, "compiled_s": compiled.seconds}
+    return found | steps.full_training()
 
 
 # name → what it measures, given what the parts before it found
 PARTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "limit": lambda found: models.limits(),
-    "cascade": lambda found: models.rows(),
-    "sweep": lambda found: models.sweep(),
+    "cascade": lambda found: models.rows(found["limit"]),
+    "sweep": lambda found: models.sweep(found["limit"]),
     "curves": lambda found: models.curves(),
     "codecs": lambda found: paths.codecs(),
     "folder": lambda found: paths.folder(),
@@ -59,6 +56,8 @@ PARTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "explorer": lambda found: explorer.redraws(),
     "gpu": gpu,
 }
+
+NEEDS = {"cascade": ("limit",), "sweep": ("limit",), "paper": ("cascade", "scaling")}
 
 
 def main() -> None:
@@ -73,8 +72,11 @@ def main() -> None:
     store = options.out / "bench.json"
     chosen = [name for name in PARTS if not options.parts or name in options.parts]
     found = json.loads(store.read_text()) if options.parts and store.exists() else {}
-    found["machine"] = machine()
+    if found.get("machine") != machine():
+        found = {"machine": machine()}  # numbers of another machine or commit do not stand beside these
     for name in chosen:
+        if lacking := [needed for needed in NEEDS.get(name, ()) if needed not in found]:
+            parser.error(f"{name} needs {' and '.join(lacking)} of the same machine and commit: name them too")
         torch.manual_seed(0)
         started = time.perf_counter()
         if (result := PARTS[name](found)) is None:

@@ -4,6 +4,7 @@
 with lib, and stays as it is while lib becomes faster.
 """
 
+import functools
 import math
 
 import torch
@@ -63,6 +64,8 @@ class StockCascade(nn.Module):
         return output
 
 
+@functools.lru_cache
+@torch.inference_mode(False)
 def positions(T: int, d: int, device: torch.device) -> Tensor:
     angles = torch.arange(T, device=device)[:, None] * torch.exp(
         torch.arange(0, d, 2, device=device) * (-math.log(10_000.0) / d)

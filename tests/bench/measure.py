@@ -18,6 +18,7 @@ from lib.runs import versions
 from lib.train_config import resolved_precision
 
 ROUNDS = 3  # after one to warm up
+REPEATS = 10 if torch.cuda.is_available() else 1  # calls between two stops of the clock: a GPU's host runs ahead
 Run = Callable[[], object]
 
 
@@ -25,13 +26,14 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def timed(run: Run) -> float:
-    """Seconds until its result is there."""
+def timed(run: Run, repeats: int = REPEATS) -> float:
+    """Seconds of a call, until its result is there."""
     synchronize()
     started = time.perf_counter()
-    run()
+    for _ in range(repeats):
+        run()
     synchronize()
-    return time.perf_counter() - started
+    return (time.perf_counter() - started) / repeats
 
 
 def synchronize() -> None:
@@ -47,16 +49,18 @@ def alternate(*runs: Run, rounds: int = ROUNDS) -> list[float]:
 
 @dataclass(frozen=True)
 class Measured:
-    """A contender's median time, and the most memory that it took beyond what it holds at rest."""
+    """A contender's median and shortest time, and the most memory that it took beyond what it had before its first
+    call: gradients and the optimizer's state are counted."""
 
     seconds: float
+    shortest: float
     peak_mib: float
 
 
 def compete(*contenders: tuple[Callable[..., Run], Any], rounds: int = ROUNDS) -> list[Measured]:
     """The same for what `make(*arguments)` returns, each in a process of its own, so that each one's memory is seen.
 
-    `make` must be a function of a module. Its first call, with nothing in memory but what has been made, is not timed.
+    `make` must be a function of a module.
     """
     context = multiprocessing.get_context("spawn")
     children = []
@@ -67,13 +71,12 @@ def compete(*contenders: tuple[Callable[..., Run], Any], rounds: int = ROUNDS) -
             child.start()
             there.close()
             children.append((child, here))
-        at_rest = [_ask(here) for _, here in children]
-        taken = [[_ask(here) for _, here in children] for _ in range(rounds)]
-        peaks = taken[-1]
-        return [
-            Measured(statistics.median(t[i][0] for t in taken), max(0.0, peaks[i][1] - at_rest[i][1]))
-            for i in range(len(children))
-        ]
+        at_rest, _, *taken = ([_ask(here) for _, here in children] for _ in range(rounds + 2))  # one to warm up
+        results = []
+        for (_, before), *answers in zip(at_rest, *taken, strict=True):
+            seconds = [seconds for seconds, _ in answers]
+            results.append(Measured(statistics.median(seconds), min(seconds), max(0.0, answers[-1][1] - before)))
+        return results
     finally:
         for child, here in children:
             here.close()
@@ -90,13 +93,11 @@ def _ask(connection: Any) -> tuple[float, float]:
 
 
 def _serve(connection: Any, make: Callable[..., Run], arguments: list[Any]) -> None:
-    """First answer: memory at rest. After one call to warm up, every answer is (seconds, peak MiB so far)."""
+    """First answer: the memory before the first call. Every other is (seconds of a call, peak MiB so far)."""
     try:
         run = make(*arguments)
         connection.recv()
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the imports
         connection.send((0.0, _memory()))
-        run()
         while True:
             connection.recv()
             connection.send((timed(run), _peak()))
@@ -109,6 +110,7 @@ def _serve(connection: Any, make: Callable[..., Run], arguments: list[Any]) -> N
 def _memory() -> float:
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: that of the imports is forgotten
     return psutil.Process().memory_info().rss / 2**20
 
 

@@ -1,10 +1,12 @@
-"""Where a whole training step's time goes: the terms of the objective, the discriminator, and kinds of kernels."""
+"""Whole training steps: what the objective's terms, the discriminator and kinds of kernels take of one, what more
+processes make of it, and how long a whole training lasts."""
 
 import dataclasses
 import os
 from collections import defaultdict
 from typing import Any
 
+import encodec.model
 import torch
 import torch.multiprocessing
 from accelerate import Accelerator
@@ -15,23 +17,19 @@ from torch.nn.parallel import DistributedDataParallel
 from lib.adversary import AdversaryConfig
 from lib.agent import MaskingConfig, Masks
 from lib.cascade import Cascade, CascadeConfig
-from lib.codec import MdctCodec
+from lib.codec import EncodecCodec, MdctCodec
 from lib.curriculum import CurriculumConfig
 from lib.learner import Learner
 from lib.losses import MASK_TERMS, SOUND_TERMS, total_loss
-from lib.presets import OBJECTIVE
+from lib.presets import OBJECTIVE, load_preset
 from lib.train_config import TrainConfig
 
 
 def learner(**changes: Any) -> Learner:
     torch.manual_seed(0)
-    config = TrainConfig(
-        loss=OBJECTIVE,
-        adversary=AdversaryConfig(discriminator_learning_rate=1e-4),
-        curriculum=CurriculumConfig(noise_rate=0.1),
-        precision=precision(),
-        **changes,
-    )
+    settings = {"adversary": AdversaryConfig(discriminator_learning_rate=1e-4), "loss": OBJECTIVE}
+    settings |= {"curriculum": CurriculumConfig(noise_rate=0.1), "precision": precision()}
+    config = TrainConfig(**settings | changes)
     cascade = CascadeConfig.reference(anti_cheating=0.1)
     return Learner(config, cascade, MaskingConfig("learned"), Accelerator(mixed_precision="no"), MdctCodec().decode)
 
@@ -41,8 +39,8 @@ def clips(B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def objective(B: int = 4, T: int = 1200) -> dict[str, Any]:
-    """Seconds of every part of a step with everything on, forward and backward, each measured by itself; a term on
-    sound without the decoding that all of them share."""
+    """Seconds of every part of a step with everything on, forward and backward. A term on sound is what a step without
+    it saves, since terms share the decoding and features; every other part is measured by itself."""
     whole, batch, decode = learner(), clips(B, T), MdctCodec().decode
     model = whole.plain_model.train()
     output = torch.randn(B, 128, T, device=device(), requires_grad=True)
@@ -69,16 +67,19 @@ def objective(B: int = 4, T: int = 1200) -> dict[str, Any]:
         with torch.no_grad():
             decode(batch[0][..., :frames]), decode(batch[1][..., :frames])
 
-    named = ("novelty", "adversarial", *SOUND_TERMS, *MASK_TERMS)
+    of_latents = ("novelty", "adversarial", *MASK_TERMS)
     runs = [lambda: whole.learn(0, [batch], progress=0.0, noise=0.1), cascade, with_masks, lambda: terms(), window]
-    runs += [lambda name=name: terms(name) for name in named]
+    runs += [lambda name=name: terms(name) for name in of_latents]
+    runs += [lambda name=name: terms(*(n for n in SOUND_TERMS if n != name)) for name in SOUND_TERMS]
     runs += [lambda: terms(*SOUND_TERMS)]
     runs += [lambda: whole.adversary.learn(0, [(output.detach(), *batch)]), whole.optimizer.step]
     total, alone, masked, squares, decoding, *each, sound, discriminator, optimizer = alternate(*runs)
     shares = {"cascade": alone, "mask generator": max(0.0, masked - alone), "squared errors": squares}
     shares["decoding a window"] = decoding
-    for name, seconds in zip(named, each, strict=True):
-        shares[name] = max(0.0, seconds - squares - (decoding if name in SOUND_TERMS else 0.0))
+    for name, seconds in zip(of_latents, each, strict=False):
+        shares[name] = max(0.0, seconds - squares)
+    for name, without in zip(SOUND_TERMS, each[len(of_latents) :], strict=True):
+        shares[name] = max(0.0, sound - without)
     shares |= {"discriminator": discriminator, "optimizer": optimizer}
     return {
         "batch": B,
@@ -94,15 +95,20 @@ def objective(B: int = 4, T: int = 1200) -> dict[str, Any]:
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 KINDS = {
-    "attention": ("attention", "flash", "fmha"),
-    "matrix products": ("mm", "gemm", "cutlass", "cublas", "nvjet", "linear"),
-    "convolutions": ("conv", "cudnn"),
-    "random numbers": ("rand", "bernoulli", "dropout", "distribution"),
-    "Fourier transforms": ("fft",),
     "optimizer": ("adam", "lerp", "foreach"),
-    "norms": ("norm", "softmax"),
+    "random numbers": ("rand", "bernoulli", "dropout", "distribution", "normal_"),
+    "norms": ("norm", "softmax", "gammabeta"),
+    "attention": ("attention", "flash", "fmha"),
+    "convolutions": ("conv", "cudnn", "implicit_gemm", "xmma_fprop", "xmma_dgrad", "xmma_wgrad"),
+    "matrix products": ("::mm", "addmm", "bmm", "gemm", "cutlass", "cublas", "nvjet", "::linear"),
+    "Fourier transforms": ("fft",),
     "copies": ("copy", "memcpy", "memset", "cat", "clone", "fill", "zero"),
 }
+
+
+def kind_of(kernel: str) -> str:
+    name = kernel.lower()
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "elementwise")
 
 
 def kernels(B: int = 2, T: int = 1200) -> dict[str, float]:
@@ -120,12 +126,9 @@ def kernels(B: int = 2, T: int = 1200) -> dict[str, float]:
             torch.cuda.synchronize()
     spent: dict[str, float] = defaultdict(float)
     for event in profile.key_averages():
-        if on_gpu and event.device_type != torch.autograd.DeviceType.CUDA:
+        if on_gpu and (event.device_type != torch.autograd.DeviceType.CUDA or event.is_user_annotation):
             continue
-        seconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        name = event.key.lower()
-        kind = next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "elementwise")
-        spent[kind] += seconds
+        spent[kind_of(event.key)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
     total = sum(spent.values())
     return dict(sorted(((kind, seconds / total) for kind, seconds in spent.items()), key=lambda item: -item[1]))
 
@@ -190,14 +193,24 @@ def _train(rank: int, processes: int, T: int, queue: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
-def run_time(step_s: float, pairs: int = 1000, epochs: int = 200, batch: int = 64) -> float:
-    """Hours of a full-size training run at the measured time of a step."""
-    return epochs * -(-pairs // batch) * step_s / 3600
+def full_training(pairs: int = 1000) -> dict[str, float]:
+    """Hours that preset full trains on so many pairs: its own step, with EnCodec (of random weights) to decode by;
+    without its validations and checkpoints."""
+    config = load_preset("full").train
+    codec = EncodecCodec(encodec.model.EncodecModel.encodec_model_24khz(pretrained=False), "random").to(device())
+    accelerator = Accelerator(mixed_precision="no")
+    config = dataclasses.replace(config, precision=precision())
+    whole = Learner(config, CascadeConfig.reference(), MaskingConfig("learned"), accelerator, codec.decode)
+    batch = clips(config.batch_size, 1200)
+    (seconds,) = alternate(lambda: whole.learn(5000, [batch], progress=0.5, noise=0.1))
+    steps = config.epochs * -(-pairs // config.batch_size)
+    return {"full_step_s": seconds, "full_batch": config.batch_size, "full_training_hours": steps * seconds / 3600}
 
 
 def no_wait() -> None:
-    """Raises where a whole step makes the host wait for the GPU."""
-    whole, batch = learner(), [clips(8, 1200)]
+    """Raises where a whole step with everything on makes the host wait for the GPU."""
+    adversary = AdversaryConfig(1e-4, gradient_penalty=1.0, discriminator_spectral_norm=True)
+    whole, batch = learner(ema=0.99, adversary=adversary), [clips(8, 1200)]
     whole.learn(0, batch, progress=0.0, noise=0.1)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -78,7 +78,7 @@ def _fusing(found: dict[str, Any]) -> Rows:
 
 def _shares(shares: Mapping[str, float]) -> Rows:
     ordered = sorted(shares.items(), key=lambda item: -item[1])
-    return [{"part": name, "share of the step": f"{value:.1%}"} for name, value in ordered]
+    return [{"part": name, "share": f"{value:.1%}"} for name, value in ordered]
 
 
 def _flat(values: Mapping[str, Any]) -> Rows:
