@@ -2,6 +2,7 @@
 processes make of it, and how long a whole training lasts."""
 
 import dataclasses
+import functools
 import os
 from collections import defaultdict
 from typing import Any
@@ -68,12 +69,15 @@ def objective(B: int = 4, T: int = 1200) -> dict[str, Any]:
             decode(batch[0][..., :frames]), decode(batch[1][..., :frames])
 
     of_latents = ("novelty", "adversarial", *MASK_TERMS)
-    runs = [lambda: whole.learn(0, [batch], progress=0.0, noise=0.1), cascade, with_masks, lambda: terms(), window]
-    runs += [lambda name=name: terms(name) for name in of_latents]
-    runs += [lambda name=name: terms(*(n for n in SOUND_TERMS if n != name)) for name in SOUND_TERMS]
-    runs += [lambda: terms(*SOUND_TERMS)]
-    runs += [lambda: whole.adversary.learn(0, [(output.detach(), *batch)]), whole.optimizer.step]
-    total, alone, masked, squares, decoding, *each, sound, discriminator, optimizer = alternate(*runs)
+    learn = functools.partial(whole.learn, 0, [batch], progress=0.0, noise=0.1)
+    discriminate = functools.partial(whole.adversary.learn, 0, [(output.detach(), *batch)])
+    total, alone, masked, discriminator, optimizer = alternate(
+        learn, cascade, with_masks, discriminate, whole.optimizer.step
+    )
+    quick = [functools.partial(terms, *SOUND_TERMS), terms, window]  # milliseconds: more rounds
+    quick += [functools.partial(terms, name) for name in of_latents]
+    quick += [functools.partial(terms, *(other for other in SOUND_TERMS if other != name)) for name in SOUND_TERMS]
+    sound, squares, decoding, *each = alternate(*quick, rounds=15)
     shares = {"cascade": alone, "mask generator": max(0.0, masked - alone), "squared errors": squares}
     shares["decoding a window"] = decoding
     for name, seconds in zip(of_latents, each, strict=False):
