@@ -100,8 +100,8 @@ def test_table_as_html():
 
 def test_a_section_hands_back_what_it_stores(tmp_path):
     section = Section(tmp_path, "01", "One")
-    mine, clips = figure(), players("a")
-    assert section.figure(mine, "f", "c") is mine
+    clips = players("a")
+    assert section.figure(figure(), "f", "c").data == (tmp_path / "figures" / "f.png").read_bytes()
     assert section.players(clips, "c") is clips
     assert repr(section.table([{"a": 1}], "c")) == "a\n1"
     stored = json.loads(text(tmp_path / "report" / "01.json"))  # after every item: a notebook may fail at the next
@@ -112,8 +112,9 @@ def test_a_section_closes_its_own_figure_only_and_writes_equal_pictures_alike(tm
     section = Section(tmp_path, "01", "One")
     bystander = figure()
     for name in ("a", "b"):
-        drawn = section.figure(figure(), name, "c")
-        assert not plt.fignum_exists(drawn.number)
+        mine = figure()
+        section.figure(mine, name, "c")
+        assert not plt.fignum_exists(mine.number)
     assert plt.fignum_exists(bystander.number)
     plt.close(bystander)
     a, b = ((tmp_path / "figures" / f"{name}.png").read_bytes() for name in "ab")
