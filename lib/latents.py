@@ -1,11 +1,13 @@
 """Encode a manifest's clips once, into checksummed shards on disk; read them back row by row, as pairs.
 
 The cache has one folder for each codec fingerprint and clip length. In it every array is a plain `.npy` file named by
-its own sha256, written to a temporary name, fsynced and renamed: a file is right, or its name tells that it is not.
+its own sha256, written to a temporary name, fsynced and renamed: it is right, or its name tells that it is not.
 
     <sha256>.npy    a shard, float32 [rows, D, T]; or an index's table of pairs, uint32 [P, 6]; or its pair ids
     <sha256>.json   beside a shard, written after it: the clip keys of its rows, and each row's own checksum
     index-*.json    one for each manifest: what the latents are, its shards, and for each split the table and the ids
+
+JSON files carry a checksum of their other fields.
 
 So a killed run loses at most the shards in flight, a new song adds a shard, a damaged shard is rebuilt alone, and two
 processes that encode at once only do some work twice. Reading checks the row it reads and no other: a pair costs the
@@ -38,7 +40,7 @@ from lib.errors import UserError
 from lib.files import TEMPORARY, file_sha256, write_atomic
 from lib.manifest import Clip, Manifest
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 SHARD_BYTES = 64 << 20  # about 100 clips of 16 s: few files, and little lost to a kill
 STALE_SECONDS = 24 * 3600  # a temporary file this old was left by a killed run
 AGAIN = "encode the manifest again, which rebuilds just what is missing or damaged"
@@ -155,12 +157,10 @@ def _find_shards(store: Path, clips: dict[str, Clip], pool: Executor) -> tuple[l
         if path.name.startswith("index-"):
             continue
         try:
-            sidecar = json.loads(path.read_text())
-            shard = _Shard(path.stem, tuple(sidecar["keys"]), tuple(sidecar["crc32"]))
-            if len(shard.crcs) != len(shard.keys):
-                continue
-        except (OSError, ValueError, KeyError, TypeError):
+            sidecar = _read_checked(path)
+        except (OSError, ValueError):
             continue  # its rows are unknown: they count as missing
+        shard = _Shard(path.stem, tuple(sidecar["keys"]), tuple(sidecar["crc32"]))
         if not clips.keys().isdisjoint(shard.keys):
             shards.append(shard)
     checks = pool.map(lambda shard: _is_intact(store / f"{shard.sha256}.npy", shard.sha256), shards)
@@ -208,9 +208,9 @@ def _encode_groups(
                     rows[key] = result
             if rows:
                 array = np.ascontiguousarray(np.stack(list(rows.values())))  # row after row
-                sha256, crcs = _write_array(store, array), [zlib.crc32(row) for row in array]
+                sha256, crcs = write_array(store, array), [zlib.crc32(row) for row in array]
                 sidecar = {"fingerprint": codec.fingerprint, "sha256": sha256, "keys": list(rows), "crc32": crcs}
-                write_atomic(store / f"{sha256}.json", json.dumps(sidecar))
+                write_checked(store / f"{sha256}.json", sidecar)
                 shards.append(_Shard(sha256, tuple(rows), tuple(crcs)))
     return shards, dropped
 
@@ -247,19 +247,35 @@ def _write_index(store: Path, manifest: Manifest, shards: list[_Shard], facts: d
         "splits": {
             split: {
                 # shard, row and the row's checksum, of the input and of the target
-                "pairs": _write_array(store, np.array(table, dtype=np.uint32)),
-                "ids": _write_array(store, np.array(ids)),  # UTF-8 of fixed width: memory-mapped like the rest
+                "pairs": write_array(store, np.array(table, dtype=np.uint32)),
+                "ids": write_array(store, np.array(ids)),  # UTF-8 of fixed width: memory-mapped like the rest
             }
             for split, (table, ids) in splits.items()
         },
     }
     identity = [[pair.id, pair.split, pair.input.key, pair.target.key] for pair in manifest.pairs]
     path = store / f"index-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}.json"
-    write_atomic(path, json.dumps(index))
+    write_checked(path, index)
     return path, {split: len(table) for split, (table, _) in splits.items()}
 
 
-def _write_array(folder: Path, array: np.ndarray) -> str:
+def write_checked(path: Path, facts: dict) -> None:
+    write_atomic(path, json.dumps(facts | {"checksum": _checksum(facts)}))
+
+
+def _read_checked(path: Path) -> dict:
+    """What `write_checked` wrote. Raises `OSError`, or `ValueError` where it is something else."""
+    facts = json.loads(path.read_text())
+    if not isinstance(facts, dict) or facts.pop("checksum", None) != _checksum(facts):
+        raise ValueError("its checksum is wrong")
+    return facts
+
+
+def _checksum(facts: dict) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def write_array(folder: Path, array: np.ndarray) -> str:
     """Write `<sha256>.npy`; returns the sha256. Two writers of one name write the same bytes."""
     content = io.BytesIO()
     np.save(content, array, allow_pickle=False)
@@ -290,18 +306,18 @@ class LatentPairs(Dataset):
         self._arguments = (index_path, split, codec_fingerprint)
         path = Path(index_path)
         try:
-            index = json.loads(path.read_text())
-            if index["version"] != INDEX_VERSION:
-                raise ValueError(f"version {index['version']!r} is not {INDEX_VERSION}")
-            self.codec, self.fingerprint = index["codec"], index["fingerprint"]
-            self.dim, self.frames = index["dim"], index["frames"]
-            self.clip_length, self.sample_rate = index["clip_length"], index["sample_rate"]
-            self._shards = [(path.parent / shard["file"], shard["rows"]) for shard in index["shards"]]
-            splits = {name: (entry["pairs"], entry["ids"]) for name, entry in index["splits"].items()}
+            index = _read_checked(path)
+            if index.get("version") != INDEX_VERSION:
+                raise ValueError(f"version {index.get('version')!r} is not {INDEX_VERSION}")
         except OSError as error:
             raise UserError(f"{path}: no index to read ({error.strerror}); encode the manifest first") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: damaged index ({error!r}); {AGAIN}") from error
+        except ValueError as error:
+            raise UserError(f"{path}: damaged index ({error}); {AGAIN}") from error
+        self.codec, self.fingerprint = index["codec"], index["fingerprint"]
+        self.dim, self.frames = index["dim"], index["frames"]
+        self.clip_length, self.sample_rate = index["clip_length"], index["sample_rate"]
+        self._shards = [(path.parent / shard["file"], shard["rows"]) for shard in index["shards"]]
+        splits = {name: (entry["pairs"], entry["ids"]) for name, entry in index["splits"].items()}
         if split not in splits:
             raise UserError(f"{path}: split {split!r} has no pairs; there are {', '.join(splits) or 'none'}")
         if codec_fingerprint not in (None, self.fingerprint):
@@ -332,10 +348,10 @@ class LatentPairs(Dataset):
             # read, not mapped: a map's page faults cost ten times as much where the page is not in memory yet
             with open(path, "rb") as file:
                 file.seek(os.fstat(file.fileno()).st_size - (rows - row) * latents.nbytes)
-                whole = file.readinto(latents) == latents.nbytes
+                file.readinto(latents)
         except (OSError, ValueError) as error:  # ValueError: it is shorter than its rows
             raise CorruptShardError(path, f"cannot be read ({error})") from error
-        if not whole or zlib.crc32(latents) != crc:
+        if zlib.crc32(latents) != crc:
             raise CorruptShardError(path, f"row {row} is not what was written")
         return torch.from_numpy(latents)
 

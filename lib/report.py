@@ -66,7 +66,7 @@ class Section:
         self._add({"kind": "text", "text": text})
 
     def figure(self, figure: Figure, name: str, caption: str) -> display.Image:
-        """Store as figures/<name>.png, and show that file. 256 colours: a third of the bytes, and they look the same."""
+        """Store as figures/<name>.png, and show that file. 256 colours: a third of the bytes, to the eye the same."""
         path = self.out_dir / "figures" / f"{name}.png"
         drawn = io.BytesIO()
         figure.savefig(drawn)

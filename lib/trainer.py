@@ -192,6 +192,11 @@ class Trainer:
                     if self.after_step(bar, last=self.step == total):
                         self.finished = True
                         return
+        except BaseException:
+            if self.accelerator.num_processes == 1:  # another might not answer
+                with contextlib.suppress(Exception):
+                    self.gather()  # the steps before a failure are those that explain it
+            raise
         finally:
             for callback in self.callbacks:
                 callback.on_end(self)

@@ -288,6 +288,16 @@ def test_a_batch_has_the_input_of_one_pair_with_the_target_of_another(tiny_index
     assert not torch.equal(loaded[0][0][1][0], pairs[1][1])
 
 
+def test_batches_for_a_gpu_lie_in_pinned_memory(tiny_index, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x.clone()) or x)
+    pairs = LatentPairs(tiny_index, "train")
+    steps = [[torch.zeros(1, 2).long(), torch.ones(1, 2).long()]]
+    (batches,) = read_ahead(pairs, torch.arange(5), steps, threads=1, pin_memory=True)
+    assert [x.tolist() for x in pinned] == [x.tolist() for batch in batches for x in batch]
+    assert len(pinned) == 4
+
+
 def test_loading_leaves_the_random_numbers_alone(tiny_index):
     state = torch.get_rng_state()
     for _ in read(LatentPairs(tiny_index, "train"), torch.arange(5), [[torch.zeros(2, 2).long()]]):

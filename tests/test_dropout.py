@@ -24,6 +24,12 @@ def test_what_is_left_is_scaled_by_the_share_that_is_really_kept():
     assert abs(1 / kept - 1 / 0.9) < 1e-4
 
 
+def test_exactly_the_share_of_all_draws_is_dropped(monkeypatch):
+    every_draw = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    monkeypatch.setattr(torch, "randint", lambda low, high, shape: every_draw.view(torch.int64))
+    assert (Dropout(0.1)(torch.ones(2**16)) == 0).sum() == 6554
+
+
 def test_neighbours_and_positions_in_a_word_are_independent():
     torch.manual_seed(1)
     dropped = Dropout(0.5)(torch.ones(4, 250_000)) == 0

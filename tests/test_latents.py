@@ -24,7 +24,7 @@ import lib.latents
 from lib.audio import SAMPLE_RATE, load_audio
 from lib.codec import DIM, HOP, MdctCodec
 from lib.errors import UserError
-from lib.latents import INDEX_VERSION, CorruptShardError, LatentPairs, encode_manifest
+from lib.latents import INDEX_VERSION, CorruptShardError, LatentPairs, encode_manifest, write_checked
 from lib.pairs import Clip, Manifest, Pair
 
 CLIP = 10 * HOP
@@ -299,10 +299,21 @@ def test_a_damaged_shard_that_another_manifest_shares_is_replaced(songs, cache):
         assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem
 
 
-def test_a_damaged_sidecar_costs_only_its_shard(songs, cache):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:9],
+        lambda text: json.dumps(json.loads(text) | {"keys": json.loads(text)["keys"][::-1]}),  # each other's clips
+        lambda text: json.dumps(json.loads(text) | {"crc32": [0] * len(json.loads(text)["crc32"])}),
+        lambda text: json.dumps({"keys": json.loads(text)["keys"]}),
+        lambda text: "[]",
+    ],
+)
+def test_a_damaged_sidecar_costs_only_its_shard(songs, cache, damage):
     manifest = make_manifest(songs)
     report = encode(manifest, cache)
-    shard_files(report)[0].with_suffix(".json").write_text('{"keys": [')
+    sidecar = shard_files(report)[0].with_suffix(".json")
+    sidecar.write_text(damage(sidecar.read_text()))
     lost = len(np.load(shard_files(report)[0]))
     report = encode(manifest, cache)
     assert (report.encoded, report.reused) == (lost, 14 - lost)
@@ -401,12 +412,17 @@ def test_a_missing_or_damaged_index_or_table_is_named(songs, cache):
         "{",
         "[]",
         "{}",
-        json.dumps(index | {"version": INDEX_VERSION + 1}),
-        json.dumps({**index, "shards": 3}),
+        json.dumps({name: value for name, value in index.items() if name != "checksum"}),
+        json.dumps(index | {"shards": []}),
+        json.dumps(index | {"dim": -1}),
     ):
         report.index.write_text(content)
         with pytest.raises(UserError, match="damaged index"):
             LatentPairs(report.index, "train")
+    del index["checksum"]
+    write_checked(report.index, index | {"version": INDEX_VERSION - 1})
+    with pytest.raises(UserError, match=f"version {INDEX_VERSION - 1} is not {INDEX_VERSION}"):
+        LatentPairs(report.index, "train")
 
 
 def test_reading_keeps_no_file_open_and_reads_its_own_row_alone(songs, cache, monkeypatch):

@@ -36,6 +36,7 @@ from lib.fusion import FusionModel
 from lib.latents import LatentPairs
 from lib.losses import LossConfig
 from lib.nonfinite import NonFiniteError
+from lib.processes import rng_state
 from lib.projection import spectral_sigma
 from lib.runs import Run
 from lib.telemetry import Callback
@@ -518,6 +519,38 @@ def test_a_bad_step_is_found_among_those_gathered_with_it(start, tmp_path, monke
     assert run.metrics()[-1]["event"] == "non_finite"
     assert recorder.seen == [5]  # the good step before it is shown, though the steps after it were tried
     assert not run.has_checkpoint()
+
+
+def test_a_bad_step_is_repeated_with_its_own_random_numbers(start, monkeypatch):
+    before, repeated, train_step = [], [], Trainer.train_step
+    monkeypatch.setattr(
+        Trainer, "train_step", lambda trainer, batches: before.append(rng_state()) or train_step(trainer, batches)
+    )
+    monkeypatch.setattr(lib.trainer, "set_rng_state", lambda state: repeated.append(state))
+    poison_before(monkeypatch, 2, overflow_in_the_ffn)
+    with pytest.raises(NonFiniteError, match="step 2"):
+        start(gather_every=100, checkpoint_every=8, batch_size=1)
+    assert len(before) == 5
+    assert repeated
+    assert all(torch.equal(state["rng"], before[1]["rng"]) for state in repeated)
+
+
+@pytest.mark.parametrize("failure", [UserError("a damaged shard"), KeyboardInterrupt()])
+def test_the_steps_before_a_failure_are_logged_and_resuming_writes_them_once(start, tmp_path, failure):
+    train_step = Trainer.train_step
+
+    def failing(trainer: Trainer, batches):
+        if trainer.step == 4:
+            raise failure
+        train_step(trainer, batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", failing)
+        with pytest.raises(type(failure)):
+            start(gather_every=3, checkpoint_every=8)
+    assert [row["step"] for row in Run.open(tmp_path / "run").metrics("train")] == [1, 2, 3, 4]
+    run = start(resume=True, gather_every=3, checkpoint_every=8)
+    assert [row["step"] for row in run.metrics("train")] == list(range(1, 9))
 
 
 def test_a_signal_is_seen_at_once_however_seldom_metrics_are_gathered(start, tmp_path):
@@ -1175,6 +1208,15 @@ def test_the_discriminator_judges_clean_latents_beside_what_was_made(
     start, tiny_index, monkeypatch, tiny_discriminator
 ):
     batches, learn = [], lib.adversary.Adversary.learn
+    outputs, loss = [], lib.learner.Learner.loss
+
+    def watched_loss(learner, model, *args, **options):
+        found = loss(learner, model, *args, **options)
+        if model.training:
+            outputs.append(found[2].latents.detach().clone())
+        return found
+
+    monkeypatch.setattr(lib.learner.Learner, "loss", watched_loss)
     monkeypatch.setattr(
         lib.adversary.Adversary, "learn", lambda a, step, given, failed: batches.extend(given) or learn(a, step, given)
     )
@@ -1183,7 +1225,8 @@ def test_the_discriminator_judges_clean_latents_beside_what_was_made(
     adversary = AdversaryConfig(discriminator_learning_rate=1e-2)
     start(adversary=adversary, curriculum=CurriculumConfig(noise_rate=0.2), batch_size=1, accumulate=2, max_steps=6)
     assert len(batches) == 10  # two epochs
-    for made, input, target in batches:
+    for (made, input, target), output in zip(batches, outputs, strict=True):
+        assert torch.equal(made, output)
         assert made.shape == input.shape == target.shape
         assert not made.requires_grad
         assert input.sum().item() in clips[0]

@@ -19,7 +19,7 @@ import encodec.model
 import psutil
 import soundfile
 import torch
-from measure import alternate, synchronize, timed
+from measure import ROUNDS, alternate, device, synchronize, timed
 from simulated import simulated_index
 
 import lib.fuse
@@ -195,37 +195,43 @@ print(time.perf_counter() - started, (psutil.Process().memory_info().rss - befor
 """
 
 
-def data(sizes: tuple[int, ...] = (1_000, 1_000_000), batch_size: int = 8, steps: int = 150) -> list[dict[str, Any]]:
-    """Simulated pairs of 16 s: what opening and shuffling cost, what reading a step costs, and how long a step of 50 ms
-    waits for the next one. The shards are holes in sparse files: a disk's own time to read is not in it."""
-    rows = []
-    for size in sizes:
-        with tempfile.TemporaryDirectory() as name:
-            index = simulated_index(Path(name), size)
-            command = [sys.executable, "-c", OPEN_AND_SHUFFLE, str(index)]
-            root = Path(lib.fuse.__file__).parents[1]
-            said = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
-            seconds, mebibytes = map(float, said.split())
-            pairs = LatentPairs(index, "train")
-            config = TrainConfig(batch_size=batch_size, epochs=1000)
-            row = {"pairs": size, "open_and_shuffle_s": seconds, "open_and_shuffle_mib": mebibytes}
-            row["read_ms"] = 1000 * statistics.median(waits(pairs, config, steps, busy=0.0))
-            waited = waits(pairs, config, steps, busy=0.05)
-            row["stall"] = statistics.mean(waited) / (0.05 + statistics.mean(waited))
-            rows.append(row)
-    return rows
+def data(sizes: tuple[int, ...] = (1_000, 1_000_000), batch_size: int = 8, steps: int = 60) -> list[dict[str, Any]]:
+    """Simulated pairs of 16 s: what opening and shuffling cost, what reading a step costs, and how long a step that
+    computes for 50 ms waits for the next one. The shards are holes in sparse files: a disk's own time is not in it."""
+    rows = [{"pairs": size} for size in sizes]
+    config = TrainConfig(batch_size=batch_size, epochs=1000)
+    with tempfile.TemporaryDirectory() as name:
+        indices = [simulated_index(Path(name, str(size)), size) for size in sizes]
+        found: list[dict[str, list[float]]] = [defaultdict(list) for _ in sizes]
+        for _ in range(ROUNDS):  # in turn
+            for index, values in zip(indices, found, strict=True):
+                command = [sys.executable, "-c", OPEN_AND_SHUFFLE, str(index)]
+                root = Path(lib.fuse.__file__).parents[1]
+                said = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+                for key, value in zip(("open_and_shuffle_s", "open_and_shuffle_mib"), said.split(), strict=True):
+                    values[key].append(float(value))
+                pairs = LatentPairs(index, "train")
+                values["read_ms"].append(1000 * statistics.median(waits(pairs, config, steps, busy=0.0)))
+                waited = statistics.mean(waits(pairs, config, steps, busy=0.05))
+                values["stall"].append(waited / (0.05 + waited))
+    return [
+        row | {key: statistics.median(v) for key, v in values.items()} for row, values in zip(rows, found, strict=True)
+    ]
 
 
 def waits(pairs: LatentPairs, config: TrainConfig, steps: int, busy: float) -> list[float]:
-    """Seconds that each step waits for its batch, the first few left out, while a step takes `busy` seconds."""
-    chosen = torch.arange(len(pairs))
+    """Seconds that each step waits for its batch, the first few left out, while a step computes for `busy` seconds."""
+    chosen, x = torch.arange(len(pairs)), torch.randn(512, 512, device=device())
     order = TrainingOrder(len(pairs), config).steps()
     batches = read_ahead(pairs, chosen, order, threads=config.num_workers, pin_memory=torch.cuda.is_available())
     found = []
     for _ in range(steps):
         started = time.perf_counter()
         next(batches)
-        found.append(time.perf_counter() - started)
-        time.sleep(busy)
+        began = time.perf_counter()
+        found.append(began - started)
+        while time.perf_counter() < began + busy:
+            torch.mm(x, x)
+            synchronize()
     batches.close()
     return found[10:]

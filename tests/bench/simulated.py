@@ -1,7 +1,6 @@
 """A data set of any size that takes no room on disk: its latents are holes in sparse files, and read as zeros."""
 
 import hashlib
-import json
 import math
 import zlib
 from pathlib import Path
@@ -10,13 +9,14 @@ import numpy as np
 
 from lib.audio import SAMPLE_RATE
 from lib.codec import DIM
-from lib.latents import INDEX_VERSION, SHARD_BYTES, _write_array
+from lib.latents import INDEX_VERSION, SHARD_BYTES, write_array, write_checked
 
 FRAMES = 1200  # of a clip of 16 s
 
 
 def simulated_index(folder: Path, num_pairs: int) -> Path:
     """An index of so many training pairs of two clips each, in shards as large as real ones."""
+    folder.mkdir(parents=True, exist_ok=True)
     rows = SHARD_BYTES // (4 * DIM * FRAMES)
     clips = np.arange(2 * num_pairs)
     shards = [{"file": f"{i}.npy", "rows": rows, "sha256": "0" * 64} for i in range(math.ceil(len(clips) / rows))]
@@ -38,8 +38,8 @@ def simulated_index(folder: Path, num_pairs: int) -> Path:
         "clip_length": FRAMES * 320,
         "sample_rate": SAMPLE_RATE,
         "shards": shards,
-        "splits": {"train": {"pairs": _write_array(folder, table), "ids": _write_array(folder, ids)}},
+        "splits": {"train": {"pairs": write_array(folder, table), "ids": write_array(folder, ids)}},
     }
     path = folder / "index-simulated.json"
-    path.write_text(json.dumps(index))
+    write_checked(path, index)
     return path

@@ -1,10 +1,13 @@
 """Whole training steps: what the objective's terms, the discriminator and kinds of kernels take of one, what more
 processes make of it, and how long a whole training lasts."""
 
+import contextlib
 import dataclasses
 import functools
 import os
+import tempfile
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import encodec.model
@@ -13,6 +16,7 @@ import torch.multiprocessing
 from accelerate import Accelerator
 from measure import alternate, device, precision
 from scaling import scaling_efficiency
+from simulated import simulated_index
 from torch.nn.parallel import DistributedDataParallel
 
 from lib.adversary import AdversaryConfig
@@ -20,19 +24,31 @@ from lib.agent import MaskingConfig, Masks
 from lib.cascade import Cascade, CascadeConfig
 from lib.codec import EncodecCodec, MdctCodec
 from lib.curriculum import CurriculumConfig
+from lib.latents import LatentPairs
 from lib.learner import Learner
 from lib.losses import MASK_TERMS, SOUND_TERMS, total_loss
 from lib.presets import OBJECTIVE, load_preset
+from lib.runs import Run
 from lib.train_config import TrainConfig
+from lib.trainer import Trainer
+
+CASCADE = CascadeConfig.reference(anti_cheating=0.1)
 
 
-def learner(**changes: Any) -> Learner:
+def training_config() -> TrainConfig:
+    """Everything on."""
+    return TrainConfig(
+        adversary=AdversaryConfig(discriminator_learning_rate=1e-4),
+        loss=OBJECTIVE,
+        curriculum=CurriculumConfig(noise_rate=0.1),
+        precision=precision(),
+    )
+
+
+def learner() -> Learner:
     torch.manual_seed(0)
-    settings = {"adversary": AdversaryConfig(discriminator_learning_rate=1e-4), "loss": OBJECTIVE}
-    settings |= {"curriculum": CurriculumConfig(noise_rate=0.1), "precision": precision()}
-    config = TrainConfig(**settings | changes)
-    cascade = CascadeConfig.reference(anti_cheating=0.1)
-    return Learner(config, cascade, MaskingConfig("learned"), Accelerator(mixed_precision="no"), MdctCodec().decode)
+    accelerator = Accelerator(mixed_precision="no")
+    return Learner(training_config(), CASCADE, MaskingConfig("learned"), accelerator, MdctCodec().decode)
 
 
 def clips(B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,7 +165,8 @@ def scaling(T: int = 300) -> dict[str, Any]:
         context = torch.multiprocessing.get_context("spawn")
         queue = context.SimpleQueue()
         for processes in (1, 2):
-            torch.multiprocessing.spawn(_train, (processes, T, queue), nprocs=processes)
+            with tempfile.TemporaryDirectory() as name:
+                torch.multiprocessing.spawn(_train, (processes, T, queue, f"{name}/meeting"), nprocs=processes)
             found[f"processes_{processes}_clips_per_s"] = queue.get()
         found["ratio"] = found["processes_2_clips_per_s"] / found["processes_1_clips_per_s"]
     return found
@@ -174,10 +191,9 @@ def paper(step_s: float, gradient_bytes: float) -> list[dict[str, Any]]:
     return rows
 
 
-def _train(rank: int, processes: int, T: int, queue: Any) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+def _train(rank: int, processes: int, T: int, queue: Any, meeting: str) -> None:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=processes)
+    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=processes)
     try:
         torch.manual_seed(0)
         model = DistributedDataParallel(Cascade().train())
@@ -212,12 +228,20 @@ def full_training(pairs: int = 1000) -> dict[str, float]:
 
 
 def no_wait() -> None:
-    """Raises where a whole step with everything on makes the host wait for the GPU."""
+    """Raises where a whole step of a training with everything on makes the host wait for the GPU."""
     adversary = AdversaryConfig(1e-4, gradient_penalty=1.0, discriminator_spectral_norm=True)
-    whole, batch = learner(ema=0.99, adversary=adversary), [clips(8, 1200)]
-    whole.learn(0, batch, progress=0.0, noise=0.1)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        whole.learn(1, batch, progress=0.0, noise=0.1)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    config = dataclasses.replace(training_config(), ema=0.99, adversary=adversary, batch_size=8, num_workers=4)
+    with tempfile.TemporaryDirectory() as name:
+        codec, index = MdctCodec(), simulated_index(Path(name, "latents"), 64)
+        values = {"cascade": CASCADE.to_dict(), "masking": dataclasses.asdict(MaskingConfig("learned"))}
+        values |= {"train": dataclasses.asdict(config)}
+        values |= {"codec": {"name": codec.name, "fingerprint": codec.fingerprint}}
+        pairs = LatentPairs(index, "train")
+        trainer = Trainer(Run.create(Path(name, "run"), values), {"train": pairs, "val": pairs}, codec.decode)
+        with contextlib.closing(trainer.steps()) as steps:
+            trainer.train_step(next(steps))
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                trainer.train_step(next(steps))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")

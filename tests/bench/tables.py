@@ -28,15 +28,19 @@ def _race(rows: Rows) -> Rows:
 
 def _curves(found: dict[str, Any]) -> Rows:
     curves = found["curves"]
-    return [
-        {"build": name, "loss of the last steps": ", ".join(f"{x:.3f}" for x in values)}
+    what = f"mean loss of the last {curves['last']} of {curves['steps']} steps, batch {curves['batch']}, "
+    what += f"{curves['frames']} frames, each seed"
+    precisions = {"baseline": "fp32", "here": curves["precision"]}
+    rows = [
+        {"build": f"{name}, {precisions[name]}", what: ", ".join(f"{x:.4f}" for x in values)}
         for name, values in curves["last_losses"].items()
-    ] + [
-        {
-            "build": "difference of the means",
-            "loss of the last steps": f"{curves['difference']:+.4f}, seeds differ by {curves['seed_spread']:.4f}",
-        }
     ]
+    rows += [
+        {"build": "difference of the means", what: f"{curves['difference']:+.4f}"},
+        {"build": "between seeds", what: f"{curves['seed_spread']:.4f}"},
+        {"build": "do they agree?", what: "yes" if curves["agree"] else "no"},
+    ]
+    return rows
 
 
 def _data(found: dict[str, Any]) -> Rows:
@@ -81,6 +85,15 @@ def _shares(shares: Mapping[str, float]) -> Rows:
     return [{"part": name, "share": f"{value:.1%}"} for name, value in ordered]
 
 
+def _objective(found: dict[str, Any]) -> Rows:
+    objective = found["objective"]
+    rows = _shares(objective["shares"])
+    rows.append({"part": "the parts together", "share": f"{objective['sum_of_parts_s']:.2f} s"})
+    rows.append({"part": "the whole step", "share": f"{objective['step_s']:.2f} s"})
+    rows.append({"part": "all terms on sound", "share": f"{objective['sound_over_cascade']:.1%} of the cascade"})
+    return rows
+
+
 def _flat(values: Mapping[str, Any]) -> Rows:
     return [{name: f"{x:.4g}" if isinstance(x, float) else str(x) for name, x in values.items()}]
 
@@ -95,7 +108,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "folder": lambda found: _flat(found["folder"]),
     "fusing": _fusing,
     "data": _data,
-    "objective": lambda found: _shares(found["objective"]["shares"]),
+    "objective": _objective,
     "kernels": lambda found: _shares(found["kernels"]),
     "scaling": lambda found: _flat(found["scaling"]),
     "paper": lambda found: [
