@@ -18,7 +18,7 @@ from lib.runs import versions
 from lib.train_config import resolved_precision
 
 ROUNDS = 3  # after one to warm up
-REPEATS = 10 if torch.cuda.is_available() else 1  # calls between two stops of the clock: a GPU's host runs ahead
+SECONDS = 1.5  # between two stops of the clock, where one call takes less
 Run = Callable[[], object]
 
 
@@ -26,8 +26,8 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def timed(run: Run, repeats: int = REPEATS) -> float:
-    """Seconds of a call, until its result is there."""
+def timed(run: Run, repeats: int = 1) -> float:
+    """Seconds of a call, the mean of so many, until the result is there."""
     synchronize()
     started = time.perf_counter()
     for _ in range(repeats):
@@ -41,9 +41,17 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def enough(seconds: float) -> int:
+    """How many calls of so many seconds to time together."""
+    return max(1, round(SECONDS / seconds))
+
+
 def alternate(*runs: Run, rounds: int = ROUNDS) -> list[float]:
     """Median seconds of each, taken in turn so that a busy moment hits all alike."""
-    seconds = [[timed(run) for run in runs] for _ in range(rounds + 1)][1:]
+    for run in runs:
+        run()  # to warm up
+    repeats = [enough(timed(run)) for run in runs]
+    seconds = [[timed(run, n) for run, n in zip(runs, repeats, strict=True)] for _ in range(rounds)]
     return [statistics.median(column) for column in zip(*seconds, strict=True)]
 
 
@@ -98,9 +106,12 @@ def _serve(connection: Any, make: Callable[..., Run], arguments: list[Any]) -> N
         run = make(*arguments)
         connection.recv()
         connection.send((0.0, _memory()))
+        repeats = 1
         while True:
             connection.recv()
-            connection.send((timed(run), _peak()))
+            seconds = timed(run, repeats)
+            connection.send((seconds, _peak()))
+            repeats = enough(seconds)
     except EOFError:
         return
     except Exception as error:
@@ -132,7 +143,7 @@ def matmul_rate(dtype: torch.dtype) -> float:
         a = torch.randn(m, k, device=device()).to(dtype)
         b = torch.randn(k, n, device=device()).to(dtype)
         out = torch.empty(m, n, device=device(), dtype=dtype)
-        (seconds,) = alternate(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), rounds=9)
+        (seconds,) = alternate(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
         best = max(best, 2 * m * k * n / seconds)
     return best
 
@@ -141,7 +152,7 @@ def copy_rate() -> float:
     """Bytes a second, read and written, of copying far more than any cache holds."""
     source = torch.zeros((2**31 if torch.cuda.is_available() else 2**28) // 4, device=device())
     to = torch.empty_like(source)
-    (seconds,) = alternate(lambda: to.copy_(source), rounds=9)
+    (seconds,) = alternate(lambda: to.copy_(source))
     return 2 * source.numel() * 4 / seconds
 
 

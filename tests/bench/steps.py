@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import statistics
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -14,7 +15,7 @@ import encodec.model
 import torch
 import torch.multiprocessing
 from accelerate import Accelerator
-from measure import alternate, device, precision
+from measure import alternate, device, precision, timed
 from scaling import scaling_efficiency
 from simulated import simulated_index
 from torch.nn.parallel import DistributedDataParallel
@@ -90,10 +91,10 @@ def objective(B: int = 4, T: int = 1200) -> dict[str, Any]:
     total, alone, masked, discriminator, optimizer = alternate(
         learn, cascade, with_masks, discriminate, whole.optimizer.step
     )
-    quick = [functools.partial(terms, *SOUND_TERMS), terms, window]  # milliseconds: more rounds
+    quick = [functools.partial(terms, *SOUND_TERMS), terms, window]
     quick += [functools.partial(terms, name) for name in of_latents]
     quick += [functools.partial(terms, *(other for other in SOUND_TERMS if other != name)) for name in SOUND_TERMS]
-    sound, squares, decoding, *each = alternate(*quick, rounds=15)
+    sound, squares, decoding, *each = alternate(*quick)
     shares = {"cascade": alone, "mask generator": max(0.0, masked - alone), "squared errors": squares}
     shares["decoding a window"] = decoding
     for name, seconds in zip(of_latents, each, strict=False):
@@ -206,7 +207,8 @@ def _train(rank: int, processes: int, T: int, queue: Any, meeting: str) -> None:
             (model(input, target)[0] - input).square().mean().backward()
             optimizer.step()
 
-        (seconds,) = alternate(step, rounds=5)
+        step()
+        seconds = statistics.median(timed(step, 2) for _ in range(3))  # in step with each other
         if rank == 0:
             queue.put(8 / seconds)
     finally:

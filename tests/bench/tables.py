@@ -32,12 +32,12 @@ def _curves(found: dict[str, Any]) -> Rows:
     what += f"{curves['frames']} frames, each seed"
     precisions = {"baseline": "fp32", "here": curves["precision"]}
     rows = [
-        {"build": f"{name}, {precisions[name]}", what: ", ".join(f"{x:.4f}" for x in values)}
+        {"build": f"{name}, {precisions[name]}", what: ", ".join(f"{x:.5f}" for x in values)}
         for name, values in curves["last_losses"].items()
     ]
     rows += [
-        {"build": "difference of the means", what: f"{curves['difference']:+.4f}"},
-        {"build": "between seeds", what: f"{curves['seed_spread']:.4f}"},
+        {"build": "difference of the means", what: f"{curves['difference']:+.5f}"},
+        {"build": "between seeds", what: f"{curves['seed_spread']:.5f}"},
         {"build": "do they agree?", what: "yes" if curves["agree"] else "no"},
     ]
     return rows
@@ -49,7 +49,7 @@ def _data(found: dict[str, Any]) -> Rows:
             "pairs": f"{row['pairs']:,}",
             "open and shuffle": f"{row['open_and_shuffle_s']:.2f} s, {row['open_and_shuffle_mib']:.0f} MiB",
             "read a step of 8": f"{row['read_ms']:.1f} ms",
-            "stall": f"{row['stall']:.1%}",
+            f"stall of a step of {row['step_s']:g} s": f"{row['stall']:.2%}",
         }
         for row in found["data"]
     ]
