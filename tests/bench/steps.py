@@ -15,7 +15,7 @@ import encodec.model
 import torch
 import torch.multiprocessing
 from accelerate import Accelerator
-from measure import alternate, device, precision, timed
+from measure import ROUNDS, alternate, device, precision, timed
 from scaling import scaling_efficiency
 from simulated import simulated_index
 from torch.nn.parallel import DistributedDataParallel
@@ -165,11 +165,14 @@ def scaling(T: int = 300) -> dict[str, Any]:
     if device().type == "cpu":
         context = torch.multiprocessing.get_context("spawn")
         queue = context.SimpleQueue()
-        for processes in (1, 2):
-            with tempfile.TemporaryDirectory() as name:
-                torch.multiprocessing.spawn(_train, (processes, T, queue, f"{name}/meeting"), nprocs=processes)
-            found[f"processes_{processes}_clips_per_s"] = queue.get()
-        found["ratio"] = found["processes_2_clips_per_s"] / found["processes_1_clips_per_s"]
+        rates: dict[int, list[float]] = {1: [], 2: []}
+        for _ in range(ROUNDS):
+            for processes in rates:  # in turn
+                with tempfile.TemporaryDirectory() as name:
+                    torch.multiprocessing.spawn(_train, (processes, T, queue, f"{name}/meeting"), nprocs=processes)
+                rates[processes].append(queue.get())
+        one, two = (statistics.median(values) for values in rates.values())
+        found |= {"processes_1_clips_per_s": one, "processes_2_clips_per_s": two, "ratio": two / one}
     return found
 
 

@@ -77,7 +77,8 @@ def _fusing(found: dict[str, Any]) -> Rows:
         "times real time": f"{fusing['times_real_time']:.1f}",
         "s": f"{fusing['seconds']:.2f}",
     }
-    return [*stages, whole]
+    growth = {"stage": "memory, last third over the second", "s": f"{fusing['memory_growth_mib']:+.1f} MiB"}
+    return [*stages, whole, growth]
 
 
 def _shares(shares: Mapping[str, float]) -> Rows:
