@@ -10,7 +10,7 @@ CLEAN := $(BIN)/nbstripout --keep-output --keep-count \
 # an interpreter that finds no compiled modules takes twice as long to import torch
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test stored-notebooks smoke-run lab bench record notebooks lock
+.PHONY: demo test stored-notebooks smoke-run e2e lab bench record notebooks lock
 
 demo: .venv/ready
 	$(BIN)/python -m lib.pipeline --preset demo
@@ -19,7 +19,7 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not jupyterlab"
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target stored-notebooks smoke-run
 
 # beside each other: most of a small notebook's time is one core's
@@ -29,8 +29,14 @@ stored-notebooks:
 smoke-run:
 	$(BIN)/python -m lib.pipeline --preset smoke --out outputs/smoke-papermill
 
+# in a real browser, which must be there: the report page, and JupyterLab with notebooks 03, 04 and 05; about eight minutes.
+# Leaves pictures of what it saw in outputs/e2e
+e2e: .venv/ready
+	NEED_BROWSER=1 $(BIN)/python -m pytest tests/e2e
+
+# a server of its own would close the connection on uploads above 10 MB
 lab: .venv/ready
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks --ServerApp.tornado_settings='{"websocket_max_message_size": 500000000}'
 
 # PARTS="cascade data" measures some of it; BENCH=outputs/record/bench/cpu is where the README's figures come from
 BENCH ?= outputs/bench
@@ -47,8 +53,8 @@ notebooks: .venv/ready
 	TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace notebooks/*.ipynb
 	$(CLEAN) notebooks/*.ipynb
 
-lock:
-	uv pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --no-emit-index-url \
+lock: .venv/ready
+	$(BIN)/uv pip compile --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --no-emit-index-url \
 		pyproject.toml -o requirements.lock
 
 # The lock is installed by uv, whose version the lock pins too; pip alone would do, more slowly.

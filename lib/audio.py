@@ -30,6 +30,7 @@ MIN_RATE, MAX_RATE = 1_000, 1_000_000  # Hz; outside, the header is damaged or t
 
 _DEFAULT_SUBTYPE = {".wav": "FLOAT", ".flac": "PCM_24"}
 _UNBOUNDED_SUBTYPES = {"FLOAT", "DOUBLE", "VORBIS", "OPUS", "MPEG_LAYER_III"}  # these keep |x| > 1 as it is
+_ADD_PEAK_CHUNK = 0x1050  # libsndfile's SFC_SET_ADD_PEAK_CHUNK, for which soundfile has no name
 _BLOCK = 1 << 16  # frames per read or write; libsndfile's Vorbis encoder overflows its stack on much larger writes
 # libsndfile seeks Vorbis wrongly inside the last Ogg page (255 packets of 1024) and in the first block after a seek:
 # https://github.com/libsndfile/libsndfile/issues/885. Seeking earlier and decoding forward is exact.
@@ -181,6 +182,8 @@ class AudioWriter:
                 self.subtype,
                 format=self.path.suffix[1:].upper(),
             )
+            # no chunk with the peak, which holds the time of writing: equal samples make equal files
+            soundfile._snd.sf_command(self._file._file, _ADD_PEAK_CHUNK, soundfile._ffi.NULL, 0)
         except (OSError, soundfile.SoundFileError) as error:
             with contextlib.suppress(OSError):
                 self._temp.unlink()

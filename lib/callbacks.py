@@ -1,11 +1,9 @@
-"""What looks on while a model trains: clips to listen to, TensorBoard, curves in a notebook."""
+"""What looks on while a model trains: clips to listen to, TensorBoard."""
 
-import time
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from IPython.display import display
 from torch.utils.tensorboard import SummaryWriter
 
 from lib import plots
@@ -13,7 +11,6 @@ from lib.audio import save_audio
 from lib.batches import evenly_spread
 from lib.codec import Codec
 from lib.fusion import evaluating
-from lib.live import can_show_widgets
 from lib.telemetry import Callback
 from lib.trainer import Trainer
 
@@ -71,40 +68,3 @@ class TensorBoard(Callback):
 
     def on_end(self, trainer: Trainer) -> None:
         self.writer.close()
-
-
-class Dashboard(Callback):
-    """Curves under the cell that trains, redrawn while it runs; nothing without a front end to show them."""
-
-    def __init__(self, seconds: float = 3.0):
-        self.seconds = seconds  # between two pictures, each of which takes about a quarter of a second
-
-    def on_start(self, trainer: Trainer) -> None:
-        self.shown = display(display_id=True) if can_show_widgets() else None
-        self.rows = {split: trainer.run.metrics(split) for split in ("train", "val")}
-        self.began, self.first, self.last = time.monotonic(), trainer.step, -self.seconds
-
-    def on_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        self.rows[row["split"]].append(row)
-        if self.shown is not None and time.monotonic() - self.last >= self.seconds:
-            self.draw(trainer)
-
-    on_validation = on_step
-
-    def on_end(self, trainer: Trainer) -> None:
-        if self.shown is not None:
-            self.draw(trainer)
-
-    def draw(self, trainer: Trainer) -> None:
-        figure = self.figure(trainer)
-        self.shown.update(figure)
-        plt.close(figure)
-        self.last = time.monotonic()
-
-    def figure(self, trainer: Trainer) -> plt.Figure:
-        total, taken = trainer.order.total_steps(trainer.step), trainer.step - self.first
-        left = (time.monotonic() - self.began) / max(1, taken) * (total - trainer.step)
-        title = f"step {trainer.step} of {total}, epoch {trainer.order.epoch}, about {left / 60:.1f} min left"
-        return plots.training_dashboard(
-            self.rows["train"], self.rows["val"], len(trainer.learner.plain_model.cascade.stages), title
-        )

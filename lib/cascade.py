@@ -341,13 +341,18 @@ class Cascade(nn.Module):
             Stage(stage, self.config.width(i), self.config.latent_dim) for i, stage in enumerate(self.config.stages)
         )
 
-    def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, tuple[StageTrace, ...]]:
-        """`input`, `target` `[B, D, T]`, any T ≥ 1 → fused latents `[B, D, T]` and one trace per stage."""
+    def forward(
+        self, input: Tensor, target: Tensor, stages: int | None = None
+    ) -> tuple[Tensor, tuple[StageTrace, ...]]:
+        """`input`, `target` `[B, D, T]`, any T ≥ 1 → fused latents `[B, D, T]` and one trace per stage.
+
+        `stages`: apply only so many, from the first; None: all."""
         self.check_shapes(input, target)
+        assert stages is None or 1 <= stages <= len(self.stages), (stages, len(self.stages))
         sources = {"input": input, "target": target}
         sources["noisy_input"], sources["noisy_target"] = self.add_noise(input), self.add_noise(target)
         traces = []
-        for stage in self.stages:
+        for stage in self.stages[:stages]:
             sources["previous"], trace = stage(sources)
             traces.append(trace)
         return sources["previous"], tuple(traces)

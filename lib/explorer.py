@@ -1,6 +1,6 @@
 """Sliders over a real cascade: residual weight, clamp, similarity of the clips and spectral norm redraw its RMS.
 
-In a front end with widgets the explorer is live; in a headless run the same cell shows a grid of settings.
+Where the front end shows no widgets, `RmsExplorer.grid` has a few settings side by side instead.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython.display import display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from lib.cascade import Cascade, StageTrace, rms
 from lib.lab_plots import Waterfall, waterfalls
-from lib.live import can_show_widgets
 from lib.plots import STYLE
 from lib.probes import set_last_stage
 from lib.variants import EXPLODING, VARIANTS
@@ -136,10 +134,3 @@ class RmsExplorer:
         for control in controls.values():
             control.observe(redraw, names="value")
         return ipywidgets.VBox([*controls.values(), picture])
-
-    def show(self) -> Figure | None:
-        """The sliders where the front end can show them, else the grid."""
-        if can_show_widgets():
-            display(self.sliders())
-            return None
-        return self.grid()

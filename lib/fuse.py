@@ -1,13 +1,16 @@
 """Fuse two files into one with a trained run.
 
     python -m lib.fuse INPUT TARGET -o OUT.wav --run outputs/demo
+    python -m lib.fuse --recipe FAVOURITE.json -o OUT.wav
 
 Files of any length: they are read, fused and written in chunks of 16 s that overlap by a second and are crossfaded, so
 memory does not grow with the length. The output is exactly as long as the shorter file, mono, 24 kHz.
+A recipe, which the playground of notebook 05 writes beside a favourite, gives the same samples again, bit for bit.
 """
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.ahead import map_ahead
-from lib.audio import SAMPLE_RATE, AudioWriter, check_audio, load_audio
+from lib.audio import SAMPLE_RATE, AudioWriter, check_audio, load_audio, save_audio
 from lib.codec import Codec, load_codec
 from lib.errors import UserError, exit_on_user_error
 from lib.fusion import FusionModel
-from lib.runs import Run
+from lib.rendition import follow_recipe
+from lib.runs import Run, versions
 
 CHUNK = 16 * SAMPLE_RATE  # samples: the clip length that the seeds' system works on
 OVERLAP = 1 * SAMPLE_RATE
@@ -57,9 +61,8 @@ def fuse_files(
     if isinstance(codec, torch.nn.Module):
         codec.to(device)
     out_path = Path(out_path)
-    if out_path.resolve() in (Path(input_path).resolve(), Path(target_path).resolve()):
-        raise UserError(f"{out_path}: is one of the two clips; choose another output file")
     paths = (input_path, target_path)
+    _check_out(out_path, paths)
     with contextlib.closing(map_ahead(check_audio, paths, threads=2)) as checks:
         num_samples = min(report.num_samples for report in checks)
     bounds = chunk_bounds(num_samples)
@@ -75,6 +78,11 @@ def fuse_files(
             peak = max(peak, float(piece.abs().max()))
             writer.write(piece)
     return FuseReport(out_path, num_samples, len(bounds), peak)
+
+
+def _check_out(out_path: str | Path, clips: Iterable[str | Path]) -> None:
+    if Path(out_path).resolve() in [Path(path).resolve() for path in clips]:
+        raise UserError(f"{out_path}: is one of the two clips; choose another output file")
 
 
 @torch.inference_mode()
@@ -109,22 +117,51 @@ def crossfaded(bounds: list[tuple[int, int]], chunks: Iterable[Tensor]) -> Itera
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.fuse", description="Fuse two audio files with a trained run.")
-    parser.add_argument("input", help="audio file: WAV, FLAC, OGG or MP3")
-    parser.add_argument("target", help="audio file to fuse it with")
+    parser.add_argument("input", nargs="?", help="audio file: WAV, FLAC, OGG or MP3")
+    parser.add_argument("target", nargs="?", help="audio file to fuse it with")
+    parser.add_argument("--recipe", help="JSON beside a saved favourite, instead of the two files: makes it again")
     parser.add_argument("-o", "--out", required=True, help="output file; .wav holds any level")
-    parser.add_argument("--run", required=True, help="run directory, such as outputs/demo")
+    parser.add_argument("--run", help="run directory, such as outputs/demo (default: the recipe's)")
     parser.add_argument("--codec", help="mdct, encodec or a directory of EnCodec weights (default: the run's codec)")
-    parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="default: best")
+    parser.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or the recipe's")
     options = parser.parse_args()
+    if options.recipe:
+        if options.input or options.checkpoint:
+            parser.error("--recipe says which clips and which checkpoint; leave out the files and --checkpoint")
+    elif not (options.target and options.run):
+        parser.error("give INPUT, TARGET and --run, or --recipe")
     with exit_on_user_error():
-        run = Run.open(options.run)
-        trained_on = run.config.get("codec")
-        if not isinstance(trained_on, dict) or not isinstance(trained_on.get("name"), str):
-            raise UserError(f"{run.path / 'config.json'}: damaged, it names no codec; restore it or train again")
-        codec = load_codec(options.codec or trained_on["name"])
-        report = fuse_files(options.input, options.target, options.out, run, codec, which=options.checkpoint)
-        seconds = report.num_samples / SAMPLE_RATE
-        print(f"{report.path}: {seconds:.2f} s in {report.chunks} chunk(s), peak {report.peak:.3f}")
+        sys.exit(remake(options) if options.recipe else fuse(options))
+
+
+def fuse(options: argparse.Namespace) -> int:
+    run = Run.open(options.run)
+    trained_on = run.config.get("codec")
+    if not isinstance(trained_on, dict) or not isinstance(trained_on.get("name"), str):
+        raise UserError(f"{run.path / 'config.json'}: damaged, it names no codec; restore it or train again")
+    codec = load_codec(options.codec or trained_on["name"])
+    which = options.checkpoint or "best"
+    report = fuse_files(options.input, options.target, options.out, run, codec, which=which)
+    seconds = report.num_samples / SAMPLE_RATE
+    print(f"{report.path}: {seconds:.2f} s in {report.chunks} chunk(s), peak {report.peak:.3f}")
+    return 0
+
+
+def remake(options: argparse.Namespace) -> int:
+    """Exit code 1 where the samples are not those that the recipe was written for."""
+    made = follow_recipe(options.recipe, run=options.run, codec=options.codec)
+    _check_out(options.out, made.files)
+    save_audio(options.out, made.wav)
+    print(f"{options.out}: {made.wav.shape[-1] / SAMPLE_RATE:.2f} s, ", end="")
+    if made.equal:
+        print("equal to the recipe's output bit for bit")
+        return 0
+    here = versions()
+    print(
+        f"NOT equal to the recipe's output: that was made by torch {made.made_by.get('torch')}, commit "
+        f"{made.made_by.get('commit')}, this by torch {here['torch']}, commit {here['commit']}, or on another processor"
+    )
+    return 1
 
 
 if __name__ == "__main__":

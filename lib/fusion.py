@@ -35,13 +35,15 @@ class FusionModel(nn.Module):
         learned = self.masking.masking == "learned"
         self.mask_generator = MaskGenerator(self.cascade.config.latent_dim) if learned else None
 
-    def forward(self, input: Tensor, target: Tensor, masks: Masks | None = None) -> Fusion:
-        """`input`, `target` `[B, D, T]`, any T ≥ 1; `masks` of their shape replace those that the model would make."""
+    def forward(self, input: Tensor, target: Tensor, masks: Masks | None = None, stages: int | None = None) -> Fusion:
+        """`input`, `target` `[B, D, T]`, any T ≥ 1; `masks` of their shape replace those that the model would make.
+
+        `stages`: how many of the cascade's stages to apply, from the first; None: all."""
         self.cascade.check_shapes(input, target)  # before the masks, whose own errors would name no cause
         masks = masks or self.make_masks(input, target)
         if masks is not None:
             input, target = apply_mask(input, masks.input), apply_mask(target, masks.target)
-        latents, traces = self.cascade(input, target)
+        latents, traces = self.cascade(input, target, stages)
         return Fusion(latents, traces, masks)
 
     def make_masks(self, input: Tensor, target: Tensor) -> Masks | None:

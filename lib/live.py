@@ -1,8 +1,17 @@
 """Whether anybody is watching: live widgets and redrawn figures need a front end, a headless run gets static ones."""
 
+import io
 import re
+from collections.abc import Callable
+from typing import TypeVar
 
+import matplotlib.pyplot as plt
 from IPython import get_ipython
+from IPython.display import display
+from ipywidgets import Widget
+from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 
 def can_show_widgets() -> bool:
@@ -17,3 +26,19 @@ def can_show_widgets() -> bool:
         return False
     message_id = kernel.get_parent().get("header", {}).get("msg_id", "")
     return bool(message_id) and re.search(r"_\d+_\d+$", message_id) is None
+
+
+def show(panel: Callable[[], Widget], instead: T) -> T | None:
+    """Display a live panel where the front end can show one; else return what a headless run shows instead."""
+    if not can_show_widgets():
+        return instead
+    display(panel())
+    return None
+
+
+def figure_png(figure: Figure) -> bytes:
+    """A figure as the PNG that an `ipywidgets.Image` shows; closes it."""
+    content = io.BytesIO()
+    figure.savefig(content)
+    plt.close(figure)
+    return content.getvalue()

@@ -37,6 +37,11 @@ from lib.report import write_report
 from lib.runs import Run
 
 NOTEBOOKS = ("01_encoding", "02_stage_ablation", "03_rms_collapse", "04_training", "05_listening")
+LEAD = (
+    "Two clips of music, an input and a target, become latents of a frozen codec; a cascade of transformer stages "
+    "fuses them; the codec turns the result back into sound. This page shows one run of that: what it sounds like, how "
+    "it was trained, and what the codec does. Every figure, number and player comes from the notebook named below it."
+)
 NEEDS = {"05_listening": "04_training"}  # to be done again when the other has been
 USER_ERRORS = {error.__name__ for error in (UserError, AudioError, CorruptShardError)}
 
@@ -89,7 +94,7 @@ def run_notebooks(
         seconds = time.monotonic() - started
         write_atomic(stamp, json.dumps({"state": state, "seconds": round(seconds), "at": time.time()}))
         say(f"[{number}/{len(only)}] {name}: {seconds:.0f} s")
-    return write_report(out, f"Latent fusion: {preset_name}", facts(preset, out, train, val))
+    return write_report(out, f"Latent fusion: {preset_name}", LEAD, facts(preset, out, train, val))
 
 
 def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:

@@ -4,6 +4,9 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart and which pri
 channels, T frames.
 """
 
+import functools
+import io
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +15,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torchaudio
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from lib.audio import SAMPLE_RATE
@@ -21,6 +26,8 @@ logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it names
 
 INPUT, TARGET, OUTPUT, AVERAGE = "#0072B2", "#E69F00", "#009E73", "#777777"
 STAGES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
+SHADES = 48  # of a small mel picture: steps of 1.7 dB
+HEALTHY = {"color": "#009E73", "alpha": 0.08, "linewidth": 0}  # the bands of claim C15
 STYLE = {
     "figure.dpi": 80,
     "savefig.dpi": 110,
@@ -34,14 +41,52 @@ STYLE = {
 }
 
 
-def mel_db(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> Tensor:
-    """Log-mel picture of `[1, N]` in dB relative to its own maximum, floor -80: `[80, frames]`, hop 256 samples."""
+def mel_power(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> Tensor:
+    """Power in 80 mel bands of `[1, N]`: `[80, frames]`, hop 256 samples."""
     n_fft = 1024
     if wav.shape[-1] < n_fft:
         wav = torch.nn.functional.pad(wav, (0, n_fft - wav.shape[-1]))
-    mel = torchaudio.transforms.MelSpectrogram(sample_rate, n_fft=n_fft, hop_length=256, n_mels=80)
-    decibels = torchaudio.functional.amplitude_to_DB(mel(wav)[0], 10.0, 1e-10, 0.0, top_db=80.0)
+    return torchaudio.transforms.MelSpectrogram(sample_rate, n_fft=n_fft, hop_length=256, n_mels=80)(wav)[0]
+
+
+def decibels_below_peak(power: Tensor) -> Tensor:
+    """A picture of powers in dB relative to its own maximum, floor -80; silence is all floor."""
+    if power.max() <= 1e-10:
+        return torch.full_like(power, -80.0)
+    decibels = torchaudio.functional.amplitude_to_DB(power, 10.0, 1e-10, 0.0, top_db=80.0)
     return decibels - decibels.max()
+
+
+def mel_db(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> Tensor:
+    """Log-mel picture of `[1, N]` in dB relative to its own maximum, floor -80: `[80, frames]`, hop 256 samples."""
+    return decibels_below_peak(mel_power(wav, sample_rate))
+
+
+def clip_picture(wav: Tensor, colour: str = INPUT, sample_rate: int = SAMPLE_RATE) -> bytes:
+    """The outline of `[1, N]` (full height: full scale) above its mel picture, as a PNG as wide as the clip is long:
+    no axes, for players whose cursor moves over it."""
+    width, height = 480, 60
+    levels = ((mel_db(wav, sample_rate).flip(0) + 80) * ((SHADES - 1) / 80)).round().byte()  # [80, frames]
+    mel = Image.fromarray(levels.numpy()).resize((width, len(levels)), Image.Resampling.BOX)
+    edges = np.linspace(0, wav.shape[-1], width + 1).astype(int)
+    samples = wav[0].numpy()
+    slices = [samples[a : max(a + 1, b)] for a, b in itertools.pairwise(edges)]
+    low, high = np.array([s.min() for s in slices]), np.array([s.max() for s in slices])
+    rows = 1 - 2 * (np.arange(height)[:, None] + 0.5) / height  # amplitude of each row, 1 to -1
+    reach = 1.01 / height  # half a row, and a little for what lies between two
+    outline = (rows <= high + reach) & (rows >= low - reach)
+    picture = Image.fromarray(np.concatenate([np.where(outline, SHADES, SHADES + 1), np.asarray(mel)]).astype(np.uint8))
+    picture.putpalette(_clip_palette(colour))
+    content = io.BytesIO()
+    picture.save(content, format="png", transparency=SHADES + 1, optimize=True)
+    return content.getvalue()
+
+
+@functools.cache
+def _clip_palette(colour: str) -> bytes:
+    """The shades of the mel picture, the colour of the outline, and what is transparent."""
+    shades = (plt.get_cmap("magma", SHADES)(np.arange(SHADES))[:, :3] * 255).astype(np.uint8)
+    return shades.tobytes() + bytes.fromhex(colour.removeprefix("#")) + b"\xff\xff\xff"
 
 
 def waveform_and_latents(wav: Tensor, latents: Tensor, title: str, sample_rate: int = SAMPLE_RATE) -> Figure:
@@ -186,32 +231,96 @@ def mask_pictures(input_mask: Tensor, target_mask: Tensor, frame_rate: float) ->
     return figure
 
 
+def taken_pictures(taken: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -> Figure:
+    """Which clip what is heard comes from, over time and mel bands `[80, frames]`, by name: powers of what was taken
+    from the input and from the target. Blue: all input, orange: all target, grey: both; the paler, the quieter."""
+    colours = LinearSegmentedColormap.from_list("taken", (TARGET, "#BBBBBB", INPUT))
+    with plt.rc_context(STYLE):
+        columns = min(3, len(taken))
+        rows = -(-len(taken) // columns)
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(4.2 * columns, 3.1 * rows), sharex=True, sharey=True, squeeze=False
+        )
+        for ax in axes.flat[len(taken) :]:
+            ax.set_visible(False)
+        for ax, (name, (of_input, of_target)) in zip(axes.flat, taken.items(), strict=False):
+            share = of_input / (of_input + of_target).clamp_min(1e-20)
+            picture = colours(share.numpy())
+            picture[..., 3] = (decibels_below_peak(of_input + of_target).numpy() / 60 + 1).clip(0, 1)
+            ax.imshow(picture, origin="lower", aspect="auto", extent=(0, seconds, 0, len(share)))
+            ax.set(title=name, xlabel="time (s)")
+            ax.grid(False)
+        for ax in axes[:, 0]:
+            ax.set_ylabel("mel band")
+        scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), colours)
+        bar = figure.colorbar(scale, ax=axes, label="from", ticks=(0, 0.5, 1))
+        bar.ax.set_yticklabels(("target", "both", "input"))
+    return figure
+
+
 def training_dashboard(
-    train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, Any]], num_stages: int, title: str
+    train: Sequence[Mapping[str, Any]],
+    val: Sequence[Mapping[str, Any]],
+    clamps: Sequence[tuple[float, float] | None],
 ) -> Figure:
-    """A training at a glance: loss, gradient norm, RMS and factor of every stage, over steps."""
+    """A training at a glance, over steps: loss, gradient norm, RMS and factor of every stage.
+
+    Shaded is what claim C15 calls healthy: a gradient norm below 100, a level of 0.8 to 1.2 of the wanted one. A stage
+    keeps to that while the wanted factor is within its clamp, or beyond it by no more: lo / 1.2 to hi / 0.8.
+    `clamps`: of each stage.
+    """
     with plt.rc_context(STYLE):
         figure, ((top, norms), (levels, factors)) = plt.subplots(2, 2, figsize=(11, 6), sharex=True)
-        figure.suptitle(title)
         top.plot(*_series(train, "loss"), color=AVERAGE, linewidth=0.8, label="training, each step")
         top.plot(*_series(val, "loss"), color=OUTPUT, marker="o", label="validation")
-        norms.plot(*_series(train, "grad_norm"), color=INPUT, linewidth=1, label="before clipping")
-        for stage in range(num_stages):
+        steps, sizes = _series(train, "grad_norm")
+        norms.plot(steps, sizes, color=INPUT, linewidth=1, label="before clipping")
+        for stage in range(len(clamps)):
             colour = STAGES[stage % len(STAGES)]
             levels.plot(*_series(train, f"stage{stage}/output_rms"), color=colour, label=f"stage {stage} output")
             factors.plot(*_series(train, f"stage{stage}/wanted_factor"), color=colour, label=f"stage {stage} wanted")
+        goals = [row["stage0/wanted_factor"] * row["stage0/mixed_rms"] for row in train if row.get("stage0/mixed_rms")]
+        if goals:
+            goal = float(np.median(goals))
+            levels.axhspan(0.8 * goal, 1.2 * goal, **HEALTHY, label="0.8 to 1.2 of the wanted RMS")
+        clamped = [clamp for clamp in clamps if clamp is not None]
+        if clamped:
+            least, most = max(low for low, _ in clamped), min(high for _, high in clamped)
+            factors.axhspan(least / 1.2, most / 0.8, **HEALTHY, label="level stays within 0.8 to 1.2")
+        norms.axhspan(min((s for s in sizes if 0 < s < 100), default=3) / 3, 100, **HEALTHY, label="below 100")
         top.set(ylabel="loss")
         norms.set(ylabel="gradient norm", yscale="log")
         levels.set(ylabel="RMS (latent units)", xlabel="step", ylim=(0, None))
-        factors.set(ylabel="RMS factor", xlabel="step")
+        factors.set(ylabel="RMS factor", xlabel="step", ylim=(0, None))
         for axes in (top, norms, levels, factors):
+            axes.legend(fontsize=8)
+    return figure
+
+
+def runs_side_by_side(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
+    """Validation loss, gradient norm and the last stage's level over steps; `runs`: name → split → rows."""
+    with plt.rc_context(STYLE):
+        figure, (losses, norms, levels) = plt.subplots(1, 3, figsize=(13, 3.6))
+        for (name, rows), colour in zip(runs.items(), itertools.cycle(STAGES), strict=False):
+            losses.plot(*_series(rows["val"], "loss"), color=colour, marker="o", label=name)
+            norms.plot(*_series(rows["train"], "grad_norm"), color=colour, linewidth=1, label=name)
+            stages = [key for key in (rows["train"] or [{}])[0] if key.endswith("/applied_factor")]
+            if stages:
+                applied, wanted = max(stages), max(stages).replace("applied", "wanted")
+                found = [(row["step"], row[applied] / row[wanted]) for row in rows["train"] if row.get(wanted)]
+                levels.plot(*zip(*found, strict=True), color=colour, label=name)
+        levels.axhspan(0.8, 1.2, **HEALTHY, label="0.8 to 1.2")
+        losses.set(xlabel="step", ylabel="validation loss")
+        norms.set(xlabel="step", ylabel="gradient norm", yscale="log")
+        levels.set(xlabel="step", ylabel="output / wanted RMS, last stage", ylim=(0, None))
+        for axes in (losses, norms, levels):
             axes.legend(fontsize=8)
     return figure
 
 
 def waveforms_and_mels(wavs: Mapping[str, Tensor], sample_rate: int = SAMPLE_RATE) -> Figure:
     """Clips `[1, N]` side by side on one scale: waveform above, mel picture below."""
-    colours = dict(zip(wavs, (INPUT, TARGET, OUTPUT, AVERAGE), strict=False))
+    colours = dict(zip(wavs, itertools.cycle((INPUT, TARGET, OUTPUT, AVERAGE)), strict=False))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             2, len(wavs), figsize=(3.4 * len(wavs), 4.2), sharex=True, sharey="row", squeeze=False

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,16 +60,26 @@ def out_of_memory_advice(advice: Callable[[], str]) -> Iterator[None]:
 
 
 class StopSignals:
-    """While training: the first Ctrl-C or SIGTERM asks for a stop after the step, a second acts at once.
+    """While training: the first Ctrl-C or SIGTERM asks for a stop after the step, a second acts at once. So does a file
+    of the name `file`, which a dashboard in any process may write; it is forgotten when training begins and ends.
 
     Among several processes a second one is ignored: a launcher passes on the Ctrl-C that its processes have had, and
     ends all when one has ended, which must not stop the one that still writes the checkpoint.
     """
 
-    def __init__(self):
-        self.asked: int | None = None  # the signal's number
+    def __init__(self, file: Path | None = None):
+        self.file = file
+        self.signal: str | None = None  # its name
+
+    @property
+    def asked(self) -> str | None:
+        """Who asked for a stop, if anybody did."""
+        if self.signal is None and self.file is not None and self.file.exists():
+            return "the stop button"
+        return self.signal
 
     def __enter__(self) -> "StopSignals":
+        self.forget_file()
         self.earlier = {}
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -76,7 +87,7 @@ class StopSignals:
         return self
 
     def handle(self, number: int, frame: Any) -> None:
-        self.asked = number
+        self.signal = signal.Signals(number).name
         if not _was_launched():
             self.restore()
 
@@ -86,3 +97,8 @@ class StopSignals:
 
     def __exit__(self, *exception: Any) -> None:
         self.restore()
+        self.forget_file()
+
+    def forget_file(self) -> None:
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)

@@ -8,29 +8,32 @@ import base64
 import html
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib.pyplot as plt
 from IPython import display
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lib.claims import Verdict
+from lib.claims import VERDICTS, Verdict, collect
 from lib.errors import UserError
 from lib.files import write_atomic
+from lib.page import render, write_notebook_page, write_page
 from lib.player import Players
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
+LIMIT = 20_000_000  # bytes of a page, which a phone should open
 
 
 class Table:
     """Rows as a table: HTML in a notebook, aligned columns as text."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]]):
+    def __init__(self, rows: Sequence[Mapping[str, Any]], caption: str = ""):
+        self.caption = caption
         self.columns = list(dict.fromkeys(column for row in rows for column in row))
         self.rows = [[str(row.get(column, "")) for column in self.columns] for row in rows]
 
@@ -40,12 +43,14 @@ class Table:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        head, *body = (
-            "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-            for tag, row in zip(["th"] + ["td"] * len(self.rows), self._all(), strict=True)
+        head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in self.columns)
+        rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows)
+        caption = html.escape(self.caption, quote=True)
+        return (  # focusable: a wide table scrolls by keyboard as well
+            f'<div class="table" role="region" tabindex="0" aria-label="{caption or "table"}"><table>'
+            + (f"<caption>{caption}</caption>" if caption else "")
+            + f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
         )
-        rows = "".join(f"<tr>{row}</tr>" for row in body)
-        return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
     def _all(self) -> list[list[str]]:
         return [self.columns, *self.rows]
@@ -65,6 +70,10 @@ class Section:
         """A paragraph for the page alone: the notebook says it in its own words."""
         self._add({"kind": "text", "text": text})
 
+    def key_figure(self, what: str, value: str) -> None:
+        """A line of the page's summary."""
+        self._add({"kind": "key figure", "what": what, "value": value})
+
     def figure(self, figure: Figure, name: str, caption: str) -> display.Image:
         """Store as figures/<name>.png, and show that file. 256 colours: a third of the bytes, to the eye the same."""
         path = self.out_dir / "figures" / f"{name}.png"
@@ -76,29 +85,18 @@ class Section:
         return display.Image(filename=path)
 
     def table(self, rows: Sequence[Mapping[str, Any]], caption: str) -> Table:
-        table = Table(rows)
-        self._add({"kind": "html", "html": table._repr_html_(), "caption": caption, "rows": list(rows)})
+        table = Table(rows, caption)
+        self._add({"kind": "table", "html": table._repr_html_(), "caption": caption, "rows": list(rows)})
         return table
 
     def claims(self, verdicts: Sequence[Verdict]) -> Table:
-        """Verdicts as a table; `lib.claims.collect` finds them again."""
-        rows = [
-            {
-                "claim": v.claim,
-                "said": v.said,
-                "measured": v.measured + (f" ({v.spread})" if v.spread else ""),
-                "verdict": v.verdict + (f": {v.why}" if v.why else ""),
-            }
-            for v in verdicts
-        ]
-        table = Table(rows)
-        caption = "Claims audited here"
+        """Verdicts as a table. The page shows those of all notebooks together; `lib.claims.collect` finds them."""
         stored = [asdict(verdict) for verdict in verdicts]
-        self._add({"kind": "html", "html": table._repr_html_(), "caption": caption, "claims": stored})
-        return table
+        self._add({"kind": "claims", "claims": stored})
+        return claims_table(stored, "Claims audited here")
 
     def players(self, players: Players, caption: str) -> Players:
-        self._add({"kind": "html", "html": players._repr_html_(), "caption": caption})
+        self._add({"kind": "players", "html": players._repr_html_(), "caption": caption})
         return players
 
     def _add(self, item: dict[str, Any]) -> None:
@@ -109,24 +107,68 @@ class Section:
         write_atomic(self.out_dir / "report" / f"{self.name}.json", json.dumps(self.content))
 
 
-def write_report(out_dir: Path, title: str, facts: Mapping[str, str]) -> Path:
-    """Join the sections in `out_dir` into `index.html`, with pictures and players inside it; returns its path.
+def claims_table(verdicts: Sequence[Mapping[str, Any]], caption: str) -> Table:
+    """Verdicts, as `lib.claims` stores them, side by side."""
+    rows = [
+        {
+            "claim": v["claim"],
+            "said": v["said"],
+            "measured": v["measured"] + (f" ({v['spread']})" if v["spread"] else ""),
+            "verdict": v["verdict"] + (f": {v['why']}" if v["why"] else ""),
+        }
+        for v in verdicts
+    ]
+    return Table(rows, caption)
 
-    `summary.json` beside it holds the facts and every table as data.
+
+def write_report(out_dir: Path, title: str, lead: str, facts: Mapping[str, str]) -> Path:
+    """Join the sections in `out_dir` into `index.html`, the last one first; returns its path.
+
+    Pictures and players are inside the page. Of players that would take it past 20 MB, the largest are left out, and a
+    line says where they are. Executed notebooks become pages beside it, to which it links. `summary.json` holds the
+    facts and every table as data.
     """
-    paths = sorted((out_dir / "report").glob("*.json"))
+    paths = sorted((out_dir / "report").glob("*.json"), reverse=True)
     if not paths:
         raise UserError(f"{out_dir}: no sections to report on; run the notebooks first")
     sections = [json.loads(path.read_text()) for path in paths]
     tables = {item["caption"]: item["rows"] for section in sections for item in section["items"] if "rows" in item}
     write_atomic(out_dir / "summary.json", json.dumps({"facts": dict(facts), "tables": tables}, indent=1))
+    summary = []
     for section in sections:
         for item in section["items"]:
             if item["kind"] == "figure":
                 item["data"] = base64.b64encode((out_dir / item["file"]).read_bytes()).decode()
+            if item["kind"] == "key figure":
+                summary.append({"what": item["what"], "found": item["value"], "section": section["title"]})
         notebook = out_dir / f"{section['name']}.ipynb"
-        section["notebook"] = notebook.name if notebook.exists() else None
-    template = jinja2.Template(TEMPLATE.read_text(), autoescape=True, undefined=jinja2.StrictUndefined)
-    page = out_dir / "index.html"
-    write_atomic(page, template.render(title=title, facts=facts, sections=sections))
-    return page
+        section["notebook"] = write_notebook_page(notebook).stem if notebook.exists() else None
+    verdicts = collect(out_dir)
+    found = Counter(verdict["verdict"] for verdict in verdicts)
+    if verdicts:
+        counts = ", ".join(f"{found[verdict]} {verdict}" for verdict in VERDICTS)
+        summary.append({"what": "claims of the seeds", "found": counts, "section": "Claims"})
+    leave_out_largest_players(sections, LIMIT)
+    body = render(
+        "report.html.j2",
+        title=title,
+        lead=lead,
+        facts=facts,
+        sections=sections,
+        summary=Markup(Table(summary, "What was found")._repr_html_()) if summary else "",
+        claims=Markup(claims_table(verdicts, "Every claim and its verdict")._repr_html_()) if verdicts else "",
+    )
+    return write_page(out_dir / "index.html", title, body)
+
+
+def leave_out_largest_players(sections: Sequence[dict[str, Any]], limit: int) -> None:
+    """Turn players into a line that says where they are, the largest first, until all is within `limit` bytes."""
+    size = sum(len(item.get("html", "")) + len(item.get("data", "")) for s in sections for item in s["items"])
+    players = [(len(item["html"]), s, item) for s in sections for item in s["items"] if item["kind"] == "players"]
+    for length, section, item in sorted(players, key=lambda found: -found[0]):
+        if size <= 0.97 * limit:  # the rest is for styles, scripts and the tables of claims
+            return
+        where = f"in {section['notebook']}.html" if section["notebook"] else "in the folder audio/"
+        text = f"{item['caption']}: left out to keep this page below {limit / 1e6:g} MB; the players are {where}."
+        size -= length
+        item |= {"kind": "text", "text": text, "html": ""}

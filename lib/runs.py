@@ -9,6 +9,7 @@ A checkpoint is written under a temporary name, fsynced and renamed, so that a k
 complete one. Everything is loaded without running code from the file.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -100,6 +101,11 @@ class Run:
             ) from None
         return cls(path, config)
 
+    @property
+    def stop_file(self) -> Path:
+        """While it is there, a training of this run saves and stops."""
+        return self.path / "stop"
+
     # --- metrics -------------------------------------------------------------------------------------------------
 
     def log(self, row: dict[str, Any]) -> None:
@@ -188,8 +194,14 @@ class Run:
         load_weights(model, folder / "model.safetensors")
         return meta["step"], safe_torch_load(folder / "training.pt")
 
+    def weights_sha256(self, which: str = "best") -> str:
+        """Hash of the checkpoint's weights, which are verified against it."""
+        _, meta = self._verified(which, FILES[:1])
+        return meta["sha256"][FILES[0]]
+
     def check_codec(self, fingerprint: str | None) -> None:
-        trained_on = self.config.get("codec", {})
+        codec = self.config.get("codec")
+        trained_on = codec if isinstance(codec, dict) else {}  # another program's config.json may have one of its own
         if fingerprint is not None and trained_on.get("fingerprint") != fingerprint:
             raise UserError(
                 f"{self.path}: this run was trained on latents of codec {trained_on.get('name')!r} "
@@ -213,6 +225,18 @@ class Run:
 
 def _other(which: str) -> str:
     return f"restore it, point {which!r} at the run's other checkpoint, or train again"
+
+
+def find_runs(folder: str | Path, codec_fingerprint: str) -> dict[str, Run]:
+    """Name → run, of every trained run in a folder's subfolders whose latents are those of the codec."""
+    runs = {}
+    for config in sorted(Path(folder).glob("*/config.json")):
+        with contextlib.suppress(UserError):  # what is no run, or damaged, cannot be chosen
+            run = Run.open(config.parent)
+            run.check_codec(codec_fingerprint)
+            if (run.path / "best").exists() and {"cascade", "masking"} <= set(run.config):
+                runs[run.path.name] = run
+    return runs
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:
@@ -254,16 +278,21 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "commit": commit + "+" * bool(changed) if commit else "unknown"}
 
 
-def config_differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+def config_differences(a: Any, b: Any) -> list[str]:
     """Fields in which two nested configs differ, as 'train.learning_rate: 0.0001 → 0.001'."""
+    return [f"{field}: {of_a!r} → {of_b!r}" for field, of_a, of_b in differing_fields(a, b)]
+
+
+def differing_fields(a: Any, b: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Fields in which two nested configs differ, with both values; None where a config has no such field."""
     if dataclasses.is_dataclass(a):
         a = dataclasses.asdict(a)
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted(set(a) | set(b))
-        return [d for key in keys for d in config_differences(a.get(key), b.get(key), f"{prefix}{key}.")]
+        return [d for key in keys for d in differing_fields(a.get(key), b.get(key), f"{prefix}{key}.")]
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):  # JSON knows lists only
         a, b = list(a), list(b)
         if len(a) == len(b) and any(isinstance(item, dict) for item in a):
             stem = prefix.rstrip(".")
-            return [d for i in range(len(a)) for d in config_differences(a[i], b[i], f"{stem}[{i}].")]
-    return [] if a == b else [f"{prefix.rstrip('.')}: {a!r} → {b!r}"]
+            return [d for i in range(len(a)) for d in differing_fields(a[i], b[i], f"{stem}[{i}].")]
+    return [] if a == b else [(prefix.rstrip("."), a, b)]

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import signal
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +147,7 @@ class Trainer:
         self.best_loss = math.inf
         self.stale = 0  # validations since the best one
         self.warned: set[int] = set()  # stages whose factor has passed FACTOR_WARNING
-        self.stop = StopSignals()
+        self.stop = StopSignals(run.stop_file)
         if run.has_checkpoint():
             self.load()
         elif self.accelerator.process_index:
@@ -219,7 +218,7 @@ class Trainer:
             self.save(is_best=False)
         over = last or self.out_of_patience
         if stop and not over:
-            name = signal.Signals(self.stop.asked or signal.SIGTERM).name  # or another process's
+            name = self.stop.asked or "SIGTERM"  # to another process
             raise KeyboardInterrupt(f"stopped by {name}; step {self.step} is saved in {self.run.path}")
         return over
 

@@ -2,6 +2,10 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +13,13 @@ import soundfile
 import torch
 from torch import Tensor, nn
 
+from lib.agent import MaskingConfig
 from lib.cascade import CascadeConfig
+from lib.codec import Codec
+from lib.fusion import FusionModel
 from lib.latents import encode_manifest
-from lib.pairs import Clip, Manifest, Pair
+from lib.pairs import Clip, Manifest, Pair, build_manifest
+from lib.runs import Run
 
 torch.set_num_threads(1)  # tests run in parallel processes
 
@@ -47,6 +55,42 @@ class TinyDiscriminator(nn.Module):
         return self.classifier(self.conv(latents).square().mean(dim=2)).squeeze(1)
 
 
+class Page(HTMLParser):
+    """What a browser would see: tags, addresses, text; fails on tags that do not match."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "hr", "input"})
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""  # without that of scripts and styles
+        self.open: list[str] = []
+        self.feed(source)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.open):
+            self.text += data
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="session")
+def parse():
+    """`parse(html)`: its tags, attributes and text."""
+    return Page
+
+
 @pytest.fixture(scope="session")
 def tiny_codec():
     return TinyCodec()
@@ -78,3 +122,40 @@ def tiny_cascade():
         return dataclasses.replace(reference, latent_dim=8)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def songs(tmp_path_factory) -> Manifest:
+    """Clips of half a second, cut from five songs of a second and three quarters; two songs are for validation."""
+    root = tmp_path_factory.mktemp("data") / "songs"
+    root.mkdir()
+    length = 42_000
+    time = np.arange(length) / 24_000
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        beat = np.exp(-8 * (time % rng.uniform(0.2, 0.5)))
+        tones = sum(np.sin(2 * np.pi * f * time) for f in 220 * 2 ** (rng.choice(24, 4, replace=False) / 12))
+        wav = (0.02 + 0.05 * seed + 0.1 * beat) * tones / 4 + 0.003 * rng.standard_normal(length)
+        soundfile.write(root / f"song_{seed}.wav", wav, 24_000, subtype="PCM_24")  # FLOAT would hold the time
+    return build_manifest(root, root.parent / "manifest.jsonl", 0.5, mode="both", cross_per_file=2, workers=1)
+
+
+@pytest.fixture(scope="session")
+def save_run() -> Callable[..., Run]:
+    """`save_run(folder, codec, cascade, masking, seed, **parts of the config)`: a run that has trained for no step. Its
+    masks are far from one half."""
+
+    def save(
+        folder: Path, codec: Codec, cascade: CascadeConfig, masking: str = "none", seed: int = 0, **config: Any
+    ) -> Run:
+        config |= {"cascade": cascade.to_dict(), "masking": dataclasses.asdict(MaskingConfig(masking))}
+        run = Run.create(folder, config | {"codec": {"name": codec.name, "fingerprint": codec.fingerprint}})
+        torch.manual_seed(seed)
+        model = FusionModel(cascade, MaskingConfig(masking))
+        if model.mask_generator is not None:
+            for head in (model.mask_generator.input_mask_generator, model.mask_generator.target_mask_generator):
+                nn.init.normal_(head[-1].weight, std=1.0)
+        run.save(0, model.eval(), {}, is_best=True)
+        return run
+
+    return save

@@ -152,6 +152,22 @@ def test_float_wav_keeps_what_would_clip(tmp_path):
     assert torch.equal(load_audio(tmp_path / "a.wav"), wav)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "subtype"), [(".wav", "FLOAT"), (".wav", "DOUBLE"), (".wav", "PCM_16"), (".flac", "PCM_24")]
+)
+def test_equal_samples_make_equal_files(tmp_path, suffix, subtype):
+    """libsndfile would put the second of writing into a float WAV file, beside its peak."""
+    wav = torch.from_numpy(tone(channels=2).T).float()
+    save_audio(tmp_path / f"a{suffix}", wav, subtype=subtype)
+    with AudioWriter(tmp_path / f"b{suffix}", channels=2, subtype=subtype) as writer:
+        for piece in wav.split(7_001, dim=1):
+            writer.write(piece)
+    first, second = ((tmp_path / f"{name}{suffix}").read_bytes() for name in "ab")
+    assert first == second
+    assert b"PEAK" not in first[:4096]
+    torch.testing.assert_close(load_audio(tmp_path / f"a{suffix}"), wav.mean(0, keepdim=True), atol=2**-15, rtol=0)
+
+
 @pytest.mark.parametrize(("name", "subtype"), [("a.wav", "PCM_16"), ("a.wav", "PCM_24"), ("a.flac", None)])
 def test_pcm_refuses_to_clip(tmp_path, name, subtype):
     save_audio(tmp_path / name, torch.tensor([[1.0, -1.0]]), subtype=subtype)

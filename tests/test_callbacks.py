@@ -1,20 +1,19 @@
 """What looks on while a model trains: it writes and draws what happened, and changes nothing."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import lib.callbacks
+import lib.dashboard
 from lib.audio import load_audio, probe_audio
-from lib.callbacks import Dashboard, DemoClips, TensorBoard
+from lib.callbacks import DemoClips, TensorBoard
+from lib.dashboard import Dashboard
 from lib.latents import LatentPairs
 from lib.processes import rng_state
 from lib.runs import Run
@@ -156,8 +155,9 @@ class Compare(Callback):
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_callbacks_do_not_disturb_training(start, tiny_codec, monkeypatch, ema):
     """Neither while they are called, nor in what comes of it, bit for bit."""
-    monkeypatch.setattr(lib.callbacks, "can_show_widgets", lambda: True)
-    monkeypatch.setattr(lib.callbacks, "display", lambda display_id: Shown())
+    monkeypatch.setattr(lib.dashboard, "can_show_widgets", lambda: True)
+    monkeypatch.setattr(lib.dashboard, "display", lambda box: None)
+    monkeypatch.setattr(lib.dashboard, "figure_png", lambda figure: plt.close(figure) or b"")  # faster
     watchers = [Compare(c) for c in (DemoClips(tiny_codec, every=1, count=1), TensorBoard(), Dashboard(seconds=0))]
     alone, watched = (start(w, folder, ema=ema, epochs=2) for w, folder in (((), "alone"), (watchers, "watched")))
     assert all(watcher.times == 1 + 6 + 2 + 2 + 1 for watcher in watchers)
@@ -200,103 +200,3 @@ def test_a_resumed_run_takes_the_place_of_the_steps_that_were_lost(start):
     assert [step for step, _ in curves(run)["train/loss"]] == list(range(1, 13))
     assert curves(run) == wanted_curves(run)
     assert len(files(run.path / "tensorboard")) == 2
-
-
-# --- curves in a notebook ---------------------------------------------------------------------------------------------
-
-
-class Shown:
-    """A display in a front end: keeps how many lines each picture had."""
-
-    def __init__(self):
-        self.pictures: list[list[int]] = []
-
-    def update(self, figure: Figure) -> None:
-        assert isinstance(figure, Figure)
-        self.pictures.append([len(line.get_xdata()) for line in figure.axes[0].lines])
-
-
-@pytest.fixture
-def front_end(monkeypatch) -> list[Shown]:
-    """The displays that are opened in a browser that is watching."""
-    displays: list[Shown] = []
-
-    def show(*, display_id: bool) -> Shown:
-        assert display_id is True
-        displays.append(Shown())
-        return displays[-1]
-
-    monkeypatch.setattr(lib.callbacks, "can_show_widgets", lambda: True)
-    monkeypatch.setattr(lib.callbacks, "display", show)
-    return displays
-
-
-def test_headless_nothing_is_drawn(start, monkeypatch):
-    def unwanted(*_, **__):
-        raise AssertionError("drawn")
-
-    monkeypatch.setattr(lib.callbacks, "display", unwanted)
-    monkeypatch.setattr(lib.callbacks.plots, "training_dashboard", unwanted)
-    start([Dashboard(seconds=0)])
-
-
-def test_the_figure_has_the_curves_of_metrics_jsonl(start):
-    run = start([dashboard := Dashboard(), keep := Keep()])
-    figure = dashboard.figure(keep.trainer)
-    assert [len(axes.lines) for axes in figure.axes] == [2, 1, 2, 2]  # losses, gradient norm, two stages twice
-    train, val = run.metrics("train"), run.metrics("val")
-    keys = (
-        [(train, "loss"), (val, "loss")],
-        [(train, "grad_norm")],
-        [(train, f"stage{i}/output_rms") for i in range(2)],
-        [(train, f"stage{i}/wanted_factor") for i in range(2)],
-    )
-    for axes, wanted in zip(figure.axes, keys, strict=True):
-        for line, (rows, key) in zip(axes.lines, wanted, strict=True):
-            assert line.get_xydata().tolist() == [[row["step"], row[key]] for row in rows]
-    assert figure.get_suptitle().startswith("step 12 of 12, epoch 4, about 0.0 min left")
-    plt.close(figure)
-
-
-def test_a_front_end_sees_the_curves_grow(start, front_end):
-    """Every picture has all steps and validations so far; the last one, after training, all there are."""
-    start([Dashboard(seconds=0)])
-    (shown,) = front_end
-    validations = {4: 1, 8: 2, 12: 3}
-    wanted, seen = [], 0
-    for step in range(1, 13):
-        wanted.append([step, seen])
-        if step in validations:
-            seen = validations[step]
-            wanted.append([step, seen])
-    assert shown.pictures == [*wanted, [12, 3]]
-    assert plt.get_fignums() == []
-
-
-def test_pictures_keep_their_distance(start, front_end):
-    start([Dashboard(seconds=1000)])
-    assert front_end[0].pictures == [[1, 0], [12, 3]]  # the first step and the end
-
-
-def test_the_time_between_pictures_counts(start, front_end, monkeypatch):
-    """With a clock that moves by one second at each look, and two looks a step without a picture."""
-    clock = itertools.count(5)
-    monkeypatch.setattr(lib.callbacks.time, "monotonic", lambda: float(next(clock)))
-    start([Dashboard(seconds=4)])
-    first, *rest = [steps for steps, _ in front_end[0].pictures]
-    assert first == 1
-    assert len(rest) in (3, 4, 5)
-    assert rest[-1] == 12
-
-
-def test_a_failed_training_leaves_its_last_curves(start, front_end):
-    with pytest.raises(Stop):
-        start([Dashboard(seconds=1000), Kill(6)])
-    assert front_end[0].pictures[-1] == [6, 1]
-
-
-def test_a_resumed_run_shows_what_came_before(start, front_end):
-    with pytest.raises(Stop):
-        start([Dashboard(seconds=1000), Kill(6)])
-    start([Dashboard(seconds=1000)], resume=True)
-    assert front_end[1].pictures == [[5, 1], [12, 3]]  # the steps up to the checkpoint of step 4, and those since

@@ -404,6 +404,34 @@ def test_the_trace_carries_no_gradient(tiny_cascade):
     assert not any(getattr(t, f.name).requires_grad for t in traces for f in dataclasses.fields(t))
 
 
+# --- the first stages alone -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, None])
+def test_the_first_stages_alone_give_the_output_of_the_last_of_them(tiny_cascade, stages):
+    cascade, (input, target) = Cascade(tiny_cascade(3)).eval(), clips()
+    outputs = []
+    for stage in cascade.stages:
+        stage.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
+    _, whole = cascade(input, target)
+    wanted = stages or 3
+    output, traces = cascade(input, target, stages)
+    assert len(outputs) == 3 + wanted, "a stage ran whose output is not wanted"
+    assert torch.equal(output, outputs[wanted - 1])
+    assert len(traces) == wanted
+    for trace, other in zip(traces, whole[:wanted], strict=True):
+        assert all(torch.equal(getattr(trace, f.name), getattr(other, f.name)) for f in dataclasses.fields(StageTrace))
+    output.sum().backward()
+    learning = [any(p.grad is not None for p in stage.parameters()) for stage in cascade.stages]
+    assert learning == [True] * wanted + [False] * (3 - wanted)
+
+
+@pytest.mark.parametrize("stages", [0, -1, 4])
+def test_as_many_stages_as_there_are_not_is_our_mistake(tiny_cascade, stages):
+    with pytest.raises(AssertionError, match=str(stages)):
+        Cascade(tiny_cascade(3))(*clips(), stages)
+
+
 # --- sources and noise ------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,6 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-import lib.explorer
 from lib.cascade import Cascade, cosine, rms
 from lib.explorer import GRID, RmsExplorer
 from lib.variants import EXPLODING, VARIANTS
@@ -63,6 +62,7 @@ def test_every_control_moves_the_last_stage(explorer):
 
 def test_a_slider_redraws_the_picture(explorer):
     box = explorer.sliders()
+    assert isinstance(box, ipywidgets.VBox)
     *controls, picture = box.children
     before = bytes(picture.value)
     assert controls[0].description == "last residual weight"
@@ -77,22 +77,8 @@ def test_a_slider_redraws_the_picture(explorer):
 
 def test_the_grid_has_every_setting(explorer):
     figure = explorer.grid()
+    assert isinstance(figure, Figure)
     titles = [axes.get_title() for axes in figure.axes]
     assert titles[: len(GRID)] == list(GRID)
     heights = [max(bar.get_height() for bar in axes.patches if bar.get_x() > 1.5) for axes in figure.axes[:3]]
     assert heights == sorted(heights)  # the last stage is the louder, the larger its weight
-
-
-@pytest.mark.parametrize("live", [True, False])
-def test_a_front_end_gets_sliders_and_a_headless_run_the_grid(monkeypatch, explorer, live):
-    monkeypatch.setattr(lib.explorer, "can_show_widgets", lambda: live)
-    shown = []
-    monkeypatch.setattr(lib.explorer, "display", shown.append)
-    result = explorer.show()
-    assert (result is None) is live
-    assert [isinstance(item, ipywidgets.VBox) for item in shown] == [True] * live
-    assert live or isinstance(result, Figure)
-
-
-def test_without_ipython_the_grid_is_shown(explorer):
-    assert isinstance(explorer.show(), Figure)

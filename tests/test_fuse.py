@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -23,8 +24,11 @@ from lib.audio import SAMPLE_RATE, AudioError, load_audio
 from lib.cascade import CascadeConfig
 from lib.codec import OFFLINE_VARIABLE, MdctCodec
 from lib.errors import UserError
+from lib.files import file_sha256
 from lib.fuse import CHUNK, OVERLAP, chunk_bounds, crossfaded, fuse_clips, fuse_files, main
 from lib.fusion import FusionModel
+from lib.manifest import Clip
+from lib.rendition import Settings, save_with_recipe
 from lib.runs import Run
 
 
@@ -408,3 +412,132 @@ def test_a_bad_run_is_one_line(tmp_path, clip, run, call, monkeypatch):
     fails(path, weights, "truncated or changed since it was written; restore it")
     (path / "best").unlink()
     fails(path, path / "best", "no checkpoint here; train this run first")
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(clip, run, codec, tmp_path) -> Path:
+    """A favourite of two clips in `tmp_path`, its WAV beside it, with settings that are not the defaults."""
+    paths = clip("a.wav"), clip("b.flac", 9_000, 16_000, seed=1)
+    cuts = [Clip(str(path), offset, 5_000, file_sha256(path)) for path, offset in zip(paths, (0, 777), strict=True)]
+    (tmp_path / "kept é").mkdir()
+    settings = Settings(residual_weight=0.7, noise=0.3, mask_hardness=4.0, seed=6)
+    return save_with_recipe(tmp_path / "kept é" / "1.wav", run, codec, *cuts, settings)
+
+
+def test_a_recipe_gives_the_same_samples_in_another_process(tmp_path, recipe):
+    """One that starts with a thread a core, without this one's caches and random state."""
+    out = tmp_path / "again.wav"
+    program = [sys.executable, "-m", "lib.fuse", "--recipe", recipe, "-o", out]
+    root = Path(lib.fuse.__file__).parents[1]
+    done = subprocess.run(program, cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{out}: 0.21 s, equal to the recipe's output bit for bit\n"
+    again, first = (soundfile.read(path, dtype="float32")[0] for path in (out, recipe.with_suffix(".wav")))
+    assert np.array_equal(again, first)
+    assert again.shape == (5_000,)
+    assert np.sqrt(np.mean(again**2)) > 0.01
+
+
+def test_other_samples_than_the_recipes_are_exit_code_1_and_still_written(tmp_path, recipe, call, monkeypatch):
+    values = json.loads(recipe.read_text())
+    values["output"]["samples_sha256"] = "0" * 64
+    values["versions"] = {"torch": "1.0.0", "commit": "abc1234"}
+    recipe.write_text(json.dumps(values))
+    monkeypatch.setattr(lib.fuse, "versions", lambda: {"torch": "2.0.0", "commit": "def5678+"})
+    code, said, errors = call("--recipe", recipe, "-o", tmp_path / "again.wav")
+    assert (code, errors) == (1, "")
+    assert said == (
+        f"{tmp_path / 'again.wav'}: 0.21 s, NOT equal to the recipe's output: that was made by torch 1.0.0, commit "
+        "abc1234, this by torch 2.0.0, commit def5678+, or on another processor\n"
+    )
+    assert torch.equal(load_audio(tmp_path / "again.wav"), load_audio(recipe.with_suffix(".wav")))
+    values["versions"] = {}
+    recipe.write_text(json.dumps(values))
+    assert "made by torch None, commit None" in call("--recipe", recipe, "-o", tmp_path / "again.wav")[1]
+
+
+def test_a_recipe_takes_run_and_codec_from_the_options(tmp_path, run, recipe, call):
+    values = json.loads(recipe.read_text())
+    values["codec"]["name"] = "lpc"
+    recipe.write_text(json.dumps(values | {"run": "gone"}))
+    result = call("--recipe", recipe, "-o", tmp_path / "again.wav")
+    check_one_line(result, recipe, "its run .*gone is not there; say where it is now, by --run")
+    result = call("--recipe", recipe, "-o", tmp_path / "again.wav", "--run", run.path)
+    check_one_line(result, "'lpc'", "unknown; choose mdct or encodec")
+    result = call("--recipe", recipe, "-o", tmp_path / "again.wav", "--run", tmp_path)
+    check_one_line(result, tmp_path, "no run here (no config.json)")
+    assert not (tmp_path / "again.wav").exists()
+    options = ("--run", run.path, "--codec", "mdct")
+    assert call("--recipe", recipe, "-o", tmp_path / "again.wav", *options)[0] == 0
+    assert torch.equal(load_audio(tmp_path / "again.wav"), load_audio(recipe.with_suffix(".wav")))
+
+
+def test_a_recipe_that_cannot_be_followed_is_one_line(tmp_path, recipe, call):
+    text = recipe.read_text()
+
+    def fails(where: object, words: str) -> None:
+        check_one_line(call("--recipe", recipe, "-o", tmp_path / "out.wav"), where, words)
+        assert not (tmp_path / "out.wav").exists()
+
+    for damaged in ("", "{", text[: len(text) // 2], "[]"):
+        recipe.write_text(damaged)
+        fails(recipe, "not a recipe, or damaged.*; name the .json beside a saved .wav")
+    recipe.write_text(text)
+    with open(tmp_path / "b.flac", "ab") as file:
+        file.write(b"\0")
+    fails("b.flac", "not the file that .*1.json was made of; restore that file")
+    (tmp_path / "b.flac").unlink()
+    fails(recipe, "its target .*b.flac is not there; put the file back")
+    recipe.unlink()
+    fails(recipe, "no such recipe; check the path")
+    recipe.mkdir()
+    fails(recipe, "cannot be read (Is a directory); name the .json beside a saved .wav")
+
+
+def test_a_recipe_is_never_written_over_its_own_clips(tmp_path, recipe, call):
+    (tmp_path / "link.wav").symlink_to(tmp_path / "a.wav")
+    before = {name: (tmp_path / name).read_bytes() for name in ("a.wav", "b.flac")}
+    for out in ("a.wav", "b.flac", "link.wav", "kept é/../a.wav"):
+        result = call("--recipe", recipe, "-o", tmp_path / out)
+        check_one_line(result, tmp_path / out, "is one of the two clips; choose another output file")
+    check_one_line(call("--recipe", recipe, "-o", recipe), recipe, "cannot write .json; use .flac, .mp3, .ogg, .wav")
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ((), "the following arguments are required: -o/--out"),
+        (("--recipe", "r.json"), "the following arguments are required: -o/--out"),
+        (("-o", "x.wav"), "give INPUT, TARGET and --run, or --recipe"),
+        (("a.wav", "-o", "x.wav", "--run", "r"), "give INPUT, TARGET and --run, or --recipe"),
+        (("a.wav", "b.wav", "-o", "x.wav"), "give INPUT, TARGET and --run, or --recipe"),
+        (("--recipe", "", "-o", "x.wav"), "give INPUT, TARGET and --run, or --recipe"),
+        (("--run", "r", "--checkpoint", "last", "-o", "x.wav"), "give INPUT, TARGET and --run, or --recipe"),
+        (("a.wav", "--recipe", "r.json", "-o", "x.wav"), "leave out the files and --checkpoint"),
+        (("a.wav", "b.wav", "--recipe", "r.json", "-o", "x.wav", "--run", "r"), "leave out the files and --checkpoint"),
+        (("--recipe", "r.json", "-o", "x.wav", "--checkpoint", "best"), "leave out the files and --checkpoint"),
+        (("a.wav", "b.wav", "--run", "r", "-o", "x.wav", "--checkpoint", "first"), "invalid choice: 'first'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(tmp_path, call, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    code, said, errors = call(*argv)
+    assert (code, said) == (2, "")
+    assert errors.startswith("usage: python -m lib.fuse")
+    assert words in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_checkpoint_is_best_unless_last_is_asked_for(tmp_path, clip, codec, call):
+    run = saved_run(tmp_path / "run", codec, CascadeConfig.reference(1, num_layers=1), steps=2)
+    a, b = clip("a.wav"), clip("b.wav", seed=1)
+    wavs = {}
+    for name, options in {"none": (), "best": ("--checkpoint", "best"), "last": ("--checkpoint", "last")}.items():
+        assert call(a, b, "-o", tmp_path / f"{name}.wav", "--run", run.path, *options)[0] == 0
+        wavs[name] = load_audio(tmp_path / f"{name}.wav")
+    assert torch.equal(wavs["none"], wavs["best"])
+    assert not torch.allclose(wavs["best"], wavs["last"], atol=1e-3)

@@ -281,6 +281,26 @@ def test_what_a_fixed_mask_leaves_out_counts_by_its_rms_alone(tiny_cascade):
         assert (cosines < 0.9).all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("stages", [1, 2, 3, None])
+@pytest.mark.parametrize("masking", CONFIGS, ids=label)
+def test_the_first_stages_alone_see_the_same_masked_latents(tiny_cascade, masking, stages):
+    model = build(masking, tiny_cascade(3)).eval()
+    seen = seen_by_stages(model)
+    input, target = clips(D=8)
+    whole, fewer = model(input, target), model(input, target, stages=stages)
+    wanted = stages or 3
+    assert len(fewer.traces) == wanted
+    assert len(seen) == 3 + wanted
+    for before, now in zip(seen[:wanted], seen[3:], strict=True):
+        assert all(torch.equal(before[name], now[name]) for name in now)
+    following = [*(sources["previous"] for sources in seen[1:3]), whole.latents]  # what each stage handed on
+    assert torch.equal(fewer.latents, following[wanted - 1])
+    assert (fewer.masks is None) == (masking.masking == "none")
+    if fewer.masks is not None:
+        assert all(torch.equal(a, b) for a, b in zip(fewer.masks, whole.masks, strict=True))
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,20 @@
 """Whether anybody is watching: a browser's cell is told from one that a headless run sent."""
 
+import io
+
+import ipywidgets
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 from jupyter_client.session import Session
+from PIL import Image
 
 import lib.live
-from lib.live import can_show_widgets
+from lib.live import can_show_widgets, figure_png, show
 
 
 class Shell:
@@ -42,3 +52,37 @@ def test_without_ipython_or_without_a_kernel_nobody_watches(monkeypatch):
     assert not can_show_widgets()
     monkeypatch.setattr(lib.live, "get_ipython", lambda: object())  # IPython in a terminal
     assert not can_show_widgets()
+
+
+def test_a_front_end_gets_the_panel(monkeypatch):
+    monkeypatch.setattr(lib.live, "can_show_widgets", lambda: True)
+    shown = []
+    monkeypatch.setattr(lib.live, "display", shown.append)
+    panel = ipywidgets.Label("live")
+    assert show(lambda: panel, "still") is None  # or the cell would show it a second time
+    assert shown == [panel]
+
+
+def test_a_headless_run_gets_what_stands_for_the_panel_which_is_not_even_built(monkeypatch):
+    monkeypatch.setattr(lib.live, "can_show_widgets", lambda: False)
+    monkeypatch.setattr(lib.live, "display", pytest.fail)
+    assert show(lambda: pytest.fail("built"), "still") == "still"
+
+
+def test_without_ipython_the_still_one_is_shown():
+    assert show(lambda: pytest.fail("built"), "still") == "still"
+
+
+def test_a_figure_becomes_a_picture_and_is_closed():
+    bystander = plt.figure()
+    figure, axes = plt.subplots(figsize=(2, 1), dpi=50)
+    axes.set_position((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.axhspan(0, 1, color=(0, 1, 0))
+    with plt.rc_context({"savefig.dpi": "figure"}):
+        picture = Image.open(io.BytesIO(figure_png(figure)))
+    assert picture.format == "PNG"
+    assert picture.size == (100, 50)
+    assert tuple(np.asarray(picture.convert("RGB"))[25, 50]) == (0, 255, 0)
+    assert plt.get_fignums() == [bystander.number]
+    plt.close(bystander)

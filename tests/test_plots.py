@@ -1,5 +1,7 @@
 """Figures: labelled axes, the data that was given, and no trace in matplotlib's global state."""
 
+import io
+
 import matplotlib
 
 matplotlib.use("agg")
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torchaudio
+from matplotlib.colors import to_rgb
+from PIL import Image
 
 from lib import plots
 
@@ -22,7 +26,7 @@ def sine(frequency: float, seconds: float = 0.5, amplitude: float = 0.5) -> torc
 
 def training_rows(num_stages: int = 2) -> list[dict]:
     """Metrics of three steps; every curve of every stage has values of its own."""
-    names = ("output_rms", "projection_rms", "wanted_factor", "applied_factor", "clamped")
+    names = ("output_rms", "projection_rms", "wanted_factor", "applied_factor", "clamped", "mixed_rms")
     rows = []
     for step in (1, 2, 5):
         row = {"step": step, "loss": 10.0 / step, "grad_norm": 2.0 * step, "masks/complementarity": 0.7 + 0.01 * step}
@@ -39,6 +43,8 @@ def val_rows() -> list[dict]:
 
 torch.manual_seed(0)
 LATENTS = 5 * torch.randn(128, 40)
+POWER = torch.rand(80, 40)
+RUN = {"train": training_rows(), "val": val_rows()}
 FIGURES = {
     "waveform_and_latents": lambda: plots.waveform_and_latents(sine(440), LATENTS, "a song"),
     "latent_histogram": lambda: plots.latent_histogram({"input": LATENTS, "target": 2 * LATENTS}),
@@ -49,7 +55,9 @@ FIGURES = {
     "discriminator_curve": lambda: plots.discriminator_curve(training_rows()),
     "complementarity_curve": lambda: plots.complementarity_curve(training_rows(), val_rows()),
     "mask_pictures": lambda: plots.mask_pictures(torch.rand(128, 40), torch.rand(128, 40), 75.0),
-    "training_dashboard": lambda: plots.training_dashboard(training_rows(), val_rows(), 2, "step 5 of 9"),
+    "taken_pictures": lambda: plots.taken_pictures({str(i): (POWER, POWER.flip(1)) for i in range(5)}, 0.5),
+    "training_dashboard": lambda: plots.training_dashboard(training_rows(), val_rows(), [(0.7, 1.5), None]),
+    "runs_side_by_side": lambda: plots.runs_side_by_side({"a": RUN, "b": RUN}),
     "waveforms_and_mels": lambda: plots.waveforms_and_mels({"input": sine(440), "output": sine(880)}),
 }
 
@@ -66,9 +74,22 @@ def curve(axes, label: str) -> tuple[list, list]:
     return list(line.get_xdata()), list(line.get_ydata())
 
 
+def band(axes) -> list[float]:
+    """Lower and upper edge of the one shaded band."""
+    (span,) = axes.patches
+    return span.get_extents().transformed(axes.transData.inverted()).intervaly.tolist()
+
+
+def decoded(png: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """A clip's picture: what is drawn of the outline `[60, 480]`, and the mel picture's colours `[80, 480, 4]`."""
+    picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
+    assert picture.shape == (140, 480, 4)
+    return picture[:60, :, 3] > 0, picture[60:]
+
+
 def test_every_figure_of_the_module_is_tested():
     public = {name for name, f in vars(plots).items() if getattr(f, "__module__", "") == "lib.plots" and name[0] != "_"}
-    assert public - {"mel_db"} == set(FIGURES)
+    assert public - {"mel_db", "mel_power", "decibels_below_peak", "clip_picture"} == set(FIGURES)
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -81,6 +102,8 @@ def test_a_figure_is_labelled_and_leaves_the_global_state_alone(name):
     assert {mine.number, figure.number} <= set(plt.get_fignums())  # closing is the caller's business
     for axes in figure.axes:
         subplot = axes.get_subplotspec()
+        if not axes.get_visible():
+            continue
         if subplot is None or subplot.is_first_col():  # the others share the label to their left
             assert axes.get_ylabel(), axes
         if subplot is not None and subplot.is_last_row() and axes.get_label() != "<colorbar>":
@@ -120,8 +143,7 @@ def test_stage_curves_plots_the_rows_given():
     ):
         assert curve(axes, label) == ([1, 2, 5], [row[key] for row in rows]), label
     assert curve(middle, "warning at 1.3")[1] == [1.3, 1.3]
-    (span,) = middle.patches
-    assert span.get_extents().transformed(middle.transData.inverted()).intervaly.tolist() == pytest.approx([0.7, 1.5])
+    assert band(middle) == pytest.approx([0.7, 1.5])
 
 
 def test_stage_curves_without_a_clamp_shows_no_range_and_takes_more_stages_than_colours():
@@ -186,13 +208,16 @@ def test_latents_are_drawn_bottom_up_over_the_clips_seconds():
     assert -picture.norm.vmin == picture.norm.vmax > 0  # zero is the middle of the colours
 
 
-@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("count", [1, 4, 7])
 def test_waveforms_and_mels_puts_clips_on_one_scale(count):
     wavs = {f"clip {i}": sine(440, amplitude=0.2 * (i + 1)) for i in range(count)}
     figure = plots.waveforms_and_mels(wavs)
     tops = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in tops] == list(wavs)
     assert len({axes.get_ylim() for axes in tops}) == 1
+    wanted = [plots.INPUT, plots.TARGET, plots.OUTPUT, plots.AVERAGE] * 2
+    found = [tuple(axes.collections[0].get_facecolor()[0][:3]) for axes in tops]
+    assert found == [to_rgb(colour) for colour in wanted[:count]]
 
 
 def test_the_discriminator_curve_shows_both_logits():
@@ -217,10 +242,211 @@ def test_mask_pictures_share_one_scale_from_0_to_1():
 
 
 def test_the_dashboard_holds_every_stage():
-    top, norms, levels, factors = plots.training_dashboard(training_rows(3), val_rows(), 3, "step 5 of 9").axes
+    rows = training_rows(3)
+    top, norms, levels, factors = plots.training_dashboard(rows, val_rows(), [(0.7, 1.5)] * 3).axes
+    assert curve(top, "training, each step") == ([1, 2, 5], [10.0, 5.0, 2.0])
     assert curve(top, "validation") == ([2, 5], [7.0, 6.0])
     assert curve(norms, "before clipping") == ([1, 2, 5], [2.0, 4.0, 10.0])
     for stage in range(3):
-        rows = training_rows(3)
         assert curve(levels, f"stage {stage} output")[1] == [row[f"stage{stage}/output_rms"] for row in rows]
         assert curve(factors, f"stage {stage} wanted")[1] == [row[f"stage{stage}/wanted_factor"] for row in rows]
+
+
+def test_the_dashboards_bands_are_what_the_claim_calls_healthy():
+    rows = [
+        {"step": step, "grad_norm": 9.0, "stage0/wanted_factor": wanted, "stage0/mixed_rms": mixed}
+        for step, wanted, mixed in ((1, 2.0, 2.5), (2, 1.25, 4.0), (3, 4.0, 10.0))  # goals 5, 5 and an odd one of 40
+    ]
+    clamps = [(0.7, 1.5), None, (0.6, 1.8)]
+    _, norms, levels, factors = plots.training_dashboard(rows, [], clamps).axes
+    assert band(norms) == pytest.approx([3.0, 100.0])  # from below all of it: a log axis has no zero
+    assert band(levels) == pytest.approx([4.0, 6.0])
+    assert band(factors) == pytest.approx([0.7 / 1.2, 1.5 / 0.8])  # of the narrowest clamp
+
+
+@pytest.mark.parametrize("lo_hi", [(0.7, 1.5), (0.5, 1.1)])
+def test_within_the_band_of_factors_the_level_stays_within_its_own(lo_hi):
+    """At the band's edges the clamped factor leaves exactly 1.2 and 0.8 of the wanted level."""
+    low, high = band(plots.training_dashboard([], [], [lo_hi]).axes[3])
+    assert [np.clip(wanted, *lo_hi) / wanted for wanted in (low, high)] == pytest.approx([1.2, 0.8])
+
+
+def test_the_dashboard_needs_no_rows_and_shows_no_band_without_a_clamp():
+    figure = plots.training_dashboard([], [], [None, None])
+    _, norms, levels, factors = figure.axes
+    assert not levels.patches
+    assert not factors.patches
+    assert band(norms)[1] == pytest.approx(100)
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize("norm", [99.0, 400.0, 15_438.0, 0.0])
+def test_only_norms_below_100_are_shaded_however_large_they_are(norm):
+    low, high = band(plots.training_dashboard([{"step": 1, "grad_norm": norm}], [], [None]).axes[1])
+    assert 0 < low < high == pytest.approx(100)
+
+
+def test_runs_side_by_side_show_the_last_stages_level():
+    def run(num_stages: int) -> dict:
+        rows = training_rows(num_stages)
+        for row in rows:
+            for stage in range(num_stages):
+                row[f"stage{stage}/applied_factor"] = row["step"] * row[f"stage{stage}/wanted_factor"] * (stage + 1)
+        return {"train": rows, "val": val_rows()}
+
+    losses, norms, levels = plots.runs_side_by_side({"two": run(2), "three": run(3)}).axes
+    assert curve(losses, "two") == ([2, 5], [7.0, 6.0])
+    assert curve(norms, "three") == ([1, 2, 5], [2.0, 4.0, 10.0])
+    assert norms.get_yscale() == "log"
+    assert curve(levels, "two")[0] == [1, 2, 5]
+    assert curve(levels, "two")[1] == pytest.approx([2, 4, 10])
+    assert curve(levels, "three")[1] == pytest.approx([3, 6, 15])
+    assert band(levels) == pytest.approx([0.8, 1.2])
+    colours = {line.get_color() for axes in (losses, norms, levels) for line in axes.get_lines()}
+    assert len(colours) == 2
+    assert len({curve.get_color() for axes in (losses, levels) for curve in axes.get_lines()[:1]}) == 1  # one a run
+
+
+def test_runs_side_by_side_takes_more_runs_than_colours_and_what_is_missing():
+    broken = training_rows()
+    broken[1] |= {"loss": None, "grad_norm": None, "stage1/wanted_factor": None}
+    runs = {f"run {i}": RUN for i in range(6)} | {
+        "broken": {"train": broken, "val": []},
+        "new": {"train": [], "val": []},
+    }
+    figure = plots.runs_side_by_side(runs)
+    losses, norms, levels = figure.axes
+    assert len(losses.get_lines()) == 8
+    assert curve(norms, "broken")[0] == curve(levels, "broken")[0] == [1, 5]
+    figure.canvas.draw()
+
+
+# --- pictures of clips ------------------------------------------------------------------------------------------------
+
+
+def test_mel_power_is_a_power_and_decibels_are_below_its_peak():
+    wav = sine(1000) + sine(5000, amplitude=0.05)
+    power = plots.mel_power(wav)
+    assert power.shape == (80, round(0.5 * RATE) // 256 + 1)
+    torch.testing.assert_close(plots.mel_power(2 * wav), 4 * power)
+    assert torch.equal(plots.decibels_below_peak(power), plots.mel_db(wav))
+    decibels = plots.decibels_below_peak(torch.tensor([[1e4, 1e3, 1.0], [1e-5, 0.0, 5e3]]))
+    torch.testing.assert_close(decibels, torch.tensor([[0.0, -10.0, -40.0], [-80.0, -80.0, -3.0103]]))
+
+
+@pytest.mark.parametrize("level", [0.0, 1e-12])
+def test_silence_is_not_bright(level):
+    assert (plots.decibels_below_peak(torch.full((80, 4), level)) == -80).all()
+
+
+@pytest.mark.parametrize("level", [0.51, -0.27, 0.98, -0.98])
+def test_the_outline_is_at_the_height_of_the_waveform(level):
+    """Sixty rows from full scale at the top to full scale at the bottom."""
+    outline, _ = decoded(plots.clip_picture(torch.full((1, 4800), level)))
+    row = int((1 - level) / 2 * 60)
+    drawn = np.flatnonzero(outline[:, 0])
+    assert row in drawn
+    assert drawn.min() >= row - 1
+    assert drawn.max() <= row + 1
+    assert (outline == outline[:, :1]).all()
+
+
+def test_the_outline_spans_minimum_to_maximum_of_each_column():
+    wav = torch.zeros(1, 48_000)  # 100 samples a column
+    wav[0, 12_000:24_000:2] = 0.75
+    wav[0, 12_001:24_000:2] = -0.25
+    wav[0, 36_050] = 3.0  # beyond full scale
+    outline, _ = decoded(plots.clip_picture(wav))
+    heights = outline.sum(0)
+    assert heights[0] == heights[479] == 2  # silence is a line in the middle
+    assert outline[29:31, 0].all()
+    block = np.flatnonzero(outline[:, 180])
+    assert (block.min(), block.max()) == pytest.approx((7.5, 37.5), abs=1)  # (1 ∓ level) · 30
+    assert len(block) == block.max() - block.min() + 1
+    assert (heights[120:240] == len(block)).all()
+    assert np.flatnonzero(heights > 2).tolist() == [*range(120, 240), 360]
+    assert outline[:30, 360].all()
+
+
+def test_a_clips_picture_has_its_colour_on_nothing():
+    content = plots.clip_picture(sine(440), plots.TARGET)
+    picture = Image.open(io.BytesIO(content))
+    assert picture.format == "PNG"
+    assert len(picture.getpalette()) == 3 * 50  # few, for a small file
+    pixels = np.asarray(picture.convert("RGBA"))
+    outline = pixels[:60].reshape(-1, 4)
+    colour = (*bytes.fromhex(plots.TARGET[1:]), 255)
+    assert {tuple(pixel) for pixel in outline[outline[:, 3] > 0]} == {colour}
+    assert set(np.unique(outline[:, 3])) == {0, 255}
+    assert (pixels[60:, :, 3] == 255).all()
+
+
+def test_a_clips_mel_picture_is_bright_where_it_sounds():
+    """Low bands at the bottom, and time from left to right."""
+    wav = torch.cat([torch.zeros(1, RATE), sine(200, 1.0)], 1)
+    _, mel = decoded(plots.clip_picture(wav))
+    brightness = mel[..., :3].sum(2)
+    assert brightness[:, 300:].mean(1).argmax() >= 70
+    assert (brightness[:, :200] == brightness.min()).all()
+    _, high = decoded(plots.clip_picture(sine(9000, 1.0)))
+    assert high[..., :3].sum(2).mean(1).argmax() <= 20
+    magma = (np.array(plt.get_cmap("magma", plots.SHADES)([0, plots.SHADES - 1])) * 255).astype(np.uint8)
+    assert (mel[0, 0] == magma[0]).all()
+    assert (high.reshape(-1, 4) == magma[1]).all(1).any()
+
+
+@pytest.mark.parametrize("num_samples", [1, 4, 479, 481])
+def test_a_clip_of_few_samples_has_a_picture_too(num_samples):
+    outline, _ = decoded(plots.clip_picture(torch.linspace(0.9, -0.9, num_samples)[None]))
+    assert outline.any(0).all()
+    assert outline[3, 0]
+    assert num_samples == 1 or outline[56, 479]
+
+
+def test_a_column_of_one_sample_shows_that_one():
+    wav = torch.tensor([0.8, -0.8]).repeat(240)[None]
+    outline, _ = decoded(plots.clip_picture(wav))
+    assert not outline[30:, ::2].any()
+    assert not outline[:30, 1::2].any()
+    assert outline.any(0).all()
+
+
+def test_a_silent_clips_picture_is_dark():
+    outline, mel = decoded(plots.clip_picture(torch.zeros(1, 4800)))
+    assert (outline.sum(0) == 2).all()
+    assert (mel[..., :3].sum(2) < 20).all()
+
+
+# --- what is taken from which clip ------------------------------------------------------------------------------------
+
+
+def test_taken_pictures_tell_input_from_target_and_pale_what_is_quiet():
+    of_input, of_target = torch.zeros(2, 80, 8)
+    of_input[:, 0], of_target[:, 1] = 1.0, 1.0
+    of_input[:, 2], of_target[:, 2] = 0.5, 0.5
+    of_input[:, 3], of_input[:, 4], of_target[:, 5] = 1e-3, 1e-6, 1e-8  # 30, 60 and 80 dB below; then silence
+    axes, bar = plots.taken_pictures({"a": (of_input, of_target)}, 2.5).axes
+    picture = np.asarray(axes.images[0].get_array())
+    assert picture.shape == (80, 8, 4)
+    assert picture[40, 0] == pytest.approx((*to_rgb(plots.INPUT), 1), abs=0.01)
+    assert picture[40, 1] == pytest.approx((*to_rgb(plots.TARGET), 1), abs=0.01)
+    assert picture[40, 2] == pytest.approx((*to_rgb("#BBBBBB"), 1), abs=0.01)
+    assert picture[40, :, 3] == pytest.approx([1, 1, 1, 0.5, 0, 0, 0, 0], abs=1e-4)
+    assert picture[40, 3, :3] == pytest.approx(to_rgb(plots.INPUT), abs=0.01)  # the colour says whose, at any level
+    assert axes.images[0].origin == "lower"
+    assert axes.images[0].get_extent() == [0, 2.5, 0, 80]
+    assert [text.get_text() for text in bar.get_yticklabels()] == ["target", "both", "input"]
+
+
+@pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 3))])
+def test_taken_pictures_are_three_a_row_and_the_rest_is_empty(count, shape):
+    figure = plots.taken_pictures({f"clip {i}": (POWER, POWER) for i in range(count)}, 1.0)
+    pictures = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    assert figure.axes[0].get_gridspec().get_geometry() == shape
+    assert [axes.get_title() for axes in pictures if axes.get_visible()] == [f"clip {i}" for i in range(count)]
+
+
+def test_a_fusion_of_silence_is_empty():
+    silence = torch.zeros(80, 8)
+    picture = plots.taken_pictures({"a": (silence, silence)}, 1.0).axes[0].images[0].get_array()
+    assert (picture[..., 3] == 0).all()

@@ -126,7 +126,7 @@ def test_the_first_signal_is_noted_and_the_second_acts(handled, number):
     with StopSignals() as stop:
         assert stop.asked is None
         os.kill(os.getpid(), number)
-        assert stop.asked == number
+        assert stop.asked == signal.Signals(number).name
         assert handled == []
         os.kill(os.getpid(), number)
         assert handled == [number]
@@ -136,7 +136,7 @@ def test_after_one_kind_of_signal_the_other_acts_too(handled):
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked == signal.SIGTERM
+        assert stop.asked == "SIGTERM"
         assert handled == [signal.SIGINT]
 
 
@@ -162,3 +162,59 @@ def test_outside_of_the_main_thread_no_handler_is_set(handled):
     thread.start()
     thread.join()
     assert found == [(None, before)]
+
+
+def test_a_file_asks_for_a_stop_as_long_as_it_is_there(handled, tmp_path):
+    file = tmp_path / "stop"
+    with StopSignals(file) as stop:
+        assert stop.asked is None
+        file.touch()
+        assert stop.asked == "the stop button"
+        assert handled == []
+        file.unlink()
+        assert stop.asked is None
+        file.touch()
+    assert not file.exists()
+
+
+def test_a_file_from_before_is_forgotten(handled, tmp_path):
+    file = tmp_path / "stop"
+    file.touch()
+    stop = StopSignals(file)
+    assert file.exists()  # another training may be meant
+    with stop:
+        assert not file.exists()
+        assert stop.asked is None
+
+
+def test_the_file_is_forgotten_after_a_failure_too(handled, tmp_path):
+    def fail() -> None:
+        with StopSignals(tmp_path / "stop"):
+            (tmp_path / "stop").touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_is_named_before_the_file(handled, tmp_path):
+    with StopSignals(tmp_path / "stop") as stop:
+        (tmp_path / "stop").touch()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked == "SIGINT"
+
+
+def test_outside_of_the_main_thread_the_file_still_works(tmp_path):
+    found = []
+
+    def work() -> None:
+        with StopSignals(tmp_path / "stop") as stop:
+            (tmp_path / "stop").touch()
+            found.append(stop.asked)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == ["the stop button"]
+    assert not (tmp_path / "stop").exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import lib.runs
 from lib.agent import MaskingConfig
 from lib.errors import UserError
 from lib.fusion import FusionModel
-from lib.runs import Run, config_differences, load_weights
+from lib.runs import Run, config_differences, differing_fields, find_runs, load_weights
 
 
 def seeded(config, seed: int, masking: MaskingConfig | None = None) -> FusionModel:
@@ -347,6 +348,33 @@ def test_damaged_checkpoints_are_refused_by_name(run, config, name, damage):
             run.load_model()
 
 
+def test_the_weights_hash_is_that_of_their_file(run, config):
+    for step in (1, 2):
+        run.save(step, seeded(config, step), {"step": step}, is_best=step == 1)
+    found = {which: Run.open(run.path).weights_sha256(which) for which in ("best", "last")}
+    for which, sha256 in found.items():
+        assert sha256 == hashlib.sha256((run.path / which / "model.safetensors").read_bytes()).hexdigest()
+    assert found["best"] != found["last"]
+    assert run.weights_sha256() == found["best"]
+
+
+def test_the_weights_hash_is_verified(run, config):
+    with pytest.raises(UserError, match="best: no checkpoint here"):
+        run.weights_sha256()
+    run.save(1, seeded(config, 1), {}, is_best=True)
+    (run.path / "best" / "training.pt").unlink()  # which is none of the weights
+    whole = run.weights_sha256()
+    path = run.path / "best" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"best/model\.safetensors: truncated or changed"):
+        run.weights_sha256()
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert run.weights_sha256() == whole
+
+
 @pytest.mark.parametrize("meta", ["[]", "{}", '{"step": 1, "sha256": {}}', '{"step": 1, "sha256": null}'])
 def test_a_meta_file_without_its_fields_is_damaged(run, config, meta):
     run.save(1, seeded(config, 1), {}, is_best=True)
@@ -422,3 +450,53 @@ def test_config_differences_name_the_fields():
     tuples = {"stages": ({"dropout": 0.1, "clamp": (1, 2)}, {"dropout": 0.1})}
     assert config_differences({"stages": a["stages"]}, tuples) == []  # JSON knows lists only
     assert config_differences({"x": [1]}, {"x": [1, 2]}) == ["x: [1] → [1, 2]"]
+
+
+def test_differing_fields_come_with_both_values():
+    a = {"train": {"lr": 1e-4, "loss": {"weight": 0.3}}, "stages": [{"clamp": [1, 2]}, {"clamp": None}], "gone": "x"}
+    b = {"train": {"lr": 1e-3, "loss": {"weight": 0.3}}, "stages": [{"clamp": (1, 3)}, {"clamp": None}], "new": False}
+    assert differing_fields(a, b) == [
+        ("gone", "x", None),
+        ("new", None, False),
+        ("stages[0].clamp", [1, 2], [1, 3]),
+        ("train.lr", 1e-4, 1e-3),
+    ]
+    assert differing_fields(a, a) == []
+    assert differing_fields({"x": {"y": 1}}, {"x": 2}) == [("x", {"y": 1}, 2)]
+    masks = MaskingConfig("learned"), MaskingConfig("learned", hard_masks=True)
+    assert differing_fields(masks[0], dataclasses.asdict(masks[1])) == [("hard_masks", False, True)]
+
+
+# --- which runs there are ---------------------------------------------------------------------------------------------
+
+
+def test_find_runs_lists_the_trained_ones_of_a_codec(tmp_path, config):
+    codec = {"codec": {"name": "tiny", "fingerprint": "f" * 64}}
+    for name in ("b", "a é"):
+        Run.create(tmp_path / name, described(config) | codec).save(1, seeded(config, 1), {}, is_best=True)
+    Run.create(tmp_path / "untrained", described(config) | codec)
+    Run.create(tmp_path / "not validated yet", described(config) | codec).save(1, seeded(config, 1), {}, is_best=False)
+    other = described(config) | {"codec": {"name": "other", "fingerprint": "0" * 64}}
+    for name, values in (("another codec", other), ("no codec", described(config)), ("no model", codec)):
+        Run.create(tmp_path / name, values).save(1, seeded(config, 1), {}, is_best=True)
+    Run.create(tmp_path / "deeper" / "run", described(config) | codec).save(1, seeded(config, 1), {}, is_best=True)
+    contents = {"damaged": "{", "list": "[]", "foreign": '{"codec": "h264"}', "null": '{"codec": null}'}
+    for name, content in contents.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
+    (tmp_path / "folder" / "config.json").mkdir(parents=True)
+    (tmp_path / "config.json").write_text("{}")
+    found = find_runs(tmp_path, "f" * 64)
+    assert list(found) == ["a é", "b"]
+    for name, run in found.items():
+        assert run.path == tmp_path / name
+        assert same_weights(run.load_model(codec_fingerprint="f" * 64), seeded(config, 1))
+    assert list(find_runs(tmp_path, "0" * 64)) == ["another codec"]
+    assert find_runs(tmp_path / "nowhere", "f" * 64) == {}
+
+
+def test_the_stop_file_is_in_the_runs_folder_and_goes_to_no_other_run(run):
+    assert run.stop_file.parent == run.path
+    assert not run.stop_file.exists()
+    run.stop_file.touch()
+    assert Run.open(run.path).stop_file.exists()

@@ -731,6 +731,56 @@ def test_sigterm_to_a_program_of_its_own(start, tiny_index, tmp_path, whole):
     assert_same_run(start(resume=True), whole)
 
 
+# --- the stop file ----------------------------------------------------------------------------------------------------
+
+
+class Press(Callback):
+    """Writes the stop file while a step is taken, as a dashboard in another process would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_start(self, trainer: Trainer) -> None:
+        train_step = trainer.train_step
+
+        def pressed(batches):
+            if trainer.step + 1 == self.step:
+                trainer.run.stop_file.touch()
+            train_step(batches)
+
+        trainer.train_step = pressed
+
+
+@pytest.mark.parametrize("every", [1, 100])
+@pytest.mark.parametrize("step", [1, 5, 6])  # 6 is a checkpoint of its own
+def test_the_stop_file_saves_and_stops_after_the_step(start, whole, tmp_path, step, every):
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        start(callbacks=(Press(step),), gather_every=every)
+    run = Run.open(tmp_path / "run")
+    assert str(stopped.value) == f"stopped by the stop button; step {step} is saved in {run.path}"
+    assert os.readlink(run.path / "last").endswith(f"step_{step:08d}")
+    assert not run.stop_file.exists()
+    assert_same_run(start(resume=True), whole)
+
+
+def test_a_stop_file_in_the_last_step_lets_it_finish(start, whole):
+    run = start(callbacks=(Press(8),))
+    assert_same_run(run, whole)
+    assert not run.stop_file.exists()
+
+
+def test_a_stop_file_from_before_stops_no_new_training(start, whole, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stop").touch()
+    run = start()
+    assert_same_run(run, whole)
+    assert not run.stop_file.exists()
+    run = start(max_steps=4)
+    run.stop_file.touch()
+    assert_same_run(start(resume=True), whole)
+    assert not run.stop_file.exists()
+
+
 # --- non-finite values ------------------------------------------------------------------------------------------------
 
 

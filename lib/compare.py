@@ -1,0 +1,202 @@
+"""Two runs side by side: their configs, what they measure, and the same pairs fused by both.
+
+    python -m lib.compare outputs/a outputs/b [--out DIR] [--pairs 3] [--judged 24]
+
+The pairs are validation pairs of the first run whose music neither run was trained on. Prints the tables and writes
+them with curves and players into a page, outputs/compare/<a>-<b>/index.html if not told otherwise.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lib import plots
+from lib.batches import evenly_spread
+from lib.codec import Codec, load_codec
+from lib.errors import UserError, exit_on_user_error
+from lib.files import make_folder
+from lib.fusion import FusionModel
+from lib.listening import describe_pair, whole_clip
+from lib.manifest import Clip, read_manifest
+from lib.metrics import advantage, hear, judge_fusion, mean_judgement
+from lib.player import Players
+from lib.presets import ROOT
+from lib.rendition import load_pair, render
+from lib.report import Section, Table, write_report
+from lib.runs import Run, differing_fields
+
+LEAD = (
+    "Two runs on the same validation pairs, of music that neither was trained on: how they are configured, what they "
+    "measure, and what they sound like."
+)
+JUDGED = ("merit", "rhythm", "harmony", "input_mel", "target_mel", "rms_ratio", "movement_ratio")
+Pairs = dict[str, tuple[Clip, Clip]]
+
+
+class Compared:
+    """A run with its model and codec."""
+
+    def __init__(self, name: str, run: Run, codec_folder: str | None):
+        self.name, self.run = name, run
+        self.codec = codec_of(run, codec_folder)
+        self.model: FusionModel = run.load_model("best", codec_fingerprint=self.codec.fingerprint)
+
+
+def compare_runs(
+    first: str | Path,
+    second: str | Path,
+    out_dir: str | Path = "",
+    *,
+    num_pairs: int = 3,
+    num_judged: int = 24,
+    codec_folder: str | None = None,
+) -> tuple[Path, dict[str, Table]]:
+    """Compare two run directories; returns the page's path and its tables, by what they tell.
+
+    `num_pairs`: to listen to. `num_judged`: on which both are measured. `codec_folder`: EnCodec's weights, for the runs
+    that need them. `UserError` where a run cannot be used, or where no pair is new to both.
+    """
+    if num_pairs < 1 or num_judged < 1:
+        raise UserError(f"--pairs {num_pairs}, --judged {num_judged}: at least one pair each is needed")
+    paths = [Path(path) for path in (first, second)]
+    runs = [Run.open(path) for path in paths]
+    names = names_of(paths)
+    pairs = pairs_new_to_both(*paths)
+    compared = [Compared(name, run, codec_folder) for name, run in zip(names, runs, strict=True)]
+    out = Path(out_dir) if out_dir else ROOT / "outputs" / "compare" / "-".join(names).replace("/", "_")
+    make_folder(out)
+    tables = {
+        "configs": write_configs(Section(out, "config", "Configs"), names, runs),
+        "metrics": write_metrics(Section(out, "metrics", "Metrics"), compared, spread(pairs, num_judged)),
+    }
+    write_sounds(Section(out, "sounds", "Sounds"), compared, spread(pairs, num_pairs))
+    facts = {
+        name: f"{run.path}, commit {run.config.get('versions', {}).get('commit')}"
+        for name, run in zip(names, runs, strict=True)
+    }
+    facts["pairs"] = f"{len(pairs)} that are new to both, {min(num_judged, len(pairs))} of them measured"
+    return write_report(out, f"{names[0]} and {names[1]}", LEAD, facts), tables
+
+
+def write_configs(section: Section, names: Sequence[str], runs: Sequence[Run]) -> Table:
+    rows = [
+        {"field": field} | dict(zip(names, map(str, values), strict=True))
+        for field, *values in differing_fields(runs[0].config, runs[1].config)
+    ]
+    if not rows:
+        rows = [{"field": "none: the configs are equal"}]
+    section.key_figure("fields of the configs that differ", str(len(rows) if len(rows[0]) > 1 else 0))
+    return section.table(rows, "What differs in the configs")
+
+
+def write_metrics(section: Section, compared: Sequence[Compared], pairs: Pairs) -> Table:
+    judged: dict[str, list[dict[str, float]]] = {c.name: [] for c in compared}
+    for input, target in tqdm(pairs.values(), desc="measuring", unit="pair"):
+        wavs = load_pair(input, target)
+        clips = [hear(wav) for wav in wavs]
+        for c in compared:
+            judged[c.name].append(judge_fusion(hear(render(c.model, c.codec, *wavs).wav), *clips))
+    a, b = (c.name for c in compared)
+    means = {name: mean_judgement(rows) for name, rows in judged.items()}
+    rows = []
+    for c in compared:
+        training, validation = c.run.metrics("train"), c.run.metrics("val")
+        losses = [row["loss"] for row in validation if row.get("loss") is not None]
+        rows.append(
+            {
+                "run": c.name,
+                "parameters": f"{sum(p.numel() for p in c.model.parameters()):,}",
+                "steps": max((row["step"] for row in training), default=0),
+                "lowest validation loss": f"{min(losses):.3f}" if losses else "none",
+            }
+            | {name.replace("_", " "): f"{means[c.name][name]:.2f}" for name in JUDGED}
+        )
+    mean, error = advantage(judged, a, b)
+    section.key_figure(f"figure of merit of {a} over {b}", f"{mean:+.3f} ± {error:.3f}, on {len(pairs)} pairs")
+    for c in compared:
+        section.key_figure(f"figure of merit of {c.name}", f"{means[c.name]['merit']:.2f}, 1 at best")
+    curves = {c.name: {split: c.run.metrics(split) for split in ("train", "val")} for c in compared}
+    section.figure(plots.runs_side_by_side(curves), "curves", "Validation loss, gradient norm and level over steps")
+    return section.table(rows, f"Means over {len(pairs)} validation pairs; losses compare where the objectives do")
+
+
+def write_sounds(section: Section, compared: Sequence[Compared], pairs: Pairs) -> None:
+    for what, (input, target) in pairs.items():
+        wavs = load_pair(input, target)
+        outputs = {c.name: render(c.model, c.codec, *wavs).wav for c in compared}
+        section.players(Players({"input": wavs[0], "target": wavs[1], **outputs}), what)
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Folder names, with as many folders above them as tell the runs apart."""
+    parts = [path.resolve().parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = [Path(*part[-count:]).as_posix() for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"{paths[0]}: compared with itself; name two runs")
+
+
+def codec_of(run: Run, folder: str | None) -> Codec:
+    """The codec on whose latents the run was trained, from its name or from a folder of weights."""
+    codec = run.config.get("codec")
+    if not isinstance(codec, dict) or not codec.get("name"):
+        raise UserError(f"{run.path / 'config.json'}: names no codec; give a run that this project trained")
+    return load_codec(folder if folder and codec["name"] != "mdct" else codec["name"])
+
+
+def pairs_new_to_both(first: Path, second: Path) -> Pairs:
+    """Validation pairs of the first run, to listen to where it has those, of files that neither run trained on."""
+    longer = first / "listening.jsonl"
+    manifest = read_manifest(longer if longer.exists() else first / "manifest.jsonl")
+    trained_on = {
+        clip.sha256
+        for run in (first, second)
+        for pair in read_manifest(run / "manifest.jsonl").split("train")
+        for clip in (pair.input, pair.target)
+    }
+    pairs = {
+        describe_pair(pair.input, pair.target): (whole_clip(manifest, pair.input), whole_clip(manifest, pair.target))
+        for pair in manifest.split("val")
+        if not {pair.input.sha256, pair.target.sha256} & trained_on
+    }
+    if not pairs:
+        raise UserError(
+            f"{second}: was trained on the music of every validation pair of {first}; nothing is new to both"
+        )
+    return pairs
+
+
+def spread(pairs: Pairs, count: int) -> Pairs:
+    """So many of the pairs, evenly spread."""
+    names = list(pairs)
+    return {names[i]: pairs[names[i]] for i in evenly_spread(len(names), count).tolist()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lib.compare", description="Two runs side by side.")
+    parser.add_argument("first", help="run directory, such as outputs/demo")
+    parser.add_argument("second", help="run directory to compare it with")
+    parser.add_argument("--out", default="", help="folder for the page (default: outputs/compare/<first>-<second>)")
+    parser.add_argument("--pairs", type=int, default=3, help="pairs to listen to (default: 3)")
+    parser.add_argument("--judged", type=int, default=24, help="pairs to measure on (default: 24)")
+    parser.add_argument("--codec", help="directory of EnCodec weights, for the runs that were trained with it")
+    options = parser.parse_args()
+    with exit_on_user_error():
+        page, tables = compare_runs(
+            options.first,
+            options.second,
+            options.out,
+            num_pairs=options.pairs,
+            num_judged=options.judged,
+            codec_folder=options.codec,
+        )
+        for table in tables.values():
+            print(f"{table.caption}\n{table}\n")
+        print(f"page: {page}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""The listening panel: a pair, one or several runs, and what they make of it, to hear and to see.
+
+Where the front end shows no widgets, `Listening.blends` has the mask view of one pair instead.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ipywidgets
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lib.agent import apply_mask
+from lib.audio import AUDIO_SUFFIXES, MIN_SAMPLES, SAMPLE_RATE, AudioError, AudioReport, check_audio
+from lib.codec import Codec
+from lib.errors import UserError
+from lib.files import make_folder, write_atomic
+from lib.fusion import FusionModel
+from lib.live import figure_png
+from lib.manifest import Clip, Manifest
+from lib.player import Players, PlayerWidget
+from lib.plots import mel_power, taken_pictures
+from lib.rendition import Rendition, Settings, load_pair, render
+from lib.runs import Run
+
+UPLOADED = "uploaded files"  # the choice beside the validation pairs
+BLENDS = {"the masks": 0.0, "blended by half with 0.5": 0.5, "0.5 everywhere": 1.0}  # what a headless run shows
+ACCEPT = ",".join(AUDIO_SUFFIXES)
+SLIDER = {"style": {"description_width": "11rem"}, "layout": {"width": "30rem", "max_width": "100%"}}
+
+
+class Heard(NamedTuple):
+    """What `listen` returns."""
+
+    wavs: dict[str, Tensor]  # name → [1, N]: input, target, an output for each run, the plain average
+    taken: dict[str, tuple[Tensor, Tensor]]  # run with masks → mel powers [80, F] of what it took from either clip
+
+
+def whole_clip(manifest: Manifest, clip: Clip) -> Clip:
+    """The clip with its file's own path instead of that within the data folder."""
+    return dataclasses.replace(clip, path=str(manifest.path(clip)))
+
+
+def listen(
+    models: Mapping[str, FusionModel], codec: Codec, input: Tensor, target: Tensor, settings: Settings | None = None
+) -> Heard:
+    """A pair `[1, N]` as the ear compares it: both clips, what each model makes of them, and their plain average.
+
+    The average goes through the codec as the outputs do, so that it has their band; input and target are as they are.
+    """
+    with torch.inference_mode():
+        average = codec.decode(codec.encode((input + target)[None] / 2), length=input.shape[-1])[0]
+    outputs, parts = {}, {}
+    for name, model in models.items():
+        rendition = render(model, codec, input, target, settings)
+        outputs["output" if len(models) == 1 else f"output: {name}"] = rendition.wav
+        if rendition.masks is not None:
+            parts[name] = taken(codec, rendition)
+    return Heard({"input": input, "target": target, **outputs, "plain average": average}, parts)
+
+
+@torch.inference_mode()
+def taken(codec: Codec, rendition: Rendition) -> tuple[Tensor, Tensor]:
+    """Mel powers `[80, F]` of the masked input and of the masked target, each decoded by itself."""
+    masked = map(apply_mask, rendition.latents, rendition.masks)
+    return tuple(mel_power(codec.decode(latents)[0]) for latents in masked)
+
+
+class Listening:
+    """The panel over validation pairs and uploaded files, for runs on one codec's latents."""
+
+    def __init__(self, codec: Codec, manifest: Manifest, runs: Mapping[str, Run], uploads: str | Path):
+        """`manifest`: its validation pairs can be chosen. `runs`: name → run, the first one is chosen at the start.
+        `uploads`: folder in which uploaded files are kept, so that a recipe can name them."""
+        self.codec, self.runs, self.uploads = codec, dict(runs), Path(uploads)
+        self.clip_length = manifest.clip_length
+        pairs = [(pair.input, pair.target) for pair in manifest.split("val")]
+        self.pairs = {describe_pair(*pair): tuple(whole_clip(manifest, clip) for clip in pair) for pair in pairs}
+        self.model = functools.cache(self._model)
+
+    def _model(self, name: str) -> FusionModel:
+        return self.runs[name].load_model("best", codec_fingerprint=self.codec.fingerprint)
+
+    def hear(self, input: Clip, target: Clip, runs: Iterable[str], settings: Settings | None = None) -> Heard:
+        """`listen` to clips of files by runs of these names."""
+        return listen({name: self.model(name) for name in runs}, self.codec, *load_pair(input, target), settings)
+
+    def blends(self, pair: str | None = None) -> Figure | None:
+        """What is taken from which clip, the learned masks blended with one half; None for a run without masks."""
+        input, target = load_pair(*self.pairs[pair or next(iter(self.pairs))])
+        model = self.model(next(iter(self.runs)))
+        shown = {}
+        for title, blend in BLENDS.items():
+            rendition = render(model, self.codec, input, target, Settings(mask_blend=blend))
+            if rendition.masks is not None:
+                shown[title] = taken(self.codec, rendition)
+        return taken_pictures(shown, input.shape[-1] / SAMPLE_RATE) if shown else None
+
+    def panel(self) -> ipywidgets.Widget:
+        """The live panel."""
+        return _Panel(self).box
+
+
+class _Panel:
+    """The widgets of a panel and what moves them."""
+
+    def __init__(self, listening: Listening):
+        self.listening = listening
+        self.pair = ipywidgets.Dropdown(options=[*listening.pairs, UPLOADED], description="pair", **SLIDER)
+        self.files = {role: Upload(role, listening) for role in ("input", "target")}
+        names = list(listening.runs)
+        self.runs = ipywidgets.SelectMultiple(
+            options=names, value=names[:1], rows=min(5, max(2, len(names))), description="runs (one or more)", **SLIDER
+        )
+        self.blend = ipywidgets.FloatSlider(
+            0, min=0, max=1, step=0.05, description="blend masks with 0.5", continuous_update=False, **SLIDER
+        )
+        self.message = Message()
+        self.uploads = ipywidgets.VBox([upload.box for upload in self.files.values()])
+        self.uploads.layout.display = "none"
+        self.heard = ipywidgets.Label()  # which pair the players play
+        self.players = PlayerWidget()
+        self.masks = ipywidgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
+        controls = (self.pair, self.uploads, self.runs, self.blend, self.message.html)
+        self.box = ipywidgets.VBox([*controls, self.heard, self.players, self.masks])
+        for control in (self.pair, self.runs, self.blend):
+            control.observe(self.redraw, names="value")
+        for upload in self.files.values():
+            upload.on_change(self.redraw)
+        self.redraw()
+
+    def chosen(self) -> tuple[Clip, Clip] | None:
+        """The clips to hear; None while a file is missing."""
+        if self.pair.value != UPLOADED:
+            return self.listening.pairs[self.pair.value]
+        clips = tuple(upload.clip() for upload in self.files.values())
+        return None if None in clips else clips
+
+    def title(self) -> str:
+        if self.pair.value != UPLOADED:
+            return self.pair.value
+        return " + ".join(f"{file.name.value} from {file.begin.value:g} s" for file in self.files.values())
+
+    def redraw(self, change: Any = None) -> None:
+        self.uploads.layout.display = None if self.pair.value == UPLOADED else "none"
+        with self.message.telling_errors():
+            clips = self.chosen()
+            if clips is None:
+                return self.message.say("Choose two audio files: WAV, FLAC, OGG or MP3.")
+            if not self.runs.value:
+                raise UserError("runs: none is chosen; click one, or several with Ctrl")
+            heard = self.listening.hear(*clips, self.runs.value, Settings(mask_blend=self.blend.value))
+            self.players.html = Players(heard.wavs)._repr_html_()
+            self.heard.value = "playing " + self.title()
+            self.masks.layout.display = None if heard.taken else "none"
+            if heard.taken:
+                seconds = heard.wavs["input"].shape[-1] / SAMPLE_RATE
+                titles = {f"taken by {name}": found for name, found in heard.taken.items()}
+                self.masks.value = figure_png(taken_pictures(titles, seconds))
+        return None
+
+
+class Upload:
+    """A file to choose, kept under the name of its content, and the second at which its clip begins."""
+
+    def __init__(self, role: str, listening: Listening):
+        self.listening = listening
+        self.role = role
+        self.button = ipywidgets.FileUpload(accept=ACCEPT, multiple=False, description=f"{role} file")
+        self.begin = ipywidgets.BoundedFloatText(
+            0, min=0, max=1e6, step=1, description="from second", style={"description_width": "initial"}
+        )
+        self.name = ipywidgets.Label()
+        self.file: dict[str, Any] | None = None  # the newest, and what was found in it, once for all redraws
+        self.report: AudioReport | None = None
+        self.box = ipywidgets.HBox([self.button, self.begin, self.name])
+
+    def on_change(self, redraw: Any) -> None:
+        self.button.observe(redraw, names="value")
+        self.begin.observe(redraw, names="value")
+
+    def clip(self) -> Clip | None:
+        """The clip that was chosen, of the listening length or shorter. `UserError` says what is wrong with a file."""
+        if not self.button.value:
+            return None
+        (file,) = self.button.value
+        if self.report is None or file is not self.file:
+            self.file, self.report, self.name.value = file, None, file["name"]
+            self.report = check_audio(keep_upload(file["name"], bytes(file["content"]), self.listening.uploads))
+        report = self.report
+        offset = round(self.begin.value * SAMPLE_RATE)
+        length = min(self.listening.clip_length, report.num_samples - offset)
+        if length < MIN_SAMPLES:
+            seconds = report.num_samples / SAMPLE_RATE
+            raise UserError(f"{file['name']}: has {seconds:.1f} s only; begin earlier than {self.begin.value:g} s")
+        return Clip(str(report.info.path), offset, length, report.sha256)
+
+
+def keep_upload(name: str, content: bytes, folder: Path) -> Path:
+    """Store an uploaded file under its own name and its content's hash; `AudioError` unless all of it can be used."""
+    path = folder / f"{hashlib.sha256(content).hexdigest()[:12]}_{plain_name(Path(name).name)}"
+    if not path.exists():
+        make_folder(folder)
+        write_atomic(path, content)
+    try:
+        check_audio(path)
+    except AudioError as error:
+        path.unlink()
+        raise AudioError(name, error.problem) from None  # as its owner knows it
+    return path
+
+
+def plain_name(name: str, most: int = 100) -> str:
+    """A name of letters, digits, '.', '_' and '-' alone, so that any folder takes it; of a long one, the last bytes."""
+    return re.sub(r"[^\w.-]+", "_", name).encode()[-most:].decode(errors="ignore")
+
+
+class Message:
+    """A line under the controls: what is missing, or what is wrong."""
+
+    def __init__(self):
+        self.html = ipywidgets.HTML()
+
+    def say(self, text: str, *, problem: bool = False) -> None:
+        colour = "#b00020" if problem else "inherit"
+        escaped = text.replace("&", "&amp;").replace("<", "&lt;")
+        self.html.value = f'<p role="{"alert" if problem else "status"}" style="color: {colour}">{escaped}</p>'
+
+    @contextlib.contextmanager
+    def telling_errors(self) -> Iterator[None]:
+        """Cleared before the block; a `UserError` in it is told, and what was shown before stays."""
+        self.html.value = ""
+        try:
+            yield
+        except UserError as error:
+            self.say(str(error), problem=True)
+
+
+def describe_pair(input: Clip, target: Clip) -> str:
+    return f"{describe_clip(input)} + {describe_clip(target)}"
+
+
+def describe_clip(clip: Clip) -> str:
+    """'song_04.wav 4–8 s'."""
+    begin, end = (place / SAMPLE_RATE for place in (clip.offset, clip.offset + clip.length))
+    return f"{clip.path} {begin:.4g}–{end:.4g} s"

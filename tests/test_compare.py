@@ -1,0 +1,381 @@
+"""Two runs side by side: every number and every sound on the page is found again without the page's own code."""
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+
+import lib.compare
+from lib.audio import load_audio
+from lib.cascade import CascadeConfig
+from lib.codec import MdctCodec
+from lib.compare import codec_of, compare_runs, main, names_of, pairs_new_to_both, spread
+from lib.errors import UserError
+from lib.fuse import fuse_clips
+from lib.manifest import Manifest, Pair, write_manifest
+from lib.metrics import hear, judge_fusion
+from lib.runs import Run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return MdctCodec()
+
+
+def row(step: int, split: str, loss: float) -> dict:
+    stage = {"stage0/applied_factor": 1.0, "stage0/wanted_factor": 1.1}
+    return {"split": split, "step": step, "epoch": 0, "loss": loss, "grad_norm": 2.0} | stage
+
+
+def songs_of(pair: Pair) -> set[str]:
+    return {pair.input.path, pair.target.path}
+
+
+@pytest.fixture(scope="module")
+def moved(songs) -> str:
+    """The song that the second run has trained on, and the first one validates on."""
+    return songs.split("val")[0].input.path
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, codec, songs, save_run, moved) -> tuple[Run, Run]:
+    """One without masks and one with, whose split of the songs is another."""
+    folder, cascade = tmp_path_factory.mktemp("compared"), CascadeConfig.reference(num_layers=1)
+    train = {"learning_rate": 1e-4, "batch_size": 4, "loss": {"input_weight": 0.3}}
+    first = save_run(folder / "a", codec, cascade, seed=1, train=train)
+    other = cascade.with_stage(1, residual_weight=0.9)
+    train = train | {"learning_rate": 1e-3, "loss": {"input_weight": 0.4}}
+    second = save_run(folder / "b run", codec, other, "learned", seed=2, train=train)
+    for run, losses in ((first, (2.0, 1.5, 1.75)), (second, (1.25,))):
+        for number, loss in enumerate(losses, 1):
+            run.log(row(number, "train", 10 * loss))
+            run.log(row(number, "val", loss))
+    write_manifest(songs, first.path / "manifest.jsonl", "both")
+    write_manifest(retrained(songs, moved), second.path / "manifest.jsonl", "both")
+    return first, second
+
+
+def retrained(songs: Manifest, song: str) -> Manifest:
+    """The manifest with one song more in training, and without its pairs with others."""
+    kept = [pair for pair in songs.pairs if songs_of(pair) == {song} or song not in songs_of(pair)]
+    pairs = [dataclasses.replace(pair, split="train") if song in songs_of(pair) else pair for pair in kept]
+    return dataclasses.replace(songs, pairs=tuple(pairs))
+
+
+@pytest.fixture(scope="module")
+def new_pairs(songs, moved) -> list[Pair]:
+    """What neither run was trained on."""
+    pairs = [pair for pair in songs.split("val") if moved not in songs_of(pair)]
+    assert 1 < len(pairs) < len(songs.split("val"))
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, runs) -> tuple[str, dict, str]:
+    """The page, its tables and facts as data, and what the program printed."""
+    out = tmp_path_factory.mktemp("out") / "page"
+    command = [sys.executable, "-m", "lib.compare", *(str(run.path) for run in runs), "--out", out, "--pairs", "1"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == 0, ended.stderr
+    return (out / "index.html").read_text(), json.loads((out / "summary.json").read_text()), ended.stdout
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_configs_differences_are_found_exactly(page):
+    rows = page[1]["tables"]["What differs in the configs"]
+    assert [tuple(row.values()) for row in rows] == [
+        ("cascade.stages[1].residual_weight", "1.0", "0.9"),
+        ("masking.masking", "none", "learned"),
+        ("train.learning_rate", "0.0001", "0.001"),
+        ("train.loss.input_weight", "0.3", "0.4"),
+    ]
+    assert [list(row) for row in rows] == 4 * [["field", "a", "b run"]]
+    for row in rows:
+        assert all(f"<td>{value}</td>" in page[0] for value in row.values())
+
+
+def test_the_metrics_are_those_of_the_sounds(page, runs, codec, songs, new_pairs):
+    _, summary, _ = page
+    caption = f"Means over {len(new_pairs)} validation pairs; losses compare where the objectives do"
+    rows = {row["run"]: row for row in summary["tables"][caption]}
+    assert list(rows) == ["a", "b run"]
+    for run, steps, loss in zip(runs, (3, 1), ("1.500", "1.250"), strict=True):
+        model, judged = run.load_model(), []
+        for pair in new_pairs:
+            wavs = [load_audio(songs.path(c), c.offset, c.length) for c in (pair.input, pair.target)]
+            output = fuse_clips(*(wav[None] for wav in wavs), model, codec)[0]
+            judged.append(judge_fusion(*map(hear, (output, *wavs))))
+        row = rows[run.path.name]
+        assert row["steps"] == steps
+        assert row["lowest validation loss"] == loss
+        assert row["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
+        for name in ("merit", "rhythm", "harmony", "input_mel", "target_mel", "rms_ratio", "movement_ratio"):
+            mean = sum(judgement[name] for judgement in judged) / len(judged)
+            assert float(row[name.replace("_", " ")]) == pytest.approx(mean, abs=0.0051)
+    assert rows["a"]["input mel"] != rows["b run"]["input mel"]
+
+
+def test_both_runs_play_the_same_pair(page, runs, codec, songs, new_pairs):
+    found = re.findall(r'<audio [^>]*aria-label="([^"]*)" src="data:audio/flac;base64,([^"]*)"', page[0])
+    heard = {name: torch.from_numpy(soundfile.read(io.BytesIO(base64.b64decode(data)))[0]) for name, data in found}
+    assert [name for name, _ in found] == ["input", "target", "a", "b run"]  # of one pair
+    wavs = [load_audio(songs.path(c), c.offset, c.length) for c in (new_pairs[0].input, new_pairs[0].target)]
+    wanted = {"input": wavs[0], "target": wavs[1]}
+    for run in runs:
+        wanted[run.path.name] = fuse_clips(*(wav[None] for wav in wavs), run.load_model(), codec)[0]
+    for name, wav in wanted.items():
+        assert torch.allclose(heard[name].float(), wav[0], rtol=0, atol=1e-4), name
+
+
+class References(HTMLParser):
+    """Everything that a page names to be loaded or to be linked to."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found += [value or "" for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
+
+
+def test_the_page_needs_nothing_but_itself(page):
+    references = References()
+    references.feed(page[0])
+    assert len(references.found) > 5
+    assert all(reference.startswith(("data:", "#")) for reference in references.found)
+
+
+def test_the_page_says_what_was_compared(page, runs, songs, new_pairs):
+    text, summary, printed = page
+    assert "<title>a and b run</title>" in text
+    for run in runs:
+        assert summary["facts"][run.path.name].startswith(f"{run.path}, commit ")
+        assert html.escape(summary["facts"][run.path.name]) in text
+    count = len(new_pairs)
+    assert summary["facts"]["pairs"] == f"{count} that are new to both, {count} of them measured"
+    assert "Validation loss, gradient norm and level over steps" in text
+    lines = printed.splitlines()
+    assert "What differs in the configs" in lines
+    assert re.search(r"^train\.learning_rate +0\.0001 +0\.001$", printed, re.MULTILINE)
+    assert re.fullmatch(r"page: .*/page/index\.html", lines[-1])
+
+
+def test_in_a_notebook_the_tables_come_back(tmp_path, runs, monkeypatch):
+    monkeypatch.setattr(lib.compare, "ROOT", tmp_path)
+    path, tables = compare_runs(*(run.path for run in runs), num_pairs=1, num_judged=1)
+    assert path == tmp_path / "outputs" / "compare" / "a-b run" / "index.html"
+    assert path.exists()
+    assert len(tables["configs"].rows) == 4
+    assert [row[0] for row in tables["metrics"].rows] == ["a", "b run"]
+    assert tables["metrics"].caption.startswith("Means over 1 validation pairs")
+
+
+def test_equal_configs_are_said_to_be_equal(tmp_path, runs):
+    shutil.copytree(runs[0].path, tmp_path / "twin", symlinks=True)
+    write_manifest(lib.compare.read_manifest(runs[0].path / "manifest.jsonl"), tmp_path / "twin/manifest.jsonl", "both")
+    _, tables = compare_runs(runs[0].path, tmp_path / "twin", tmp_path / "out", num_pairs=1, num_judged=2)
+    assert tables["configs"].rows == [["none: the configs are equal"]]
+    first, second = tables["metrics"].rows
+    assert first[1:] == second[1:]
+    assert "fields of the configs that differ" in (tmp_path / "out" / "index.html").read_text()
+
+
+# --- which pairs ------------------------------------------------------------------------------------------------------
+
+
+def ids(pairs: dict) -> list[tuple[str, int, str, int]]:
+    return [(Path(a.path).name, a.offset, Path(b.path).name, b.offset) for a, b in pairs.values()]
+
+
+def expected(pairs: list[Pair]) -> list[tuple[str, int, str, int]]:
+    return [(pair.input.path, pair.input.offset, pair.target.path, pair.target.offset) for pair in pairs]
+
+
+def test_only_pairs_that_neither_run_trained_on(runs, songs, new_pairs, moved):
+    paths = [run.path for run in runs]
+    found = pairs_new_to_both(*paths)
+    assert ids(found) == expected(new_pairs)
+    assert all(Path(clip.path).is_file() for clips in found.values() for clip in clips)
+    back = pairs_new_to_both(*reversed(paths))
+    assert ids(back) == expected([pair for pair in songs.split("val") if moved not in songs_of(pair)])
+
+
+def test_the_longer_clips_for_listening_are_taken_where_there_are_any(tmp_path, runs, songs, new_pairs, moved):
+    first = tmp_path / "first"
+    first.mkdir()
+    write_manifest(songs, first / "manifest.jsonl", "both")
+    longer = [dataclasses.replace(new_pairs[0], mode="cross"), songs.split("val")[0]]
+    write_manifest(dataclasses.replace(songs, pairs=tuple(longer)), first / "listening.jsonl", "both")
+    assert ids(pairs_new_to_both(first, runs[1].path)) == expected(new_pairs[:1])
+    # a song that the first run itself was trained on is none to compare with, whatever it listens to
+    trained = dataclasses.replace(songs.split("train")[0], split="val")
+    write_manifest(dataclasses.replace(songs, pairs=(trained, new_pairs[0])), first / "listening.jsonl", "both")
+    others = tuple(pair for pair in songs.split("train") if not songs_of(pair) & songs_of(trained))
+    (tmp_path / "second").mkdir()
+    write_manifest(dataclasses.replace(songs, pairs=others), tmp_path / "second" / "manifest.jsonl", "both")
+    assert ids(pairs_new_to_both(first, tmp_path / "second")) == expected(new_pairs[:1])
+
+
+def test_pairs_are_spread_evenly():
+    pairs = {str(i): (i, i) for i in range(10)}
+    assert list(spread(pairs, 3)) == ["0", "3", "6"]
+    assert spread(pairs, 10) == spread(pairs, 99) == pairs
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("paths", "wanted"),
+    [
+        (("outputs/a", "outputs/b"), ["a", "b"]),
+        (("one/demo", "two/demo"), ["one/demo", "two/demo"]),
+        (("one/x/demo", "two/x/demo"), ["one/x/demo", "two/x/demo"]),
+        (("/demo", "/two/demo"), ["/demo", "two/demo"]),
+        (("one/../b", "a"), ["b", "a"]),
+    ],
+)
+def test_runs_are_named_by_as_many_folders_as_tell_them_apart(paths, wanted):
+    assert names_of([Path(path) for path in paths]) == wanted
+
+
+def test_a_link_is_the_run_that_it_points_to(tmp_path, runs):
+    (tmp_path / "link").symlink_to(runs[0].path)
+    with pytest.raises(UserError, match="link: compared with itself; name two runs"):
+        names_of([tmp_path / "link", runs[0].path])
+
+
+def test_runs_in_folders_of_one_name_get_a_page(tmp_path, runs, monkeypatch):
+    for parent, run in zip(("one", "two"), runs, strict=True):
+        shutil.copytree(run.path, tmp_path / parent / "demo", symlinks=True)
+        manifest = lib.compare.read_manifest(run.path / "manifest.jsonl")
+        write_manifest(manifest, tmp_path / parent / "demo" / "manifest.jsonl", "both")
+    monkeypatch.setattr(lib.compare, "ROOT", tmp_path)
+    page, tables = compare_runs(tmp_path / "one/demo", tmp_path / "two/demo", num_pairs=1, num_judged=1)
+    assert page.parent == tmp_path / "outputs" / "compare" / "one_demo-two_demo"
+    assert [row[0] for row in tables["metrics"].rows] == ["one/demo", "two/demo"]
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """`program(*arguments)` runs it and returns the exit code and the lines on stderr."""
+
+    def run(*arguments: object) -> tuple[int, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["lib.compare", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, capsys.readouterr().err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def spoiled(tmp_path, runs) -> Path:
+    """A copy of the second run to take something from."""
+    shutil.copytree(runs[1].path, tmp_path / "spoiled", symlinks=True)
+    manifest = lib.compare.read_manifest(runs[1].path / "manifest.jsonl")
+    write_manifest(manifest, tmp_path / "spoiled" / "manifest.jsonl", "both")
+    return tmp_path / "spoiled"
+
+
+def test_mistakes_in_what_is_asked_for(program, runs, tmp_path):
+    first, second = (run.path for run in runs)
+    told = {
+        (first, first): f"error: {first}: compared with itself; name two runs",
+        (
+            first,
+            tmp_path,
+        ): f"error: {tmp_path}: no run here (no config.json); train one with `make demo` or notebook 04",
+        (first, second, "--pairs", 0): "error: --pairs 0, --judged 24: at least one pair each is needed",
+        (first, second, "--judged", -1): "error: --pairs 3, --judged -1: at least one pair each is needed",
+    }
+    for arguments, line in told.items():
+        assert program(*arguments, "--out", tmp_path / "out") == (2, [line])
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    code, lines = program(first, second, "--out", tmp_path / "file")
+    assert (code, lines[-1].split("(")[0]) == (2, f"error: {tmp_path / 'file'}: cannot write here ")
+    code, lines = program(first, second, "--pairs", "many")
+    assert code == 2
+    assert "argument --pairs: invalid int value: 'many'" in lines[-1]
+
+
+def without_manifest(run: Path) -> None:
+    (run / "manifest.jsonl").unlink()
+
+
+def without_checkpoint(run: Path) -> None:
+    (run / "best").unlink()
+
+
+def damaged(run: Path) -> None:
+    (run / "best" / "model.safetensors").write_bytes(b"")
+
+
+def without_codec(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    del config["codec"]
+    (run / "config.json").write_text(json.dumps(config))
+
+
+SPOILED = {
+    without_manifest: r"spoiled/manifest\.jsonl: cannot be read \(No such file.*\); build the manifest again",
+    without_checkpoint: r"spoiled/best: no checkpoint here; train this run first",
+    damaged: r"best/model\.safetensors: truncated or changed since it was written; .*train again",
+    without_codec: r"spoiled/config\.json: names no codec; give a run that this project trained",
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED, ids=lambda spoil: spoil.__name__)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_run_that_lacks_something_is_told_in_one_line(program, runs, spoiled, tmp_path, spoil, place):
+    spoil(spoiled)
+    arguments = [runs[0].path]
+    arguments.insert(place, spoiled)
+    code, (line,) = program(*arguments, "--out", tmp_path / "out")
+    assert code == 2
+    assert re.fullmatch(rf"error: .*{SPOILED[spoil]}", line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_nothing_is_new_to_both_it_is_told(program, runs, songs, spoiled, tmp_path):
+    pairs = tuple(dataclasses.replace(pair, split="train") for pair in songs.pairs)
+    write_manifest(dataclasses.replace(songs, pairs=pairs), spoiled / "manifest.jsonl", "both")
+    told = f"error: {spoiled}: was trained on the music of every validation pair of {runs[0].path}; "
+    assert program(runs[0].path, spoiled, "--out", tmp_path / "out") == (2, [told + "nothing is new to both"])
+
+
+# --- codecs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "wanted"),
+    [("mdct", None, "mdct"), ("mdct", "w", "mdct"), ("encodec", None, "encodec"), ("encodec", "w", "w")],
+)
+def test_weights_are_for_the_runs_that_need_them(tmp_path, monkeypatch, name, folder, wanted):
+    monkeypatch.setattr(lib.compare, "load_codec", lambda asked: asked)
+    assert codec_of(Run(tmp_path, {"codec": {"name": name}}), folder) == wanted
+
+
+@pytest.mark.parametrize("config", [{}, {"codec": None}, {"codec": "h264"}, {"codec": {}}, {"codec": {"name": ""}}])
+def test_a_run_without_a_codec_is_none_of_ours(tmp_path, config):
+    with pytest.raises(UserError, match=r"config\.json: names no codec; give a run that this project trained"):
+        codec_of(Run(tmp_path, config), None)
