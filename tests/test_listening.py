@@ -47,6 +47,12 @@ from lib.runs import Run
 HALF = 12_000  # samples of a clip
 
 
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    plt.close("all")
+
+
 @pytest.fixture(scope="module")
 def codec():
     return MdctCodec()
@@ -303,6 +309,7 @@ def test_the_buttons_show_where_files_are_asked_for(panel):
     before = panel.players.html
     panel.pair.value = UPLOADED
     assert panel.uploads.layout.display is None
+    assert panel.heard.value == f"playing {panel.pair.options[0]}"  # as before
     assert 'role="status"' in panel.message.html.value
     assert "Choose two audio files" in panel.message.html.value
     assert panel.players.html == before
@@ -345,7 +352,9 @@ def test_a_file_is_heard_from_its_second_on(uploading):
     upload(uploading, "target", "b.wav", audio(3 * HALF, seed=1))
     samples = torch.from_numpy(soundfile.read(io.BytesIO(content), dtype="float32")[0])[None]
     assert sounds_like(played(uploading.players.html)["input"], samples[:, :HALF])
+    assert uploading.heard.value == "playing a.wav from 0 s + b.wav from 0 s"
     uploading.files["input"].begin.value = 0.75
+    assert uploading.heard.value == "playing a.wav from 0.75 s + b.wav from 0 s"
     assert sounds_like(played(uploading.players.html)["input"], samples[:, 18_000 : 18_000 + HALF])
 
 

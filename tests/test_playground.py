@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import ipywidgets
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import soundfile
@@ -30,6 +31,12 @@ from lib.runs import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore::lib.cascade.CollapseWarning")  # two of the runs collapse by design
 AS_TRAINED = Settings(stages=2, residual_weight=0.3)
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    plt.close("all")
 
 
 @pytest.fixture(scope="module")
