@@ -32,6 +32,7 @@ LEAD = (
     "measure, and what they sound like."
 )
 JUDGED = ("merit", "rhythm", "harmony", "input_mel", "target_mel", "rms_ratio", "movement_ratio")
+SECTIONS = {"config", "metrics", "sounds"}
 Pairs = dict[str, tuple[Clip, Clip]]
 
 
@@ -66,6 +67,8 @@ def compare_runs(
     pairs = pairs_new_to_both(*paths)
     compared = [Compared(name, run, codec_folder) for name, run in zip(names, runs, strict=True)]
     out = Path(out_dir) if out_dir else ROOT / "outputs" / "compare" / "-".join(names).replace("/", "_")
+    if (out / "config.json").exists() or {path.stem for path in (out / "report").glob("*")} - SECTIONS:
+        raise UserError(f"{out}: holds a run or its page, which would be lost; choose another folder")
     make_folder(out)
     tables = {
         "configs": write_configs(Section(out, "config", "Configs"), names, runs),
@@ -114,7 +117,8 @@ def write_metrics(section: Section, compared: Sequence[Compared], pairs: Pairs) 
             | {name.replace("_", " "): f"{means[c.name][name]:.2f}" for name in JUDGED}
         )
     mean, error = advantage(judged, a, b)
-    section.key_figure(f"figure of merit of {a} over {b}", f"{mean:+.3f} ± {error:.3f}, on {len(pairs)} pairs")
+    spread_of_mean = f" ± {error:.3f}" if len(pairs) > 1 else ""
+    section.key_figure(f"figure of merit of {a} over {b}", f"{mean:+.3f}{spread_of_mean}, on {len(pairs)} pair(s)")
     for c in compared:
         section.key_figure(f"figure of merit of {c.name}", f"{means[c.name]['merit']:.2f}, 1 at best")
     curves = {c.name: {split: c.run.metrics(split) for split in ("train", "val")} for c in compared}

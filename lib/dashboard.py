@@ -75,20 +75,31 @@ def watch(path: str | Path, seconds: float = SECONDS) -> plt.Figure | None:
     async def follow() -> None:
         seen: list[tuple[float, int]] = []  # when which step was the newest
         while True:
-            panel.show("reading" if not seen else progress(seen, run.config["train"]["max_steps"]))
-            seen = [*seen[-20:], (time.monotonic(), panel.metrics.last_step)]
+            try:
+                if panel.asked and run.saved_step == panel.metrics.last_step and not run.stop_file.exists():
+                    panel.show(f"stopped at step {run.saved_step}, saved")
+                else:
+                    panel.show(progress(seen, run) if seen else "reading")
+                seen = [*seen[-20:], (time.monotonic(), panel.metrics.last_step)]
+            except Exception as error:  # of files that another process writes: told, and looked at again
+                panel.status.value = f"cannot be shown now: {type(error).__name__}: {error}"
             await asyncio.sleep(seconds if len(seen) > 1 else 0.5)
 
     panel.task = asyncio.ensure_future(follow())  # a task that nobody holds may be forgotten
     return None
 
 
-def progress(seen: Sequence[tuple[float, int]], total: int | None) -> str:
+def progress(seen: Sequence[tuple[float, int]], run: Run) -> str:
     """'step 120 of 600, about 4.5 min left', from times and the steps that were the newest then."""
     (began, first), (now, last) = seen[0], seen[-1]
+    total = run.total_steps
     status = f"step {last}" + (f" of {total}" if total else "")
+    if run.stop_file.exists():
+        return f"{status}, stopping after this step"
     if total and last >= total:
         return f"{status}, finished"
+    if last and last == run.saved_step and last == first and len(seen) > 6:
+        return f"{status}, saved there, and nothing since: stopped, or ended early"
     if total and last > first:
         status += f", {duration((now - began) / (last - first) * (total - last))} left"
     return status
@@ -108,14 +119,19 @@ class Panel:
             vars(self.button.comm).pop("_reply_subshell_id", None)
         self.picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
         self.players = PlayerWidget()
+        self.asked = False  # for a stop, by this panel's button
         self.metrics = Metrics(run.path / "metrics.jsonl")
-        self.newest: Path | None = None  # of the clips that are shown
+        self.newest: tuple[Path, int] | None = None  # of the clips that are shown, and when it was written
         head = ipywidgets.HBox([self.button, self.status])
         self.box = ipywidgets.VBox([head, self.picture, self.players])
 
     def stop(self, button: Any) -> None:
-        self.run.stop_file.touch()
-        self.status.value = "stopping after this step"
+        try:
+            self.run.stop_file.touch()
+            self.asked = True
+            self.status.value = "stopping after this step"
+        except OSError as error:
+            self.status.value = f"{self.run.stop_file}: cannot be written ({error.strerror})"
 
     def show(self, status: str) -> None:
         self.status.value = status
@@ -125,12 +141,12 @@ class Panel:
     def show_clips(self, folder: Path) -> None:
         """The first demo pair, and what the model makes of it by now."""
         fused = [path for path in folder.glob("pair_0_*.wav") if re.search("_(epoch_[0-9]+|last)$", path.stem)]
-        newest = max(fused, key=lambda path: path.stat().st_mtime, default=None)
-        if newest is not None and newest != self.newest:
+        written, newest = max(((path.stat().st_mtime_ns, path) for path in fused), default=(0, None))
+        if newest is not None and (newest, written) != self.newest:
             when = re.sub("epoch_0*", "after epoch ", newest.stem.removeprefix("pair_0_"))
             wavs = {name: load_audio(folder / f"pair_0_{name}.wav") for name in ("input", "target")}
             self.players.html = Players(wavs | {f"output, {when}": load_audio(newest)})._repr_html_()
-            self.newest = newest
+            self.newest = (newest, written)
 
 
 class Metrics:

@@ -149,6 +149,8 @@ def fuse(options: argparse.Namespace) -> int:
 
 def remake(options: argparse.Namespace) -> int:
     """Exit code 1 where the samples are not those that the recipe was written for."""
+    if Path(options.out).suffix.lower() != ".wav":
+        raise UserError(f"{options.out}: only a .wav holds the samples as they are; choose a name that ends in .wav")
     made = follow_recipe(options.recipe, run=options.run, codec=options.codec)
     _check_out(options.out, made.files)
     save_audio(options.out, made.wav)
@@ -159,7 +161,8 @@ def remake(options: argparse.Namespace) -> int:
     here = versions()
     print(
         f"NOT equal to the recipe's output: that was made by torch {made.made_by.get('torch')}, commit "
-        f"{made.made_by.get('commit')}, this by torch {here['torch']}, commit {here['commit']}, or on another processor"
+        f"{made.made_by.get('commit')}, this by torch {here['torch']}, commit {here['commit']}, or on another "
+        "processor, or the recipe was edited"
     )
     return 1
 

@@ -5,7 +5,6 @@ Where the front end shows no widgets, `Listening.blends` has the mask view of on
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -73,6 +72,23 @@ def taken(codec: Codec, rendition: Rendition) -> tuple[Tensor, Tensor]:
     return tuple(mel_power(codec.decode(latents)[0]) for latents in masked)
 
 
+class Models:
+    """The best models of runs, by the runs' names: loaded when asked for, and again after another training."""
+
+    def __init__(self, runs: Mapping[str, Run], codec: Codec):
+        self.runs, self.codec = runs, codec
+        self.loaded: dict[str, tuple[int, FusionModel]] = {}
+
+    def __call__(self, name: str) -> FusionModel:
+        path = self.runs[name].path
+        meta = path / "best" / "meta.json"
+        written = meta.stat().st_mtime_ns if meta.exists() else 0  # without one, loading says what is wrong
+        if self.loaded.get(name, (None,))[0] != written:
+            model = Run.open(path).load_model("best", codec_fingerprint=self.codec.fingerprint)
+            self.loaded[name] = (written, model)
+        return self.loaded[name][1]
+
+
 class Listening:
     """The panel over validation pairs and uploaded files, for runs on one codec's latents."""
 
@@ -83,10 +99,7 @@ class Listening:
         self.clip_length = manifest.clip_length
         pairs = [(pair.input, pair.target) for pair in manifest.split("val")]
         self.pairs = {describe_pair(*pair): tuple(whole_clip(manifest, clip) for clip in pair) for pair in pairs}
-        self.model = functools.cache(self._model)
-
-    def _model(self, name: str) -> FusionModel:
-        return self.runs[name].load_model("best", codec_fingerprint=self.codec.fingerprint)
+        self.model = Models(self.runs, codec)
 
     def hear(self, input: Clip, target: Clip, runs: Iterable[str], settings: Settings | None = None) -> Heard:
         """`listen` to clips of files by runs of these names."""
@@ -217,6 +230,18 @@ def keep_upload(name: str, content: bytes, folder: Path) -> Path:
     return path
 
 
+def uploaded_clips(folder: str | Path, length: int) -> dict[str, Clip]:
+    """Name → the first `length` samples of every file that was uploaded, or all of a shorter one."""
+    clips = {}
+    for path in sorted(Path(folder).glob("*")):
+        with contextlib.suppress(AudioError):  # whatever else was put there
+            report = check_audio(path)
+            clip = Clip(str(path), 0, min(length, report.num_samples), report.sha256)
+            name = path.name.partition("_")[2] or path.name
+            clips[describe_clip(dataclasses.replace(clip, path=name))] = clip
+    return clips
+
+
 def plain_name(name: str, most: int = 100) -> str:
     """A name of letters, digits, '.', '_' and '-' alone, so that any folder takes it; of a long one, the last bytes."""
     return re.sub(r"[^\w.-]+", "_", name).encode()[-most:].decode(errors="ignore")
@@ -229,7 +254,7 @@ class Message:
         self.html = ipywidgets.HTML()
 
     def say(self, text: str, *, problem: bool = False) -> None:
-        colour = "#b00020" if problem else "inherit"
+        colour = "var(--jp-error-color1, #b00020)" if problem else "inherit"
         escaped = text.replace("&", "&amp;").replace("<", "&lt;")
         self.html.value = f'<p role="{"alert" if problem else "status"}" style="color: {colour}">{escaped}</p>'
 

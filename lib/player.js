@@ -31,7 +31,8 @@ function choice(legend, values, chosen, choose) {
 }
 
 class Panel {
-  constructor(root, { position = 0, current = 0, equal = false } = {}) {
+  /** `state`: where another panel was, so that this one goes on from there. */
+  constructor(root, { position = 0, name = "", equal = false, ended = "" } = {}) {
     this.root = root;
     this.clips = [...root.querySelectorAll(".player")].map((figure) => ({
       figure,
@@ -39,11 +40,22 @@ class Panel {
       audio: figure.querySelector("audio"),
       gain: Number(figure.dataset.gain), // what makes it as loud as the others, linear
     }));
-    Object.assign(this, { position, current: Math.min(current, this.clips.length - 1), equal, blind: false });
+    Object.assign(this, { position, equal, blind: false });
+    this.current = Math.max(0, this.clips.findIndex((clip) => clip.name === name));
+    this.note = root.querySelector(".note");
     this.sources = []; // one a clip while it plays, all running together: a switch only moves their gains
     this.duration = Number(root.dataset.seconds);
+    this.position = Math.min(position, this.duration);
     this.build();
+    this.problem.textContent = ended;
     this.show();
+  }
+
+  /** What the panel that takes this one's place goes on from. */
+  get state() {
+    const { name } = this.clips[this.blind ? this.before : this.current]; // X stays unknown
+    const ended = this.blind ? "The clips have changed, which has ended the blind test. " + this.score.textContent : "";
+    return { position: this.now(), name, equal: this.equal, ended };
   }
 
   // --- what is seen ---
@@ -57,13 +69,13 @@ class Panel {
     this.time = element("output", { className: "time" });
     const transport = element("div", { className: "transport" }, [this.button, this.slider, this.time]);
     this.names = choice("Clip", this.clips.map((clip) => clip.name), this.current, (i) => this.select(i));
-    const levels = choice("Level", ["true", "equal loudness"], Number(this.equal), (i) => this.match(i === 1));
+    this.levels = choice("Level", ["true", "equal loudness"], Number(this.equal), (i) => this.match(i === 1));
     this.problem = element("p", { className: "problem" });
     this.problem.setAttribute("role", "alert");
-    const controls = [transport, this.names, levels, this.problem];
+    const controls = [transport, this.names, this.levels, this.problem];
     if (this.clips.length > 1) controls.push(this.buildTest());
     const panel = element("div", { className: "panel" }, controls);
-    panel.dataset.lmSuppressShortcuts = "true"; // or JupyterLab takes the arrow keys
+    panel.addEventListener("keydown", (event) => event.stopPropagation()); // or JupyterLab takes the arrow keys
     this.root.prepend(panel);
     for (const clip of this.clips) {
       clip.audio.hidden = true;
@@ -84,11 +96,14 @@ class Panel {
     this.slider.value = at;
     this.slider.setAttribute("aria-valuetext", `${at.toFixed(1)} of ${this.duration.toFixed(1)} seconds`);
     this.time.textContent = `${clock(at)} / ${clock(this.duration)}`;
+    const matched = this.equal || this.blind;
+    this.note.hidden = matched;
+    this.levels.querySelectorAll("input")[Number(matched)].checked = true;
     this.button.textContent = this.playing ? "❚❚ Pause" : "▶ Play";
     this.clips.forEach((clip, i) => {
       clip.cursor.style.left = `${(100 * at) / this.duration}%`;
       const decibels = 20 * Math.log10(clip.gain);
-      clip.shift.textContent = this.equal || this.blind ? `played ${decibels < 0 ? "−" : "+"}${Math.abs(decibels).toFixed(1)} dB` : "";
+      clip.shift.textContent = matched ? `played ${decibels < 0 ? "−" : "+"}${Math.abs(decibels).toFixed(1)} dB` : "";
       clip.figure.classList.toggle("current", i === this.current && !this.blind);
     });
   }
@@ -122,6 +137,7 @@ class Panel {
   }
 
   async play() {
+    this.wanted = true; // until paused, which may be before the clips are loaded
     if (shared.audible && shared.audible !== this) shared.audible.pause();
     shared.audible = this;
     try {
@@ -130,7 +146,7 @@ class Panel {
       this.problem.textContent = `This browser cannot play the clips: ${error.message}`;
       return;
     }
-    if (this.playing || shared.audible !== this) return; // meanwhile started, or another panel was
+    if (this.playing || !this.wanted || shared.audible !== this) return; // meanwhile started, paused, or another was
     if (this.position >= this.duration) this.position = 0;
     this.began = this.context.currentTime;
     this.sources = this.clips.map((clip, i) => {
@@ -146,13 +162,14 @@ class Panel {
   pause(position = this.now()) {
     const sources = this.sources;
     this.position = position;
+    this.wanted = false;
     this.sources = [];
     for (const source of sources) source.stop();
     this.show();
   }
 
   seek(position) {
-    const resume = this.playing;
+    const resume = this.wanted && position < this.duration;
     this.pause(Math.max(0, Math.min(position, this.duration)));
     if (resume) this.play();
   }
@@ -200,8 +217,10 @@ class Panel {
       select.addEventListener("change", () => this.newTest());
       return [select, element("label", {}, [`${label} is `, select])];
     };
-    const [a, labelA] = pick("A", 0);
-    const [b, labelB] = pick("B", this.clips.length > 2 ? 2 : 1);
+    const made = this.clips.flatMap(({ name }, i) => (["input", "target", "plain average"].includes(name) ? [] : [i]));
+    const [first, second] = made.length > 1 ? made : [0, made[0] || 1]; // two outputs, else the output against the input
+    const [a, labelA] = pick("A", first);
+    const [b, labelB] = pick("B", second);
     this.picks = [a, b];
     this.heard = choice("Listen to", ["A", "B", "X"], -1, (i) => this.listenTo(i));
     this.guesses = ["X is A", "X is B"].map((textContent, i) => {
@@ -225,7 +244,8 @@ class Panel {
 
   beginTest() {
     this.before = this.current;
-    this.newTest();
+    if (this.trials) this.draw(); // the score goes on
+    else this.newTest();
   }
 
   newTest() {
@@ -245,7 +265,7 @@ class Panel {
   listenTo(i) {
     this.blind = true;
     if (i === 2) for (const button of this.guesses) button.disabled = false;
-    this.names.disabled = true;
+    this.names.disabled = this.levels.disabled = true;
     this.select(Number(this.picks[i === 2 ? this.x : i].value));
     if (!this.playing) this.play();
   }
@@ -257,12 +277,13 @@ class Panel {
     const chance = Panel.guessing(this.right, this.trials);
     this.score.textContent = `${right ? "Right" : "Wrong"}, X was ${"AB"[this.x]}. ${this.right} of ${this.trials} right, ` +
       `p = ${chance.toFixed(chance < 0.1 ? 3 : 2)} (the chance of so many by guessing). X has been drawn anew.`;
+    this.heard.querySelectorAll("input")[2].focus();
     this.draw();
   }
 
   endTest() {
     this.blind = false;
-    this.names.disabled = false;
+    this.names.disabled = this.levels.disabled = false;
     this.select(this.before);
   }
 }
@@ -275,8 +296,7 @@ export default {
   render({ model, el }) {
     let panel;
     const draw = () => {
-      const state = panel && { position: panel.now(), current: panel.current, equal: panel.equal };
-      const resume = panel?.playing;
+      const { state, playing: resume } = panel ?? {};
       panel?.pause();
       el.innerHTML = model.get("html");
       const root = el.querySelector(".players"); // none yet where there is nothing to play

@@ -25,6 +25,7 @@ HEADROOM = 0.99  # of full scale, where a clip that passes it is turned down to
 BLOCK = 0.4  # seconds: the least that loudness is measured over
 SCRIPT, STYLE = (Path(__file__).with_name(f"player.{suffix}") for suffix in ("js", "css"))
 COLOURS = {"input": INPUT, "target": TARGET, "output": OUTPUT, "plain average": AVERAGE}
+OTHERS = (OUTPUT, *STAGES[3:], STAGES[1])  # of clips with other names: neither the input's colour nor the target's
 
 
 def loudness(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> float:
@@ -85,12 +86,12 @@ class Players:
         seconds = max(wav.shape[-1] for wav in self.wavs.values()) / self.sample_rate
         gains = self.matching_gains()
         players = "".join(self._figure(row, gains[row["clip"]], seconds) for row in self.levels())
-        return f'<div class="players" data-seconds="{seconds:.6f}"><small>{note}</small>{players}</div>'
+        return f'<div class="players" data-seconds="{seconds:.6f}"><small class="note">{note}</small>{players}</div>'
 
     def _figure(self, row: Mapping[str, object], gain: float, seconds: float) -> str:
         wav, name = self.wavs[row["clip"]], html.escape(row["clip"], quote=True)
         others = [clip for clip in self.wavs if clip not in COLOURS]
-        colour = COLOURS.get(row["clip"]) or STAGES[others.index(row["clip"]) % len(STAGES)]
+        colour = COLOURS.get(row["clip"]) or OTHERS[others.index(row["clip"]) % len(OTHERS)]
         picture = base64.b64encode(clip_picture(wav, colour, self.sample_rate)).decode()
         width = 100 * wav.shape[-1] / self.sample_rate / seconds  # %: pictures of one panel share a time axis
         return (

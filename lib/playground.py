@@ -4,7 +4,6 @@ A favourite is saved as a WAV with the recipe that makes it again (`python -m li
 shows no widgets, `Playground.settings_side_by_side` has a few settings of one pair instead.
 """
 
-import functools
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +15,7 @@ from matplotlib.figure import Figure
 from lib.codec import Codec
 from lib.errors import UserError
 from lib.files import make_folder
-from lib.fusion import FusionModel
-from lib.listening import SLIDER, Message, describe_clip, plain_name, whole_clip
+from lib.listening import SLIDER, Message, Models, describe_clip, plain_name, uploaded_clips, whole_clip
 from lib.manifest import Manifest
 from lib.player import Players, PlayerWidget
 from lib.plots import waveforms_and_mels
@@ -28,17 +26,24 @@ from lib.runs import Run
 class Playground:
     """Settings of a run's rendition, over the clips of the validation pairs."""
 
-    def __init__(self, codec: Codec, manifest: Manifest, runs: Mapping[str, Run], favourites: str | Path):
-        """`runs`: name → run, the first one is chosen at the start. `favourites`: folder for what is saved."""
+    def __init__(
+        self,
+        codec: Codec,
+        manifest: Manifest,
+        runs: Mapping[str, Run],
+        favourites: str | Path,
+        uploads: str | Path | None = None,
+    ):
+        """`runs`: name → run, the first one is chosen at the start. `favourites`: folder for what is saved. `uploads`:
+        folder of the listening panel's uploaded files, which are offered as well."""
         self.codec, self.runs, self.favourites = codec, dict(runs), Path(favourites)
         pairs = manifest.split("val")
         clips = [clip for pair in pairs for clip in (pair.input, pair.target)]
         self.clips = {describe_clip(clip): whole_clip(manifest, clip) for clip in clips}
+        if uploads is not None:
+            self.clips |= uploaded_clips(uploads, manifest.clip_length)
         self.first = (describe_clip(pairs[0].input), describe_clip(pairs[0].target))
-        self.model = functools.cache(self._model)
-
-    def _model(self, run: str) -> FusionModel:
-        return self.runs[run].load_model("best", codec_fingerprint=self.codec.fingerprint)
+        self.model = Models(self.runs, codec)
 
     def fuse(self, run: str, input: str, targets: tuple[str, ...], settings: Settings) -> Players:
         """The input, and its fusion with each target, by the clips' names."""
@@ -59,7 +64,7 @@ class Playground:
             number += 1
             path = self.favourites / f"{stem}_{number}.wav"
         clips = self.clips[input], self.clips[target]
-        return save_with_recipe(path, self.runs[run], self.codec, *clips, settings)
+        return save_with_recipe(path, Run.open(self.runs[run].path), self.codec, *clips, settings)
 
     def settings_side_by_side(self) -> Figure:
         """The first pair, rendered with one setting moved at a time."""

@@ -2,6 +2,7 @@
 
     config.json                    what was trained, on which codec, with which versions
     metrics.jsonl                  one line a training step or validation
+    plan.json                      at which step training will be over
     checkpoints/step_00000120/     model.safetensors, training.pt (optimizer, RNG, data position), meta.json (checksums)
     best, last                     links to the checkpoint with the lowest validation loss, and to the newest
 
@@ -97,14 +98,34 @@ class Run:
             raise UserError(f"{path / 'config.json'}: damaged ({error}); restore it or train again") from None
         except OSError as error:
             raise UserError(
-                f"{path / 'config.json'}: cannot be read ({error.strerror}); check its permissions"
+                f"{path / 'config.json'}: cannot be read ({error.strerror}); check the path and its permissions"
             ) from None
         return cls(path, config)
+
+    # --- while it trains ---------------------------------------------------------------------------------------------
 
     @property
     def stop_file(self) -> Path:
         """While it is there, a training of this run saves and stops."""
         return self.path / "stop"
+
+    @property
+    def total_steps(self) -> int | None:
+        """At which step the training that goes on, or was the last one, is over; None before the first."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return int(json.loads((self.path / "plan.json").read_text())["total_steps"])
+        return None
+
+    def plan(self, total_steps: int) -> None:
+        """Note at which step the training that begins will be over."""
+        write_atomic(self.path / "plan.json", json.dumps({"total_steps": total_steps}))
+
+    @property
+    def saved_step(self) -> int | None:
+        """The step of the newest checkpoint; None before the first."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return int(json.loads((self.path / "last" / "meta.json").read_text())["step"])
+        return None
 
     # --- metrics -------------------------------------------------------------------------------------------------
 

@@ -167,6 +167,7 @@ class Trainer:
             return
         if self.accelerator.is_main_process:
             self.run.forget_metrics_after(self.step)
+            self.run.plan(total)
         bar = tqdm(
             total=total,
             initial=self.step,
@@ -176,8 +177,6 @@ class Trainer:
             # unnamed, tqdm's own environment variables decide
             **({} if progress and self.accelerator.is_main_process else {"disable": True}),
         )
-        for callback in self.callbacks:
-            callback.on_start(self)
         try:
             with (
                 self.stop,
@@ -185,6 +184,8 @@ class Trainer:
                 out_of_memory_advice(self.memory_advice),
                 contextlib.closing(self.steps()) as batches_of_steps,
             ):
+                for callback in self.callbacks:  # a dashboard may ask for a stop from here on
+                    callback.on_start(self)
                 for batches in batches_of_steps:
                     self.train_step(batches)
                     bar.update()

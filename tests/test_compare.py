@@ -363,6 +363,16 @@ def test_where_nothing_is_new_to_both_it_is_told(program, runs, songs, spoiled, 
     assert program(runs[0].path, spoiled, "--out", tmp_path / "out") == (2, [told + "nothing is new to both"])
 
 
+def test_a_runs_own_page_is_not_written_over(program, runs):
+    before = sorted(path.name for path in runs[0].path.iterdir())
+    code, (line,) = program(runs[0].path, runs[1].path, "--out", runs[0].path)
+    assert (code, line) == (
+        2,
+        f"error: {runs[0].path}: holds a run or its page, which would be lost; choose another folder",
+    )
+    assert sorted(path.name for path in runs[0].path.iterdir()) == before
+
+
 # --- codecs -----------------------------------------------------------------------------------------------------------
 
 

@@ -427,6 +427,8 @@ def test_a_place_without_a_run_is_told(tmp_path):
 
 
 def test_in_a_front_end_a_run_is_followed(run, front_end):
+    run.plan(40)
+
     async def session() -> None:
         assert watch(run.path, seconds=0.02) is None
         (box,) = front_end.boxes
@@ -439,6 +441,16 @@ def test_in_a_front_end_a_run_is_followed(run, front_end):
         assert front_end.pictures[-1] == [2, 0]
         button.click()
         assert run.stop_file.exists()
+        await until(lambda: status.value == "step 12 of 40, stopping after this step")
+        (run.path / "last").mkdir(exist_ok=True)
+        (run.path / "last" / "meta.json").write_text('{"step": 12}')
+        run.stop_file.unlink()
+        await until(lambda: status.value == "stopped at step 12, saved")
+        run.log(row(13))
+        (run.path / "audio").mkdir(exist_ok=True)
+        (run.path / "audio" / "pair_0_last.wav").write_bytes(b"half written")
+        await until(lambda: status.value.startswith("cannot be shown now: AudioError: "))
+        (run.path / "audio" / "pair_0_last.wav").unlink()
         run.log(row(40))
         await until(lambda: status.value == "step 40 of 40, finished")
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
@@ -467,8 +479,25 @@ async def until(true: Callable[[], object]) -> None:
         ([(0.0, 100), (10.0, 20)], 600, "step 20 of 600"),  # a new training in the same place
     ],
 )
-def test_progress(seen, total, wanted):
-    assert progress(seen, total) == wanted
+def test_progress(tmp_path, seen, total, wanted):
+    run = Run(tmp_path, {})
+    if total:
+        run.plan(total)
+    assert progress(seen, run) == wanted
+
+
+def test_progress_of_a_run_that_was_asked_to_stop_or_stands_still(tmp_path):
+    run = Run(tmp_path, {})
+    run.plan(600)
+    still = [(float(i), 120) for i in range(7)]
+    assert progress(still, run) == "step 120 of 600"
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "meta.json").write_text('{"step": 120}')
+    assert progress(still, run) == "step 120 of 600, saved there, and nothing since: stopped, or ended early"
+    assert progress(still[:6], run) == "step 120 of 600"  # too early to say
+    assert "min left" in progress([(0.0, 119), *still[1:]], run)
+    run.stop_file.touch()
+    assert progress(still, run) == "step 120 of 600, stopping after this step"
 
 
 @pytest.mark.parametrize(

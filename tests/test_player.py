@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import lib.player
-from lib.player import COLOURS, HEADROOM, SCRIPT, STYLE, Players, PlayerWidget, loudness
-from lib.plots import STAGES, clip_picture
+from lib.player import COLOURS, HEADROOM, OTHERS, SCRIPT, STYLE, Players, PlayerWidget, loudness
+from lib.plots import clip_picture
 
 RATE = 24_000
 
@@ -215,7 +215,8 @@ def test_pictures_are_embedded_in_the_colour_of_the_clip(parse):
     names = ["input", "stage 1", "output", "stage 2", "target", "plain average"]
     wavs = {name: noise(0.1, 0.2, seed) for seed, name in enumerate(names)}
     images = parse(Players(wavs)._repr_html_()).all("img")
-    colours = [COLOURS["input"], STAGES[0], COLOURS["output"], STAGES[1], COLOURS["target"], COLOURS["plain average"]]
+    colours = [COLOURS["input"], OTHERS[0], COLOURS["output"], OTHERS[1], COLOURS["target"], COLOURS["plain average"]]
+    assert not {COLOURS["input"], COLOURS["target"]} & set(OTHERS)
     for name, image, colour in zip(names, images, colours, strict=True):
         kind, data = image["src"].split(",")
         assert kind == "data:image/png;base64"

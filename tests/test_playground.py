@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import lib.playground
-from lib.audio import load_audio
+from lib.audio import load_audio, save_audio
 from lib.cascade import CascadeConfig
 from lib.codec import MdctCodec
 from lib.fusion import FusionModel
@@ -408,3 +408,16 @@ def test_a_recipe_names_the_run_that_was_chosen(panel, playground, runs):
     assert (playground.favourites / recipe["run"]).resolve() == runs["one"].path.resolve()
     assert recipe["settings"]["stages"] == 1
     assert recipe["settings"]["residual_weight"] == 2.5
+
+
+def test_uploaded_files_are_offered_and_saved_with_a_recipe(playground, songs, tmp_path, codec, runs):
+    uploads = tmp_path / "uploads"
+    uploads.mkdir()
+    save_audio(uploads / "0123456789ab_my song.wav", torch.rand(1, 9000) - 0.5)
+    (uploads / "broken.wav").write_bytes(b"RIFF")
+    with_uploads = Playground(codec, songs, runs, tmp_path / "favourites", uploads)
+    (offered,) = with_uploads.clips.keys() - playground.clips.keys()
+    assert offered == "my song.wav 0–0.375 s"
+    recipe = with_uploads.save("mine", next(iter(runs)), with_uploads.first[0], offered, Settings())
+    assert follow_recipe(recipe).equal
+    assert json.loads(recipe.read_text())["target"]["path"].endswith("uploads/0123456789ab_my song.wav")

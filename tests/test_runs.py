@@ -500,3 +500,16 @@ def test_the_stop_file_is_in_the_runs_folder_and_goes_to_no_other_run(run):
     assert not run.stop_file.exists()
     run.stop_file.touch()
     assert Run.open(run.path).stop_file.exists()
+
+
+def test_a_run_says_where_its_training_ends_and_what_is_saved(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    assert (run.total_steps, run.saved_step) == (None, None)
+    run.plan(40)
+    (run.path / "last").mkdir()
+    (run.path / "last" / "meta.json").write_text('{"step": 12}')
+    assert (run.total_steps, run.saved_step) == (40, 12)
+    for damage in ("", "[]", "{}", '{"step": null, "total_steps": "many"}'):  # read while others write
+        (run.path / "plan.json").write_text(damage)
+        (run.path / "last" / "meta.json").write_text(damage)
+        assert (run.total_steps, run.saved_step) == (None, None)

@@ -168,19 +168,28 @@ def test_listening(lab, trained, tmp_path, screenshots):
     expect(cell.get_by_role("button", name="Pause")).to_be_visible()
     page.wait_for_function("slider => slider.value > 0.3", arg=time.element_handle())
     cell.get_by_role("radio", name="output", exact=True).check()
+    # by keyboard, which JupyterLab would like to have for itself
+    cell.get_by_role("button", name="Pause").click()
+    time.focus()
+    time.press("Home")
+    time.press("ArrowRight")
+    expect(time).to_have_js_property("value", "0.05")
+    cell.get_by_role("radio", name="target", exact=True).focus()
+    page.keyboard.press("ArrowRight")
+    expect(cell.get_by_role("radio", name="output", exact=True)).to_be_checked()
     # one round of the blind test
     cell.get_by_text("Blind test (ABX)").click()
     cell.get_by_role("radio", name="X", exact=True).check()
     cell.get_by_role("button", name="X is A").click()
     expect(cell.locator(".score")).to_contain_text("of 1 right, p = ")
-    cell.get_by_text("Blind test (ABX)").click()
-    # blend the masks: another picture, another sound, the same place
+    # blend the masks: another picture, another sound, the same place, and no word of what X was
     before, masks = panel.locator("audio").nth(2).get_attribute("src"), cell.locator("img.widget-image")
     seen = masks.get_attribute("src")
     move(slider(cell, "blend masks with 0.5"), 20)
     expect(masks).not_to_have_attribute("src", seen)
     expect(panel.locator("audio").nth(2)).not_to_have_attribute("src", before)
     expect(cell.get_by_role("radio", name="output", exact=True)).to_be_checked()
+    expect(cell.locator(".problem")).to_contain_text("which has ended the blind test")
     cell.scroll_into_view_if_needed()
     page.screenshot(path=screenshots / "05_listening.png")
     # two files, one of them broken

@@ -153,6 +153,34 @@ def test_after_a_blind_test_the_clip_of_before_is_back(page):
     assert heard(page) == pytest.approx([0, 1, 0], abs=0.01)
 
 
+def test_blind_all_is_labelled_as_what_is_heard(page):
+    page.get_by_text("Blind test (ABX)").first.click()
+    page.get_by_role("radio", name="X", exact=True).first.check()
+    expect(page.get_by_role("radio", name="equal loudness").first).to_be_checked()
+    expect(page.get_by_role("radio", name="equal loudness").first).to_be_disabled()
+    expect(page.locator(".note").first).to_be_hidden()
+    page.get_by_text("Blind test (ABX)").first.click()
+    expect(page.get_by_role("radio", name="true").first).to_be_checked()
+    expect(page.locator(".note").first).to_be_visible()
+
+
+def test_the_score_outlives_closing(page):
+    page.get_by_text("Blind test (ABX)").first.click()
+    page.get_by_role("radio", name="X", exact=True).first.check()
+    page.get_by_role("button", name="X is A").first.click()
+    expect(page.get_by_role("radio", name="X", exact=True).first).to_be_focused()
+    score = page.locator(".score").first.inner_text()
+    page.get_by_text("Blind test (ABX)").first.click()
+    page.get_by_text("Blind test (ABX)").first.click()
+    expect(page.locator(".score").first).to_have_text(score)
+
+
+def test_a_pause_before_the_clips_are_loaded_holds(page):
+    page.evaluate("() => { const { panel } = document.querySelector('.players'); panel.play(); panel.pause(); }")
+    page.wait_for_timeout(500)
+    assert seconds(page) == 0
+
+
 def test_x_is_drawn_anew(page):
     page.get_by_text("Blind test (ABX)").first.click()
     drawn = page.evaluate(
