@@ -187,7 +187,7 @@ def test_a_second_call_runs_nothing(results, started):
     first = results(tiny_plan())
     assert len(started) == 4
     times = {path: path.stat().st_mtime_ns for path in Path(first[0].run).parent.rglob("*") if path.is_file()}
-    assert len(times) == 12
+    assert len(times) == 16
     assert_same_results(results(tiny_plan()), first)
     assert len(started) == 4
     assert {path: path.stat().st_mtime_ns for path in times} == times
@@ -212,7 +212,7 @@ def test_variants_of_equal_config_share_their_runs(results, started):
 
 def test_checkpoints_are_deleted(whole):
     for result in whole:
-        assert sorted(os.listdir(result.run)) == ["config.json", "metrics.jsonl", "result.json"]
+        assert sorted(os.listdir(result.run)) == ["config.json", "metrics.jsonl", "plan.json", "result.json"]
 
 
 # --- stopped and gone on with -----------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_a_non_finite_run_is_recorded_and_stops_no_other(results, tmp_path):
         assert result.steps == 1
         assert [math.isinf(norm) for norm in result.grad_norm] == [False, True]
         assert math.isinf(growth(result))
-        assert sorted(os.listdir(result.run)) == ["config.json", "metrics.jsonl", "result.json"]
+        assert sorted(os.listdir(result.run)) == ["config.json", "metrics.jsonl", "plan.json", "result.json"]
         assert result.start == result.end
     assert all(result.final and result.non_finite is None for result in found[2:])
     write_record(tmp_path / "record.json", found, {})
