@@ -32,7 +32,7 @@ function choice(legend, values, chosen, choose) {
 
 class Panel {
   /** `state`: where another panel was, so that this one goes on from there. */
-  constructor(root, { position = 0, name = "", equal = false, ended = "" } = {}) {
+  constructor(root, { position = 0, name = "", equal = false, told = "" } = {}) {
     this.root = root;
     this.clips = [...root.querySelectorAll(".player")].map((figure) => ({
       figure,
@@ -47,15 +47,16 @@ class Panel {
     this.duration = Number(root.dataset.seconds);
     this.position = Math.min(position, this.duration);
     this.build();
-    this.problem.textContent = ended;
+    this.problem.textContent = told;
     this.show();
   }
 
   /** What the panel that takes this one's place goes on from. */
   get state() {
     const { name } = this.clips[this.blind ? this.before : this.current]; // X stays unknown
-    const ended = this.blind ? "The clips have changed, which has ended the blind test. " + this.score.textContent : "";
-    return { position: this.now(), name, equal: this.equal, ended };
+    const ended = "The clips have changed, which has ended the blind test. ";
+    const told = this.blind ? ended + this.score.textContent : this.problem.textContent;
+    return { position: this.now(), name, equal: this.equal, told };
   }
 
   // --- what is seen ---
@@ -244,6 +245,7 @@ class Panel {
 
   beginTest() {
     this.before = this.current;
+    this.problem.textContent = "";
     if (this.trials) this.draw(); // the score goes on
     else this.newTest();
   }
