@@ -161,7 +161,7 @@ def test_listening(lab, trained, tmp_path, screenshots):
     notebook = lab.open("05_listening", out_dir=str(trained))
     notebook.run_all(timeout=300)
     page, cell = notebook.page, notebook.cell("show(listening.panel")
-    panel, message = cell.locator(".players"), cell.get_by_role("alert")
+    panel, message = cell.locator(".players"), cell.locator(".widget-html").get_by_role("alert")
     # press play and see time advance
     cell.get_by_role("button", name="Play").click()
     time = cell.locator(".position")
