@@ -1,7 +1,4 @@
-"""The discriminator's side of training: its settings, its optimizer, its steps.
-
-Legend: B batch, D latent channels, T frames.
-"""
+"""The discriminator's side of training: its settings, its optimizer, its steps."""
 
 import contextlib
 from collections.abc import Sequence
@@ -10,9 +7,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
-from lib.agent import Discriminator
 from lib.configs import check, check_counts, check_numbers
 from lib.losses import Critic, discriminator_hinge
 from lib.nonfinite import not_finite
@@ -39,43 +35,43 @@ class AdversaryConfig:
 
 
 class Adversary:
-    """A discriminator in training. Real samples are the clips' clean latents, both input and target."""
+    """A discriminator in training: a model that has one logit for every sample of a batch. Where it has other outputs,
+    a subclass gives another `loss`."""
 
-    def __init__(self, config: AdversaryConfig, latent_dim: int, clip: float, accelerator: Accelerator):
+    betas = (0.5, 0.999)  # the momentum of 0.5 is what hinge discriminators are trained with (Miyato et al. 2018)
+
+    def __init__(self, config: AdversaryConfig, model: nn.Module, clip: float, accelerator: Accelerator):
         self.config, self.clip, self.accelerator = config, clip, accelerator
-        model = Discriminator(latent_dim, spectral_norm=config.discriminator_spectral_norm)
-        # the momentum of 0.5 is what hinge discriminators are trained with (Miyato et al. 2018)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.discriminator_learning_rate, betas=(0.5, 0.999), fused=True
-        )
+        rate = config.discriminator_learning_rate
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=self.betas, fused=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     def critic(self, step: int) -> Critic | None:
         """What the model's loss listens to after `step` steps; None while the discriminator warms up.
 
-        The weights it uses are frozen in it: the gradient reaches the latents and nothing else.
+        The weights it uses are frozen in it: the gradient reaches the samples and nothing else.
         """
         if step < self.config.discriminator_warmup:
             return None
         model = self.accelerator.unwrap_model(self.model)
         weights = {name: value.detach() for name, value in model.state_dict(keep_vars=True).items()}
-        return lambda latents: torch.func.functional_call(model, weights, (latents,))
+        return lambda samples: torch.func.functional_call(model, weights, (samples,))
 
     def learn(
-        self, step: int, batches: Sequence[tuple[Tensor, Tensor, Tensor]], failed: Tensor | None = None
+        self, step: int, pairs: Sequence[tuple[Tensor, Tensor]], failed: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """One step on batches of (made, input, target) latents, `[B, D, T]` each; returns its metrics, or nothing
+        """One step on batches of samples, each a pair (made, real) `[B, …]`, `[B', …]`; returns its metrics, or nothing
         where it is not its turn. The weights are left alone where the gradient is not finite or `failed` is 1."""
         if step % self.config.discriminator_every:
             return {}
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        total = sum(len(made) for made, _, _ in batches)
+        total = sum(len(made) for made, _ in pairs)
         sums: dict[str, Tensor] = {}
-        for i, (made, input, target) in enumerate(batches):
+        for i, (made, real) in enumerate(pairs):
             share = len(made) / total
-            with self.accelerator.no_sync(self.model) if i + 1 < len(batches) else contextlib.nullcontext():
-                loss, metrics = self.loss(made, torch.cat([input, target]))
+            with self.accelerator.no_sync(self.model) if i + 1 < len(pairs) else contextlib.nullcontext():
+                loss, metrics = self.loss(made, real)
                 self.accelerator.backward(loss * share)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + share * value.detach()
@@ -86,6 +82,7 @@ class Adversary:
         return {f"discriminator/{name}": value for name, value in (sums | {"grad_norm": norm}).items()}
 
     def loss(self, made: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What it learns from, and its metrics: the hinge, and R1 where that has a weight."""
         real = real.detach().requires_grad_(self.config.gradient_penalty > 0)
         logits = self.model(torch.cat([real, made.detach()]))
         of_real, of_made = logits.split([len(real), len(made)])
@@ -95,7 +92,7 @@ class Adversary:
             return hinge, metrics
         # R1 of Mescheder et al. 2018, arXiv 1801.04406
         (gradient,) = torch.autograd.grad(of_real.sum(), real, create_graph=True)
-        metrics["penalty"] = gradient.square().sum(dim=(1, 2)).mean() / 2
+        metrics["penalty"] = gradient.square().sum(dim=tuple(range(1, real.ndim))).mean() / 2
         return hinge + self.config.gradient_penalty * metrics["penalty"], metrics
 
     def state_dict(self) -> dict[str, Any]:

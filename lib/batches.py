@@ -1,18 +1,29 @@
 """Which pairs a step takes, and how they come from disk.
 
-The order depends on the seed and the epoch alone, never on the number of processes. Legend: P pairs, D latent channels,
-T frames.
+The order depends on the seed and the epoch alone, never on the number of processes. Legend: P pairs, B batch.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lib.ahead import map_ahead
-from lib.latents import LatentPairs
 from lib.learner import Batch
-from lib.train_config import TrainConfig
+from lib.train_config import LoopConfig
+
+
+class Pairs(Protocol):
+    """What a training reads: `pairs[i]` is (first, second), of the same shapes for every i. Several threads may read at
+    once."""
+
+    clip_length: int  # samples of sound that a pair stands for
+    sample_rate: int  # Hz
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]: ...
 
 
 def epoch_order(num_pairs: int, epoch: int, seed: int, shuffled: float = 0.0) -> Tensor:
@@ -43,7 +54,7 @@ class TrainingOrder:
     """Where training is in its data: which epoch, and how many of its pairs have been taken. Those two go into a
     checkpoint; everything else follows from the config and the number of processes, which may change in between."""
 
-    def __init__(self, num_pairs: int, config: TrainConfig, rank: int = 0, processes: int = 1):
+    def __init__(self, num_pairs: int, config: LoopConfig, rank: int = 0, processes: int = 1):
         self.num_pairs, self.config, self.rank, self.processes = num_pairs, config, rank, processes
         self.epoch = self.position = 0
 
@@ -54,7 +65,7 @@ class TrainingOrder:
             self.epoch, self.position = self.epoch + 1, 0
         config, epoch, position = self.config, self.epoch, self.position
         while epoch < config.epochs:
-            order = epoch_order(self.num_pairs, epoch, config.seed, config.curriculum.target_shuffling)[position:]
+            order = epoch_order(self.num_pairs, epoch, config.seed, config.target_shuffling)[position:]
             yield from process_share(order, config.batch_size, config.accumulate, self.rank, self.processes)
             epoch, position = epoch + 1, 0
 
@@ -93,12 +104,12 @@ def evenly_spread(count: int, most: int | None) -> Tensor:
 
 
 def read_ahead(
-    pairs: LatentPairs, chosen: Tensor, steps: Iterable[list[Tensor]], *, threads: int, pin_memory: bool
+    pairs: Pairs, chosen: Tensor, steps: Iterable[list[Tensor]], *, threads: int, pin_memory: bool
 ) -> Iterator[list[Batch]]:
-    """The latents of every step, in order, while as many threads read the steps that follow.
+    """The batches of every step, in order, while as many threads read the steps that follow.
 
     A step is a list of batches `[≤ B, 2]`: places among the `chosen` pairs of the data, whose input and whose target.
-    With `pin_memory` the latents lie where a GPU can fetch them while it computes.
+    With `pin_memory` they lie where a GPU can fetch them while it computes.
     """
 
     def read(step: list[Tensor]) -> list[Batch]:

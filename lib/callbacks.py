@@ -10,7 +10,7 @@ from lib import plots
 from lib.audio import save_audio
 from lib.batches import evenly_spread
 from lib.codec import Codec
-from lib.fusion import evaluating
+from lib.learner import evaluating
 from lib.telemetry import Callback
 from lib.trainer import Trainer
 

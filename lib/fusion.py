@@ -3,8 +3,6 @@
 Legend: B batch, D latent channels, T frames.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -52,14 +50,3 @@ class FusionModel(nn.Module):
             masks = Masks(*(mask.float() for mask in self.mask_generator(input, target)))
             return harden(masks) if self.masking.hard_masks else masks
         return None if self.masking.masking == "none" else fixed_masks(self.masking.masking, input, target)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode, whatever it was in before. Leaving training is what aligns the projections with their
-    weights, so a model already in eval, whose weights may have moved, passes through training first."""
-    training = model.training
-    try:
-        yield model.train().eval()
-    finally:
-        model.train(training)

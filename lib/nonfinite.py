@@ -1,7 +1,7 @@
 """Where a NaN or an infinity appeared first: what a training that must stop has to say."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,15 @@ class NonFiniteError(RuntimeError):
 
 
 def find_non_finite(
-    model: nn.Module, latents: Mapping[str, Tensor], forward: Callable[[], Tensor]
+    model: nn.Module, tensors: Mapping[str, Tensor], forward: Callable[[], Tensor]
 ) -> tuple[int | None, str]:
     """The stage (None: outside the stages) and the first tensor that is not finite, in the order of computation.
 
-    Looks at the latents by name, at the parameters, then repeats the pass: `forward()` must return the loss, under the
-    same random numbers each time it is called. Gradients are watched as the backward pass makes them.
+    Looks at the batch's tensors by name, at the parameters, then repeats the pass: `forward()` must return the loss,
+    under the same random numbers each time it is called. Gradients are watched as the backward pass makes them.
     """
-    for name, batch in latents.items():
-        if not batch.isfinite().all():
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
             return None, name
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -74,13 +74,17 @@ def find_non_finite(
 
 
 def find_in_batches(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], forward: Callable[[tuple[Tensor, Tensor]], Tensor]
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, ...]],
+    names: Sequence[str],
+    forward: Callable[[tuple[Tensor, ...]], Tensor],
 ) -> tuple[int | None, str] | None:
-    """The same for the (input, target) batches of one step, each by itself; None where there are none."""
+    """The same for the batches of one step, each by itself, with the names of a batch's tensors; None where there are
+    none."""
     found = None
     for batch in batches:
-        latents = dict(zip(("input latents", "target latents"), batch, strict=True))
-        found = find_non_finite(model, latents, lambda batch=batch: forward(batch))
+        tensors = dict(zip(names, batch, strict=True))
+        found = find_non_finite(model, tensors, lambda batch=batch: forward(batch))
         if found[1] != NORM:
             break
     return found

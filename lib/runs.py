@@ -25,7 +25,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib.agent import MaskingConfig
 from lib.cascade import CascadeConfig
@@ -157,7 +157,7 @@ class Run:
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
-    def save(self, step: int, model: FusionModel, training: dict[str, Any], *, is_best: bool) -> Path:
+    def save(self, step: int, model: nn.Module, training: dict[str, Any], *, is_best: bool) -> Path:
         """Write a checkpoint, point `last` (and `best`) at it, and delete those that neither names."""
         folder = self.path / "checkpoints" / f"step_{step:08d}"
         temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
@@ -203,13 +203,17 @@ class Run:
         if not {"cascade", "masking"} <= set(self.config):
             raise UserError(f"{self.path / 'config.json'}: describes no model; give a run that this project trained")
         self.check_codec(codec_fingerprint)
-        folder, _ = self._verified(which, ("model.safetensors",))
         masking = from_fields(MaskingConfig, self.config["masking"])
-        model = FusionModel(CascadeConfig.from_dict(self.config["cascade"]), masking).eval()
-        load_weights(model, folder / "model.safetensors")
+        model = FusionModel(CascadeConfig.from_dict(self.config["cascade"]), masking)
+        self.load_weights(model, which)
         return model
 
-    def load_training(self, model: FusionModel, which: str = "last") -> tuple[int, dict[str, Any]]:
+    def load_weights(self, model: nn.Module, which: str = "best") -> None:
+        """Load a checkpoint's weights into `model`, whatever it is, and leave it in eval mode."""
+        folder, _ = self._verified(which, FILES[:1])
+        load_weights(model.eval(), folder / FILES[0])
+
+    def load_training(self, model: nn.Module, which: str = "last") -> tuple[int, dict[str, Any]]:
         """Load a checkpoint's weights into `model`; returns its step and the trainer's state."""
         folder, meta = self._verified(which, FILES)
         load_weights(model, folder / "model.safetensors")
@@ -260,7 +264,7 @@ def find_runs(folder: str | Path, codec_fingerprint: str) -> dict[str, Run]:
     return runs
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path) -> None:
     """Load a safetensors file into `model`, every tensor in its place; `UserError` lists what does not fit."""
     try:
         weights = safetensors.torch.load_file(path)

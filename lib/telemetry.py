@@ -1,14 +1,10 @@
 """What a training step reports, by the names that metrics.jsonl uses, and who may listen."""
 
-import dataclasses
 from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from lib.agent import complementarity
-from lib.fusion import Fusion, FusionModel
+from torch import Tensor, nn
 
 
 class Callback:
@@ -31,24 +27,8 @@ class Callback:
 
 
 @torch.no_grad()
-def step_metrics(terms: dict[str, Tensor], fusion: Fusion) -> dict[str, Tensor]:
-    """The loss terms, the masks' complementarity, and the batch means of every stage's trace, by the names that
-    metrics.jsonl uses."""
-    metrics = {f"loss/{name}": value for name, value in terms.items()}
-    if fusion.masks is not None:
-        metrics["masks/complementarity"] = complementarity(fusion.masks).mean()
-    for stage, trace in enumerate(fusion.traces):
-        for trace_field in dataclasses.fields(trace):
-            metrics[f"stage{stage}/{trace_field.name}"] = getattr(trace, trace_field.name).mean()
-    return metrics
-
-
-@torch.no_grad()
-def gradient_norms(model: FusionModel) -> dict[str, Tensor]:
-    """Gradient norm of every part before clipping, as 'grad_norm/stage1/output_projection'."""
-    parts = {f"stage{i}/{n}": p for i, stage in enumerate(model.cascade.stages) for n, p in stage.named_children()}
-    if model.mask_generator is not None:
-        parts["mask_generator"] = model.mask_generator
+def gradient_norms(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Gradient norm of every part of a model before clipping, as 'grad_norm/stage1/output_projection'."""
     norms = {}
     for name, part in parts.items():
         if grads := [p.grad for p in part.parameters() if p.grad is not None]:

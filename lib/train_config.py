@@ -21,8 +21,9 @@ NESTED = {"loss": LossConfig, "curriculum": CurriculumConfig, "adversary": Adver
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """How to train. Training ends after `epochs`, `max_steps` or for lack of `patience`, whichever comes first."""
+class LoopConfig:
+    """What every training has, whatever it trains. It ends after `epochs`, `max_steps` or for lack of `patience`,
+    whichever comes first."""
 
     epochs: int = 200
     max_steps: int | None = None
@@ -30,7 +31,6 @@ class TrainConfig:
     batch_size: int = 8  # pairs in each process's batch
     accumulate: int = 1  # batches of each process to one step: a larger batch in the same memory
     learning_rate: float = 1e-4
-    agent_learning_rate: float | None = None  # of the mask generator, which has no residual to start from; None: same
     warmup_steps: int = 0  # in which the learning rate rises from 0
     schedule: str = "constant"  # 'cosine': down to 0 at the end of training
     weight_decay: float = 0.01
@@ -40,19 +40,12 @@ class TrainConfig:
     checkpoint_every: int = 100  # steps between validations, each of which writes a checkpoint
     max_train_pairs: int | None = None  # train on so many pairs at most, spread evenly over all; None: on all
     max_val_pairs: int | None = None  # validate on so many pairs at most, spread likewise
-    num_workers: int = 1  # threads that read the latents of the next steps; a fast GPU needs more than one
+    num_workers: int = 1  # threads that read the data of the next steps; a fast GPU needs more than one
     gather_every: int = 1  # steps, or fewer where an epoch ends, between transfers of the metrics: a GPU waits in each
     compile: bool = False  # torch.compile: minutes at the start; measured slower on a CPU
     seed: int = 0
-    loss: LossConfig = field(default_factory=LossConfig)
-    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
-    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
 
     def __post_init__(self):
-        for name, cls in NESTED.items():
-            value = getattr(self, name)
-            if isinstance(value, dict):
-                object.__setattr__(self, name, _partly(cls, name, value))
         check_counts(self, "epochs", "batch_size", "accumulate", "checkpoint_every", "num_workers", "gather_every")
         check_counts(self, "max_steps", "patience", "max_train_pairs", "max_val_pairs", optional=True)
         check_counts(self, "warmup_steps", "seed", least=0)
@@ -60,22 +53,21 @@ class TrainConfig:
         check(self.seed < 2**31, "seed", self.seed, "a whole number below 2³¹")
         check_numbers(self, "learning_rate", above=0)
         check_numbers(self, "weight_decay")
-        for name in ("clip", "agent_learning_rate"):
-            if getattr(self, name) is not None:
-                check_numbers(self, name, above=0)
+        if self.clip is not None:
+            check_numbers(self, "clip", above=0)
         check(is_finite(self.ema) and 0 <= self.ema < 1, "ema", self.ema, "a decay from 0 to below 1")
         for name, choices in (("precision", PRECISIONS), ("schedule", SCHEDULES)):
             check(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
-        if self.loss.adversarial_weight and self.adversary.discriminator_learning_rate is None:
-            weight = self.loss.adversarial_weight
-            raise UserError(
-                f"adversarial_weight={weight:g} needs a discriminator: set discriminator_learning_rate, such as 1e-4"
-            )
 
-    def check_masking(self, masking: MaskingConfig) -> None:
-        """`UserError` where a term on masks has a weight and there are no masks."""
-        if masking.masking == "none" and (terms := self.loss.weighted(MASK_TERMS)):
-            raise UserError(f"{terms[0]}_weight needs masks: set masking='learned', or the weight to 0")
+    @property
+    def max_norm(self) -> float:
+        """What gradients are clipped to; infinite where they never are."""
+        return self.clip if self.clip is not None else math.inf
+
+    @property
+    def target_shuffling(self) -> float:
+        """Share of the pairs of an epoch whose targets change places."""
+        return 0.0
 
     def check_sizes(self, pairs: dict[str, int], processes: int = 1) -> None:
         """`UserError` where there are too few pairs, by split, for one step of so many processes."""
@@ -99,6 +91,39 @@ class TrainConfig:
         if self.precision == "fp32":
             advice.append("set precision to bf16 (now fp32)")
         return "; ".join([*advice, f"{'or ' if advice else ''}lower clip_seconds (now {clip_seconds:g})"])
+
+
+@dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    """How to train the fusion model."""
+
+    agent_learning_rate: float | None = None  # of the mask generator, which has no residual to start from; None: same
+    loss: LossConfig = field(default_factory=LossConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+
+    def __post_init__(self):
+        for name, cls in NESTED.items():
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                object.__setattr__(self, name, _partly(cls, name, value))
+        super().__post_init__()
+        if self.agent_learning_rate is not None:
+            check_numbers(self, "agent_learning_rate", above=0)
+        if self.loss.adversarial_weight and self.adversary.discriminator_learning_rate is None:
+            weight = self.loss.adversarial_weight
+            raise UserError(
+                f"adversarial_weight={weight:g} needs a discriminator: set discriminator_learning_rate, such as 1e-4"
+            )
+
+    @property
+    def target_shuffling(self) -> float:
+        return self.curriculum.target_shuffling
+
+    def check_masking(self, masking: MaskingConfig) -> None:
+        """`UserError` where a term on masks has a weight and there are no masks."""
+        if masking.masking == "none" and (terms := self.loss.weighted(MASK_TERMS)):
+            raise UserError(f"{terms[0]}_weight needs masks: set masking='learned', or the weight to 0")
 
 
 def _partly(cls: type, name: str, values: dict[str, Any]) -> Any:

@@ -1,13 +1,10 @@
-"""One training loop: latents in, a run directory out. One process, or several by accelerate.
-
-Legend: B batch, D latent channels, T frames.
-"""
+"""One training loop: pairs in, a run directory out. One process, or several by accelerate."""
 
 import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +16,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lib.agent import MaskingConfig
-from lib.batches import TrainingOrder, evenly_spread, read_ahead
+from lib.batches import Pairs, TrainingOrder, evenly_spread, read_ahead
 from lib.cascade import CascadeConfig
 from lib.codec import Codec
 from lib.configs import from_fields
-from lib.curriculum import noise_share
 from lib.errors import UserError
-from lib.fusion import evaluating
+from lib.fusion_learner import FusionLearner
 from lib.latents import LatentPairs
-from lib.learner import Batch, Learner
+from lib.learner import Batch, Learner, Moment, evaluating
 from lib.losses import Decode
 from lib.nonfinite import NORM, NonFiniteError, find_in_batches
 from lib.processes import (
@@ -41,11 +37,10 @@ from lib.processes import (
 )
 from lib.runs import Run
 from lib.telemetry import Callback, to_floats
-from lib.train_config import LENGTH, WITHOUT_EFFECT, TrainConfig, resolved_precision
+from lib.train_config import LENGTH, WITHOUT_EFFECT, LoopConfig, TrainConfig, resolved_precision
 
 logger = logging.getLogger(__name__)
 
-FACTOR_WARNING = 1.3  # seed 001 calls a scale factor above it a warning sign
 VAL_BATCH = 8
 
 
@@ -61,7 +56,7 @@ def train(
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
-    """Train a model on the latents of `index` and return its run directory.
+    """Train a fusion model on the latents of `index` and return its run directory.
 
     With `resume`, a run in `out_dir` goes on from its last checkpoint, bit for bit on a CPU; only its length may differ
     now, the number of processes, and how data are read and metrics gathered; another config or other data is refused.
@@ -81,14 +76,7 @@ def train(
     if config.loss.anti_modulation == "log" and config.loss.anti_modulation_weight:
         logger.warning("anti_modulation='log' has no bound: it is infinite where an output's envelope is a source's")
     pairs = {split: LatentPairs(index, split, codec_fingerprint=codec.fingerprint) for split in ("train", "val")}
-    join_processes()
-    accelerator = Accelerator(mixed_precision="no")  # the config says it, not the launcher
-    if accelerator.distributed_type not in (
-        DistributedType.NO,
-        DistributedType.MULTI_CPU,
-        DistributedType.MULTI_GPU,
-    ):
-        raise UserError(f"launcher: {accelerator.distributed_type.value} is not supported; use plain data parallelism")
+    accelerator = open_accelerator()
     config.check_sizes({split: len(found) for split, found in pairs.items()}, accelerator.num_processes)
     if cascade.latent_dim != codec.dim:
         raise UserError(f"latent_dim={cascade.latent_dim} does not fit codec {codec.name}; use {codec.dim}")
@@ -99,12 +87,37 @@ def train(
     if isinstance(codec, nn.Module):  # one with weights decodes where they are
         codec.to(accelerator.device)
     try:
-        Trainer(run, pairs, codec.decode, callbacks).run_to_end(progress=progress)
+        fusion_trainer(run, pairs, codec.decode, callbacks).run_to_end(progress=progress)
     finally:
         if isinstance(codec, nn.Module):
             codec.to("cpu")
     accelerator.wait_for_everyone()
     return run
+
+
+def fusion_trainer(
+    run: Run, pairs: dict[str, Pairs], decode: Decode | None = None, callbacks: Sequence[Callback] = ()
+) -> "Trainer":
+    """The trainer of the fusion model that a run's config describes."""
+    config = from_fields(TrainConfig, run.config["train"])
+
+    def make_learner(accelerator: Accelerator) -> FusionLearner:
+        cascade = CascadeConfig.from_dict(run.config["cascade"])
+        masking = from_fields(MaskingConfig, run.config["masking"])
+        return FusionLearner(config, cascade, masking, accelerator, decode)
+
+    return Trainer(run, config, pairs, make_learner, callbacks)
+
+
+def open_accelerator() -> Accelerator:
+    """The process's device and its link to those it trains with; `UserError` where a launcher asks for more than plain
+    data parallelism."""
+    join_processes()
+    accelerator = Accelerator(mixed_precision="no")  # the config says it, not the launcher
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UserError(f"launcher: {kind.value} is not supported; use plain data parallelism")
+    return accelerator
 
 
 @dataclass
@@ -115,22 +128,26 @@ class TakenStep:
     metrics: dict[str, Tensor]
     batches: Sequence[Batch]
     rng: dict[str, Any]
-    noise: float
+    moment: Moment
 
 
 class Trainer:
-    """The loop over a run's steps. Everything it needs to go on after a kill is in the run's checkpoints."""
+    """The loop over a run's steps. Everything it needs to go on after a kill is in the run's checkpoints.
+
+    `pairs` are the data of 'train' and 'val': anything with a length whose items are (first, second) tensors, that
+    knows its `clip_length` in samples and its `sample_rate`. `make_learner` gives what is trained on them, with
+    random weights of the config's seed.
+    """
 
     def __init__(
         self,
         run: Run,
-        pairs: dict[str, LatentPairs],
-        decode: Decode | None = None,
+        config: LoopConfig,
+        pairs: dict[str, Pairs],
+        make_learner: Callable[[Accelerator], Learner],
         callbacks: Sequence[Callback] = (),
     ):
-        self.run = run
-        self.config = from_fields(TrainConfig, run.config["train"])
-        self.pairs = pairs
+        self.run, self.config, self.pairs = run, config, pairs
         most = {"train": self.config.max_train_pairs, "val": self.config.max_val_pairs}
         self.chosen = {split: evenly_spread(len(pairs[split]), most[split]) for split in pairs}
         self.accelerator = Accelerator(mixed_precision="no")
@@ -138,15 +155,13 @@ class Trainer:
         self.order = TrainingOrder(len(self.chosen["train"]), self.config, rank, processes)
         self.callbacks = callbacks if self.accelerator.is_main_process else ()
         torch.manual_seed(self.config.seed)
-        cascade = CascadeConfig.from_dict(run.config["cascade"])
-        masking = from_fields(MaskingConfig, run.config["masking"])
-        self.learner = Learner(self.config, cascade, masking, self.accelerator, decode)
+        self.learner = make_learner(self.accelerator)
         self.ungathered: list[TakenStep] = []  # steps whose metrics have not been gathered
         self.finished = False  # neither stopped nor failed
         self.step = 0
         self.best_loss = math.inf
         self.stale = 0  # validations since the best one
-        self.warned: set[int] = set()  # stages whose factor has passed FACTOR_WARNING
+        self.warned: set[Hashable] = set()  # keys of the learner's warnings that have been logged
         self.stop = StopSignals(run.stop_file)
         if run.has_checkpoint():
             self.load()
@@ -241,16 +256,14 @@ class Trainer:
 
     def train_step(self, batches: Sequence[Batch]) -> None:
         """One optimizer step on one batch or several. What it measured waits for `gather`."""
-        epoch, rng = self.order.epoch, rng_state()
-        noise = noise_share(epoch, self.config.curriculum)
+        moment, rng = Moment(self.step, self.order.epoch), rng_state()
         batches = [self.to_device(batch) for batch in batches]
-        metrics = self.learner.learn(self.step, batches, progress=self.order.progress(self.step), noise=noise)
+        progress = self.order.progress(self.step)
+        metrics = self.learner.learn(self.step, batches, progress=progress, epoch=moment.epoch)
         self.step += 1
         self.order.advance()
-        facts = {"split": "train", "step": self.step, "epoch": epoch}
-        if self.config.curriculum.noise_rate:
-            facts["noise_share"] = noise
-        self.ungathered.append(TakenStep(facts, metrics, batches, rng, noise))
+        facts = {"split": "train", "step": self.step, "epoch": moment.epoch} | self.learner.facts(moment)
+        self.ungathered.append(TakenStep(facts, metrics, batches, rng, moment))
 
     def gather(self) -> tuple[list[dict[str, Any]], bool]:
         """Log, show the callbacks and return the metrics of the steps since the last call, in one transfer from the
@@ -264,11 +277,11 @@ class Trainer:
         for i, step in enumerate(taken):
             row = step.facts | {name: floats[i, name] for name in step.metrics}
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-                self.stop_non_finite("train", row["step"], step.batches, step.rng, step.noise)
+                self.stop_non_finite("train", row["step"], step.batches, step.rng, step.moment)
             if not all(math.isfinite(value) for name, value in row.items() if name.startswith("discriminator/")):
                 self.end_non_finite("train", row["step"], None, "the discriminator's loss or gradient")
             self.log(row)
-            self.warn_of_factors(row)
+            self.warn(row)
             for callback in self.callbacks:
                 callback.on_step(self, row)
             rows.append(row)
@@ -276,7 +289,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean loss, terms and traces over the validation pairs of all processes, in eval mode. Raises
+        """Mean loss and metrics over the validation pairs of all processes, in eval mode. Raises
         `NonFiniteError`."""
         sums = {"pairs": 0.0}
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -296,7 +309,7 @@ class Trainer:
                 sums["pairs"] += len(batch[0])
             sums = sum_over_processes(sums)
             if not math.isfinite(sums["loss"]):
-                self.stop_non_finite("val", self.step, [bad] if bad else [], rng_state(), 0.0)
+                self.stop_non_finite("val", self.step, [bad] if bad else [], rng_state())
         pairs = sums.pop("pairs")
         return {name: value / pairs for name, value in sums.items()}
 
@@ -366,29 +379,27 @@ class Trainer:
 
     # --- signs of trouble ----------------------------------------------------------------------------------------
 
-    def warn_of_factors(self, row: dict[str, Any]) -> None:
-        for stage in range(len(self.run.config["cascade"]["stages"])):
-            wanted = row[f"stage{stage}/wanted_factor"]
-            if wanted > FACTOR_WARNING and stage not in self.warned:
-                self.warned.add(stage)
+    def warn(self, row: dict[str, Any]) -> None:
+        for key, message in self.learner.warnings(row).items():
+            if key not in self.warned:
+                self.warned.add(key)
                 if self.accelerator.is_main_process:
-                    logger.warning("step %d: stage %d wants the factor %.2f, above 1.3", row["step"], stage, wanted)
+                    logger.warning("step %d: %s", row["step"], message)
 
     def stop_non_finite(
-        self, split: str, step: int, batches: Sequence[Batch], rng: dict[str, Any], noise: float
+        self, split: str, step: int, batches: Sequence[Batch], rng: dict[str, Any], moment: Moment | None = None
     ) -> None:
         """Find where the non-finite value appeared first, in whichever process, record it and raise in all."""
         learner = self.learner
         model = learner.plain_model if split == "train" else learner.kept_model
-        critic = learner.adversary.critic(step - 1) if learner.adversary and split == "train" else None
 
         def forward(batch: Batch) -> Tensor:
             set_rng_state(rng)
-            return learner.loss(model, batch, noise=noise, critic=critic)[0]
+            return learner.loss(model, batch, moment)[0]
 
         watchable = torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()
         with watchable:
-            found = find_in_batches(model, batches, forward)
+            found = find_in_batches(model, batches, learner.batch_names, forward)
         reports = [report for report in gather_object([found]) if report]
         stage, tensor = next((report for report in reports if report[1] != NORM), reports[0])
         self.end_non_finite(split, step, stage, tensor)

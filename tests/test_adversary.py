@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lib.adversary import Adversary, AdversaryConfig
+from lib.agent import Discriminator
 from lib.errors import UserError
 from lib.losses import discriminator_hinge
 
@@ -20,7 +21,8 @@ CONFIG = AdversaryConfig(discriminator_learning_rate=1e-3)
 def build(clip: float = math.inf, seed: int = 0, *, dropout: bool = True, **changes) -> Adversary:
     torch.manual_seed(seed)
     config = dataclasses.replace(CONFIG, **changes)
-    adversary = Adversary(config, latent_dim=8, clip=clip, accelerator=Accelerator())
+    model = Discriminator(8, spectral_norm=config.discriminator_spectral_norm)
+    adversary = Adversary(config, model, clip=clip, accelerator=Accelerator())
     if not dropout:
         for module in adversary.model.modules():
             if isinstance(module, nn.Dropout):
@@ -28,11 +30,10 @@ def build(clip: float = math.inf, seed: int = 0, *, dropout: bool = True, **chan
     return adversary
 
 
-def batch(B: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Made, input and target latents `[B, 8, 12]`; the two clips' differ in sign from what was made, on the mean."""
-    generator = torch.Generator().manual_seed(seed)
-    made, input, target = torch.randn(3, B, 8, FRAMES, generator=generator)
-    return made - 1, input + 1, target + 1
+def batch(B: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """What was made `[B, 8, 12]` and twice as much that is real; they differ in sign, on the mean."""
+    noise = torch.randn(3 * B, 8, FRAMES, generator=torch.Generator().manual_seed(seed))
+    return noise[:B] - 1, noise[B:] + 1
 
 
 def copied(adversary: Adversary) -> dict[str, Tensor]:
@@ -55,37 +56,67 @@ def test_it_learns_to_tell_music_from_what_was_made(spectral_norm):
     assert last["discriminator/loss"] < 0.5
     assert last["discriminator/real"] > 0.2
     assert last["discriminator/made"] < -0.2
-    made, input, target = batch(32, seed=999)
+    made, real = batch(32, seed=999)
     critic = adversary.critic(100)
     with torch.no_grad():
         adversary.model.eval()
         assert (critic(made) < 0).all()
-        assert (critic(input) > 0).all()
-        assert (critic(target) > 0).all()
+        assert (critic(real) > 0).all()
 
 
-def test_what_it_takes_for_music_are_the_clean_latents_of_both_clips():
-    """The hinge over input and target together, and the logits' means, on weights before the step."""
+def test_its_loss_is_the_hinge_on_the_weights_before_the_step():
+    """And its metrics are the logits' means."""
     adversary = build(dropout=False)
-    made, input, target = batch()
+    made, real = batch()
     with torch.no_grad():
-        of_made, of_input, of_target = (adversary.model(x) for x in (made, input, target))
-    found = adversary.learn(0, [(made, input, target)])
-    real = torch.cat([of_input, of_target])
+        of_made, of_real = adversary.model(made), adversary.model(real)
+    found = adversary.learn(0, [(made, real)])
     wanted = {
-        "loss": discriminator_hinge(real, of_made).item(),
-        "real": real.mean().item(),
+        "loss": discriminator_hinge(of_real, of_made).item(),
+        "real": of_real.mean().item(),
         "made": of_made.mean().item(),
     }
     assert set(found) == {f"discriminator/{name}" for name in (*wanted, "grad_norm")}
     assert {name: found[f"discriminator/{name}"].item() for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-6)
-    assert abs(of_input.mean() - of_target.mean()) > 1e-4
+    assert abs(of_real[:4].mean() - of_real[4:].mean()) > 1e-4  # all of the real ones count
+
+
+class TwoScales(nn.Module):
+    """Scores of a signal `[B, 1, N]` at two scales, as discriminators of sound give them."""
+
+    def __init__(self):
+        super().__init__()
+        self.scales = nn.ModuleList(nn.Conv1d(1, 1, kernel, stride=kernel) for kernel in (2, 5))
+
+    def forward(self, wav: Tensor) -> list[Tensor]:
+        return [scale(wav) for scale in self.scales]
+
+
+class LeastSquares(Adversary):
+    betas = (0.8, 0.99)
+
+    def loss(self, made, real):
+        loss = sum((x - 1).square().mean() for x in self.model(real)) + sum(x.square().mean() for x in self.model(made))
+        return loss, {"loss": loss}
+
+
+def test_a_subclass_has_a_loss_for_a_discriminator_with_other_outputs():
+    torch.manual_seed(0)
+    adversary = LeastSquares(
+        dataclasses.replace(CONFIG, discriminator_learning_rate=0.02), TwoScales(), 1.0, Accelerator()
+    )
+    assert adversary.optimizer.param_groups[0]["betas"] == (0.8, 0.99)
+    made, real = torch.rand(4, 1, 40), torch.rand(4, 1, 40) + 1
+    rows = [adversary.learn(step, [(made, real)]) for step in range(150)]
+    assert set(rows[0]) == {"discriminator/loss", "discriminator/grad_norm"}
+    assert rows[-1]["discriminator/loss"] < 0.5 * rows[0]["discriminator/loss"]
+    assert [len(scores) for scores in adversary.critic(0)(made)] == [4, 4]
 
 
 def test_accumulated_batches_are_one_batch():
     """Of unlike sizes; the loss, its gradient and so the step are those of all clips together."""
     whole = batch(6)
-    parts = list(zip(*(x.split((4, 2)) for x in whole), strict=True))
+    parts = list(zip(*(x.split(sizes) for x, sizes in zip(whole, ((4, 2), (8, 4)), strict=True)), strict=True))
     adversaries = [build(dropout=False, gradient_penalty=1.0) for _ in range(2)]
     rows = [a.learn(0, batches) for a, batches in zip(adversaries, ([whole], parts), strict=True)]
     values = [{name: value.item() for name, value in row.items()} for row in rows]
@@ -132,9 +163,9 @@ def test_a_gradient_that_is_not_finite_moves_nothing(bad, penalty):
     adversary = build(gradient_penalty=penalty)
     adversary.learn(0, [batch()])
     before, optimizer = copied(adversary), str(adversary.optimizer.state_dict())
-    made, input, target = batch()
+    made, real = batch()
     made[1, 2, 3] = bad
-    found = adversary.learn(1, [(made, input, target)])
+    found = adversary.learn(1, [(made, real)])
     assert not found["discriminator/grad_norm"].isfinite()
     assert not moved(adversary, before)
     assert str(adversary.optimizer.state_dict()) == optimizer
@@ -206,12 +237,12 @@ class Linear(nn.Module):
 def test_the_penalty_of_a_linear_discriminator_is_half_its_weights_square():
     adversary = build(gradient_penalty=3.0)
     adversary.model = model = Linear()
-    made, input, _ = batch()
-    total, metrics = adversary.loss(made, input)
+    made, real = batch()
+    total, metrics = adversary.loss(made, real)
     penalty = FRAMES * model.weight.square().sum() / 2  # of every clip alike, FRAMES frames
     assert metrics["penalty"].item() == pytest.approx(penalty.item(), rel=1e-5)
     assert total.item() == pytest.approx(metrics["loss"].item() + 3 * penalty.item(), rel=1e-5)
-    hinge, plain = build().loss(made, input)
+    hinge, plain = build().loss(made, real)
     assert "penalty" not in plain
     assert hinge is plain["loss"]
     (gradient,) = torch.autograd.grad(metrics["penalty"], model.weight)
@@ -221,8 +252,8 @@ def test_the_penalty_of_a_linear_discriminator_is_half_its_weights_square():
 def test_the_penalty_is_half_the_squared_gradient_at_music_clip_by_clip():
     """By one backward pass a clip, on the real discriminator; the mean over clips, not over values."""
     adversary = build(dropout=False, gradient_penalty=1.0)
-    made, input, target = batch()
-    real = torch.cat([input, 2 * target])
+    made, real = batch()
+    real[4:] *= 2
     _, metrics = adversary.loss(made, real)
     squares = []
     for clip in real:

@@ -8,7 +8,7 @@ import torch
 from lib.batches import TrainingOrder, epoch_order, evenly_spread, process_share, read_ahead
 from lib.curriculum import CurriculumConfig
 from lib.latents import LatentPairs
-from lib.train_config import TrainConfig
+from lib.train_config import LoopConfig, TrainConfig
 
 # --- order ------------------------------------------------------------------------------------------------------------
 
@@ -170,6 +170,8 @@ def test_targets_are_shuffled_as_the_config_says():
     config = TrainConfig(epochs=1, batch_size=8, curriculum=CurriculumConfig(target_shuffling=0.5))
     ((_, _, (batch,)),) = walk(TrainingOrder(8, config))
     assert (batch[:, 0] != batch[:, 1]).sum() == 4
+    ((_, _, (batch,)),) = walk(TrainingOrder(8, LoopConfig(epochs=1, batch_size=8)))  # which says nothing of it
+    assert torch.equal(batch[:, 0], batch[:, 1])
 
 
 @pytest.mark.parametrize("count", [3, 7, 8, 23])

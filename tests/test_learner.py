@@ -1,198 +1,192 @@
-"""One step: it never waits for the device, holds its weights still where a value is not finite, and compiles whole."""
+"""A step of any model: what it computes, that it holds still where a value is not finite, and what it reports."""
 
+import copy
 import dataclasses
 import math
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TinyCodec, TinyDiscriminator
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor, nn
 
-import lib.adversary
-import lib.losses
-from lib.adversary import AdversaryConfig
-from lib.agent import MaskingConfig
-from lib.codec import MdctCodec
-from lib.curriculum import CurriculumConfig
-from lib.fusion import FusionModel
-from lib.learner import Learner
-from lib.losses import LossConfig
-from lib.presets import OBJECTIVE
-from lib.train_config import TrainConfig
+from lib.adversary import Adversary, AdversaryConfig
+from lib.learner import Learner, Moment, evaluating
+from lib.train_config import LoopConfig
 
-CONFIG = TrainConfig(learning_rate=0.01, clip=1.0)
+CONFIG = LoopConfig(learning_rate=0.01, clip=1.0)
 
 
-def clips(seed=0, B=3, D=8, T=12):
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(5.0 * torch.randn(2, B, D, T, generator=generator))
+class Regression(Learner):
+    """Two layers that are to make the second of a pair from the first; notes the moments that it is told."""
 
-
-@pytest.fixture
-def build(monkeypatch, tiny_cascade):
-    """`build(TrainConfig fields)`: a learner of small models."""
-    monkeypatch.setattr(lib.adversary, "Discriminator", TinyDiscriminator)
-
-    def learner(masking="learned", dim=8, decode=None, **changes):
+    def __init__(self, config: LoopConfig, adversary: AdversaryConfig | None = None):
         torch.manual_seed(0)
-        cascade = dataclasses.replace(tiny_cascade(anti_cheating=0.1), latent_dim=dim)
-        config = dataclasses.replace(CONFIG, **changes)
-        decode = decode or TinyCodec().decode
-        return Learner(config, cascade, MaskingConfig(masking), Accelerator(mixed_precision="no"), decode)
+        accelerator = Accelerator(mixed_precision="no")
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        discriminator = nn.Sequential(nn.Linear(3, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1), nn.Flatten(0))
+        told = adversary and Adversary(adversary, discriminator, config.max_norm, accelerator)
+        groups = [
+            {"params": list(model[0].parameters()), "full_lr": config.learning_rate},
+            {"params": list(model[2].parameters()), "full_lr": config.learning_rate / 10},
+        ]
+        super().__init__(config, model, groups, accelerator, told)
+        self.moments: list[Moment | None] = []
 
-    return learner
+    def loss(self, model, batch, moment=None):
+        self.moments.append(moment)
+        with self.autocast():
+            made = model(batch[0])
+        made, real = made.float(), batch[1]
+        mse = (made - real).square().mean()
+        critic = self.adversary.critic(moment.step) if self.adversary and moment else None
+        loss = mse if critic is None else mse - 0.1 * critic(made).mean()
+        return loss, {"mse": mse}, (made, real)
 
 
-def weights(learner):
-    return {name: value.detach().clone() for name, value in learner.plain_model.named_parameters()}
+def build(adversary: AdversaryConfig | None = None, **changes) -> Regression:
+    return Regression(dataclasses.replace(CONFIG, **changes), adversary)
 
 
-# --- no wait ----------------------------------------------------------------------------------------------------------
+def batch(seed: int = 0, B: int = 6) -> tuple[Tensor, Tensor]:
+    """`[B, 4]` and `[B, 3]`; the second follows from the first."""
+    x = torch.randn(B, 4, generator=torch.Generator().manual_seed(seed))
+    return x, x[:, :3] * 2 + 1
 
-WAITS = ("local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "bincount")
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-class WaitsForbidden(TorchDispatchMode):
-    """An operator whose result the host needs before it can go on is an error: on a GPU it would be a stop. Copies
-    between host and device do not show here."""
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, b[name]) for name, value in a.items())
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__.lstrip("_")
-        if name in WAITS:
-            raise AssertionError(f"the step waits in aten::{name}")
-        return function(*args, **kwargs or {})
+
+# --- one step and many ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_with_everything_on_never_asks_what_a_tensor_holds(build, precision, monkeypatch):
-    monkeypatch.setattr(lib.losses, "_window", lambda frames, seconds, random: (3, 18))  # drawn on the host
-    loss = dataclasses.replace(OBJECTIVE, input_rms_weight=0.1, target_rms_weight=0.1, window_seconds=0.2)
-    adversary = AdversaryConfig(
-        discriminator_learning_rate=1e-3, gradient_penalty=1.0, discriminator_spectral_norm=True
-    )
-    learner = build(
-        dim=128, decode=MdctCodec().decode, loss=loss, adversary=adversary, ema=0.9, precision=precision, warmup_steps=3
-    )
-    batches = [clips(seed, D=128, T=20) for seed in (0, 1)]
-    learner.learn(0, batches, progress=0.0, noise=0.2)  # fills the caches
-    with WaitsForbidden():
-        metrics = learner.learn(1, batches, progress=0.5, noise=0.2)
-    assert {"loss", "grad_norm", "loss/stft", "discriminator/loss", "masks/complementarity"} <= metrics.keys()
-    assert all(isinstance(value, torch.Tensor) and value.numel() == 1 for value in metrics.values())
+def test_it_learns(precision):
+    learner = build(precision=precision, clip=None, learning_rate=0.05)
+    losses = [learner.learn(step, [batch(step)], progress=0.0)["loss"].item() for step in range(400)]
+    assert losses[-1] < 0.2 * losses[0]
+    assert all(p.dtype == torch.float32 for p in learner.plain_model.parameters())
 
 
-def test_the_guard_notices_a_wait():
-    with WaitsForbidden(), pytest.raises(AssertionError, match="waits in aten::local_scalar_dense"):
-        torch.ones(()).item()
-    with WaitsForbidden(), pytest.raises(AssertionError, match="waits"):
-        bool(torch.ones(3).isfinite().all())
+def test_one_step_is_adamw_with_the_rate_of_each_group():
+    learner = build(weight_decay=0.5, clip=None, warmup_steps=2)
+    before = weights(learner.plain_model)
+    learner.learn(0, [batch()], progress=0.0)
+    for name, new in learner.plain_model.named_parameters():
+        rate = 0.01 / 2 / (1 if name.startswith("0.") else 10)  # half of the warm-up
+        step = new.grad / (new.grad.abs() + 1e-8)  # Adam's first step: m̂ / (√v̂ + ε)
+        torch.testing.assert_close(new.detach(), before[name] * (1 - rate * 0.5) - rate * step, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulated_batches_of_unlike_sizes_are_one_batch():
+    whole = batch(B=7)
+    parts = list(zip(*(x.split((4, 3)) for x in whole), strict=True))
+    learners = [build(clip=None) for _ in range(2)]
+    rows = [learner.learn(0, steps, progress=0.0) for learner, steps in zip(learners, ([whole], parts), strict=True)]
+    assert rows[1].keys() == rows[0].keys()
+    for name, value in rows[0].items():
+        torch.testing.assert_close(rows[1][name], value, rtol=1e-5, atol=1e-7)
+    for x, y in zip(*(learner.plain_model.parameters() for learner in learners), strict=True):
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(rows[0]["loss"], (sum(build().loss(learners[0].model, p)[0] for p in parts)) / 2)
+
+
+def test_the_average_follows_as_its_decay_says():
+    learner = build(ema=0.5)
+    assert learner.kept_model is learner.average is not learner.plain_model
+    assert build().kept_model is not None
+    wanted = weights(learner.plain_model)
+    for step in range(3):
+        learner.learn(step, [batch(step)], progress=0.0)
+        decay = min(0.5, (1 + step) / (10 + step))
+        now = weights(learner.plain_model)
+        wanted = {name: decay * value + (1 - decay) * now[name] for name, value in wanted.items()}
+    for name, value in weights(learner.kept_model).items():
+        torch.testing.assert_close(value, wanted[name])
+        assert not torch.allclose(value, now[name], rtol=1e-4)
+
+
+def test_a_step_tells_the_loss_when_it_is():
+    learner = build()
+    learner.learn(7, [batch(0), batch(1)], progress=0.5, epoch=2)
+    learner.loss(learner.plain_model, batch())  # as in validation
+    assert learner.moments == [Moment(step=7, epoch=2)] * 2 + [None]
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_has_loss_gradient_norms_of_the_parts_and_the_subclass_own_metrics():
+    learner = build(clip=1e-3)
+    row = learner.learn(0, [batch()], progress=0.0)
+    assert list(row) == ["loss", "grad_norm", "grad_norm/0", "grad_norm/2", "mse"]  # the tanh has no parameters
+    assert all(isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad for value in row.values())
+    assert row["grad_norm/0"].square() + row["grad_norm/2"].square() == pytest.approx(row["grad_norm"].item() ** 2)
+    assert row["grad_norm"] > 0.1  # before clipping
+    clipped = torch.nn.utils.get_total_norm([p.grad for p in learner.plain_model.parameters()])
+    assert clipped.item() == pytest.approx(1e-3, rel=1e-3)
+    assert learner.facts(Moment(0, 0)) == learner.warnings(row) == {}
 
 
 # --- values that are not finite ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_from_a_bad_step_on_the_weights_keep_their_values(build, bad):
-    learner = build()
-    learner.learn(0, [clips()], progress=0.0)
-    before, steps = weights(learner), optimizer_steps(learner)
-    input, target = clips(1)
-    input[0, 0, 0] = bad
-    metrics = learner.learn(1, [(input, target)], progress=0.0)
-    assert not metrics["loss"].isfinite()
-    metrics = learner.learn(2, [clips(2)], progress=0.0)  # a good one that follows
-    assert metrics["loss"].isfinite()
-    assert metrics["grad_norm"] > 0
-    for name, value in weights(learner).items():
-        assert torch.equal(value, before[name]), name
-    assert optimizer_steps(learner) == steps
+def test_from_a_bad_batch_on_everything_holds_still(bad):
+    learner = build(AdversaryConfig(discriminator_learning_rate=1e-2))
+    learner.learn(0, [batch()], progress=0.0)
+    models = learner.plain_model, learner.adversary.model
+    before = [weights(model) for model in models]
+    first, second = batch(1)
+    second[0, 0] = bad
+    assert not learner.learn(1, [batch(2), (first, second)], progress=0.0)["loss"].isfinite()
+    assert learner.learn(2, [batch(2)], progress=0.0)["loss"].isfinite()  # a good one that follows
+    assert all(same(old, weights(model)) for old, model in zip(before, models, strict=True))
 
 
-def test_good_steps_change_every_weight(build):
-    """What the test above must be able to tell."""
-    learner = build()
-    before = weights(learner)
-    learner.learn(0, [clips()], progress=0.0)
-    assert all(not torch.equal(value, before[name]) for name, value in weights(learner).items())
-    assert optimizer_steps(learner) == {1.0}
+# --- the discriminator ------------------------------------------------------------------------------------------------
 
 
-def test_a_discriminator_with_a_bad_gradient_keeps_its_weights(build):
-    learner = build(adversary=AdversaryConfig(discriminator_learning_rate=1e-2))
-    model = learner.adversary.model
-    before = [p.detach().clone() for p in model.parameters()]
-    made, input, target = torch.randn(3, 3, 8, 12)
-    made[0, 0, 0] = math.nan
-    assert not learner.adversary.learn(0, [(made, input, target)])["discriminator/loss"].isfinite()
-    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
-    learner.adversary.learn(1, [(made.nan_to_num(), input, target)])  # its own next step is taken again
-    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+def test_the_discriminator_learns_from_what_the_loss_gives_it():
+    learner = build(AdversaryConfig(discriminator_learning_rate=1e-2))
+    alone = copy.deepcopy(learner.adversary)
+    given = [learner.loss(learner.plain_model, batch(seed))[2] for seed in (0, 1)]
+    row = learner.learn(0, [batch(0), batch(1)], progress=0.0)
+    assert row["loss"] != row["mse"]  # the model hears it
+    wanted = alone.learn(0, [(made.detach(), real) for made, real in given])
+    assert {name: row[name].item() for name in wanted} == {name: value.item() for name, value in wanted.items()}
+    assert same(weights(alone.model), weights(learner.adversary.model))
+    assert {"discriminator/loss", "discriminator/grad_norm"} <= wanted.keys()
+    before = weights(learner.adversary.model)
+    learner.learn(1, [batch(2)], progress=0.0)
+    assert not same(before, weights(learner.adversary.model))
 
 
-def test_a_bad_loss_holds_the_discriminator_that_it_came_from(build):
-    """The outputs are finite: by its own gradient the discriminator would have learned, and the search for the cause,
-    which comes later, would hear another one."""
-    loss = LossConfig(adversarial_weight=1.0)
-    learner = build(loss=loss, adversary=AdversaryConfig(discriminator_learning_rate=1e-2))
-    model = learner.adversary.model
-    critic = learner.adversary.critic
-    learner.adversary.critic = lambda step: lambda latents: critic(step)(latents) * math.inf
-    before = [p.detach().clone() for p in model.parameters()]
-    metrics = learner.learn(0, [clips()], progress=0.0)
-    assert not metrics["loss"].isfinite()
-    assert metrics["discriminator/grad_norm"].isfinite()
-    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+def test_without_anything_to_tell_apart_it_does_not_learn(monkeypatch):
+    learner = build(AdversaryConfig(discriminator_learning_rate=1e-2))
+    loss = learner.loss
+    monkeypatch.setattr(learner, "loss", lambda *given: (*loss(*given)[:2], None))
+    before = weights(learner.adversary.model)
+    assert "discriminator/loss" not in learner.learn(0, [batch()], progress=0.0)
+    assert same(before, weights(learner.adversary.model))
 
 
-def optimizer_steps(learner):
-    return {state["step"].item() for state in learner.optimizer.state.values()}
+# --- eval mode --------------------------------------------------------------------------------------------------------
 
 
-# --- torch.compile ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def compiled_without_a_compiler(monkeypatch):
-    """Traced as torch.compile traces, then run as it is: what has a graph break is an error, and no C++ is needed."""
-    compile = FusionModel.compile
-    monkeypatch.setattr(FusionModel, "compile", lambda model, **options: compile(model, backend="eager", **options))
-    yield
-    torch.compiler.reset()
-
-
-@pytest.mark.parametrize("masking", ["learned", "energy", "none"])
-def test_a_compiled_model_has_no_graph_break_and_takes_the_same_steps(build, compiled_without_a_compiler, masking):
-    config = {"masking": masking, "curriculum": CurriculumConfig(noise_rate=0.1)}
-    learners = build(**config), build(**config, compile=True)
-    metrics = []
-    for learner in learners:
-        torch.manual_seed(1)
-        batches = [clips(seed, B=B) for seed, B in ((0, 3), (1, 3), (2, 2))]  # an epoch ends with a smaller batch
-        metrics.append([learner.learn(i, [batch], progress=0.0, noise=0.2) for i, batch in enumerate(batches)])
-    for plain, compiled in zip(*metrics, strict=True):
-        for name, value in plain.items():
-            torch.testing.assert_close(compiled[name], value, rtol=1e-5, atol=1e-6, msg=name)
-    for name, value in weights(learners[0]).items():
-        torch.testing.assert_close(weights(learners[1])[name], value, rtol=1e-4, atol=1e-5)
-    assert learners[1].plain_model.state_dict().keys() == learners[0].plain_model.state_dict().keys()
-
-
-def test_a_graph_break_would_be_an_error(build, compiled_without_a_compiler, monkeypatch):
-    forward = FusionModel.forward
-
-    def with_a_wait(model, input, target):
-        return forward(model, input, target * (1.0 if input.sum().item() > 0 else 2.0))
-
-    monkeypatch.setattr(FusionModel, "forward", with_a_wait)
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        build(compile=True).learn(0, [clips()], progress=0.0)
-
-
-def test_the_averaged_weights_are_a_model_of_their_own(build):
-    learner = build(ema=0.5, loss=LossConfig())
-    assert learner.kept_model is learner.average is not learner.plain_model
-    assert build().kept_model is not None
-    learner.learn(0, [clips()], progress=0.0)
-    moved = dict(learner.average.named_parameters())
-    assert any(not torch.equal(value, moved[name]) for name, value in weights(learner).items())
+@pytest.mark.parametrize("training", [False, True])
+def test_evaluating_passes_through_training_and_gives_the_mode_back(training):
+    modes = []
+    model = nn.Linear(2, 2)
+    model.train(training)
+    train = model.train
+    model.train = lambda mode=True: modes.append(mode) or train(mode)
+    with evaluating(model) as same_model:
+        assert same_model is model
+        assert not model.training
+    assert model.training == training
+    assert modes == [True, False, training]

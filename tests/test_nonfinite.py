@@ -6,6 +6,8 @@ from torch import nn
 
 from lib.nonfinite import NORM, NonFiniteError, find_in_batches, find_non_finite, stage_of
 
+NAMES = ("input", "target")
+
 
 @pytest.fixture
 def model():
@@ -61,14 +63,14 @@ def test_the_batch_that_is_not_finite_is_found_among_those_of_a_step(model, bad,
         seen.append(batch)
         return forward(model, batch[0] + batch[1])
 
-    assert find_in_batches(model, batches, loss_of) == (None, ("input latents", "target latents")[which])
+    assert find_in_batches(model, batches, NAMES, loss_of) == (None, NAMES[which])
     assert len(seen) == 2 * bad  # each batch before: a pass without gradients, one with them; none after
 
 
 def test_batches_that_are_finite_each_by_itself(model):
     batches = [tuple(torch.randn(2, 2, 4)) for _ in range(2)]
-    assert find_in_batches(model, batches, lambda batch: forward(model, sum(batch))) == (None, NORM)
-    assert find_in_batches(model, [], lambda batch: forward(model, sum(batch))) is None  # a process without any
+    assert find_in_batches(model, batches, NAMES, lambda batch: forward(model, sum(batch))) == (None, NORM)
+    assert find_in_batches(model, [], NAMES, lambda batch: forward(model, sum(batch))) is None  # a process without any
 
 
 def test_stage_and_message():

@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lib.agent import MaskingConfig
-from lib.fusion import FusionModel
-from lib.optimization import learning_rate_factor, move_average, parameter_groups
-from lib.train_config import TrainConfig
+from lib.optimization import learning_rate_factor, move_average
+from lib.train_config import LoopConfig
 
 
 @pytest.mark.parametrize(
@@ -30,16 +28,16 @@ from lib.train_config import TrainConfig
     ],
 )
 def test_learning_rate_factor_by_hand(step, progress, warmup, schedule, wanted):
-    config = TrainConfig(warmup_steps=warmup, schedule=schedule)
+    config = LoopConfig(warmup_steps=warmup, schedule=schedule)
     assert learning_rate_factor(step, progress, config) == pytest.approx(wanted, abs=1e-12)
 
 
 def test_the_schedule_falls_and_the_warm_up_rises():
-    config = TrainConfig(schedule="cosine")
+    config = LoopConfig(schedule="cosine")
     falling = [learning_rate_factor(0, k / 100, config) for k in range(101)]
     assert falling == sorted(falling, reverse=True)
     assert (falling[0], falling[-1]) == (1, 0)
-    rising = [learning_rate_factor(step, 0, TrainConfig(warmup_steps=50)) for step in range(60)]
+    rising = [learning_rate_factor(step, 0, LoopConfig(warmup_steps=50)) for step in range(60)]
     assert rising == sorted(rising)
     assert max(rising) == 1
 
@@ -79,22 +77,3 @@ def test_weights_and_average_share_no_memory():
     with torch.no_grad():
         model.weight.fill_(7.0)
     assert (average.weight == 0.5).all()
-
-
-@pytest.mark.parametrize(("agent_rate", "wanted"), [(None, 3e-4), (1e-3, 1e-3)])
-def test_every_parameter_is_in_one_group_with_its_rate(tiny_cascade, agent_rate, wanted):
-    model = FusionModel(tiny_cascade(), MaskingConfig("learned"))
-    config = TrainConfig(learning_rate=3e-4, agent_learning_rate=agent_rate)
-    groups = parameter_groups(model, config)
-    rates = [(id(p), group["full_lr"]) for group in groups for p in group["params"]]
-    assert len(rates) == len(dict(rates)) == len(list(model.parameters()))
-    of = dict(rates)
-    for name, parameter in model.named_parameters():
-        assert of[id(parameter)] == (wanted if name.startswith("mask_generator.") else 3e-4), name
-
-
-def test_without_a_mask_generator_there_is_one_group(tiny_cascade):
-    model = FusionModel(tiny_cascade(), MaskingConfig("hybrid"))
-    (group,) = parameter_groups(model, TrainConfig(agent_learning_rate=1.0))
-    assert group["full_lr"] == 1e-4
-    assert len(group["params"]) == len(list(model.parameters()))

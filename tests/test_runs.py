@@ -205,6 +205,24 @@ def test_save_and_load_round_trip(run, config):
     assert training["best_loss"] == math.inf
 
 
+def test_weights_of_any_model_are_loaded_where_they_belong(tmp_path):
+    run = Run.create(tmp_path, {"what": "a network of two layers"})
+    first, second, other = (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)) for _ in range(3))
+    run.save(1, first, {}, is_best=True)
+    run.save(2, second, {}, is_best=False)
+    for which, wanted in (("best", first), ("last", second)):
+        other.train()
+        assert not same_weights(other, wanted)
+        assert Run.open(tmp_path).load_weights(other, which) is None
+        assert same_weights(other, wanted)
+        assert not any(module.training for module in other.modules())
+    with pytest.raises(UserError, match=r"unknown 0\.bias"):
+        run.load_weights(nn.Sequential(nn.Linear(3, 2, bias=False), nn.BatchNorm1d(2)))
+    (tmp_path / "last" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="truncated or changed"):
+        run.load_weights(other, "last")
+
+
 @pytest.mark.parametrize("masking", [MaskingConfig("energy"), MaskingConfig("learned"), MaskingConfig("learned", True)])
 def test_the_masks_come_back_with_the_model(tmp_path, config, masking):
     run = Run.create(tmp_path, described(config, masking))

@@ -28,8 +28,8 @@ import torch
 from accelerate import PartialState
 from conftest import FRAMES, TinyCodec, TinyDiscriminator
 
-import lib.adversary
 import lib.batches
+import lib.fusion_learner
 import lib.presets
 import lib.train
 import lib.trainer
@@ -104,7 +104,7 @@ def run_once(folder: Path, name: str, config: TrainConfig, *, comparable: bool =
     ended: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lib.trainer, "Trainer", Watched)
-        patch.setattr(lib.adversary, "Discriminator", TinyDiscriminator)
+        patch.setattr(lib.fusion_learner, "Discriminator", TinyDiscriminator)
         if comparable:
             patch.setattr(torch.nn.Dropout, "forward", lambda layer, x: x)
             patch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-2))

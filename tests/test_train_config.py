@@ -12,7 +12,7 @@ from lib.configs import from_fields
 from lib.curriculum import CurriculumConfig
 from lib.errors import UserError
 from lib.losses import MASK_TERMS, LossConfig
-from lib.train_config import PRECISIONS, SCHEDULES, TrainConfig, resolved_precision
+from lib.train_config import PRECISIONS, SCHEDULES, LoopConfig, TrainConfig, resolved_precision
 
 COUNTS = ("epochs", "batch_size", "accumulate", "checkpoint_every", "num_workers", "gather_every")
 OPTIONAL_COUNTS = ("max_steps", "patience", "max_train_pairs", "max_val_pairs")
@@ -37,6 +37,21 @@ BAD = (
 def test_a_bad_value_is_refused_by_its_name(name, value, wanted):
     with pytest.raises(UserError, match=f"^{name}=.* is not allowed; use {wanted}"):
         TrainConfig(**{name: value})
+
+
+def test_what_every_training_has_is_checked_for_every_training():
+    general = {field.name for field in dataclasses.fields(LoopConfig)}
+    assert {name for name, _, _ in BAD} - general == {"agent_learning_rate"}
+    for name, value, wanted in BAD:
+        if name in general:
+            with pytest.raises(UserError, match=f"^{name}=.* is not allowed; use {wanted}"):
+                LoopConfig(**{name: value})
+
+
+def test_what_is_derived():
+    assert (LoopConfig(clip=3.0).max_norm, LoopConfig(clip=None).max_norm) == (3.0, math.inf)
+    assert LoopConfig().target_shuffling == 0
+    assert TrainConfig(curriculum=CurriculumConfig(target_shuffling=0.4)).target_shuffling == 0.4
 
 
 def test_every_field_has_been_given_a_bad_value():

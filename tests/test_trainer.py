@@ -22,7 +22,7 @@ from conftest import TinyDiscriminator
 from torch import nn
 
 import lib.adversary
-import lib.learner
+import lib.fusion_learner
 import lib.runs
 import lib.trainer
 from lib.adversary import AdversaryConfig
@@ -34,14 +34,15 @@ from lib.errors import UserError, exit_on_user_error
 from lib.files import safe_torch_load
 from lib.fusion import FusionModel
 from lib.latents import LatentPairs
+from lib.learner import Learner, Moment
 from lib.losses import LossConfig
 from lib.nonfinite import NonFiniteError
 from lib.processes import rng_state
 from lib.projection import spectral_sigma
 from lib.runs import Run
 from lib.telemetry import Callback
-from lib.train_config import TrainConfig
-from lib.trainer import Trainer, train
+from lib.train_config import LoopConfig, TrainConfig
+from lib.trainer import Trainer, fusion_trainer, train
 
 ROOT = Path(__file__).parent.parent
 # Three steps an epoch, so that checkpoints fall within epochs; at this rate and seed the last one is not the best.
@@ -109,14 +110,14 @@ def new_trainer(tmp_path, tiny_index, tiny_codec, tiny_cascade) -> Callable[...,
         values |= {"train": dataclasses.asdict(config)}
         values |= {"codec": {"name": tiny_codec.name, "fingerprint": tiny_codec.fingerprint}}
         pairs = {split: LatentPairs(tiny_index, split) for split in ("train", "val")}
-        return Trainer(Run.create(tmp_path / "run", values), pairs, tiny_codec.decode, callbacks)
+        return fusion_trainer(Run.create(tmp_path / "run", values), pairs, tiny_codec.decode, callbacks)
 
     return build
 
 
 @pytest.fixture
 def tiny_discriminator(monkeypatch) -> None:
-    monkeypatch.setattr(lib.adversary, "Discriminator", TinyDiscriminator)
+    monkeypatch.setattr(lib.fusion_learner, "Discriminator", TinyDiscriminator)
 
 
 class Recorder(Callback):
@@ -615,7 +616,7 @@ def everything(tmp_path_factory, tiny_index, tiny_codec, tiny_cascade) -> Run:
     """The uninterrupted run with everything switched on."""
     config, folder = dataclasses.replace(CONFIG, **EVERYTHING), tmp_path_factory.mktemp("everything")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lib.adversary, "Discriminator", TinyDiscriminator)
+        patch.setattr(lib.fusion_learner, "Discriminator", TinyDiscriminator)
         run = train(folder, tiny_index, tiny_codec, tiny_cascade(anti_cheating=0.1), config, HARD)
     rows = run.metrics("train")
     assert len(rows) == 9
@@ -905,7 +906,7 @@ def test_a_non_finite_discriminator_is_named(start, tmp_path, monkeypatch, tiny_
         with torch.no_grad():
             made[0].conv.weight[0, 0, 0] = math.nan
 
-    monkeypatch.setattr(lib.adversary, "Discriminator", break_at_4)
+    monkeypatch.setattr(lib.fusion_learner, "Discriminator", break_at_4)
     poison_before(monkeypatch, 4, poison)
     with pytest.raises(NonFiniteError, match="first in the discriminator's loss or gradient") as error:
         start(adversary=AdversaryConfig(discriminator_learning_rate=1e-3))
@@ -1194,7 +1195,7 @@ def test_patience_counts_validations_without_a_lower_loss(start, monkeypatch):
 
 def test_the_model_sees_noise_and_is_held_against_clean_latents(start, monkeypatch):
     seen, held = [], []
-    forward, total_loss = FusionModel.forward, lib.learner.total_loss
+    forward, total_loss = FusionModel.forward, lib.fusion_learner.total_loss
 
     def watched_forward(model, input, target):
         seen.append((model.training, input.clone(), target.clone()))
@@ -1205,7 +1206,7 @@ def test_the_model_sees_noise_and_is_held_against_clean_latents(start, monkeypat
         return total_loss(output, input, target, *rest, **options)
 
     monkeypatch.setattr(FusionModel, "forward", watched_forward)
-    monkeypatch.setattr(lib.learner, "total_loss", watched_loss)
+    monkeypatch.setattr(lib.fusion_learner, "total_loss", watched_loss)
     curriculum = CurriculumConfig(noise_rate=0.25, noise_ceiling=0.4)
     run = start(curriculum=curriculum, batch_size=5, max_steps=3, checkpoint_every=3)  # a step is an epoch
     shares = [row["noise_share"] for row in run.metrics("train")]
@@ -1258,15 +1259,15 @@ def test_the_discriminator_judges_clean_latents_beside_what_was_made(
     start, tiny_index, monkeypatch, tiny_discriminator
 ):
     batches, learn = [], lib.adversary.Adversary.learn
-    outputs, loss = [], lib.learner.Learner.loss
+    outputs, forward = [], FusionModel.forward
 
-    def watched_loss(learner, model, *args, **options):
-        found = loss(learner, model, *args, **options)
+    def watched_forward(model, input, target):
+        fusion = forward(model, input, target)
         if model.training:
-            outputs.append(found[2].latents.detach().clone())
-        return found
+            outputs.append(fusion.latents.detach().clone())
+        return fusion
 
-    monkeypatch.setattr(lib.learner.Learner, "loss", watched_loss)
+    monkeypatch.setattr(FusionModel, "forward", watched_forward)
     monkeypatch.setattr(
         lib.adversary.Adversary, "learn", lambda a, step, given, failed: batches.extend(given) or learn(a, step, given)
     )
@@ -1275,10 +1276,11 @@ def test_the_discriminator_judges_clean_latents_beside_what_was_made(
     adversary = AdversaryConfig(discriminator_learning_rate=1e-2)
     start(adversary=adversary, curriculum=CurriculumConfig(noise_rate=0.2), batch_size=1, accumulate=2, max_steps=6)
     assert len(batches) == 10  # two epochs
-    for (made, input, target), output in zip(batches, outputs, strict=True):
+    for (made, real), output in zip(batches, outputs, strict=True):
         assert torch.equal(made, output)
-        assert made.shape == input.shape == target.shape
         assert not made.requires_grad
+        input, target = real.chunk(2)
+        assert made.shape == input.shape == target.shape
         assert input.sum().item() in clips[0]
         assert target.sum().item() in clips[1]
 
@@ -1292,7 +1294,7 @@ def test_the_discriminator_is_no_part_of_the_models_optimizer(new_trainer, tiny_
     assert len(optimized) == len(own)
     trainer.learner.adversary.optimizer.zero_grad()
     learner = trainer.learner
-    loss, terms, _ = learner.loss(learner.model.train(), next(trainer.steps())[0], critic=learner.adversary.critic(0))
+    loss, terms, _ = learner.loss(learner.model.train(), next(trainer.steps())[0], Moment(0, 0))
     loss.backward()
     assert "adversarial" in "".join(terms)
     assert all(
@@ -1421,3 +1423,101 @@ def test_the_precision_is_the_configs_whatever_the_launcher_says(start, whole, m
         assert_same_run(start(), whole)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+# --- what is trained can be another thing -----------------------------------------------------------------------------
+
+
+class Points:
+    """Eleven pairs of numbers, the second of which follow from the first."""
+
+    clip_length, sample_rate = 100, 1000
+
+    def __init__(self, bad: int | None = None):
+        first = torch.randn(11, 5, generator=torch.Generator().manual_seed(0))
+        self.first, self.second = first, first[:, :2].sin()
+        if bad is not None:
+            self.second[bad, 1] = math.nan
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.first[i], self.second[i]
+
+
+class Regression(Learner):
+    batch_names = ("point", "value")
+
+    def __init__(self, config: LoopConfig, accelerator):
+        model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 2))
+        adversary = lib.adversary.Adversary(
+            AdversaryConfig(1e-3), nn.Sequential(nn.Linear(2, 1), nn.Flatten(0)), config.max_norm, accelerator
+        )
+        groups = [{"params": list(model.parameters()), "full_lr": config.learning_rate}]
+        super().__init__(config, model, groups, accelerator, adversary)
+
+    def loss(self, model, batch, moment=None):
+        noise = 0.1 * torch.randn_like(batch[0]) if moment else 0.0
+        made = model(batch[0] + noise)
+        loss = (made - batch[1]).square().mean()
+        return loss, {"loss/mse": loss}, (made, batch[1])
+
+    def facts(self, moment):
+        return {"half_epochs": 2 * moment.epoch}
+
+    def warnings(self, row):
+        return {"deep": f"the loss is {row['loss']:.3f}"} if row["step"] >= 3 else {}
+
+
+REGRESSION = LoopConfig(epochs=4, batch_size=2, accumulate=2, checkpoint_every=2, learning_rate=0.02, ema=0.5)
+
+
+def regress(folder: Path, data: Points | None = None, callbacks: tuple[Callback, ...] = ()) -> Run:
+    """Start it, or go on with it."""
+    config = {"train": dataclasses.asdict(REGRESSION)}
+    run = Run.start(folder, config, resume=True, free={})
+    pairs = {"train": data or Points(), "val": Points()}
+    Trainer(run, REGRESSION, pairs, lambda on: Regression(REGRESSION, on), callbacks).run_to_end(progress=False)
+    return run
+
+
+def test_a_learner_of_another_kind_trains(tmp_path, caplog):
+    recorder = Recorder()
+    run = regress(tmp_path, callbacks=(recorder,))
+    rows = run.metrics("train")
+    assert [(row["step"], row["half_epochs"]) for row in rows] == [(k + 1, 2 * (k // 3)) for k in range(12)]
+    parts = {"grad_norm", "grad_norm/0", "grad_norm/3"}
+    judged = {f"discriminator/{name}" for name in ("loss", "real", "made", "grad_norm")}
+    assert set(rows[0]) == {"split", "step", "epoch", "half_epochs", "loss", "loss/mse"} | parts | judged
+    losses = [row["loss"] for row in run.metrics("val")]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    assert recorder.calls[-1] == ("end", 12)
+    messages = [record.getMessage() for record in caplog.records if record.name == "lib.trainer"]
+    assert messages == [f"step 3: the loss is {rows[2]['loss']:.3f}"]  # once
+    model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 2))
+    run.load_weights(model, "last")
+    found = (model(Points().first) - Points().second).square().mean()
+    assert found.item() == pytest.approx(losses[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 12])
+def test_a_learner_of_another_kind_is_killed_and_goes_on(tmp_path, step):
+    whole = regress(tmp_path / "whole")
+
+    def child():
+        die_at_step(step)
+        regress(tmp_path / "run")
+
+    assert os.WIFSIGNALED(in_child(child, tmp_path / "output.txt")), (tmp_path / "output.txt").read_text()
+    torch.manual_seed(99)
+    assert_same_run(regress(tmp_path / "run"), whole)
+
+
+def test_in_a_learner_of_another_kind_the_bad_tensor_is_named(tmp_path):
+    bad = epoch_order(11, 0, REGRESSION.seed)[6, 0].item()  # in the second of the steps, its second batch
+    with pytest.raises(NonFiniteError) as error:
+        regress(tmp_path, Points(bad))
+    assert (error.value.step, error.value.stage, error.value.tensor) == (2, None, "value")
+    assert Run.open(tmp_path).metrics()[-1]["event"] == "non_finite"

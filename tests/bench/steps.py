@@ -25,13 +25,13 @@ from lib.agent import MaskingConfig, Masks
 from lib.cascade import Cascade, CascadeConfig
 from lib.codec import EncodecCodec, MdctCodec
 from lib.curriculum import CurriculumConfig
+from lib.fusion_learner import FusionLearner
 from lib.latents import LatentPairs
-from lib.learner import Learner
 from lib.losses import MASK_TERMS, SOUND_TERMS, total_loss
 from lib.presets import OBJECTIVE, load_preset
 from lib.runs import Run
 from lib.train_config import TrainConfig
-from lib.trainer import Trainer
+from lib.trainer import fusion_trainer
 
 CASCADE = CascadeConfig.reference(anti_cheating=0.1)
 
@@ -46,10 +46,10 @@ def training_config() -> TrainConfig:
     )
 
 
-def learner() -> Learner:
+def learner() -> FusionLearner:
     torch.manual_seed(0)
     accelerator = Accelerator(mixed_precision="no")
-    return Learner(training_config(), CASCADE, MaskingConfig("learned"), accelerator, MdctCodec().decode)
+    return FusionLearner(training_config(), CASCADE, MaskingConfig("learned"), accelerator, MdctCodec().decode)
 
 
 def clips(B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,8 +86,8 @@ def objective(B: int = 4, T: int = 1200) -> dict[str, Any]:
             decode(batch[0][..., :frames]), decode(batch[1][..., :frames])
 
     of_latents = ("novelty", "adversarial", *MASK_TERMS)
-    learn = functools.partial(whole.learn, 0, [batch], progress=0.0, noise=0.1)
-    discriminate = functools.partial(whole.adversary.learn, 0, [(output.detach(), *batch)])
+    learn = functools.partial(whole.learn, 0, [batch], progress=0.0, epoch=1)
+    discriminate = functools.partial(whole.adversary.learn, 0, [(output.detach(), torch.cat(batch))])
     total, alone, masked, discriminator, optimizer = alternate(
         learn, cascade, with_masks, discriminate, whole.optimizer.step
     )
@@ -136,13 +136,13 @@ def kernels(B: int = 2, T: int = 1200) -> dict[str, float]:
     """Share of a whole step's time on the device, by kind of kernel."""
     whole, batch = learner(), [clips(B, T)]
     for _ in range(2):
-        whole.learn(1, batch, progress=0.0, noise=0.1)
+        whole.learn(1, batch, progress=0.0, epoch=1)
     activities = [torch.profiler.ProfilerActivity.CPU]
     on_gpu = device().type == "cuda"
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
-        whole.learn(2, batch, progress=0.0, noise=0.1)
+        whole.learn(2, batch, progress=0.0, epoch=1)
         if on_gpu:
             torch.cuda.synchronize()
     spent: dict[str, float] = defaultdict(float)
@@ -225,9 +225,9 @@ def full_training(pairs: int = 1000) -> dict[str, float]:
     codec = EncodecCodec(encodec.model.EncodecModel.encodec_model_24khz(pretrained=False), "random").to(device())
     accelerator = Accelerator(mixed_precision="no")
     config = dataclasses.replace(config, precision=precision())
-    whole = Learner(config, CascadeConfig.reference(), MaskingConfig("learned"), accelerator, codec.decode)
+    whole = FusionLearner(config, CascadeConfig.reference(), MaskingConfig("learned"), accelerator, codec.decode)
     batch = clips(config.batch_size, 1200)
-    (seconds,) = alternate(lambda: whole.learn(5000, [batch], progress=0.5, noise=0.1))
+    (seconds,) = alternate(lambda: whole.learn(5000, [batch], progress=0.5, epoch=1))
     steps = config.epochs * -(-pairs // config.batch_size)
     return {"full_step_s": seconds, "full_batch": config.batch_size, "full_training_hours": steps * seconds / 3600}
 
@@ -242,7 +242,7 @@ def no_wait() -> None:
         values |= {"train": dataclasses.asdict(config)}
         values |= {"codec": {"name": codec.name, "fingerprint": codec.fingerprint}}
         pairs = LatentPairs(index, "train")
-        trainer = Trainer(Run.create(Path(name, "run"), values), {"train": pairs, "val": pairs}, codec.decode)
+        trainer = fusion_trainer(Run.create(Path(name, "run"), values), {"train": pairs, "val": pairs}, codec.decode)
         with contextlib.closing(trainer.steps()) as steps:
             trainer.train_step(next(steps))
             torch.cuda.set_sync_debug_mode("error")
