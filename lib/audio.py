@@ -81,9 +81,15 @@ def probe_audio(path: str | Path) -> AudioInfo:
 
 
 def load_audio(
-    path: str | Path, offset: int = 0, length: int | None = None, sample_rate: int = SAMPLE_RATE
+    path: str | Path,
+    offset: int = 0,
+    length: int | None = None,
+    sample_rate: int = SAMPLE_RATE,
+    *,
+    mix: bool = True,
 ) -> torch.Tensor:
-    """Read a window of a file as mono float32 `[1, N]` at `sample_rate`; channels are averaged.
+    """Read a window of a file as mono float32 `[1, N]` at `sample_rate`; channels are averaged, or, without `mix`, all
+    are returned `[C, N]`.
 
     `offset` and `length` count samples at `sample_rate`. Only that window is read, so memory does not grow with the
     file, and the result equals the same slice of the whole resampled file. `length=None` reads to the end. A window
@@ -99,16 +105,16 @@ def load_audio(
         total = _resampled_length(file.frames, ratio)
         end = total if length is None else min(offset + length, total)
         if offset >= end:
-            return torch.zeros(1, 0)
+            return torch.zeros(1 if mix else file.channels, 0)
         # start on a block boundary, where the polyphase filter has the same phase as from the file's start,
         # with enough blocks on either side for the filter's taps
         margin = 0 if ratio == 1 else math.ceil(_filter_width(ratio) / native) + 1
         first = max(0, offset // target - margin)
         last = math.ceil(end / target) + margin
-        blocks = list(_mono_blocks(path, file, first * native, (last - first) * native))
-    if not blocks:
-        return torch.zeros(1, 0)
-    wav = _resample(torch.from_numpy(np.concatenate(blocks))[None], ratio)
+        blocks = list(_blocks(path, file, first * native, (last - first) * native, mix=mix))
+        if not blocks:
+            return torch.zeros(1 if mix else file.channels, 0)
+    wav = _resample(torch.from_numpy(np.concatenate(blocks, axis=1)), ratio)
     return wav[:, offset - first * target : end - first * target].contiguous()
 
 
@@ -121,8 +127,8 @@ def check_audio(path: str | Path) -> AudioReport:
     with _open(path) as file:
         announced = _announced_frames(path, file)
         decoded, peak = 0, 0.0
-        for block in _mono_blocks(path, file, 0, file.frames):
-            decoded += len(block)
+        for block in _blocks(path, file, 0, file.frames):
+            decoded += block.shape[1]
             peak = max(peak, float(np.abs(block).max()))
         info = replace(_info(path, file), num_samples=decoded)
     # without a Xing header the frame count of an MP3 is an estimate, off by the tags at the end of the file
@@ -264,8 +270,11 @@ def _info(path: str | Path, file: soundfile.SoundFile) -> AudioInfo:
     return AudioInfo(Path(path), file.samplerate, file.channels, file.frames)
 
 
-def _mono_blocks(path: str | Path, file: soundfile.SoundFile, start: int, count: int) -> Iterator[np.ndarray]:
-    """Yield up to `count` native frames from `start` as mono blocks `[n]`, all finite, until the file ends."""
+def _blocks(
+    path: str | Path, file: soundfile.SoundFile, start: int, count: int, *, mix: bool = True
+) -> Iterator[np.ndarray]:
+    """Yield up to `count` native frames from `start` in blocks `[C, n]`, mixed to one channel or as they are, all
+    finite, until the file ends."""
     position = min(start, file.frames)
     end = min(start + count, file.frames)
     if file.subtype == "VORBIS" and position:
@@ -280,12 +289,12 @@ def _mono_blocks(path: str | Path, file: soundfile.SoundFile, start: int, count:
             skip = max(0, start - position)
             position += len(block)
             if skip < len(block):
-                mono = block[skip:].mean(axis=1)
-                if not np.isfinite(mono).all():
-                    first = position - len(mono) + int(np.argmin(np.isfinite(mono)))
+                block = block[skip:].mean(axis=1)[None] if mix else block[skip:].T
+                if not np.isfinite(block).all():
+                    first = position - block.shape[1] + int(np.argmin(np.isfinite(block).all(axis=0)))
                     fault = f"NaN or infinite sample at {first / file.samplerate:.3f} s"
                     raise AudioError(path, f"{fault}; export the file again or cut that part out")
-                yield mono
+                yield block
     except soundfile.SoundFileError as error:
         where = f"after {position / file.samplerate:.2f} s"
         raise AudioError(path, f"truncated or damaged {where}; copy it again or export it anew") from error

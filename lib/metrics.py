@@ -6,7 +6,6 @@ Legend: N samples, D latent channels, T frames.
 import dataclasses
 import itertools
 import math
-import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ from lib.fusion import FusionModel
 from lib.latents import LatentPairs
 from lib.losses import LossConfig, latent_mse, total_loss
 from lib.sound import HOP, correlation, envelope, log_mel
+from lib.spread import mean_and_error
 
 
 def band_snr(
@@ -232,6 +232,4 @@ def advantage(judged: Mapping[str, Sequence[Mapping[str, float]]], name: str, ov
     """By how much the figure of merit of one output is above another's, over the same pairs: mean and its standard
     error."""
     differences = [a["merit"] - b["merit"] for a, b in zip(judged[name], judged[over], strict=True)]
-    if len(differences) < 2:
-        return differences[0], math.inf
-    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean_and_error(differences)

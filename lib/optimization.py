@@ -17,6 +17,10 @@ def learning_rate_factor(step: int, progress: float, config: LoopConfig) -> floa
 @torch.no_grad()
 def move_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Move the averaged weights towards the model's. The decay is smaller in the first steps, or the start would
-    stay."""
+    stay. What batch norms know of their data are averages already, and are copied."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    for averaged, norm in zip(average.modules(), model.modules(), strict=True):
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            for ours, theirs in zip(averaged.buffers(), norm.buffers(), strict=True):
+                ours.copy_(theirs)

@@ -60,3 +60,9 @@ def factorial_effects(
 
 def _sign_of(chosen: Sequence[int]) -> Callable[[tuple[bool, ...]], int]:
     return lambda levels: -1 if sum(not levels[i] for i in chosen) % 2 else 1
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error, which is infinite for a single value."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return statistics.fmean(values), error

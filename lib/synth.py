@@ -1,8 +1,9 @@
 """A seeded generator of demo music: drums, bass, chords and melody in one key and one tempo per song.
 
-Real enough to hear whether two clips were fused: songs differ in key, tempo, timbre, rhythm and arrangement, and most
-of their energy lies below 4.8 kHz, the band that the embedded codec keeps. A song depends on (seed, index) and its
-length alone. Sounds are arrays `[num_samples]` at 24 kHz, float64.
+Real enough to hear whether two clips were fused: songs differ in key, tempo, timbre, rhythm and arrangement. At 24 kHz
+most of their energy lies below 4.8 kHz, the band that the embedded codec keeps; at 48 kHz tones and drums reach up to
+20 kHz, for super-resolution. A song depends on (seed, index), its rate and its length alone. Sounds are arrays
+`[num_samples]`, float64.
 """
 
 import json
@@ -19,6 +20,7 @@ from lib.errors import UserError
 
 VERSION = 1  # raise it when the same seed sounds different: songs of an older version are then made anew
 PEAK = 0.8
+HIGHEST_TONE = {24_000: 4_500, 48_000: 20_000}  # sample rate → Hz, above which tones have no harmonics
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}  # semitones above the tonic
 
 # scale degrees of the triads, one a bar
@@ -59,11 +61,12 @@ class Song:
     lead: str  # timbres
     pad: str
     bass: str
+    sample_rate: int
 
     @property
     def step(self) -> float:
         """Samples in an eighth note."""
-        return 30 / self.tempo * SAMPLE_RATE
+        return 30 / self.tempo * self.sample_rate
 
     def note(self, degree: int) -> int:
         """MIDI note of a scale degree counted from the tonic; 7 is the octave."""
@@ -71,8 +74,10 @@ class Song:
         return self.tonic + 12 * octave + SCALES[self.scale][index]
 
 
-def make_demo_dataset(root: str | Path, num_songs: int = 12, seconds: float = 40.0, seed: int = 0) -> list[Path]:
-    """Write `song_00.wav`, ... (24 kHz, mono, 16 bit) under `root`; return their paths. Songs already there are kept.
+def make_demo_dataset(
+    root: str | Path, num_songs: int = 12, seconds: float = 40.0, seed: int = 0, sample_rate: int = SAMPLE_RATE
+) -> list[Path]:
+    """Write `song_00.wav`, ... (mono, 16 bit) under `root`; return their paths. Songs already there are kept.
 
     A song is kept if it has the right length and `.songs.json` beside it says that it was made with this seed.
     Raises `UserError` if a number makes no sense, the folder cannot be written, or it holds songs that came from
@@ -80,18 +85,23 @@ def make_demo_dataset(root: str | Path, num_songs: int = 12, seconds: float = 40
     """
     if num_songs < 1 or not 1 <= seconds <= 600:
         raise UserError(f"num_songs {num_songs}, seconds {seconds}: use at least one song of 1 to 600 seconds")
+    if sample_rate not in HIGHEST_TONE:
+        raise UserError(f"sample_rate {sample_rate}: use {' or '.join(map(str, HIGHEST_TONE))}")
     root = Path(root)
-    num_samples = round(seconds * SAMPLE_RATE)
+    num_samples = round(seconds * sample_rate)
+    recipe = {"version": VERSION, "seed": seed}
+    if sample_rate != SAMPLE_RATE:
+        recipe["sample_rate"] = sample_rate
     paths = [root / f"song_{index:02d}.wav" for index in range(num_songs)]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _claim_folder(root, {"version": VERSION, "seed": seed})
+        _claim_folder(root, recipe)
     except OSError as error:
         raise UserError(f"{root}: cannot hold demo songs ({error.strerror}); choose another folder") from error
     for index, path in enumerate(paths):
         if not _is_complete(path, num_samples):
-            wav = render_song(seed, index, num_samples)
-            save_audio(path, torch.from_numpy(wav)[None], subtype="PCM_16")
+            wav = render_song(seed, index, num_samples, sample_rate)
+            save_audio(path, torch.from_numpy(wav)[None], sample_rate, subtype="PCM_16")
     return paths
 
 
@@ -107,7 +117,7 @@ def _claim_folder(root: Path, recipe: dict) -> None:
         marker.write_text(text)
 
 
-def draw_song(seed: int, index: int) -> tuple[Song, np.random.Generator]:
+def draw_song(seed: int, index: int, sample_rate: int = SAMPLE_RATE) -> tuple[Song, np.random.Generator]:
     """Key, tempo, harmony and instruments of song `index`, and the generator to play it with."""
     rng = np.random.default_rng([seed, index])
     scale = str(rng.choice(list(SCALES)))
@@ -120,18 +130,19 @@ def draw_song(seed: int, index: int) -> tuple[Song, np.random.Generator]:
         lead=str(rng.choice(["piano", "bell", "flute", "reed"])),
         pad=str(rng.choice(["organ", "piano", "string"])),
         bass=str(rng.choice(["piano", "reed", "flute"])),
+        sample_rate=sample_rate,
     )
     return song, rng
 
 
-def render_song(seed: int, index: int, num_samples: int) -> np.ndarray:
+def render_song(seed: int, index: int, num_samples: int, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
     """Song `index` as `[num_samples]`, float64, peak 0.8."""
-    song, rng = draw_song(seed, index)
+    song, rng = draw_song(seed, index, sample_rate)
     bar = 8 * song.step
     num_bars = int(np.ceil(num_samples / bar))
     bars_per_section = 4 if num_bars >= 12 else 2
     parts = {"d": _drums, "b": _bass, "c": _chords, "m": _melody}
-    mix = np.zeros(int((num_bars + 1) * bar) + 2 * SAMPLE_RATE)  # room for the last notes to ring
+    mix = np.zeros(int((num_bars + 1) * bar) + 2 * sample_rate)  # room for the last notes to ring
     for letter, play in parts.items():
         place = play(song, rng)
         for number in range(num_bars):
@@ -142,7 +153,7 @@ def render_song(seed: int, index: int, num_samples: int) -> np.ndarray:
                     start = round(number * bar + step * song.step)
                     mix[start : start + len(sound)] += sound[: len(mix) - start]
     mix = np.tanh(1.2 * mix[:num_samples])  # glues the parts together and tames coinciding peaks
-    fade = min(num_samples, SAMPLE_RATE // 2)
+    fade = min(num_samples, sample_rate // 2)
     mix[-fade:] *= np.linspace(1, 0, fade)
     return PEAK * mix / np.abs(mix).max()
 
@@ -155,7 +166,8 @@ def _drums(song: Song, rng: np.random.Generator) -> Part:
     kicks = _KICKS[rng.integers(len(_KICKS))]
     hats = range(8) if rng.random() < 0.6 else range(0, 8, 2)
     tuning = _frequency(song.tonic)  # drums in the song's key do not muddy it
-    kick, snare, hat = _kick(tuning / 4), _snare(tuning, rng), _hat(rng)
+    rate = song.sample_rate
+    kick, snare, hat = _kick(tuning / 4, rate), _snare(tuning, rng, rate), _hat(rng, rate)
 
     def play(number: int, chord: int) -> list[tuple[float, np.ndarray]]:
         hits = [(step, 0.9 * kick) for step in kicks] + [(step, 0.5 * snare) for step in (2, 6)]
@@ -175,7 +187,8 @@ def _bass(song: Song, rng: np.random.Generator) -> Part:
         notes = []
         for step, until in zip(steps, (*steps[1:], 8), strict=True):
             degree = chord + (4 if fifths and step == steps[-1] else 0)
-            tone = _tone(song.bass, song.note(degree % 7) - 12, round(0.9 * (until - step) * song.step))
+            length = round(0.9 * (until - step) * song.step)
+            tone = _tone(song.bass, song.note(degree % 7) - 12, length, song.sample_rate)
             notes.append((step, 0.4 * tone))
         return notes
 
@@ -188,11 +201,9 @@ def _chords(song: Song, rng: np.random.Generator) -> Part:
     def play(number: int, chord: int) -> list[tuple[float, np.ndarray]]:
         # close position around the tonic: each note in the octave nearest to it
         notes = [song.note((chord + third) % 7) + 12 * (third == 0 and chord == 0) for third in (0, 2, 4)]
-        if stabs:
-            return [
-                (step, 0.16 * _tone(song.pad, note, round(0.8 * song.step))) for step in (1, 3, 5, 7) for note in notes
-            ]
-        return [(0, 0.14 * _tone(song.pad, note, round(7.8 * song.step))) for note in notes]
+        steps, level, length = ((1, 3, 5, 7), 0.16, 0.8) if stabs else ((0,), 0.14, 7.8)
+        tones = [level * _tone(song.pad, note, round(length * song.step), song.sample_rate) for note in notes]
+        return [(step, tone) for step in steps for tone in tones]
 
     return play
 
@@ -210,7 +221,8 @@ def _melody(song: Song, rng: np.random.Generator) -> Part:
             degree = 7 + chord % 7 + int(np.clip(move, -4, 5))
             if step in (0, 4):  # a chord tone on the strong beats
                 degree = 7 + chord % 7 + min((-3, 0, 2, 4), key=lambda third: abs(third - move))
-            tone = 0.3 * _tone(song.lead, song.note(degree), round(0.95 * (until - step) * song.step))
+            length = round(0.95 * (until - step) * song.step)
+            tone = 0.3 * _tone(song.lead, song.note(degree), length, song.sample_rate)
             sound = np.zeros(len(tone) + echo)
             sound[: len(tone)] += tone
             sound[echo:] += 0.25 * tone
@@ -221,36 +233,43 @@ def _melody(song: Song, rng: np.random.Generator) -> Part:
 
 
 @lru_cache(maxsize=256)  # a song plays the same few notes again and again
-def _tone(timbre: str, note: int, num_samples: int) -> np.ndarray:
+def _tone(timbre: str, note: int, num_samples: int, sample_rate: int) -> np.ndarray:
     """A note `[num_samples]` as a sum of harmonics; higher ones are weaker and die sooner."""
     amplitudes, decay, attack = _TIMBRES[timbre]
-    seconds = np.arange(num_samples) / SAMPLE_RATE
+    norm = np.linalg.norm(amplitudes)
+    seconds = np.arange(num_samples) / sample_rate
     vibrato = 0.3 * np.sin(2 * np.pi * 5 * seconds) * np.minimum(seconds, 1) if timbre in ("flute", "string") else 0
     phase = 2 * np.pi * _frequency(note) * seconds + vibrato
     sound = np.zeros(num_samples)
+    highest = HIGHEST_TONE[sample_rate]
+    if highest > HIGHEST_TONE[SAMPLE_RATE]:  # beyond those that the timbre names, each half as strong an octave up
+        named = len(amplitudes)
+        further = np.arange(named + 1, int(highest / _frequency(note)) + 1)
+        amplitudes = (*amplitudes, *(amplitudes[-1] * named / further))
     for number, amplitude in enumerate(amplitudes, start=1):
-        if number * _frequency(note) < 4500:  # stay in the codec's band
+        if number * _frequency(note) < highest:
             sound += amplitude * np.sin(number * phase) * np.exp(-seconds * number**0.7 / decay)
-    release = min(num_samples, round(0.03 * SAMPLE_RATE))
+    release = min(num_samples, round(0.03 * sample_rate))
     envelope = np.minimum(seconds / attack, 1)
     envelope[num_samples - release :] *= np.linspace(1, 0, release)
-    return sound * envelope / np.linalg.norm(amplitudes)
+    return sound * envelope / norm
 
 
-def _kick(frequency: float) -> np.ndarray:
-    seconds = np.arange(round(0.3 * SAMPLE_RATE)) / SAMPLE_RATE
+def _kick(frequency: float, sample_rate: int) -> np.ndarray:
+    seconds = np.arange(round(0.3 * sample_rate)) / sample_rate
     sweep = frequency * seconds - 4 * np.exp(-30 * seconds)  # falls to `frequency` within a tenth of a second
     return np.sin(2 * np.pi * sweep) * np.exp(-12 * seconds)
 
 
-def _snare(frequency: float, rng: np.random.Generator) -> np.ndarray:
-    seconds = np.arange(round(0.2 * SAMPLE_RATE)) / SAMPLE_RATE
-    noise = np.convolve(rng.standard_normal(len(seconds)), np.hanning(9) / 5, mode="same")  # dull: below 4 kHz or so
+def _snare(frequency: float, rng: np.random.Generator, sample_rate: int) -> np.ndarray:
+    seconds = np.arange(round(0.2 * sample_rate)) / sample_rate
+    # nine samples make it dull: below 4 kHz or so at 24 kHz, twice that at 48 kHz
+    noise = np.convolve(rng.standard_normal(len(seconds)), np.hanning(9) / 5, mode="same")
     return (0.9 * noise + 0.5 * np.sin(2 * np.pi * frequency * seconds)) * np.exp(-22 * seconds)
 
 
-def _hat(rng: np.random.Generator) -> np.ndarray:
-    seconds = np.arange(round(0.08 * SAMPLE_RATE)) / SAMPLE_RATE
+def _hat(rng: np.random.Generator, sample_rate: int) -> np.ndarray:
+    seconds = np.arange(round(0.08 * sample_rate)) / sample_rate
     return np.diff(rng.standard_normal(len(seconds) + 1)) * np.exp(-70 * seconds)
 
 

@@ -71,6 +71,17 @@ def test_the_start_is_forgotten():
     assert (average.weight - 1).abs().max() < 1e-3
 
 
+def test_statistics_of_batch_norms_are_copied():
+    """Nobody else would bring them to the average: in eval mode it would use a mean of 0 for ever."""
+    average, model = nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.BatchNorm1d(3))
+    model(5 + torch.randn(8, 3))
+    move_average(average, model, 0.999, 0)
+    assert model[0].running_mean.abs().min() > 0.1
+    for ours, theirs in zip(average.buffers(), model.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours is not theirs
+
+
 def test_weights_and_average_share_no_memory():
     average, model = linear(0.0), linear(1.0)
     move_average(average, model, 0.5, 100)

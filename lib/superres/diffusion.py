@@ -1,0 +1,67 @@
+"""Diffusion in the latents: v-prediction (Salimans and Ho 2022, arXiv 2202.00512) on a cosine schedule (Nichol and
+Dhariwal 2021, arXiv 2102.09672), and deterministic sampling (DDIM, Song et al. 2021, arXiv 2010.02502) with
+classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598). Schedule and sampler are diffusers'.
+"""
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from lib.superres.unet import Denoiser
+
+TIMESTEPS = 1000
+
+
+def make_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        num_train_timesteps=TIMESTEPS,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        clip_sample=False,  # latents have no bounds
+        timestep_spacing="trailing",  # starts at the last timestep, from noise alone
+    )
+
+
+SCHEDULER = make_scheduler()  # its tables; sampling takes one of its own, which counts steps
+
+
+def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Noisy latents and the velocity to be predicted, `[B, Z, H, W]` each, at `timesteps [B]`, 0 to 999."""
+    noisy = SCHEDULER.add_noise(latents, noise, timesteps)
+    return noisy, SCHEDULER.get_velocity(latents, noise, timesteps)
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    low: Tensor,
+    mel: Tensor,
+    noise: Tensor,
+    *,
+    steps: int = 50,
+    guidance: float = 1.0,
+    keeps_low: Tensor | None = None,
+    keeps_context: Tensor | None = None,
+) -> Tensor:
+    """Latents of the full band `[B, Z, H, W]`, from those of the low band, its mel `[B, 1, 256, T]` and a unit normal.
+
+    `guidance` moves every step away from what the model predicts without any condition: v = v₀ + g·(v − v₀); 1 leaves
+    it alone and takes half the time, 0 is the model without a condition. `keeps_low`, `keeps_context` as in `Denoiser`.
+    """
+    scheduler = make_scheduler()
+    scheduler.set_timesteps(steps)
+    context = denoiser.context(mel, keeps_context)
+    if keeps_low is not None:
+        low = low * keeps_low[:, None, None, None]
+    if guidance != 1:
+        low = torch.cat([torch.zeros_like(low), low])
+        context = torch.cat([denoiser.null_context.expand_as(context), context])
+    latents = noise
+    for timestep in scheduler.timesteps:
+        times = timestep.to(noise.device).expand(len(low))
+        velocity = denoiser.denoise(latents.repeat(len(low) // len(latents), 1, 1, 1), times, low, context)
+        if guidance != 1:
+            without, given = velocity.chunk(2)
+            velocity = without + guidance * (given - without)
+        latents = scheduler.step(velocity, timestep, latents).prev_sample
+    return latents

@@ -1,0 +1,70 @@
+"""The global encoder: what a low-resolution clip sounds like, as one vector and as a sequence."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lib.superres.mel import MELS
+
+# output channels, kernel, stride, padding over (bands, frames): the seed's table
+BLOCKS = ((32, (8, 3), (4, 1), (2, 1)), (64, (4, 3), (2, 1), (1, 1)), (256, (4, 3), (2, 1), (1, 1)))
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes of the encoder; the defaults are seed 004's."""
+
+    channels: tuple[int, int, int] = (32, 64, 256)  # of the three convolutions
+    hidden_dim: int = 256
+    num_layers: int = 4
+    num_heads: int = 8
+    ffn_dim: int = 512
+    context_dim: int = 128
+    positions: int = 1024  # learned; a clip of another length interpolates between them
+    dropout: float = 0.1
+
+
+class GlobalAudioEncoder(nn.Module):
+    """Log mel `[B, 1, 256, T]` → pooled context `[B, context_dim]` and context sequence `[B, T, context_dim]`.
+
+    The convolutions leave time as it is and take the 256 bands to 16 with the seed's kernels and strides, not to the 8
+    that its table gives; the mean of every two makes them 8. The seed makes the projection of a frame's 256 · 8 values
+    during the first forward pass, when the optimizer has its parameters already: it would never learn. Here it is a
+    layer like any other.
+    """
+
+    def __init__(self, config: EncoderConfig | None = None):
+        super().__init__()
+        config = config or EncoderConfig()
+        self.config = config
+        blocks, before = [], 1
+        for channels, (_, kernel, stride, padding) in zip(config.channels, BLOCKS, strict=True):
+            blocks += [nn.Conv2d(before, channels, kernel, stride, padding), nn.BatchNorm2d(channels), nn.ReLU()]
+            before = channels
+        self.convolutions = nn.Sequential(*blocks, nn.AvgPool2d((2, 1)))
+        self.frame_projection = nn.Linear(before * MELS // 32, config.hidden_dim)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, config.positions, config.hidden_dim))
+        layer = nn.TransformerEncoderLayer(
+            config.hidden_dim, config.num_heads, config.ffn_dim, config.dropout, batch_first=True
+        )
+        self.transformer = nn.TransformerEncoder(layer, config.num_layers, enable_nested_tensor=False)
+        self.output_projection = nn.Sequential(
+            nn.Linear(config.hidden_dim, config.hidden_dim),
+            nn.ReLU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.hidden_dim, config.context_dim),
+        )
+        self.global_projection = nn.Linear(config.context_dim, config.context_dim)
+
+    def forward(self, mel: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self.convolutions(mel)  # [B, C, 8, T]
+        frames = self.frame_projection(maps.flatten(1, 2).transpose(1, 2))  # [B, T, hidden_dim]
+        sequence = self.output_projection(self.transformer(frames + self.positions_for(frames.shape[1])))
+        return self.global_projection(sequence.mean(dim=1)), sequence
+
+    def positions_for(self, length: int) -> Tensor:
+        """`[1, length, hidden_dim]`, by straight lines between the learned ones."""
+        if length == self.positions.shape[1]:
+            return self.positions
+        return nn.functional.interpolate(self.positions.mT, length, mode="linear", align_corners=True).mT

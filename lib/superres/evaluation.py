@@ -1,0 +1,136 @@
+"""How near a restored clip comes to the original: log-spectral distance, against what needs no model.
+
+LSD = mean over frames of √(mean over bins of (log₁₀ |X|² − log₁₀ |Y|²)²), windows of 2048 samples 512 apart at 48 kHz
+(Gray and Markel 1976; in this form in Wang and Wang 2021, doi 10.1109/TASLP.2021.3054302, and in AudioSR). Powers below
+what the rounding to 16 bits leaves count as that much, or the depth of a digital silence would decide. Energy-matched:
+the estimate is first scaled to the reference's mean magnitude in the lowest tenth of the bins, as AudioSR's authors
+advise, so that a mere difference of level does not count.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lib.spread import mean_and_error
+from lib.superres.data import Examples, Library
+from lib.superres.degradation import Degradation
+from lib.superres.mel import N_FFT, bin_of, log_mel
+from lib.superres.resolver import Restoration, SuperResolver, join_bands
+
+CUTOFFS = (2_000, 4_000, 8_000, 12_000, 16_000)  # Hz
+LSD_HOP = 512
+FLOOR = 2**-30 / 12 * 0.375 * N_FFT  # power of a bin: rounding to 16 bits, through a Hann window
+LOWEST_TENTH = (N_FFT // 2 + 1) // 10
+
+METHODS = {
+    "sinc": "resampled only: no upper band",
+    "envelope": "the training set's mean mel above the cutoff",
+    "no condition": "the model without any condition",
+    "no context": "the model without its global context",
+    "model": "the model",
+    "autoencoder": "the original's mel through autoencoder and vocoder: a bound",
+    "vocoder": "the original's mel through the vocoder: a bound",
+}
+
+
+def lsd(estimate: Tensor, reference: Tensor, *, above: float = 0.0, matched: bool = False) -> Tensor:
+    """Log-spectral distance of waveforms `[B, 1, N]` at 48 kHz, in decades of power: `[B]`. `above`: in the bins from
+    this frequency (Hz) up only. `matched`: after matching energies."""
+    first, second = (_magnitudes(wav) for wav in (estimate, reference))
+    if matched:
+        levels = [x[:, :LOWEST_TENTH].mean(dim=(1, 2), keepdim=True) for x in (first, second)]
+        first = first * levels[1] / levels[0].clamp_min(FLOOR**0.5)
+    a, b = (x[:, bin_of(above) :].square().clamp_min(FLOOR).log10() for x in (first, second))
+    return (a - b).square().mean(dim=1).sqrt().mean(dim=1)
+
+
+def _magnitudes(wav: Tensor) -> Tensor:
+    window = torch.hann_window(N_FFT, device=wav.device)
+    return torch.stft(wav[:, 0], N_FFT, LSD_HOP, window=window, return_complex=True).abs()
+
+
+@dataclass(frozen=True)
+class Score:
+    """One method at one cutoff, over the same clips as the others. Distances are (mean, standard error)."""
+
+    method: str
+    cutoff: int  # Hz
+    clips: int
+    lsd: tuple[float, float]  # of the whole spectrum
+    lsd_matched: tuple[float, float]
+    upper: tuple[float, float]  # of the part above the cutoff
+    upper_matched: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`scores` in order of cutoffs, then methods; `sounds`: cutoff → method → waveforms `[B, 1, N]`, 'original' too."""
+
+    scores: tuple[Score, ...]
+    sounds: dict[int, dict[str, Tensor]]
+
+    def score(self, method: str, cutoff: int) -> Score:
+        return next(s for s in self.scores if (s.method, s.cutoff) == (method, cutoff))
+
+
+def evaluate(
+    resolver: SuperResolver,
+    library: Library,
+    settings: Restoration | None = None,
+    *,
+    clips: int = 16,
+    cutoffs: Sequence[int] = CUTOFFS,
+) -> Evaluation:
+    """Every method on the same validation clips, resampled to twice each cutoff and back."""
+    envelope = mean_envelope(library, resolver.clip_length)
+    scores, sounds = [], {}
+    for cutoff in cutoffs:
+        examples = Examples(library, "val", clips, resolver.clip_length, degradation=Degradation(cutoff))
+        original, low = (torch.stack(waves) for waves in zip(*(examples[i] for i in range(clips)), strict=True))
+        made = {"original": original} | restored_by_all(resolver, original, low, cutoff, envelope, settings)
+        scores += [score(method, cutoff, made[method], original) for method in METHODS]
+        sounds[cutoff] = made
+    return Evaluation(tuple(scores), sounds)
+
+
+def restored_by_all(
+    resolver: SuperResolver,
+    original: Tensor,
+    low: Tensor,
+    cutoff: int,
+    envelope: Tensor,
+    settings: Restoration | None = None,
+) -> dict[str, Tensor]:
+    """Method → waveforms `[B, 1, N]`. All but 'sinc' differ in the mel alone that the vocoder is given."""
+    clips = len(low)
+    none, all_of_them = torch.zeros(clips, dtype=torch.bool), torch.ones(clips, dtype=torch.bool)
+    none, all_of_them = none.to(resolver.device), all_of_them.to(resolver.device)
+    mel = log_mel(original)
+    with torch.inference_mode():
+        coded = resolver.vae.decode(resolver.vae.encode(mel.to(resolver.device))).to(low.device)
+    mels = {
+        "envelope": envelope[:, None].expand_as(mel),
+        "no condition": resolver.predict_mel(low, settings, keeps_low=none, keeps_context=none),
+        "no context": resolver.predict_mel(low, settings, keeps_low=all_of_them, keeps_context=none),
+        "model": resolver.predict_mel(low, settings),
+        "autoencoder": coded,
+        "vocoder": mel,
+    }
+    seed = (settings or Restoration()).seed
+    made = {name: join_bands(low, resolver.vocode(m, low, cutoff, seed=seed), cutoff) for name, m in mels.items()}
+    return {"sinc": low} | made
+
+
+def mean_envelope(library: Library, clip_length: int, clips: int = 64) -> Tensor:
+    """The training set's mean log mel, `[256]`, over frames of as many clips."""
+    examples = Examples(library, "train", clips, clip_length)
+    return torch.stack([log_mel(examples[i][0][None]).mean(dim=(0, 1, 3)) for i in range(clips)]).mean(dim=0)
+
+
+def score(method: str, cutoff: int, estimate: Tensor, reference: Tensor) -> Score:
+    distances = [
+        lsd(estimate, reference, above=above, matched=matched) for above in (0, cutoff) for matched in (False, True)
+    ]
+    return Score(method, cutoff, len(reference), *(mean_and_error(d.tolist()) for d in distances))

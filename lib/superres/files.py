@@ -1,0 +1,96 @@
+"""Files in, files at 48 kHz out, of any length, rate and number of channels, in memory that does not grow with them."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lib.ahead import map_ahead
+from lib.audio import AUDIO_SUFFIXES, AudioError, AudioWriter, check_audio, load_audio
+from lib.errors import UserError
+from lib.superres.mel import SAMPLE_RATE
+from lib.superres.resolver import FULL, Restoration, SuperResolver, band_edge, clip_starts
+
+BLOCK = 60 * SAMPLE_RATE  # samples read at once where a file's band is looked for
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was written: the file, its length in samples and channels, where its own band ended (Hz), its peak."""
+
+    path: Path
+    num_samples: int
+    channels: int
+    cutoff: float
+    peak: float
+
+
+def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, settings: Restoration) -> Restored:
+    """Restore the upper band of a file; writes `out` (48 kHz, as many channels) when all of it is done.
+
+    Clips overlap by an eighth and are crossfaded; only what lies above the file's own band is the model's, the rest is
+    the file, resampled. Raises `AudioError` for a file that cannot be read or written, and where its band is full.
+    """
+    path, out = Path(path), Path(out)
+    if out.resolve() == path.resolve():
+        raise UserError(f"{out}: is the input itself; choose another output file")
+    info = check_audio(path).info
+    total = info.samples_at(SAMPLE_RATE)
+    cutoff = settings.cutoff or file_band(path, info.sample_rate, total)
+    if cutoff > FULL:
+        raise AudioError(path, f"its band reaches {cutoff / 1000:.1f} kHz already; leave it as it is, or give --cutoff")
+    starts = clip_starts(total, resolver.clip_length)
+
+    def read(start: int) -> Tensor:
+        wav = load_audio(path, start, resolver.clip_length, SAMPLE_RATE, mix=False)  # [C, n]
+        return torch.nn.functional.pad(wav, (0, resolver.clip_length - wav.shape[-1]))
+
+    peak, left = 0.0, total
+    ahead = contextlib.closing(map_ahead(read, starts, threads=1))
+    with AudioWriter(out, SAMPLE_RATE, info.channels) as writer, ahead as clips:
+        bar = tqdm(clips, desc=path.name, unit="clip", total=len(starts), disable=len(starts) < 2)
+        for piece in resolver.restored(bar, cutoff, settings):
+            piece = piece[:, :left]
+            left -= piece.shape[1]
+            peak = max([peak, *piece.abs().amax(dim=1).tolist()]) if piece.numel() else peak
+            writer.write(piece)
+    return Restored(out, total, info.channels, cutoff, peak)
+
+
+def file_band(path: Path, sample_rate: int, num_samples: int) -> float:
+    """Where a file's band ends, in Hz: the highest that any minute of it has, and at most what its rate can hold."""
+    blocks = (load_audio(path, start, BLOCK, SAMPLE_RATE, mix=False) for start in range(0, num_samples, BLOCK))
+    return min(max(band_edge(block) for block in blocks), sample_rate / 2)
+
+
+def restore_folder(
+    folder: str | Path, out: str | Path, resolver: SuperResolver, settings: Restoration
+) -> tuple[list[Restored], list[tuple[Path, str]]]:
+    """Restore every audio file below `folder` into `out`, under the same names, as .wav.
+
+    Returns what was written, and file and reason of what was skipped. `UserError` where no file can be used.
+    """
+    folder, out = Path(folder), Path(out)
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{out}: is inside the folder of the files; choose another output folder")
+    done, skipped, names = [], [], {}
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file()):
+        target = out / path.relative_to(folder).with_suffix(".wav")
+        if target in names:
+            skipped.append((path, f"{names[target].name} goes by the same name; rename one of them"))
+            continue
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            done.append(restore_file(path, target, resolver, settings))
+            names[target] = path
+        except AudioError as error:
+            skipped.append((path, error.problem))
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written ({error.strerror}); choose another output folder") from None
+    if not done:
+        reasons = "; ".join(f"{path.name}: {problem}" for path, problem in skipped[:3])
+        raise UserError(f"{folder}: no usable audio file ({reasons or 'none there'})")
+    return done, skipped

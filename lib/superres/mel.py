@@ -1,0 +1,97 @@
+"""The mel front end, one function for training and inference, and its way back to magnitudes.
+
+48 kHz, windows of 2048 samples 480 apart, 256 bands from 20 Hz to 24 kHz, natural logarithm of magnitudes: what
+the public AudioSR checkpoints were trained on (Liu et al. 2023, arXiv 2309.07314). A clip of 10.24 s becomes
+`[B, 1, 256, 1024]`.
+"""
+
+import functools
+
+import librosa
+import torch
+from torch import Tensor
+
+SAMPLE_RATE = 48_000
+N_FFT, HOP, MELS = 2048, 480, 256
+LOWEST, HIGHEST = 20.0, 24_000.0  # Hz
+FLOOR = 1e-5  # of a magnitude
+SILENCE = -11.5129  # its logarithm: what a band without sound holds
+PAD = (N_FFT - HOP) // 2  # on either side: frame t is centred on samples t · HOP to (t + 1) · HOP
+
+
+def spectrum(wav: Tensor) -> Tensor:
+    """Complex spectrum of waveforms `[B, 1, N]`, N a multiple of HOP above PAD → `[B, N_FFT / 2 + 1, N / HOP]`."""
+    if wav.shape[-1] % HOP or wav.shape[-1] <= PAD:
+        raise ValueError(f"expected a multiple of {HOP} samples above {PAD}, got {wav.shape[-1]}")
+    padded = torch.nn.functional.pad(wav, (PAD, PAD), mode="reflect")[:, 0]
+    return torch.stft(padded, N_FFT, HOP, window=window(wav.device), center=False, return_complex=True)
+
+
+def inverse_spectrum(spectrum: Tensor) -> Tensor:
+    """The waveform `[B, 1, N]` whose spectrum is nearest to `[B, N_FFT / 2 + 1, N / HOP]`, by overlap and add."""
+    frames = torch.fft.irfft(spectrum.mT) * window(spectrum.device)  # [B, T, N_FFT]
+    samples = frames.shape[1] * HOP
+    weight = window(spectrum.device).square().expand(1, frames.shape[1], -1)
+    wav, weight = (_overlap_add(x, samples + 2 * PAD)[..., PAD : PAD + samples] for x in (frames, weight))
+    return wav / weight
+
+
+def _overlap_add(frames: Tensor, samples: int) -> Tensor:
+    return torch.nn.functional.fold(frames.mT, (1, samples), (1, N_FFT), stride=(1, HOP))[:, 0]
+
+
+def log_mel(wav: Tensor) -> Tensor:
+    """Log-mel picture of waveforms at 48 kHz: `[B, 1, N] → [B, 1, 256, N / 480]`."""
+    return log_mel_of(spectrum(wav).abs())[:, None]
+
+
+def log_mel_of(magnitudes: Tensor) -> Tensor:
+    """`[B, N_FFT / 2 + 1, T] → [B, 256, T]`."""
+    return (filters(magnitudes.device) @ magnitudes).clamp_min(FLOOR).log()
+
+
+def magnitudes_of(mel: Tensor) -> Tensor:
+    """Magnitudes whose mel picture is about `mel [B, 1, 256, T]`: `→ [B, N_FFT / 2 + 1, T]`, not negative.
+
+    A band's mean magnitude at its centre, and straight lines between the centres: smooth, where the filters'
+    pseudo-inverse swings below zero between narrow bands.
+    """
+    return interpolation(mel.device) @ mel[:, 0].exp()
+
+
+def bin_of(frequency: float) -> int:
+    """The first bin of the spectrum at or above a frequency in Hz."""
+    return -int(-frequency * N_FFT // SAMPLE_RATE)
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)  # a tensor made in it could never take part in a backward pass
+def window(device: torch.device) -> Tensor:
+    return torch.hann_window(N_FFT, device=device)
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def filters(device: torch.device) -> Tensor:
+    """Slaney's triangles with area one, `[256, N_FFT / 2 + 1]`; the lowest are narrower than a bin, some are empty."""
+    bank = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=MELS, fmin=LOWEST, fmax=HIGHEST)
+    return torch.from_numpy(bank).to(device)
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def interpolation(device: torch.device) -> Tensor:
+    """`[N_FFT / 2 + 1, 256]`: magnitudes from mel values, straight lines between the centres of the bands."""
+    bank = filters(torch.device("cpu")).double()
+    area = bank.sum(dim=1)
+    heard = area > 0
+    centres = torch.from_numpy(librosa.mel_frequencies(MELS + 2, fmin=LOWEST, fmax=HIGHEST))[1:-1][heard]
+    bins = torch.arange(N_FFT // 2 + 1) * SAMPLE_RATE / N_FFT
+    right = torch.searchsorted(centres, bins.double()).clamp(1, len(centres) - 1)
+    share = ((bins - centres[right - 1]) / (centres[right] - centres[right - 1])).clamp(0, 1)
+    lines = torch.zeros(len(bins), len(centres), dtype=torch.double)
+    lines[torch.arange(len(bins)), right - 1] = 1 - share
+    lines[torch.arange(len(bins)), right] += share
+    matrix = torch.zeros(len(bins), MELS, dtype=torch.double)
+    matrix[:, heard] = lines / area[heard]
+    return matrix.float().to(device)

@@ -1,0 +1,169 @@
+"""A trained super-resolver: clips in, clips with a restored upper band out, of any length.
+
+Legend as in the package; P is the clip length in mel frames that the model works on.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lib.configs import check, check_counts, check_numbers
+from lib.errors import UserError
+from lib.runs import Run
+from lib.superres.diffusion import sample
+from lib.superres.mel import HOP, N_FFT, SAMPLE_RATE, bin_of, inverse_spectrum, log_mel, spectrum
+from lib.superres.training import load_part
+from lib.superres.vocoder import griffin_lim
+
+OVERLAP = 1 / 8  # share of a clip that it has in common with the next
+TRANSITION = 12  # bins from the clip's own band to the restored one: 280 Hz
+FULL = 0.9 * SAMPLE_RATE / 2  # Hz: a band that reaches so far lacks nothing
+EDGE = 60.0  # dB below the loudest band: where a clip's own band ends
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """How to restore. The same seed gives the same sound."""
+
+    steps: int = 50
+    guidance: float = 1.0  # 1: none
+    seed: int = 0
+    cutoff: float | None = None  # Hz, where the clip's own band ends; None: found in each file
+
+    def __post_init__(self):
+        check_counts(self, "steps")
+        check(self.steps <= 1000, "steps", self.steps, "at most 1000")
+        check_numbers(self, "guidance", most=20)
+        check_counts(self, "seed", least=0)
+        check(self.seed < 2**63, "seed", self.seed, "a whole number below 2^63")
+        if self.cutoff is not None:
+            check_numbers(self, "cutoff", above=100, most=SAMPLE_RATE / 2)
+
+
+class SuperResolver:
+    """The parts of one folder that belong together: `vae` and `diffusion`, and `vocoder` where one was trained.
+
+    Without one the upper band's phases come from Griffin and Lim's method. Parts are on `device`, in eval mode.
+    """
+
+    def __init__(self, folder: str | Path, *, diffusion: str = "diffusion", device: str | torch.device = "cpu"):
+        folder = Path(folder)
+        runs = {name: Run.open(folder / name) for name in ("vae", diffusion)}
+        config = runs[diffusion].config
+        self.folder, self.device = folder, torch.device(device)
+        self.vae = load_part(runs["vae"], "vae").to(device)
+        self.denoiser = load_part(runs[diffusion], "diffusion").to(device)
+        if config.get("vae_sha256") != runs["vae"].weights_sha256():
+            raise UserError(
+                f"{folder / diffusion}: was trained on latents of another autoencoder than {folder / 'vae'}; "
+                "put that one back, or train the diffusion model again"
+            )
+        self.latent_scale = float(config["latent_scale"])
+        self.clip_length = round(config["train"]["clip_seconds"] * SAMPLE_RATE)
+        has_vocoder = (folder / "vocoder" / "best").exists()
+        self.vocoder = load_part(Run.open(folder / "vocoder"), "vocoder").to(device) if has_vocoder else None
+
+    @torch.inference_mode()
+    def restore(
+        self, low: Tensor, cutoff: float, settings: Restoration | None = None, *, number: int = 0, **keeps: Tensor
+    ) -> Tensor:
+        """Clips `[B, 1, N]` at 48 kHz whose band ends at `cutoff` Hz, with a band above it: `[B, 1, N]`.
+
+        N: `clip_length`, or any other multiple of eight mel frames. Below the cutoff the result is the clip itself.
+        `number` is that of a clip in a longer file, whose random numbers differ from the others'. `keeps_low`,
+        `keeps_context`: as in `Denoiser`.
+        """
+        mel = self.predict_mel(low, settings, number=number, **keeps)
+        made = self.vocode(mel, low, cutoff, seed=self._seed(settings, number))
+        return join_bands(low, made, cutoff)
+
+    @torch.inference_mode()
+    def predict_mel(
+        self, low: Tensor, settings: Restoration | None = None, *, number: int = 0, **keeps: Tensor
+    ) -> Tensor:
+        """Log mel `[B, 1, 256, T]` of the whole band, sampled from what the model has learned of such clips."""
+        settings = settings or Restoration()
+        mel = log_mel(low.to(self.device))
+        latents = self.latent_scale * self.vae.encode(mel)
+        generator = torch.Generator().manual_seed(self._seed(settings, number))
+        noise = torch.randn(latents.shape, generator=generator).to(self.device)
+        made = sample(self.denoiser, latents, mel, noise, steps=settings.steps, guidance=settings.guidance, **keeps)
+        return self.vae.decode(made / self.latent_scale).to(low.device)
+
+    @torch.inference_mode()
+    def vocode(self, mel: Tensor, low: Tensor, cutoff: float, *, seed: int = 0) -> Tensor:
+        """A waveform `[B, 1, N]` for a log mel. What lies below the cutoff is known from `low [B, 1, N]`."""
+        if self.vocoder is not None:
+            return self.vocoder(mel.to(self.device)).to(low.device)
+        noise = torch.rand(N_FFT // 2 + 1, mel.shape[-1], generator=torch.Generator().manual_seed(seed))
+        return griffin_lim(mel, low, bin_of(cutoff), noise=noise.expand(len(mel), -1, -1))
+
+    def restored(self, clips: Iterable[Tensor], cutoff: float, settings: Restoration | None = None) -> Iterator[Tensor]:
+        """Pieces `[C, n]` of a long signal, from overlapping clips `[C, clip_length]` that begin at `clip_starts`."""
+        made = (self.restore(low[:, None], cutoff, settings, number=i)[:, 0] for i, low in enumerate(clips))
+        return crossfaded(made, round(OVERLAP * self.clip_length))
+
+    def restore_signal(self, wav: Tensor, settings: Restoration | None = None) -> Tensor:
+        """A signal `[C, N]` at 48 kHz of any length with a restored upper band, `[C, N]`; as it is where nothing is
+        missing or nothing is heard. Channels are restored one by one, from the same random numbers."""
+        cutoff = (settings or Restoration()).cutoff or band_edge(wav)
+        if not 0 < cutoff <= FULL:
+            return wav
+        starts = clip_starts(wav.shape[-1], self.clip_length)
+        padded = torch.nn.functional.pad(wav, (0, starts[-1] + self.clip_length - wav.shape[-1]))
+        clips = (padded[:, start : start + self.clip_length] for start in starts)
+        return torch.cat(list(self.restored(clips, cutoff, settings)), dim=1)[:, : wav.shape[-1]]
+
+    @staticmethod
+    def _seed(settings: Restoration | None, number: int) -> int:
+        return ((settings or Restoration()).seed + 1_000_003 * number) % 2**63
+
+
+def join_bands(low: Tensor, made: Tensor, cutoff: float) -> Tensor:
+    """`low [B, 1, N]` below the cutoff (Hz), `made [B, 1, N]` above it: the shares of both in a bin add up to 1."""
+    bins = torch.arange(N_FFT // 2 + 1)
+    share = ((bins - bin_of(cutoff) + TRANSITION) / TRANSITION).clamp(0, 1)[:, None]
+    return low + inverse_spectrum(share * spectrum(made - low))
+
+
+def band_edge(wav: Tensor) -> float:
+    """Where the band of a clip `[C, N]` at 48 kHz ends, in Hz: the highest bin within 60 dB of the loudest, its power
+    averaged over all frames. 0 for silence."""
+    frames = wav.shape[-1] // HOP
+    if frames < 4:
+        wav, frames = torch.nn.functional.pad(wav, (0, 4 * HOP)), frames + 4
+    power = spectrum(wav[:, None, : frames * HOP]).abs().square().mean(dim=(0, 2))
+    heard = power > power.max() * 10 ** (-EDGE / 10)
+    return float(heard.nonzero()[-1]) * SAMPLE_RATE / N_FFT if heard.any() else 0.0
+
+
+def clip_starts(num_samples: int, clip: int) -> list[int]:
+    """First samples of overlapping clips that cover `num_samples`; the last may reach beyond the end."""
+    step = clip - round(OVERLAP * clip)
+    return [i * step for i in range(max(1, math.ceil((num_samples - clip) / step) + 1))]
+
+
+def crossfaded(clips: Iterable[Tensor], overlap: int) -> Iterator[Tensor]:
+    """The pieces `[C, n]` of one signal, from clips `[C, N]` of which each shares `overlap` samples with the next.
+
+    What two clips made of the same moment is alike where they agree and unrelated where they do not. So the fade keeps
+    the power that their correlation ρ calls for: gains a and b with a² + b² + 2·ρ·a·b = 1, linear for ρ = 1 and of
+    equal power for ρ = 0.
+    """
+    tail = None  # what the next clip's beginning is faded into
+    for clip in clips:
+        if tail is not None:
+            head = clip[:, :overlap]
+            similar = torch.nn.functional.cosine_similarity(tail, head, dim=1).clamp_min(0)[:, None]
+            rise = ((torch.arange(overlap) + 0.5) / overlap)[None]
+            fade = rise * head + (1 - rise) * tail
+            fade = fade / (rise**2 + (1 - rise) ** 2 + 2 * similar * rise * (1 - rise)).sqrt()
+            clip = torch.cat([fade, clip[:, overlap:]], dim=1)
+        tail = clip[:, -overlap:]
+        yield clip[:, :-overlap]
+    if tail is not None:
+        yield tail

@@ -1,0 +1,339 @@
+"""Training of the three parts, each a run of its own in one folder: `vae`, then `diffusion` on its latents; `vocoder`.
+
+A run's config.json holds the part's sizes and how it was trained; `load_part` builds it again.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from lib.adversary import Adversary, AdversaryConfig
+from lib.configs import check, check_counts, check_numbers, from_fields
+from lib.errors import UserError
+from lib.learner import Batch, Learner, Moment
+from lib.runs import Run
+from lib.superres.data import Examples, Library
+from lib.superres.diffusion import TIMESTEPS, add_noise
+from lib.superres.discriminators import (
+    Discriminators,
+    discriminator_loss,
+    feature_distance,
+    generator_loss,
+    judge_both,
+)
+from lib.superres.mel import HOP, SAMPLE_RATE, log_mel
+from lib.superres.unet import Denoiser, DenoiserConfig
+from lib.superres.vae import MelVae, VaeConfig
+from lib.superres.vocoder import Vocoder, VocoderConfig
+from lib.telemetry import Callback
+from lib.train_config import LENGTH, WITHOUT_EFFECT, LoopConfig, resolved_precision
+from lib.trainer import Trainer, open_accelerator
+
+PARTS = {"vae": (MelVae, VaeConfig), "diffusion": (Denoiser, DenoiserConfig), "vocoder": (Vocoder, VocoderConfig)}
+MEASURED = 64  # examples from which the mel's mean and the latents' scale are taken
+CACHE = 4 * 2**30  # bytes of encoded examples that are kept
+
+
+@dataclass(frozen=True)
+class PartConfig(LoopConfig):
+    """How to train a part: the loop's settings, and which examples an epoch has."""
+
+    clip_seconds: float = 10.24
+    examples: int = 20_000
+    val_examples: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_counts(self, "examples", "val_examples")
+        frames = self.clip_seconds * SAMPLE_RATE / HOP
+        fits = frames >= 16 and abs(frames / 16 - round(frames / 16)) < 1e-6
+        check(fits, "clip_seconds", self.clip_seconds, "a multiple of 0.16, a whole number of latent frames")
+
+    @property
+    def clip_length(self) -> int:
+        """Samples."""
+        return round(self.clip_seconds * SAMPLE_RATE)
+
+
+@dataclass(frozen=True)
+class VaeTraining(PartConfig):
+    kl_weight: float = 1e-4  # small: the latents need a common size, not a normal distribution
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_numbers(self, "kl_weight")
+
+
+@dataclass(frozen=True)
+class DiffusionTraining(PartConfig):
+    condition_dropout: float = 0.1  # share of clips that learn without the context, and as many without any condition
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_numbers(self, "condition_dropout", most=0.5)
+
+
+@dataclass(frozen=True)
+class VocoderTraining(PartConfig):
+    clip_seconds: float = 0.32
+    mel_weight: float = 45.0  # of HiFi-GAN's paper, as is the next
+    feature_weight: float = 2.0
+    period_channels: int = 32
+    scale_channels: int = 128
+    adversary: AdversaryConfig = field(default_factory=lambda: AdversaryConfig(discriminator_learning_rate=1e-4))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.adversary, dict):
+            object.__setattr__(self, "adversary", AdversaryConfig(**self.adversary))
+        check_numbers(self, "mel_weight", "feature_weight")
+        check_counts(self, "period_channels", "scale_channels")
+
+
+# --- what each part learns --------------------------------------------------------------------------------------------
+
+
+def all_parameters(config: LoopConfig, model: nn.Module) -> list[dict[str, Any]]:
+    return [{"params": list(model.parameters()), "full_lr": config.learning_rate}]
+
+
+class VaeLearner(Learner):
+    """To give back mel pictures, of whole and of degraded clips alike: mean absolute error and divergence."""
+
+    batch_names = ("clips", "degraded clips")
+
+    def __init__(self, config: VaeTraining, sizes: VaeConfig, accelerator: Accelerator):
+        model = MelVae(sizes)
+        super().__init__(config, model, all_parameters(config, model), accelerator)
+
+    def parts(self, model: MelVae) -> dict[str, nn.Module]:
+        return {"encoder": model.autoencoder.encoder, "decoder": model.autoencoder.decoder}
+
+    def loss(self, model: nn.Module, batch: Batch, moment: Moment | None = None) -> tuple[Tensor, dict, None]:
+        mel = log_mel(torch.cat(batch))
+        with self.autocast():
+            # in validation the posterior's mean: no random number, and what the diffusion model will be given
+            made, divergence = model(mel, sampled=moment is not None)
+        error, divergence = (made.float() - mel).abs().mean(), divergence.float().mean()
+        return error + self.config.kl_weight * divergence, {"loss/mel": error, "loss/kl": divergence}, None
+
+
+class DiffusionLearner(Learner):
+    """To predict the velocity of noisy latents. A batch is high and low latents `[B, 2·Z, H, W]`, and the low mel."""
+
+    batch_names = ("latents", "degraded mel")
+
+    def __init__(self, config: DiffusionTraining, sizes: DenoiserConfig, accelerator: Accelerator):
+        model = Denoiser(sizes)
+        super().__init__(config, model, all_parameters(config, model), accelerator)
+
+    def loss(self, model: nn.Module, batch: Batch, moment: Moment | None = None) -> tuple[Tensor, dict, None]:
+        high, low = batch[0].chunk(2, dim=1)
+        clips, device = len(high), high.device
+        # in validation the same noise for the same batch, and timesteps all over the schedule
+        generator = None if moment else torch.Generator().manual_seed(0)
+        noise = torch.randn(high.shape, generator=generator).to(device)
+        keeps = (torch.rand(2, clips, generator=generator) >= self.config.condition_dropout).to(device)
+        if moment:
+            timesteps = torch.randint(TIMESTEPS, (clips,)).to(device)
+        else:
+            timesteps = (torch.arange(clips, device=device) * 2 + 1) * TIMESTEPS // (2 * clips)
+            keeps = torch.ones_like(keeps)
+        noisy, velocity = add_noise(high, noise, timesteps)
+        with self.autocast():
+            found = model(noisy, timesteps, low, batch[1], keeps_low=keeps[0], keeps_context=keeps.all(dim=0))
+        error = (found.float() - velocity).square().mean()
+        return error, {"loss/velocity": error}, None
+
+
+class VocoderAdversary(Adversary):
+    betas = (0.8, 0.99)  # HiFi-GAN's
+
+    def loss(self, made: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = discriminator_loss(*judge_both(self.model, real, made))
+        return loss, {"loss": loss}
+
+
+class VocoderLearner(Learner):
+    """To turn mel pictures of whole clips into clips: by mel distance, discriminators, and their features."""
+
+    batch_names = ("clips", "degraded clips")
+
+    def __init__(self, config: VocoderTraining, sizes: VocoderConfig, accelerator: Accelerator):
+        model = Vocoder(sizes, weight_norm=True)
+        judges = Discriminators(config.period_channels, config.scale_channels)
+        adversary = VocoderAdversary(config.adversary, judges, config.max_norm, accelerator)
+        super().__init__(config, model, all_parameters(config, model), accelerator, adversary)
+
+    def loss(
+        self, model: nn.Module, batch: Batch, moment: Moment | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
+        real = batch[0]
+        mel = log_mel(real)
+        with self.autocast():
+            made = model(mel)
+        made = made.float()
+        terms = {"loss/mel": (log_mel(made) - mel).abs().mean()}
+        loss = self.config.mel_weight * terms["loss/mel"]
+        if moment and (critic := self.adversary.critic(moment.step)):
+            of_real, of_made = judge_both(critic, real, made)
+            terms["loss/adversarial"] = generator_loss(of_made)
+            terms["loss/features"] = feature_distance(of_real, of_made)
+            loss = loss + terms["loss/adversarial"] + self.config.feature_weight * terms["loss/features"]
+        return loss, terms, (made, real)
+
+
+class EncodedExamples(Dataset):
+    """`Examples` as the diffusion model learns from them: `[i]` is (latents of the clip and of the degraded one
+    `[2·Z, H, W]`, scaled; the degraded one's log mel `[1, 256, T]`).
+
+    The encoder costs more than a step of the denoiser, so what it made is kept, as long as it fits into the cache.
+    """
+
+    def __init__(self, examples: Examples, vae: MelVae, latent_scale: float, device: torch.device):
+        self.examples, self.vae, self.latent_scale, self.device = examples, vae.to(device), latent_scale, device
+        self.clip_length, self.sample_rate = examples.clip_length, examples.sample_rate
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.room = CACHE
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @torch.no_grad()
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        if i in self.kept:
+            return self.kept[i]
+        mel = log_mel(torch.stack(self.examples[i]).to(self.device))
+        latents = (self.latent_scale * self.vae.encode(mel)).flatten(0, 1).cpu()
+        item = latents, mel[1].cpu()
+        self.room -= sum(tensor.nbytes for tensor in item)
+        if self.room >= 0:
+            self.kept[i] = item
+        return item
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def train_vae(folder: str | Path, library: Library, sizes: VaeConfig, config: VaeTraining, **options: Any) -> Run:
+    """Train the autoencoder into `folder/vae`. Mean and deviation of the log mel are measured first.
+
+    `options` of all three functions: `resume`, `progress` and `callbacks` as in `lib.trainer.train`.
+    """
+    mean, std = measured_mel(examples_of(library, config)["train"])
+    sizes = dataclasses.replace(sizes, mel_mean=mean, mel_std=std)
+    return train_part(folder, "vae", library, sizes, config, VaeLearner, **options)
+
+
+def train_diffusion(
+    folder: str | Path,
+    library: Library,
+    sizes: DenoiserConfig,
+    config: DiffusionTraining,
+    name: str = "diffusion",
+    **options: Any,
+) -> Run:
+    """Train the denoiser and its encoder into `folder/<name>`, on latents of `folder/vae`, whose scale is measured."""
+    vae_run = Run.open(Path(folder) / "vae")
+    vae = load_part(vae_run, "vae").requires_grad_(False)
+    if vae.config.latent_channels != sizes.latent_channels:
+        raise UserError(
+            f"latent_channels={sizes.latent_channels} does not fit {vae_run.path}, whose latents have "
+            f"{vae.config.latent_channels}; use that number"
+        )
+    scale = measured_scale(examples_of(library, config)["train"], vae)
+    facts = {"latent_scale": scale, "vae_sha256": vae_run.weights_sha256()}
+
+    def encoded(examples: Examples, accelerator: Accelerator) -> EncodedExamples:
+        return EncodedExamples(examples, vae, scale, accelerator.device)
+
+    return train_part(folder, name, library, sizes, config, DiffusionLearner, facts=facts, prepare=encoded, **options)
+
+
+def train_vocoder(
+    folder: str | Path, library: Library, sizes: VocoderConfig, config: VocoderTraining, **options: Any
+) -> Run:
+    """Train HiFi-GAN against its discriminators into `folder/vocoder`."""
+    return train_part(folder, "vocoder", library, sizes, config, VocoderLearner, **options)
+
+
+def train_part(
+    folder: str | Path,
+    name: str,
+    library: Library,
+    sizes: Any,
+    config: PartConfig,
+    learner: type[Learner],
+    *,
+    facts: dict[str, Any] | None = None,
+    prepare: Callable[[Examples, Accelerator], Dataset] = lambda examples, accelerator: examples,
+    resume: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
+    config = dataclasses.replace(config, precision=resolved_precision(config.precision))
+    accelerator = open_accelerator()
+    examples = examples_of(library, config)
+    config.check_sizes({split: len(found) for split, found in examples.items()}, accelerator.num_processes)
+    wanted = {"sizes": dataclasses.asdict(sizes), "train": dataclasses.asdict(config), "data": library.fingerprint}
+    with accelerator.main_process_first():  # makes the run that the others open
+        run = Run.start(
+            Path(folder) / name,
+            wanted | (facts or {}),
+            resume=resume or not accelerator.is_main_process,
+            free={"train": LENGTH + WITHOUT_EFFECT},
+        )
+    config = from_fields(type(config), run.config["train"])
+    data = {split: prepare(found, accelerator) for split, found in examples.items()}
+    Trainer(run, config, data, lambda device: learner(config, sizes, device), callbacks).run_to_end(progress=progress)
+    accelerator.wait_for_everyone()
+    return run
+
+
+def load_part(run: Run, part: str, which: str = "best") -> nn.Module:
+    """A trained part in eval mode, on the CPU; a vocoder's weights as plain ones. `UserError` where the run is of
+    something else."""
+    model_type, config_type = PARTS[part]
+    try:
+        sizes = from_fields(config_type, {key: as_tuple(value) for key, value in run.config["sizes"].items()})
+    except (KeyError, AttributeError, UserError):
+        raise UserError(
+            f"{run.path / 'config.json'}: describes no {part} of a super-resolver; name its folder"
+        ) from None
+    model = Vocoder(sizes, weight_norm=True) if part == "vocoder" else model_type(sizes)
+    run.load_weights(model, which)
+    if part == "vocoder":
+        model.fold_weight_norm()
+    return model
+
+
+def as_tuple(value: Any) -> Any:
+    """JSON has lists where configs have tuples."""
+    if isinstance(value, dict):
+        return {key: as_tuple(item) for key, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def examples_of(library: Library, config: PartConfig) -> dict[str, Examples]:
+    counts = {"train": config.examples, "val": config.val_examples}
+    return {split: Examples(library, split, count, config.clip_length, config.seed) for split, count in counts.items()}
+
+
+def measured_mel(examples: Examples) -> tuple[float, float]:
+    """Mean and standard deviation of the log mel, over the first examples, degraded ones with the others."""
+    mels = torch.stack([log_mel(torch.stack(examples[i])) for i in range(min(MEASURED, len(examples)))])
+    return mels.mean().item(), mels.std().item()
+
+
+@torch.no_grad()
+def measured_scale(examples: Examples, vae: MelVae) -> float:
+    """What latents are multiplied with to have a standard deviation of 1, from the first examples' whole clips."""
+    latents = [vae.encode(log_mel(examples[i][0][None])) for i in range(min(MEASURED, len(examples)))]
+    return 1 / torch.cat(latents).std().item()

@@ -1,0 +1,140 @@
+"""The denoiser: a UNet over mel latents that listens to the low-resolution clip in two ways.
+
+Its latents come in beside the noisy ones, channel by channel; the global encoder's context comes in by cross-attention.
+Resnet blocks, sampling and skip connections are diffusers' `UNet2DConditionModel`, its transformers are replaced.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import Transformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+from lib.configs import check
+from lib.superres.encoder import EncoderConfig, GlobalAudioEncoder
+
+CONTEXTS = ("sequence", "pooled")
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Sizes of the UNet and its encoder; the defaults are seed 004's."""
+
+    latent_channels: int = 16
+    channels: tuple[int, ...] = (128, 256, 384, 640)  # of each level, half as large as the one before
+    attention: tuple[bool, ...] = (False, True, True, True)  # levels at 1/2, 1/4 and 1/8 have transformers
+    num_res_blocks: int = 2
+    head_channels: int = 32
+    transformers: int = 2  # at each place that has them
+    norm_groups: int = 32
+    context: str = "sequence"  # what cross-attention sees: 'pooled' is the seed's one vector
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+
+    def __post_init__(self):
+        if isinstance(self.encoder, dict):
+            object.__setattr__(self, "encoder", EncoderConfig(**self.encoder))
+        check(self.context in CONTEXTS, "context", self.context, f"one of {', '.join(CONTEXTS)}")
+        check(len(self.attention) == len(self.channels), "attention", self.attention, "one value for each of channels")
+
+
+class GlobalTransformer(nn.Module):
+    """Cross-attention of every place of a map to the global context, then the ordinary transformer block.
+
+    Seed 004's `GlobalConditionedSpatialTransformer`: the context is projected to the map's channels, what the places
+    attend to is added to them, and self-attention and feed-forward layers follow.
+    """
+
+    def __init__(self, channels: int, head_channels: int, context_dim: int, norm_groups: int):
+        super().__init__()
+        heads = channels // head_channels
+        self.global_projection = nn.Linear(context_dim, channels)
+        self.global_attention = nn.MultiheadAttention(channels, heads, batch_first=True)
+        self.block = Transformer2DModel(
+            heads, head_channels, channels, norm_num_groups=norm_groups, double_self_attention=True
+        )
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """`x [B, C, H, W]`, `context [B, L, context_dim]` → `[B, C, H, W]`."""
+        x = x + self.attend(x, context)
+        return self.block(x, return_dict=False)[0]
+
+    def attend(self, x: Tensor, context: Tensor) -> Tensor:
+        """What each place receives of the context, `[B, C, H, W]`. With L = 1 the softmax is over one key: its weight
+        is 1 wherever the question comes from, and every place receives the same."""
+        keys = self.global_projection(context)  # [B, L, C]
+        places = x.flatten(2).transpose(1, 2)  # [B, H·W, C]
+        received, _ = self.global_attention(places, keys, keys, need_weights=False)
+        return received.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class TransformerStack(nn.Sequential):
+    """Global transformers one after the other, called the way diffusers' blocks call theirs."""
+
+    def forward(self, x: Tensor, encoder_hidden_states: Tensor, **_: object) -> tuple[Tensor]:
+        for transformer in self:
+            x = transformer(x, encoder_hidden_states)
+        return (x,)
+
+
+def make_unet(config: DenoiserConfig) -> UNet2DConditionModel:
+    """Noisy and low-resolution latents `[B, 2·Z, H, W]`, timesteps `[B]`, context `[B, L, context_dim]` → velocity
+    `[B, Z, H, W]`."""
+    kinds = ["CrossAttn" * attends + "{}Block2D" for attends in config.attention]
+    unet = UNet2DConditionModel(
+        in_channels=2 * config.latent_channels,
+        out_channels=config.latent_channels,
+        block_out_channels=config.channels,
+        down_block_types=tuple(kind.format("Down") for kind in kinds),
+        up_block_types=tuple(kind.format("Up") for kind in reversed(kinds)),
+        layers_per_block=config.num_res_blocks,
+        norm_num_groups=config.norm_groups,
+        attention_head_dim=tuple(c // config.head_channels for c in config.channels),  # the library's name for heads
+        cross_attention_dim=config.encoder.context_dim,
+    )
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        for i, replaced in enumerate(getattr(block, "attentions", ())):
+            sizes = (replaced.in_channels, config.head_channels, config.encoder.context_dim, config.norm_groups)
+            block.attentions[i] = TransformerStack(*(GlobalTransformer(*sizes) for _ in range(config.transformers)))
+    return unet
+
+
+class Denoiser(nn.Module):
+    """Encoder and UNet, which learn together, and what stands for a condition that is left out."""
+
+    def __init__(self, config: DenoiserConfig | None = None):
+        super().__init__()
+        config = config or DenoiserConfig()
+        self.config = config
+        self.encoder = GlobalAudioEncoder(config.encoder)
+        self.unet = make_unet(config)
+        self.null_context = nn.Parameter(torch.zeros(1, 1, config.encoder.context_dim))
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        low: Tensor,
+        mel: Tensor,
+        keeps_low: Tensor | None = None,
+        keeps_context: Tensor | None = None,
+    ) -> Tensor:
+        """Predicted velocity `[B, Z, H, W]`, of noisy latents and low-resolution latents of that shape, and the
+        low-resolution mel `[B, 1, 256, T]`. `keeps_low`, `keeps_context`: `[B]`, false where that is left out."""
+        context = self.context(mel, keeps_context)
+        if keeps_low is not None:
+            low = low * keeps_low[:, None, None, None]
+        return self.denoise(noisy, timesteps, low, context)
+
+    def context(self, mel: Tensor, keeps: Tensor | None = None) -> Tensor:
+        """`[B, L, context_dim]`: with 'sequence' one for each mel frame and the pooled one before them, with 'pooled'
+        that alone. Where `keeps [B]` is false, all of them are the learned stand-in."""
+        pooled, sequence = self.encoder(mel)
+        context = pooled[:, None]
+        if self.config.context == "sequence":
+            context = torch.cat([context, sequence], dim=1)
+        if keeps is None:
+            return context
+        return torch.where(keeps[:, None, None], context, self.null_context)
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, low: Tensor, context: Tensor) -> Tensor:
+        return self.unet(torch.cat([noisy, low], dim=1), timesteps, context, return_dict=False)[0]

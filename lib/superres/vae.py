@@ -1,0 +1,62 @@
+"""The KL autoencoder of log-mel pictures: diffusers' `AutoencoderKL`, which is the architecture of the seed's."""
+
+from dataclasses import dataclass
+
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """Sizes; the defaults are seed 004's. Each level but the last halves both sides of the picture."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 1024)
+    num_res_blocks: int = 2
+    latent_channels: int = 16
+    norm_groups: int = 32
+    mel_mean: float = 0.0  # of the training set's log mel, taken out before the first layer
+    mel_std: float = 1.0
+
+
+class MelVae(nn.Module):
+    """Log mel `[B, 1, 256, T]` ⇄ latents `[B, Z, 32, T / 8]` (with four levels)."""
+
+    def __init__(self, config: VaeConfig | None = None):
+        super().__init__()
+        config = config or VaeConfig()
+        self.config = config
+        levels = len(config.channels)
+        self.autoencoder = AutoencoderKL(
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=config.channels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            layers_per_block=config.num_res_blocks,
+            latent_channels=config.latent_channels,
+            norm_num_groups=config.norm_groups,
+        )
+
+    @property
+    def stride(self) -> int:
+        """Mel frames, and bands, to one place of the latent map."""
+        return 2 ** (len(self.config.channels) - 1)
+
+    def encode(self, mel: Tensor) -> Tensor:
+        """The posterior's mean, which needs no random numbers."""
+        return self._posterior(mel).mode()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        normal = self.autoencoder.decode(latents, return_dict=False)[0]
+        return normal * self.config.mel_std + self.config.mel_mean
+
+    def forward(self, mel: Tensor, *, sampled: bool = True) -> tuple[Tensor, Tensor]:
+        """Reconstruction `[B, 1, 256, T]` of a sample of the posterior, or of its mean, and the divergence from a unit
+        normal `[B]`, a mean over the latents, in nats."""
+        posterior = self._posterior(mel)
+        latents = posterior.sample() if sampled else posterior.mode()
+        return self.decode(latents), posterior.kl() / latents[0].numel()
+
+    def _posterior(self, mel: Tensor):
+        normal = (mel - self.config.mel_mean) / self.config.mel_std
+        return self.autoencoder.encode(normal, return_dict=False)[0]
