@@ -22,12 +22,16 @@ from lib.agent import MaskingConfig
 from lib.audio import AUDIO_SUFFIXES
 from lib.cascade import CascadeConfig
 from lib.codec import Codec, load_codec
+from lib.configs import check
 from lib.curriculum import CurriculumConfig
 from lib.errors import UserError
 from lib.files import make_folder, write_atomic
 from lib.latents import EncodeReport, encode_manifest
 from lib.losses import LossConfig
 from lib.pairs import Manifest, build_manifest, read_manifest
+from lib.superres.data import Library, read_library
+from lib.superres.plans import FULL_PLAN, SMALL_PLAN
+from lib.superres.plans import Plan as SuperresPlan
 from lib.synth import make_demo_dataset
 from lib.train_config import NESTED, TrainConfig
 from lib.variants import NAMED, SCHEDULED, Variant, chosen_variants
@@ -35,6 +39,8 @@ from lib.variants import NAMED, SCHEDULED, Variant, chosen_variants
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in notebooks mean this folder, wherever a kernel starts
 RECORD = ROOT / "outputs" / "record"  # what `make record` wrote
 DEMO_SONGS = 16
+UPPER_BAND = {"num_songs": 12, "seconds": 10.0, "sample_rate": 48_000}  # demo songs for super-resolution
+PLANS = {"small": SMALL_PLAN, "full": FULL_PLAN}
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,18 @@ class Preset:
     schedule_batch_size: int = 2
     schedule_layers: int = 1
     schedule_seeds: int = 2
-    record_variants: str = "all"  # of `make record`, whose runs are longer; it adds the named settings at full depth
+    # notebook 06: super-resolution
+    superres_plan: str = "small"  # sizes of its parts, in PLANS
+    superres_vae_steps: int = 110
+    superres_steps: int = 170  # of each of the two diffusion models
+    superres_sampler_steps: int = 20
+    superres_clips: int = 8  # at each cutoff, on which methods are compared
+    # of `make record`, whose runs are longer; it adds the named settings at full depth
+    record_variants: str = "all"
     record_steps: int = 100
+    record_superres_vae_steps: int = 1200
+    record_superres_steps: int = 2500
+    record_superres_clips: int = 32
 
     @property
     def plan(self) -> Plan:
@@ -106,6 +122,11 @@ class Preset:
             curriculum=CurriculumConfig(noise_rate=0.002, noise_start=10, target_shuffling=0.25),
         )
         return Plan(SCHEDULED, self.schedule_layers, self.schedule_seeds, train, MaskingConfig("learned"))
+
+    @property
+    def superres(self) -> SuperresPlan:
+        """What notebook 06 trains."""
+        return PLANS[self.superres_plan].lasting(self.superres_vae_steps, self.superres_steps)
 
     @property
     def cascade(self) -> CascadeConfig:
@@ -158,8 +179,15 @@ PRESETS = {
         ablation_val_pairs=8,
         schedule_epochs=2,
         schedule_seeds=1,
+        superres_vae_steps=4,
+        superres_steps=4,
+        superres_sampler_steps=3,
+        superres_clips=2,
         record_variants="named",
         record_steps=10,
+        record_superres_vae_steps=6,
+        record_superres_steps=6,
+        record_superres_clips=2,
     ),
     # the full model on short clips: a few minutes on two cores
     "demo": Preset(
@@ -218,7 +246,15 @@ PRESETS = {
         schedule_pairs=256,
         schedule_batch_size=8,
         schedule_layers=6,
+        superres_plan="full",
+        superres_vae_steps=200_000,
+        superres_steps=500_000,
+        superres_sampler_steps=50,
+        superres_clips=64,
         record_steps=2000,
+        record_superres_vae_steps=200_000,
+        record_superres_steps=500_000,
+        record_superres_clips=64,
     ),
 }
 
@@ -262,9 +298,11 @@ def load_preset(name: str, /, **overrides: Any) -> Preset:
             raise UserError(f"{key}={getattr(changed, key)!r} is not allowed; use more than {least:g}")
     for field in dataclasses.fields(Preset):
         key = field.name
-        if key.startswith(("ablation_", "record_", "schedule_")) and field.type is int and getattr(changed, key) < 1:
+        counts = key.startswith(("ablation_", "record_", "schedule_", "superres_")) and field.type is int
+        if counts and getattr(changed, key) < 1:
             raise UserError(f"{key}={getattr(changed, key)!r} is not allowed; use 1 or more")
     chosen_variants(changed.record_variants, "record_variants")
+    check(changed.superres_plan in PLANS, "superres_plan", changed.superres_plan, f"one of {', '.join(PLANS)}")
     _ = changed.cascade, changed.plan, changed.schedule  # refuses what no cascade can be built from
     return changed
 
@@ -313,6 +351,19 @@ class Project:
         manifest = _manifest(self.manifest.root, folder / "manifest.jsonl", seconds, self.preset)
         latents = encode_manifest(manifest, self.codec, ROOT / "data" / "latents")
         return run_plan(plan, latents.index, self.preset.codec, folder / "runs")
+
+    def upper_band(self) -> tuple[Library, str]:
+        """Music to learn super-resolution from, and in words where it comes from: the project's own songs, or generated
+        ones where those are generated too or hold no upper band."""
+        clip_length, why = self.preset.superres.training.clip_length, ""
+        if self.manifest.root != ROOT / "data" / "demo":
+            try:
+                return read_library(self.manifest.root, clip_length), f"the music in {self.manifest.root}"
+            except UserError as error:
+                why = f", because of {error}"
+        folder = ROOT / "data" / "demo_48k"
+        make_demo_dataset(folder, **UPPER_BAND)
+        return read_library(folder, clip_length), f"generated songs{why}"
 
     def grid(self) -> tuple[tuple[Result, ...], str]:
         """The whole ablation grid and where it comes from: the preset's own if it runs all variants, else the record

@@ -3,8 +3,10 @@ Dhariwal 2021, arXiv 2102.09672), and deterministic sampling (DDIM, Song et al. 
 classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598). Schedule and sampler are diffusers'.
 """
 
+import functools
+from typing import Any
+
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from lib.superres.unet import Denoiser
@@ -12,7 +14,9 @@ from lib.superres.unet import Denoiser
 TIMESTEPS = 1000
 
 
-def make_scheduler() -> DDIMScheduler:
+def make_scheduler() -> Any:
+    from diffusers import DDIMScheduler  # seconds, which only those pay who use one
+
     return DDIMScheduler(
         num_train_timesteps=TIMESTEPS,
         beta_schedule="squaredcos_cap_v2",
@@ -22,13 +26,13 @@ def make_scheduler() -> DDIMScheduler:
     )
 
 
-SCHEDULER = make_scheduler()  # its tables; sampling takes one of its own, which counts steps
+schedule = functools.cache(make_scheduler)  # for its tables; sampling takes one of its own, which counts steps
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """Noisy latents and the velocity to be predicted, `[B, Z, H, W]` each, at `timesteps [B]`, 0 to 999."""
-    noisy = SCHEDULER.add_noise(latents, noise, timesteps)
-    return noisy, SCHEDULER.get_velocity(latents, noise, timesteps)
+    noisy = schedule().add_noise(latents, noise, timesteps)
+    return noisy, schedule().get_velocity(latents, noise, timesteps)
 
 
 @torch.no_grad()

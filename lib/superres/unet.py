@@ -7,7 +7,6 @@ Resnet blocks, sampling and skip connections are diffusers' `UNet2DConditionMode
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from lib.configs import check
@@ -45,6 +44,8 @@ class GlobalTransformer(nn.Module):
     """
 
     def __init__(self, channels: int, head_channels: int, context_dim: int, norm_groups: int):
+        from diffusers import Transformer2DModel  # seconds, which only those pay who build one
+
         super().__init__()
         heads = channels // head_channels
         self.global_projection = nn.Linear(context_dim, channels)
@@ -76,9 +77,11 @@ class TransformerStack(nn.Sequential):
         return (x,)
 
 
-def make_unet(config: DenoiserConfig) -> UNet2DConditionModel:
+def make_unet(config: DenoiserConfig) -> nn.Module:
     """Noisy and low-resolution latents `[B, 2·Z, H, W]`, timesteps `[B]`, context `[B, L, context_dim]` → velocity
     `[B, Z, H, W]`."""
+    from diffusers import UNet2DConditionModel
+
     kinds = ["CrossAttn" * attends + "{}Block2D" for attends in config.attention]
     unet = UNet2DConditionModel(
         in_channels=2 * config.latent_channels,

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 
@@ -22,6 +21,8 @@ class MelVae(nn.Module):
     """Log mel `[B, 1, 256, T]` ⇄ latents `[B, Z, 32, T / 8]` (with four levels)."""
 
     def __init__(self, config: VaeConfig | None = None):
+        from diffusers import AutoencoderKL  # seconds, which only those pay who build one
+
         super().__init__()
         config = config or VaeConfig()
         self.config = config

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 from lib.superres.mel import HOP, MELS, inverse_spectrum, magnitudes_of, spectrum
 
@@ -30,6 +29,8 @@ class Vocoder(nn.Module):
     """Log mel `[B, 1, 256, T]` → waveform `[B, 1, 480 · T]`."""
 
     def __init__(self, config: VocoderConfig | None = None, *, weight_norm: bool = False):
+        from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig  # a second, which only those pay who build one
+
         super().__init__()
         config = config or VocoderConfig()
         self.config = config
