@@ -335,6 +335,11 @@ def _filter_width(ratio: Fraction) -> int:
     return math.ceil(6 * ratio.numerator / (min(ratio.numerator, ratio.denominator) * 0.99))
 
 
+def resample(wav: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
+    """`[C, N]` at another rate: a windowed sinc, as `load_audio` has it."""
+    return _resample(wav, _rate_ratio(from_rate, to_rate))
+
+
 def _resample(wav: torch.Tensor, ratio: Fraction) -> torch.Tensor:
     if ratio == 1:
         return wav

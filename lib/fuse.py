@@ -1,16 +1,19 @@
 """Fuse two files into one with a trained run.
 
     python -m lib.fuse INPUT TARGET -o OUT.wav --run outputs/demo
+    python -m lib.fuse INPUT TARGET -o OUT.wav --run outputs/demo --superres outputs/demo/superres
     python -m lib.fuse --recipe FAVOURITE.json -o OUT.wav
 
 Files of any length: they are read, fused and written in chunks of 16 s that overlap by a second and are crossfaded, so
-memory does not grow with the length. The output is exactly as long as the shorter file, mono, 24 kHz.
+memory does not grow with the length. The output is exactly as long as the shorter file, mono, 24 kHz; with a trained
+super-resolver, 48 kHz with the upper band restored.
 A recipe, which the playground of notebook 05 writes beside a favourite, gives the same samples again, bit for bit.
 """
 
 import argparse
 import contextlib
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,9 @@ from lib.errors import UserError, exit_on_user_error
 from lib.fusion import FusionModel
 from lib.rendition import follow_recipe
 from lib.runs import Run, versions
+from lib.superres import mel
+from lib.superres.files import Restored, restore_file
+from lib.superres.resolver import Restoration, SuperResolver
 
 CHUNK = 16 * SAMPLE_RATE  # samples: the clip length that the seeds' system works on
 OVERLAP = 1 * SAMPLE_RATE
@@ -80,6 +86,30 @@ def fuse_files(
     return FuseReport(out_path, num_samples, len(bounds), peak)
 
 
+def fuse_and_restore(
+    input_path: str | Path,
+    target_path: str | Path,
+    out_path: str | Path,
+    run: Run,
+    codec: Codec,
+    resolver: SuperResolver,
+    settings: Restoration | None = None,
+    *,
+    which: str = "best",
+) -> Restored:
+    """Fuse two audio files and write the result at 48 kHz with its upper band restored. Errors as in `fuse_files`."""
+    out_path = Path(out_path)
+    _check_out(out_path, (input_path, target_path))
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".fused-", dir=out_path.parent)
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror}); choose an existing folder you may write to"
+        raise UserError(f"{out_path}: {reason}") from None
+    with folder as name:
+        fused = fuse_files(input_path, target_path, Path(name) / "fusion.wav", run, codec, which=which)
+        return restore_file(fused.path, out_path, resolver, settings or Restoration())
+
+
 def _check_out(out_path: str | Path, clips: Iterable[str | Path]) -> None:
     if Path(out_path).resolve() in [Path(path).resolve() for path in clips]:
         raise UserError(f"{out_path}: is one of the two clips; choose another output file")
@@ -122,12 +152,13 @@ def main() -> None:
     parser.add_argument("--recipe", help="JSON beside a saved favourite, instead of the two files: makes it again")
     parser.add_argument("-o", "--out", required=True, help="output file; .wav holds any level")
     parser.add_argument("--run", help="run directory, such as outputs/demo (default: the recipe's)")
+    parser.add_argument("--superres", help="trained super-resolver, such as outputs/demo/superres: 48 kHz")
     parser.add_argument("--codec", help="mdct, encodec or a directory of EnCodec weights (default: the run's codec)")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or the recipe's")
     options = parser.parse_args()
     if options.recipe:
-        if options.input or options.checkpoint:
-            parser.error("--recipe says which clips and which checkpoint; leave out the files and --checkpoint")
+        if options.input or options.checkpoint or options.superres:
+            parser.error("--recipe makes the same samples again; leave out the files, --checkpoint and --superres")
     elif not (options.target and options.run):
         parser.error("give INPUT, TARGET and --run, or --recipe")
     with exit_on_user_error():
@@ -141,9 +172,16 @@ def fuse(options: argparse.Namespace) -> int:
         raise UserError(f"{run.path / 'config.json'}: damaged, it names no codec; restore it or train again")
     codec = load_codec(options.codec or trained_on["name"])
     which = options.checkpoint or "best"
-    report = fuse_files(options.input, options.target, options.out, run, codec, which=which)
-    seconds = report.num_samples / SAMPLE_RATE
-    print(f"{report.path}: {seconds:.2f} s in {report.chunks} chunk(s), peak {report.peak:.3f}")
+    clips = (options.input, options.target)
+    if options.superres is None:
+        report = fuse_files(*clips, options.out, run, codec, which=which)
+        seconds = report.num_samples / SAMPLE_RATE
+        print(f"{report.path}: {seconds:.2f} s in {report.chunks} chunk(s), peak {report.peak:.3f}")
+        return 0
+    resolver = SuperResolver(options.superres, device="cuda" if torch.cuda.is_available() else "cpu")
+    restored = fuse_and_restore(*clips, options.out, run, codec, resolver, which=which)
+    seconds, above = restored.num_samples / mel.SAMPLE_RATE, restored.cutoff / 1000
+    print(f"{restored.path}: {seconds:.2f} s at 48 kHz, restored above {above:.1f} kHz, peak {restored.peak:.3f}")
     return 0
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.agent import apply_mask
-from lib.audio import AUDIO_SUFFIXES, MIN_SAMPLES, SAMPLE_RATE, AudioError, AudioReport, check_audio
+from lib.audio import AUDIO_SUFFIXES, MIN_SAMPLES, SAMPLE_RATE, AudioError, AudioReport, check_audio, resample
 from lib.codec import Codec
 from lib.errors import UserError
 from lib.files import make_folder, write_atomic
@@ -28,10 +28,13 @@ from lib.player import Players, PlayerWidget
 from lib.plots import mel_power, taken_pictures
 from lib.rendition import Rendition, Settings, load_pair, render
 from lib.runs import Run
+from lib.superres import mel
+from lib.superres.resolver import Restoration, SuperResolver
 
 UPLOADED = "uploaded files"  # the choice beside the validation pairs
 BLENDS = {"the masks": 0.0, "blended by half with 0.5": 0.5, "0.5 everywhere": 1.0}  # what a headless run shows
 ACCEPT = ",".join(AUDIO_SUFFIXES)
+PREVIEW_STEPS = 20  # of the super-resolver's sampler, for an ear that waits
 SLIDER = {"style": {"description_width": "11rem"}, "layout": {"width": "30rem", "max_width": "100%"}}
 
 
@@ -40,6 +43,7 @@ class Heard(NamedTuple):
 
     wavs: dict[str, Tensor]  # name → [1, N]: input, target, an output for each run, the plain average
     taken: dict[str, tuple[Tensor, Tensor]]  # run with masks → mel powers [80, F] of what it took from either clip
+    sample_rate: int = SAMPLE_RATE
 
 
 def whole_clip(manifest: Manifest, clip: Clip) -> Clip:
@@ -92,18 +96,48 @@ class Models:
 class Listening:
     """The panel over validation pairs and uploaded files, for runs on one codec's latents."""
 
-    def __init__(self, codec: Codec, manifest: Manifest, runs: Mapping[str, Run], uploads: str | Path):
+    def __init__(
+        self,
+        codec: Codec,
+        manifest: Manifest,
+        runs: Mapping[str, Run],
+        uploads: str | Path,
+        superres: str | Path | None = None,
+    ):
         """`manifest`: its validation pairs can be chosen. `runs`: name → run, the first one is chosen at the start.
-        `uploads`: folder in which uploaded files are kept, so that a recipe can name them."""
+        `uploads`: folder in which uploaded files are kept, so that a recipe can name them. `superres`: where a
+        super-resolver lies, or will once notebook 06 has trained it."""
         self.codec, self.runs, self.uploads = codec, dict(runs), Path(uploads)
+        self.superres = superres and Path(superres)
         self.clip_length = manifest.clip_length
         pairs = [(pair.input, pair.target) for pair in manifest.split("val")]
         self.pairs = {describe_pair(*pair): tuple(whole_clip(manifest, clip) for clip in pair) for pair in pairs}
         self.model = Models(self.runs, codec)
 
-    def hear(self, input: Clip, target: Clip, runs: Iterable[str], settings: Settings | None = None) -> Heard:
-        """`listen` to clips of files by runs of these names."""
-        return listen({name: self.model(name) for name in runs}, self.codec, *load_pair(input, target), settings)
+    @property
+    def can_restore(self) -> bool:
+        """Whether there is a super-resolver."""
+        return self.superres is not None and (self.superres / "diffusion" / "best").exists()
+
+    def hear(
+        self,
+        input: Clip,
+        target: Clip,
+        runs: Iterable[str],
+        settings: Settings | None = None,
+        *,
+        restored: bool = False,
+    ) -> Heard:
+        """`listen` to clips of files by runs of these names; with `restored` at 48 kHz, outputs with an upper band."""
+        heard = listen({name: self.model(name) for name in runs}, self.codec, *load_pair(input, target), settings)
+        if not restored:
+            return heard
+        resolver = SuperResolver(self.superres)
+        wavs = {name: resample(wav, SAMPLE_RATE, mel.SAMPLE_RATE) for name, wav in heard.wavs.items()}
+        for name in wavs:
+            if name.startswith("output"):
+                wavs[name] = resolver.restore_signal(wavs[name], Restoration(steps=PREVIEW_STEPS))
+        return heard._replace(wavs=wavs, sample_rate=mel.SAMPLE_RATE)
 
     def blends(self, pair: str | None = None) -> Figure | None:
         """What is taken from which clip, the learned masks blended with one half; None for a run without masks."""
@@ -135,15 +169,19 @@ class _Panel:
         self.blend = ipywidgets.FloatSlider(
             0, min=0, max=1, step=0.05, description="blend masks with 0.5", continuous_update=False, **SLIDER
         )
+        upper_band = "restore the outputs' upper band (48 kHz)"
+        if not listening.can_restore:
+            upper_band += ": notebook 06 trains what it takes"
+        self.restored = ipywidgets.Checkbox(False, description=upper_band, disabled=not listening.can_restore, **SLIDER)
         self.message = Message()
         self.uploads = ipywidgets.VBox([upload.box for upload in self.files.values()])
         self.uploads.layout.display = "none"
         self.heard = ipywidgets.Label()  # which pair the players play
         self.players = PlayerWidget()
         self.masks = ipywidgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
-        controls = (self.pair, self.uploads, self.runs, self.blend, self.message.html)
+        controls = (self.pair, self.uploads, self.runs, self.blend, self.restored, self.message.html)
         self.box = ipywidgets.VBox([*controls, self.heard, self.players, self.masks])
-        for control in (self.pair, self.runs, self.blend):
+        for control in (self.pair, self.runs, self.blend, self.restored):
             control.observe(self.redraw, names="value")
         for upload in self.files.values():
             upload.on_change(self.redraw)
@@ -169,12 +207,13 @@ class _Panel:
                 return self.message.say("Choose two audio files: WAV, FLAC, OGG or MP3.")
             if not self.runs.value:
                 raise UserError("runs: none is chosen; click one, or several with Ctrl")
-            heard = self.listening.hear(*clips, self.runs.value, Settings(mask_blend=self.blend.value))
-            self.players.html = Players(heard.wavs)._repr_html_()
+            settings = Settings(mask_blend=self.blend.value)
+            heard = self.listening.hear(*clips, self.runs.value, settings, restored=self.restored.value)
+            self.players.html = Players(heard.wavs, heard.sample_rate)._repr_html_()
             self.heard.value = "playing " + self.title()
             self.masks.layout.display = None if heard.taken else "none"
             if heard.taken:
-                seconds = heard.wavs["input"].shape[-1] / SAMPLE_RATE
+                seconds = heard.wavs["input"].shape[-1] / heard.sample_rate
                 titles = {f"taken by {name}": found for name, found in heard.taken.items()}
                 self.masks.value = figure_png(taken_pictures(titles, seconds))
         return None

@@ -36,13 +36,22 @@ from lib.presets import PRESETS, ROOT, Preset, load_preset, open_project
 from lib.report import write_report
 from lib.runs import Run
 
-NOTEBOOKS = ("01_encoding", "02_stage_ablation", "03_rms_collapse", "04_training", "05_listening")
+NOTEBOOKS = (
+    "01_encoding",
+    "02_stage_ablation",
+    "03_rms_collapse",
+    "04_training",
+    "05_listening",
+    "06_super_resolution",
+)
 LEAD = (
     "Two clips of music, an input and a target, become latents of a frozen codec; a cascade of transformer stages "
     "fuses them; the codec turns the result back into sound. This page shows one run of that: what it sounds like, how "
     "it was trained, and what the codec does. Every figure, number and player comes from the notebook named below it."
 )
-NEEDS = {"05_listening": "04_training"}  # to be done again when the other has been
+TRAINING = ("04_training", "06_super_resolution")  # those that can go on where they were stopped
+# to be done again when the other has been
+NEEDS = {"05_listening": "04_training", "06_super_resolution": "04_training"}
 USER_ERRORS = {error.__name__ for error in (UserError, AudioError, CorruptShardError)}
 
 
@@ -80,7 +89,7 @@ def run_notebooks(
     parameters = {"preset": preset_name, "overrides": overrides, "data_dir": data, "out_dir": str(out)}
     inputs = json.dumps([parameters, project.codec.fingerprint, project.latents.index.name])  # index: by content
     for number, name in enumerate(only, start=1):
-        given = parameters | ({"resume": resume} if name == "04_training" else {})
+        given = parameters | ({"resume": resume} if name in TRAINING else {})
         stamp = done_path(out, name)
         needed = json.dumps(finished(out, NEEDS[name])) if name in NEEDS else ""
         state = hashlib.sha256((inputs + needed + notebook_path(name).read_text()).encode()).hexdigest()

@@ -30,6 +30,7 @@ from lib.latents import EncodeReport, encode_manifest
 from lib.losses import LossConfig
 from lib.pairs import Manifest, build_manifest, read_manifest
 from lib.superres.data import Library, read_library
+from lib.superres.evaluation import Score, read_scores
 from lib.superres.plans import FULL_PLAN, SMALL_PLAN
 from lib.superres.plans import Plan as SuperresPlan
 from lib.synth import make_demo_dataset
@@ -127,6 +128,11 @@ class Preset:
     def superres(self) -> SuperresPlan:
         """What notebook 06 trains."""
         return PLANS[self.superres_plan].lasting(self.superres_vae_steps, self.superres_steps)
+
+    @property
+    def recorded_superres(self) -> SuperresPlan:
+        """The same, for as long as `make record` trains it."""
+        return PLANS[self.superres_plan].lasting(self.record_superres_vae_steps, self.record_superres_steps)
 
     @property
     def cascade(self) -> CascadeConfig:
@@ -385,6 +391,14 @@ class Project:
             raise UserError(f"{path}: lacks {', '.join(sorted(lacking))}; restore it or run `make record`")
         source = f"recorded: preset {facts['preset']}, {facts['steps']} steps, codec {facts['codec']}"
         return results, facts | {"source": source}
+
+    def recorded_superres(self) -> tuple[tuple[Score, ...], dict[str, Any]]:
+        """The distances that `make record` measured of a super-resolver trained for longer, and their facts; 'source'
+        as in `recorded`."""
+        path = RECORD / self.preset.name / "superres.json"
+        scores, facts = read_scores(path if path.exists() else RECORD / "demo" / "superres.json")
+        steps = f"{facts['vae_steps']} and {facts['steps']} steps"
+        return scores, facts | {"source": f"recorded: preset {facts['preset']}, {steps}, {scores[0].clips} clips"}
 
     def listening(self) -> Manifest:
         """Pairs of the listening length; the split by source file is the one of training."""

@@ -8,6 +8,7 @@ miniature; then every notebook; then keeps
 
     outputs/record/<preset>/ablation.json    every run of the grid, and whether depth changes a verdict
     outputs/record/<preset>/schedule.json    every run of the whole schedule in miniature
+    outputs/record/<preset>/superres.json    distances of a super-resolver that was trained for longer
     outputs/record/<preset>/summary.json     facts and tables of the notebooks, and the figures in FIGURES
     outputs/record/claims.json               the audit of every claim, also as the table in README.md
 
@@ -32,10 +33,12 @@ from lib.claims import collect, markdown_table, merge
 from lib.errors import UserError, exit_on_user_error
 from lib.files import write_atomic
 from lib.pipeline import NotebookError, add_arguments, parsed_overrides, run_notebooks, say
-from lib.presets import RECORD, ROOT, Preset, load_preset, open_project
+from lib.presets import RECORD, ROOT, Preset, Project, load_preset, open_project
 from lib.runs import versions
+from lib.superres.evaluation import evaluate, write_scores
+from lib.superres.resolver import Restoration, SuperResolver
 
-FIGURES = ("listening_0", "masks", "stages", "grid", "collapse", "waterfalls")
+FIGURES = ("listening_0", "masks", "stages", "grid", "collapse", "waterfalls", "restored")
 README = ROOT / "README.md"
 MARKS = ("<!-- the claims: written by make record -->", "<!-- end of the claims -->")
 
@@ -58,6 +61,7 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, out_dir: 
     facts = {"preset": preset.name, "codec": project.codec.name}
     depth = {"steps": preset.record_steps, "changed_by_depth": changed_by_depth(results)}
     write_record(folder / "ablation.json", results, facts | depth)
+    record_superres(preset, project, folder)
     say(f"the whole schedule in miniature: {preset.schedule_epochs} epochs, {preset.schedule_seeds} seeds")
     scheduled = project.schedule()
     length = {"steps": max(result.steps for result in scheduled), "epochs": preset.schedule_epochs}
@@ -71,6 +75,21 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, out_dir: 
     write_atomic(RECORD / "claims.json", one_row_a_line(claims))
     write_atomic(README, with_claims(README.read_text(), markdown_table(claims)))
     return folder
+
+
+def record_superres(preset: Preset, project: Project, folder: Path) -> None:
+    """Train the super-resolver for as long as the record is worth, and measure it at every cutoff."""
+    plan, steps = preset.recorded_superres, preset.record_superres_steps
+    say(f"super-resolution: {preset.record_superres_vae_steps} and {steps} steps")
+    library, source = project.upper_band()
+    runs = plan.train(project.out_dir / "superres_record", library, resume=True)
+    resolver = SuperResolver(project.out_dir / "superres_record")
+    restoration = Restoration(steps=preset.superres_sampler_steps)
+    scores = evaluate(resolver, library, restoration, clips=preset.record_superres_clips).scores
+    losses = {name: run.metrics("val")[-1]["loss"] for name, run in runs.items()}
+    facts = {"preset": preset.name, "vae_steps": preset.record_superres_vae_steps, "steps": steps, "music": source}
+    facts |= {"sampler_steps": restoration.steps, "validation_losses": losses, "commit": versions()["commit"]}
+    write_scores(folder / "superres.json", scores, facts)
 
 
 def recorded_plans(preset: Preset) -> list[Preset]:

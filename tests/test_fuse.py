@@ -25,11 +25,12 @@ from lib.cascade import CascadeConfig
 from lib.codec import OFFLINE_VARIABLE, MdctCodec
 from lib.errors import UserError
 from lib.files import file_sha256
-from lib.fuse import CHUNK, OVERLAP, chunk_bounds, crossfaded, fuse_clips, fuse_files, main
+from lib.fuse import CHUNK, OVERLAP, chunk_bounds, crossfaded, fuse_and_restore, fuse_clips, fuse_files, main
 from lib.fusion import FusionModel
 from lib.manifest import Clip
 from lib.rendition import Settings, save_with_recipe
 from lib.runs import Run
+from lib.superres.resolver import SuperResolver
 
 
 @pytest.fixture(scope="module")
@@ -519,9 +520,19 @@ def test_a_recipe_is_never_written_over_its_own_clips(tmp_path, recipe, call):
         (("a.wav", "b.wav", "-o", "x.wav"), "give INPUT, TARGET and --run, or --recipe"),
         (("--recipe", "", "-o", "x.wav"), "give INPUT, TARGET and --run, or --recipe"),
         (("--run", "r", "--checkpoint", "last", "-o", "x.wav"), "give INPUT, TARGET and --run, or --recipe"),
-        (("a.wav", "--recipe", "r.json", "-o", "x.wav"), "leave out the files and --checkpoint"),
-        (("a.wav", "b.wav", "--recipe", "r.json", "-o", "x.wav", "--run", "r"), "leave out the files and --checkpoint"),
-        (("--recipe", "r.json", "-o", "x.wav", "--checkpoint", "best"), "leave out the files and --checkpoint"),
+        (("a.wav", "--recipe", "r.json", "-o", "x.wav"), "leave out the files, --checkpoint and --superres"),
+        (
+            ("a.wav", "b.wav", "--recipe", "r.json", "-o", "x.wav", "--run", "r"),
+            "leave out the files, --checkpoint and --superres",
+        ),
+        (
+            ("--recipe", "r.json", "-o", "x.wav", "--superres", "s"),
+            "leave out the files, --checkpoint and --superres",
+        ),
+        (
+            ("--recipe", "r.json", "-o", "x.wav", "--checkpoint", "best"),
+            "leave out the files, --checkpoint and --superres",
+        ),
         (("a.wav", "b.wav", "--run", "r", "-o", "x.wav", "--checkpoint", "first"), "invalid choice: 'first'"),
     ],
 )
@@ -543,3 +554,38 @@ def test_the_checkpoint_is_best_unless_last_is_asked_for(tmp_path, clip, codec, 
         wavs[name] = load_audio(tmp_path / f"{name}.wav")
     assert torch.equal(wavs["none"], wavs["best"])
     assert not torch.allclose(wavs["best"], wavs["last"], atol=1e-3)
+
+
+# --- with an upper band -----------------------------------------------------------------------------------------------
+
+
+def test_a_super_resolver_takes_the_fusion_to_48_khz(tmp_path, clip, run, tiny_superres, monkeypatch, capsys):
+    """As long as the shorter file, the fusion itself below its own band's end, and something above it."""
+    paths = [str(clip(name, n, seed=n)) for name, n in (("a.wav", 30_000), ("b.wav", 26_000))]
+    plain, restored = tmp_path / "plain.wav", tmp_path / "restored.wav"
+    for out, more in ((plain, ()), (restored, ("--superres", str(tiny_superres)))):
+        monkeypatch.setattr(sys, "argv", ["fuse", *paths, "-o", str(out), "--run", str(run.path), *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
+    assert "1.08 s at 48 kHz, restored above" in capsys.readouterr().out
+    assert soundfile.info(restored).samplerate == 48_000
+    assert soundfile.info(restored).frames == 52_000
+    before, after = load_audio(plain, sample_rate=48_000)[0], load_audio(restored, sample_rate=48_000)[0]
+    below, above = (slice(0, 4500 * 52_000 // 48_000), slice(6000 * 52_000 // 48_000, None))
+    spectra = [torch.fft.rfft(wav).abs() for wav in (before, after)]
+    assert (spectra[1][below] - spectra[0][below]).norm() < 0.01 * spectra[0][below].norm()
+    assert spectra[1][above].norm() > 10 * spectra[0][above].norm()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "b.wav", "plain.wav", "restored.wav"]
+
+
+def test_nothing_is_left_where_the_super_resolver_cannot_be_used(tmp_path, clip, run, tiny_superres, codec):
+    paths = [clip(name) for name in ("a.wav", "b.wav")]
+    resolver = SuperResolver(tiny_superres)
+    with pytest.raises(UserError, match=r"missing/out\.wav: cannot be written"):
+        fuse_and_restore(*paths, tmp_path / "missing" / "out.wav", run, codec, resolver)
+    with pytest.raises(UserError, match="one of the two clips"):
+        fuse_and_restore(*paths, paths[0], run, codec, resolver)
+    with pytest.raises(AudioError, match=r"cannot write \.xyz"):
+        fuse_and_restore(*paths, tmp_path / "out.xyz", run, codec, resolver)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "b.wav"]

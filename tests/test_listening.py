@@ -213,7 +213,8 @@ def test_the_panel_is_all_of_its_parts_and_draws_a_real_picture(listening):
     before = plt.get_fignums()
     box = listening.panel()
     kinds = [type(child).__name__ for child in box.children]
-    assert kinds == ["Dropdown", "VBox", "SelectMultiple", "FloatSlider", "HTML", "Label", "PlayerWidget", "Image"]
+    controls = ["Dropdown", "VBox", "SelectMultiple", "FloatSlider", "Checkbox", "HTML"]
+    assert kinds == [*controls, "Label", "PlayerWidget", "Image"]
     picture = imread(io.BytesIO(bytes(box.children[-1].value)))
     assert picture.std() > 0.05
     assert plt.get_fignums() == before
@@ -494,3 +495,30 @@ def test_the_players_are_those_of_the_clips_that_are_heard(panel, listening, son
     """To the letter: levels, gains and pictures as well."""
     first = next(iter(listening.pairs.values()))
     assert panel.players.html == Players(listening.hear(*first, ["a"], Settings()).wavs)._repr_html_()
+
+
+# --- with an upper band -----------------------------------------------------------------------------------------------
+
+
+def test_without_a_super_resolver_the_box_cannot_be_checked(panel, listening):
+    assert not listening.can_restore
+    assert panel.restored.disabled
+    assert "notebook 06" in panel.restored.description
+
+
+def test_with_one_the_outputs_play_at_48_khz(tmp_path, codec, songs, runs, tiny_superres):
+    listening = Listening(codec, songs, runs, tmp_path, tiny_superres)
+    panel = _Panel(listening)
+    assert not panel.restored.disabled
+    plain = played(panel.players.html)
+    panel.restored.value = True
+    assert not panel.message.html.value
+    restored = played(panel.players.html)
+    assert list(restored) == list(plain)
+    for name, wav in restored.items():
+        assert wav.shape[1] == 2 * plain[name].shape[1]
+        power = torch.fft.rfft(wav[0]).abs() ** 2
+        upper = power[len(power) // 2 :].sum() / power.sum()  # above 12 kHz, which no clip at 24 kHz has
+        assert (upper > 1e-6) == (name == "output"), (name, upper)
+    panel.restored.value = False
+    assert played(panel.players.html)["output"].shape == plain["output"].shape

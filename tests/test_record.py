@@ -6,11 +6,13 @@ import json
 import pytest
 
 import lib.record
+import lib.superres.plans
 from lib.ablation import read_record
 from lib.claims import CLAIMS, VERDICTS, markdown_table
 from lib.errors import UserError
 from lib.presets import RECORD, load_preset
 from lib.record import FIGURES, MARKS, README, changed_by_depth, check_readme, recorded_plans, with_claims
+from lib.superres.evaluation import CUTOFFS, METHODS, Evaluation, Score, read_scores
 from lib.variants import SCHEDULED
 
 TEXT = f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n"
@@ -59,6 +61,9 @@ def stub(monkeypatch, tmp_path):
         def schedule(self):
             return scheduled
 
+        def upper_band(self):
+            raise AssertionError("superres was not replaced")
+
     def run_notebooks(*given, resume):
         assert resume is False
         said.append(given)
@@ -66,6 +71,11 @@ def stub(monkeypatch, tmp_path):
 
     readme = tmp_path / "README.md"
     readme.write_text(TEXT)
+
+    def record_superres(preset, project, folder):
+        (folder / "superres.json").write_text(preset.name)
+
+    monkeypatch.setattr(lib.record, "record_superres", record_superres)
     monkeypatch.setattr(lib.record, "open_project", Project)
     monkeypatch.setattr(lib.record, "run_notebooks", run_notebooks)
     monkeypatch.setattr(lib.record, "RECORD", tmp_path / "record")
@@ -81,6 +91,7 @@ def test_a_record_holds_runs_figures_summary_claims_and_the_readmes_table(stub):
     assert {path.name for path in written.iterdir()} == {
         "ablation.json",
         "schedule.json",
+        "superres.json",
         "summary.json",
         *(f"{n}.png" for n in FIGURES),
     }
@@ -93,6 +104,44 @@ def test_a_record_holds_runs_figures_summary_claims_and_the_readmes_table(stub):
     claims = json.loads((folder / "record" / "claims.json").read_text())
     assert [row["claim"] for row in claims] == list(CLAIMS)
     assert markdown_table(claims) in (folder / "README.md").read_text()
+
+
+def test_the_super_resolver_is_trained_for_as_long_as_the_record_says(monkeypatch, tmp_path):
+    """Plan, library and evaluation are replaced; what goes from one to the next, and into the file, is looked at."""
+    preset = load_preset("demo", record_superres_vae_steps=7, record_superres_steps=9, record_superres_clips=3)
+    trained = []
+
+    def train(plan, folder, library, *, resume):
+        assert (folder, library, resume) == (tmp_path / "superres_record", "the library", True)
+        trained.append((plan.vae_training.max_steps, plan.training.max_steps))
+        metrics = type("Run", (), {"metrics": lambda self, split: [{"loss": 2.0}, {"loss": 1.0}]})
+        return {"vae": metrics(), "diffusion": metrics()}
+
+    pair = (1.5, 0.25)
+    scores = (Score("model", 2000, 3, pair, pair, pair, pair),)
+
+    def evaluate(resolver, library, restoration, *, clips):
+        assert (resolver, library, clips) == (tmp_path / "superres_record", "the library", 3)
+        assert restoration.steps == preset.superres_sampler_steps
+        return Evaluation(scores, {})
+
+    monkeypatch.setattr(lib.superres.plans.Plan, "train", train)
+    monkeypatch.setattr(lib.record, "SuperResolver", lambda folder: folder)
+    monkeypatch.setattr(lib.record, "evaluate", evaluate)
+    project = type("Project", (), {"out_dir": tmp_path, "upper_band": lambda self: ("the library", "songs")})()
+    lib.record.record_superres(preset, project, tmp_path)
+    assert trained == [(7, 9)]
+    found, facts = read_scores(tmp_path / "superres.json")
+    assert found == scores
+    assert (facts["preset"], facts["vae_steps"], facts["steps"], facts["music"]) == ("demo", 7, 9, "songs")
+    assert facts["validation_losses"] == {"vae": 1.0, "diffusion": 1.0}
+
+
+def test_the_committed_distances_are_of_every_method_at_every_cutoff():
+    scores, facts = read_scores(RECORD / "demo" / "superres.json")
+    assert [(s.cutoff, s.method) for s in scores] == [(cutoff, method) for cutoff in CUTOFFS for method in METHODS]
+    assert len({s.clips for s in scores}) == 1
+    assert facts["preset"] == "demo"
 
 
 def test_a_broken_readme_is_seen_before_any_run(stub):

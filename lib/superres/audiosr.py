@@ -49,7 +49,9 @@ def import_audiosr(
     path, folder = Path(path), Path(folder)
     content = safe_torch_load(path)
     tensors = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
         raise UserError(f"{path}: holds no 'state_dict' of tensors; {FIX}")
     own = {name.removeprefix(PREFIX): tensor.float() for name, tensor in tensors.items() if name.startswith(PREFIX)}
     own = without_weight_norm(path, own)
@@ -75,10 +77,14 @@ def fill(path: Path, model: nn.Module, tensors: dict[str, Tensor], names: dict[s
     """Load every tensor into its place in the model. `names`: the model's name → the file's, without the prefix."""
     own = model.state_dict()
     # attention is a matrix here, a convolution with a kernel of one in the file
-    found = {name: x[..., 0, 0] if ATTENTION.search(name) and x.ndim == 4 else x for name, x in tensors.items()}
+    found = {name: x[..., 0, 0] if is_matrix(name, x) else x for name, x in tensors.items()}
     wanted = {PREFIX + theirs: own[ours] for ours, theirs in names.items()}
     check_tensors(path, {PREFIX + name: tensor for name, tensor in found.items()}, wanted, fix=FIX)
     model.load_state_dict({name: own[name] for name in own} | {ours: found[theirs] for ours, theirs in names.items()})
+
+
+def is_matrix(name: str, tensor: Tensor) -> bool:
+    return ATTENTION.search(name) is not None and tensor.shape[2:] == (1, 1)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

@@ -43,8 +43,8 @@ class Library:
 def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 0.25) -> Library:
     """Every usable song below `folder`, at least `clip_length` samples at 48 kHz long.
 
-    At least one song is for validation, and which ones depends on the files' content alone. Raises `UserError` where
-    fewer than two songs can be used.
+    At least one song is for validation, and one for training; which ones depends on the files' content alone. Raises
+    `UserError` where fewer than two songs can be used.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -66,7 +66,7 @@ def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 
         reasons = "; ".join(f"{path.name}: {problem}" for path, problem in skipped[:3])
         raise UserError(f"{folder}: {len(songs)} usable song(s), two are needed ({reasons or 'no audio files'})")
     ordered = [songs[key] for key in sorted(songs)]
-    held_out = max(1, round(val_fraction * len(ordered)))
+    held_out = min(max(1, round(val_fraction * len(ordered))), len(ordered) - 1)
     return Library({"val": tuple(ordered[:held_out]), "train": tuple(ordered[held_out:])}, tuple(skipped))
 
 

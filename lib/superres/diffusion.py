@@ -1,6 +1,9 @@
 """Diffusion in the latents: v-prediction (Salimans and Ho 2022, arXiv 2202.00512) on a cosine schedule (Nichol and
 Dhariwal 2021, arXiv 2102.09672), and deterministic sampling (DDIM, Song et al. 2021, arXiv 2010.02502) with
-classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598). Schedule and sampler are diffusers'.
+classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598).
+
+The schedule is diffusers'. Its sampler's step does not lead to the next timestep where their number does not divide
+1000, so it is written out here.
 """
 
 import functools
@@ -26,7 +29,7 @@ def make_scheduler() -> Any:
     )
 
 
-schedule = functools.cache(make_scheduler)  # for its tables; sampling takes one of its own, which counts steps
+schedule = functools.cache(make_scheduler)  # for its tables; sampling takes one of its own, whose timesteps it sets
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,12 +63,14 @@ def sample(
     if guidance != 1:
         low = torch.cat([torch.zeros_like(low), low])
         context = torch.cat([denoiser.null_context.expand_as(context), context])
-    latents = noise
-    for timestep in scheduler.timesteps:
+    latents, shares = noise, scheduler.alphas_cumprod[scheduler.timesteps].tolist()
+    for timestep, now, then in zip(scheduler.timesteps, shares, [*shares[1:], 1.0], strict=True):
         times = timestep.to(noise.device).expand(len(low))
         velocity = denoiser.denoise(latents.repeat(len(low) // len(latents), 1, 1, 1), times, low, context)
         if guidance != 1:
             without, given = velocity.chunk(2)
             velocity = without + guidance * (given - without)
-        latents = scheduler.step(velocity, timestep, latents).prev_sample
+        clean = now**0.5 * latents - (1 - now) ** 0.5 * velocity
+        unit = now**0.5 * velocity + (1 - now) ** 0.5 * latents
+        latents = then**0.5 * clean + (1 - then) ** 0.5 * unit
     return latents

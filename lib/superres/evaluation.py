@@ -7,17 +7,23 @@ the estimate is first scaled to the reference's mean magnitude in the lowest ten
 advise, so that a mere difference of level does not count.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lib.errors import UserError
+from lib.files import write_atomic
 from lib.spread import mean_and_error
 from lib.superres.data import Examples, Library
 from lib.superres.degradation import Degradation
 from lib.superres.mel import N_FFT, bin_of, log_mel
 from lib.superres.resolver import Restoration, SuperResolver, join_bands
+from lib.superres.training import as_tuple
 
 CUTOFFS = (2_000, 4_000, 8_000, 12_000, 16_000)  # Hz
 LSD_HOP = 512
@@ -93,6 +99,22 @@ def evaluate(
         scores += [score(method, cutoff, made[method], original) for method in METHODS]
         sounds[cutoff] = made
     return Evaluation(tuple(scores), sounds)
+
+
+def write_scores(path: Path, scores: Sequence[Score], facts: Mapping[str, Any]) -> None:
+    """Facts and scores as JSON, a score a line."""
+    rows = ",\n".join(json.dumps(asdict(score)) for score in scores)
+    write_atomic(path, f'{{"facts": {json.dumps(dict(facts))},\n"scores": [\n{rows}\n]}}\n')
+
+
+def read_scores(path: Path) -> tuple[tuple[Score, ...], dict[str, Any]]:
+    """What `write_scores` wrote; `UserError` where the file is missing or damaged."""
+    try:
+        content = json.loads(path.read_text())
+        scores = [Score(**{key: as_tuple(value) for key, value in row.items()}) for row in content["scores"]]
+        return tuple(scores), dict(content["facts"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no readable record ({error}); restore it or run `make record`") from None
 
 
 def restored_by_all(

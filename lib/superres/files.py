@@ -12,7 +12,7 @@ from lib.ahead import map_ahead
 from lib.audio import AUDIO_SUFFIXES, AudioError, AudioWriter, check_audio, load_audio
 from lib.errors import UserError
 from lib.superres.mel import SAMPLE_RATE
-from lib.superres.resolver import FULL, Restoration, SuperResolver, band_edge, clip_starts
+from lib.superres.resolver import FULL, Restoration, SuperResolver, bin_powers, clip_starts, edge_of
 
 BLOCK = 60 * SAMPLE_RATE  # samples read at once where a file's band is looked for
 
@@ -61,9 +61,11 @@ def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, set
 
 
 def file_band(path: Path, sample_rate: int, num_samples: int) -> float:
-    """Where a file's band ends, in Hz: the highest that any minute of it has, and at most what its rate can hold."""
-    blocks = (load_audio(path, start, BLOCK, SAMPLE_RATE, mix=False) for start in range(0, num_samples, BLOCK))
-    return min(max(band_edge(block) for block in blocks), sample_rate / 2)
+    """Where a file's band ends, in Hz: the highest bin that any minute of it has within 60 dB of the loudest minute's
+    loudest, and at most what its rate can hold."""
+    starts = (min(start, max(0, num_samples - BLOCK)) for start in range(0, num_samples, BLOCK))  # the last one whole
+    powers = [bin_powers(load_audio(path, start, BLOCK, SAMPLE_RATE, mix=False)) for start in starts]
+    return min(edge_of(torch.stack(powers)), sample_rate / 2)
 
 
 def restore_folder(

@@ -73,7 +73,7 @@ def window(device: torch.device) -> Tensor:
 @functools.lru_cache(maxsize=4)
 @torch.inference_mode(False)
 def filters(device: torch.device) -> Tensor:
-    """Slaney's triangles with area one, `[256, N_FFT / 2 + 1]`; the lowest are narrower than a bin, some are empty."""
+    """Slaney's triangles with area one, `[256, N_FFT / 2 + 1]`; the lowest hold one bin or two, none is empty."""
     bank = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=MELS, fmin=LOWEST, fmax=HIGHEST)
     return torch.from_numpy(bank).to(device)
 
@@ -83,15 +83,11 @@ def filters(device: torch.device) -> Tensor:
 def interpolation(device: torch.device) -> Tensor:
     """`[N_FFT / 2 + 1, 256]`: magnitudes from mel values, straight lines between the centres of the bands."""
     bank = filters(torch.device("cpu")).double()
-    area = bank.sum(dim=1)
-    heard = area > 0
-    centres = torch.from_numpy(librosa.mel_frequencies(MELS + 2, fmin=LOWEST, fmax=HIGHEST))[1:-1][heard]
+    centres = torch.from_numpy(librosa.mel_frequencies(MELS + 2, fmin=LOWEST, fmax=HIGHEST))[1:-1]
     bins = torch.arange(N_FFT // 2 + 1) * SAMPLE_RATE / N_FFT
-    right = torch.searchsorted(centres, bins.double()).clamp(1, len(centres) - 1)
+    right = torch.searchsorted(centres, bins.double()).clamp(1, MELS - 1)
     share = ((bins - centres[right - 1]) / (centres[right] - centres[right - 1])).clamp(0, 1)
-    lines = torch.zeros(len(bins), len(centres), dtype=torch.double)
+    lines = torch.zeros(len(bins), MELS, dtype=torch.double)
     lines[torch.arange(len(bins)), right - 1] = 1 - share
     lines[torch.arange(len(bins)), right] += share
-    matrix = torch.zeros(len(bins), MELS, dtype=torch.double)
-    matrix[:, heard] = lines / area[heard]
-    return matrix.float().to(device)
+    return (lines / bank.sum(dim=1)).float().to(device)

@@ -103,13 +103,24 @@ class SuperResolver:
         return griffin_lim(mel, low, bin_of(cutoff), noise=noise.expand(len(mel), -1, -1))
 
     def restored(self, clips: Iterable[Tensor], cutoff: float, settings: Restoration | None = None) -> Iterator[Tensor]:
-        """Pieces `[C, n]` of a long signal, from overlapping clips `[C, clip_length]` that begin at `clip_starts`."""
-        made = (self.restore(low[:, None], cutoff, settings, number=i)[:, 0] for i, low in enumerate(clips))
-        return crossfaded(made, round(OVERLAP * self.clip_length))
+        """Pieces `[C, n]` of a long signal, from overlapping clips `[C, clip_length]` that begin at `clip_starts`.
+
+        Channels are restored one by one, from the same random numbers. What was added to a clip is faded apart from it:
+        two clips agree on their own band, and the louder that is, the less it tells of the other.
+        """
+
+        def parts() -> Iterator[Tensor]:
+            for i, low in enumerate(clips):
+                made = [self.restore(channel[None, None], cutoff, settings, number=i)[0] for channel in low]
+                yield torch.cat([low, torch.cat(made) - low])
+
+        for piece in crossfaded(parts(), round(OVERLAP * self.clip_length)):
+            own, added = piece.chunk(2)
+            yield own + added
 
     def restore_signal(self, wav: Tensor, settings: Restoration | None = None) -> Tensor:
         """A signal `[C, N]` at 48 kHz of any length with a restored upper band, `[C, N]`; as it is where nothing is
-        missing or nothing is heard. Channels are restored one by one, from the same random numbers."""
+        missing or nothing is heard."""
         cutoff = (settings or Restoration()).cutoff or band_edge(wav)
         if not 0 < cutoff <= FULL:
             return wav
@@ -133,12 +144,21 @@ def join_bands(low: Tensor, made: Tensor, cutoff: float) -> Tensor:
 def band_edge(wav: Tensor) -> float:
     """Where the band of a clip `[C, N]` at 48 kHz ends, in Hz: the highest bin within 60 dB of the loudest, its power
     averaged over all frames. 0 for silence."""
-    frames = wav.shape[-1] // HOP
-    if frames < 4:
-        wav, frames = torch.nn.functional.pad(wav, (0, 4 * HOP)), frames + 4
-    power = spectrum(wav[:, None, : frames * HOP]).abs().square().mean(dim=(0, 2))
-    heard = power > power.max() * 10 ** (-EDGE / 10)
-    return float(heard.nonzero()[-1]) * SAMPLE_RATE / N_FFT if heard.any() else 0.0
+    return edge_of(bin_powers(wav)) if wav.numel() else 0.0
+
+
+def bin_powers(wav: Tensor) -> Tensor:
+    """The power of a clip `[C, N]` in each bin, `[N_FFT / 2 + 1]`: a mean over the frames that lie inside, since a
+    frame with an end of the clip in it has power everywhere. A shorter clip is one frame."""
+    size = min(N_FFT, wav.shape[-1])
+    frames = wav.unfold(-1, size, HOP) * torch.hann_window(size)  # [C, T, size]
+    return torch.fft.rfft(frames, N_FFT).abs().square().mean(dim=(0, 1))
+
+
+def edge_of(powers: Tensor) -> float:
+    """The highest bin, in Hz, within 60 dB of the loudest in powers `[…, N_FFT / 2 + 1]`."""
+    heard = (powers > powers.max() * 10 ** (-EDGE / 10)).nonzero()
+    return float(heard[:, -1].max()) * SAMPLE_RATE / N_FFT if len(heard) else 0.0
 
 
 def clip_starts(num_samples: int, clip: int) -> list[int]:

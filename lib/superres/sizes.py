@@ -78,6 +78,7 @@ def latent_shape(parts: dict[str, nn.Module]) -> tuple[int, ...]:
 
 
 def macs(run) -> int:
+    """Multiply-accumulate operations of `run()`, on the meta device: the CPU's fused attention would go uncounted."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() // 2
