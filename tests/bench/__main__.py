@@ -18,6 +18,7 @@ import figures
 import models
 import paths
 import steps
+import superres
 import tables
 import torch
 from measure import device, machine
@@ -36,7 +37,7 @@ def gpu(found: dict[str, Any]) -> dict[str, Any] | None:
     )
     steps.no_wait()
     found = {"compiled_ratio": eager.seconds / compiled.seconds, "compiled_s": compiled.seconds}
-    return found | steps.full_training()
+    return found | steps.full_training() | {f"superres_{name}": value for name, value in superres.on_gpu().items()}
 
 
 # name → what it measures, given what the parts before it found
@@ -54,10 +55,11 @@ PARTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "scaling": lambda found: steps.scaling(),
     "paper": lambda found: steps.paper(found["cascade"][0]["here_s"], found["scaling"]["gradient_mib"] * 2**20),
     "explorer": lambda found: explorer.redraws(),
+    "superres": lambda found: superres.parts(found["limit"]),
     "gpu": gpu,
 }
 
-NEEDS = {"cascade": ("limit",), "sweep": ("limit",), "paper": ("cascade", "scaling")}
+NEEDS = {"cascade": ("limit",), "sweep": ("limit",), "superres": ("limit",), "paper": ("cascade", "scaling")}
 
 
 def main() -> None:

@@ -118,6 +118,11 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
         for row in found["paper"]
     ],
     "explorer": lambda found: [{"slider": r["slider"], "ms": f"{r['ms']:.0f}"} for r in found["explorer"]],
+    "superres": lambda found: [
+        {"one pass over 10.24 s": r["what"], "GMACs": f"{r['gmacs']:,.0f}", "seconds": f"{r['s']:.3g}"}
+        | {"share of the limit": f"{r['share']:.0%}"}
+        for r in found["superres"]
+    ],
     "gpu": lambda found: _flat(found["gpu"]),
 }
 
