@@ -1,0 +1,235 @@
+"""The denoiser: what a global transformer adds to each place, and what a condition left out really leaves out."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lib.errors import UserError
+from lib.superres.encoder import EncoderConfig
+from lib.superres.unet import CONTEXTS, Denoiser, DenoiserConfig, GlobalTransformer
+
+ENCODER = EncoderConfig((2, 3, 4), 8, num_layers=1, num_heads=2, ffn_dim=8, context_dim=6, positions=8, dropout=0.0)
+
+
+def tiny(seed: int = 0, **changes) -> Denoiser:
+    sizes = {"channels": (8, 8, 16), "attention": (False, True, True), "num_res_blocks": 1, "transformers": 1}
+    sizes |= {"latent_channels": 2, "head_channels": 4, "norm_groups": 4, "encoder": ENCODER} | changes
+    torch.manual_seed(seed)
+    denoiser = Denoiser(DenoiserConfig(**sizes)).eval()  # in training, batch normalisation mixes the clips
+    nn.init.normal_(denoiser.null_context)
+    return denoiser
+
+
+def inputs(B: int = 3, T: int = 8, seed: int = 1) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    noisy, low = torch.randn(2, B, 2, 8, 4, generator=g)
+    timesteps = torch.randint(1000, (B,), generator=g)
+    return {"noisy": noisy, "timesteps": timesteps, "low": low, "mel": torch.randn(B, 1, 256, T, generator=g)}
+
+
+def transformer() -> GlobalTransformer:
+    torch.manual_seed(0)
+    return GlobalTransformer(8, head_channels=4, context_dim=6, norm_groups=4).eval()
+
+
+def places_and_context(L: int, B: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(2)
+    return 2 * torch.randn(B, 8, 3, 5, generator=g), 2 * torch.randn(B, L, 6, generator=g)
+
+
+# --- what each place receives of the context --------------------------------------------------------------------------
+
+
+def test_one_vector_reaches_every_place_alike_whatever_the_place_asks():
+    """C18: with one key the softmax is 1 everywhere; what arrives is value and output projection of it, no more."""
+    module = transformer()
+    x, context = places_and_context(L=1)
+    x.requires_grad_()
+    received = module.attend(x, context)
+    torch.testing.assert_close(received, received[:, :, :1, :1].expand_as(received), atol=1e-6, rtol=0)
+    attention = module.global_attention
+    value = module.global_projection(context[:, 0]) @ attention.in_proj_weight[16:].T + attention.in_proj_bias[16:]
+    torch.testing.assert_close(received[:, :, 1, 2], attention.out_proj(value))
+    assert received.abs().max() > 0.1
+    (received * torch.randn(received.shape)).sum().backward()
+    assert x.grad.abs().max() < 1e-6  # the question does not matter
+    assert attention.in_proj_weight.grad[:16].abs().max() < 1e-6  # nor can its projection and the keys' learn
+    assert attention.in_proj_weight.grad[16:].abs().max() > 1e-2
+
+
+def test_of_several_vectors_each_place_receives_its_own_mixture():
+    module = transformer()
+    x, context = places_and_context(L=5)
+    received = module.attend(x, context)
+    assert (received - received[:, :, :1, :1]).abs().amax(dim=1).flatten(1)[:, 1:].min() > 1e-3
+    # by hand: 2 heads of 4 channels
+    keys, places = module.global_projection(context), x.flatten(2).mT
+    w, b = module.global_attention.in_proj_weight.chunk(3), module.global_attention.in_proj_bias.chunk(3)
+    q, k, v = (
+        (a @ w[i].T + b[i]).unflatten(2, (2, 4)).transpose(1, 2) for i, a in enumerate((places, keys, keys))
+    )  # [B, 2, places or L, 4]
+    mixture = (torch.softmax(q @ k.mT / math.sqrt(4), dim=-1) @ v).transpose(1, 2).flatten(2)
+    expected = module.global_attention.out_proj(mixture).mT.unflatten(2, (3, 5))
+    torch.testing.assert_close(received, expected)
+
+
+@pytest.mark.parametrize("L", [1, 5])
+def test_gradient_of_one_place_with_respect_to_the_context(L):
+    """Of one vector every place has the same Jacobian; of several, each place its own; none sees another clip."""
+    module = transformer()
+    x, context = places_and_context(L)
+    x.requires_grad_()
+    context.requires_grad_()
+    received = module.attend(x, context)[0].flatten(1).sum(0)  # [places]
+    of_context = torch.stack([torch.autograd.grad(r, context, retain_graph=True)[0] for r in received])  # [places, ...]
+    assert of_context[:, 0].abs().amax(dim=2).min() > 1e-4  # every place, every vector
+    assert of_context[:, 1].abs().max() == 0
+    spread = (of_context - of_context[:1]).abs().amax(dim=(1, 2, 3))[1:]
+    assert spread.max() < 1e-6 if L == 1 else spread.min() > 1e-3
+    of_places = torch.stack([torch.autograd.grad(r, x, retain_graph=True)[0][0].flatten(1) for r in received])
+    strength = of_places.abs().amax(dim=1)  # [places, places]
+    assert strength.max() < 1e-6 if L == 1 else strength.diag().min() > 1e-4
+    assert (strength - strength.diag().diag()).max() == 0  # a place asks for itself only
+
+
+def test_what_is_received_is_added_before_the_transformer_block():
+    module = transformer()
+    x, context = places_and_context(L=3)
+    with torch.no_grad():
+        expected = module.block(x + module.attend(x, context), return_dict=False)[0]
+        torch.testing.assert_close(module(x, context), expected)
+        for parameter in module.global_attention.out_proj.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(module(x, context), module.block(x, return_dict=False)[0])
+
+
+def test_transformer_block_attends_twice_to_the_places_themselves():
+    (layer,) = transformer().block.transformer_blocks
+    assert (layer.attn1.to_k.in_features, layer.attn2.to_k.in_features) == (8, 8)  # context would have 6
+    x, context = places_and_context(L=1, B=1)
+    x.requires_grad_()
+    transformer()(x, context)[0, :, 0, 0].sum().backward()
+    assert x.grad.abs().amax(dim=1).min() > 0
+
+
+# --- conditions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "T", "length"), [("pooled", 8, 1), ("sequence", 8, 9), ("sequence", 13, 14)])
+def test_context_holds_the_pooled_vector_and_one_for_each_frame(kind, T, length):
+    denoiser, mel = tiny(context=kind), inputs(T=T)["mel"]
+    with torch.no_grad():
+        context, (pooled, sequence) = denoiser.context(mel), denoiser.encoder(mel)
+    assert context.shape == (3, length, 6)
+    torch.testing.assert_close(context[:, 0], pooled)
+    if kind == "sequence":
+        torch.testing.assert_close(context[:, 1:], sequence)
+
+
+@pytest.mark.parametrize("kind", CONTEXTS)
+def test_a_condition_left_out_has_no_influence_and_one_kept_has(kind):
+    """Clips 0 to 3 of one batch: both kept, no low, no context, neither."""
+    denoiser = tiny(context=kind)
+    batch = inputs(B=4)
+    keeps = {
+        "keeps_low": torch.tensor([True, False, True, False]),
+        "keeps_context": torch.tensor([True, True, False, False]),
+    }
+    other = inputs(B=4, seed=5)
+
+    def difference(**changes):
+        with torch.no_grad():
+            change = denoiser(**batch, **keeps) - denoiser(**batch | changes, **keeps)
+        return change.abs().amax(dim=(1, 2, 3)).tolist()
+
+    by_low, by_mel = difference(low=other["low"]), difference(mel=other["mel"])
+    assert (by_low[1], by_low[3]) == (0, 0)
+    assert (by_mel[2], by_mel[3]) == (0, 0)
+    assert min(by_low[0], by_low[2], by_mel[0], by_mel[1], *difference(noisy=other["noisy"])) > 1e-4
+    assert min(difference(timesteps=999 - batch["timesteps"])) > 1e-4
+
+
+@pytest.mark.parametrize("kind", CONTEXTS)
+def test_the_learned_stand_in_takes_the_place_of_the_context(kind):
+    denoiser, batch = tiny(context=kind), inputs()
+    none = torch.zeros(3, dtype=torch.bool)
+    made = denoiser(**batch, keeps_context=none)
+    alone = denoiser.denoise(batch["noisy"], batch["timesteps"], batch["low"], denoiser.null_context.expand(3, -1, -1))
+    torch.testing.assert_close(made, alone)  # many copies of one vector are that vector
+    made.square().sum().backward()
+    assert denoiser.null_context.grad.abs().max() > 1e-5
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in denoiser.encoder.parameters())
+    kept = denoiser(**batch, keeps_context=~none, keeps_low=~none)
+    torch.testing.assert_close(kept, denoiser(**batch), rtol=0, atol=0)
+    (gradient,) = torch.autograd.grad(kept.sum(), denoiser.null_context)
+    assert gradient.abs().max() == 0
+
+
+def test_first_channels_are_the_noisy_latents_and_last_the_low_ones():
+    denoiser, batch = tiny(), inputs()
+    with torch.no_grad():
+        denoiser.unet.conv_in.weight[:, 2:] = 0
+        made = denoiser(**batch)
+        torch.testing.assert_close(made, denoiser(**batch | {"low": batch["noisy"]}), rtol=0, atol=0)
+        assert (made - denoiser(**batch | {"noisy": batch["low"]})).abs().max() > 1e-3
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"context": "pooled"},
+        {"context": "sequence"},
+        {"num_res_blocks": 2, "transformers": 2},
+        {"attention": (True, False, True)},
+        {"attention": (False, False, False), "head_channels": 8},
+    ],
+)
+def test_every_option_runs_forth_and_back(changes):
+    """Every parameter gets a gradient; with 'pooled' what compares questions and keys gets none (C18)."""
+    denoiser, batch = tiny(**changes), inputs()
+    made = denoiser(**batch, keeps_context=torch.tensor([True, True, False]))
+    assert made.shape == batch["noisy"].shape
+    made.square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in denoiser.parameters())
+    for module in denoiser.modules():
+        if isinstance(module, GlobalTransformer):
+            compared = module.global_attention.in_proj_weight.grad[: 2 * module.global_attention.embed_dim].abs().max()
+            assert compared < 1e-6 if denoiser.config.context == "pooled" else compared > 1e-6
+
+
+def test_what_the_config_refuses_and_rebuilds():
+    with pytest.raises(UserError, match="context='both' is not allowed; use one of sequence, pooled"):
+        DenoiserConfig(context="both")
+    with pytest.raises(UserError, match=r"attention=\(True,\) is not allowed; use one value for each of channels"):
+        DenoiserConfig(attention=(True,))
+    assert DenoiserConfig(encoder={"hidden_dim": 8}).encoder == EncoderConfig(hidden_dim=8)
+
+
+# --- the seed's sizes -------------------------------------------------------------------------------------------------
+
+
+def test_full_configuration():
+    with torch.device("meta"):
+        denoiser = Denoiser()
+        unet, places = denoiser.unet, []
+        for module in unet.modules():
+            if isinstance(module, GlobalTransformer):
+                module.register_forward_hook(lambda m, given, _: places.append(tuple(given[0].shape[1:])))
+                heads = module.global_attention.num_heads
+                (layer,) = module.block.transformer_blocks
+                assert module.global_attention.head_dim == 32
+                assert (layer.attn1.heads, layer.attn2.heads) == (heads, heads)
+                assert layer.attn1.inner_dim == 32 * heads
+        latents = torch.zeros(1, 16, 32, 128)
+        made = denoiser(latents, torch.zeros(1), latents, torch.zeros(1, 1, 256, 1024))
+    assert made.shape == latents.shape
+    assert (unet.conv_in.in_channels, unet.conv_out.out_channels) == (32, 16)
+    half, quarter, eighth = (256, 16, 64), (384, 8, 32), (640, 4, 16)  # channels, height, width
+    down, middle, up = (half, quarter, eighth), 2 * [eighth], (eighth, quarter, half)
+    assert places == [place for place in down for _ in range(4)] + middle + [place for place in up for _ in range(6)]
+    assert len(places) == 32
