@@ -23,8 +23,6 @@ def make_scheduler() -> Any:
     return DDIMScheduler(
         num_train_timesteps=TIMESTEPS,
         beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        clip_sample=False,  # latents have no bounds
         timestep_spacing="trailing",  # starts at the last timestep, from noise alone
     )
 

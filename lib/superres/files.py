@@ -11,7 +11,7 @@ from tqdm import tqdm
 from lib.ahead import map_ahead
 from lib.audio import AUDIO_SUFFIXES, AudioError, AudioWriter, check_audio, load_audio
 from lib.errors import UserError
-from lib.superres.mel import SAMPLE_RATE
+from lib.superres.mel import SAMPLE_RATE, bin_of
 from lib.superres.resolver import FULL, Restoration, SuperResolver, bin_powers, clip_starts, edge_of
 
 BLOCK = 60 * SAMPLE_RATE  # samples read at once where a file's band is looked for
@@ -64,8 +64,9 @@ def file_band(path: Path, sample_rate: int, num_samples: int) -> float:
     """Where a file's band ends, in Hz: the highest bin that any minute of it has within 60 dB of the loudest minute's
     loudest, and at most what its rate can hold."""
     starts = (min(start, max(0, num_samples - BLOCK)) for start in range(0, num_samples, BLOCK))  # the last one whole
-    powers = [bin_powers(load_audio(path, start, BLOCK, SAMPLE_RATE, mix=False)) for start in starts]
-    return min(edge_of(torch.stack(powers)), sample_rate / 2)
+    powers = torch.stack([bin_powers(load_audio(path, start, BLOCK, SAMPLE_RATE, mix=False)) for start in starts])
+    powers = powers[:, : bin_of(sample_rate / 2) + 1]  # above, resampling leaves faint images of what lies below
+    return min(edge_of(powers), sample_rate / 2)
 
 
 def restore_folder(

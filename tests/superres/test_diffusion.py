@@ -1,0 +1,192 @@
+"""Diffusion: the schedule against its formula, sampling against models whose answer is known."""
+
+import functools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lib.superres.diffusion import TIMESTEPS, add_noise, make_scheduler, sample, schedule
+from lib.superres.unet import Denoiser
+from superres.conftest import DENOISER
+
+SHAPE = (2, 2, 8, 4)
+LOW, MEL = torch.zeros(SHAPE), torch.zeros(2, 1, 256, 32)
+
+
+def noise(seed: int = 0) -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def shares(timesteps: Tensor) -> Tensor:
+    """ᾱ for timesteps `[B]`, as `[B, 1, 1, 1]`, in double precision."""
+    return all_shares()[timesteps][:, None, None, None]
+
+
+@functools.cache
+def all_shares() -> Tensor:
+    """By the formula of Nichol and Dhariwal."""
+
+    def f(t: float) -> float:
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    products, product = [], 1.0
+    for t in range(1_000):
+        product *= 1 - min(1 - f((t + 1) / 1_000) / f(t / 1_000), 0.999)
+        products.append(product)
+    return torch.tensor(products, dtype=torch.double)
+
+
+class Model:
+    """Stands in for a `Denoiser`: `velocity(latents, ᾱ)` is what it predicts. Notes what it was called with."""
+
+    null_context = torch.full((1, 1, 3), 7.0)
+
+    def __init__(self, velocity):
+        self.velocity, self.calls = velocity, []
+
+    def context(self, mel: Tensor, keeps: Tensor | None = None) -> Tensor:
+        return torch.ones(len(mel), 5, 3)
+
+    def denoise(self, latents: Tensor, timesteps: Tensor, low: Tensor, context: Tensor) -> Tensor:
+        assert len(latents) == len(timesteps) == len(low) == len(context)
+        self.calls.append((latents, timesteps.tolist(), low, context))
+        return self.velocity(latents.double(), shares(timesteps), low, context).float()
+
+
+# --- the schedule -----------------------------------------------------------------------------------------------------
+
+
+def test_the_schedule_is_the_squared_cosine_and_ends_in_noise():
+    table = schedule().alphas_cumprod
+    assert table.shape == (TIMESTEPS,) == (1_000,)
+    torch.testing.assert_close(table.double(), shares(torch.arange(1_000)).flatten(), rtol=1e-3, atol=1e-9)
+    assert 0.99 < table[0] < 1
+    assert table[499] == pytest.approx(math.cos(0.508 / 1.008 * math.pi / 2) ** 2, rel=1e-3)  # as much noise as signal
+    assert 0 < table[-1].sqrt() < 1e-4
+    assert bool((table.diff() < 0).all())
+
+
+def test_noise_is_added_and_velocity_defined_by_the_schedule():
+    latents, unit = 5 * noise(1), noise(2)
+    timesteps = torch.tensor([37, 999])
+    noisy, velocity = add_noise(latents, unit, timesteps)
+    a = shares(timesteps)
+    torch.testing.assert_close(noisy.double(), a.sqrt() * latents + (1 - a).sqrt() * unit, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(velocity.double(), a.sqrt() * unit - (1 - a).sqrt() * latents, rtol=1e-4, atol=1e-4)
+    assert (velocity[0] + (1 - a[0]).sqrt() * latents[0]).abs().max() > 0.5  # the tolerance tells the noise's share
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10, 50, 1_000])
+def test_sampling_starts_at_the_last_timestep(steps):
+    scheduler = make_scheduler()
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps[0] == 999
+    assert len(scheduler.timesteps.unique()) == steps
+    model = Model(lambda latents, a, low, context: latents)
+    sample(model, LOW, MEL, noise(), steps=steps)
+    assert [call[1] for call in model.calls] == [[t] * 2 for t in scheduler.timesteps.tolist()]
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 30, 50, 501, 600, 1_000])
+def test_with_the_true_velocity_sampling_gives_the_latents_back(steps):
+    """Also for steps that do not divide 1000, and latents far beyond the unit interval, which nothing clips."""
+    latents = 5 * noise(3)
+    assert latents.abs().max() > 10
+
+    def true_velocity(noisy: Tensor, a: Tensor, low: Tensor, context: Tensor) -> Tensor:
+        unit = (noisy - a.sqrt() * latents) / (1 - a).sqrt()
+        return a.sqrt() * unit - (1 - a).sqrt() * latents
+
+    made = sample(Model(true_velocity), LOW, MEL, noise(), steps=steps)
+    torch.testing.assert_close(made, latents, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [30, 50, 70, 600])
+def test_each_step_leads_to_the_next_timestep(steps):
+    """The velocity of data that are normal with deviation 3 turns a unit normal into those, exactly when every step
+    ends where the next one begins: in small steps, z · 3."""
+    model = Model(lambda z, a, low, context: (a * (1 - a)).sqrt() * (1 - 9) / (9 * a + 1 - a) * z)
+    made = sample(model, LOW, MEL, noise(), steps=steps)
+    ratio = (made / noise()).flatten()
+    assert ratio.std() < 1e-4
+    a = shares(torch.tensor([round(1_000 * (1 - i / steps)) - 1 for i in range(steps)])).flatten()
+    (expected,) = torch.ones(1, dtype=torch.double)
+    for now, then in zip(a, [*a[1:], torch.tensor(1.0)], strict=True):  # z = (√ᾱ·√ᾱ' · 9 + √(1-ᾱ)·√(1-ᾱ')) / var · z
+        together = 9 * (now * then).sqrt() + ((1 - now) * (1 - then)).sqrt()
+        expected = expected * together / (9 * now + 1 - now)
+    assert ratio.mean().item() == pytest.approx(expected.item(), rel=1e-3)
+    if steps >= 50:
+        assert expected.item() == pytest.approx(3, rel=0.05)
+
+
+def constants(latents: Tensor, a: Tensor, low: Tensor, context: Tensor) -> Tensor:
+    """-2 where the context is the stand-in, else 1: for latents of 0 at the end, minus the velocity is the result."""
+    without = (context == 7).all(dim=(1, 2))
+    assert bool((low[without] == 0).all()), "the low latents stay in where there is to be no condition"
+    return torch.where(without, -2.0, 1.0)[:, None, None, None].expand_as(latents)
+
+
+@pytest.mark.parametrize(("guidance", "velocity"), [(0.0, -2.0), (0.5, -0.5), (1.0, 1.0), (3.0, 7.0)])
+def test_guidance_moves_away_from_the_velocity_without_a_condition(guidance, velocity):
+    model = Model(constants)
+    low = LOW + 1
+    made = sample(model, low, MEL, noise(), steps=1, guidance=guidance)
+    expected = -velocity * torch.ones(SHAPE)  # at the last timestep: x = √ᾱ·z - √(1-ᾱ)·v, with √ᾱ of 5e-5
+    torch.testing.assert_close(made, expected, atol=1e-3, rtol=0)
+    ((latents, _, given, context),) = model.calls
+    assert len(latents) == (2 if guidance == 1 else 4)  # without guidance no work is done twice
+    assert bool((given[-2:] == 1).all())
+    assert bool((context[-2:] == 1).all())
+    assert torch.equal(latents[-2:], noise())
+
+
+def tiny_denoiser() -> Denoiser:
+    """With a stand-in for the context that is not what it starts as."""
+    torch.manual_seed(0)
+    denoiser = Denoiser(DENOISER).eval()
+    torch.nn.init.normal_(denoiser.null_context)
+    return denoiser
+
+
+def test_guidance_of_a_denoiser():
+    denoiser = tiny_denoiser()
+    low, mel = noise(4), torch.randn(2, 1, 256, 32, generator=torch.Generator().manual_seed(5))
+    nothing, everything = torch.zeros(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool)
+
+    def made(**options) -> Tensor:
+        return sample(denoiser, low, mel, noise(), steps=3, **options)
+
+    plain, bare = made(), made(keeps_low=nothing, keeps_context=nothing)
+    assert torch.equal(plain, made())  # no random number of its own
+    assert torch.equal(plain, made(keeps_low=everything, keeps_context=everything))
+    torch.testing.assert_close(made(guidance=0.0), bare, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made(guidance=1.0001), plain, rtol=1e-2, atol=1e-3)
+    results = [plain, bare, made(keeps_context=nothing), made(keeps_low=nothing), made(guidance=3.0)]
+    for i, result in enumerate(results):
+        assert all((result - other).abs().max() > 5e-3 for other in results[:i])
+
+
+def test_conditions_are_left_out_clip_by_clip():
+    denoiser = tiny_denoiser()
+    low, mel = noise(4), torch.randn(2, 1, 256, 32, generator=torch.Generator().manual_seed(5))
+    first = torch.tensor([True, False])
+    made = sample(denoiser, low, mel, noise(), steps=2, keeps_low=first, keeps_context=first)
+    plain = sample(denoiser, low, mel, noise(), steps=2)
+    bare = sample(denoiser, low, mel, noise(), steps=2, keeps_low=first & False, keeps_context=first & False)
+    torch.testing.assert_close(made[0], plain[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made[1], bare[1], rtol=1e-4, atol=1e-4)
+    assert (plain[1] - bare[1]).abs().max() > 5e-3
+
+
+def test_sampling_needs_no_gradient_and_leaves_its_inputs_alone():
+    denoiser = tiny_denoiser()
+    unit, low = noise(), noise(4)
+    made = sample(denoiser, low, MEL, unit, steps=2, guidance=2.0)
+    assert not made.requires_grad
+    assert torch.equal(unit, noise())
+    assert torch.equal(low, noise(4))

@@ -1,0 +1,195 @@
+"""Log-spectral distance against hand-made spectra, and what each method of the comparison is given."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lib.superres import evaluation
+from lib.superres.data import Examples
+from lib.superres.degradation import Degradation
+from lib.superres.evaluation import CUTOFFS, FLOOR, LOWEST_TENTH, METHODS, evaluate, lsd, mean_envelope, score
+from lib.superres.mel import bin_of, log_mel
+from lib.superres.resolver import Restoration, SuperResolver
+from superres.conftest import CLIP, band, white
+
+BINS = 1_025
+QUICK = Restoration(steps=1)
+
+
+# --- the distance -----------------------------------------------------------------------------------------------------
+
+
+def test_a_clip_is_at_no_distance_from_itself():
+    wav = white(20_000, channels=3)[:, None]
+    for options in ({}, {"above": 4_000}, {"matched": True}, {"above": 12_000, "matched": True}):
+        assert lsd(wav, wav, **options).tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("gain", [-20, 10, 20])
+def test_a_gain_is_its_decades_and_nothing_once_levels_are_matched(gain):
+    wav = white(20_000)[None]
+    louder = 10 ** (gain / 20) * wav
+    assert lsd(louder, wav).item() == pytest.approx(abs(gain) / 10, rel=1e-3)
+    assert lsd(louder, wav, above=8_000).item() == pytest.approx(abs(gain) / 10, rel=1e-3)
+    assert lsd(louder, wav, matched=True).item() == pytest.approx(0, abs=1e-3)
+    assert lsd(louder, wav, above=8_000, matched=True).item() == pytest.approx(0, abs=1e-3)
+
+
+@pytest.fixture
+def spectra(monkeypatch) -> None:
+    """`lsd` takes magnitudes `[B, 1025, T]` in place of waveforms."""
+    monkeypatch.setattr(evaluation, "_magnitudes", lambda magnitudes: magnitudes)
+
+
+def test_the_distance_by_hand(spectra):
+    """A root over the bins of each frame, then a mean over frames."""
+    reference = torch.full((2, BINS, 2), 10.0)
+    estimate = reference.clone()
+    estimate[0, 100:300, 0] *= 10  # 2 decades of power in 200 bins of the first frame
+    estimate[0, 500:900, 1] *= 10**-0.5  # 1 decade in 400 bins of the second
+    estimate[1, 7] *= 100  # 4 decades in one bin of both
+    expected = [(math.sqrt(200 * 4 / BINS) + math.sqrt(400 / BINS)) / 2, math.sqrt(16 / BINS)]
+    assert lsd(estimate, reference).tolist() == pytest.approx(expected, rel=1e-4)
+    assert lsd(reference, estimate).tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_only_the_bins_from_a_frequency_up_are_compared(spectra):
+    reference = torch.full((1, BINS, 3), 10.0)
+    first = bin_of(12_000)
+    assert first == 512
+    below, above = reference.clone(), reference.clone()
+    below[:, :first] *= 10
+    above[:, first:] *= 10
+    assert lsd(below, reference, above=12_000).item() == 0
+    assert lsd(above, reference, above=12_000).item() == pytest.approx(2, rel=1e-4)
+    assert lsd(above, reference, above=6_000).item() == pytest.approx(2 * math.sqrt(513 / (BINS - 256)), rel=1e-4)
+    assert lsd(above, reference).item() == pytest.approx(2 * math.sqrt(513 / BINS), rel=1e-4)
+
+
+def test_levels_are_matched_by_the_lowest_tenth(spectra):
+    assert LOWEST_TENTH == 102
+    reference = torch.full((1, BINS, 2), 10.0)
+    estimate = reference.clone()
+    estimate[:, :LOWEST_TENTH] *= 10
+    expected = 2 * math.sqrt((BINS - LOWEST_TENTH) / BINS)  # the others are too soft then
+    assert lsd(estimate, reference, matched=True).item() == pytest.approx(expected, rel=1e-4)
+    estimate = reference.clone()
+    estimate[:, LOWEST_TENTH] *= 10
+    assert lsd(estimate, reference, matched=True).item() == pytest.approx(2 * math.sqrt(1 / BINS), rel=1e-4)
+    assert lsd(torch.zeros_like(reference), reference, matched=True).isfinite().all()
+
+
+def test_what_16_bits_cannot_hold_does_not_count():
+    silence = torch.zeros(1, 1, 40_000)
+    rounding = (white(40_000)[None] * 2**15).round() / 2**15 - white(40_000)[None]
+    power = evaluation._magnitudes(rounding).square().mean()
+    assert power.item() == pytest.approx(FLOOR, rel=0.05)
+    assert lsd(silence, silence).item() == 0
+    assert lsd(silence, silence, matched=True).item() == 0
+    assert lsd(1e-3 * rounding, silence).item() == 0
+    assert 0 < lsd(rounding, silence).item() < 0.4
+    music = white(40_000)[None]
+    level = evaluation._magnitudes(music).square().mean().item()
+    assert lsd(silence, music).item() == pytest.approx(math.log10(level / FLOOR), abs=0.5)
+    assert lsd(music, silence).item() == lsd(silence, music).item()
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compared(resolver, library):
+    return evaluate(resolver, library, QUICK, clips=3, cutoffs=(4_000, 8_000))
+
+
+def test_every_method_is_scored_at_every_cutoff(compared):
+    assert [(s.cutoff, s.method) for s in compared.scores] == [(c, m) for c in (4_000, 8_000) for m in METHODS]
+    assert set(METHODS) == {"sinc", "envelope", "no condition", "no context", "model", "autoencoder", "vocoder"}
+    assert set(compared.sounds) == {4_000, 8_000}
+    for cutoff, sounds in compared.sounds.items():
+        assert set(sounds) == {*METHODS, "original"}
+        for name, wav in sounds.items():
+            assert wav.shape == (3, 1, CLIP)
+            assert wav.isfinite().all()
+            if name != "original":
+                assert compared.score(name, cutoff) == score(name, cutoff, wav, sounds["original"])
+    assert CUTOFFS == (2_000, 4_000, 8_000, 12_000, 16_000)
+    with pytest.raises(StopIteration):
+        compared.score("model", 2_000)
+
+
+def test_all_methods_have_the_same_clips_degraded_alike(compared, library):
+    for cutoff, sounds in compared.sounds.items():
+        examples = Examples(library, "val", 3, CLIP, degradation=Degradation(cutoff))
+        assert torch.equal(sounds["original"], torch.stack([examples[i][0] for i in range(3)]))
+        assert torch.equal(sounds["sinc"], torch.stack([examples[i][1] for i in range(3)]))
+    assert torch.equal(*(compared.sounds[cutoff]["original"] for cutoff in (4_000, 8_000)))
+    sinc, bound = (compared.score(method, 4_000).upper[0] for method in ("sinc", "vocoder"))
+    assert bound < 0.5 * sinc  # an upper band is nearer than none
+
+
+def test_a_score_is_mean_and_error_of_four_distances():
+    reference = white(20_000, channels=4)[:, None]
+    estimate = reference * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None] + 0.3 * white(20_000, seed=9)
+    found = score("model", 6_000, estimate, reference)
+    assert (found.method, found.cutoff, found.clips) == ("model", 6_000, 4)
+    for pair, options in (
+        (found.lsd, {}),
+        (found.lsd_matched, {"matched": True}),
+        (found.upper, {"above": 6_000}),
+        (found.upper_matched, {"above": 6_000, "matched": True}),
+    ):
+        distances = lsd(estimate, reference, **options)
+        assert pair == pytest.approx((distances.mean().item(), distances.std().item() / 2), rel=1e-4)
+    assert score("model", 6_000, estimate[:1], reference[:1]).lsd[1] == math.inf
+
+
+class Recording(SuperResolver):
+    """Predicts one mel for each set of conditions, and gives the mels it is to make sound of."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, resolver: SuperResolver):
+        self.vae, self.clip_length, self.mels, self.asked = resolver.vae, resolver.clip_length, [], []
+
+    def predict_mel(self, low: Tensor, settings=None, *, number: int = 0, **keeps: Tensor) -> Tensor:
+        self.asked.append(({name: value.tolist() for name, value in keeps.items()}, settings))
+        return torch.full((len(low), 1, 256, CLIP // 480), float(len(self.asked)))
+
+    def vocode(self, mel: Tensor, low: Tensor, cutoff: float, *, seed: int = 0) -> Tensor:
+        self.mels.append((mel, cutoff, seed))
+        return torch.zeros_like(low)
+
+
+def test_each_method_is_given_its_mel(resolver, library):
+    fake, settings = Recording(resolver), Restoration(seed=5, steps=3)
+    sounds = evaluate(fake, library, settings, clips=2, cutoffs=(4_000,)).sounds[4_000]
+    no, yes = [False, False], [True, True]
+    asked = [{"keeps_low": no, "keeps_context": no}, {"keeps_low": yes, "keeps_context": no}, {}]
+    assert fake.asked == [(keeps, settings) for keeps in asked]
+    assert all((cutoff, seed) == (4_000, 5) for _, cutoff, seed in fake.mels)
+    mels = dict(zip([name for name in METHODS if name != "sinc"], [mel for mel, _, _ in fake.mels], strict=True))
+    original = log_mel(sounds["original"])
+    assert torch.equal(mels["vocoder"], original)
+    with torch.no_grad():
+        assert torch.equal(mels["autoencoder"], resolver.vae.decode(resolver.vae.encode(original)))
+    assert [mels[name].unique().item() for name in ("no condition", "no context", "model")] == [1, 2, 3]
+    assert torch.equal(mels["envelope"], mean_envelope(library, CLIP)[:, None].expand_as(original))
+    assert torch.equal(
+        sounds["sinc"],
+        torch.stack([Examples(library, "val", 2, CLIP, degradation=Degradation(4_000))[i][1] for i in range(2)]),
+    )
+    for name in mels:  # below the cutoff every one has the clip's own band
+        difference = sounds[name] - sounds["sinc"]
+        assert band(difference, 0, 3_000).square().mean() < 1e-4 * sounds["sinc"].square().mean()
+
+
+def test_the_envelope_is_the_training_sets_mean(library):
+    examples = Examples(library, "train", 5, CLIP)
+    frames = torch.cat([log_mel(examples[i][0][None])[0, 0] for i in range(5)], dim=1)
+    envelope = mean_envelope(library, CLIP, clips=5)
+    assert envelope.shape == (256,)
+    torch.testing.assert_close(envelope, frames.mean(dim=1), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(envelope, mean_envelope(library, CLIP, clips=4), atol=1e-2)

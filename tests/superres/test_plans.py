@@ -1,0 +1,94 @@
+"""Plans: how long they last, that their parts fit together, and what they train."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lib.superres.data import Examples
+from lib.superres.plans import FULL_PLAN, SMALL_PLAN, Plan
+from lib.superres.resolver import SuperResolver
+from lib.superres.training import DiffusionTraining, VaeTraining
+from lib.superres.unet import Denoiser
+from lib.superres.vae import MelVae
+from lib.trainer import TrainingOrder
+from superres.conftest import CLIP, DENOISER, LOOP, VAE
+
+TINY = Plan(VAE, DENOISER, VaeTraining(**LOOP), DiffusionTraining(**LOOP))
+
+
+@pytest.mark.parametrize("plan", [SMALL_PLAN, FULL_PLAN, TINY])
+@pytest.mark.parametrize("steps", [1, 3, 257, 1_000])
+def test_a_plan_lasts_as_long_as_it_is_asked_to(plan, steps):
+    lasting = plan.lasting(steps, 2 * steps)
+    for config, wanted in ((lasting.vae_training, steps), (lasting.training, 2 * steps)):
+        assert TrainingOrder(config.examples, config).total_steps(0) == config.max_steps == wanted
+        fewer = dataclasses.replace(config, epochs=config.epochs - 1) if config.epochs > 1 else None
+        assert fewer is None or TrainingOrder(fewer.examples, fewer).total_steps(0) < wanted + config.examples
+    back = lasting.lasting(5, 6)
+    assert back == plan.lasting(5, 6)
+    assert (lasting.vae, lasting.denoiser) == (plan.vae, plan.denoiser)
+
+
+def test_a_plan_may_take_its_steps_in_pieces():
+    config = dataclasses.replace(TINY.training, accumulate=2, batch_size=2)
+    lasting = dataclasses.replace(TINY, training=config).lasting(1, 7).training
+    assert TrainingOrder(config.examples, lasting).total_steps(0) == 7
+
+
+@pytest.mark.parametrize("plan", [SMALL_PLAN, FULL_PLAN, TINY])
+def test_the_parts_of_a_plan_fit_together(plan):
+    assert plan.vae.latent_channels == plan.denoiser.latent_channels
+    assert plan.vae_training.clip_length == plan.training.clip_length
+    frames = plan.training.clip_length // 480
+    stride = 2 ** (len(plan.vae.channels) - 1) * 2 ** (len(plan.denoiser.channels) - 1)
+    assert frames % stride == 0
+    assert plan.denoiser.encoder.positions >= frames
+    for heads, channels in zip(plan.denoiser.attention, plan.denoiser.channels, strict=True):
+        assert channels % plan.denoiser.norm_groups == 0
+        assert not heads or channels % plan.denoiser.head_channels == 0
+    assert all(channels % plan.vae.norm_groups == 0 for channels in plan.vae.channels)
+    assert plan.vae_training.batch_size <= plan.vae_training.examples
+    assert plan.training.batch_size <= plan.training.examples
+
+
+def test_the_small_plan_runs():
+    plan, frames = SMALL_PLAN, SMALL_PLAN.training.clip_length // 480
+    vae, denoiser = MelVae(plan.vae).eval(), Denoiser(plan.denoiser).eval()
+    mel = torch.randn(1, 1, 256, frames)
+    with torch.no_grad():
+        latents = vae.encode(mel)
+        assert latents.shape == (1, 8, 32, frames // 8)
+        assert denoiser(latents, torch.tensor([3]), latents, mel).shape == latents.shape
+        assert vae.decode(latents).shape == mel.shape
+
+
+def test_the_full_plan_has_the_seeds_sizes():
+    """Of seed 004: autoencoder, UNet, encoder, and clips of 10.24 s."""
+    vae, unet, training = FULL_PLAN.vae, FULL_PLAN.denoiser, FULL_PLAN.training
+    assert (vae.channels, vae.num_res_blocks, vae.latent_channels) == ((128, 256, 512, 1024), 2, 16)
+    assert (unet.channels, unet.num_res_blocks, unet.head_channels) == ((128, 256, 384, 640), 2, 32)
+    assert (unet.attention, unet.transformers, unet.context) == ((False, True, True, True), 2, "sequence")
+    encoder = unet.encoder
+    assert (encoder.channels, encoder.hidden_dim, encoder.context_dim) == ((32, 64, 256), 256, 128)
+    assert (encoder.num_layers, encoder.num_heads, encoder.ffn_dim, encoder.positions) == (4, 8, 512, 1024)
+    assert training.clip_seconds == FULL_PLAN.vae_training.clip_seconds == 10.24
+    assert training.condition_dropout == 0.1
+    assert Plan() == dataclasses.replace(FULL_PLAN, vae_training=VaeTraining(), training=DiffusionTraining())
+
+
+def test_a_plan_trains_the_autoencoder_and_two_models_that_differ_in_their_context_alone(tmp_path, library):
+    runs = TINY.lasting(1, 2).train(tmp_path, library, progress=False)
+    assert {name: run.path for name, run in runs.items()} == {
+        name: tmp_path / name for name in ("vae", "diffusion", "diffusion-pooled")
+    }
+    assert [len(run.metrics("train")) for run in runs.values()] == [1, 2, 2]
+    sequence, pooled = (runs[name].config for name in ("diffusion", "diffusion-pooled"))
+    assert sequence["sizes"] | {"context": "pooled"} == pooled["sizes"]
+    assert sequence["sizes"]["context"] == "sequence"
+    for key in ("train", "data", "latent_scale", "vae_sha256"):
+        assert sequence[key] == pooled[key]
+    low = torch.stack([Examples(library, "val", 1, CLIP)[0][1]])
+    resolvers = [SuperResolver(tmp_path, diffusion=name) for name in ("diffusion", "diffusion-pooled")]
+    assert [r.denoiser.config.context for r in resolvers] == ["sequence", "pooled"]
+    assert all(r.restore(low, 4_000).shape == low.shape for r in resolvers)

@@ -1,0 +1,304 @@
+"""Restoring: the clip's own band stays, what is added depends on seed and clip, and clips join without a seam."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lib.errors import UserError
+from lib.superres.degradation import Degradation
+from lib.superres.mel import bin_of, log_mel, spectrum
+from lib.superres.resolver import (
+    FULL,
+    OVERLAP,
+    Restoration,
+    SuperResolver,
+    band_edge,
+    clip_starts,
+    crossfaded,
+    join_bands,
+)
+from lib.superres.training import VaeTraining, VocoderTraining, train_vae, train_vocoder
+from lib.superres.vocoder import VocoderConfig
+from superres.conftest import CLIP, LOOP, VAE, NoiseResolver, band, decibels, inner, white
+
+QUICK = Restoration(steps=2)
+
+
+@pytest.fixture(scope="module")
+def low() -> Tensor:
+    """Two clips `[2, 1, CLIP]` whose band ends at 4 kHz."""
+    return band(white(CLIP, channels=2), 0, 4_000)[:, None]
+
+
+# --- one clip ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_clips_own_band_stays_and_one_above_is_added(resolver, low):
+    made = resolver.restore(low, 4_000, QUICK)
+    assert made.shape == low.shape
+    assert decibels(band(inner(made - low), 0, 3_600), low) < -80
+    assert decibels(band(inner(made), 4_200), band(inner(low), 4_200)) > 40
+    assert decibels(band(inner(made), 4_200), low) > -60
+    elsewhere = resolver.restore(low, 8_000, QUICK)
+    assert decibels(band(inner(elsewhere - low), 0, 7_600), low) < -80  # the cutoff that is given counts
+    assert decibels(band(inner(elsewhere), 8_200), low) > -60
+
+
+def test_the_same_seed_is_the_same_sound(resolver, low):
+    made = resolver.restore(low, 4_000, QUICK)
+    assert torch.equal(made, resolver.restore(low.clone(), 4_000, QUICK))
+    for other in (
+        resolver.restore(low, 4_000, Restoration(steps=2, seed=1)),
+        resolver.restore(low, 4_000, QUICK, number=1),
+        resolver.restore(low, 4_000, Restoration(steps=3)),
+        resolver.restore(low, 4_000, Restoration(steps=2, guidance=5.0)),
+    ):
+        assert decibels(other - made, band(made, 4_100)) > -40
+    assert resolver.restore(low, 4_000, Restoration(steps=1, seed=2**63 - 1), number=3).isfinite().all()
+
+
+def test_seed_and_number_change_the_mel_itself(resolver, low):
+    mel = resolver.predict_mel(low, QUICK)
+    assert mel.shape == (2, 1, 256, 16)
+    for other in (
+        resolver.predict_mel(low, Restoration(steps=2, seed=1)),
+        resolver.predict_mel(low, QUICK, number=1),
+        resolver.predict_mel(low, QUICK, keeps_low=torch.tensor([False, False])),
+    ):
+        assert (other - mel).abs().mean() > 1e-3
+
+
+def test_what_is_restored_follows_from_the_low_resolution_clip_alone(resolver):
+    """Two originals that differ above 8 kHz only are the same once degraded."""
+    common = band(white(CLIP), 0, 5_000)
+    originals = [common + band(white(CLIP, seed=seed), 8_000) for seed in (1, 2)]
+    assert decibels(originals[0] - originals[1], common) > 0
+    lows = [Degradation(5_000)(wav)[None] for wav in originals]
+    assert decibels(lows[0] - lows[1], lows[0]) < -45  # what the filter lets through
+    mels = [resolver.predict_mel(wav, QUICK) for wav in lows]
+    apart = (log_mel(originals[0][None]) - log_mel(originals[1][None])).abs().mean()
+    assert (mels[0] - mels[1]).abs().mean() < 0.05 * apart
+    first, _, again = (resolver.restore(wav, 5_000, QUICK) for wav in (lows[0], lows[1], lows[0].clone()))
+    assert torch.equal(first, again)
+
+
+def test_both_bands_are_joined_at_the_cutoff():
+    low, made = white(CLIP)[None], white(CLIP, seed=1)[None]
+    joined = join_bands(low, made, 6_000)
+    assert decibels(band(inner(joined - low), 0, 5_600), low) < -100
+    assert decibels(band(inner(joined - made), 6_100), made) < -100
+    torch.testing.assert_close(join_bands(low, low, 6_000), low)
+    parts = join_bands(low, 0 * low, 6_000) + join_bands(0 * low, low, 6_000)
+    torch.testing.assert_close(parts, low, atol=1e-6, rtol=1e-4)
+    share = (spectrum(join_bands(0 * low, low, 6_000)).abs() / spectrum(low).abs()).median(dim=2).values[0]
+    assert share[: bin_of(5_700)].max() < 0.05  # in between it rises steadily
+    assert share[bin_of(6_000) + 2 :].min() > 0.95
+    assert share[bin_of(5_860)].item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_without_a_vocoder_the_phases_are_found_and_with_one_it_makes_the_sound(resolver, trained, library, tmp_path):
+    assert resolver.vocoder is None
+    low = band(white(CLIP), 0, 4_000)[None]
+    shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    fields = {**LOOP, "examples": 2, "val_examples": 1, "max_steps": 1}
+    config = VocoderTraining(**fields, period_channels=1, scale_channels=16)
+    sizes = VocoderConfig(channels=32, resblock_kernels=(3,), dilations=(1,))
+    train_vocoder(tmp_path / "run", library, sizes, config, progress=False)
+    other = SuperResolver(tmp_path / "run")
+    mel = resolver.predict_mel(low, QUICK)
+    with torch.inference_mode():
+        expected = join_bands(low, other.vocoder(mel), 4_000)
+    assert torch.equal(other.restore(low, 4_000, QUICK), expected)
+    assert not torch.allclose(resolver.restore(low, 4_000, QUICK), expected, atol=1e-4)
+
+
+def test_parts_that_do_not_belong_together_are_refused(trained, library, tmp_path):
+    shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    train_vae(tmp_path / "run", library, VAE, VaeTraining(**LOOP | {"seed": 3, "max_steps": 1}), progress=False)
+    with pytest.raises(UserError, match=r"was trained on latents of another autoencoder than .*vae; put that one back"):
+        SuperResolver(tmp_path / "run")
+    with pytest.raises(UserError, match="vae: no run here"):
+        SuperResolver(tmp_path)
+    with pytest.raises(UserError, match="diffusion-pooled: no run here"):
+        SuperResolver(trained, diffusion="diffusion-pooled")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"steps": 0},
+        {"steps": 1_001},
+        {"steps": 2.0},
+        {"guidance": -1.0},
+        {"guidance": 21.0},
+        {"guidance": float("nan")},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"cutoff": 100.0},
+        {"cutoff": 24_001},
+    ],
+)
+def test_impossible_settings_are_refused(fields):
+    ((name, value),) = fields.items()
+    with pytest.raises(UserError, match=f"{name}={value!r} is not allowed"):
+        Restoration(**fields)
+
+
+# --- where a band ends ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edge", [300, 4_800, 15_000])
+@pytest.mark.parametrize("num_samples", [640, 2_047, 2_048, 10_000, 96_000])
+def test_the_end_of_a_band_is_found(edge, num_samples):
+    """A clip shorter than a frame of 2048 samples is one, in which frequencies lie less close."""
+    wav = band(white(192_000), 0, edge)[:, 50_000 : 50_000 + num_samples]
+    slack = 200 if num_samples >= 2_048 else 600_000 / num_samples
+    assert edge - 200 < band_edge(wav) < edge + slack
+    assert band_edge(1e-4 * wav) == pytest.approx(band_edge(wav), abs=50)  # whatever the level
+    assert band_edge(torch.cat([0 * wav, wav])) == pytest.approx(band_edge(wav), abs=50)  # in any channel
+
+
+def test_bands_that_lack_nothing_and_silence():
+    assert band_edge(white(20_000)) == pytest.approx(24_000)
+    for length in (0, 1, 5, 2_048, 10_000):
+        assert band_edge(torch.zeros(2, length)) == 0
+    assert 0 <= band_edge(torch.ones(1, 1)) <= 24_000
+    faint = band(white(48_000), 0, 4_000) + 1e-4 * band(white(48_000, seed=1), 10_000)  # 60 dB less of each bin is -63
+    assert band_edge(faint) < 4_200
+    assert band_edge(faint + 1e-3 * band(white(48_000, seed=1), 10_000, 12_000)) == pytest.approx(12_000, abs=200)
+
+
+# --- longer than a clip -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [16, 7_680, 30_720])
+def test_clips_cover_everything_with_the_same_overlap(clip):
+    overlap = round(OVERLAP * clip)
+    step = clip - overlap
+    for total in (1, overlap, clip - 1, clip, clip + 1, clip + step - 1, clip + step, clip + step + 1, 10 * clip + 3):
+        starts = clip_starts(total, clip)
+        assert starts == [i * step for i in range(len(starts))]
+        assert starts[-1] + clip >= total
+        assert len(starts) == 1 or starts[-2] + clip < total  # none more than needed
+    assert [len(clip_starts(n, clip)) for n in (clip, clip + 1, clip + step, clip + step + 1)] == [1, 2, 2, 3]
+
+
+def cut(wav: Tensor, clip: int, overlap: int) -> list[Tensor]:
+    return [wav[:, i : i + clip] for i in range(0, wav.shape[1] - overlap, clip - overlap)]
+
+
+def linear_fade(tail: Tensor, head: Tensor) -> Tensor:
+    rise = (torch.arange(tail.shape[1]) + 0.5) / tail.shape[1]
+    return rise * head + (1 - rise) * tail
+
+
+def test_clips_that_agree_give_the_signal_back():
+    wav = white(1_000 + 4 * 900, channels=2)
+    pieces = list(crossfaded(iter(cut(wav, 1_000, 100)), 100))
+    assert [piece.shape[1] for piece in pieces] == [900] * 5 + [100]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), wav, atol=1e-6, rtol=1e-5)
+    (first, rest) = list(crossfaded([wav], 100))  # one clip
+    assert torch.equal(torch.cat([first, rest], dim=1), wav)
+    assert list(crossfaded([], 100)) == []
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.5, 0.9])
+def test_the_fade_keeps_the_power_of_clips_that_differ(alike):
+    """As much of the overlap is common to both clips; a linear fade of unrelated noise dips by 3 dB in its middle."""
+    common, *own = (white(24_000, seed=seed) for seed in range(3))
+    tail, head = (alike**0.5 * common + (1 - alike) ** 0.5 * noise for noise in own)
+    rest = white(10_000, seed=5)
+    made = torch.cat(list(crossfaded([torch.cat([rest, tail], dim=1), torch.cat([head, rest], dim=1)], 24_000)), dim=1)
+    faded, middle = made[:, 10_000:34_000], slice(10_000, 14_000)
+    for part in (slice(0, 4_000), slice(5_000, 9_000), middle, slice(20_000, 24_000)):
+        assert abs(decibels(faded[:, part], common)) < 0.4
+    dip = decibels(linear_fade(tail, head)[:, middle], common)
+    assert dip == pytest.approx(10 * np.log10((1 + alike) / 2), abs=0.3)
+    if alike == 0:
+        assert dip < -2.7
+    torch.testing.assert_close(made[:, :10_000], rest)
+    torch.testing.assert_close(made[:, 34_000:], rest)
+
+
+def test_channels_fade_by_their_own_likeness():
+    """One channel agrees, the other does not."""
+    same, tail, head = (white(8_000, seed=seed) for seed in range(3))
+    made = torch.cat(list(crossfaded([torch.cat([same, tail]), torch.cat([same, head])], 8_000)), dim=1)
+    torch.testing.assert_close(made[:1], same, atol=1e-6, rtol=1e-5)
+    assert abs(decibels(made[1:, 3_000:5_000], tail)) < 0.4
+
+
+def test_a_sine_stays_a_sine():
+    time = torch.arange(1_000 + 8 * 875) / 48_000
+    sine = 0.5 * torch.sin(2 * torch.pi * 1_000 * time.double()).float()[None]
+    made = torch.cat(list(crossfaded(cut(sine, 1_000, 125), 125)), dim=1)
+    assert decibels(made - sine, sine) < -120
+    clips = cut(sine, 1_000, 125)
+    clips[4] = -clips[4]  # a seam is seen
+    broken = torch.cat(list(crossfaded(clips, 125)), dim=1)
+    assert decibels(broken - sine, sine) > -20
+
+
+def high_levels(wav: Tensor, clip: int, above: float) -> tuple[float, float]:
+    """Levels in dB of what is above a frequency (Hz), in the middle of the fades of clips of that length, and between
+    them."""
+    upper, overlap = band(wav, above), round(OVERLAP * clip)
+    step = clip - overlap
+    seams = range(step, wav.shape[1] - clip, step)
+    faded = [upper[:, s + overlap // 3 : s + 2 * overlap // 3] for s in seams]
+    between = [upper[:, s + 2 * overlap : s + step - overlap] for s in seams]
+    return tuple(decibels(torch.cat(parts, dim=1), torch.ones(1)) for parts in (faded, between))
+
+
+def test_what_is_added_keeps_its_level_where_clips_join():
+    """Under a clip's own band, which is louder and the same in both, the fade must still see that they differ."""
+    resolver = NoiseResolver(12_000)
+    low = band(white(12_000 + 20 * 10_500, channels=1), 0, 4_000)
+    made = resolver.restore_signal(low, Restoration(cutoff=4_000))
+    faded, between = high_levels(made, 12_000, 4_500)
+    assert faded == pytest.approx(between, abs=0.6)
+    assert -45 < between < -39  # it is there: an rms of 0.01
+    assert decibels(band(inner(made - low), 0, 3_500), low) < -60
+    clips = [resolver.restore(clip, 4_000, number=i) for i, clip in enumerate(cut(low, 12_000, 1_500))]
+    whole = torch.cat(list(crossfaded(clips, 1_500)), dim=1)
+    faded, between = high_levels(whole, 12_000, 4_500)
+    assert faded < between - 2  # faded as a whole it dips
+
+
+@pytest.mark.parametrize("num_samples", [500, CLIP - 1, CLIP, CLIP + 1, 3 * CLIP + 5])
+def test_a_signal_of_any_length_is_restored(resolver, num_samples):
+    wav = band(white(num_samples, channels=2), 0, 5_000)
+    made = resolver.restore_signal(wav, Restoration(steps=1, cutoff=5_000))
+    assert made.shape == wav.shape
+    assert made.isfinite().all()
+    assert decibels(band(inner(made - wav), 0, 4_000), wav) < -60
+    assert decibels(band(inner(made), 6_000), wav) > -60 > decibels(band(inner(wav), 6_000), wav)
+
+
+def test_a_clip_of_one_length_is_restored_like_a_clip(resolver):
+    wav = band(white(CLIP), 0, 5_000)
+    made = resolver.restore_signal(wav, QUICK)
+    torch.testing.assert_close(made, resolver.restore(wav[None], band_edge(wav), QUICK)[0], atol=1e-6, rtol=1e-5)
+
+
+def test_channels_take_the_same_random_numbers_and_clips_others(resolver):
+    """A sound in the middle stays there."""
+    wav = band(white(2 * CLIP), 0, 5_000)
+    made = resolver.restore_signal(wav.expand(2, -1), QUICK)
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[:1], resolver.restore_signal(wav, QUICK))
+    fake = NoiseResolver(CLIP)
+    fake.restore_signal(wav.expand(2, -1), Restoration(cutoff=5_000))
+    assert fake.seen == [((1, 1, CLIP), 5_000, number) for number in (0, 0, 1, 1, 2, 2)]
+
+
+def test_silence_and_a_full_band_are_left_as_they_are(resolver):
+    for wav in (torch.zeros(2, 10_000), torch.zeros(1, 0), white(20_000)):
+        assert torch.equal(resolver.restore_signal(wav, QUICK), wav)
+    fake = NoiseResolver(CLIP)
+    wav = white(20_000)
+    assert torch.equal(fake.restore_signal(wav, Restoration(cutoff=FULL + 1)), wav)
+    assert not torch.equal(fake.restore_signal(wav, Restoration(cutoff=FULL)), wav)

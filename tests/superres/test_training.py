@@ -1,0 +1,501 @@
+"""Training of the parts: what they learn from, that a stop changes nothing, what is measured, and what is refused."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lib.adversary import AdversaryConfig
+from lib.errors import UserError
+from lib.files import safe_torch_load
+from lib.learner import Moment
+from lib.nonfinite import NonFiniteError
+from lib.runs import Run
+from lib.superres import training
+from lib.superres.data import Examples, read_library
+from lib.superres.diffusion import schedule
+from lib.superres.mel import log_mel
+from lib.superres.training import (
+    DiffusionLearner,
+    DiffusionTraining,
+    EncodedExamples,
+    VaeLearner,
+    VaeTraining,
+    VocoderLearner,
+    VocoderTraining,
+    load_part,
+    train_diffusion,
+    train_part,
+    train_vae,
+    train_vocoder,
+)
+from lib.superres.vocoder import VocoderConfig
+from lib.telemetry import Callback
+from lib.trainer import Trainer, open_accelerator
+from superres.conftest import CLIP, DENOISER, LOOP, VAE, changed, write_music
+
+VOCODER = VocoderConfig(channels=32, resblock_kernels=(3,), dilations=(1,))
+PARTS = ("vae", "diffusion", "vocoder")
+# two steps an epoch, the second one smaller; everything that has a state of its own
+HARD = LOOP | {"examples": 3, "max_steps": 3, "checkpoint_every": 2, "ema": 0.6, "schedule": "cosine"}
+JUDGES = {"period_channels": 1, "scale_channels": 16, "batch_size": 1, "examples": 2, "val_examples": 1}
+
+
+@pytest.fixture(scope="module")
+def train_in(library, trained) -> Callable[..., Run]:
+    """`train_in(root, part, data=, sizes=, resume=, callbacks=, **fields of its training)`."""
+
+    def run(root: Path, part: str, data=library, sizes=None, resume=False, callbacks=(), **changes) -> Run:
+        options = {"resume": resume, "callbacks": callbacks, "progress": False}
+        if part == "vae":
+            return train_vae(root, data, sizes or VAE, VaeTraining(**HARD | changes), **options)
+        if part == "vocoder":
+            return train_vocoder(root, data, sizes or VOCODER, VocoderTraining(**HARD | JUDGES | changes), **options)
+        if not (root / "vae").exists():
+            shutil.copytree(trained / "vae", root / "vae", symlinks=True)
+        return train_diffusion(root, data, sizes or DENOISER, DiffusionTraining(**HARD | changes), **options)
+
+    return run
+
+
+@pytest.fixture
+def train(tmp_path, train_in) -> Callable[..., Run]:
+    """`train(part, …)` in the test's own folder."""
+    return functools.partial(train_in, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, train_in) -> Callable[[str], Trainer]:
+    """`straight(part)`: a trainer that took its three steps without a stop. Its run is not to be written to."""
+
+    @functools.cache
+    def trainer(part: str) -> Trainer:
+        last = Last()
+        train_in(tmp_path_factory.mktemp(part), part, callbacks=(Repeat(), last))
+        return last.trainer
+
+    return trainer
+
+
+class StopAt(Callback):
+    """Ends a training as if it were killed, after a step that no checkpoint has."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step(self, trainer, row):
+        if row["step"] == self.step:
+            raise RuntimeError("as if killed")
+
+
+class Repeat(Callback):
+    """Validates once more after each validation: the same numbers, and no random number taken."""
+
+    def on_validation(self, trainer, row):
+        before = torch.get_rng_state()
+        assert trainer.validate() == {name: value for name, value in row.items() if name not in ("split", "step")}
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+class Last(Callback):
+    """Keeps the trainer."""
+
+    def on_end(self, trainer):
+        self.trainer = trainer
+
+
+def make_learner(kind: type, config, sizes):
+    torch.manual_seed(0)
+    return kind(config, sizes, open_accelerator())
+
+
+# --- every part -------------------------------------------------------------------------------------------------------
+
+
+def test_the_autoencoder_learns(train):
+    rows = train("vae", max_steps=24, checkpoint_every=24, examples=8, learning_rate=1e-2).metrics("train")
+    losses = [row["loss/mel"] for row in rows]
+    assert len(losses) == 24
+    assert sum(losses[-6:]) < 0.6 * sum(losses[:6])
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_stop_changes_nothing(train, straight, part):
+    with pytest.raises(RuntimeError, match="as if killed"):
+        train(part, callbacks=(StopAt(3),))
+    runs = straight(part).run, train(part, resume=True)
+    assert [row["step"] for row in runs[0].metrics("train")] == [1, 2, 3]
+    assert runs[0].metrics() == runs[1].metrics()
+    states = [safe_torch_load(run.path / "last" / "training.pt") for run in runs]
+    assert ("adversary" in states[0]) == (part == "vocoder")
+    first, second = (load_weights(run) | flat(state) for run, state in zip(runs, states, strict=True))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert sum(name.startswith("state.optimizer") for name in first) > 50
+
+
+def load_weights(run: Run) -> dict[str, Tensor]:
+    return load_file(run.path / "last" / "model.safetensors")
+
+
+def flat(state, name: str = "state") -> dict[str, Tensor]:
+    """Every tensor and number in nested containers, by its place."""
+    if isinstance(state, dict):
+        return {k: v for key, value in state.items() for k, v in flat(value, f"{name}.{key}").items()}
+    if isinstance(state, list | tuple):
+        return {k: v for i, value in enumerate(state) for k, v in flat(value, f"{name}.{i}").items()}
+    return {name: torch.as_tensor(state)} if isinstance(state, Tensor | int | float) else {}
+
+
+def test_another_config_or_other_data_is_refused_on_resume(train_in, straight, tmp_path):
+    for part in ("vae", "diffusion"):
+        shutil.copytree(straight(part).run.path.parent, tmp_path / part, symlinks=True)
+    for part, words, changes in (
+        ("vae", "train.kl_weight", {"kl_weight": 1e-3}),
+        ("vae", "train.seed", {"seed": 1}),
+        ("vae", "sizes.num_res_blocks", {"sizes": changed(VAE, num_res_blocks=2)}),
+        ("diffusion", "train.condition_dropout", {"condition_dropout": 0.2}),
+        ("diffusion", "sizes.context", {"sizes": changed(DENOISER, context="pooled")}),
+    ):
+        with pytest.raises(UserError, match=f"holds a run with another config .*{words}"):
+            train_in(tmp_path / part, part, resume=True, **changes)
+    for seed in range(3):
+        write_music(tmp_path / "other" / f"{seed}.wav", 0.5, 10 + seed)
+    with pytest.raises(UserError, match=r"holds a run with another config .*data"):
+        train_in(tmp_path / "vae", "vae", data=read_library(tmp_path / "other", CLIP), resume=True)
+    shutil.rmtree(tmp_path / "diffusion" / "vae")  # and another autoencoder in its place
+    shutil.copytree(straight("vae").run.path, tmp_path / "diffusion" / "vae", symlinks=True)
+    with pytest.raises(UserError, match=r"holds a run with another config .*vae_sha256"):
+        train_in(tmp_path / "diffusion", "diffusion", resume=True)
+
+
+def test_a_run_may_be_made_longer(train, straight, tmp_path):
+    shutil.copytree(straight("vae").run.path, tmp_path / "vae", symlinks=True)
+    run = train("vae", resume=True, max_steps=4)
+    assert [row["step"] for row in run.metrics("train")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_nan_stops_training_and_is_named(tmp_path, library, bad):
+    class Poisoned(Examples):
+        def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+            item = [wav.clone() for wav in super().__getitem__(i)]
+            if self.split == "train" and i == 3:
+                item[bad][0, 77] = math.nan
+            return tuple(item)
+
+    def poisoned(examples: Examples, accelerator) -> Poisoned:
+        return Poisoned(library, examples.split, len(examples), CLIP)
+
+    config = VaeTraining(**LOOP)
+    with pytest.raises(NonFiniteError) as error:
+        train_part(tmp_path, "vae", library, VAE, config, VaeLearner, prepare=poisoned, progress=False)
+    assert error.value.tensor == ("clips", "degraded clips")[bad]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_is_rebuilt_from_its_run(straight, part):
+    trainer = straight(part)
+    found = load_part(Run.open(trainer.run.path), part, "last")  # its config as JSON has it
+    assert not found.training
+    kept = trainer.learner.kept_model.eval()
+    assert found.config == kept.config
+    inputs = {
+        "vae": (torch.randn(1, 1, 256, 16),),
+        "vocoder": (torch.randn(1, 1, 256, 16),),
+        "diffusion": (
+            torch.randn(1, 2, 32, 2),
+            torch.tensor([5]),
+            torch.randn(1, 2, 32, 2),
+            torch.randn(1, 1, 256, 16),
+        ),
+    }[part]
+    options = {"sampled": False} if part == "vae" else {}
+    with torch.no_grad():
+        made, expected = (model(*inputs, **options) for model in (found, kept))
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5 if part == "vocoder" else 0)
+    if part == "vocoder":  # its weights are plain ones again
+        assert any(parametrize.is_parametrized(layer) for layer in kept.modules())
+        assert not any(parametrize.is_parametrized(layer) for layer in found.modules())
+
+
+def test_what_is_no_such_part_is_refused(tmp_path, trained):
+    for run, part in ((Run.open(trained / "vae"), "diffusion"), (Run.open(trained / "diffusion"), "vae")):
+        with pytest.raises(UserError, match=f"describes no {part} of a super-resolver; name its folder"):
+            load_part(run, part)
+    for number, config in enumerate(({"cascade": {}}, {"sizes": [1]}, {"sizes": {}}, {"sizes": None})):
+        run = Run.create(tmp_path / str(number), config)
+        for part in PARTS:
+            with pytest.raises(UserError, match=f"describes no {part} of a super-resolver"):
+                load_part(run, part)
+    run = Run.open(trained / "vae")
+    run.config["sizes"]["latent_channels"] = 3
+    with pytest.raises(UserError, match="does not fit this model"):
+        load_part(run, "vae")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "words"),
+    [
+        (VaeTraining, {"clip_seconds": 0.15}, "clip_seconds=0.15.*a multiple of 0.16"),
+        (VaeTraining, {"clip_seconds": 0.0}, "clip_seconds=0.0"),
+        (VaeTraining, {"kl_weight": -1.0}, "kl_weight=-1.0"),
+        (VaeTraining, {"examples": 0}, "examples=0"),
+        (DiffusionTraining, {"val_examples": 0}, "val_examples=0"),
+        (DiffusionTraining, {"condition_dropout": 0.51}, "condition_dropout=0.51.*at most 0.5"),
+        (VocoderTraining, {"mel_weight": math.nan}, "mel_weight=nan"),
+        (VocoderTraining, {"period_channels": 0}, "period_channels=0"),
+    ],
+)
+def test_impossible_settings_are_refused(kind, fields, words):
+    with pytest.raises(UserError, match=words):
+        kind(**fields)
+
+
+def test_settings_come_back_from_json():
+    config = VocoderTraining(adversary=AdversaryConfig(discriminator_learning_rate=2e-4, discriminator_every=2))
+    assert VocoderTraining(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert [VaeTraining(clip_seconds=0.16 * k).clip_length for k in (1, 4, 64)] == [7_680, 30_720, 491_520]
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def test_the_autoencoder_sees_mels_of_mean_0_and_deviation_1(straight, library):
+    run = straight("vae").run
+    sizes = json.loads((run.path / "config.json").read_text())["sizes"]
+    examples = Examples(library, "train", 3, CLIP)
+    mels = torch.cat([log_mel(wav[None]) for i in range(3) for wav in examples[i]])
+    assert sizes["mel_mean"] == pytest.approx(mels.mean().item(), rel=1e-5)
+    assert sizes["mel_std"] == pytest.approx(mels.std().item(), rel=1e-5)
+    seen = []
+    vae = load_part(run, "vae")
+    vae.autoencoder.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    vae.encode(mels)
+    assert abs(seen[0].mean().item()) < 1e-3
+    assert seen[0].std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_latents_have_deviation_1_after_scaling(trained, library):
+    config = json.loads((trained / "diffusion" / "config.json").read_text())
+    vae, examples = load_part(Run.open(trained / "vae"), "vae"), Examples(library, "train", LOOP["examples"], CLIP)
+    with torch.no_grad():
+        latents = vae.encode(torch.stack([log_mel(examples[i][0][None])[0] for i in range(len(examples))]))
+    assert (config["latent_scale"] * latents).std().item() == pytest.approx(1, rel=1e-4)
+    assert abs(latents.std() - 1) > 0.01  # the tolerance tells
+    assert config["vae_sha256"] == Run.open(trained / "vae").weights_sha256()
+
+
+def test_latents_of_another_size_are_refused(train):
+    with pytest.raises(UserError, match=r"latent_channels=3 does not fit .*vae, whose latents have 2; use that number"):
+        train("diffusion", sizes=changed(DENOISER, latent_channels=3))
+
+
+def test_a_diffusion_model_needs_its_autoencoder(tmp_path, library):
+    with pytest.raises(UserError, match="vae: no run here"):
+        train_diffusion(tmp_path, library, DENOISER, DiffusionTraining(**LOOP), progress=False)
+
+
+class Counted(Examples):
+    reads = 0
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        self.reads += 1
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize(("room", "kept"), [(0, 0), (2.5, 2), (99, 4)])
+def test_encoded_examples_are_encoded_once_as_long_as_there_is_room(monkeypatch, trained, library, room, kept):
+    vae = load_part(Run.open(trained / "vae"), "vae")
+    size = (2 * 2 * 32 * 2 + 256 * 16) * 4  # bytes of an item
+    monkeypatch.setattr(training, "CACHE", room * size)
+    examples = Counted(library, "train", 4, CLIP)
+    encoded = EncodedExamples(examples, vae, 3.0, torch.device("cpu"))
+    assert (len(encoded), encoded.clip_length, encoded.sample_rate) == (4, CLIP, 48_000)
+    for _ in range(2):
+        for i in range(4):
+            latents, mel = encoded[i]
+            clip, low = Examples(library, "train", 4, CLIP)[i]
+            with torch.no_grad():
+                expected = torch.cat([3.0 * vae.encode(log_mel(wav[None]))[0] for wav in (clip, low)])
+            torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(mel, log_mel(low[None])[0], rtol=1e-5, atol=1e-4)
+            assert not latents.requires_grad
+            assert not mel.requires_grad
+    assert examples.reads == 8 - kept
+    assert (latents[:2] - latents[2:]).abs().max() > 1e-2  # clip and degraded clip are told apart
+
+
+# --- what each part learns from ---------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_the_autoencoder(library):
+    learner = make_learner(VaeLearner, VaeTraining(**LOOP, kl_weight=0.5), changed(VAE, mel_mean=-4.0, mel_std=3.0))
+    batch = tuple(
+        torch.stack(wavs) for wavs in zip(*(Examples(library, "train", 2, CLIP)[i] for i in range(2)), strict=True)
+    )
+    loss, terms, told_apart = learner.loss(learner.plain_model, batch)
+    mel = log_mel(torch.cat(batch))
+    made, divergence = learner.plain_model(mel, sampled=False)
+    assert terms["loss/mel"].item() == pytest.approx((made - mel).abs().mean().item(), rel=1e-5)
+    assert loss.item() == pytest.approx((terms["loss/mel"] + 0.5 * divergence.mean()).item(), rel=1e-5)
+    assert told_apart is None
+    first, second = (learner.loss(learner.plain_model, batch, Moment(0, 0))[0].item() for _ in range(2))
+    assert first != second  # a sample of the posterior in training, its mean in validation
+    for changed_one in (0, 1):  # both clips count
+        other = [wav.clone() for wav in batch]
+        other[changed_one] *= 0.5
+        assert learner.loss(learner.plain_model, tuple(other))[0].item() != pytest.approx(loss.item(), rel=1e-3)
+
+
+def test_the_loss_of_the_vocoder(straight, library):
+    config = VocoderTraining(**HARD | JUDGES, mel_weight=3.0, feature_weight=0.7)
+    learner = make_learner(VocoderLearner, config, VOCODER)
+    clips = torch.stack([Examples(library, "train", 2, CLIP)[i][0] for i in range(2)])
+    loss, terms, (made, real) = learner.loss(learner.plain_model, (clips, 0 * clips), Moment(0, 0))
+    assert torch.equal(real, clips)  # what is degraded plays no part
+    assert made.shape == clips.shape
+    assert terms["loss/mel"].item() == pytest.approx((log_mel(made) - log_mel(clips)).abs().mean().item(), rel=1e-5)
+    expected = 3.0 * terms["loss/mel"] + terms["loss/adversarial"] + 0.7 * terms["loss/features"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    assert all(p.grad is None for p in learner.adversary.model.parameters())  # it is the judges' turn later
+    assert all(p.grad is not None for p in learner.plain_model.parameters() if p.requires_grad)
+    loss, terms, _ = learner.loss(learner.plain_model, (clips, clips))
+    assert set(terms) == {"loss/mel"}
+    assert loss.item() == pytest.approx(3.0 * terms["loss/mel"].item(), rel=1e-5)
+    rows = straight("vocoder").run.metrics("train")
+    assert rows[0]["discriminator/loss"] > 0
+    assert rows[0]["discriminator/grad_norm"] > 0
+
+
+class Noted(nn.Module):
+    """A denoiser that predicts 0 and notes what it was asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, noisy, timesteps, low, mel, keeps_low, keeps_context):
+        self.calls.append((noisy, timesteps, low, mel, keeps_low, keeps_context))
+        return torch.zeros_like(noisy)
+
+
+def test_conditions_are_left_out_as_often_as_the_config_says():
+    learner = make_learner(DiffusionLearner, DiffusionTraining(**LOOP, condition_dropout=0.2), DENOISER)
+    model, clips = Noted(), 20_000
+    batch = torch.zeros(clips, 4, 1, 1), torch.zeros(clips, 1, 1, 1)
+    learner.loss(model, batch, Moment(0, 0))
+    _, timesteps, _, _, keeps_low, keeps_context = model.calls[0]
+    assert (~keeps_low).float().mean().item() == pytest.approx(0.2, abs=0.015)  # no condition at all
+    assert not keeps_context[~keeps_low].any()
+    assert (~keeps_context[keeps_low]).float().mean().item() == pytest.approx(0.2, abs=0.015)  # without context alone
+    assert (timesteps.min(), timesteps.max()) == (0, 999)
+    assert timesteps.float().mean().item() == pytest.approx(499.5, abs=10)
+    learner.loss(model, batch)
+    assert model.calls[1][4].all()  # none in validation
+    assert model.calls[1][5].all()
+
+
+def test_validation_takes_the_same_noise_and_timesteps_all_over_the_schedule():
+    learner = make_learner(DiffusionLearner, DiffusionTraining(**LOOP), DENOISER)
+    model = Noted()
+    batch = torch.ones(8, 4, 6, 2), torch.zeros(8, 1, 256, 16)
+    before = torch.get_rng_state()
+    first, second = (learner.loss(model, batch)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.calls[0][1].tolist() == [62, 187, 312, 437, 562, 687, 812, 937]
+    assert torch.equal(model.calls[0][0], model.calls[1][0])
+    training_losses = [learner.loss(model, batch, Moment(0, 0))[0] for _ in range(2)]
+    assert not torch.equal(*training_losses)
+
+
+def test_the_loss_of_the_denoiser_is_that_of_the_velocity():
+    learner = make_learner(DiffusionLearner, DiffusionTraining(**LOOP), DENOISER)
+    generator = torch.Generator().manual_seed(1)
+    high, low = torch.randn(2, 3, 2, 8, 4, generator=generator)
+    model = Noted()
+    loss, terms, _ = learner.loss(model, (torch.cat([high, low], dim=1), torch.zeros(3, 1, 256, 32)))
+    noisy, timesteps, given, *_ = model.calls[0]
+    assert torch.equal(given, low)
+    a = schedule().alphas_cumprod[timesteps][:, None, None, None]
+    unit = (noisy - a.sqrt() * high) / (1 - a).sqrt()
+    expected = (a.sqrt() * unit - (1 - a).sqrt() * high).square().mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert terms["loss/velocity"] == loss
+
+
+def predictions(learner: DiffusionLearner, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Noisy latents and what is predicted from them in a training step, under the same random numbers each time."""
+    found = []
+
+    def model(noisy: Tensor, *inputs: Tensor, **keeps: Tensor) -> Tensor:
+        if noisy.requires_grad:
+            noisy.retain_grad()
+        found.append((noisy, learner.plain_model.eval()(noisy, *inputs, **keeps)))
+        return found[0][1]
+
+    torch.manual_seed(7)
+    learner.loss(model, batch, Moment(0, 0))
+    return found[0]
+
+
+def test_the_original_reaches_the_model_through_the_noisy_latents_alone(monkeypatch):
+    """At the last timestep they are noise: what is predicted there follows the low-resolution clip."""
+    learner = make_learner(DiffusionLearner, DiffusionTraining(**LOOP, condition_dropout=0.0), DENOISER)
+    monkeypatch.setattr(torch, "randint", lambda highest, size: torch.full(size, timestep))
+    generator = torch.Generator().manual_seed(1)
+    high, low, other = torch.randn(3, 2, 2, 32, 4, generator=generator)
+    mel, other_mel = torch.randn(2, 2, 1, 256, 32, generator=generator)
+    timestep = 999
+    with torch.no_grad():
+        _, before = predictions(learner, (torch.cat([high, low], dim=1), mel))
+        for batch, least, most in (
+            ((torch.cat([other, low], dim=1), mel), 0, 1e-3),
+            ((torch.cat([high, other], dim=1), mel), 2e-2, math.inf),
+            ((torch.cat([high, low], dim=1), other_mel), 2e-3, math.inf),
+        ):
+            _, after = predictions(learner, batch)
+            assert least <= ((after - before).norm() / before.norm()).item() < most
+    timestep = 400
+    latents = torch.cat([high, low], dim=1).requires_grad_()
+    noisy, made = predictions(learner, (latents, mel))
+    made.square().sum().backward()
+    through_noise = schedule().alphas_cumprod[400].sqrt() * noisy.grad
+    assert through_noise.norm() > 1e-3
+    torch.testing.assert_close(latents.grad[:, :2], through_noise, rtol=1e-4, atol=1e-6)
+    assert latents.grad[:, 2:].norm() > 1e-3
+
+
+def test_diffusion_training_leaves_the_autoencoder_alone(straight, trained):
+    run = straight("diffusion").run
+    vae = run.path.parent / "vae"
+    assert Run.open(vae).weights_sha256() == Run.open(trained / "vae").weights_sha256()
+    assert os.readlink(vae / "last") == os.readlink(trained / "vae" / "last")
+    assert not any("vae" in name or "autoencoder" in name for name in load_weights(run))
+
+
+def test_averaged_weights_have_the_statistics_of_training(straight):
+    learner = straight("diffusion").learner
+    norms = [
+        [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        for model in (learner.average, learner.plain_model)
+    ]
+    assert len(norms[0]) == 3
+    for averaged, trained_one in zip(*norms, strict=True):
+        assert torch.equal(averaged.running_mean, trained_one.running_mean)
+        assert torch.equal(averaged.running_var, trained_one.running_var)
+        assert averaged.num_batches_tracked == 3
+        assert (averaged.running_var - 1).abs().max() > 1e-3
+        assert not torch.equal(averaged.weight, trained_one.weight)
