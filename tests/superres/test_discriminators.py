@@ -108,8 +108,10 @@ def test_scales_see_the_mean_of_pairs_and_of_pairs_of_those():
     smooth = nn.functional.pad(wav, (2, 2)).unfold(2, 4, 2).mean(3)
     smoother = nn.functional.pad(smooth, (2, 2)).unfold(2, 4, 2).mean(3)
     judgements = discriminators(wav)[5:]
-    for (logits, _), scale, x in zip(judgements, discriminators.scales, (wav, smooth, smoother), strict=True):
-        torch.testing.assert_close(logits, scale(x)[0])
+    for (logits, features), scale, x in zip(judgements, discriminators.scales, (wav, smooth, smoother), strict=True):
+        expected, of_x = scale(x)
+        torch.testing.assert_close(logits, expected)
+        torch.testing.assert_close(features[0], of_x[0])  # where the edges still show
 
 
 def test_first_scale_has_spectral_norm_and_the_others_lengths():

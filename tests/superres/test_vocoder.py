@@ -81,6 +81,7 @@ def test_folding_weight_norm_keeps_the_function():
         torch.testing.assert_close(vocoder(mel), before, atol=1e-5, rtol=0)
     assert lengths == 2 + 5 + 5 * 2 * 4
     assert before.std() > 0.1
+    assert loud(weight_norm=True).state_dict().keys() == Vocoder(TINY, weight_norm=True).state_dict().keys()
     assert not any(parametrize.is_parametrized(module) for module in vocoder.modules())
     assert vocoder.state_dict().keys() == Vocoder(TINY).state_dict().keys()
     vocoder.fold_weight_norm()  # a second time changes nothing
@@ -124,6 +125,14 @@ def test_without_iterations_the_start_gives_the_phases(clip, known):
     made = torch.complex(magnitudes * angles.cos(), magnitudes * angles.sin())
     expected = inverse_spectrum(torch.cat([low, made], dim=1))
     found = griffin_lim(log_mel(clip), known, CUTOFF, noise=start(), iterations=0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_an_iteration_takes_the_phases_of_the_waveform_before_it(clip, known):
+    mel = log_mel(clip)
+    before, found = (griffin_lim(mel, known, CUTOFF, noise=start(), iterations=n) for n in (2, 3))
+    made = torch.polar(magnitudes_of(mel)[:, CUTOFF:], spectrum(before)[:, CUTOFF:].angle())
+    expected = inverse_spectrum(torch.cat([spectrum(known)[:, :CUTOFF], made], dim=1))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
