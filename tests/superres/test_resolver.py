@@ -71,6 +71,26 @@ def test_seed_and_number_change_the_mel_itself(resolver, low):
         assert (other - mel).abs().mean() > 1e-3
 
 
+def test_latents_are_scaled_for_the_denoiser_and_back_again(resolver, low, monkeypatch):
+    seen = {}
+
+    def given_back(denoiser, latents, mel, noise, **options):
+        seen.update(denoiser=denoiser, latents=latents, mel=mel, noise=noise, options=options)
+        return latents
+
+    monkeypatch.setattr("lib.superres.resolver.sample", given_back)
+    made = resolver.predict_mel(low, Restoration(steps=7, guidance=2.0))
+    with torch.inference_mode():
+        latents = resolver.vae.encode(log_mel(low))
+        torch.testing.assert_close(made, resolver.vae.decode(latents), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen["latents"], resolver.latent_scale * latents)
+    assert abs(resolver.latent_scale - 1) > 0.01
+    assert torch.equal(seen["mel"], log_mel(low))
+    assert seen["denoiser"] is resolver.denoiser
+    assert seen["noise"].std().item() == pytest.approx(1, abs=0.2)
+    assert seen["options"] == {"steps": 7, "guidance": 2.0}
+
+
 def test_what_is_restored_follows_from_the_low_resolution_clip_alone(resolver):
     """Two originals that differ above 8 kHz only are the same once degraded."""
     common = band(white(CLIP), 0, 5_000)
