@@ -144,13 +144,13 @@ def test_a_given_degradation_is_that_of_all(library):
 
 
 def test_degradations_vary(library):
-    examples = Examples(library, "train", 30, CLIP)
+    examples = Examples(library, "train", 16, CLIP)
     edges = []
-    for i in range(30):
+    for i in range(16):
         clip, low = examples[i]
         lost = [decibels(band(low, f, f + 1_000), band(clip, f, f + 1_000)) < -20 for f in range(1_000, 20_000, 1_000)]
         edges.append(lost.index(True))
-    assert len(set(edges)) > 8
+    assert len(set(edges)) > 5
 
 
 def test_clips_are_what_lies_at_a_place_in_their_song_and_come_from_everywhere(tmp_path):
