@@ -70,26 +70,29 @@ def judge(
     return Verdict(claim, said, measured, spread.rstrip(")"), verdict, why)
 
 
-def collect(out_dir: Path) -> list[dict[str, Any]]:
-    """The verdicts that a run's notebooks stored, in order of their claims."""
-    found = []
-    for path in sorted((out_dir / "report").glob("*.json")):
-        found += [row for item in json.loads(path.read_text())["items"] for row in item.get("claims", [])]
+def collect(sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The verdicts that notebooks stored in their sections, in order of their claims."""
+    found = [row for section in sections for item in section["items"] for row in item.get("claims", [])]
     return sorted(found, key=lambda row: int(row["claim"][1:]))
 
 
-def merge(path: Path, verdicts: Sequence[dict[str, Any]], facts: dict[str, str]) -> list[dict[str, Any]]:
-    """The content of claims.json at `path` with the verdicts of one preset put in place of its earlier ones.
+def merge(
+    path: Path, verdicts: Sequence[dict[str, Any]], facts: dict[str, str], *, replace_all: bool = True
+) -> list[dict[str, Any]]:
+    """The content of claims.json at `path` with the verdicts of one preset put in place of its earlier ones; without
+    `replace_all` in place of those on the same claims.
 
     `facts` (preset, codec, commit, …) go into every row. Claims that no preset has tested are listed with the reason.
     """
-    kept = []
+    kept, judged = [], {row["claim"] for row in verdicts}
     if path.exists():
         try:
             kept = [
                 row
                 for row in json.loads(path.read_text())
-                if row["claim"] in CLAIMS and row["preset"] not in (facts["preset"], "")
+                if row["claim"] in CLAIMS
+                and row["preset"]
+                and (row["preset"] != facts["preset"] or not (replace_all or row["claim"] in judged))
             ]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged ({error}); restore it from the repository, or delete it") from None

@@ -40,7 +40,7 @@ from lib.variants import NAMED, SCHEDULED, Variant, chosen_variants
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in notebooks mean this folder, wherever a kernel starts
 RECORD = ROOT / "outputs" / "record"  # what `make record` wrote
 DEMO_SONGS = 16
-UPPER_BAND = {"num_songs": 12, "seconds": 10.0, "sample_rate": 48_000}  # demo songs for super-resolution
+UPPER_BAND = {"num_songs": 24, "seconds": 8.0, "sample_rate": 48_000}  # demo songs for super-resolution
 PLANS = {"small": SMALL_PLAN, "full": FULL_PLAN}
 
 
@@ -79,15 +79,16 @@ class Preset:
     # notebook 06: super-resolution
     superres_plan: str = "small"  # sizes of its parts, in PLANS
     superres_vae_steps: int = 110
-    superres_steps: int = 170  # of each of the two diffusion models
+    superres_steps: int = 160  # of each of the two diffusion models
+    superres_vocoder_steps: int = 20
     superres_sampler_steps: int = 20
     superres_clips: int = 8  # at each cutoff, on which methods are compared
     # of `make record`, whose runs are longer; it adds the named settings at full depth
     record_variants: str = "all"
     record_steps: int = 100
-    record_superres_vae_steps: int = 1200
-    record_superres_steps: int = 2500
-    record_superres_clips: int = 32
+    record_superres_vae_steps: int = 800
+    record_superres_steps: int = 1000
+    record_superres_clips: int = 24
 
     @property
     def plan(self) -> Plan:
@@ -127,12 +128,14 @@ class Preset:
     @property
     def superres(self) -> SuperresPlan:
         """What notebook 06 trains."""
-        return PLANS[self.superres_plan].lasting(self.superres_vae_steps, self.superres_steps)
+        steps = (self.superres_vae_steps, self.superres_steps, self.superres_vocoder_steps)
+        return PLANS[self.superres_plan].lasting(*steps)
 
     @property
     def recorded_superres(self) -> SuperresPlan:
-        """The same, for as long as `make record` trains it."""
-        return PLANS[self.superres_plan].lasting(self.record_superres_vae_steps, self.record_superres_steps)
+        """The same, autoencoder and diffusion models for as long as `make record` trains them."""
+        steps = (self.record_superres_vae_steps, self.record_superres_steps, self.superres_vocoder_steps)
+        return PLANS[self.superres_plan].lasting(*steps)
 
     @property
     def cascade(self) -> CascadeConfig:
@@ -187,6 +190,7 @@ PRESETS = {
         schedule_seeds=1,
         superres_vae_steps=4,
         superres_steps=4,
+        superres_vocoder_steps=2,
         superres_sampler_steps=3,
         superres_clips=2,
         record_variants="named",
@@ -255,6 +259,7 @@ PRESETS = {
         superres_plan="full",
         superres_vae_steps=200_000,
         superres_steps=500_000,
+        superres_vocoder_steps=500_000,
         superres_sampler_steps=50,
         superres_clips=64,
         record_steps=2000,

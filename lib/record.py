@@ -1,7 +1,7 @@
 """Measure what the README quotes, and write it to outputs/record/.
 
     python -m lib.record --preset demo [--data DIR] [--codec NAME|DIR] [--out DIR] [--set record_steps=200]
-                         [--resume]
+                         [--only 06] [--resume]
 
 Runs the preset's ablation grid, the settings that the seeds name at full depth, and the whole training schedule in
 miniature; then every notebook; then keeps
@@ -22,6 +22,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,49 @@ from lib.audit import audit_named, disagreements
 from lib.claims import collect, markdown_table, merge
 from lib.errors import UserError, exit_on_user_error
 from lib.files import write_atomic
-from lib.pipeline import NotebookError, add_arguments, parsed_overrides, run_notebooks, say
+from lib.pipeline import (
+    NOTEBOOKS,
+    NotebookError,
+    add_arguments,
+    chosen_notebooks,
+    parsed_overrides,
+    run_notebooks,
+    say,
+)
 from lib.presets import RECORD, ROOT, Preset, Project, load_preset, open_project
+from lib.report import sections, tables_of
 from lib.runs import versions
-from lib.superres.evaluation import evaluate, write_scores
+from lib.superres.evaluation import METHODS, Score, evaluate, read_scores, write_scores
 from lib.superres.resolver import Restoration, SuperResolver
 
-FIGURES = ("listening_0", "masks", "stages", "grid", "collapse", "waterfalls", "restored")
+FIGURES = {  # and the notebook that draws each
+    "listening_0": "05_listening",
+    "masks": "04_training",
+    "stages": "04_training",
+    "grid": "02_stage_ablation",
+    "collapse": "03_rms_collapse",
+    "waterfalls": "03_rms_collapse",
+    "restored": "06_super_resolution",
+}
 README = ROOT / "README.md"
-MARKS = ("<!-- the claims: written by make record -->", "<!-- end of the claims -->")
+# of the README's tables that are written here
+CLAIMS_MARKS = ("<!-- the claims: written by make record -->", "<!-- end of the claims -->")
+DISTANCES_MARKS = ("<!-- the distances: written by make record -->", "<!-- end of the distances -->")
 
 
-def record(preset_name: str, overrides: dict[str, Any], data_dir: str, out_dir: str, *, resume: bool = False) -> Path:
-    """Measure and write; returns the folder of the preset's record. `UserError` for bad settings, before any run."""
+def record(
+    preset_name: str,
+    overrides: dict[str, Any],
+    data_dir: str,
+    out_dir: str,
+    only: tuple[str, ...] = NOTEBOOKS,
+    *,
+    resume: bool = False,
+) -> Path:
+    """Measure and write; returns the folder of the preset's record. `UserError` for bad settings, before any run.
+
+    `only`: notebooks that are run, each after the longer runs that it rests on; of the others what was recorded stays.
+    """
     preset = load_preset(preset_name, **overrides)
     check_readme(README.read_text())
     if preset.name == "full" and not torch.cuda.is_available():
@@ -52,6 +83,32 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, out_dir: 
     merge(RECORD / "claims.json", [], {"preset": preset.name})  # a damaged file is seen before the runs, not after
     folder = RECORD / preset.name
     folder.mkdir(parents=True, exist_ok=True)
+    project = open_project(preset, data_dir, out_dir)
+    if "02_stage_ablation" in only:
+        record_grid(preset, data_dir, out_dir, folder)
+    if "04_training" in only:
+        record_schedule(preset, project, folder)
+    if "06_super_resolution" in only:
+        record_superres(preset, project, folder)
+    out = run_notebooks(preset_name, overrides, data_dir, out_dir, only, resume=resume).parent
+    for name in (name for name, notebook in FIGURES.items() if notebook in only):
+        shutil.copyfile(out / "figures" / f"{name}.png", folder / f"{name}.png")
+    summary = json.loads((out / "summary.json").read_text())
+    if only != NOTEBOOKS:
+        kept = json.loads((folder / "summary.json").read_text())
+        summary = kept | {"tables": kept["tables"] | tables_of(sections(out, only))}
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=1))
+    where = {"preset": preset.name, "codec": project.codec.name, "commit": versions()["commit"]}
+    claims = merge(RECORD / "claims.json", collect(sections(out, only)), where, replace_all=only == NOTEBOOKS)
+    write_atomic(RECORD / "claims.json", one_row_a_line(claims))
+    scores, _ = read_scores(folder / "superres.json")
+    readme = with_table(README.read_text(), CLAIMS_MARKS, markdown_table(claims))
+    write_atomic(README, with_table(readme, DISTANCES_MARKS, distances_table(scores)))
+    return folder
+
+
+def record_grid(preset: Preset, data_dir: str, out_dir: str, folder: Path) -> None:
+    """The ablation grid, and the named settings at full depth."""
     results: list[Result] = []
     for plan in recorded_plans(preset):
         layers, steps = plan.ablation_layers, plan.ablation_steps
@@ -61,20 +118,14 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, out_dir: 
     facts = {"preset": preset.name, "codec": project.codec.name}
     depth = {"steps": preset.record_steps, "changed_by_depth": changed_by_depth(results)}
     write_record(folder / "ablation.json", results, facts | depth)
-    record_superres(preset, project, folder)
+
+
+def record_schedule(preset: Preset, project: Project, folder: Path) -> None:
+    """The whole schedule in miniature."""
     say(f"the whole schedule in miniature: {preset.schedule_epochs} epochs, {preset.schedule_seeds} seeds")
     scheduled = project.schedule()
-    length = {"steps": max(result.steps for result in scheduled), "epochs": preset.schedule_epochs}
-    write_record(folder / "schedule.json", scheduled, facts | length)
-    page = run_notebooks(preset_name, overrides, data_dir, out_dir, resume=resume)
-    for name in FIGURES:
-        shutil.copyfile(page.parent / "figures" / f"{name}.png", folder / f"{name}.png")
-    shutil.copyfile(page.parent / "summary.json", folder / "summary.json")
-    where = {"preset": preset.name, "codec": project.codec.name, "commit": versions()["commit"]}
-    claims = merge(RECORD / "claims.json", collect(page.parent), where)
-    write_atomic(RECORD / "claims.json", one_row_a_line(claims))
-    write_atomic(README, with_claims(README.read_text(), markdown_table(claims)))
-    return folder
+    facts = {"preset": preset.name, "codec": project.codec.name, "epochs": preset.schedule_epochs}
+    write_record(folder / "schedule.json", scheduled, facts | {"steps": max(result.steps for result in scheduled)})
 
 
 def record_superres(preset: Preset, project: Project, folder: Path) -> None:
@@ -110,26 +161,39 @@ def one_row_a_line(rows: list[dict[str, Any]]) -> str:
     return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
 
 
+def distances_table(scores: Sequence[Score]) -> str:
+    """LSD above the cutoff as a Markdown table, a row a method, a column a cutoff."""
+    cutoffs = sorted({score.cutoff for score in scores})
+    lines = [["method", *(f"{cutoff / 1000:g} kHz" for cutoff in cutoffs)], ["---"] * (len(cutoffs) + 1)]
+    for method, text in METHODS.items():
+        own = {score.cutoff: score.upper for score in scores if score.method == method}
+        lines.append([f"{method}: {text}", *("{:.2f} ± {:.2f}".format(*own[cutoff]) for cutoff in cutoffs)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def check_readme(text: str) -> None:
-    if not all(text.count(mark) == 1 for mark in MARKS):
-        raise UserError(f"{README}: the marks {' and '.join(MARKS)} must each be there once; restore them")
+    for marks in (CLAIMS_MARKS, DISTANCES_MARKS):
+        if not all(text.count(mark) == 1 for mark in marks):
+            raise UserError(f"{README}: the marks {' and '.join(marks)} must each be there once; restore them")
 
 
-def with_claims(readme: str, table: str) -> str:
-    """The README with the table between its marks replaced."""
+def with_table(readme: str, marks: tuple[str, str], table: str) -> str:
+    """The README with the table between these marks replaced."""
     check_readme(readme)
-    pattern = re.escape(MARKS[0]) + ".*" + re.escape(MARKS[1])
-    return re.sub(pattern, lambda _: f"{MARKS[0]}\n{table}\n{MARKS[1]}", readme, flags=re.DOTALL)
+    pattern = re.escape(marks[0]) + ".*" + re.escape(marks[1])
+    return re.sub(pattern, lambda _: f"{marks[0]}\n{table}\n{marks[1]}", readme, flags=re.DOTALL)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.record", description="Measure what the README quotes.")
     add_arguments(parser)
+    parser.add_argument("--only", help="notebooks, by their numbers; of the others what was recorded stays")
     parser.add_argument("--resume", action="store_true", help="keep the notebooks that are done, go on with training")
     options = parser.parse_args()
     with exit_on_user_error():
         try:
-            folder = record(options.preset, parsed_overrides(options), options.data, options.out, resume=options.resume)
+            overrides, only = parsed_overrides(options), chosen_notebooks(options.only)
+            folder = record(options.preset, overrides, options.data, options.out, only, resume=options.resume)
         except NotebookError as error:
             sys.exit(f"error: {error}")
         print(f"record: {folder}")

@@ -107,6 +107,17 @@ class Section:
         write_atomic(self.out_dir / "report" / f"{self.name}.json", json.dumps(self.content))
 
 
+def sections(out_dir: Path, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """What the notebooks of these names have stored in `out_dir`, or all of them, in the notebooks' order."""
+    paths = sorted((out_dir / "report").glob("*.json"))
+    return [json.loads(path.read_text()) for path in paths if names is None or path.stem in names]
+
+
+def tables_of(sections: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Caption → rows of every table."""
+    return {item["caption"]: item["rows"] for section in sections for item in section["items"] if "rows" in item}
+
+
 def claims_table(verdicts: Sequence[Mapping[str, Any]], caption: str) -> Table:
     """Verdicts, as `lib.claims` stores them, side by side."""
     rows = [
@@ -128,14 +139,13 @@ def write_report(out_dir: Path, title: str, lead: str, facts: Mapping[str, str])
     line says where they are. Executed notebooks become pages beside it, to which it links. `summary.json` holds the
     facts and every table as data.
     """
-    paths = sorted((out_dir / "report").glob("*.json"), reverse=True)
-    if not paths:
+    stored = sections(out_dir)[::-1]
+    if not stored:
         raise UserError(f"{out_dir}: no sections to report on; run the notebooks first")
-    sections = [json.loads(path.read_text()) for path in paths]
-    tables = {item["caption"]: item["rows"] for section in sections for item in section["items"] if "rows" in item}
-    write_atomic(out_dir / "summary.json", json.dumps({"facts": dict(facts), "tables": tables}, indent=1))
+    content = {"facts": dict(facts), "tables": tables_of(stored)}
+    write_atomic(out_dir / "summary.json", json.dumps(content, indent=1))
     summary = []
-    for section in sections:
+    for section in stored:
         for item in section["items"]:
             if item["kind"] == "figure":
                 item["data"] = base64.b64encode((out_dir / item["file"]).read_bytes()).decode()
@@ -143,18 +153,18 @@ def write_report(out_dir: Path, title: str, lead: str, facts: Mapping[str, str])
                 summary.append({"what": item["what"], "found": item["value"], "section": section["title"]})
         notebook = out_dir / f"{section['name']}.ipynb"
         section["notebook"] = write_notebook_page(notebook).stem if notebook.exists() else None
-    verdicts = collect(out_dir)
+    verdicts = collect(stored)
     found = Counter(verdict["verdict"] for verdict in verdicts)
     if verdicts:
         counts = ", ".join(f"{found[verdict]} {verdict}" for verdict in VERDICTS)
         summary.append({"what": "claims of the seeds", "found": counts, "section": "Claims"})
-    leave_out_largest_players(sections, LIMIT)
+    leave_out_largest_players(stored, LIMIT)
     body = render(
         "report.html.j2",
         title=title,
         lead=lead,
         facts=facts,
-        sections=sections,
+        sections=stored,
         summary=Markup(Table(summary, "What was found")._repr_html_()) if summary else "",
         claims=Markup(claims_table(verdicts, "Every claim and its verdict")._repr_html_()) if verdicts else "",
     )

@@ -236,23 +236,33 @@ def _melody(song: Song, rng: np.random.Generator) -> Part:
 def _tone(timbre: str, note: int, num_samples: int, sample_rate: int) -> np.ndarray:
     """A note `[num_samples]` as a sum of harmonics; higher ones are weaker and die sooner."""
     amplitudes, decay, attack = _TIMBRES[timbre]
-    norm = np.linalg.norm(amplitudes)
     seconds = np.arange(num_samples) / sample_rate
     vibrato = 0.3 * np.sin(2 * np.pi * 5 * seconds) * np.minimum(seconds, 1) if timbre in ("flute", "string") else 0
     phase = 2 * np.pi * _frequency(note) * seconds + vibrato
     sound = np.zeros(num_samples)
     highest = HIGHEST_TONE[sample_rate]
-    if highest > HIGHEST_TONE[SAMPLE_RATE]:  # beyond those that the timbre names, each half as strong an octave up
-        named = len(amplitudes)
-        further = np.arange(named + 1, int(highest / _frequency(note)) + 1)
-        amplitudes = (*amplitudes, *(amplitudes[-1] * named / further))
     for number, amplitude in enumerate(amplitudes, start=1):
         if number * _frequency(note) < highest:
             sound += amplitude * np.sin(number * phase) * np.exp(-seconds * number**0.7 / decay)
+    if sample_rate > SAMPLE_RATE:  # beyond those that the timbre names, half as strong an octave up
+        named = len(amplitudes)
+        upper = _harmonics(phase, named + 1, int(highest / _frequency(note)))
+        sound += amplitudes[-1] * named * upper * np.exp(-seconds * (2 * named) ** 0.7 / decay)
     release = min(num_samples, round(0.03 * sample_rate))
     envelope = np.minimum(seconds / attack, 1)
     envelope[num_samples - release :] *= np.linspace(1, 0, release)
-    return sound * envelope / norm
+    return sound * envelope / np.linalg.norm(amplitudes)
+
+
+def _harmonics(phase: np.ndarray, first: int, last: int) -> np.ndarray:
+    """Σ sin(n·phase)/n for n from `first` to `last`, by sin((n+1)x) = 2·cos(x)·sin(n·x) − sin((n−1)x): hundreds of
+    harmonics for the price of three sines."""
+    twice, before, now = 2 * np.cos(phase), np.sin((first - 1) * phase), np.sin(first * phase)
+    total = np.zeros(len(phase))
+    for number in range(first, last + 1):
+        total += now / number
+        before, now = now, twice * now - before
+    return total
 
 
 def _kick(frequency: float, sample_rate: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 
 from lib.claims import CLAIMS, NOT_TESTED, REFUTED, REPRODUCED, collect, judge, markdown_table, merge
 from lib.errors import UserError
-from lib.report import Section
+from lib.report import Section, sections
 
 FACTS = {"preset": "demo", "codec": "mdct", "commit": "abc1234"}
 
@@ -49,7 +49,7 @@ def test_collect_finds_what_sections_stored_in_order_of_the_claims(tmp_path):
     section.text("words")
     shown = section.claims([early])
     assert "refuted" in repr(shown)
-    assert collect(tmp_path) == [dataclasses.asdict(early), dataclasses.asdict(late)]
+    assert collect(sections(tmp_path)) == [dataclasses.asdict(early), dataclasses.asdict(late)]
 
 
 def test_merge_puts_a_preset_in_place_of_its_earlier_rows_and_keeps_the_others(tmp_path):

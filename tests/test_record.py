@@ -2,27 +2,42 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
 import lib.record
 import lib.superres.plans
 from lib.ablation import read_record
-from lib.claims import CLAIMS, VERDICTS, markdown_table
+from lib.claims import CLAIMS, VERDICTS, judge, markdown_table
 from lib.errors import UserError
+from lib.pipeline import NOTEBOOKS
 from lib.presets import RECORD, load_preset
-from lib.record import FIGURES, MARKS, README, changed_by_depth, check_readme, recorded_plans, with_claims
+from lib.record import (
+    CLAIMS_MARKS,
+    DISTANCES_MARKS,
+    FIGURES,
+    README,
+    changed_by_depth,
+    check_readme,
+    distances_table,
+    recorded_plans,
+    with_table,
+)
 from lib.superres.evaluation import CUTOFFS, METHODS, Evaluation, Score, read_scores
 from lib.variants import SCHEDULED
 
-TEXT = f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n"
+TEXT = f"before\n{DISTANCES_MARKS[0]}\n{DISTANCES_MARKS[1]}\n{CLAIMS_MARKS[0]}\nold\n{CLAIMS_MARKS[1]}\nafter\n"
 
 
 def test_the_table_takes_the_place_of_the_old_one():
-    assert with_claims(TEXT, "| \\1 new |") == f"before\n{MARKS[0]}\n| \\1 new |\n{MARKS[1]}\nafter\n"
+    assert with_table(TEXT, CLAIMS_MARKS, "| \\1 new |") == TEXT.replace("old", "| \\1 new |")
+    assert with_table(TEXT, DISTANCES_MARKS, "| d |") == TEXT.replace(
+        DISTANCES_MARKS[0], f"{DISTANCES_MARKS[0]}\n| d |"
+    )
 
 
-@pytest.mark.parametrize("text", ["", MARKS[0], TEXT + MARKS[1]])
+@pytest.mark.parametrize("text", ["", CLAIMS_MARKS[0], TEXT + CLAIMS_MARKS[1], TEXT.replace(DISTANCES_MARKS[0], "")])
 def test_a_readme_without_its_marks_is_refused(text):
     with pytest.raises(UserError, match=r"README\.md: the marks .* once; restore"):
         check_readme(text)
@@ -47,7 +62,6 @@ def stub(monkeypatch, tmp_path):
     for name in FIGURES:
         (out / "figures" / f"{name}.png").write_bytes(name.encode())
     (out / "summary.json").write_text("{}")
-    (out / "report" / "02_x.json").write_text(json.dumps({"items": []}))
     said = []
 
     class Project:
@@ -67,13 +81,18 @@ def stub(monkeypatch, tmp_path):
     def run_notebooks(*given, resume):
         assert resume is False
         said.append(given)
+        for name in given[-1]:
+            table = {"caption": f"of {name}", "rows": [{"measured": 2}]}
+            judged = {"01_encoding": "C3", "06_super_resolution": "C18"}.get(name)
+            claims = [dataclasses.asdict(judge(judged, "it holds", True))] if judged else []
+            (out / "report" / f"{name}.json").write_text(json.dumps({"items": [table, {"claims": claims}]}))
         return out / "index.html"
 
     readme = tmp_path / "README.md"
     readme.write_text(TEXT)
 
     def record_superres(preset, project, folder):
-        (folder / "superres.json").write_text(preset.name)
+        shutil.copyfile(RECORD / "demo" / "superres.json", folder / "superres.json")
 
     monkeypatch.setattr(lib.record, "record_superres", record_superres)
     monkeypatch.setattr(lib.record, "open_project", Project)
@@ -87,7 +106,7 @@ def test_a_record_holds_runs_figures_summary_claims_and_the_readmes_table(stub):
     folder, said = stub
     written = lib.record.record("demo", {}, "songs", "")
     assert written == folder / "record" / "demo"
-    assert said == [("demo", {}, "songs", "")]
+    assert said == [("demo", {}, "songs", "", NOTEBOOKS)]
     assert {path.name for path in written.iterdir()} == {
         "ablation.json",
         "schedule.json",
@@ -104,6 +123,29 @@ def test_a_record_holds_runs_figures_summary_claims_and_the_readmes_table(stub):
     claims = json.loads((folder / "record" / "claims.json").read_text())
     assert [row["claim"] for row in claims] == list(CLAIMS)
     assert markdown_table(claims) in (folder / "README.md").read_text()
+    assert distances_table(read_scores(written / "superres.json")[0]) in (folder / "README.md").read_text()
+
+
+def test_a_record_of_one_notebook_leaves_what_the_others_have_measured(stub, monkeypatch):
+    folder, said = stub
+    written = lib.record.record("demo", {}, "songs", "")
+    before = {path.name: path.read_text() for path in written.glob("*.json")}
+    rows = json.loads((folder / "record" / "claims.json").read_text())
+    (written / "summary.json").write_text(json.dumps({"facts": {"of": "all"}, "tables": {"kept": 1, "of 06_x": 1}}))
+    for name in FIGURES:
+        (written / f"{name}.png").write_bytes(b"before")
+    for name in ("record_grid", "record_schedule"):
+        monkeypatch.setattr(lib.record, name, None)  # calling it would fail
+    only = ("06_super_resolution",)
+    lib.record.record("demo", {}, "songs", "", only)
+    assert said[-1] == ("demo", {}, "songs", "", only)
+    assert all((written / name).read_text() == before[name] for name in ("ablation.json", "schedule.json"))
+    drawn = {name for name in FIGURES if (written / f"{name}.png").read_bytes() != b"before"}
+    assert drawn == {"restored"}
+    summary = json.loads((written / "summary.json").read_text())
+    assert summary["facts"] == {"of": "all"}
+    assert set(summary["tables"]) == {"kept", "of 06_x", "of 06_super_resolution"}
+    assert json.loads((folder / "record" / "claims.json").read_text()) == rows  # C3 is still there
 
 
 def test_the_super_resolver_is_trained_for_as_long_as_the_record_says(monkeypatch, tmp_path):
@@ -142,6 +184,19 @@ def test_the_committed_distances_are_of_every_method_at_every_cutoff():
     assert [(s.cutoff, s.method) for s in scores] == [(cutoff, method) for cutoff in CUTOFFS for method in METHODS]
     assert len({s.clips for s in scores}) == 1
     assert facts["preset"] == "demo"
+    assert distances_table(scores) in README.read_text()
+
+
+def test_distances_are_shown_by_method_and_cutoff():
+    pair = (0.0, 0.0)
+    scores = [
+        Score(name, c, 2, pair, pair, (i + c / 1e6, 0.126), pair) for c in CUTOFFS for i, name in enumerate(METHODS)
+    ]
+    lines = [line.strip("| ").split(" | ") for line in distances_table(scores).splitlines()]
+    assert lines[0] == ["method", "2 kHz", "4 kHz", "8 kHz", "12 kHz", "16 kHz"]
+    assert lines[2][1] == "0.00 ± 0.13"
+    assert lines[-1][0].startswith("vocoder: ")
+    assert lines[-1][-1] == "6.02 ± 0.13"
 
 
 def test_a_broken_readme_is_seen_before_any_run(stub):

@@ -122,8 +122,9 @@ def test_the_readme_names_the_two_commands_and_no_target_that_does_not_exist():
 
 
 def test_files_and_modules_that_the_readme_names_exist():
-    for module in set(re.findall(r"python -m (lib\.\w+)", text("README.md"))):
-        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+    for module in set(re.findall(r"python -m (lib[.\w]*\w)", text("README.md"))):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
     for target in re.findall(r"\]\(([^)#:]+)\)", text("README.md")):
         if not target.startswith("outputs/record/"):  # measured by `make record`
             assert (ROOT / target).exists(), target

@@ -20,7 +20,7 @@ import lib.report
 from lib.claims import collect, judge
 from lib.errors import UserError
 from lib.player import Players
-from lib.report import Section, Table, leave_out_largest_players, write_report
+from lib.report import Section, Table, leave_out_largest_players, sections, write_report
 
 EVIL = "<script>alert(\"x\")</script> & 'y'"
 
@@ -150,7 +150,7 @@ def test_claims_are_shown_where_they_are_judged_and_found_again(tmp_path):
     assert "C10" in repr(shown)
     assert "not tested here: takes days" in repr(shown)
     assert "(" in later.rows[0][2]  # the range over seeds beside the median
-    assert [row["claim"] for row in collect(tmp_path)] == ["C1", "C2", "C10"]
+    assert [row["claim"] for row in collect(sections(tmp_path))] == ["C1", "C2", "C10"]
 
 
 def test_opening_a_section_anew_forgets_what_it_held(out, write):

@@ -7,7 +7,7 @@ import torch
 
 from lib.audio import SAMPLE_RATE, load_audio, save_audio
 from lib.errors import UserError
-from lib.synth import PEAK, draw_song, make_demo_dataset, render_song
+from lib.synth import PEAK, _harmonics, draw_song, make_demo_dataset, render_song
 
 SECONDS = 24
 SCALES = {"major": "101011010101", "minor": "101101011010"}  # black and white keys from the tonic up
@@ -135,3 +135,31 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="choose another folder"):
         make_demo_dataset(tmp_path / "file" / "demo", num_songs=1, seconds=2)
+
+
+# --- for super-resolution ---------------------------------------------------------------------------------------------
+
+
+def test_at_48_khz_tones_and_drums_reach_into_the_upper_band():
+    wav = render_song(0, 0, 8 * 48_000, 48_000)
+    power = np.abs(np.fft.rfft(wav)) ** 2
+    kilohertz = np.fft.rfftfreq(len(wav), 1 / 48_000) / 1000
+    shares = [power[(kilohertz > a) & (kilohertz < b)].sum() / power.sum() for a, b in ((5, 10), (10, 20))]
+    assert min(shares) > 1e-4
+
+
+def test_a_series_of_harmonics_is_their_sum():
+    phase = np.linspace(0, 300, 5000)
+    wanted = sum(np.sin(n * phase) / n for n in range(7, 160))
+    assert np.abs(_harmonics(phase, 7, 159) - wanted).max() < 1e-9
+    assert not _harmonics(phase, 9, 8).any()
+
+
+def test_songs_of_another_rate_are_made_anew(tmp_path):
+    (path,) = make_demo_dataset(tmp_path, num_songs=1, seconds=1.0)
+    assert soundfile.info(path).samplerate == SAMPLE_RATE
+    make_demo_dataset(tmp_path, num_songs=1, seconds=1.0, sample_rate=48_000)
+    assert soundfile.info(path).samplerate == 48_000
+    assert soundfile.info(path).frames == 48_000
+    with pytest.raises(UserError, match="sample_rate 44100: use 24000 or 48000"):
+        make_demo_dataset(tmp_path, sample_rate=44_100)

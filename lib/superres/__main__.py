@@ -13,7 +13,7 @@ import torch
 from lib.errors import exit_on_user_error
 from lib.superres.files import Restored, restore_file, restore_folder
 from lib.superres.mel import SAMPLE_RATE
-from lib.superres.resolver import Restoration, SuperResolver
+from lib.superres.resolver import VOCODERS, Restoration, SuperResolver
 
 
 def main() -> None:
@@ -25,12 +25,15 @@ def main() -> None:
     parser.add_argument("--run", required=True, help="trained super-resolver, such as outputs/demo/superres")
     parser.add_argument("--steps", type=int, default=Restoration.steps, help="of the sampler (default: 50)")
     parser.add_argument("--guidance", type=float, default=Restoration.guidance, help="1 (default): none")
+    parser.add_argument("--vocoder", choices=VOCODERS, default=VOCODERS[0], help=f"default: {VOCODERS[0]}, untrained")
     parser.add_argument("--seed", type=int, default=Restoration.seed)
     parser.add_argument("--cutoff", type=float, help="Hz, where the files' own band ends (default: found in each)")
     options = parser.parse_args()
     with exit_on_user_error():
         settings = Restoration(options.steps, options.guidance, options.seed, options.cutoff)
-        resolver = SuperResolver(options.run, device="cuda" if torch.cuda.is_available() else "cpu")
+        resolver = SuperResolver(
+            options.run, vocoder=options.vocoder, device="cuda" if torch.cuda.is_available() else "cpu"
+        )
         if not Path(options.input).is_dir():
             report(restore_file(options.input, options.out, resolver, settings))
             return

@@ -6,38 +6,54 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lib.adversary import AdversaryConfig
 from lib.runs import Run
 from lib.superres.data import Library
 from lib.superres.encoder import EncoderConfig
-from lib.superres.training import DiffusionTraining, PartConfig, VaeTraining, train_diffusion, train_vae
+from lib.superres.training import (
+    DiffusionTraining,
+    PartConfig,
+    VaeTraining,
+    VocoderTraining,
+    encode,
+    train_diffusion,
+    train_vae,
+    train_vocoder,
+)
 from lib.superres.unet import DenoiserConfig
 from lib.superres.vae import VaeConfig
+from lib.superres.vocoder import VocoderConfig
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes and training of the autoencoder and of the diffusion model on it."""
+    """Sizes and training of the autoencoder, of the diffusion model on it, and of a vocoder."""
 
     vae: VaeConfig = field(default_factory=VaeConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    vocoder: VocoderConfig = field(default_factory=VocoderConfig)
     vae_training: VaeTraining = field(default_factory=VaeTraining)
     training: DiffusionTraining = field(default_factory=DiffusionTraining)
+    vocoder_training: VocoderTraining = field(default_factory=VocoderTraining)
 
-    def lasting(self, vae_steps: int, steps: int) -> "Plan":
-        """The same plan, for so many steps of the autoencoder and of each diffusion model."""
+    def lasting(self, vae_steps: int, steps: int, vocoder_steps: int) -> "Plan":
+        """The same plan, for so many steps of the autoencoder, of each diffusion model, and of the vocoder."""
         return dataclasses.replace(
             self,
             vae_training=_lasting(self.vae_training, vae_steps),
             training=_lasting(self.training, steps),
+            vocoder_training=_lasting(self.vocoder_training, vocoder_steps),
         )
 
     def train(self, folder: str | Path, library: Library, **options: Any) -> dict[str, Run]:
-        """The autoencoder, then two denoisers that differ in what their cross-attention sees: 'diffusion' the sequence,
-        'diffusion-pooled' the one vector of the seed."""
+        """The autoencoder; two denoisers that differ in what their cross-attention sees, 'diffusion' the sequence,
+        'diffusion-pooled' the one vector of the seed; the vocoder."""
         runs = {"vae": train_vae(folder, library, self.vae, self.vae_training, **options)}
+        encoded = encode(runs["vae"], library, self.training)
         for name, context in (("diffusion", "sequence"), ("diffusion-pooled", "pooled")):
             sizes = dataclasses.replace(self.denoiser, context=context)
-            runs[name] = train_diffusion(folder, library, sizes, self.training, name, **options)
+            runs[name] = train_diffusion(folder, library, sizes, self.training, name, encoded=encoded, **options)
+        runs["vocoder"] = train_vocoder(folder, library, self.vocoder, self.vocoder_training, **options)
         return runs
 
 
@@ -60,18 +76,28 @@ SMALL_DENOISER = DenoiserConfig(
         channels=(8, 16, 32), hidden_dim=64, num_layers=1, num_heads=4, ffn_dim=128, context_dim=32, positions=64
     ),
 )
-SMALL = {"clip_seconds": 0.64, "clip": 1.0, "warmup_steps": 10, "schedule": "cosine"}
+SMALL_VOCODER = VocoderConfig(channels=128, resblock_kernels=(3, 7))
+SMALL = {"clip": 1.0, "warmup_steps": 10, "schedule": "cosine", "checkpoint_every": 100, "clip_seconds": 0.64}
 SMALL_PLAN = Plan(
     SMALL_VAE,
     SMALL_DENOISER,
-    VaeTraining(**SMALL, examples=1024, val_examples=16, batch_size=4, learning_rate=3e-3, checkpoint_every=100),
-    DiffusionTraining(
-        **SMALL, examples=256, val_examples=32, batch_size=16, learning_rate=1e-3, ema=0.99, checkpoint_every=100
+    SMALL_VOCODER,
+    VaeTraining(**SMALL, examples=1024, val_examples=16, batch_size=4, learning_rate=3e-3),
+    DiffusionTraining(**SMALL, examples=512, val_examples=32, batch_size=16, learning_rate=1e-3, ema=0.99),
+    VocoderTraining(
+        **SMALL | {"clip_seconds": 0.32},
+        examples=256,
+        val_examples=8,
+        batch_size=4,
+        learning_rate=1e-3,
+        period_channels=4,
+        scale_channels=16,
+        adversary=AdversaryConfig(discriminator_learning_rate=1e-3),
     ),
 )
+FULL = {"checkpoint_every": 1000, "num_workers": 8, "precision": "auto"}
 FULL_PLAN = Plan(
-    vae_training=VaeTraining(batch_size=4, warmup_steps=1000, checkpoint_every=1000, num_workers=8, precision="auto"),
-    training=DiffusionTraining(
-        batch_size=16, warmup_steps=5000, checkpoint_every=1000, ema=0.9999, num_workers=8, precision="auto"
-    ),
+    vae_training=VaeTraining(**FULL, batch_size=4, warmup_steps=1000),
+    training=DiffusionTraining(**FULL, batch_size=16, warmup_steps=5000, ema=0.9999),
+    vocoder_training=VocoderTraining(**FULL, batch_size=16),
 )

@@ -19,6 +19,7 @@ from lib.superres.mel import HOP, N_FFT, SAMPLE_RATE, bin_of, inverse_spectrum, 
 from lib.superres.training import load_part
 from lib.superres.vocoder import griffin_lim
 
+VOCODERS = ("griffin-lim", "hifigan")
 OVERLAP = 1 / 8  # share of a clip that it has in common with the next
 TRANSITION = 12  # bins from the clip's own band to the restored one: 280 Hz
 FULL = 0.9 * SAMPLE_RATE / 2  # Hz: a band that reaches so far lacks nothing
@@ -45,12 +46,18 @@ class Restoration:
 
 
 class SuperResolver:
-    """The parts of one folder that belong together: `vae` and `diffusion`, and `vocoder` where one was trained.
+    """The parts of one folder that belong together: `vae`, a diffusion model, and with the vocoder 'hifigan' the run
+    `vocoder`; 'griffin-lim' has no parameters. Parts are on `device`, in eval mode."""
 
-    Without one the upper band's phases come from Griffin and Lim's method. Parts are on `device`, in eval mode.
-    """
-
-    def __init__(self, folder: str | Path, *, diffusion: str = "diffusion", device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        diffusion: str = "diffusion",
+        vocoder: str = VOCODERS[0],
+        device: str | torch.device = "cpu",
+    ):
+        check(vocoder in VOCODERS, "vocoder", vocoder, f"one of {', '.join(VOCODERS)}")
         folder = Path(folder)
         runs = {name: Run.open(folder / name) for name in ("vae", diffusion)}
         config = runs[diffusion].config
@@ -64,8 +71,9 @@ class SuperResolver:
             )
         self.latent_scale = float(config["latent_scale"])
         self.clip_length = round(config["train"]["clip_seconds"] * SAMPLE_RATE)
-        has_vocoder = (folder / "vocoder" / "best").exists()
-        self.vocoder = load_part(Run.open(folder / "vocoder"), "vocoder").to(device) if has_vocoder else None
+        self.vocoder = None
+        if vocoder == "hifigan":
+            self.vocoder = load_part(Run.open(folder / "vocoder"), "vocoder").to(device)
 
     @torch.inference_mode()
     def restore(

@@ -238,23 +238,36 @@ def train_diffusion(
     sizes: DenoiserConfig,
     config: DiffusionTraining,
     name: str = "diffusion",
+    *,
+    encoded: dict[str, EncodedExamples] | None = None,
     **options: Any,
 ) -> Run:
-    """Train the denoiser and its encoder into `folder/<name>`, on latents of `folder/vae`, whose scale is measured."""
+    """Train the denoiser and its encoder into `folder/<name>`, on latents of `folder/vae`, whose scale is measured.
+
+    `encoded`: what `encode` gave for this folder, library and config, where another training has used it before.
+    """
     vae_run = Run.open(Path(folder) / "vae")
-    vae = load_part(vae_run, "vae").requires_grad_(False)
+    encoded = encoded or encode(vae_run, library, config)
+    vae = encoded["train"].vae
     if vae.config.latent_channels != sizes.latent_channels:
         raise UserError(
             f"latent_channels={sizes.latent_channels} does not fit {vae_run.path}, whose latents have "
             f"{vae.config.latent_channels}; use that number"
         )
-    scale = measured_scale(examples_of(library, config)["train"], vae)
-    facts = {"latent_scale": scale, "vae_sha256": vae_run.weights_sha256()}
+    facts = {"latent_scale": encoded["train"].latent_scale, "vae_sha256": vae_run.weights_sha256()}
 
-    def encoded(examples: Examples, accelerator: Accelerator) -> EncodedExamples:
-        return EncodedExamples(examples, vae, scale, accelerator.device)
+    def prepare(examples: Examples, accelerator: Accelerator) -> EncodedExamples:
+        return encoded[examples.split]
 
-    return train_part(folder, name, library, sizes, config, DiffusionLearner, facts=facts, prepare=encoded, **options)
+    return train_part(folder, name, library, sizes, config, DiffusionLearner, facts=facts, prepare=prepare, **options)
+
+
+def encode(vae_run: Run, library: Library, config: PartConfig) -> dict[str, EncodedExamples]:
+    """The examples of a diffusion training as an autoencoder's latents, of which each is made when it is asked for."""
+    vae = load_part(vae_run, "vae").requires_grad_(False)
+    examples, device = examples_of(library, config), open_accelerator().device
+    scale = measured_scale(examples["train"], vae)
+    return {split: EncodedExamples(own, vae, scale, device) for split, own in examples.items()}
 
 
 def train_vocoder(

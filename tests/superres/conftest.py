@@ -17,6 +17,7 @@ from lib.superres.resolver import SuperResolver
 from lib.superres.training import DiffusionTraining, VaeTraining, train_diffusion, train_vae
 from lib.superres.unet import DenoiserConfig
 from lib.superres.vae import VaeConfig
+from lib.superres.vocoder import VocoderConfig
 
 CLIP = 7_680  # samples: the shortest clip, 0.16 s, 16 mel frames and two places of a latent map
 VAE = VaeConfig(channels=(4, 4, 8, 8), num_res_blocks=1, latent_channels=2, norm_groups=2)
@@ -33,8 +34,10 @@ DENOISER = DenoiserConfig(
     norm_groups=4,
     encoder=ENCODER,
 )
+VOCODER = VocoderConfig(channels=32, resblock_kernels=(3,), dilations=(1,))
 LOOP = {"clip_seconds": 0.16, "examples": 6, "val_examples": 3, "batch_size": 2, "learning_rate": 3e-3}
 LOOP |= {"max_steps": 4, "checkpoint_every": 4, "clip": 1.0}
+JUDGES = {"period_channels": 1, "scale_channels": 16, "batch_size": 1, "examples": 2, "val_examples": 1}
 
 
 def white(num_samples: int, seed: int = 0, channels: int = 1, rms: float = 0.1) -> Tensor:

@@ -64,19 +64,20 @@ def test_a_file_is_one_line(call, clip, trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "settings"),
+    ("options", "settings", "vocoder"),
     [
-        ((), Restoration()),
-        (("--steps", 7), Restoration(steps=7)),
-        (("--guidance", 2.5), Restoration(guidance=2.5)),
-        (("--seed", 9), Restoration(seed=9)),
-        (("--cutoff", 4_000), Restoration(cutoff=4_000)),
-        (("--steps", 3, "--guidance", 0, "--seed", 4, "--cutoff", 250.5), Restoration(3, 0, 4, 250.5)),
+        ((), Restoration(), "griffin-lim"),
+        (("--vocoder", "hifigan"), Restoration(), "hifigan"),
+        (("--steps", 7), Restoration(steps=7), "griffin-lim"),
+        (("--guidance", 2.5), Restoration(guidance=2.5), "griffin-lim"),
+        (("--seed", 9), Restoration(seed=9), "griffin-lim"),
+        (("--cutoff", 4_000), Restoration(cutoff=4_000), "griffin-lim"),
+        (("--steps", 3, "--guidance", 0, "--seed", 4, "--cutoff", 250.5), Restoration(3, 0, 4, 250.5), "griffin-lim"),
     ],
 )
-def test_options_reach_the_restoration(call, clip, monkeypatch, tmp_path, options, settings):
+def test_options_reach_the_restoration(call, clip, monkeypatch, tmp_path, options, settings, vocoder):
     made, calls = [], []
-    monkeypatch.setattr(command, "SuperResolver", lambda run, device: made.append((run, device)) or "the resolver")
+    monkeypatch.setattr(command, "SuperResolver", lambda run, **options: made.append((run, options)) or "the resolver")
 
     def restore(path, out, resolver, settings):
         calls.append((path, out, resolver, settings))
@@ -86,12 +87,13 @@ def test_options_reach_the_restoration(call, clip, monkeypatch, tmp_path, option
     code, said, _ = call(clip, "-o", tmp_path / "out.wav", "--run", "a run", *options)
     assert code == 0
     assert calls == [(str(clip), str(tmp_path / "out.wav"), "the resolver", settings)]
-    assert made == [("a run", "cuda" if torch.cuda.is_available() else "cpu")]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert made == [("a run", {"device": device, "vocoder": vocoder})]
     assert said == f"{tmp_path / 'out.wav'}: 1.00 s, 2 channel(s), restored above 4.8 kHz, peak 0.500\n"
 
 
 def test_a_folder_is_a_line_a_file_and_what_is_skipped_goes_to_stderr(call, clip, monkeypatch, tmp_path):
-    monkeypatch.setattr(command, "SuperResolver", lambda run, device: NoiseResolver(12_000))
+    monkeypatch.setattr(command, "SuperResolver", lambda run, **options: NoiseResolver(12_000))
     (tmp_path / "in").mkdir()
     clip.rename(tmp_path / "in" / "a.wav")
     save_audio(tmp_path / "in" / "b.flac", band(white(8_000, channels=2), 0, 2_000, 16_000), 16_000)
@@ -123,6 +125,7 @@ def test_impossible_options_are_one_line(call, clip, trained, tmp_path, options,
 def test_what_is_missing_is_one_line(call, clip, trained, tmp_path):
     out = tmp_path / "out.wav"
     check_one_line(call(clip, "-o", out, "--run", tmp_path / "none"), "none/vae: no run here")
+    check_one_line(call(clip, "-o", out, "--run", trained, "--vocoder", "hifigan"), "vocoder: no run here")
     check_one_line(call(tmp_path / "none.wav", "-o", out, "--run", trained), "none.wav: no such file; check the path")
     check_one_line(call(clip, "-o", clip, "--run", trained), "is the input itself")
     check_one_line(call(clip, "-o", tmp_path / "x" / "out.wav", "--run", trained), "choose an existing folder")
@@ -139,6 +142,7 @@ def test_what_is_missing_is_one_line(call, clip, trained, tmp_path):
         (("a.wav", "--run", "r"), "required: -o/--out"),
         (("a.wav", "-o", "b.wav", "--run", "r", "--steps", "many"), "invalid int value: 'many'"),
         (("a.wav", "-o", "b.wav", "--run", "r", "--seed", "1.5"), "invalid int value: '1.5'"),
+        (("a.wav", "-o", "b.wav", "--run", "r", "--vocoder", "world"), "invalid choice: 'world'"),
     ],
 )
 def test_usage(call, argv, words):

@@ -1,6 +1,7 @@
 """Plans: how long they last, that their parts fit together, and what they train."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,31 +9,31 @@ import torch
 from lib.superres.data import Examples
 from lib.superres.plans import FULL_PLAN, SMALL_PLAN, Plan
 from lib.superres.resolver import SuperResolver
-from lib.superres.training import DiffusionTraining, VaeTraining
+from lib.superres.training import DiffusionTraining, VaeTraining, VocoderTraining
 from lib.superres.unet import Denoiser
 from lib.superres.vae import MelVae
 from lib.trainer import TrainingOrder
-from superres.conftest import CLIP, DENOISER, LOOP, VAE
+from superres.conftest import CLIP, DENOISER, JUDGES, LOOP, VAE, VOCODER
 
-TINY = Plan(VAE, DENOISER, VaeTraining(**LOOP), DiffusionTraining(**LOOP))
+TINY = Plan(VAE, DENOISER, VOCODER, VaeTraining(**LOOP), DiffusionTraining(**LOOP), VocoderTraining(**LOOP | JUDGES))
 
 
 @pytest.mark.parametrize("plan", [SMALL_PLAN, FULL_PLAN, TINY])
 @pytest.mark.parametrize("steps", [1, 3, 257, 1_000])
 def test_a_plan_lasts_as_long_as_it_is_asked_to(plan, steps):
-    lasting = plan.lasting(steps, 2 * steps)
-    for config, wanted in ((lasting.vae_training, steps), (lasting.training, 2 * steps)):
+    lasting = plan.lasting(steps, 2 * steps, 3 * steps)
+    configs = lasting.vae_training, lasting.training, lasting.vocoder_training
+    for config, wanted in zip(configs, (steps, 2 * steps, 3 * steps), strict=True):
         assert TrainingOrder(config.examples, config).total_steps(0) == config.max_steps == wanted
         fewer = dataclasses.replace(config, epochs=config.epochs - 1) if config.epochs > 1 else None
         assert fewer is None or TrainingOrder(fewer.examples, fewer).total_steps(0) < wanted + config.examples
-    back = lasting.lasting(5, 6)
-    assert back == plan.lasting(5, 6)
-    assert (lasting.vae, lasting.denoiser) == (plan.vae, plan.denoiser)
+    assert lasting.lasting(5, 6, 7) == plan.lasting(5, 6, 7)
+    assert (lasting.vae, lasting.denoiser, lasting.vocoder) == (plan.vae, plan.denoiser, plan.vocoder)
 
 
 def test_a_plan_may_take_its_steps_in_pieces():
     config = dataclasses.replace(TINY.training, accumulate=2, batch_size=2)
-    lasting = dataclasses.replace(TINY, training=config).lasting(1, 7).training
+    lasting = dataclasses.replace(TINY, training=config).lasting(1, 7, 1).training
     assert TrainingOrder(config.examples, lasting).total_steps(0) == 7
 
 
@@ -48,8 +49,10 @@ def test_the_parts_of_a_plan_fit_together(plan):
         assert channels % plan.denoiser.norm_groups == 0
         assert not heads or channels % plan.denoiser.head_channels == 0
     assert all(channels % plan.vae.norm_groups == 0 for channels in plan.vae.channels)
-    assert plan.vae_training.batch_size <= plan.vae_training.examples
-    assert plan.training.batch_size <= plan.training.examples
+    assert math.prod(plan.vocoder.upsample_rates) == 480
+    for config in (plan.vae_training, plan.training, plan.vocoder_training):
+        assert config.batch_size <= config.examples
+        assert config.clip_length % (16 * 480) == 0
 
 
 def test_the_small_plan_runs():
@@ -74,15 +77,21 @@ def test_the_full_plan_has_the_seeds_sizes():
     assert (encoder.num_layers, encoder.num_heads, encoder.ffn_dim, encoder.positions) == (4, 8, 512, 1024)
     assert training.clip_seconds == FULL_PLAN.vae_training.clip_seconds == 10.24
     assert training.condition_dropout == 0.1
-    assert Plan() == dataclasses.replace(FULL_PLAN, vae_training=VaeTraining(), training=DiffusionTraining())
+    vocoder = FULL_PLAN.vocoder
+    assert (vocoder.channels, vocoder.upsample_rates, vocoder.resblock_kernels) == (
+        1536,
+        (6, 5, 4, 2, 2),
+        (3, 7, 11, 15),
+    )
+    assert (Plan().vae, Plan().denoiser, Plan().vocoder) == (vae, unet, vocoder)
 
 
-def test_a_plan_trains_the_autoencoder_and_two_models_that_differ_in_their_context_alone(tmp_path, library):
-    runs = TINY.lasting(1, 2).train(tmp_path, library, progress=False)
+def test_a_plan_trains_every_part_and_two_models_that_differ_in_their_context_alone(tmp_path, library):
+    runs = TINY.lasting(1, 2, 1).train(tmp_path, library, progress=False)
     assert {name: run.path for name, run in runs.items()} == {
-        name: tmp_path / name for name in ("vae", "diffusion", "diffusion-pooled")
+        name: tmp_path / name for name in ("vae", "diffusion", "diffusion-pooled", "vocoder")
     }
-    assert [len(run.metrics("train")) for run in runs.values()] == [1, 2, 2]
+    assert [len(run.metrics("train")) for run in runs.values()] == [1, 2, 2, 1]
     sequence, pooled = (runs[name].config for name in ("diffusion", "diffusion-pooled"))
     assert sequence["sizes"] | {"context": "pooled"} == pooled["sizes"]
     assert sequence["sizes"]["context"] == "sequence"

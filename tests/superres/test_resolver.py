@@ -21,8 +21,7 @@ from lib.superres.resolver import (
     join_bands,
 )
 from lib.superres.training import VaeTraining, VocoderTraining, train_vae, train_vocoder
-from lib.superres.vocoder import VocoderConfig
-from superres.conftest import CLIP, LOOP, VAE, NoiseResolver, band, decibels, inner, white
+from superres.conftest import CLIP, JUDGES, LOOP, VAE, VOCODER, NoiseResolver, band, decibels, inner, white
 
 QUICK = Restoration(steps=2)
 
@@ -120,14 +119,16 @@ def test_both_bands_are_joined_at_the_cutoff():
 
 
 def test_without_a_vocoder_the_phases_are_found_and_with_one_it_makes_the_sound(resolver, trained, library, tmp_path):
-    assert resolver.vocoder is None
     low = band(white(CLIP), 0, 4_000)[None]
     shutil.copytree(trained, tmp_path / "run", symlinks=True)
-    fields = {**LOOP, "examples": 2, "val_examples": 1, "max_steps": 1}
-    config = VocoderTraining(**fields, period_channels=1, scale_channels=16)
-    sizes = VocoderConfig(channels=32, resblock_kernels=(3,), dilations=(1,))
-    train_vocoder(tmp_path / "run", library, sizes, config, progress=False)
-    other = SuperResolver(tmp_path / "run")
+    with pytest.raises(UserError, match="vocoder: no run here"):
+        SuperResolver(tmp_path / "run", vocoder="hifigan")
+    with pytest.raises(UserError, match="vocoder='world' is not allowed; use one of griffin-lim, hifigan"):
+        SuperResolver(tmp_path / "run", vocoder="world")
+    config = VocoderTraining(**LOOP | JUDGES | {"max_steps": 1})
+    train_vocoder(tmp_path / "run", library, VOCODER, config, progress=False)
+    assert SuperResolver(tmp_path / "run").vocoder is resolver.vocoder is None  # trained or not, it is asked for
+    other = SuperResolver(tmp_path / "run", vocoder="hifigan")
     mel = resolver.predict_mel(low, QUICK)
     with torch.inference_mode():
         expected = join_bands(low, other.vocoder(mel), 4_000)
