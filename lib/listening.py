@@ -29,7 +29,7 @@ from lib.plots import mel_power, taken_pictures
 from lib.rendition import Rendition, Settings, load_pair, render
 from lib.runs import Run
 from lib.superres import mel
-from lib.superres.resolver import Restoration, SuperResolver
+from lib.superres.resolver import Restoration, SuperResolver, band_edge
 
 UPLOADED = "uploaded files"  # the choice beside the validation pairs
 BLENDS = {"the masks": 0.0, "blended by half with 0.5": 0.5, "0.5 everywhere": 1.0}  # what a headless run shows
@@ -135,8 +135,8 @@ class Listening:
         resolver = SuperResolver(self.superres)
         wavs = {name: resample(wav, SAMPLE_RATE, mel.SAMPLE_RATE) for name, wav in heard.wavs.items()}
         for name in wavs:
-            if name.startswith("output"):
-                wavs[name] = resolver.restore_signal(wavs[name], Restoration(steps=PREVIEW_STEPS))
+            if name.startswith("output") and (edge := band_edge(heard.wavs[name], SAMPLE_RATE)):
+                wavs[name] = resolver.restore_signal(wavs[name], Restoration(PREVIEW_STEPS, cutoff=edge))
         return heard._replace(wavs=wavs, sample_rate=mel.SAMPLE_RATE)
 
     def blends(self, pair: str | None = None) -> Figure | None:

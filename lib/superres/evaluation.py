@@ -140,8 +140,7 @@ def restored_by_all(
         "autoencoder": coded,
         "vocoder": mel,
     }
-    seed = (settings or Restoration()).seed
-    made = {name: join_bands(low, resolver.vocode(m, low, cutoff, seed=seed), cutoff) for name, m in mels.items()}
+    made = {name: join_bands(low, resolver.vocode(m, low, cutoff, settings), cutoff) for name, m in mels.items()}
     return {"sinc": low} | made
 
 

@@ -9,12 +9,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.ahead import map_ahead
-from lib.audio import AUDIO_SUFFIXES, AudioError, AudioWriter, check_audio, load_audio
+from lib.audio import AUDIO_SUFFIXES, AudioError, AudioInfo, AudioWriter, check_audio, load_audio
 from lib.errors import UserError
-from lib.superres.mel import SAMPLE_RATE, bin_of
+from lib.superres.mel import SAMPLE_RATE
 from lib.superres.resolver import FULL, Restoration, SuperResolver, bin_powers, clip_starts, edge_of
 
-BLOCK = 60 * SAMPLE_RATE  # samples read at once where a file's band is looked for
+BLOCK_SECONDS = 60  # read at once where a file's band is looked for
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, set
         raise UserError(f"{out}: is the input itself; choose another output file")
     info = check_audio(path).info
     total = info.samples_at(SAMPLE_RATE)
-    cutoff = settings.cutoff or file_band(path, info.sample_rate, total)
+    cutoff = settings.cutoff or file_band(info)
     if cutoff > FULL:
         raise AudioError(path, f"its band reaches {cutoff / 1000:.1f} kHz already; leave it as it is, or give --cutoff")
     starts = clip_starts(total, resolver.clip_length)
@@ -60,13 +60,13 @@ def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, set
     return Restored(out, total, info.channels, cutoff, peak)
 
 
-def file_band(path: Path, sample_rate: int, num_samples: int) -> float:
-    """Where a file's band ends, in Hz: the highest bin that any minute of it has within 60 dB of the loudest minute's
-    loudest, and at most what its rate can hold."""
-    starts = (min(start, max(0, num_samples - BLOCK)) for start in range(0, num_samples, BLOCK))  # the last one whole
-    powers = torch.stack([bin_powers(load_audio(path, start, BLOCK, SAMPLE_RATE, mix=False)) for start in starts])
-    powers = powers[:, : bin_of(sample_rate / 2) + 1]  # above, resampling leaves faint images of what lies below
-    return min(edge_of(powers), sample_rate / 2)
+def file_band(info: AudioInfo) -> float:
+    """Where a file's band ends, in Hz, at its own rate: the highest bin that any minute of it has within 70 dB of the
+    loudest minute's loudest."""
+    rate, block = info.sample_rate, BLOCK_SECONDS * info.sample_rate
+    starts = (min(start, max(0, info.num_samples - block)) for start in range(0, info.num_samples, block))
+    clips = (load_audio(info.path, start, block, rate, mix=False) for start in starts)  # the last one is a whole block
+    return edge_of(torch.stack([bin_powers(clip) for clip in clips]), rate)
 
 
 def restore_folder(

@@ -1,10 +1,8 @@
-"""A trained super-resolver: clips in, clips with a restored upper band out, of any length.
+"""A trained super-resolver: clips in, clips with a restored upper band out, of any length."""
 
-Legend as in the package; P is the clip length in mel frames that the model works on.
-"""
-
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +21,8 @@ VOCODERS = ("griffin-lim", "hifigan")
 OVERLAP = 1 / 8  # share of a clip that it has in common with the next
 TRANSITION = 12  # bins from the clip's own band to the restored one: 280 Hz
 FULL = 0.9 * SAMPLE_RATE / 2  # Hz: a band that reaches so far lacks nothing
-EDGE = 60.0  # dB below the loudest band: where a clip's own band ends
+EDGE = 70.0  # dB below the loudest bin: where a clip's own band ends, and rounding to 16 bits is all that is left
+AT_ONCE = 16  # seconds of clips that are restored together
 
 
 @dataclass(frozen=True)
@@ -77,50 +76,74 @@ class SuperResolver:
 
     @torch.inference_mode()
     def restore(
-        self, low: Tensor, cutoff: float, settings: Restoration | None = None, *, number: int = 0, **keeps: Tensor
+        self,
+        low: Tensor,
+        cutoff: float,
+        settings: Restoration | None = None,
+        *,
+        numbers: Sequence[int] | None = None,
+        **keeps: Tensor,
     ) -> Tensor:
         """Clips `[B, 1, N]` at 48 kHz whose band ends at `cutoff` Hz, with a band above it: `[B, 1, N]`.
 
         N: `clip_length`, or any other multiple of eight mel frames. Below the cutoff the result is the clip itself.
-        `number` is that of a clip in a longer file, whose random numbers differ from the others'. `keeps_low`,
+        `numbers`: clips of one number have the same random numbers; 0 to B − 1 unless given. `keeps_low`,
         `keeps_context`: as in `Denoiser`.
         """
-        mel = self.predict_mel(low, settings, number=number, **keeps)
-        made = self.vocode(mel, low, cutoff, seed=self._seed(settings, number))
-        return join_bands(low, made, cutoff)
+        numbers = range(len(low)) if numbers is None else numbers
+        mel = self.predict_mel(low, settings, numbers=numbers, **keeps)
+        return join_bands(low, self.vocode(mel, low, cutoff, settings, numbers=numbers), cutoff)
 
     @torch.inference_mode()
     def predict_mel(
-        self, low: Tensor, settings: Restoration | None = None, *, number: int = 0, **keeps: Tensor
+        self,
+        low: Tensor,
+        settings: Restoration | None = None,
+        *,
+        numbers: Sequence[int] | None = None,
+        **keeps: Tensor,
     ) -> Tensor:
         """Log mel `[B, 1, 256, T]` of the whole band, sampled from what the model has learned of such clips."""
         settings = settings or Restoration()
         mel = log_mel(low.to(self.device))
         latents = self.latent_scale * self.vae.encode(mel)
-        generator = torch.Generator().manual_seed(self._seed(settings, number))
-        noise = torch.randn(latents.shape, generator=generator).to(self.device)
+        noise = drawn(torch.randn, latents.shape, settings, numbers).to(self.device)
         made = sample(self.denoiser, latents, mel, noise, steps=settings.steps, guidance=settings.guidance, **keeps)
         return self.vae.decode(made / self.latent_scale).to(low.device)
 
     @torch.inference_mode()
-    def vocode(self, mel: Tensor, low: Tensor, cutoff: float, *, seed: int = 0) -> Tensor:
+    def vocode(
+        self,
+        mel: Tensor,
+        low: Tensor,
+        cutoff: float,
+        settings: Restoration | None = None,
+        *,
+        numbers: Sequence[int] | None = None,
+    ) -> Tensor:
         """A waveform `[B, 1, N]` for a log mel. What lies below the cutoff is known from `low [B, 1, N]`."""
         if self.vocoder is not None:
             return self.vocoder(mel.to(self.device)).to(low.device)
-        noise = torch.rand(N_FFT // 2 + 1, mel.shape[-1], generator=torch.Generator().manual_seed(seed))
-        return griffin_lim(mel, low, bin_of(cutoff), noise=noise.expand(len(mel), -1, -1))
+        shape = (len(mel), N_FFT // 2 + 1, mel.shape[-1])
+        noise = drawn(torch.rand, shape, settings or Restoration(), numbers)
+        return griffin_lim(mel, low, bin_of(cutoff), noise=noise)
 
     def restored(self, clips: Iterable[Tensor], cutoff: float, settings: Restoration | None = None) -> Iterator[Tensor]:
         """Pieces `[C, n]` of a long signal, from overlapping clips `[C, clip_length]` that begin at `clip_starts`.
 
-        Channels are restored one by one, from the same random numbers. What was added to a clip is faded apart from it:
-        two clips agree on their own band, and the louder that is, the less it tells of the other.
+        Channels are restored one by one, from the same random numbers, several clips at a time. What was added to a
+        clip is faded apart from it: two clips agree on their own band, and the louder that is, the less it tells of
+        the other.
         """
+        at_once = max(1, round(AT_ONCE * SAMPLE_RATE / self.clip_length))
 
         def parts() -> Iterator[Tensor]:
-            for i, low in enumerate(clips):
-                made = [self.restore(channel[None, None], cutoff, settings, number=i)[0] for channel in low]
-                yield torch.cat([low, torch.cat(made) - low])
+            numbered = enumerate(clips)
+            while batch := list(itertools.islice(numbered, at_once)):
+                low = torch.stack([clip for _, clip in batch])  # [B, C, N]
+                numbers = [number for number, clip in batch for _ in clip]
+                made = self.restore(low.flatten(0, 1)[:, None], cutoff, settings, numbers=numbers).view_as(low)
+                yield from torch.cat([low, made - low], dim=1)
 
         for piece in crossfaded(parts(), round(OVERLAP * self.clip_length)):
             own, added = piece.chunk(2)
@@ -128,7 +151,7 @@ class SuperResolver:
 
     def restore_signal(self, wav: Tensor, settings: Restoration | None = None) -> Tensor:
         """A signal `[C, N]` at 48 kHz of any length with a restored upper band, `[C, N]`; as it is where nothing is
-        missing or nothing is heard."""
+        missing or nothing is heard. For one that was resampled, give the cutoff: `band_edge` of what it was before."""
         cutoff = (settings or Restoration()).cutoff or band_edge(wav)
         if not 0 < cutoff <= FULL:
             return wav
@@ -137,9 +160,12 @@ class SuperResolver:
         clips = (padded[:, start : start + self.clip_length] for start in starts)
         return torch.cat(list(self.restored(clips, cutoff, settings)), dim=1)[:, : wav.shape[-1]]
 
-    @staticmethod
-    def _seed(settings: Restoration | None, number: int) -> int:
-        return ((settings or Restoration()).seed + 1_000_003 * number) % 2**63
+
+def drawn(draw: Callable, shape: Sequence[int], settings: Restoration, numbers: Sequence[int] | None) -> Tensor:
+    """Random numbers `[B, …]`, those of each clip from the seed and its own number."""
+    numbers = range(shape[0]) if numbers is None else numbers
+    generators = (torch.Generator().manual_seed((settings.seed + 1_000_003 * n) % 2**63) for n in numbers)
+    return torch.stack([draw(*shape[1:], generator=generator) for generator in generators])
 
 
 def join_bands(low: Tensor, made: Tensor, cutoff: float) -> Tensor:
@@ -149,24 +175,25 @@ def join_bands(low: Tensor, made: Tensor, cutoff: float) -> Tensor:
     return low + inverse_spectrum(share * spectrum(made - low))
 
 
-def band_edge(wav: Tensor) -> float:
-    """Where the band of a clip `[C, N]` at 48 kHz ends, in Hz: the highest bin within 60 dB of the loudest, its power
-    averaged over all frames. 0 for silence."""
-    return edge_of(bin_powers(wav)) if wav.numel() else 0.0
+def band_edge(wav: Tensor, rate: int = SAMPLE_RATE) -> float:
+    """Where the band of a clip `[C, N]` ends, in Hz: the highest bin within 70 dB of the loudest, its power averaged
+    over all frames. 0 for silence. `rate`: the clip's own; resampling would leave faint images above the band."""
+    return edge_of(bin_powers(wav), rate) if wav.numel() else 0.0
 
 
 def bin_powers(wav: Tensor) -> Tensor:
     """The power of a clip `[C, N]` in each bin, `[N_FFT / 2 + 1]`: a mean over the frames that lie inside, since a
     frame with an end of the clip in it has power everywhere. A shorter clip is one frame."""
     size = min(N_FFT, wav.shape[-1])
-    frames = wav.unfold(-1, size, HOP) * torch.hann_window(size)  # [C, T, size]
+    # Kaiser's window: what leaks to bins further than five away is 100 dB down
+    frames = wav.unfold(-1, size, HOP) * torch.kaiser_window(size, periodic=True, beta=14.0)  # [C, T, size]
     return torch.fft.rfft(frames, N_FFT).abs().square().mean(dim=(0, 1))
 
 
-def edge_of(powers: Tensor) -> float:
-    """The highest bin, in Hz, within 60 dB of the loudest in powers `[…, N_FFT / 2 + 1]`."""
+def edge_of(powers: Tensor, rate: int = SAMPLE_RATE) -> float:
+    """The highest bin, in Hz, within 70 dB of the loudest in powers `[…, N_FFT / 2 + 1]` at a sample rate."""
     heard = (powers > powers.max() * 10 ** (-EDGE / 10)).nonzero()
-    return float(heard[:, -1].max()) * SAMPLE_RATE / N_FFT if len(heard) else 0.0
+    return float(heard[:, -1].max()) * rate / N_FFT if len(heard) else 0.0
 
 
 def clip_starts(num_samples: int, clip: int) -> list[int]:

@@ -112,7 +112,9 @@ class NoiseResolver(SuperResolver):
     def __init__(self, clip_length: int, rms: float = 0.01):
         self.clip_length, self.rms, self.seen = clip_length, rms, []
 
-    def restore(self, low: Tensor, cutoff: float, settings=None, *, number: int = 0, **keeps: Tensor) -> Tensor:
-        self.seen.append((tuple(low.shape), cutoff, number))
-        noise = white(low.shape[-1], seed=number, rms=self.rms)
-        return low + band(noise, cutoff).expand_as(low) if self.rms else low
+    def restore(self, low: Tensor, cutoff: float, settings=None, *, numbers=(), **keeps: Tensor) -> Tensor:
+        self.seen.append((tuple(low.shape), cutoff, list(numbers)))
+        if not self.rms:
+            return low
+        noise = torch.stack([white(low.shape[-1], seed=number, rms=self.rms) for number in numbers])
+        return low + band(noise, cutoff)

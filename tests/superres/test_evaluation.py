@@ -154,12 +154,12 @@ class Recording(SuperResolver):
     def __init__(self, resolver: SuperResolver):
         self.vae, self.clip_length, self.mels, self.asked = resolver.vae, resolver.clip_length, [], []
 
-    def predict_mel(self, low: Tensor, settings=None, *, number: int = 0, **keeps: Tensor) -> Tensor:
+    def predict_mel(self, low: Tensor, settings=None, *, numbers=None, **keeps: Tensor) -> Tensor:
         self.asked.append(({name: value.tolist() for name, value in keeps.items()}, settings))
         return torch.full((len(low), 1, 256, CLIP // 480), float(len(self.asked)))
 
-    def vocode(self, mel: Tensor, low: Tensor, cutoff: float, *, seed: int = 0) -> Tensor:
-        self.mels.append((mel, cutoff, seed))
+    def vocode(self, mel: Tensor, low: Tensor, cutoff: float, settings=None) -> Tensor:
+        self.mels.append((mel, cutoff, settings))
         return torch.zeros_like(low)
 
 
@@ -169,7 +169,7 @@ def test_each_method_is_given_its_mel(resolver, library):
     no, yes = [False, False], [True, True]
     asked = [{"keeps_low": no, "keeps_context": no}, {"keeps_low": yes, "keeps_context": no}, {}]
     assert fake.asked == [(keeps, settings) for keeps in asked]
-    assert all((cutoff, seed) == (4_000, 5) for _, cutoff, seed in fake.mels)
+    assert all((cutoff, given) == (4_000, settings) for _, cutoff, given in fake.mels)
     mels = dict(zip([name for name in METHODS if name != "sinc"], [mel for mel, _, _ in fake.mels], strict=True))
     original = log_mel(sounds["original"])
     assert torch.equal(mels["vocoder"], original)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lib.superres.resolver
 from lib.errors import UserError
 from lib.superres.degradation import Degradation
 from lib.superres.mel import bin_of, log_mel, spectrum
@@ -51,12 +52,12 @@ def test_the_same_seed_is_the_same_sound(resolver, low):
     assert torch.equal(made, resolver.restore(low.clone(), 4_000, QUICK))
     for other in (
         resolver.restore(low, 4_000, Restoration(steps=2, seed=1)),
-        resolver.restore(low, 4_000, QUICK, number=1),
+        resolver.restore(low, 4_000, QUICK, numbers=[1, 2]),
         resolver.restore(low, 4_000, Restoration(steps=3)),
         resolver.restore(low, 4_000, Restoration(steps=2, guidance=5.0)),
     ):
         assert decibels(other - made, band(made, 4_100)) > -40
-    assert resolver.restore(low, 4_000, Restoration(steps=1, seed=2**63 - 1), number=3).isfinite().all()
+    assert resolver.restore(low, 4_000, Restoration(steps=1, seed=2**63 - 1), numbers=[3, 4]).isfinite().all()
 
 
 def test_seed_and_number_change_the_mel_itself(resolver, low):
@@ -64,7 +65,7 @@ def test_seed_and_number_change_the_mel_itself(resolver, low):
     assert mel.shape == (2, 1, 256, 16)
     for other in (
         resolver.predict_mel(low, Restoration(steps=2, seed=1)),
-        resolver.predict_mel(low, QUICK, number=1),
+        resolver.predict_mel(low, QUICK, numbers=[1, 2]),
         resolver.predict_mel(low, QUICK, keeps_low=torch.tensor([False, False])),
     ):
         assert (other - mel).abs().mean() > 1e-3
@@ -187,7 +188,7 @@ def test_bands_that_lack_nothing_and_silence():
     for length in (0, 1, 5, 2_048, 10_000):
         assert band_edge(torch.zeros(2, length)) == 0
     assert 0 <= band_edge(torch.ones(1, 1)) <= 24_000
-    faint = band(white(48_000), 0, 4_000) + 1e-4 * band(white(48_000, seed=1), 10_000)  # 60 dB less of each bin is -63
+    faint = band(white(48_000), 0, 4_000) + 1e-5 * band(white(48_000, seed=1), 10_000)  # 80 dB less of each bin is -83
     assert band_edge(faint) < 4_200
     assert band_edge(faint + 1e-3 * band(white(48_000, seed=1), 10_000, 12_000)) == pytest.approx(12_000, abs=200)
 
@@ -283,7 +284,7 @@ def test_what_is_added_keeps_its_level_where_clips_join():
     assert faded == pytest.approx(between, abs=0.6)
     assert -45 < between < -39  # it is there: an rms of 0.01
     assert decibels(band(inner(made - low), 0, 3_500), low) < -60
-    clips = [resolver.restore(clip, 4_000, number=i) for i, clip in enumerate(cut(low, 12_000, 1_500))]
+    clips = [resolver.restore(clip[None], 4_000, numbers=[i])[0] for i, clip in enumerate(cut(low, 12_000, 1_500))]
     whole = torch.cat(list(crossfaded(clips, 1_500)), dim=1)
     faded, between = high_levels(whole, 12_000, 4_500)
     assert faded < between - 2  # faded as a whole it dips
@@ -309,11 +310,29 @@ def test_channels_take_the_same_random_numbers_and_clips_others(resolver):
     """A sound in the middle stays there."""
     wav = band(white(2 * CLIP), 0, 5_000)
     made = resolver.restore_signal(wav.expand(2, -1), QUICK)
-    assert torch.equal(made[0], made[1])
-    assert torch.equal(made[:1], resolver.restore_signal(wav, QUICK))
+    torch.testing.assert_close(made[0], made[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(made[:1], resolver.restore_signal(wav, QUICK), rtol=0, atol=1e-5)
     fake = NoiseResolver(CLIP)
     fake.restore_signal(wav.expand(2, -1), Restoration(cutoff=5_000))
-    assert fake.seen == [((1, 1, CLIP), 5_000, number) for number in (0, 0, 1, 1, 2, 2)]
+    assert fake.seen == [((6, 1, CLIP), 5_000, [0, 0, 1, 1, 2, 2])]
+
+
+def test_so_many_clips_at_once_make_the_same_sound(resolver, monkeypatch):
+    """One by one, or as many as fit into the seconds that are taken together; each has its own random numbers."""
+    wav = band(white(5 * CLIP), 0, 5_000)
+    together = resolver.restore_signal(wav, QUICK)
+    for seconds, batches in ((0.0, [1] * 6), (2 * CLIP / 48_000, [2, 2, 2])):
+        monkeypatch.setattr(lib.superres.resolver, "AT_ONCE", seconds)
+        torch.testing.assert_close(resolver.restore_signal(wav, QUICK), together, rtol=0, atol=1e-4)
+        fake = NoiseResolver(CLIP)
+        fake.restore_signal(wav, Restoration(cutoff=5_000))
+        assert [shape[0] for shape, _, _ in fake.seen] == batches
+        assert [number for _, _, numbers in fake.seen for number in numbers] == list(range(6))
+
+
+def test_a_band_is_looked_for_at_the_clips_own_rate():
+    assert band_edge(band(white(24_000), 0, 5_000, 24_000), 24_000) == pytest.approx(5_000, abs=150)
+    assert band_edge(white(24_000), 24_000) == 12_000
 
 
 def test_silence_and_a_full_band_are_left_as_they_are(resolver):
