@@ -88,7 +88,7 @@ def distances(scores: Sequence[Score]) -> Figure:
     """LSD above the cutoff over cutoffs, a line a method, with standard errors."""
     methods = list(dict.fromkeys(score.method for score in scores))
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 4))
+        figure, axes = plt.subplots(figsize=(8.5, 4))
         for method in methods:
             own = [score for score in scores if score.method == method]
             bound = method in ("autoencoder", "vocoder")
@@ -103,5 +103,5 @@ def distances(scores: Sequence[Score]) -> Figure:
                 label=f"{method} (a bound)" if bound else method,
             )
         axes.set(xlabel="cutoff (kHz)", ylabel="LSD above the cutoff", ylim=(0, None))
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
