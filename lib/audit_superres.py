@@ -59,16 +59,22 @@ def audit_attention(pooled: Tensor, sequence: Tensor) -> list[Verdict]:
             "C18",
             "each position queries the global context, one pooled vector",
             spreads["pooled"] > ALIKE,
-            found=f"places differ by {spreads['pooled']:.0e} of what they receive",
+            found=in_words(spreads["pooled"]),
         ),
         judge(
             "C18",
             "the same with the sequence as context",
             spreads["sequence"] > ALIKE,
-            found=f"places differ by {spreads['sequence']:.0e} of what they receive",
+            found=in_words(spreads["sequence"]),
             why="the repair that is the default here",
         ),
     ]
+
+
+def in_words(spread: float) -> str:
+    if spread <= ALIKE:
+        return "every place receives the same"
+    return f"places differ by {spread:.0%} of what they receive"
 
 
 def spread_over_places(received: Tensor) -> float:

@@ -59,6 +59,9 @@ def test_attention_is_judged_by_what_places_receive():
     same, other = torch.randn(8, 1, 1).expand(8, 4, 6), torch.randn(8, 4, 6)
     pooled, sequence = (verdict.verdict for verdict in audit_attention(same, other))
     assert (pooled, sequence) == (REFUTED, REPRODUCED)
+    said = [verdict.measured for verdict in audit_attention(same, other)]
+    assert said[0] == "every place receives the same"
+    assert said[1].startswith("places differ by 9")  # per cent: almost all of it
     pooled, sequence = (verdict.verdict for verdict in audit_attention(other, same))
     assert (pooled, sequence) == (REPRODUCED, REFUTED)
 
