@@ -80,7 +80,7 @@ class Preset:
     superres_plan: str = "small"  # sizes of its parts, in PLANS
     superres_vae_steps: int = 110
     superres_steps: int = 160  # of each of the two diffusion models
-    superres_vocoder_steps: int = 20
+    superres_vocoder_steps: int = 10
     superres_sampler_steps: int = 20
     superres_clips: int = 8  # at each cutoff, on which methods are compared
     # of `make record`, whose runs are longer; it adds the named settings at full depth

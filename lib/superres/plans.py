@@ -85,10 +85,10 @@ SMALL_PLAN = Plan(
     VaeTraining(**SMALL, examples=1024, val_examples=16, batch_size=4, learning_rate=3e-3),
     DiffusionTraining(**SMALL, examples=512, val_examples=32, batch_size=16, learning_rate=1e-3, ema=0.99),
     VocoderTraining(
-        **SMALL | {"clip_seconds": 0.32},
+        **SMALL | {"clip_seconds": 0.16},
         examples=256,
         val_examples=8,
-        batch_size=4,
+        batch_size=2,
         learning_rate=1e-3,
         period_channels=4,
         scale_channels=16,
