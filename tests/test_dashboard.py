@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import ipywidgets
@@ -456,7 +457,8 @@ def test_in_a_front_end_a_run_is_followed(run, front_end):
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
 
-    asyncio.run(session())
+    with ThreadPoolExecutor(1) as thread:  # a browser of other tests may keep a loop running in this one
+        thread.submit(asyncio.run, session()).result()
 
 
 async def until(true: Callable[[], object]) -> None:
