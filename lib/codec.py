@@ -4,7 +4,6 @@
 continuous path (encoder and decoder without the quantiser). `load_codec` takes a name or a directory of weights.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
@@ -16,7 +15,6 @@ import re
 import socket
 import textwrap
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.errors import UserError
+from lib.threads import torch_threads
 
 CODEC_NAMES = ("mdct", "encodec")
 OFFLINE_VARIABLE = "ENCODEC_OFFLINE"  # set to anything but 0: EnCodec's weights are never downloaded
@@ -115,17 +114,6 @@ class MdctCodec(nn.Module):
         return _trimmed(blocks.flatten(1).unsqueeze(1), length)
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Run small matrices without torch's thread pool: on busy cores its waiting costs far more than the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _checked(x: Tensor, channels: int) -> Tensor:
     if x.ndim != 3 or x.shape[1] != channels or x.shape[2] < 1:
         raise ValueError(f"expected [B, {channels}, at least 1], got {list(x.shape)}")
@@ -181,7 +169,7 @@ def _tables(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @_cached_tensors
-@one_thread()
+@torch_threads(1)
 def _design() -> dict[str, Tensor]:
     """The window's rising half `[H]` and the functions `[D, H]` of each kind of block (inner: DCT-IV), in float64."""
     kaiser = torch.kaiser_window(HOP + 1, periodic=False, beta=math.pi * KAISER_ALPHA, dtype=torch.float64)
@@ -326,7 +314,7 @@ class EncodecCodec(nn.Module):
             return network(x)
 
 
-@one_thread()
+@torch_threads(1)
 def _clip_by_clip(network: nn.Module, x: Tensor, threads: int) -> Tensor:
     """Each clip of a batch on a core of its own: close to twice as fast on two, as convolutions share one badly."""
     inference = torch.is_inference_mode_enabled()

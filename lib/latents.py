@@ -35,10 +35,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lib.audio import load_audio
-from lib.codec import Codec, one_thread
+from lib.codec import Codec
 from lib.errors import UserError
 from lib.files import TEMPORARY, file_sha256, write_atomic
 from lib.manifest import Clip, Manifest
+from lib.threads import torch_threads
 
 INDEX_VERSION = 3
 SHARD_BYTES = 64 << 20  # about 100 clips of 16 s: few files, and little lost to a kill
@@ -103,7 +104,7 @@ def encode_manifest(
     mine = {key for place, key in enumerate(clips) if place // rows_per_shard % of == number}
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     try:
-        with one_thread():  # each clip on its own core: faster, and the same bits whatever the machine is doing
+        with torch_threads(1):  # each clip on its own core: faster, and the same bits whatever the machine is doing
             _prepare(store)
             shards, damaged = _find_shards(store, clips, pool)
             damaged = [shard for shard in damaged if int(shard.sha256[:8], 16) % of == number]

@@ -78,17 +78,17 @@ class Preset:
     schedule_seeds: int = 2
     # notebook 06: super-resolution
     superres_plan: str = "small"  # sizes of its parts, in PLANS
-    superres_vae_steps: int = 110
-    superres_steps: int = 160  # of each of the two diffusion models
+    superres_vae_steps: int = 140
+    superres_steps: int = 280  # of the diffusion model
     superres_vocoder_steps: int = 10
-    superres_sampler_steps: int = 20
-    superres_clips: int = 8  # at each cutoff, on which methods are compared
+    superres_sampler_steps: int = 10
+    superres_clips: int = 16  # at each cutoff, on which methods are compared
     # of `make record`, whose runs are longer; it adds the named settings at full depth
     record_variants: str = "all"
     record_steps: int = 100
-    record_superres_vae_steps: int = 800
-    record_superres_steps: int = 1000
-    record_superres_clips: int = 24
+    record_superres_vae_steps: int = 600
+    record_superres_steps: int = 800
+    record_superres_seeds: int = 3  # with which both contexts are compared
 
     @property
     def plan(self) -> Plan:
@@ -197,7 +197,7 @@ PRESETS = {
         record_steps=10,
         record_superres_vae_steps=6,
         record_superres_steps=6,
-        record_superres_clips=2,
+        record_superres_seeds=2,
     ),
     # the full model on short clips: a few minutes on two cores
     "demo": Preset(
@@ -265,7 +265,7 @@ PRESETS = {
         record_steps=2000,
         record_superres_vae_steps=200_000,
         record_superres_steps=500_000,
-        record_superres_clips=64,
+        record_superres_seeds=1,
     ),
 }
 

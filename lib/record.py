@@ -47,6 +47,7 @@ from lib.report import sections, tables_of
 from lib.runs import versions
 from lib.superres.evaluation import METHODS, Score, evaluate, read_scores, write_scores
 from lib.superres.resolver import Restoration, SuperResolver
+from lib.superres.training import train_vae
 
 FIGURES = {  # and the notebook that draws each
     "listening_0": "05_listening",
@@ -58,6 +59,7 @@ FIGURES = {  # and the notebook that draws each
     "restored": "06_super_resolution",
 }
 README = ROOT / "README.md"
+GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
 # of the README's tables that are written here
 CLAIMS_MARKS = ("<!-- the claims: written by make record -->", "<!-- end of the claims -->")
 DISTANCES_MARKS = ("<!-- the distances: written by make record -->", "<!-- end of the distances -->")
@@ -133,14 +135,20 @@ def record_superres(preset: Preset, project: Project, folder: Path) -> None:
     plan, steps = preset.recorded_superres, preset.record_superres_steps
     say(f"super-resolution: {preset.record_superres_vae_steps} and {steps} steps")
     library, source = project.upper_band()
-    runs = plan.train(project.out_dir / "superres_record", library, resume=True)
-    resolver = SuperResolver(project.out_dir / "superres_record")
+    parts = project.out_dir / "superres_record"
+    train_vae(parts, library, plan.vae, plan.vae_training, resume=True)
+    contexts = plan.compare_contexts(parts, library, preset.record_superres_seeds, resume=True)
+    resolver, clips = SuperResolver(parts, diffusion="sequence-0"), preset.superres_clips
     restoration = Restoration(steps=preset.superres_sampler_steps)
-    scores = evaluate(resolver, library, restoration, clips=preset.record_superres_clips).scores
-    losses = {name: run.metrics("val")[-1]["loss"] for name, run in runs.items()}
+    guided = {}  # on songs that it learned from: the others judge it
+    for guidance in GUIDANCES:
+        settings = dataclasses.replace(restoration, guidance=guidance)
+        found = evaluate(resolver, library, settings, clips=clips, cutoffs=(4_000,), split="train")
+        guided[guidance] = found.score("model", 4_000).upper
+    scores = evaluate(resolver, library, restoration, clips=clips).scores
     facts = {"preset": preset.name, "vae_steps": preset.record_superres_vae_steps, "steps": steps, "music": source}
-    facts |= {"sampler_steps": restoration.steps, "validation_losses": losses, "commit": versions()["commit"]}
-    write_scores(folder / "superres.json", scores, facts)
+    facts |= {"sampler_steps": restoration.steps, "guidance": restoration.guidance, "commit": versions()["commit"]}
+    write_scores(folder / "superres.json", scores, facts | {"contexts": contexts, "guided": guided})
 
 
 def recorded_plans(preset: Preset) -> list[Preset]:

@@ -28,6 +28,7 @@ from lib.files import file_sha256, write_atomic
 from lib.fusion import FusionModel
 from lib.manifest import Clip
 from lib.runs import Run, versions
+from lib.threads import torch_threads
 
 RECIPE_VERSION = 1
 MOST_THREADS = 1024  # that a recipe may ask for
@@ -204,14 +205,11 @@ def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str
         raise UserError(f"{found.path}: its weights are not those of {path}; name the run that has them, by --run")
     loaded = load_codec(codec or recipe["codec"]["name"])
     found.check_codec(loaded.fingerprint)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(recipe["threads"])  # sums are split among them, and their last bits depend on it
     try:
-        wav = render(model, loaded, *wavs, recipe["settings"]).wav
+        with torch_threads(recipe["threads"]):  # sums are split among them, and their last bits depend on it
+            wav = render(model, loaded, *wavs, recipe["settings"]).wav
     except UserError as error:  # a setting that this model does not have
         raise UserError(f"{path}: {error}") from None
-    finally:
-        torch.set_num_threads(threads)
     equal = samples_sha256(wav) == recipe["output"]["samples_sha256"]
     return Remade(wav, equal, recipe["versions"], tuple(Path(clip.path) for clip in clips))
 

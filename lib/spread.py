@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 
 def describe(values: Sequence[float], digits: int = 3) -> str:
@@ -62,7 +62,14 @@ def _sign_of(chosen: Sequence[int]) -> Callable[[tuple[bool, ...]], int]:
     return lambda levels: -1 if sum(not levels[i] for i in chosen) % 2 else 1
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error, which is infinite for a single value."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return statistics.fmean(values), error
+def mean_and_error(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> tuple[float, float]:
+    """Mean and its standard error. Values of one group, such as clips of one song, are not independent: the error is
+    that of as many draws as there are groups (Liang and Zeger 1986, doi 10.1093/biomet/73.1.13), and infinite for one.
+    """
+    mean, count = statistics.fmean(values), len(values)
+    sums: dict[Hashable, float] = {}
+    for group, value in zip(range(count) if groups is None else groups, values, strict=True):
+        sums[group] = sums.get(group, 0.0) + value - mean
+    if len(sums) < 2:
+        return mean, math.inf
+    return mean, math.sqrt(sum(s**2 for s in sums.values()) * len(sums) / (len(sums) - 1)) / count

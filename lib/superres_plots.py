@@ -73,14 +73,16 @@ def received_by_place(received: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
-def loss_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]], ylabel: str) -> Figure:
-    """Validation loss over steps: name → rows of metrics."""
+def loss_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Losses over steps, trainings side by side: title → rows of metrics of both splits."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 3.2))
-        for (name, rows), colour, marker in zip(curves.items(), STAGES, "os^Dv", strict=False):
-            axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], color=colour, marker=marker, label=name)
-        axes.set(xlabel="step", ylabel=ylabel)
-        axes.legend()
+        figure, row = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 3.2), squeeze=False)
+        for axes, (title, rows) in zip(row.flat, curves.items(), strict=True):
+            for split, style in (("train", {"linewidth": 1}), ("val", {"marker": "o"})):
+                own = [r for r in rows if r["split"] == split]
+                axes.plot([r["step"] for r in own], [r["loss"] for r in own], label=split, **style)
+            axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
+            axes.legend()
     return figure
 
 

@@ -16,7 +16,7 @@ from lib.losses import MASK_TERMS, LossConfig
 PRECISIONS = ("fp32", "bf16", "auto")
 SCHEDULES = ("constant", "cosine")
 LENGTH = ("epochs", "max_steps", "patience")  # a resumed run may be made longer or shorter
-WITHOUT_EFFECT = ("num_workers", "gather_every")  # on what a run computes: may change as well
+WITHOUT_EFFECT = ("num_workers", "cpu_threads", "gather_every")  # on what a run computes: may change as well
 NESTED = {"loss": LossConfig, "curriculum": CurriculumConfig, "adversary": AdversaryConfig}
 
 
@@ -41,13 +41,14 @@ class LoopConfig:
     max_train_pairs: int | None = None  # train on so many pairs at most, spread evenly over all; None: on all
     max_val_pairs: int | None = None  # validate on so many pairs at most, spread likewise
     num_workers: int = 1  # threads that read the data of the next steps; a fast GPU needs more than one
+    cpu_threads: int | None = None  # of torch where it computes on a CPU; None: its own choice. Small steps like one
     gather_every: int = 1  # steps, or fewer where an epoch ends, between transfers of the metrics: a GPU waits in each
     compile: bool = False  # torch.compile: minutes at the start; measured slower on a CPU
     seed: int = 0
 
     def __post_init__(self):
         check_counts(self, "epochs", "batch_size", "accumulate", "checkpoint_every", "num_workers", "gather_every")
-        check_counts(self, "max_steps", "patience", "max_train_pairs", "max_val_pairs", optional=True)
+        check_counts(self, "max_steps", "patience", "cpu_threads", "max_train_pairs", "max_val_pairs", optional=True)
         check_counts(self, "warmup_steps", "seed", least=0)
         check(isinstance(self.compile, bool), "compile", self.compile, "true or false")
         check(self.seed < 2**31, "seed", self.seed, "a whole number below 2³¹")

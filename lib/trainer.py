@@ -37,6 +37,7 @@ from lib.processes import (
 )
 from lib.runs import Run
 from lib.telemetry import Callback, to_floats
+from lib.threads import torch_threads
 from lib.train_config import LENGTH, WITHOUT_EFFECT, LoopConfig, TrainConfig, resolved_precision
 
 logger = logging.getLogger(__name__)
@@ -196,6 +197,7 @@ class Trainer:
             with (
                 self.stop,
                 bar,
+                torch_threads(self.config.cpu_threads),
                 out_of_memory_advice(self.memory_advice),
                 contextlib.closing(self.steps()) as batches_of_steps,
             ):

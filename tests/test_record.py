@@ -17,6 +17,7 @@ from lib.record import (
     CLAIMS_MARKS,
     DISTANCES_MARKS,
     FIGURES,
+    GUIDANCES,
     README,
     changed_by_depth,
     check_readme,
@@ -25,6 +26,7 @@ from lib.record import (
     with_table,
 )
 from lib.superres.evaluation import CUTOFFS, METHODS, Evaluation, Score, read_scores
+from lib.superres.resolver import Restoration
 from lib.variants import SCHEDULED
 
 TEXT = f"before\n{DISTANCES_MARKS[0]}\n{DISTANCES_MARKS[1]}\n{CLAIMS_MARKS[0]}\nold\n{CLAIMS_MARKS[1]}\nafter\n"
@@ -150,33 +152,44 @@ def test_a_record_of_one_notebook_leaves_what_the_others_have_measured(stub, mon
 
 def test_the_super_resolver_is_trained_for_as_long_as_the_record_says(monkeypatch, tmp_path):
     """Plan, library and evaluation are replaced; what goes from one to the next, and into the file, is looked at."""
-    preset = load_preset("demo", record_superres_vae_steps=7, record_superres_steps=9, record_superres_clips=3)
+    preset = load_preset("demo", record_superres_vae_steps=7, record_superres_steps=9, superres_clips=3)
     trained = []
 
-    def train(plan, folder, library, *, resume):
+    def train_vae(folder, library, sizes, config, *, resume):
         assert (folder, library, resume) == (tmp_path / "superres_record", "the library", True)
-        trained.append((plan.vae_training.max_steps, plan.training.max_steps))
-        metrics = type("Run", (), {"metrics": lambda self, split: [{"loss": 2.0}, {"loss": 1.0}]})
-        return {"vae": metrics(), "diffusion": metrics()}
+        assert (sizes, config) == (preset.recorded_superres.vae, preset.recorded_superres.vae_training)
+        trained.append(config.max_steps)
+
+    def compare_contexts(plan, folder, library, seeds, *, resume):
+        assert (folder, library, seeds, resume) == (tmp_path / "superres_record", "the library", 3, True)
+        trained.append(plan.training.max_steps)
+        return {"sequence": (0.5, 0.25), "pooled": (0.5, 0.5)}
 
     pair = (1.5, 0.25)
-    scores = (Score("model", 2000, 3, pair, pair, pair, pair),)
+    scores = (Score("model", 4000, 3, pair, pair, pair, pair, pair),)
 
-    def evaluate(resolver, library, restoration, *, clips):
+    def evaluate(resolver, library, restoration, *, clips, cutoffs=CUTOFFS, split="val"):
         assert (resolver, library, clips) == (tmp_path / "superres_record", "the library", 3)
         assert restoration.steps == preset.superres_sampler_steps
-        return Evaluation(scores, {})
+        if split == "val":
+            assert (restoration, cutoffs) == (Restoration(steps=restoration.steps), CUTOFFS)
+            return Evaluation(scores, {})
+        guided = (restoration.guidance, 0.125)
+        return Evaluation((Score("model", cutoffs[0], 3, pair, pair, guided, pair, pair),), {})
 
-    monkeypatch.setattr(lib.superres.plans.Plan, "train", train)
-    monkeypatch.setattr(lib.record, "SuperResolver", lambda folder: folder)
+    monkeypatch.setattr(lib.record, "train_vae", train_vae)
+    monkeypatch.setattr(lib.superres.plans.Plan, "compare_contexts", compare_contexts)
+    monkeypatch.setattr(lib.record, "SuperResolver", lambda folder, diffusion: folder)
     monkeypatch.setattr(lib.record, "evaluate", evaluate)
     project = type("Project", (), {"out_dir": tmp_path, "upper_band": lambda self: ("the library", "songs")})()
     lib.record.record_superres(preset, project, tmp_path)
-    assert trained == [(7, 9)]
+    assert trained == [7, 9]
     found, facts = read_scores(tmp_path / "superres.json")
     assert found == scores
     assert (facts["preset"], facts["vae_steps"], facts["steps"], facts["music"]) == ("demo", 7, 9, "songs")
-    assert facts["validation_losses"] == {"vae": 1.0, "diffusion": 1.0}
+    assert facts["contexts"] == {"sequence": [0.5, 0.25], "pooled": [0.5, 0.5]}
+    assert facts["guided"] == {str(guidance): [guidance, 0.125] for guidance in GUIDANCES}
+    assert facts["guidance"] == Restoration().guidance
 
 
 def test_the_committed_distances_are_of_every_method_at_every_cutoff():
@@ -190,7 +203,9 @@ def test_the_committed_distances_are_of_every_method_at_every_cutoff():
 def test_distances_are_shown_by_method_and_cutoff():
     pair = (0.0, 0.0)
     scores = [
-        Score(name, c, 2, pair, pair, (i + c / 1e6, 0.126), pair) for c in CUTOFFS for i, name in enumerate(METHODS)
+        Score(name, c, 2, pair, pair, (i + c / 1e6, 0.126), pair, pair)
+        for c in CUTOFFS
+        for i, name in enumerate(METHODS)
     ]
     lines = [line.strip("| ").split(" | ") for line in distances_table(scores).splitlines()]
     assert lines[0] == ["method", "2 kHz", "4 kHz", "8 kHz", "12 kHz", "16 kHz"]

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from lib.spread import describe, difference, factorial_effects
+from lib.spread import describe, difference, factorial_effects, mean_and_error
 
 
 @pytest.mark.parametrize(
@@ -120,3 +120,21 @@ def test_unequal_seeds_are_refused():
     cells[True, False, True].pop()
     with pytest.raises(ValueError, match="equally many seeds"):
         factorial_effects(cells, FACTORS)
+
+
+# --- means ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mean_and_its_error():
+    assert mean_and_error([1.0, 2.0, 3.0, 6.0]) == pytest.approx((3.0, math.sqrt(14 / 3) / 2))
+    assert mean_and_error([5.0]) == (5.0, math.inf)
+    assert mean_and_error([1.0, 2.0, 3.0, 6.0], "abcd") == mean_and_error([1.0, 2.0, 3.0, 6.0])
+
+
+def test_values_of_one_group_are_one_draw():
+    """Groups of one size: the error is that of their means. Of several: the sums of what their values are off."""
+    assert mean_and_error([1.0, 3.0, 4.0, 8.0, 0.0, 2.0], "aabbcc") == pytest.approx(mean_and_error([2.0, 6.0, 1.0]))
+    assert mean_and_error([1.0, 1.0, 1.0, 5.0], "aaab") == pytest.approx((2.0, math.sqrt((9 + 9) * 2 / 1) / 4))
+    assert mean_and_error([1.0, 2.0], "aa") == (1.5, math.inf)
+    with pytest.raises(ValueError, match="argument 2"):
+        mean_and_error([1.0, 2.0], "a")

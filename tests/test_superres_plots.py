@@ -46,16 +46,19 @@ def test_places_are_shown_on_one_scale():
 
 
 def test_loss_curves():
-    rows = [{"step": 10, "loss": 0.5}, {"step": 20, "loss": 0.25}]
-    (line,) = superres_plots.loss_curves({"sequence": rows}, "loss").axes[0].lines
-    assert list(line.get_xdata()) == [10, 20]
-    assert list(line.get_ydata()) == [0.5, 0.25]
+    rows = [{"split": s, "step": i, "loss": 1 / i} for s, i in (("train", 1), ("train", 2), ("val", 2), ("train", 4))]
+    figure = superres_plots.loss_curves({"a part": rows, "another": rows[:1]})
+    assert [axes.get_title() for axes in figure.axes] == ["a part", "another"]
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
+    assert lines == {"train": ([1, 2, 4], [1, 0.5, 0.25]), "val": ([2], [0.5])}
 
 
 def test_distances_show_every_method_and_what_is_a_bound():
     pair = (0.0, 0.0)
     scores = [
-        Score(m, c, 4, pair, pair, (i + c / 1e4, math.inf), pair) for c in (2000, 8000) for i, m in enumerate(METHODS)
+        Score(m, c, 4, pair, pair, (i + c / 1e4, math.inf), pair, pair)
+        for c in (2000, 8000)
+        for i, m in enumerate(METHODS)
     ]
     figure = superres_plots.distances(scores)
     lines = {container.get_label(): container.lines[0] for container in figure.axes[0].containers}

@@ -15,7 +15,7 @@ from lib.losses import MASK_TERMS, LossConfig
 from lib.train_config import PRECISIONS, SCHEDULES, LoopConfig, TrainConfig, resolved_precision
 
 COUNTS = ("epochs", "batch_size", "accumulate", "checkpoint_every", "num_workers", "gather_every")
-OPTIONAL_COUNTS = ("max_steps", "patience", "max_train_pairs", "max_val_pairs")
+OPTIONAL_COUNTS = ("max_steps", "patience", "cpu_threads", "max_train_pairs", "max_val_pairs")
 FROM_ZERO = ("warmup_steps", "seed")
 BAD = (
     [(name, value, "a whole number, 1 or more$") for name in COUNTS for value in (0, -1, 1.5, None, True, "8")]

@@ -1007,6 +1007,20 @@ def test_several_readers_give_the_same_run(start):
     assert start("readers", max_steps=2, num_workers=3).metrics() == first.metrics()
 
 
+def test_torch_computes_with_as_many_threads_as_asked_for_while_training(start):
+    class Threads(Callback):
+        def on_step(self, trainer, row):
+            seen.append(torch.get_num_threads())
+
+        on_validation = on_step
+
+    before, seen = torch.get_num_threads(), []
+    start("asked", max_steps=2, cpu_threads=before + 2, callbacks=(Threads(),))
+    start("not asked", max_steps=2, callbacks=(Threads(),))
+    assert seen == 3 * [before + 2] + 3 * [before]
+    assert torch.get_num_threads() == before
+
+
 def test_a_finished_run_can_be_made_longer(start):
     longer = start("longer", max_steps=4)
     start("short", max_steps=2)

@@ -24,7 +24,9 @@ def main() -> None:
     parser.add_argument("-o", "--out", required=True, help="output file; .wav holds any level. For a folder: a folder")
     parser.add_argument("--run", required=True, help="trained super-resolver, such as outputs/demo/superres")
     parser.add_argument("--steps", type=int, default=Restoration.steps, help="of the sampler (default: 50)")
-    parser.add_argument("--guidance", type=float, default=Restoration.guidance, help="1 (default): none")
+    parser.add_argument(
+        "--guidance", type=float, default=Restoration.guidance, help="towards the condition; 1: none (default: 1.5)"
+    )
     parser.add_argument("--vocoder", choices=VOCODERS, default=VOCODERS[0], help=f"default: {VOCODERS[0]}, untrained")
     parser.add_argument("--seed", type=int, default=Restoration.seed)
     parser.add_argument("--cutoff", type=float, help="Hz, where the files' own band ends (default: found in each)")

@@ -97,11 +97,19 @@ class Examples(Dataset):
         return self.count
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= i < self.count:
-            raise IndexError(f"example {i} of {self.count}")
-        generator = np.random.default_rng([self.seed, self.split == "val", i])
-        song = self.songs[generator.choice(len(self.songs), p=self.shares)]
+        song, generator = self._draw(i)
         offset = int(generator.integers(song.length - self.clip_length + 1))
         degradation = Degradation.draw(generator)
         clip = load_audio(song.path, offset, self.clip_length, SAMPLE_RATE)
         return clip, (self.degradation or degradation)(clip)
+
+    def song(self, i: int) -> Song:
+        """Where `examples[i]` is from."""
+        return self._draw(i)[0]
+
+    def _draw(self, i: int) -> tuple[Song, np.random.Generator]:
+        """The song, and the generator for what is drawn after it."""
+        if not 0 <= i < self.count:
+            raise IndexError(f"example {i} of {self.count}")
+        generator = np.random.default_rng([self.seed, self.split == "val", i])
+        return self.songs[generator.choice(len(self.songs), p=self.shares)], generator

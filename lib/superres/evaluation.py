@@ -7,6 +7,7 @@ the estimate is first scaled to the reference's mean magnitude in the lowest ten
 advise, so that a mere difference of level does not count.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -59,7 +60,8 @@ def _magnitudes(wav: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Score:
-    """One method at one cutoff, over the same clips as the others. Distances are (mean, standard error)."""
+    """One method at one cutoff, over the same clips as the others. Distances are (mean, standard error): clips of one
+    song count as one draw."""
 
     method: str
     cutoff: int  # Hz
@@ -68,6 +70,7 @@ class Score:
     lsd_matched: tuple[float, float]
     upper: tuple[float, float]  # of the part above the cutoff
     upper_matched: tuple[float, float]
+    gain: tuple[float, float]  # how much smaller `upper` is than that of 'envelope', clip by clip
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,22 @@ def evaluate(
     *,
     clips: int = 16,
     cutoffs: Sequence[int] = CUTOFFS,
+    split: str = "val",
 ) -> Evaluation:
-    """Every method on the same validation clips, resampled to twice each cutoff and back."""
-    envelope = mean_envelope(library, resolver.clip_length)
+    """Every method on the same clips, of songs for validation unless `split` is 'train', resampled to twice each cutoff
+    and back."""
+    settings = settings or Restoration()
+    whole = Examples(library, split, clips, resolver.clip_length)
+    songs = [whole.song(i).sha256 for i in range(clips)]
+    original = torch.stack([whole[i][0] for i in range(clips)])
+    known = mels_of_any_cutoff(resolver, original, mean_envelope(library, resolver.clip_length), settings)
     scores, sounds = [], {}
     for cutoff in cutoffs:
-        examples = Examples(library, "val", clips, resolver.clip_length, degradation=Degradation(cutoff))
-        original, low = (torch.stack(waves) for waves in zip(*(examples[i] for i in range(clips)), strict=True))
-        made = {"original": original} | restored_by_all(resolver, original, low, cutoff, envelope, settings)
-        scores += [score(method, cutoff, made[method], original) for method in METHODS]
-        sounds[cutoff] = made
+        examples = Examples(library, split, clips, resolver.clip_length, degradation=Degradation(cutoff))
+        low = torch.stack([examples[i][1] for i in range(clips)])
+        made = restored_by_all(resolver, low, cutoff, known, settings)
+        scores += [score(method, cutoff, made, original, songs) for method in METHODS]
+        sounds[cutoff] = {"original": original} | made
     return Evaluation(tuple(scores), sounds)
 
 
@@ -117,28 +126,33 @@ def read_scores(path: Path) -> tuple[tuple[Score, ...], dict[str, Any]]:
         raise UserError(f"{path}: no readable record ({error}); restore it or run `make record`") from None
 
 
-def restored_by_all(
-    resolver: SuperResolver,
-    original: Tensor,
-    low: Tensor,
-    cutoff: int,
-    envelope: Tensor,
-    settings: Restoration | None = None,
+def mels_of_any_cutoff(
+    resolver: SuperResolver, original: Tensor, envelope: Tensor, settings: Restoration
 ) -> dict[str, Tensor]:
-    """Method → waveforms `[B, 1, N]`. All but 'sinc' differ in the mel alone that the vocoder is given."""
-    clips = len(low)
-    none, all_of_them = torch.zeros(clips, dtype=torch.bool), torch.ones(clips, dtype=torch.bool)
-    none, all_of_them = none.to(resolver.device), all_of_them.to(resolver.device)
+    """Method → log mels `[B, 1, 256, T]`, of the methods that know nothing of the low band."""
     mel = log_mel(original)
+    none = torch.zeros(len(original), dtype=torch.bool, device=resolver.device)
+    settings = dataclasses.replace(settings, guidance=1.0)  # away from itself is nowhere
     with torch.inference_mode():
-        coded = resolver.vae.decode(resolver.vae.encode(mel.to(resolver.device))).to(low.device)
-    mels = {
+        coded = resolver.vae.decode(resolver.vae.encode(mel.to(resolver.device))).to(mel.device)
+    return {
         "envelope": envelope[:, None].expand_as(mel),
-        "no condition": resolver.predict_mel(low, settings, keeps_low=none, keeps_context=none),
-        "no context": resolver.predict_mel(low, settings, keeps_low=all_of_them, keeps_context=none),
-        "model": resolver.predict_mel(low, settings),
+        "no condition": resolver.predict_mel(torch.zeros_like(original), settings, keeps_low=none, keeps_context=none),
         "autoencoder": coded,
         "vocoder": mel,
+    }
+
+
+def restored_by_all(
+    resolver: SuperResolver, low: Tensor, cutoff: int, known: Mapping[str, Tensor], settings: Restoration
+) -> dict[str, Tensor]:
+    """Method → waveforms `[B, 1, N]`. All but 'sinc' differ in the mel alone that the vocoder is given; `known`: what
+    `mels_of_any_cutoff` gave."""
+    none = torch.zeros(len(low), dtype=torch.bool, device=resolver.device)
+    mels = {
+        **known,
+        "no context": resolver.predict_mel(low, settings, keeps_context=none),
+        "model": resolver.predict_mel(low, settings),
     }
     made = {name: join_bands(low, resolver.vocode(m, low, cutoff, settings), cutoff) for name, m in mels.items()}
     return {"sinc": low} | made
@@ -150,8 +164,11 @@ def mean_envelope(library: Library, clip_length: int, clips: int = 64) -> Tensor
     return torch.stack([log_mel(examples[i][0][None]).mean(dim=(0, 1, 3)) for i in range(clips)]).mean(dim=0)
 
 
-def score(method: str, cutoff: int, estimate: Tensor, reference: Tensor) -> Score:
+def score(method: str, cutoff: int, made: Mapping[str, Tensor], original: Tensor, songs: Sequence[str]) -> Score:
+    """A method's waveforms `[B, 1, N]` against the original's; `songs`: what each clip is from."""
+    wavs = made[method]
     distances = [
-        lsd(estimate, reference, above=above, matched=matched) for above in (0, cutoff) for matched in (False, True)
+        lsd(wavs, original, above=above, matched=matched) for above in (0, cutoff) for matched in (False, True)
     ]
-    return Score(method, cutoff, len(reference), *(mean_and_error(d.tolist()) for d in distances))
+    distances.append(lsd(made["envelope"], original, above=cutoff) - distances[2])
+    return Score(method, cutoff, len(original), *(mean_and_error(d.tolist(), songs) for d in distances))

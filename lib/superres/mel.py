@@ -30,14 +30,17 @@ def spectrum(wav: Tensor) -> Tensor:
 def inverse_spectrum(spectrum: Tensor) -> Tensor:
     """The waveform `[B, 1, N]` whose spectrum is nearest to `[B, N_FFT / 2 + 1, N / HOP]`, by overlap and add."""
     frames = torch.fft.irfft(spectrum.mT) * window(spectrum.device)  # [B, T, N_FFT]
-    samples = frames.shape[1] * HOP
-    weight = window(spectrum.device).square().expand(1, frames.shape[1], -1)
-    wav, weight = (_overlap_add(x, samples + 2 * PAD)[..., PAD : PAD + samples] for x in (frames, weight))
-    return wav / weight
+    return _overlap_add(frames) / _weight(frames.shape[1], spectrum.device)
 
 
-def _overlap_add(frames: Tensor, samples: int) -> Tensor:
-    return torch.nn.functional.fold(frames.mT, (1, samples), (1, N_FFT), stride=(1, HOP))[:, 0]
+def _overlap_add(frames: Tensor) -> Tensor:
+    """`[B, T, N_FFT] → [B, 1, T · HOP]`, hop by hop: several times as fast as `torch.nn.functional.fold`."""
+    (batch, count), hops = frames.shape[:2], -(-N_FFT // HOP)
+    parts = torch.nn.functional.pad(frames, (0, hops * HOP - N_FFT)).view(batch, count, hops, HOP)
+    wav = frames.new_zeros(batch, count + hops - 1, HOP)
+    for i in range(hops):
+        wav[:, i : i + count] += parts[:, :, i]
+    return wav.view(batch, 1, -1)[..., PAD : PAD + count * HOP]
 
 
 def log_mel(wav: Tensor) -> Tensor:
@@ -68,6 +71,13 @@ def bin_of(frequency: float) -> int:
 @torch.inference_mode(False)  # a tensor made in it could never take part in a backward pass
 def window(device: torch.device) -> Tensor:
     return torch.hann_window(N_FFT, device=device)
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def _weight(frames: int, device: torch.device) -> Tensor:
+    """How often each sample is in so many frames, weighted by the windows: `[1, 1, frames · HOP]`."""
+    return _overlap_add(window(device).square().expand(1, frames, -1))
 
 
 @functools.lru_cache(maxsize=4)

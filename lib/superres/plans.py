@@ -20,7 +20,7 @@ from lib.superres.training import (
     train_vae,
     train_vocoder,
 )
-from lib.superres.unet import DenoiserConfig
+from lib.superres.unet import CONTEXTS, DenoiserConfig
 from lib.superres.vae import VaeConfig
 from lib.superres.vocoder import VocoderConfig
 
@@ -46,15 +46,30 @@ class Plan:
         )
 
     def train(self, folder: str | Path, library: Library, **options: Any) -> dict[str, Run]:
-        """The autoencoder; two denoisers that differ in what their cross-attention sees, 'diffusion' the sequence,
-        'diffusion-pooled' the one vector of the seed; the vocoder."""
-        runs = {"vae": train_vae(folder, library, self.vae, self.vae_training, **options)}
-        encoded = encode(runs["vae"], library, self.training)
-        for name, context in (("diffusion", "sequence"), ("diffusion-pooled", "pooled")):
-            sizes = dataclasses.replace(self.denoiser, context=context)
-            runs[name] = train_diffusion(folder, library, sizes, self.training, name, encoded=encoded, **options)
-        runs["vocoder"] = train_vocoder(folder, library, self.vocoder, self.vocoder_training, **options)
-        return runs
+        """The runs `vae`, `diffusion` and `vocoder` of a folder. `options`: as of the three functions."""
+        return {
+            "vae": train_vae(folder, library, self.vae, self.vae_training, **options),
+            "diffusion": train_diffusion(folder, library, self.denoiser, self.training, **options),
+            "vocoder": train_vocoder(folder, library, self.vocoder, self.vocoder_training, **options),
+        }
+
+    def compare_contexts(
+        self, folder: str | Path, library: Library, seeds: int, **options: Any
+    ) -> dict[str, tuple[float, ...]]:
+        """Diffusion models on the autoencoder in `folder` that differ in what their cross-attention sees, the sequence
+        or the one pooled vector of the seed document: context → last validation loss, one for each random seed.
+
+        What is drawn from a random seed, examples and weights among it, is the same for both.
+        """
+        losses: dict[str, list[float]] = {context: [] for context in CONTEXTS}
+        for seed in range(seeds):
+            config = dataclasses.replace(self.training, seed=seed)
+            encoded = encode(Run.open(Path(folder) / "vae"), library, config)
+            for context in CONTEXTS:
+                sizes, name = dataclasses.replace(self.denoiser, context=context), f"{context}-{seed}"
+                run = train_diffusion(folder, library, sizes, config, name, encoded=encoded, **options)
+                losses[context].append(run.metrics("val")[-1]["loss"])
+        return {context: tuple(values) for context, values in losses.items()}
 
 
 def _lasting(config: PartConfig, steps: int) -> PartConfig:
@@ -63,9 +78,9 @@ def _lasting(config: PartConfig, steps: int) -> PartConfig:
 
 
 # what two cores train in minutes: the same parts with a hundredth of the width
-SMALL_VAE = VaeConfig(channels=(8, 16, 32, 32), num_res_blocks=1, latent_channels=8, norm_groups=4)
+SMALL_VAE = VaeConfig(channels=(8, 16, 32, 32), num_res_blocks=1, latent_channels=4, norm_groups=4)
 SMALL_DENOISER = DenoiserConfig(
-    latent_channels=8,
+    latent_channels=4,
     channels=(32, 48, 64),
     attention=(False, False, True),
     num_res_blocks=1,
@@ -82,8 +97,10 @@ SMALL_PLAN = Plan(
     SMALL_VAE,
     SMALL_DENOISER,
     SMALL_VOCODER,
-    VaeTraining(**SMALL, examples=1024, val_examples=16, batch_size=4, learning_rate=3e-3),
-    DiffusionTraining(**SMALL, examples=512, val_examples=32, batch_size=16, learning_rate=1e-3, ema=0.99),
+    VaeTraining(**SMALL, examples=1024, val_examples=16, batch_size=2, learning_rate=3e-3, kl_weight=0.05),
+    DiffusionTraining(
+        **SMALL, examples=512, val_examples=32, batch_size=16, learning_rate=1e-3, ema=0.99, cpu_threads=1
+    ),
     VocoderTraining(
         **SMALL | {"clip_seconds": 0.16},
         examples=256,

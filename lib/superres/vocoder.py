@@ -70,6 +70,5 @@ def griffin_lim(mel: Tensor, known: Tensor, bins: int, *, noise: Tensor, iterati
     phases = torch.polar(torch.ones_like(noise), 2 * torch.pi * noise)[:, bins:]
     for _ in range(iterations):
         wav = inverse_spectrum(torch.cat([low, magnitudes * phases], dim=1))
-        found = spectrum(wav)[:, bins:]
-        phases = found / found.abs().clamp_min(1e-9)
+        phases = spectrum(wav)[:, bins:].sgn()
     return inverse_spectrum(torch.cat([low, magnitudes * phases], dim=1))

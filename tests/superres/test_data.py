@@ -116,8 +116,9 @@ def test_an_example_depends_on_seed_split_and_number_alone(eight):
         assert not torch.equal(clip, forth[0][0])
         assert not torch.equal(low, forth[0][1])
     for bad in (-1, 12):
-        with pytest.raises(IndexError):
-            examples[bad]
+        for asked in (examples.__getitem__, examples.song):
+            with pytest.raises(IndexError):
+                asked(bad)
 
 
 def test_the_split_is_part_of_what_is_drawn_from(library):
@@ -165,6 +166,7 @@ def test_clips_are_what_lies_at_a_place_in_their_song_and_come_from_everywhere(t
         places = (clip[0].double() * 2**17).round()
         assert torch.equal(places.diff(), torch.ones(CLIP - 1, dtype=torch.double))
         seen.append(int(places[0]))
+    assert [f"{'abc'[place // 20_000 - 1]}.wav" for place in seen] == [examples.song(i).path.name for i in range(400)]
     expected = []
     for song in library.songs["train"]:
         number = "abc".index(song.path.stem) + 1

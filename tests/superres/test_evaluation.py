@@ -1,5 +1,6 @@
 """Log-spectral distance against hand-made spectra, and what each method of the comparison is given."""
 
+import dataclasses
 import math
 
 import pytest
@@ -104,7 +105,7 @@ def compared(resolver, library):
     return evaluate(resolver, library, QUICK, clips=3, cutoffs=(4_000, 8_000))
 
 
-def test_every_method_is_scored_at_every_cutoff(compared):
+def test_every_method_is_scored_at_every_cutoff(compared, library):
     assert [(s.cutoff, s.method) for s in compared.scores] == [(c, m) for c in (4_000, 8_000) for m in METHODS]
     assert set(METHODS) == {"sinc", "envelope", "no condition", "no context", "model", "autoencoder", "vocoder"}
     assert set(compared.sounds) == {4_000, 8_000}
@@ -114,7 +115,8 @@ def test_every_method_is_scored_at_every_cutoff(compared):
             assert wav.shape == (3, 1, CLIP)
             assert wav.isfinite().all()
             if name != "original":
-                assert compared.score(name, cutoff) == score(name, cutoff, wav, sounds["original"])
+                songs = [Examples(library, "val", 3, CLIP).song(i).sha256 for i in range(3)]
+                assert compared.score(name, cutoff) == score(name, cutoff, sounds, sounds["original"], songs)
     assert CUTOFFS == (2_000, 4_000, 8_000, 12_000, 16_000)
     with pytest.raises(StopIteration):
         compared.score("model", 2_000)
@@ -133,7 +135,9 @@ def test_all_methods_have_the_same_clips_degraded_alike(compared, library):
 def test_a_score_is_mean_and_error_of_four_distances():
     reference = white(20_000, channels=4)[:, None]
     estimate = reference * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None] + 0.3 * white(20_000, seed=9)
-    found = score("model", 6_000, estimate, reference)
+    envelope = 0.5 * reference + 0.1 * white(20_000, seed=7)
+    made = {"model": estimate, "envelope": envelope}
+    found = score("model", 6_000, made, reference, "abcd")
     assert (found.method, found.cutoff, found.clips) == ("model", 6_000, 4)
     for pair, options in (
         (found.lsd, {}),
@@ -143,7 +147,14 @@ def test_a_score_is_mean_and_error_of_four_distances():
     ):
         distances = lsd(estimate, reference, **options)
         assert pair == pytest.approx((distances.mean().item(), distances.std().item() / 2), rel=1e-4)
-    assert score("model", 6_000, estimate[:1], reference[:1]).lsd[1] == math.inf
+    gains = lsd(envelope, reference, above=6_000) - lsd(estimate, reference, above=6_000)
+    assert found.gain == pytest.approx((gains.mean().item(), gains.std().item() / 2), rel=1e-4)
+    assert score("envelope", 6_000, made, reference, "abcd").gain == (0, 0)
+    songs = score("model", 6_000, made, reference, "aabb")
+    assert songs.upper[0] == found.upper[0]
+    of_songs = lsd(estimate, reference, above=6_000).view(2, 2).mean(dim=1)  # two draws, not four
+    assert songs.upper[1] == pytest.approx(of_songs.std().item() / math.sqrt(2), rel=1e-4)
+    assert score("model", 6_000, made, reference, "aaaa").lsd[1] == math.inf
 
 
 class Recording(SuperResolver):
@@ -166,11 +177,16 @@ class Recording(SuperResolver):
 def test_each_method_is_given_its_mel(resolver, library):
     fake, settings = Recording(resolver), Restoration(seed=5, steps=3)
     sounds = evaluate(fake, library, settings, clips=2, cutoffs=(4_000,)).sounds[4_000]
-    no, yes = [False, False], [True, True]
-    asked = [{"keeps_low": no, "keeps_context": no}, {"keeps_low": yes, "keeps_context": no}, {}]
-    assert fake.asked == [(keeps, settings) for keeps in asked]
+    no = [False, False]
+    unguided = dataclasses.replace(settings, guidance=1.0)
+    assert fake.asked == [
+        ({"keeps_low": no, "keeps_context": no}, unguided),
+        ({"keeps_context": no}, settings),
+        ({}, settings),
+    ]
     assert all((cutoff, given) == (4_000, settings) for _, cutoff, given in fake.mels)
-    mels = dict(zip([name for name in METHODS if name != "sinc"], [mel for mel, _, _ in fake.mels], strict=True))
+    order = ("envelope", "no condition", "autoencoder", "vocoder", "no context", "model")
+    mels = dict(zip(order, [mel for mel, _, _ in fake.mels], strict=True))
     original = log_mel(sounds["original"])
     assert torch.equal(mels["vocoder"], original)
     with torch.no_grad():
