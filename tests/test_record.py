@@ -166,7 +166,7 @@ def test_the_super_resolver_is_trained_for_as_long_as_the_record_says(monkeypatc
         return {"sequence": (0.5, 0.25), "pooled": (0.5, 0.5)}
 
     pair = (1.5, 0.25)
-    scores = (Score("model", 4000, 3, pair, pair, pair, pair, pair),)
+    scores = (Score("model", 4000, 3, 2, pair, pair, pair, pair, pair),)
 
     def evaluate(resolver, library, restoration, *, clips, cutoffs=CUTOFFS, split="val"):
         assert (resolver, library, clips) == (tmp_path / "superres_record", "the library", 3)
@@ -175,7 +175,7 @@ def test_the_super_resolver_is_trained_for_as_long_as_the_record_says(monkeypatc
             assert (restoration, cutoffs) == (Restoration(steps=restoration.steps), CUTOFFS)
             return Evaluation(scores, {})
         guided = (restoration.guidance, 0.125)
-        return Evaluation((Score("model", cutoffs[0], 3, pair, pair, guided, pair, pair),), {})
+        return Evaluation((Score("model", cutoffs[0], 3, 2, pair, pair, guided, pair, pair),), {})
 
     monkeypatch.setattr(lib.record, "train_vae", train_vae)
     monkeypatch.setattr(lib.superres.plans.Plan, "compare_contexts", compare_contexts)
@@ -203,7 +203,7 @@ def test_the_committed_distances_are_of_every_method_at_every_cutoff():
 def test_distances_are_shown_by_method_and_cutoff():
     pair = (0.0, 0.0)
     scores = [
-        Score(name, c, 2, pair, pair, (i + c / 1e6, 0.126), pair, pair)
+        Score(name, c, 2, 2, pair, pair, (i + c / 1e6, 0.126), pair, pair)
         for c in CUTOFFS
         for i, name in enumerate(METHODS)
     ]

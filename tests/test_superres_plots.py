@@ -56,7 +56,7 @@ def test_loss_curves():
 def test_distances_show_every_method_and_what_is_a_bound():
     pair = (0.0, 0.0)
     scores = [
-        Score(m, c, 4, pair, pair, (i + c / 1e4, math.inf), pair, pair)
+        Score(m, c, 4, 2, pair, pair, (i + c / 1e4, math.inf), pair, pair)
         for c in (2000, 8000)
         for i, m in enumerate(METHODS)
     ]

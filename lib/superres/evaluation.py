@@ -9,11 +9,13 @@ advise, so that a mere difference of level does not count.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ from lib.superres.training import as_tuple
 
 CUTOFFS = (2_000, 4_000, 8_000, 12_000, 16_000)  # Hz
 LSD_HOP = 512
+SEED = 2**31 - 1  # of the clips that are drawn
 FLOOR = 2**-30 / 12 * 0.375 * N_FFT  # power of a bin: rounding to 16 bits, through a Hann window
 LOWEST_TENTH = (N_FFT // 2 + 1) // 10
 
@@ -66,11 +69,19 @@ class Score:
     method: str
     cutoff: int  # Hz
     clips: int
+    songs: int  # that the clips are from
     lsd: tuple[float, float]  # of the whole spectrum
     lsd_matched: tuple[float, float]
     upper: tuple[float, float]  # of the part above the cutoff
     upper_matched: tuple[float, float]
     gain: tuple[float, float]  # how much smaller `upper` is than that of 'envelope', clip by clip
+
+    @property
+    def verdict(self) -> int:
+        """Whether the gain (1) or its opposite (-1) is larger than chance explains, at 5 % by Student's t, or neither
+        (0)."""
+        least = scipy.stats.t.ppf(0.975, self.songs - 1) * self.gain[1] if self.songs > 1 else math.inf
+        return (self.gain[0] > least) - (self.gain[0] < -least)
 
 
 @dataclass(frozen=True)
@@ -94,15 +105,16 @@ def evaluate(
     split: str = "val",
 ) -> Evaluation:
     """Every method on the same clips, of songs for validation unless `split` is 'train', resampled to twice each cutoff
-    and back."""
+    and back. The clips are others than those whose loss chose a training's best checkpoint, if its seed was not `SEED`.
+    """
     settings = settings or Restoration()
-    whole = Examples(library, split, clips, resolver.clip_length)
+    whole = Examples(library, split, clips, resolver.clip_length, SEED)
     songs = [whole.song(i).sha256 for i in range(clips)]
     original = torch.stack([whole[i][0] for i in range(clips)])
     known = mels_of_any_cutoff(resolver, original, mean_envelope(library, resolver.clip_length), settings)
     scores, sounds = [], {}
     for cutoff in cutoffs:
-        examples = Examples(library, split, clips, resolver.clip_length, degradation=Degradation(cutoff))
+        examples = Examples(library, split, clips, resolver.clip_length, SEED, Degradation(cutoff))
         low = torch.stack([examples[i][1] for i in range(clips)])
         made = restored_by_all(resolver, low, cutoff, known, settings)
         scores += [score(method, cutoff, made, original, songs) for method in METHODS]
@@ -171,4 +183,6 @@ def score(method: str, cutoff: int, made: Mapping[str, Tensor], original: Tensor
         lsd(wavs, original, above=above, matched=matched) for above in (0, cutoff) for matched in (False, True)
     ]
     distances.append(lsd(made["envelope"], original, above=cutoff) - distances[2])
-    return Score(method, cutoff, len(original), *(mean_and_error(d.tolist(), songs) for d in distances))
+    return Score(
+        method, cutoff, len(original), len(set(songs)), *(mean_and_error(d.tolist(), songs) for d in distances)
+    )

@@ -10,7 +10,18 @@ from torch import Tensor
 from lib.superres import evaluation
 from lib.superres.data import Examples
 from lib.superres.degradation import Degradation
-from lib.superres.evaluation import CUTOFFS, FLOOR, LOWEST_TENTH, METHODS, evaluate, lsd, mean_envelope, score
+from lib.superres.evaluation import (
+    CUTOFFS,
+    FLOOR,
+    LOWEST_TENTH,
+    METHODS,
+    SEED,
+    Score,
+    evaluate,
+    lsd,
+    mean_envelope,
+    score,
+)
 from lib.superres.mel import bin_of, log_mel
 from lib.superres.resolver import Restoration, SuperResolver
 from superres.conftest import CLIP, band, white
@@ -115,7 +126,7 @@ def test_every_method_is_scored_at_every_cutoff(compared, library):
             assert wav.shape == (3, 1, CLIP)
             assert wav.isfinite().all()
             if name != "original":
-                songs = [Examples(library, "val", 3, CLIP).song(i).sha256 for i in range(3)]
+                songs = [Examples(library, "val", 3, CLIP, SEED).song(i).sha256 for i in range(3)]
                 assert compared.score(name, cutoff) == score(name, cutoff, sounds, sounds["original"], songs)
     assert CUTOFFS == (2_000, 4_000, 8_000, 12_000, 16_000)
     with pytest.raises(StopIteration):
@@ -124,7 +135,7 @@ def test_every_method_is_scored_at_every_cutoff(compared, library):
 
 def test_all_methods_have_the_same_clips_degraded_alike(compared, library):
     for cutoff, sounds in compared.sounds.items():
-        examples = Examples(library, "val", 3, CLIP, degradation=Degradation(cutoff))
+        examples = Examples(library, "val", 3, CLIP, SEED, Degradation(cutoff))
         assert torch.equal(sounds["original"], torch.stack([examples[i][0] for i in range(3)]))
         assert torch.equal(sounds["sinc"], torch.stack([examples[i][1] for i in range(3)]))
     assert torch.equal(*(compared.sounds[cutoff]["original"] for cutoff in (4_000, 8_000)))
@@ -155,6 +166,24 @@ def test_a_score_is_mean_and_error_of_four_distances():
     of_songs = lsd(estimate, reference, above=6_000).view(2, 2).mean(dim=1)  # two draws, not four
     assert songs.upper[1] == pytest.approx(of_songs.std().item() / math.sqrt(2), rel=1e-4)
     assert score("model", 6_000, made, reference, "aaaa").lsd[1] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("gain", "songs", "verdict"),
+    [
+        ((2.58, 1.0), 6, 1),
+        ((2.56, 1.0), 6, 0),
+        ((-2.58, 1.0), 6, -1),
+        ((12.0, 1.0), 2, 0),
+        ((13.0, 1.0), 2, 1),
+        ((5.0, math.inf), 1, 0),
+        ((0.0, 0.0), 6, 0),
+    ],
+)
+def test_few_songs_must_gain_more_to_have_gained(gain, songs, verdict):
+    """Student's t, both sides, at 5 %: 2.571 with five degrees of freedom, 12.706 with one."""
+    pair = (0.0, 0.0)
+    assert Score("model", 4_000, 16, songs, pair, pair, pair, pair, gain).verdict == verdict
 
 
 class Recording(SuperResolver):
@@ -195,7 +224,7 @@ def test_each_method_is_given_its_mel(resolver, library):
     assert torch.equal(mels["envelope"], mean_envelope(library, CLIP)[:, None].expand_as(original))
     assert torch.equal(
         sounds["sinc"],
-        torch.stack([Examples(library, "val", 2, CLIP, degradation=Degradation(4_000))[i][1] for i in range(2)]),
+        torch.stack([Examples(library, "val", 2, CLIP, SEED, Degradation(4_000))[i][1] for i in range(2)]),
     )
     for name in mels:  # below the cutoff every one has the clip's own band
         difference = sounds[name] - sounds["sinc"]
