@@ -118,11 +118,11 @@ def load_audio(
     return wav[:, offset - first * target : end - first * target].contiguous()
 
 
-def check_audio(path: str | Path) -> AudioReport:
+def check_audio(path: str | Path, min_samples: int = MIN_SAMPLES) -> AudioReport:
     """Decode a whole file in constant memory and raise `AudioError` unless every sample of it can be used.
 
     Refused: a missing, unreadable, zero-byte, non-audio, truncated or damaged file; NaN or infinite samples; digital
-    silence all through (peak below 1e-4); less than one codec frame (320 samples at 24 kHz).
+    silence all through (peak below 1e-4); fewer than `min_samples` at 24 kHz: those of one codec frame.
     """
     with _open(path) as file:
         announced = _announced_frames(path, file)
@@ -139,7 +139,7 @@ def check_audio(path: str | Path) -> AudioReport:
             held += f" of the {announced / info.sample_rate:.2f} s that its header announces"
         raise AudioError(path, f"the file is truncated: {held}; copy it again or export it anew")
     num_samples = info.samples_at(SAMPLE_RATE)
-    if num_samples < MIN_SAMPLES:
+    if num_samples < min_samples:
         fault = f"only {num_samples} samples at 24 kHz, less than one codec frame ({MIN_SAMPLES})"
         raise AudioError(path, f"{fault}; use a longer recording")
     if peak < SILENCE_PEAK:

@@ -39,9 +39,7 @@ def main() -> None:
         if not Path(options.input).is_dir():
             report(restore_file(options.input, options.out, resolver, settings))
             return
-        done, skipped = restore_folder(options.input, options.out, resolver, settings)
-        for restored in done:
-            report(restored)
+        _, skipped = restore_folder(options.input, options.out, resolver, settings, report)
         for path, problem in skipped:
             print(f"skipped {path}: {problem}", file=sys.stderr)
 

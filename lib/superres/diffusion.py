@@ -55,14 +55,15 @@ def sample(
     """
     scheduler = make_scheduler()
     scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps[:steps]  # rounding gives some numbers of steps one more, at -1
     context = denoiser.context(mel, keeps_context)
     if keeps_low is not None:
         low = low * keeps_low[:, None, None, None]
     if guidance != 1:
         low = torch.cat([torch.zeros_like(low), low])
         context = torch.cat([denoiser.null_context.expand_as(context), context])
-    latents, shares = noise, scheduler.alphas_cumprod[scheduler.timesteps].tolist()
-    for timestep, now, then in zip(scheduler.timesteps, shares, [*shares[1:], 1.0], strict=True):
+    latents, shares = noise, scheduler.alphas_cumprod[timesteps].tolist()
+    for timestep, now, then in zip(timesteps, shares, [*shares[1:], 1.0], strict=True):
         times = timestep.to(noise.device).expand(len(low))
         velocity = denoiser.denoise(latents.repeat(len(low) // len(latents), 1, 1, 1), times, low, context)
         if guidance != 1:

@@ -1,6 +1,7 @@
 """Files in, files at 48 kHz out, of any length, rate and number of channels, in memory that does not grow with them."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from lib.ahead import map_ahead
 from lib.audio import AUDIO_SUFFIXES, AudioError, AudioInfo, AudioWriter, check_audio, load_audio
 from lib.errors import UserError
 from lib.superres.mel import SAMPLE_RATE
-from lib.superres.resolver import FULL, Restoration, SuperResolver, bin_powers, clip_starts, edge_of
+from lib.superres.resolver import FULL, Restoration, SuperResolver, bin_powers, clip_starts, edge_of, within_reach
 
 BLOCK_SECONDS = 60  # read at once where a file's band is looked for
 
@@ -31,17 +32,21 @@ class Restored:
 def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, settings: Restoration) -> Restored:
     """Restore the upper band of a file; writes `out` (48 kHz, as many channels) when all of it is done.
 
-    Clips overlap by an eighth and are crossfaded; only what lies above the file's own band is the model's, the rest is
+    Clips overlap and are crossfaded; only what lies above the file's own band is the model's, the rest is
     the file, resampled. Raises `AudioError` for a file that cannot be read or written, and where its band is full.
     """
     path, out = Path(path), Path(out)
     if out.resolve() == path.resolve():
         raise UserError(f"{out}: is the input itself; choose another output file")
-    info = check_audio(path).info
+    info = check_audio(path, min_samples=0).info
     total = info.samples_at(SAMPLE_RATE)
-    cutoff = settings.cutoff or file_band(info)
+    cutoff = settings.cutoff or within_reach(file_band(info))
     if cutoff > FULL:
-        raise AudioError(path, f"its band reaches {cutoff / 1000:.1f} kHz already; leave it as it is, or give --cutoff")
+        fault = f"its band, or what a resampler left of its images, reaches {cutoff / 1000:.1f} kHz already"
+        raise AudioError(path, f"{fault}; leave it as it is, or give --cutoff")
+    if settings.cutoff and settings.cutoff > info.sample_rate / 2:
+        most = f"at {info.sample_rate} Hz nothing above {info.sample_rate / 2000:g} kHz is its own"
+        raise AudioError(path, f"cutoff={settings.cutoff:g} is not allowed: {most}; give a lower --cutoff, or none")
     starts = clip_starts(total, resolver.clip_length)
 
     def read(start: int) -> Tensor:
@@ -70,29 +75,41 @@ def file_band(info: AudioInfo) -> float:
 
 
 def restore_folder(
-    folder: str | Path, out: str | Path, resolver: SuperResolver, settings: Restoration
+    folder: str | Path,
+    out: str | Path,
+    resolver: SuperResolver,
+    settings: Restoration,
+    report: Callable[[Restored], None] = lambda restored: None,
 ) -> tuple[list[Restored], list[tuple[Path, str]]]:
     """Restore every audio file below `folder` into `out`, under the same names, as .wav.
 
-    Returns what was written, and file and reason of what was skipped. `UserError` where no file can be used.
+    Returns what was written, of which `report` is told at once, and file and reason of what was skipped. `UserError`
+    where no file can be used, and where a result would lie among the files.
     """
     folder, out = Path(folder), Path(out)
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{out}: is inside the folder of the files; choose another output folder")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
+    targets = [out / path.relative_to(folder).with_suffix(".wav") for path in paths]
+    if any(target.resolve().is_relative_to(folder.resolve()) for target in (out, *targets)):
+        raise UserError(f"{out}: results would lie among the files of {folder}; choose another output folder")
     done, skipped, names = [], [], {}
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file()):
-        target = out / path.relative_to(folder).with_suffix(".wav")
+    for path, target in zip(paths, targets, strict=True):
         if target in names:
             skipped.append((path, f"{names[target].name} goes by the same name; rename one of them"))
             continue
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            done.append(restore_file(path, target, resolver, settings))
-            names[target] = path
+            restored = restore_file(path, target, resolver, settings)
         except AudioError as error:
             skipped.append((path, error.problem))
+            continue
         except OSError as error:
-            raise UserError(f"{out}: cannot be written ({error.strerror}); choose another output folder") from None
+            if not done:
+                raise UserError(f"{out}: cannot be written ({error.strerror}); choose another output folder") from None
+            skipped.append((path, f"{target} cannot be written ({error.strerror})"))
+            continue
+        done.append(restored)
+        names[target] = path
+        report(restored)
     if not done:
         reasons = "; ".join(f"{path.name}: {problem}" for path, problem in skipped[:3])
         raise UserError(f"{folder}: no usable audio file ({reasons or 'none there'})")

@@ -12,16 +12,19 @@ from torch import Tensor
 from lib.configs import check, check_counts, check_numbers
 from lib.errors import UserError
 from lib.runs import Run
+from lib.superres.degradation import LOWEST
 from lib.superres.diffusion import sample
 from lib.superres.mel import HOP, N_FFT, SAMPLE_RATE, bin_of, inverse_spectrum, log_mel, spectrum
-from lib.superres.training import load_part
+from lib.superres.training import PartConfig, load_part
 from lib.superres.vocoder import griffin_lim
 
 VOCODERS = ("griffin-lim", "hifigan")
-OVERLAP = 1 / 8  # share of a clip that it has in common with the next
+MARGIN = 1 / 8  # share of a clip, at either end, that another clip's middle is better at
+OVERLAP = 3 / 8  # share of a clip that it has in common with the next: two margins, and a fade between them
 TRANSITION = 12  # bins from the clip's own band to the restored one: 280 Hz
 FULL = 0.9 * SAMPLE_RATE / 2  # Hz: a band that reaches so far lacks nothing
 EDGE = 70.0  # dB below the loudest bin: where a clip's own band ends, and rounding to 16 bits is all that is left
+SILENT = 2**-16  # of a sample: what rounding to 16 bits makes 0
 AT_ONCE = 16  # seconds of clips that are restored together
 
 
@@ -41,7 +44,7 @@ class Restoration:
         check_counts(self, "seed", least=0)
         check(self.seed < 2**63, "seed", self.seed, "a whole number below 2^63")
         if self.cutoff is not None:
-            check_numbers(self, "cutoff", above=100, most=SAMPLE_RATE / 2)
+            check_numbers(self, "cutoff", above=100, most=FULL)
 
 
 class SuperResolver:
@@ -68,8 +71,12 @@ class SuperResolver:
                 f"{folder / diffusion}: was trained on latents of another autoencoder than {folder / 'vae'}; "
                 "put that one back, or train the diffusion model again"
             )
-        self.latent_scale = float(config["latent_scale"])
-        self.clip_length = round(config["train"]["clip_seconds"] * SAMPLE_RATE)
+        try:
+            self.latent_scale = float(config["latent_scale"])
+            self.clip_length = PartConfig(clip_seconds=config["train"]["clip_seconds"]).clip_length
+            check_numbers(self, "latent_scale", above=0)
+        except (KeyError, TypeError, ValueError, UserError) as error:
+            raise UserError(f"{folder / diffusion / 'config.json'}: damaged ({error!r}); restore it") from None
         self.vocoder = None
         if vocoder == "hifigan":
             self.vocoder = load_part(Run.open(folder / "vocoder"), "vocoder").to(device)
@@ -143,16 +150,16 @@ class SuperResolver:
                 low = torch.stack([clip for _, clip in batch])  # [B, C, N]
                 numbers = [number for number, clip in batch for _ in clip]
                 made = self.restore(low.flatten(0, 1)[:, None], cutoff, settings, numbers=numbers).view_as(low)
-                yield from torch.cat([low, made - low], dim=1)
+                yield from torch.cat([low, heard(low) * (made - low)], dim=1)
 
-        for piece in crossfaded(parts(), round(OVERLAP * self.clip_length)):
+        for piece in crossfaded(parts(), round(OVERLAP * self.clip_length), round(MARGIN * self.clip_length)):
             own, added = piece.chunk(2)
             yield own + added
 
     def restore_signal(self, wav: Tensor, settings: Restoration | None = None) -> Tensor:
         """A signal `[C, N]` at 48 kHz of any length with a restored upper band, `[C, N]`; as it is where nothing is
         missing or nothing is heard. For one that was resampled, give the cutoff: `band_edge` of what it was before."""
-        cutoff = (settings or Restoration()).cutoff or band_edge(wav)
+        cutoff = (settings or Restoration()).cutoff or within_reach(band_edge(wav))
         if not 0 < cutoff <= FULL:
             return wav
         starts = clip_starts(wav.shape[-1], self.clip_length)
@@ -176,18 +183,18 @@ def join_bands(low: Tensor, made: Tensor, cutoff: float) -> Tensor:
 
 
 def band_edge(wav: Tensor, rate: int = SAMPLE_RATE) -> float:
-    """Where the band of a clip `[C, N]` ends, in Hz: the highest bin within 70 dB of the loudest, its power averaged
-    over all frames. 0 for silence. `rate`: the clip's own; resampling would leave faint images above the band."""
+    """Where the band of a clip `[C, N]` ends, in Hz: the highest bin within 70 dB of the loudest, each at the moment
+    when it is loudest. 0 for silence. `rate`: the clip's own; resampling would leave faint images above the band."""
     return edge_of(bin_powers(wav), rate) if wav.numel() else 0.0
 
 
 def bin_powers(wav: Tensor) -> Tensor:
-    """The power of a clip `[C, N]` in each bin, `[N_FFT / 2 + 1]`: a mean over the frames that lie inside, since a
-    frame with an end of the clip in it has power everywhere. A shorter clip is one frame."""
+    """The largest power of a clip `[C, N]` in each bin, `[N_FFT / 2 + 1]`, of the frames that lie inside, since a frame
+    with an end of the clip in it has power everywhere. A shorter clip is one frame."""
     size = min(N_FFT, wav.shape[-1])
     # Kaiser's window: what leaks to bins further than five away is 100 dB down
     frames = wav.unfold(-1, size, HOP) * torch.kaiser_window(size, periodic=True, beta=14.0)  # [C, T, size]
-    return torch.fft.rfft(frames, N_FFT).abs().square().mean(dim=(0, 1))
+    return torch.fft.rfft(frames, N_FFT).abs().square().amax(dim=(0, 1))
 
 
 def edge_of(powers: Tensor, rate: int = SAMPLE_RATE) -> float:
@@ -196,14 +203,27 @@ def edge_of(powers: Tensor, rate: int = SAMPLE_RATE) -> float:
     return float(heard[:, -1].max()) * rate / N_FFT if len(heard) else 0.0
 
 
+def within_reach(edge: float) -> float:
+    """A band edge that was found, in Hz, but none below those that a model learns from: 0 stays 0."""
+    return max(edge, LOWEST) if edge else edge
+
+
+def heard(low: Tensor) -> Tensor:
+    """Where clips `[..., N]` hold more than digital silence: 1, and 0 from some frames away on, `[..., N]`."""
+    frames = (low.abs() > SILENT).float().unflatten(-1, (-1, HOP)).amax(dim=-1).flatten(0, -2)[:, None]
+    near = torch.nn.functional.max_pool1d(frames, 5, stride=1, padding=2)
+    return torch.nn.functional.interpolate(near, low.shape[-1], mode="linear").view_as(low)
+
+
 def clip_starts(num_samples: int, clip: int) -> list[int]:
     """First samples of overlapping clips that cover `num_samples`; the last may reach beyond the end."""
     step = clip - round(OVERLAP * clip)
     return [i * step for i in range(max(1, math.ceil((num_samples - clip) / step) + 1))]
 
 
-def crossfaded(clips: Iterable[Tensor], overlap: int) -> Iterator[Tensor]:
-    """The pieces `[C, n]` of one signal, from clips `[C, N]` of which each shares `overlap` samples with the next.
+def crossfaded(clips: Iterable[Tensor], overlap: int, margin: int = 0) -> Iterator[Tensor]:
+    """The pieces `[C, n]` of one signal, from clips `[C, N]` of which each shares `overlap` samples with the next. The
+    first and last `margin` samples of a clip are the other's alone.
 
     What two clips made of the same moment is alike where they agree and unrelated where they do not. So the fade keeps
     the power that their correlation ρ calls for: gains a and b with a² + b² + 2·ρ·a·b = 1, linear for ρ = 1 and of
@@ -214,7 +234,7 @@ def crossfaded(clips: Iterable[Tensor], overlap: int) -> Iterator[Tensor]:
         if tail is not None:
             head = clip[:, :overlap]
             similar = torch.nn.functional.cosine_similarity(tail, head, dim=1).clamp_min(0)[:, None]
-            rise = ((torch.arange(overlap) + 0.5) / overlap)[None]
+            rise = ((torch.arange(overlap) + 0.5 - margin) / (overlap - 2 * margin)).clamp(0, 1)[None]
             fade = rise * head + (1 - rise) * tail
             fade = fade / (rise**2 + (1 - rise) ** 2 + 2 * similar * rise * (1 - rise)).sqrt()
             clip = torch.cat([fade, clip[:, overlap:]], dim=1)

@@ -316,11 +316,11 @@ def load_part(run: Run, part: str, which: str = "best") -> nn.Module:
     model_type, config_type = PARTS[part]
     try:
         sizes = from_fields(config_type, {key: as_tuple(value) for key, value in run.config["sizes"].items()})
-    except (KeyError, AttributeError, UserError):
+        model = Vocoder(sizes, weight_norm=True) if part == "vocoder" else model_type(sizes)
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, UserError):
         raise UserError(
             f"{run.path / 'config.json'}: describes no {part} of a super-resolver; name its folder"
         ) from None
-    model = Vocoder(sizes, weight_norm=True) if part == "vocoder" else model_type(sizes)
     run.load_weights(model, which)
     if part == "vocoder":
         model.fold_weight_norm()
