@@ -36,6 +36,13 @@ def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor
     return noisy, schedule().get_velocity(latents, noise, timesteps)
 
 
+def sampled_timesteps(steps: int) -> Tensor:
+    """So many timesteps, 1 to 1000, evenly from 999 down: `[steps]`."""
+    scheduler = make_scheduler()
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps[:steps]  # rounding gives some numbers of steps one more, at -1
+
+
 @torch.no_grad()
 def sample(
     denoiser: Denoiser,
@@ -53,16 +60,14 @@ def sample(
     `guidance` moves every step away from what the model predicts without any condition: v = v₀ + g·(v − v₀); 1 leaves
     it alone and takes half the time, 0 is the model without a condition. `keeps_low`, `keeps_context` as in `Denoiser`.
     """
-    scheduler = make_scheduler()
-    scheduler.set_timesteps(steps)
-    timesteps = scheduler.timesteps[:steps]  # rounding gives some numbers of steps one more, at -1
+    timesteps = sampled_timesteps(steps)
     context = denoiser.context(mel, keeps_context)
     if keeps_low is not None:
         low = low * keeps_low[:, None, None, None]
     if guidance != 1:
         low = torch.cat([torch.zeros_like(low), low])
         context = torch.cat([denoiser.null_context.expand_as(context), context])
-    latents, shares = noise, scheduler.alphas_cumprod[timesteps].tolist()
+    latents, shares = noise, schedule().alphas_cumprod[timesteps].tolist()
     for timestep, now, then in zip(timesteps, shares, [*shares[1:], 1.0], strict=True):
         times = timestep.to(noise.device).expand(len(low))
         velocity = denoiser.denoise(latents.repeat(len(low) // len(latents), 1, 1, 1), times, low, context)

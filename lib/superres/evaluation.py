@@ -81,7 +81,7 @@ class Score:
         """Whether the gain (1) or its opposite (-1) is larger than chance explains, at 5 % by Student's t, or neither
         (0)."""
         least = scipy.stats.t.ppf(0.975, self.songs - 1) * self.gain[1] if self.songs > 1 else math.inf
-        return (self.gain[0] > least) - (self.gain[0] < -least)
+        return int(self.gain[0] > least) - int(self.gain[0] < -least)
 
 
 @dataclass(frozen=True)

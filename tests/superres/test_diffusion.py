@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib.superres.diffusion import TIMESTEPS, add_noise, make_scheduler, sample, schedule
+from lib.superres.diffusion import TIMESTEPS, add_noise, sample, sampled_timesteps, schedule
 from lib.superres.unet import Denoiser
 from superres.conftest import DENOISER
 
@@ -78,21 +78,28 @@ def test_noise_is_added_and_velocity_defined_by_the_schedule():
     assert (velocity[0] + (1 - a[0]).sqrt() * latents[0]).abs().max() > 0.5  # the tolerance tells the noise's share
 
 
-@pytest.mark.parametrize("steps", [1, 3, 10, 50, 1_000])
-def test_sampling_starts_at_the_last_timestep(steps):
-    scheduler = make_scheduler()
-    scheduler.set_timesteps(steps)
-    assert scheduler.timesteps[0] == 999
-    assert len(scheduler.timesteps.unique()) == steps
+@pytest.mark.parametrize("steps", [1, 3, 10, 50, 61, 1_000])
+def test_sampling_goes_through_the_timesteps(steps):
     model = Model(lambda latents, a, low, context: latents)
     sample(model, LOW, MEL, noise(), steps=steps)
-    assert [call[1] for call in model.calls] == [[t] * 2 for t in scheduler.timesteps.tolist()]
+    assert [call[1] for call in model.calls] == [[t] * 2 for t in sampled_timesteps(steps).tolist()]
+
+
+def test_any_number_of_timesteps_goes_evenly_from_the_last_one_down():
+    for steps in range(1, 1_001):
+        timesteps = sampled_timesteps(steps)
+        even = 1_000 - torch.arange(steps) * 1_000 / steps - 1
+        assert len(timesteps) == steps
+        assert timesteps[0] == 999
+        assert (timesteps - even).abs().max() <= 0.5 + 1e-3
+        assert bool((timesteps >= 0).all())
+        assert bool((timesteps.diff() < 0).all())
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 10, 30, 50, 501, 600, 1_000])
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 30, 50, 61, 103, 501, 600, 1_000])
 def test_with_the_true_velocity_sampling_gives_the_latents_back(steps):
     """Also for steps that do not divide 1000, and latents far beyond the unit interval, which nothing clips."""
     latents = 5 * noise(3)

@@ -1,5 +1,6 @@
 """Restoring: the clip's own band stays, what is added depends on seed and clip, and clips join without a seam."""
 
+import json
 import shutil
 
 import numpy as np
@@ -270,8 +271,8 @@ def high_levels(wav: Tensor, clip: int, above: float) -> tuple[float, float]:
     upper, overlap = band(wav, above), round(OVERLAP * clip)
     step = clip - overlap
     seams = range(step, wav.shape[1] - clip, step)
-    faded = [upper[:, s + overlap // 3 : s + 2 * overlap // 3] for s in seams]
-    between = [upper[:, s + 2 * overlap : s + step - overlap] for s in seams]
+    faded = [upper[:, s + 2 * overlap // 5 : s + 3 * overlap // 5] for s in seams]
+    between = [upper[:, s + overlap : s + step] for s in seams]
     return tuple(decibels(torch.cat(parts, dim=1), torch.ones(1)) for parts in (faded, between))
 
 
@@ -284,10 +285,45 @@ def test_what_is_added_keeps_its_level_where_clips_join():
     assert faded == pytest.approx(between, abs=0.6)
     assert -45 < between < -39  # it is there: an rms of 0.01
     assert decibels(band(inner(made - low), 0, 3_500), low) < -60
-    clips = [resolver.restore(clip[None], 4_000, numbers=[i])[0] for i, clip in enumerate(cut(low, 12_000, 1_500))]
-    whole = torch.cat(list(crossfaded(clips, 1_500)), dim=1)
+    clips = [resolver.restore(clip[None], 4_000, numbers=[i])[0] for i, clip in enumerate(cut(low, 12_000, 4_500))]
+    whole = torch.cat(list(crossfaded(clips, 4_500, 1_500)), dim=1)
     faded, between = high_levels(whole, 12_000, 4_500)
     assert faded < between - 2  # faded as a whole it dips
+
+
+def test_what_a_model_makes_of_the_ends_of_a_clip_is_not_heard():
+    """Its convolutions know nothing beyond them."""
+
+    class Shy(NoiseResolver):
+        def restore(self, low: Tensor, *args, **options) -> Tensor:
+            added = super().restore(low, *args, **options) - low
+            added[..., :1_500], added[..., -1_500:] = 0, 0
+            return low + added
+
+    low = band(white(12_000 + 20 * 7_500), 0, 4_000)
+    made = Shy(12_000).restore_signal(low, Restoration(cutoff=4_000))
+    levels = band(made, 4_500)[:, 12_000:-12_000].unfold(1, 750, 750).square().mean(dim=2).log10().mul(10)
+    assert levels.min() > levels.median() - 2
+
+
+def test_silence_stays_silent():
+    low = band(white(40_000, channels=2), 0, 4_000)
+    low[1] = 0
+    low[0, 16_000:30_000] = 0
+    made = NoiseResolver(12_000).restore_signal(low, Restoration(cutoff=4_000))
+    assert not made[1].any()
+    assert not made[0, 18_000:28_000].any()
+    for heard in (slice(2_000, 14_000), slice(32_000, 38_000)):
+        assert decibels(band(made[0, heard], 6_000), torch.ones(1)) == pytest.approx(-41, abs=1.5)
+
+
+def test_a_band_ends_where_something_is_heard_for_a_moment():
+    """A hi-hat now and then, 40 dB below a bass note."""
+    time = torch.arange(96_000) / 48_000
+    wav = 0.5 * torch.sin(2 * torch.pi * 80 * time)[None]
+    for start in range(9_600, 90_000, 24_000):
+        wav[:, start : start + 2_400] += inner(band(white(2_400, seed=start, rms=0.012), 3_000, 9_000))
+    assert band_edge(wav) > 8_000
 
 
 @pytest.mark.parametrize("num_samples", [500, CLIP - 1, CLIP, CLIP + 1, 3 * CLIP + 5])
@@ -321,13 +357,13 @@ def test_so_many_clips_at_once_make_the_same_sound(resolver, monkeypatch):
     """One by one, or as many as fit into the seconds that are taken together; each has its own random numbers."""
     wav = band(white(5 * CLIP), 0, 5_000)
     together = resolver.restore_signal(wav, QUICK)
-    for seconds, batches in ((0.0, [1] * 6), (2 * CLIP / 48_000, [2, 2, 2])):
+    for seconds, batches in ((0.0, [1] * 8), (2 * CLIP / 48_000, [2] * 4)):
         monkeypatch.setattr(lib.superres.resolver, "AT_ONCE", seconds)
         torch.testing.assert_close(resolver.restore_signal(wav, QUICK), together, rtol=0, atol=1e-4)
         fake = NoiseResolver(CLIP)
         fake.restore_signal(wav, Restoration(cutoff=5_000))
         assert [shape[0] for shape, _, _ in fake.seen] == batches
-        assert [number for _, _, numbers in fake.seen for number in numbers] == list(range(6))
+        assert [number for _, _, numbers in fake.seen for number in numbers] == list(range(8))
 
 
 def test_a_band_is_looked_for_at_the_clips_own_rate():
@@ -340,5 +376,28 @@ def test_silence_and_a_full_band_are_left_as_they_are(resolver):
         assert torch.equal(resolver.restore_signal(wav, QUICK), wav)
     fake = NoiseResolver(CLIP)
     wav = white(20_000)
-    assert torch.equal(fake.restore_signal(wav, Restoration(cutoff=FULL + 1)), wav)
     assert not torch.equal(fake.restore_signal(wav, Restoration(cutoff=FULL)), wav)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("diffusion", {"latent_scale": None}),
+        ("diffusion", {"latent_scale": 0}),
+        ("diffusion", {"latent_scale": "much"}),
+        ("diffusion", {"train": {}}),
+        ("diffusion", {"train": {"clip_seconds": 0.7}}),
+        ("diffusion", {"train": {"clip_seconds": "long"}}),
+        ("diffusion", {"sizes": {"encoder": {"colour": 1}}}),
+        ("diffusion", {"sizes": {"norm_groups": 3}}),
+        ("vae", {"sizes": {"channels": "wide"}}),
+        ("vae", {"sizes": None}),
+    ],
+)
+def test_a_damaged_config_is_named(trained, tmp_path, part, change):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder, symlinks=True)
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=rf"{part}/config.json: "):
+        SuperResolver(folder)
