@@ -19,8 +19,8 @@ from lib.superres.training import PartConfig, load_part
 from lib.superres.vocoder import griffin_lim
 
 VOCODERS = ("griffin-lim", "hifigan")
-MARGIN = 1 / 8  # share of a clip, at either end, that another clip's middle is better at
-OVERLAP = 3 / 8  # share of a clip that it has in common with the next: two margins, and a fade between them
+MARGIN = 1 / 4  # share of a clip, at its end, that is left to the next: the autoencoder's convolutions pad there
+OVERLAP = 3 / 8  # share of a clip that it has in common with the next: a fade, and the margin
 TRANSITION = 12  # bins from the clip's own band to the restored one: 280 Hz
 FULL = 0.9 * SAMPLE_RATE / 2  # Hz: a band that reaches so far lacks nothing
 EDGE = 70.0  # dB below the loudest bin: where a clip's own band ends, and rounding to 16 bits is all that is left
@@ -222,8 +222,8 @@ def clip_starts(num_samples: int, clip: int) -> list[int]:
 
 
 def crossfaded(clips: Iterable[Tensor], overlap: int, margin: int = 0) -> Iterator[Tensor]:
-    """The pieces `[C, n]` of one signal, from clips `[C, N]` of which each shares `overlap` samples with the next. The
-    first and last `margin` samples of a clip are the other's alone.
+    """The pieces `[C, n]` of one signal, from clips `[C, N]` of which each shares `overlap` samples with the next. Of
+    the last `margin` samples of a clip nothing is kept.
 
     What two clips made of the same moment is alike where they agree and unrelated where they do not. So the fade keeps
     the power that their correlation ρ calls for: gains a and b with a² + b² + 2·ρ·a·b = 1, linear for ρ = 1 and of
@@ -234,7 +234,7 @@ def crossfaded(clips: Iterable[Tensor], overlap: int, margin: int = 0) -> Iterat
         if tail is not None:
             head = clip[:, :overlap]
             similar = torch.nn.functional.cosine_similarity(tail, head, dim=1).clamp_min(0)[:, None]
-            rise = ((torch.arange(overlap) + 0.5 - margin) / (overlap - 2 * margin)).clamp(0, 1)[None]
+            rise = ((torch.arange(overlap) + 0.5) / (overlap - margin)).clamp(max=1)[None]
             fade = rise * head + (1 - rise) * tail
             fade = fade / (rise**2 + (1 - rise) ** 2 + 2 * similar * rise * (1 - rise)).sqrt()
             clip = torch.cat([fade, clip[:, overlap:]], dim=1)
