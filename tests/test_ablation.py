@@ -614,10 +614,10 @@ def test_a_stopped_plan_leaves_no_process_and_goes_on(results, whole, tiny_index
     ) as process:
         try:
             assert wait_until(lambda: len(list(tmp_path.glob("runs/*/metrics.jsonl"))) == 2, 90)
-            assert wait_until(lambda: all(p.stat().st_size for p in tmp_path.glob("runs/*/metrics.jsonl")), 20)
+            assert wait_until(lambda: all(p.stat().st_size for p in tmp_path.glob("runs/*/metrics.jsonl")), 90)
             assert len(processes_of(process.pid)) >= 3
             (os.killpg if to_all else os.kill)(process.pid, number)
-            assert wait_until(lambda: not processes_of(process.pid), 20), processes_of(process.pid)
+            assert wait_until(lambda: not processes_of(process.pid), 90), processes_of(process.pid)
             process.wait(5)
         finally:
             for pid in processes_of(process.pid):
