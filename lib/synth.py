@@ -2,23 +2,28 @@
 
 Real enough to hear whether two clips were fused: songs differ in key, tempo, timbre, rhythm and arrangement. At 24 kHz
 most of their energy lies below 4.8 kHz, the band that the embedded codec keeps; at 48 kHz tones and drums reach up to
-20 kHz, for super-resolution. A song depends on (seed, index), its rate and its length alone. Sounds are arrays
+20 kHz, for super-resolution. A song depends on (seed, index), its rate and its length alone, and is the same to the bit
+on every processor: which songs are for validation is decided by a hash of their bytes. Sounds are arrays
 `[num_samples]`, float64.
 """
 
+import io
 import json
+import math
+import wave
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from lib.audio import SAMPLE_RATE, AudioError, probe_audio, save_audio
+from lib.audio import SAMPLE_RATE, AudioError, probe_audio
 from lib.errors import UserError
+from lib.files import write_atomic
 
-VERSION = 1  # raise it when the same seed sounds different: songs of an older version are then made anew
+VERSION = 2  # raise it when the same seed sounds different: songs of an older version are then made anew
 PEAK = 0.8
 HIGHEST_TONE = {24_000: 4_500, 48_000: 20_000}  # sample rate → Hz, above which tones have no harmonics
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}  # semitones above the tonic
@@ -96,12 +101,11 @@ def make_demo_dataset(
     try:
         root.mkdir(parents=True, exist_ok=True)
         _claim_folder(root, recipe)
+        for index, path in enumerate(paths):
+            if not _is_complete(path, num_samples):
+                write_atomic(path, _wav_file(render_song(seed, index, num_samples, sample_rate), sample_rate))
     except OSError as error:
         raise UserError(f"{root}: cannot hold demo songs ({error.strerror}); choose another folder") from error
-    for index, path in enumerate(paths):
-        if not _is_complete(path, num_samples):
-            wav = render_song(seed, index, num_samples, sample_rate)
-            save_audio(path, torch.from_numpy(wav)[None], sample_rate, subtype="PCM_16")
     return paths
 
 
@@ -115,6 +119,15 @@ def _claim_folder(root: Path, recipe: dict) -> None:
         for path in songs:
             path.unlink()
         marker.write_text(text)
+
+
+def _wav_file(sound: np.ndarray, sample_rate: int) -> bytes:
+    """A mono file of 16 bits."""
+    content = io.BytesIO()
+    with wave.open(content, "wb") as file:
+        file.setparams((1, 2, sample_rate, 0, "NONE", ""))
+        file.writeframes(np.rint(2**15 * sound).astype("<i2").tobytes())
+    return content.getvalue()
 
 
 def draw_song(seed: int, index: int, sample_rate: int = SAMPLE_RATE) -> tuple[Song, np.random.Generator]:
@@ -152,7 +165,7 @@ def render_song(seed: int, index: int, num_samples: int, sample_rate: int = SAMP
                 for step, sound in place(number, chord):
                     start = round(number * bar + step * song.step)
                     mix[start : start + len(sound)] += sound[: len(mix) - start]
-    mix = np.tanh(1.2 * mix[:num_samples])  # glues the parts together and tames coinciding peaks
+    mix = _tanh(1.2 * mix[:num_samples])  # glues the parts together and tames coinciding peaks
     fade = min(num_samples, sample_rate // 2)
     mix[-fade:] *= np.linspace(1, 0, fade)
     return PEAK * mix / np.abs(mix).max()
@@ -236,29 +249,30 @@ def _melody(song: Song, rng: np.random.Generator) -> Part:
 def _tone(timbre: str, note: int, num_samples: int, sample_rate: int) -> np.ndarray:
     """A note `[num_samples]` as a sum of harmonics; higher ones are weaker and die sooner."""
     amplitudes, decay, attack = _TIMBRES[timbre]
-    seconds = np.arange(num_samples) / sample_rate
-    vibrato = 0.3 * np.sin(2 * np.pi * 5 * seconds) * np.minimum(seconds, 1) if timbre in ("flute", "string") else 0
-    phase = 2 * np.pi * _frequency(note) * seconds + vibrato
+    frequency, seconds = _frequency(note), np.arange(num_samples) / sample_rate
+    turns = frequency * seconds
+    if timbre in ("flute", "string"):
+        turns += 0.3 / (2 * math.pi) * _sin(5 * seconds) * np.minimum(seconds, 1)  # vibrato
     sound = np.zeros(num_samples)
     highest = HIGHEST_TONE[sample_rate]
     for number, amplitude in enumerate(amplitudes, start=1):
-        if number * _frequency(note) < highest:
-            sound += amplitude * np.sin(number * phase) * np.exp(-seconds * number**0.7 / decay)
+        if number * frequency < highest:
+            sound += amplitude * _sin(number * turns) * _exp(-_power(number, "0.7") / decay * seconds)
     if sample_rate > SAMPLE_RATE:  # beyond those that the timbre names, half as strong an octave up
         named = len(amplitudes)
-        upper = _harmonics(phase, named + 1, int(highest / _frequency(note)))
-        sound += amplitudes[-1] * named * upper * np.exp(-seconds * (2 * named) ** 0.7 / decay)
+        upper = _harmonics(turns, named + 1, int(highest / frequency))
+        sound += amplitudes[-1] * named * upper * _exp(-_power(2 * named, "0.7") / decay * seconds)
     release = min(num_samples, round(0.03 * sample_rate))
     envelope = np.minimum(seconds / attack, 1)
     envelope[num_samples - release :] *= np.linspace(1, 0, release)
-    return sound * envelope / np.linalg.norm(amplitudes)
+    return sound * envelope / math.sqrt(math.fsum(amplitude * amplitude for amplitude in amplitudes))
 
 
-def _harmonics(phase: np.ndarray, first: int, last: int) -> np.ndarray:
-    """Σ sin(n·phase)/n for n from `first` to `last`, by sin((n+1)x) = 2·cos(x)·sin(n·x) − sin((n−1)x): hundreds of
+def _harmonics(turns: np.ndarray, first: int, last: int) -> np.ndarray:
+    """Σ sin(n·x)/n for n from `first` to `last`, by sin((n+1)x) = 2·cos(x)·sin(n·x) − sin((n−1)x): hundreds of
     harmonics for the price of three sines."""
-    twice, before, now = 2 * np.cos(phase), np.sin((first - 1) * phase), np.sin(first * phase)
-    total = np.zeros(len(phase))
+    twice, before, now = 2 * _sin(turns + 0.25), _sin((first - 1) * turns), _sin(first * turns)
+    total = np.zeros(len(turns))
     for number in range(first, last + 1):
         total += now / number
         before, now = now, twice * now - before
@@ -267,25 +281,73 @@ def _harmonics(phase: np.ndarray, first: int, last: int) -> np.ndarray:
 
 def _kick(frequency: float, sample_rate: int) -> np.ndarray:
     seconds = np.arange(round(0.3 * sample_rate)) / sample_rate
-    sweep = frequency * seconds - 4 * np.exp(-30 * seconds)  # falls to `frequency` within a tenth of a second
-    return np.sin(2 * np.pi * sweep) * np.exp(-12 * seconds)
+    sweep = frequency * seconds - 4 * _exp(-30 * seconds)  # falls to `frequency` within a tenth of a second
+    return _sin(sweep) * _exp(-12 * seconds)
 
 
 def _snare(frequency: float, rng: np.random.Generator, sample_rate: int) -> np.ndarray:
     seconds = np.arange(round(0.2 * sample_rate)) / sample_rate
-    # nine samples make it dull: below 4 kHz or so at 24 kHz, twice that at 48 kHz
-    noise = np.convolve(rng.standard_normal(len(seconds)), np.hanning(9) / 5, mode="same")
-    return (0.9 * noise + 0.5 * np.sin(2 * np.pi * frequency * seconds)) * np.exp(-22 * seconds)
+    # a Hann window makes it dull: below 4 kHz or so at 24 kHz, twice that at 48 kHz
+    padded = np.pad(_noise(rng, len(seconds)), 3)
+    slope = math.sqrt(0.125)
+    window = (0.5 - slope, 0.5, 0.5 + slope, 1, 0.5 + slope, 0.5, 0.5 - slope)
+    noise = sum(weight / 5 * padded[i : i + len(seconds)] for i, weight in enumerate(window))
+    return (0.9 * noise + 0.5 * _sin(frequency * seconds)) * _exp(-22 * seconds)
 
 
 def _hat(rng: np.random.Generator, sample_rate: int) -> np.ndarray:
     seconds = np.arange(round(0.08 * sample_rate)) / sample_rate
-    return np.diff(rng.standard_normal(len(seconds) + 1)) * np.exp(-70 * seconds)
+    return np.diff(_noise(rng, len(seconds) + 1)) * _exp(-70 * seconds)
 
 
-def _frequency(note: float) -> float:
+# --- the same bits everywhere -----------------------------------------------------------------------------------------
+# NumPy and the C library choose their sin, exp, tanh, pow and log by the processor, and the last bits differ. What
+# follows uses only what IEEE 754 fixes: sums, products and quotients of pairs, roundings, powers of two.
+
+
+def _sin(turns: np.ndarray) -> np.ndarray:
+    """sin(2π·turns), within 1e-12: Taylor's series on the quarter turn around zero."""
+    shifted = turns - 0.25
+    shifted -= np.rint(shifted)
+    x = 0.25 - np.abs(shifted)
+    return x * _polynomial(x * x, _SINE)
+
+
+def _exp(x: np.ndarray) -> np.ndarray:
+    """Within 1e-12 of itself: 2^k·exp(r), |r| ≤ ln(2)/2, the latter by Taylor's series."""
+    exponent = np.rint(x / math.log(2))
+    return np.ldexp(_polynomial(x - exponent * math.log(2), _EXPONENTIAL), exponent.astype(np.int32))
+
+
+def _tanh(x: np.ndarray) -> np.ndarray:
+    return 1 - 2 / (_exp(2 * x) + 1)
+
+
+def _polynomial(x: np.ndarray, coefficients: list[float]) -> np.ndarray:
+    """By Horner's rule; the highest power's coefficient comes first."""
+    total = np.full(len(x), coefficients[0])
+    for coefficient in coefficients[1:]:
+        total *= x
+        total += coefficient
+    return total
+
+
+_EXPONENTIAL = [1 / math.factorial(n) for n in range(11, -1, -1)]
+_SINE = [float((-1) ** n * (2 * Decimal(math.pi)) ** (2 * n + 1) / math.factorial(2 * n + 1)) for n in range(9, -1, -1)]
+
+
+def _power(base: int, exponent: str) -> float:
+    return float(Decimal(base) ** Decimal(exponent))
+
+
+def _noise(rng: np.random.Generator, num_samples: int) -> np.ndarray:
+    """White noise of variance 1; rounded, because its rare large values come from a logarithm."""
+    return np.rint(rng.standard_normal(num_samples) * 2**20) / 2**20
+
+
+def _frequency(note: int) -> float:
     """Hz of a MIDI note; A4 = 69 = 440 Hz."""
-    return 440 * 2 ** ((note - 69) / 12)
+    return float(440 * Decimal(2) ** (Decimal(note - 69) / 12))
 
 
 def _is_complete(path: Path, num_samples: int) -> bool:

@@ -1,13 +1,34 @@
 """The demo music: reproducible, varied, in the key and the tempo that it claims, and inside the codec's band."""
 
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import soundfile
 import torch
 
+import lib.synth
 from lib.audio import SAMPLE_RATE, load_audio, save_audio
 from lib.errors import UserError
-from lib.synth import PEAK, _harmonics, draw_song, make_demo_dataset, render_song
+from lib.files import file_sha256
+from lib.pairs import build_manifest
+from lib.presets import DEMO_SONGS, UPPER_BAND
+from lib.synth import (
+    PEAK,
+    _exp,
+    _frequency,
+    _harmonics,
+    _noise,
+    _sin,
+    _tanh,
+    draw_song,
+    make_demo_dataset,
+    render_song,
+)
 
 SECONDS = 24
 SCALES = {"major": "101011010101", "minor": "101101011010"}  # black and white keys from the tonic up
@@ -137,6 +158,63 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         make_demo_dataset(tmp_path / "file" / "demo", num_songs=1, seconds=2)
 
 
+# --- the same bits everywhere -----------------------------------------------------------------------------------------
+
+HASHES = """
+import hashlib, json
+from lib.synth import render_song
+songs = [render_song(0, index, 3 * rate, rate) for rate in (24_000, 48_000) for index in (0, 1)]
+print(json.dumps([hashlib.sha256(song.tobytes()).hexdigest() for song in songs]))
+"""
+
+
+def test_songs_are_the_same_to_the_bit_without_the_processors_extensions():
+    names = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
+    plain = {"NPY_DISABLE_CPU_FEATURES": " ".join(names), "ATEN_CPU_CAPABILITY": "default"}
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", HASHES]
+    found = subprocess.run(command, env=os.environ | plain, capture_output=True, text=True, check=True).stdout
+    songs = [render_song(0, index, 3 * rate, rate) for rate in (24_000, 48_000) for index in (0, 1)]
+    assert json.loads(found) == [hashlib.sha256(song.tobytes()).hexdigest() for song in songs]
+
+
+def test_the_demo_songs_and_their_pairs_are_these(tmp_path):
+    """Whoever changes the synthesiser, the split or the pairs on purpose pins what is found here anew."""
+    first, *_ = make_demo_dataset(tmp_path / "demo", num_songs=DEMO_SONGS)
+    assert file_sha256(first) == "1d0df6e7ce792a00e95ff2fc89e8484ae3a3eef53929fd91ad463f8041cbc855"
+    (upper,) = make_demo_dataset(tmp_path / "demo_48k", **UPPER_BAND | {"num_songs": 1})
+    assert file_sha256(upper) == "739ab3c8c519ce8d95fb47990defc07c77a7047d6377cd8fa2fa871911ef13d3"
+    written = []
+    for workers in (1, 7):
+        build_manifest(tmp_path / "demo", tmp_path / "manifest.jsonl", 4.0, workers=workers)
+        written.append(file_sha256(tmp_path / "manifest.jsonl"))
+    assert written == ["c0bc7684be0908f9a9892c4916691c3258b7d31f76028e61adf055c6dca6ab24"] * 2
+
+
+def test_files_hold_the_rounded_samples(tmp_path):
+    for rate in (24_000, 48_000):
+        (path,) = make_demo_dataset(tmp_path / str(rate), num_songs=1, seconds=1, sample_rate=rate)
+        samples, found = soundfile.read(path, dtype="int16")
+        assert found == rate
+        np.testing.assert_array_equal(samples, np.rint(2**15 * render_song(0, 0, rate, rate)))
+        assert path.stat().st_size == 44 + 2 * rate  # a plain header
+
+
+def test_elementary_functions_are_numpys():
+    x = np.concatenate([np.linspace(-40, 40, 100_001), [0.0, 0.25, -0.5, 1e-9, 1000.125]])
+    assert np.abs(_sin(x) - np.sin(2 * np.pi * x)).max() < 1e-11
+    assert np.abs(_sin(20_000 + x) - np.sin(2 * np.pi * x)).max() < 1e-9
+    assert np.abs(_exp(x[:-1]) / np.exp(x[:-1]) - 1).max() < 1e-12
+    assert np.abs(_tanh(x[:-1]) - np.tanh(x[:-1])).max() < 1e-12
+    assert [_frequency(note) for note in range(24, 100)] == pytest.approx(
+        [440 * 2 ** ((note - 69) / 12) for note in range(24, 100)], rel=1e-14
+    )
+    assert [lib.synth._power(n, "0.7") for n in range(1, 17)] == pytest.approx(
+        [n**0.7 for n in range(1, 17)], rel=1e-14
+    )
+    noise, drawn = _noise(np.random.default_rng(0), 10_000), np.random.default_rng(0).standard_normal(10_000)
+    assert 0 < np.abs(noise - drawn).max() <= 2**-21
+
+
 # --- for super-resolution ---------------------------------------------------------------------------------------------
 
 
@@ -151,7 +229,7 @@ def test_at_48_khz_tones_and_drums_reach_into_the_upper_band():
 def test_a_series_of_harmonics_is_their_sum():
     phase = np.linspace(0, 300, 5000)
     wanted = sum(np.sin(n * phase) / n for n in range(7, 160))
-    assert np.abs(_harmonics(phase, 7, 159) - wanted).max() < 1e-9
+    assert np.abs(_harmonics(phase / (2 * np.pi), 7, 159) - wanted).max() < 1e-9
     assert not _harmonics(phase, 9, 8).any()
 
 
