@@ -21,10 +21,12 @@ from simulated import simulated_index
 from torch.utils.data import DataLoader
 
 import lib.latents
+import lib.mdct
 from lib.audio import SAMPLE_RATE, load_audio
-from lib.codec import DIM, HOP, MdctCodec
+from lib.codec import MdctCodec
 from lib.errors import UserError
 from lib.latents import INDEX_VERSION, CorruptShardError, LatentPairs, encode_manifest, write_checked
+from lib.mdct import DIM, HOP
 from lib.pairs import Clip, Manifest, Pair
 
 CLIP = 10 * HOP
@@ -162,7 +164,7 @@ def test_a_second_run_encodes_nothing_and_a_new_song_only_itself(songs, cache):
 
 def test_another_codec_or_clip_length_does_not_share_the_cache(songs, cache, monkeypatch):
     encode(make_manifest(songs), cache)
-    monkeypatch.setattr(lib.codec, "GAIN", 3.0)
+    monkeypatch.setattr(lib.mdct, "GAIN", 3.0)
     codec = CountingCodec()
     encode(make_manifest(songs), cache, codec)
     assert codec.count == 14

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from lib.audio import SAMPLE_RATE
-from lib.codec import DIM
 from lib.latents import INDEX_VERSION, SHARD_BYTES, write_array, write_checked
+from lib.mdct import DIM
 
 FRAMES = 1200  # of a clip of 16 s
 
