@@ -46,7 +46,8 @@ from lib.latents import LatentPairs
 from lib.metrics import evaluate_fusion, judge_outputs, mean_judgement
 from lib.nonfinite import NonFiniteError
 from lib.projection import projection_ceiling
-from lib.runs import Run, versions
+from lib.provenance import versions
+from lib.runs import Run
 from lib.train_config import TrainConfig
 from lib.trainer import train
 from lib.variants import Variant

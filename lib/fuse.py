@@ -27,8 +27,9 @@ from lib.audio import SAMPLE_RATE, AudioWriter, check_audio, load_audio, save_au
 from lib.codec import Codec, load_codec
 from lib.errors import UserError, exit_on_user_error
 from lib.fusion import FusionModel
+from lib.provenance import versions
 from lib.rendition import follow_recipe
-from lib.runs import Run, versions
+from lib.runs import Run
 from lib.superres import mel
 from lib.superres.files import Restored, restore_file
 from lib.superres.resolver import Restoration, SuperResolver

@@ -27,7 +27,8 @@ from lib.errors import UserError
 from lib.files import file_sha256, write_atomic
 from lib.fusion import FusionModel
 from lib.manifest import Clip
-from lib.runs import Run, versions
+from lib.provenance import versions
+from lib.runs import Run
 from lib.threads import torch_threads
 
 RECIPE_VERSION = 1

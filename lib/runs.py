@@ -16,7 +16,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from lib.configs import from_fields
 from lib.errors import UserError
 from lib.files import file_sha256, fsync, make_folder, safe_torch_load, write_atomic
 from lib.fusion import FusionModel
+from lib.provenance import versions
 
 FILES = ("model.safetensors", "training.pt")
 
@@ -292,15 +292,6 @@ def check_tensors(
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         listed = "; ".join(problems[:8]) + more
         raise UserError(f"{path}: does not fit this model: {listed}; {fix}")
-
-
-def versions() -> dict[str, str]:
-    """What a number must be quoted with: torch's version and this repository's commit, '+' where lib/ has changed."""
-    root = Path(__file__).parent
-    git = {"cwd": root, "capture_output": True, "text": True, "check": False}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **git).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain", "--", "."], **git).stdout.strip()
-    return {"torch": torch.__version__, "commit": commit + "+" * bool(changed) if commit else "unknown"}
 
 
 def config_differences(a: Any, b: Any) -> list[str]:

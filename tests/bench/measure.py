@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from lib.runs import versions
+from lib.provenance import versions
 from lib.train_config import resolved_precision
 
 ROUNDS = 3  # after one to warm up
