@@ -22,8 +22,8 @@ import numpy as np
 from lib.audio import SAMPLE_RATE, AudioError, probe_audio
 from lib.errors import UserError
 from lib.files import write_atomic
+from lib.provenance import code_fingerprint
 
-VERSION = 2  # raise it when the same seed sounds different: songs of an older version are then made anew
 PEAK = 0.8
 HIGHEST_TONE = {24_000: 4_500, 48_000: 20_000}  # sample rate → Hz, above which tones have no harmonics
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}  # semitones above the tonic
@@ -84,7 +84,7 @@ def make_demo_dataset(
 ) -> list[Path]:
     """Write `song_00.wav`, ... (mono, 16 bit) under `root`; return their paths. Songs already there are kept.
 
-    A song is kept if it has the right length and `.songs.json` beside it says that it was made with this seed.
+    A song is kept if it has the right length and `.songs.json` beside it names this seed and rate, and this code.
     Raises `UserError` if a number makes no sense, the folder cannot be written, or it holds songs that came from
     elsewhere under these names: those are never overwritten.
     """
@@ -94,9 +94,7 @@ def make_demo_dataset(
         raise UserError(f"sample_rate {sample_rate}: use {' or '.join(map(str, HIGHEST_TONE))}")
     root = Path(root)
     num_samples = round(seconds * sample_rate)
-    recipe = {"version": VERSION, "seed": seed}
-    if sample_rate != SAMPLE_RATE:
-        recipe["sample_rate"] = sample_rate
+    recipe = {"seed": seed, "sample_rate": sample_rate, "code": code_fingerprint("lib.synth")}
     paths = [root / f"song_{index:02d}.wav" for index in range(num_songs)]
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -110,15 +108,15 @@ def make_demo_dataset(
 
 
 def _claim_folder(root: Path, recipe: dict) -> None:
-    """Mark `root` as holding songs of `recipe`, removing the songs of another one first."""
+    """Mark `root` as holding songs of `recipe`. Those of another one are removed first: a kill leaves its mark."""
     marker, text = root / ".songs.json", json.dumps(recipe)
-    songs = sorted(root.glob("song_*.wav"))
+    songs = sorted(path for path in root.glob("song_*.wav") if path.stem.removeprefix("song_").isdigit())
     if songs and not marker.exists():
         raise UserError(f"{songs[0]}: not a generated demo song; choose another folder or move it away")
     if not marker.exists() or marker.read_text() != text:
         for path in songs:
             path.unlink()
-        marker.write_text(text)
+        write_atomic(marker, text)
 
 
 def _wav_file(sound: np.ndarray, sample_rate: int) -> bytes:

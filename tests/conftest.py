@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ import soundfile
 import torch
 from torch import Tensor, nn
 
+import lib.provenance
 from lib.agent import MaskingConfig
 from lib.cascade import CascadeConfig
 from lib.codec import Codec
 from lib.fusion import FusionModel
 from lib.latents import encode_manifest
 from lib.pairs import Clip, Manifest, Pair, build_manifest
+from lib.provenance import code_fingerprint
 from lib.runs import Run
 
 torch.set_num_threads(1)  # tests run in parallel processes
@@ -83,6 +85,26 @@ class Page(HTMLParser):
 
     def all(self, tag: str) -> list[dict]:
         return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture
+def edit_code() -> Iterator[Callable[[str], None]]:
+    """`edit_code("lib.synth")`: as if that module's file had been edited and a new process had begun."""
+
+    def edit(module: str) -> None:
+        read, edited = lib.provenance._read, lib.provenance._file(module)
+        assert edited, module
+
+        def changed(file: Path) -> tuple[str, tuple[str, ...]]:
+            code, imports = read(file)
+            return "edited " * (file == edited) + code, imports
+
+        patch.setattr(lib.provenance, "_read", changed)
+        code_fingerprint.cache_clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        yield edit
+    code_fingerprint.cache_clear()
 
 
 @pytest.fixture(scope="session")

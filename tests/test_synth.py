@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,6 +136,52 @@ def test_another_seed_replaces_the_songs(tmp_path):
     before = path.read_bytes()
     make_demo_dataset(tmp_path, num_songs=1, seconds=2, seed=1)
     assert path.read_bytes() != before
+
+
+def mark_songs(paths):
+    """Other sound of the same length."""
+    for path in paths:
+        content = path.read_bytes()
+        path.write_bytes(content[:44] + bytes(len(content) - 44))
+
+
+def test_songs_are_made_again_where_the_code_is_another(tmp_path, edit_code):
+    paths = make_demo_dataset(tmp_path, num_songs=2, seconds=1)
+    before = [path.read_bytes() for path in paths]
+    mark_songs(paths)
+    edit_code("lib.codec")  # which the synthesiser does not import
+    make_demo_dataset(tmp_path, num_songs=2, seconds=1)
+    assert not any(path.read_bytes() in before for path in paths)
+    for module in ("lib.synth", "lib.audio"):
+        edit_code(module)
+        mine = tmp_path / "song_of_mine.wav"
+        mine.write_bytes(b"mine")
+        make_demo_dataset(tmp_path, num_songs=2, seconds=1)
+        assert [path.read_bytes() for path in paths] == before
+        assert mine.read_bytes() == b"mine"
+        mark_songs(paths)
+
+
+@pytest.mark.parametrize("where", ["unlink", "render_song"])
+def test_no_song_of_other_code_survives_a_stop_on_the_way(tmp_path, edit_code, monkeypatch, where):
+    paths = make_demo_dataset(tmp_path, num_songs=3, seconds=1)
+    before = [path.read_bytes() for path in paths]
+    mark_songs(paths)
+    edit_code("lib.synth")
+    calls, (holder, function) = [], (Path, Path.unlink) if where == "unlink" else (lib.synth, render_song)
+
+    def stop_at_the_second(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return function(*args, **options)
+
+    monkeypatch.setattr(holder, where, stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        make_demo_dataset(tmp_path, num_songs=3, seconds=1)
+    monkeypatch.setattr(holder, where, function)
+    make_demo_dataset(tmp_path, num_songs=3, seconds=1)
+    assert [path.read_bytes() for path in paths] == before
 
 
 def test_songs_from_elsewhere_are_never_overwritten(tmp_path):
