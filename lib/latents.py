@@ -1,7 +1,8 @@
 """Encode a manifest's clips once, into checksummed shards on disk; read them back row by row, as pairs.
 
-The cache has one folder for each codec fingerprint and clip length. In it every array is a plain `.npy` file named by
-its own sha256, written to a temporary name, fsynced and renamed: it is right, or its name tells that it is not.
+The cache has one folder for each codec fingerprint, clip length and hash of the code that reads and encodes clips. In
+it every array is a plain `.npy` file named by its own sha256, written to a temporary name, fsynced and renamed: it is
+right, or its name tells that it is not.
 
     <sha256>.npy    a shard, float32 [rows, D, T]; or an index's table of pairs, uint32 [P, 6]; or its pair ids
     <sha256>.json   beside a shard, written after it: the clip keys of its rows, and each row's own checksum
@@ -39,9 +40,9 @@ from lib.codec import Codec
 from lib.errors import UserError
 from lib.files import TEMPORARY, file_sha256, write_atomic
 from lib.manifest import Clip, Manifest
+from lib.provenance import code_fingerprint
 from lib.threads import torch_threads
 
-INDEX_VERSION = 3
 SHARD_BYTES = 64 << 20  # about 100 clips of 16 s: few files, and little lost to a kill
 STALE_SECONDS = 24 * 3600  # a temporary file this old was left by a killed run
 AGAIN = "encode the manifest again, which rebuilds just what is missing or damaged"
@@ -96,7 +97,8 @@ def encode_manifest(
     """
     if codec.sample_rate != manifest.sample_rate:
         raise UserError(f"codec {codec.name}: takes {codec.sample_rate} Hz, the manifest has {manifest.sample_rate} Hz")
-    store = Path(cache_dir) / f"{codec.name}-{codec.fingerprint[:12]}-{manifest.clip_length}"
+    code = code_fingerprint("lib.latents")
+    store = Path(cache_dir) / f"{codec.name}-{codec.fingerprint[:12]}-{manifest.clip_length}-{code[:12]}"
     frames = math.ceil(manifest.clip_length / codec.hop)
     rows_per_shard = max(1, shard_bytes // (4 * codec.dim * frames))
     clips = {clip.key: clip for pair in manifest.pairs for clip in (pair.input, pair.target)}
@@ -241,7 +243,6 @@ def _write_index(store: Path, manifest: Manifest, shards: list[_Shard], facts: d
             table.append(place[pair.input.key] + place[pair.target.key])
             ids.append(pair.id.encode(errors="surrogateescape"))
     index = facts | {
-        "version": INDEX_VERSION,
         "clip_length": manifest.clip_length,
         "sample_rate": manifest.sample_rate,
         "shards": [{"file": f"{s.sha256}.npy", "rows": len(s.keys), "sha256": s.sha256} for s in shards],
@@ -308,8 +309,6 @@ class LatentPairs(Dataset):
         path = Path(index_path)
         try:
             index = _read_checked(path)
-            if index.get("version") != INDEX_VERSION:
-                raise ValueError(f"version {index.get('version')!r} is not {INDEX_VERSION}")
         except OSError as error:
             raise UserError(f"{path}: no index to read ({error.strerror}); encode the manifest first") from error
         except ValueError as error:

@@ -1,13 +1,12 @@
 """The embedded codec: a fixed lapped transform, no weights. Legend as in `lib.codec`, and H hop (320 samples)."""
 
 import functools
-import hashlib
-import json
 import math
 
 import torch
 from torch import Tensor, nn
 
+from lib.provenance import code_fingerprint
 from lib.threads import torch_threads
 
 SAMPLE_RATE, HOP, DIM = 24_000, 320, 128
@@ -36,8 +35,8 @@ class MdctCodec(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        constants = [SAMPLE_RATE, HOP, DIM, BAND, KAISER_ALPHA, ROOT, GAIN, ROLL_OFF, FLOOR, CONTEXT, PADDING_NOISE]
-        return hashlib.sha256(json.dumps(["mdct", 2, constants]).encode()).hexdigest()  # 2: raise it with the algorithm
+        """Hash of this module's code alone: a run can be used where another build of torch is installed."""
+        return code_fingerprint("lib.mdct", packages=False)
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:

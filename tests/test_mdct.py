@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lib.mdct
+import lib.provenance
 from lib.audio import load_audio
 from lib.mdct import DIM, GAIN, HOP, SAMPLE_RATE, MdctCodec
 from lib.synth import make_demo_dataset
@@ -173,10 +174,9 @@ def test_mdct_refuses_wrong_shapes_and_lengths():
 
 
 def test_mdct_latents_match_their_recorded_values():
-    """Golden: if this fails the algorithm changed, so old caches and checkpoints are void: raise the version too."""
+    """Golden: if this fails the algorithm changed, so old caches and checkpoints are void."""
     wav = 0.25 * torch.sin(torch.arange(1_000, dtype=torch.float64) ** 1.5 / 40)[None, None]
     latents = MdctCodec().encode(wav)
-    assert MdctCodec().fingerprint[:12] == "47d5003748f2"
     recorded = torch.tensor(
         [
             [8.19745, 0.33854, -2.07282, 4.54543],
@@ -189,8 +189,10 @@ def test_mdct_latents_match_their_recorded_values():
     assert torch.allclose(latents[0, ::32], recorded, rtol=1e-3)
 
 
-@pytest.mark.parametrize("constant", ["GAIN", "ROOT", "KAISER_ALPHA", "BAND", "ROLL_OFF", "PADDING_NOISE"])
-def test_mdct_fingerprint_follows_every_constant(constant, monkeypatch):
+def test_mdct_fingerprint_is_that_of_its_code_alone(edit_code, monkeypatch):
     before = MdctCodec().fingerprint
-    monkeypatch.setattr(lib.mdct, constant, 2 * getattr(lib.mdct, constant))
-    assert MdctCodec().fingerprint != before
+    edit_code("lib.codec")
+    monkeypatch.setattr(lib.provenance, "_version", lambda package: "0.1")  # of torch
+    assert MdctCodec().fingerprint == before
+    edit_code("lib.mdct")
+    assert MdctCodec().fingerprint not in (before, "")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.audio import SAMPLE_RATE
-from lib.latents import INDEX_VERSION, SHARD_BYTES, write_array, write_checked
+from lib.latents import SHARD_BYTES, write_array, write_checked
 from lib.mdct import DIM
 
 FRAMES = 1200  # of a clip of 16 s
@@ -30,7 +30,6 @@ def simulated_index(folder: Path, num_pairs: int) -> Path:
     table = np.stack([*np.divmod(clips, rows), crc], axis=1).reshape(num_pairs, 6).astype(np.uint32)
     ids = np.array([f"train_cross_{i:07d}".encode() for i in range(num_pairs)])
     index = {
-        "version": INDEX_VERSION,
         "codec": "mdct",
         "fingerprint": hashlib.sha256(b"simulated").hexdigest(),
         "dim": DIM,
