@@ -7,7 +7,6 @@ A run that meets a non-finite value ends there: that is its result, with the ste
 deterministic, each on one core or one GPU, so that a result does not depend on how many run at once.
 """
 
-import ast
 import dataclasses
 import hashlib
 import itertools
@@ -34,7 +33,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-import lib
 from lib.agent import MaskingConfig
 from lib.batches import evenly_spread
 from lib.cascade import CascadeConfig, CollapseWarning
@@ -46,32 +44,11 @@ from lib.latents import LatentPairs
 from lib.metrics import evaluate_fusion, judge_outputs, mean_judgement
 from lib.nonfinite import NonFiniteError
 from lib.projection import projection_ceiling
-from lib.provenance import versions
+from lib.provenance import code_fingerprint, versions
 from lib.runs import Run
 from lib.train_config import TrainConfig
 from lib.trainer import train
 from lib.variants import Variant
-
-DECIDES = (
-    "dropout",
-    "cascade",
-    "law",
-    "projection",
-    "agent",
-    "fusion",
-    "losses",
-    "sound",
-    "batches",
-    "curriculum",
-    "adversary",
-    "optimization",
-    "nonfinite",
-    "telemetry",
-    "train_config",
-    "learner",
-    "trainer",
-    "metrics",
-)  # modules whose code makes a result
 
 
 @dataclass(frozen=True)
@@ -149,24 +126,10 @@ def job_key(
     cascade: dict[str, Any], train_config: dict[str, Any], masking: dict[str, Any], fingerprint: str, data: str
 ) -> str:
     """A hash of everything that a result depends on: configs, codec, data, torch, and the code that computes it."""
-    what = [
-        json.loads(json.dumps(cascade)),
-        train_config,
-        masking,
-        fingerprint,
-        data,
-        torch.__version__,
-        code_fingerprint(),
-    ]
-    what.append("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    configs = [json.loads(json.dumps(cascade)), train_config, masking]
+    what = [*configs, fingerprint, data, device, torch.__version__, code_fingerprint("lib.ablation")]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def code_fingerprint() -> str:
-    """A hash of the modules in `DECIDES`, without their comments and layout."""
-    folder = Path(lib.__file__).parent
-    trees = [ast.dump(ast.parse((folder / f"{name}.py").read_text())) for name in DECIDES]
-    return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:16]
 
 
 def default_workers() -> int:

@@ -29,6 +29,7 @@ from lib.files import make_folder, write_atomic
 from lib.latents import EncodeReport, encode_manifest
 from lib.losses import LossConfig
 from lib.pairs import Manifest, build_manifest, read_manifest
+from lib.provenance import code_fingerprint
 from lib.superres.data import Library, read_library
 from lib.superres.evaluation import Score, read_scores
 from lib.superres.plans import FULL_PLAN, SMALL_PLAN
@@ -444,9 +445,9 @@ def open_project(
 
 
 def _manifest(data: Path, path: Path, clip_seconds: float, preset: Preset) -> Manifest:
-    """The manifest at `path`, built anew when the settings or any file's name, size or time has changed."""
+    """The manifest at `path`, built again when the settings, the code or any file's name, size or time has changed."""
     wanted = {"clip_seconds": clip_seconds, "mode": preset.pair_mode, "seed": preset.data_seed}
-    stamp = json.dumps(wanted | {"files": _listing_hash(data)})
+    stamp = json.dumps(wanted | {"files": _listing_hash(data), "code": code_fingerprint("lib.pairs")})
     stamp_path = path.with_suffix(".stamp.json")
     if path.exists() and stamp_path.exists() and stamp_path.read_text() == stamp:
         return read_manifest(path)

@@ -383,6 +383,17 @@ def test_the_manifest_is_built_anew_when_a_setting_changes(root, builds, setting
     assert len(builds) == 2  # what the pairs do not depend on changes nothing
 
 
+def test_the_manifest_is_built_anew_when_the_code_changes(root, builds, edit_code):
+    for count, module in enumerate(("lib.pairs", "lib.manifest", "lib.audio"), start=1):
+        open_project(load_preset("smoke", **SMALL), "my songs é")
+        assert len(builds) == count
+        edit_code(module)
+    open_project(load_preset("smoke", **SMALL), "my songs é")
+    edit_code("lib.latents")  # plays no part
+    open_project(load_preset("smoke", **SMALL), "my songs é")
+    assert len(builds) == 4
+
+
 def test_a_kill_while_the_manifest_is_built_leaves_no_stale_stamp(root, monkeypatch):
     """Settings A, then B killed once its manifest was written, then A again: A's stamp must not vouch for B's."""
     first = open_project(load_preset("smoke", **SMALL), "my songs é").manifest
