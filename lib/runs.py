@@ -1,6 +1,6 @@
 """A run directory: its config, metrics and checkpoints.
 
-    config.json                    what was trained, on which codec, with which versions
+    config.json                    what was trained, on which codec, by which code, with which versions
     metrics.jsonl                  one line a training step or validation
     plan.json                      at which step training will be over
     checkpoints/step_00000120/     model.safetensors, training.pt (optimizer, RNG, data position), meta.json (checksums)
@@ -13,6 +13,7 @@ complete one. Everything is loaded without running code from the file.
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import shutil
@@ -33,6 +34,8 @@ from lib.errors import UserError
 from lib.files import file_sha256, fsync, make_folder, safe_torch_load, write_atomic
 from lib.fusion import FusionModel
 from lib.provenance import versions
+
+logger = logging.getLogger(__name__)
 
 FILES = ("model.safetensors", "training.pt")
 
@@ -62,23 +65,43 @@ class Run:
         return cls(path, config)
 
     @classmethod
-    def start(cls, path: str | Path, config: dict[str, Any], *, resume: bool, free: dict[str, Sequence[str]]) -> "Run":
+    def start(
+        cls,
+        path: str | Path,
+        config: dict[str, Any],
+        *,
+        resume: bool,
+        free: dict[str, Sequence[str]],
+        code: Sequence[str],
+        measured: Sequence[str] = (),
+    ) -> "Run":
         """With `resume` the run in `path`, if there is one with this config; else a new one.
 
-        `free`: part of the config → its fields that may differ; those of `config` are in force. Any other difference
-        raises `UserError`.
+        `code`: fingerprints of what trains it now, and of what it is trained on. A finished run by other code is not
+        reused, a new one starts; an unfinished one is resumed, and remembers both. `free`: part of the config → its
+        fields that may differ; those of `config` are in force. `measured`: fields that may follow from the code; where
+        only these differ and the code does too, a new run starts. Any other difference raises `UserError`.
         """
-        if not (resume and (Path(path) / "config.json").exists()):
-            return cls.create(path, config)
+        path, code = Path(path), list(code)
+        if not (resume and (path / "config.json").exists()):
+            return cls.create(path, config | {"code": code})
         run = cls.open(path)
         had = {key: run.config.get(key) for key in config}
         for part, names in free.items():
             had[part] = (had[part] or {}) | {name: config[part][name] for name in names}
+        fields = {field for field, *_ in differing_fields(had, config)}
+        if run.trained_by != code and fields <= set(measured) and (fields or run.is_finished):
+            logger.warning("%s: was trained by other code and is trained again; the old run is in replaced/", path)
+            return cls.create(path, config | {"code": code})
         if differences := config_differences(had, config):
             raise UserError(
                 f"{path}: holds a run with another config ({'; '.join(differences[:4])}); "
                 "resume with its own config, start again without resume, or choose another output folder"
             )
+        if missing := [part for part in code if part not in run.trained_by]:
+            logger.warning("%s: is resumed by other code than began it, and will not be reused when finished", path)
+            run.config["code"] = [*run.trained_by, *missing]
+            write_atomic(path / "config.json", json.dumps(run.config, indent=1))
         run.config |= {part: had[part] for part in free}
         return run
 
@@ -119,6 +142,16 @@ class Run:
     def plan(self, total_steps: int) -> None:
         """Note at which step the training that begins will be over."""
         write_atomic(self.path / "plan.json", json.dumps({"total_steps": total_steps}))
+
+    @property
+    def trained_by(self) -> list[str]:
+        """Fingerprints of the code that has trained it, and what it was trained on."""
+        return self.config.get("code") or ["unknown"]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps of the plan are taken and saved."""
+        return None not in (self.saved_step, self.total_steps) and self.saved_step >= self.total_steps
 
     @property
     def saved_step(self) -> int | None:

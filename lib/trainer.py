@@ -35,6 +35,7 @@ from lib.processes import (
     set_rng_state,
     sum_over_processes,
 )
+from lib.provenance import code_fingerprint
 from lib.runs import Run
 from lib.telemetry import Callback, to_floats
 from lib.threads import torch_threads
@@ -61,8 +62,8 @@ def train(
 
     With `resume`, a run in `out_dir` goes on from its last checkpoint, bit for bit on a CPU; only its length may differ
     now, the number of processes, and how data are read and metrics gathered; another config or other data is refused.
-    Without it a new run starts. Ctrl-C and SIGTERM save a checkpoint and raise `KeyboardInterrupt`. Under a launcher
-    every process calls this, and all return.
+    A run that other code finished is trained again. Without `resume` a new run starts. Ctrl-C and SIGTERM save a
+    checkpoint and raise `KeyboardInterrupt`. Under a launcher every process calls this, and all return.
     """
     masking = masking or MaskingConfig()
     config = dataclasses.replace(config, precision=resolved_precision(config.precision))
@@ -83,7 +84,11 @@ def train(
         raise UserError(f"latent_dim={cascade.latent_dim} does not fit codec {codec.name}; use {codec.dim}")
     with accelerator.main_process_first():  # makes the run that the others open
         run = Run.start(
-            out_dir, wanted, resume=resume or not accelerator.is_main_process, free={"train": LENGTH + WITHOUT_EFFECT}
+            out_dir,
+            wanted,
+            resume=resume or not accelerator.is_main_process,
+            free={"train": LENGTH + WITHOUT_EFFECT},
+            code=[code_fingerprint("lib.trainer")[:16]],
         )
     if isinstance(codec, nn.Module):  # one with weights decodes where they are
         codec.to(accelerator.device)
@@ -321,6 +326,8 @@ class Trainer:
         is_best = row["loss"] < self.best_loss
         self.best_loss = min(self.best_loss, row["loss"])
         self.stale = 0 if is_best else self.stale + 1
+        if self.out_of_patience and self.accelerator.is_main_process:
+            self.run.plan(self.step)
         for callback in self.callbacks:
             callback.on_validation(self, row)
         self.save(is_best=is_best)

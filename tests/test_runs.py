@@ -520,6 +520,71 @@ def test_the_stop_file_is_in_the_runs_folder_and_goes_to_no_other_run(run):
     assert Run.open(run.path).stop_file.exists()
 
 
+@pytest.fixture
+def begin(tmp_path, caplog):
+    """`begin(*code, **fields of its config)`: start or resume a run that is measured to be 1, its length free."""
+
+    def start(*code, resume=True, **changes) -> Run:
+        caplog.clear()
+        config = {"train": {"steps": 5, "rate": 0.1}, "sizes": {"width": 2, "mean": 1.0}} | changes
+        options = {"free": {"train": ("steps",)}, "measured": ("sizes.mean",)}
+        return Run.start(tmp_path, config, resume=resume, code=code, **options)
+
+    return start
+
+
+def take_steps(run: Run, step: int, total: int) -> None:
+    run.plan(total)
+    run.save(step, nn.Linear(1, 1), {}, is_best=True)
+
+
+def test_a_finished_run_by_other_code_is_not_reused(begin, caplog, tmp_path):
+    take_steps(begin("a"), 5, 5)
+    assert begin("a").is_finished
+    assert not caplog.records
+    run = begin("b")
+    assert not run.is_finished
+    assert not run.has_checkpoint()
+    assert Run.open(tmp_path).config["code"] == ["b"]
+    assert json.loads((tmp_path / "replaced" / "config.json").read_text())["code"] == ["a"]
+    assert "was trained by other code and is trained again" in caplog.text
+    take_steps(run, 5, 5)
+    assert begin("b", train={"steps": 9, "rate": 0.1}).saved_step == 5  # longer, by the same code
+    assert not begin("c", train={"steps": 9, "rate": 0.1}).has_checkpoint()
+
+
+def test_an_unfinished_run_by_other_code_is_resumed_and_not_reused_when_finished(begin, caplog, tmp_path):
+    take_steps(begin("a"), 3, 5)
+    run = begin("b", train={"steps": 6, "rate": 0.1})
+    assert run.saved_step == 3
+    assert "is resumed by other code than began it" in caplog.text
+    assert Run.open(tmp_path).config == run.config | {"train": {"steps": 5, "rate": 0.1}, "code": ["a", "b"]}
+    assert begin("b").saved_step == 3
+    assert not caplog.records  # said once
+    take_steps(run, 5, 5)
+    assert not begin("b").has_checkpoint()
+    assert Run.open(tmp_path).config["code"] == ["b"]
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_run_of_unknown_code_is_by_other_code(begin, tmp_path, step):
+    take_steps(Run.create(tmp_path, {"train": {"steps": 5, "rate": 0.1}, "sizes": {"width": 2, "mean": 1.0}}), step, 5)
+    assert begin("a").config["code"] == (["a"] if step == 5 else ["unknown", "a"])
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_what_was_measured_by_other_code_may_differ_and_nothing_else(begin, tmp_path, step):
+    take_steps(begin("a"), step, 5)
+    other = {"width": 2, "mean": 1.5}
+    with pytest.raises(UserError, match=r"another config \(sizes\.mean: 1\.0 → 1\.5\)"):
+        begin("a", sizes=other)
+    for fields in ({"sizes": {"width": 3, "mean": 1.5}}, {"train": {"steps": 5, "rate": 0.2}}):
+        with pytest.raises(UserError, match="another config"):
+            begin("b", **fields)
+        assert Run.open(tmp_path).config["code"] == ["a"]
+    assert not begin("b", sizes=other).has_checkpoint()
+
+
 def test_a_run_says_where_its_training_ends_and_what_is_saved(tmp_path):
     run = Run.create(tmp_path / "run", {})
     assert (run.total_steps, run.saved_step) == (None, None)

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1204,6 +1205,46 @@ def test_patience_counts_validations_without_a_lower_loss(start, monkeypatch):
     assert os.readlink(run.path / "best").endswith("step_00000008")
 
 
+# --- other code ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_other_code_finished_is_trained_again(start, whole, tmp_path, edit_code):
+    start()
+    edit_code("lib.presets")  # plays no part
+    start(resume=True)
+    assert not (tmp_path / "run" / "replaced").exists()
+    for module in ("lib.trainer", "lib.losses", "lib.latents", "lib.codec"):
+        edit_code(module)
+        assert_same_run(start(resume=True), whole)  # the same, where it does the same
+        assert (tmp_path / "run" / "replaced").exists(), module
+        shutil.rmtree(tmp_path / "run" / "replaced")
+        start(resume=True)
+        assert not (tmp_path / "run" / "replaced").exists()
+
+
+def test_a_run_that_ended_for_lack_of_patience_is_finished(start, tmp_path, monkeypatch, edit_code):
+    validate = Trainer.validate
+    monkeypatch.setattr(Trainer, "validate", lambda trainer: validate(trainer) | {"loss": 1.0})
+    settings = {"patience": 1, "checkpoint_every": 1, "max_steps": 20}
+    assert start(**settings).is_finished
+    edit_code("lib.trainer")
+    run = start(resume=True, **settings)
+    assert (tmp_path / "run" / "replaced").exists()
+    assert len(run.config["code"]) == 1
+
+
+def test_a_run_that_other_code_began_is_resumed_but_not_reused(start, tmp_path, edit_code, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        start(callbacks=(Press(5),))
+    edit_code("lib.trainer")
+    run = start(resume=True)
+    assert "is resumed by other code than began it" in caplog.text
+    assert len(run.config["code"]) == 2
+    assert run.is_finished
+    start(resume=True)
+    assert (tmp_path / "run" / "replaced").exists()
+
+
 # --- noise and the discriminator --------------------------------------------------------------------------------------
 
 
@@ -1490,7 +1531,7 @@ REGRESSION = LoopConfig(epochs=4, batch_size=2, accumulate=2, checkpoint_every=2
 def regress(folder: Path, data: Points | None = None, callbacks: tuple[Callback, ...] = ()) -> Run:
     """Start it, or go on with it."""
     config = {"train": dataclasses.asdict(REGRESSION)}
-    run = Run.start(folder, config, resume=True, free={})
+    run = Run.start(folder, config, resume=True, free={}, code=["regression"])
     pairs = {"train": data or Points(), "val": Points()}
     Trainer(run, REGRESSION, pairs, lambda on: Regression(REGRESSION, on), callbacks).run_to_end(progress=False)
     return run

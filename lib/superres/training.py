@@ -18,6 +18,7 @@ from lib.adversary import Adversary, AdversaryConfig
 from lib.configs import check, check_counts, check_numbers, from_fields
 from lib.errors import UserError
 from lib.learner import Batch, Learner, Moment
+from lib.provenance import code_fingerprint
 from lib.runs import Run
 from lib.superres.data import Examples, Library
 from lib.superres.diffusion import TIMESTEPS, add_noise
@@ -259,7 +260,8 @@ def train_diffusion(
     def prepare(examples: Examples, accelerator: Accelerator) -> EncodedExamples:
         return encoded[examples.split]
 
-    return train_part(folder, name, library, sizes, config, DiffusionLearner, facts=facts, prepare=prepare, **options)
+    options |= {"facts": facts, "prepare": prepare, "code": vae_run.trained_by}
+    return train_part(folder, name, library, sizes, config, DiffusionLearner, **options)
 
 
 def encode(vae_run: Run, library: Library, config: PartConfig) -> dict[str, EncodedExamples]:
@@ -286,11 +288,13 @@ def train_part(
     learner: type[Learner],
     *,
     facts: dict[str, Any] | None = None,
+    code: Sequence[str] = (),
     prepare: Callable[[Examples, Accelerator], Dataset] = lambda examples, accelerator: examples,
     resume: bool = False,
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
+    """`code`: fingerprints of what trained the part that this one rests on."""
     config = dataclasses.replace(config, precision=resolved_precision(config.precision))
     accelerator = open_accelerator()
     examples = examples_of(library, config)
@@ -302,6 +306,8 @@ def train_part(
             wanted | (facts or {}),
             resume=resume or not accelerator.is_main_process,
             free={"train": LENGTH + WITHOUT_EFFECT},
+            code=dict.fromkeys([*code, code_fingerprint("lib.superres.training")[:16]]),
+            measured=("sizes.mel_mean", "sizes.mel_std", "latent_scale", "vae_sha256"),
         )
     config = from_fields(type(config), run.config["train"])
     data = {split: prepare(found, accelerator) for split, found in examples.items()}

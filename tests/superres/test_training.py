@@ -180,6 +180,35 @@ def test_another_config_or_other_data_is_refused_on_resume(train_in, straight, t
         train_in(tmp_path / "diffusion", "diffusion", resume=True)
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_other_code_finished_is_trained_again(straight, train_in, tmp_path, edit_code, part):
+    shutil.copytree(straight(part).run.path.parent, tmp_path, symlinks=True, dirs_exist_ok=True)
+    edit_code("lib.superres.resolver")  # plays no part
+    train_in(tmp_path, part, resume=True)
+    assert not (tmp_path / part / "replaced").exists()
+    for module in ("lib.superres.training", "lib.superres.mel", "lib.learner"):
+        edit_code(module)
+        run = train_in(tmp_path, part, resume=True)
+        assert run.metrics() == straight(part).run.metrics()
+        assert (tmp_path / part / "replaced").exists(), module
+        shutil.rmtree(tmp_path / part / "replaced")
+
+
+def test_a_part_on_another_part_that_other_code_trained_is_trained_again(train, tmp_path, edit_code):
+    train("vae")
+    train("diffusion")
+    edit_code("lib.superres.vae")
+    train("vae", resume=True, max_steps=4)  # other weights
+    run = train("diffusion", resume=True)
+    assert (tmp_path / "diffusion" / "replaced").exists()
+    assert run.config["vae_sha256"] == Run.open(tmp_path / "vae").weights_sha256()
+    shutil.rmtree(tmp_path / "diffusion" / "replaced")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"code": ["other", *config["code"]]}))
+    train("diffusion", resume=True)  # on the same weights, which several codes have trained
+    assert (tmp_path / "diffusion" / "replaced").exists()
+
+
 def test_a_run_may_be_made_longer(train, straight, tmp_path):
     shutil.copytree(straight("vae").run.path, tmp_path / "vae", symlinks=True)
     run = train("vae", resume=True, max_steps=4)
