@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from lib.agent import MaskingConfig
 from lib.audio import AUDIO_SUFFIXES
 from lib.cascade import CascadeConfig
 from lib.codec import Codec, load_codec
-from lib.configs import check
+from lib.configs import check, check_counts
 from lib.curriculum import CurriculumConfig
 from lib.errors import UserError
 from lib.files import make_folder, write_atomic
@@ -62,7 +63,7 @@ class Preset:
     listen_pairs: int = 3
     num_stages: int = 2
     anti_cheating: float = 0.0
-    data_seed: int = 0
+    data_seed: int = 0  # of the pairs, and of the demo songs
     # notebook 02: which variants, at which depth, for how long, on clips of which length
     ablation_variants: str = "named"
     ablation_layers: int = 2
@@ -130,13 +131,13 @@ class Preset:
     def superres(self) -> SuperresPlan:
         """What notebook 06 trains."""
         steps = (self.superres_vae_steps, self.superres_steps, self.superres_vocoder_steps)
-        return PLANS[self.superres_plan].lasting(*steps)
+        return PLANS[self.superres_plan].lasting(*steps, seed=self.train.seed)
 
     @property
     def recorded_superres(self) -> SuperresPlan:
         """The same, autoencoder and diffusion models for as long as `make record` trains them."""
         steps = (self.record_superres_vae_steps, self.record_superres_steps, self.superres_vocoder_steps)
-        return PLANS[self.superres_plan].lasting(*steps)
+        return PLANS[self.superres_plan].lasting(*steps, seed=self.train.seed)
 
     @property
     def cascade(self) -> CascadeConfig:
@@ -313,6 +314,7 @@ def load_preset(name: str, /, **overrides: Any) -> Preset:
         counts = key.startswith(("ablation_", "record_", "schedule_", "superres_")) and field.type is int
         if counts and getattr(changed, key) < 1:
             raise UserError(f"{key}={getattr(changed, key)!r} is not allowed; use 1 or more")
+    check_counts(changed, "data_seed", least=0)
     chosen_variants(changed.record_variants, "record_variants")
     check(changed.superres_plan in PLANS, "superres_plan", changed.superres_plan, f"one of {', '.join(PLANS)}")
     _ = changed.cascade, changed.plan, changed.schedule  # refuses what no cascade can be built from
@@ -368,13 +370,15 @@ class Project:
         """Music to learn super-resolution from, and in words where it comes from: the project's own songs, or generated
         ones where those are generated too or hold no upper band."""
         clip_length, why = self.preset.superres.training.clip_length, ""
-        if self.manifest.root != ROOT / "data" / "demo":
+        root = self.manifest.root
+        if root.parent != ROOT / "data" or not re.fullmatch(r"demo(_seed\d+)?", root.name):
             try:
-                return read_library(self.manifest.root, clip_length), f"the music in {self.manifest.root}"
+                return read_library(root, clip_length), f"the music in {root}"
             except UserError as error:
                 why = f", because of {error}"
-        folder = ROOT / "data" / "demo_48k"
-        make_demo_dataset(folder, **UPPER_BAND)
+        seed = self.preset.data_seed
+        folder = demo_folder("demo_48k", seed)
+        make_demo_dataset(folder, **UPPER_BAND, seed=seed)
         return read_library(folder, clip_length), f"generated songs{why}"
 
     def grid(self) -> tuple[tuple[Result, ...], str]:
@@ -420,14 +424,14 @@ def open_project(
 ) -> Project:
     """Find or make everything that training needs.
 
-    `data_dir`: a folder of music (see data/README.md); empty: the demo songs, generated in data/demo. `out_dir`: the
-    run's folder; empty: outputs/<preset>. Relative paths are taken from the repository. Latents are cached in
-    data/latents, by content. Several `processes` that call this together encode together. Raises `UserError` for bad
-    data, codec or folders.
+    `data_dir`: a folder of music (see data/README.md); empty: the demo songs of the data seed, generated in data/demo
+    or data/demo_seed<N>. `out_dir`: the run's folder; empty: outputs/<preset>. Relative paths are taken from the
+    repository. Latents are cached in data/latents, by content. Several `processes` that call this together encode
+    together. Raises `UserError` for bad data, codec or folders.
     """
     out = ROOT / (out_dir or f"outputs/{preset.name}")
     codec = load_codec(preset.codec)
-    data = ROOT / data_dir if data_dir else ROOT / "data" / "demo"
+    data = ROOT / data_dir if data_dir else demo_folder("demo", preset.data_seed)
     if out.resolve().is_relative_to(data.resolve()):
         raise UserError(f"{out}: is inside the data folder, whose music it would add to; choose another output folder")
     make_folder(out)
@@ -435,13 +439,17 @@ def open_project(
     cache = ROOT / "data" / "latents"
     with main_first():
         if not data_dir:
-            make_demo_dataset(data, num_songs=DEMO_SONGS)
+            make_demo_dataset(data, num_songs=DEMO_SONGS, seed=preset.data_seed)
         manifest = _manifest(data, out / "manifest.jsonl", preset.clip_seconds, preset)
     if processes and processes.num_processes > 1:
         encode_manifest(manifest, codec, cache, share=(processes.process_index, processes.num_processes))
         processes.wait_for_everyone()
     with main_first():
         return Project(preset, out, codec, manifest, encode_manifest(manifest, codec, cache))
+
+
+def demo_folder(name: str, seed: int) -> Path:
+    return ROOT / "data" / (f"{name}_seed{seed}" if seed else name)
 
 
 def _manifest(data: Path, path: Path, clip_seconds: float, preset: Preset) -> Manifest:

@@ -14,7 +14,7 @@ import lib.presets
 from lib.agent import MaskingConfig
 from lib.cascade import CascadeConfig
 from lib.errors import UserError
-from lib.presets import DEMO_SONGS, OBJECTIVE, PRESETS, load_preset, open_project
+from lib.presets import DEMO_SONGS, OBJECTIVE, PRESETS, UPPER_BAND, load_preset, open_project
 from lib.synth import make_demo_dataset
 from lib.train_config import NESTED, TrainConfig
 from lib.variants import NAMED, VARIANTS
@@ -272,6 +272,7 @@ def test_settings_of_the_training_leave_the_ablation_alone():
 @pytest.mark.parametrize(
     ("setting", "value", "words"),
     [
+        ("data_seed", -1, "data_seed=-1 is not allowed; use a whole number, 0 or more"),
         ("ablation_variants", "some", "'some' is not allowed; use one of named, all"),
         ("ablation_seeds", 0, "1 or more"),
         ("ablation_layers", 0, "1 or more"),
@@ -322,14 +323,49 @@ def test_relative_paths_are_taken_from_the_repository_whatever_the_working_direc
 def test_without_data_the_demo_songs_are_made_in_the_repository(root, songs, monkeypatch):
     asked = []
 
-    def copy(folder, num_songs):
-        asked.append((folder, num_songs))
+    def copy(folder, num_songs, seed):
+        asked.append((folder, num_songs, seed))
         shutil.copytree(songs, folder)
 
     monkeypatch.setattr(lib.presets, "make_demo_dataset", copy)
-    project = open_project(load_preset("smoke", **SMALL))
-    assert asked == [(root / "data" / "demo", DEMO_SONGS)]
-    assert project.manifest.root == (root / "data" / "demo").resolve()
+    for seed, name in ((0, "demo"), (3, "demo_seed3")):
+        project = open_project(load_preset("smoke", **SMALL, data_seed=seed))
+        assert asked.pop() == (root / "data" / name, DEMO_SONGS, seed)
+        assert project.manifest.root == (root / "data" / name).resolve()
+
+
+def test_another_data_seed_is_other_music(root, monkeypatch):
+    make = lib.presets.make_demo_dataset
+    monkeypatch.setattr(lib.presets, "make_demo_dataset", lambda *args, **options: make(*args, **options, seconds=5))
+    monkeypatch.setattr(lib.presets, "DEMO_SONGS", 4)
+    first, second = (open_project(load_preset("smoke", **SMALL, data_seed=seed)) for seed in (0, 1))
+    hashes = [{clip.sha256 for pair in p.manifest.pairs for clip in (pair.input, pair.target)} for p in (first, second)]
+    assert not hashes[0] & hashes[1]
+    assert first.latents.index != second.latents.index
+
+
+@pytest.mark.parametrize(("seed", "folder"), [(0, "demo_48k"), (2, "demo_48k_seed2")])
+def test_generated_songs_have_an_upper_band_of_their_own(root, monkeypatch, songs, seed, folder):
+    asked, project = [], open_project(load_preset("smoke", **SMALL, data_seed=seed), "my songs é")
+    monkeypatch.setattr(lib.presets, "make_demo_dataset", lambda folder, **how: asked.append((folder, how)))
+    monkeypatch.setattr(lib.presets, "read_library", lambda folder, clip_length: folder)
+    assert project.upper_band() == (project.manifest.root, f"the music in {project.manifest.root}")
+    assert not asked
+    for name in ("demo", "demo_seed2", "demo_seed13"):
+        manifest = dataclasses.replace(project.manifest, root=root / "data" / name)
+        found = dataclasses.replace(project, manifest=manifest).upper_band()
+        assert found == (root / "data" / folder, "generated songs")
+        assert asked.pop() == (root / "data" / folder, {**UPPER_BAND, "seed": seed})
+    for elsewhere in (root / "demo", root / "data" / "demo_seeds", root / "data" / "demo_48k"):
+        manifest = dataclasses.replace(project.manifest, root=elsewhere)
+        assert dataclasses.replace(project, manifest=manifest).upper_band()[0] == elsewhere
+
+
+def test_super_resolution_is_trained_with_the_seed_of_training():
+    for seed in (0, 5):
+        preset = load_preset("smoke", seed=seed)
+        for plan in (preset.superres, preset.recorded_superres):
+            assert {c.seed for c in (plan.vae_training, plan.training, plan.vocoder_training)} == {seed}
 
 
 def test_what_is_there_already_is_reused(root, builds):

@@ -36,13 +36,14 @@ class Plan:
     training: DiffusionTraining = field(default_factory=DiffusionTraining)
     vocoder_training: VocoderTraining = field(default_factory=VocoderTraining)
 
-    def lasting(self, vae_steps: int, steps: int, vocoder_steps: int) -> "Plan":
-        """The same plan, for so many steps of the autoencoder, of each diffusion model, and of the vocoder."""
+    def lasting(self, vae_steps: int, steps: int, vocoder_steps: int, seed: int = 0) -> "Plan":
+        """The same plan, for so many steps of the autoencoder, of each diffusion model, and of the vocoder; their
+        random seed."""
         return dataclasses.replace(
             self,
-            vae_training=_lasting(self.vae_training, vae_steps),
-            training=_lasting(self.training, steps),
-            vocoder_training=_lasting(self.vocoder_training, vocoder_steps),
+            vae_training=_lasting(self.vae_training, vae_steps, seed),
+            training=_lasting(self.training, steps, seed),
+            vocoder_training=_lasting(self.vocoder_training, vocoder_steps, seed),
         )
 
     def train(self, folder: str | Path, library: Library, **options: Any) -> dict[str, Run]:
@@ -63,7 +64,7 @@ class Plan:
         """
         losses: dict[str, list[float]] = {context: [] for context in CONTEXTS}
         for seed in range(seeds):
-            config = dataclasses.replace(self.training, seed=seed)
+            config = dataclasses.replace(self.training, seed=self.training.seed + seed)
             encoded = encode(Run.open(Path(folder) / "vae"), library, config)
             for context in CONTEXTS:
                 sizes, name = dataclasses.replace(self.denoiser, context=context), f"{context}-{seed}"
@@ -72,9 +73,9 @@ class Plan:
         return {context: tuple(values) for context, values in losses.items()}
 
 
-def _lasting(config: PartConfig, steps: int) -> PartConfig:
+def _lasting(config: PartConfig, steps: int, seed: int) -> PartConfig:
     epochs = math.ceil(steps * config.batch_size * config.accumulate / config.examples)
-    return dataclasses.replace(config, epochs=epochs, max_steps=steps)
+    return dataclasses.replace(config, epochs=epochs, max_steps=steps, seed=seed)
 
 
 # what two cores train in minutes: the same parts with a hundredth of the width

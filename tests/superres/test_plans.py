@@ -29,6 +29,8 @@ def test_a_plan_lasts_as_long_as_it_is_asked_to(plan, steps):
         assert TrainingOrder(config.examples, config).total_steps(0) == config.max_steps == wanted
         fewer = dataclasses.replace(config, epochs=config.epochs - 1) if config.epochs > 1 else None
         assert fewer is None or TrainingOrder(fewer.examples, fewer).total_steps(0) < wanted + config.examples
+    seeded = plan.lasting(5, 6, 7, seed=3)
+    assert [c.seed for c in (seeded.vae_training, seeded.training, seeded.vocoder_training)] == [3, 3, 3]
     assert lasting.lasting(5, 6, 7) == plan.lasting(5, 6, 7)
     assert (lasting.vae, lasting.denoiser, lasting.vocoder) == (plan.vae, plan.denoiser, plan.vocoder)
 
@@ -99,7 +101,7 @@ def test_a_plan_trains_every_part(tmp_path, library):
 
 def test_contexts_are_compared_by_trainings_that_differ_in_nothing_else(tmp_path, trained, library):
     shutil.copytree(trained / "vae", tmp_path / "vae", symlinks=True)
-    plan = TINY.lasting(1, 2, 1)
+    plan = TINY.lasting(1, 2, 1, seed=4)
     losses = plan.compare_contexts(tmp_path, library, 2, progress=False)
     assert {context: len(values) for context, values in losses.items()} == {"sequence": 2, "pooled": 2}
     for seed in range(2):
@@ -107,7 +109,7 @@ def test_contexts_are_compared_by_trainings_that_differ_in_nothing_else(tmp_path
         sequence, pooled = (run.config for run in runs.values())
         assert sequence["sizes"] | {"context": "pooled"} == pooled["sizes"]
         assert sequence["sizes"]["context"] == "sequence"
-        assert sequence["train"]["seed"] == seed
+        assert sequence["train"]["seed"] == 4 + seed
         for key in ("train", "data", "latent_scale", "vae_sha256"):
             assert sequence[key] == pooled[key]
         for context, run in runs.items():
