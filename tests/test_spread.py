@@ -5,7 +5,15 @@ import math
 
 import pytest
 
-from lib.spread import describe, difference, factorial_effects, mean_and_error
+from lib.spread import (
+    Comparison,
+    describe,
+    difference,
+    factorial_effects,
+    in_words,
+    mean_and_error,
+    paired_comparison,
+)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +68,7 @@ def test_how_often_chance_alone_makes_a_difference(seeds, chance):
     sides = [(side, ranks - set(side)) for side in itertools.combinations(ranks, seeds)]
     called = [difference(list(a), list(b)) != "within seed spread" for a, b in sides]
     assert sum(called) / len(called) == pytest.approx(chance)
+    assert chance == 2 / math.comb(2 * seeds, seeds)  # as notebook 02 counts
 
 
 # --- factorials -------------------------------------------------------------------------------------------------------
@@ -138,3 +147,81 @@ def test_values_of_one_group_are_one_draw():
     assert mean_and_error([1.0, 2.0], "aa") == (1.5, math.inf)
     with pytest.raises(ValueError, match="argument 2"):
         mean_and_error([1.0, 2.0], "a")
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "draws", "verdict"),
+    [
+        (2.58, 1.0, 6, 1),
+        (2.56, 1.0, 6, 0),
+        (-2.58, 1.0, 6, -1),
+        (-2.56, 1.0, 6, 0),
+        (12.0, 1.0, 2, 0),
+        (13.0, 1.0, 2, 1),
+        (5.0, 0.0, 1, 0),  # one draw tells nothing
+        (5.0, math.inf, 1, 0),
+        (5.0, math.inf, 9, 0),
+        (math.nan, 1.0, 9, 0),
+        (0.0, 0.0, 6, 0),
+        (0.1, 0.0, 6, 1),
+        (-0.1, 0.0, 6, -1),
+    ],
+)
+def test_a_difference_is_called_one_by_students_t(mean, error, draws, verdict):
+    """Two-sided, at 5 %: 2.571 with five degrees of freedom, 12.706 with one."""
+    assert Comparison(mean, error, draws).verdict == verdict
+
+
+BETTER, WORSE, UNKNOWN = Comparison(3.0, 1.0, 6), Comparison(-3.0, 1.0, 6), Comparison(3.0, math.inf, 1)
+
+
+def test_a_comparison_in_words():
+    assert BETTER.in_words("X") == "better than X"
+    assert WORSE.in_words("X") == "worse than X"
+    assert UNKNOWN.in_words("X") == "no statistically significant difference to X"
+    assert str(BETTER) == "+3.000 ± 1.000"
+    assert str(WORSE) == "-3.000 ± 1.000"
+    assert str(UNKNOWN) == "+3.000"
+
+
+def test_several_comparisons_are_all_accounted_for():
+    found = {"a": WORSE, "b": BETTER, "c": UNKNOWN, "d": BETTER}
+    said = "better than 2 of 4 (b, d); worse than 1 of 4 (a); no statistically significant difference to 1 of 4 (c)"
+    assert in_words(found) == said
+    assert in_words({"b": BETTER}) == "better than 1 of 1 (b)"
+    assert in_words(found, {1: "up {names}", -1: "down {names}", 0: "level {names}"}) == "up b, d; down a; level c"
+
+
+def test_two_ways_of_clustering_by_hand():
+    """Pairs ax, ay, bx, bz with 1, 3, 5, 7: mean 4, residuals −3, −1, 1, 3."""
+    found = paired_comparison([1.0, 3.0, 5.0, 7.0], "aabb", "xyxz")
+    by_first = ((-4) ** 2 + 4**2) * 2 / 16  # sums of residuals over a, b; G/(G − 1) = 2; n² = 16
+    by_second = ((-2) ** 2 + (-1) ** 2 + 3**2) * (3 / 2) / 16  # over x, y, z
+    by_both = (9 + 1 + 1 + 9) * (4 / 3) / 16  # every pair of its own
+    assert (found.mean, found.draws) == (4.0, 2)
+    assert found.error == pytest.approx(math.sqrt(by_first + by_second - by_both))
+    assert found.error > 1.1 * mean_and_error([1.0, 3.0, 5.0, 7.0])[1]
+    swapped = paired_comparison([1.0, 3.0, 5.0, 7.0], "xyxz", "aabb")
+    assert swapped.error == pytest.approx(found.error)
+
+
+def test_clustering_never_makes_the_error_smaller_than_that_of_independent_pairs():
+    values = [1.0, -1.0, -1.0, 1.0]  # sums to nothing over every song
+    assert mean_and_error(values, "aabb")[1] == mean_and_error(values, "xyxy")[1] == 0
+    found = paired_comparison(values, "aabb", "xyxy")
+    assert found == Comparison(0.0, mean_and_error(values)[1], 2)
+
+
+def test_pairs_within_one_song_are_clustered_one_way():
+    values = [1.0, 1.5, 4.0, 4.5, 9.0, 8.0]
+    assert paired_comparison(values, "aabbcc", "aabbcc").error == pytest.approx(mean_and_error(values, "aabbcc")[1])
+
+
+def test_one_song_on_either_side_tells_nothing():
+    for first, second in (("aaa", "xyz"), ("xyz", "aaa")):
+        assert paired_comparison([1.0, 2.0, 3.0], first, second) == Comparison(2.0, math.inf, 1)
+    with pytest.raises(ValueError, match="zip"):
+        paired_comparison([1.0, 2.0, 3.0], "abc", "ab")

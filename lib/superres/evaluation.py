@@ -9,19 +9,17 @@ advise, so that a mere difference of level does not count.
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import scipy.stats
 import torch
 from torch import Tensor
 
 from lib.errors import UserError
 from lib.files import write_atomic
-from lib.spread import mean_and_error
+from lib.spread import Comparison, in_words, mean_and_error
 from lib.superres.data import Examples, Library
 from lib.superres.degradation import Degradation
 from lib.superres.mel import N_FFT, bin_of, log_mel
@@ -77,11 +75,19 @@ class Score:
     gain: tuple[float, float]  # how much smaller `upper` is than that of 'envelope', clip by clip
 
     @property
-    def verdict(self) -> int:
-        """Whether the gain (1) or its opposite (-1) is larger than chance explains, at 5 % by Student's t, or neither
-        (0)."""
-        least = scipy.stats.t.ppf(0.975, self.songs - 1) * self.gain[1] if self.songs > 1 else math.inf
-        return int(self.gain[0] > least) - int(self.gain[0] < -least)
+    def comparison(self) -> Comparison:
+        """With the mean envelope: positive where this method is nearer to the original."""
+        return Comparison(*self.gain, self.songs)
+
+
+def gains_in_words(scores: Sequence[Score]) -> str:
+    """How the model fares against the mean envelope, every cutoff accounted for."""
+    wordings = {
+        1: "beats the mean envelope at {names} kHz",
+        -1: "loses to the mean envelope at {names} kHz",
+        0: "no statistically significant difference to the mean envelope at {names} kHz",
+    }
+    return in_words({f"{s.cutoff / 1000:g}": s.comparison for s in scores if s.method == "model"}, wordings)
 
 
 @dataclass(frozen=True)

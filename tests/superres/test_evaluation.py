@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lib.spread import Comparison
 from lib.superres import evaluation
 from lib.superres.data import Examples
 from lib.superres.degradation import Degradation
@@ -18,6 +19,7 @@ from lib.superres.evaluation import (
     SEED,
     Score,
     evaluate,
+    gains_in_words,
     lsd,
     mean_envelope,
     score,
@@ -168,22 +170,32 @@ def test_a_score_is_mean_and_error_of_four_distances():
     assert score("model", 6_000, made, reference, "aaaa").lsd[1] == math.inf
 
 
+def gained(cutoff: int, gain: float, method: str = "model", songs: int = 6) -> Score:
+    pair = (0.0, 0.0)
+    return Score(method, cutoff, 16, songs, pair, pair, pair, pair, (gain, 1.0))
+
+
+def test_a_gain_is_compared_over_songs():
+    assert gained(4_000, 3.0).comparison == Comparison(3.0, 1.0, 6)
+    assert [gained(4_000, 3.0, songs=songs).comparison.verdict for songs in (6, 2)] == [1, 0]
+
+
 @pytest.mark.parametrize(
-    ("gain", "songs", "verdict"),
+    ("gains", "said"),
     [
-        ((2.58, 1.0), 6, 1),
-        ((2.56, 1.0), 6, 0),
-        ((-2.58, 1.0), 6, -1),
-        ((12.0, 1.0), 2, 0),
-        ((13.0, 1.0), 2, 1),
-        ((5.0, math.inf), 1, 0),
-        ((0.0, 0.0), 6, 0),
+        ((3, 3), "beats the mean envelope at 2, 12 kHz"),
+        ((-3, -3), "loses to the mean envelope at 2, 12 kHz"),
+        ((1, -1), "no statistically significant difference to the mean envelope at 2, 12 kHz"),
+        ((-3, 3), "beats the mean envelope at 12 kHz; loses to the mean envelope at 2 kHz"),
+        (
+            (3, 0),
+            "beats the mean envelope at 2 kHz; no statistically significant difference to the mean envelope at 12 kHz",
+        ),
     ],
 )
-def test_few_songs_must_gain_more_to_have_gained(gain, songs, verdict):
-    """Student's t, both sides, at 5 %: 2.571 with five degrees of freedom, 12.706 with one."""
-    pair = (0.0, 0.0)
-    assert Score("model", 4_000, 16, songs, pair, pair, pair, pair, gain).verdict == verdict
+def test_every_cutoff_is_in_the_summary(gains, said):
+    scores = [gained(cutoff, gain) for cutoff, gain in zip((2_000, 12_000), gains, strict=True)]
+    assert gains_in_words([gained(2_000, 9, "vocoder"), *scores, gained(12_000, -9, "sinc")]) == said
 
 
 class Recording(SuperResolver):
