@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lib.ablation import Result, by_variant, growth
 from lib.claims import NOT_TESTED, Verdict, judge
-from lib.spread import difference, factorial_effects
+from lib.spread import describe, difference, factorial_effects
 from lib.train_config import TrainConfig
 from lib.variants import EXPLODING, LEARNABLE, PROTECTIONS, REFERENCE, REPAIR, Variant
 
 EPOCH_3_BATCH_205 = 3 * 205  # steps at least before the NaN of claim C7, which seed 001 puts there
 HEALTHY_RATIO = (0.8, 1.2)  # of output to wanted RMS (claim C15)
+SUSPECTS = ("3 stages", EXPLODING, "learnable RMS", "anti-modulation log")  # variants with what the seeds blame
 
 
 def peak(result: Result) -> float:
@@ -326,6 +327,26 @@ def effects_in_decades(
 def rising(results: Sequence[Result]) -> bool:
     """Whether the gradient norm of every seed is larger in the last tenth of the steps than in the first."""
     return min(each(results, growth)) > 1
+
+
+def findings(groups: Mapping[str, Sequence[Result]]) -> list[str]:
+    """What a grid says of the seeds' suspects, of a rise, of clipping and of NaN, a sentence each."""
+    peaks = {name: each(results, peak) for name, results in groups.items()}
+    reference, runs = peaks[REFERENCE], [run for results in groups.values() for run in results]
+    risers = [name for name, results in groups.items() if rising(results)]
+    limit = TrainConfig().clip
+    clipped = [norm > limit for run in runs for norm in run.grad_norm]
+    return [
+        *(
+            f"{name}: largest gradient norm {describe(peaks[name])}, against {describe(reference)} of {REFERENCE}: "
+            f"{difference(peaks[name], reference)}."
+            for name in SUSPECTS
+            if name in groups
+        ),
+        f"The gradient norm rises over training in every seed of: {', '.join(risers) or 'no variant'}.",
+        f"It passes {limit:g}, where clipping acts, in {sum(clipped)} of {len(clipped)} recorded points.",
+        f"Non-finite values end {sum(run.non_finite is not None for run in runs)} of {len(runs)} runs.",
+    ]
 
 
 def disagreements(shallow: Sequence[Verdict], deep: Sequence[Verdict]) -> list[str]:

@@ -112,17 +112,20 @@ def audit_schedule(results: Sequence[Result], epochs: int) -> list[Verdict]:
     ]
 
 
-def audit_continuations(judged: Mapping[str, Sequence[Mapping[str, float]]], name: str) -> Verdict:
-    """C13: whether the output `name` beats the plain average by ear, on `judge_outputs` of continuation pairs."""
+def audit_continuations(
+    judged: Mapping[str, Sequence[Mapping[str, float]]], name: str, songs: Sequence[tuple[str, str]]
+) -> Verdict:
+    """C13: whether the output `name` has a higher figure of merit than the plain average, on `judge_outputs` of
+    continuation pairs and what `songs` they are from."""
     pairs = len(judged[name])
-    enough = pairs >= FEW_PAIRS
-    mean, error = advantage(judged, name, "average of latents")
+    found = advantage(judged, name, "average of latents", songs)
+    enough = pairs >= FEW_PAIRS and found.draws > 1
     return judge(
         "C13",
         "continuations are coherent: they carry both clips better than their plain average does",
-        mean > 2 * error if enough else None,
-        found=f"{mean:+.3f} ± {error:.3f} figure of merit, over {pairs} continuation pairs",
-        why="" if enough else f"fewer than {FEW_PAIRS} pairs",
+        found.verdict > 0 if enough else None,
+        found=f"{found} figure of merit, over {pairs} continuation pairs",
+        why=found.in_words("their plain average") if enough else f"fewer than {FEW_PAIRS} pairs, or all of one song",
     )
 
 

@@ -26,6 +26,7 @@ from lib.presets import ROOT
 from lib.rendition import load_pair, render
 from lib.report import Section, Table, write_report
 from lib.runs import Run, differing_fields
+from lib.spread import TEST
 
 LEAD = (
     "Two runs on the same validation pairs, of music that neither was trained on: how they are configured, what they "
@@ -116,9 +117,9 @@ def write_metrics(section: Section, compared: Sequence[Compared], pairs: Pairs) 
             }
             | {name.replace("_", " "): f"{means[c.name][name]:.2f}" for name in JUDGED}
         )
-    mean, error = advantage(judged, a, b)
-    spread_of_mean = f" ± {error:.3f}" if len(pairs) > 1 else ""
-    section.key_figure(f"figure of merit of {a} over {b}", f"{mean:+.3f}{spread_of_mean}, on {len(pairs)} pair(s)")
+    found = advantage(judged, a, b, [(input.sha256, target.sha256) for input, target in pairs.values()])
+    said = f"{found}, {found.in_words(b)} on {len(pairs)} pair(s) ({TEST})"
+    section.key_figure(f"figure of merit of {a} against {b}", said)
     for c in compared:
         section.key_figure(f"figure of merit of {c.name}", f"{means[c.name]['merit']:.2f}, 1 at best")
     curves = {c.name: {split: c.run.metrics(split) for split in ("train", "val")} for c in compared}

@@ -23,7 +23,7 @@ from lib.fusion import FusionModel
 from lib.latents import LatentPairs
 from lib.losses import LossConfig, latent_mse, total_loss
 from lib.sound import HOP, correlation, envelope, log_mel
-from lib.spread import mean_and_error
+from lib.spread import Comparison, paired_comparison
 
 
 def band_snr(
@@ -228,8 +228,10 @@ def mean_judgement(judged: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: math.fsum(row[name] for row in judged) / len(judged) for name in judged[0]}
 
 
-def advantage(judged: Mapping[str, Sequence[Mapping[str, float]]], name: str, over: str) -> tuple[float, float]:
-    """By how much the figure of merit of one output is above another's, over the same pairs: mean and its standard
-    error."""
+def advantage(
+    judged: Mapping[str, Sequence[Mapping[str, float]]], name: str, over: str, songs: Sequence[tuple[str, str]]
+) -> Comparison:
+    """By how much the figure of merit of one output is above another's, over the same pairs. `songs`: what input and
+    target of each pair are from."""
     differences = [a["merit"] - b["merit"] for a, b in zip(judged[name], judged[over], strict=True)]
-    return mean_and_error(differences)
+    return paired_comparison(differences, *zip(*songs, strict=True))

@@ -12,6 +12,7 @@ from lib.audit import (
     audit_named,
     disagreements,
     effects_in_decades,
+    findings,
     first_non_finite,
     largest_factor,
     last_projection_share,
@@ -211,3 +212,43 @@ def test_depths_disagree_only_where_both_have_a_verdict():
     assert any("0.1×: the gradient norm rises" in line and "refuted → reproduced" in line for line in found)
     assert disagreements(shallow, shallow) == []
     assert not any("NaN" in line for line in disagreements(shallow, audit_named(named(weak={"bad_step": 4}))))
+
+
+# --- findings ---------------------------------------------------------------------------------------------------------
+
+
+def grid_of(**norms: tuple[float, float]) -> dict[str, list[Result]]:
+    """Three seeds of the reference and of the variants that `norms` names, in two points each."""
+    names = {"three": "3 stages", "weak": EXPLODING, "scalars": "learnable RMS", "log": "anti-modulation log"}
+    norms = {REFERENCE: (2.0, 1.0)} | {names[key]: pair for key, pair in norms.items()}
+    return {
+        name: [result(name, seed, norms=[n + seed / 10 for n in pair]) for seed in range(3)]
+        for name, pair in norms.items()
+    }
+
+
+def test_every_suspect_of_the_grid_is_held_against_the_reference():
+    found = findings(grid_of(three=(2.1, 1.0), weak=(4.0, 1.0), scalars=(1.0, 0.5)))
+    against = f"against 2.10 (2.00 to 2.20) of {REFERENCE}"
+    assert found[:3] == [
+        f"3 stages: largest gradient norm 2.20 (2.10 to 2.30), {against}: within seed spread.",
+        f"{EXPLODING}: largest gradient norm 4.10 (4.00 to 4.20), {against}: higher.",
+        f"learnable RMS: largest gradient norm 1.10 (1.00 to 1.20), {against}: lower.",
+    ]
+    assert not any("anti-modulation log" in sentence for sentence in found)
+    assert findings(grid_of(log=(3.0, 1.0)))[0].startswith("anti-modulation log: largest gradient norm 3.10")
+
+
+def test_findings_on_a_rise_on_clipping_and_on_ends():
+    assert findings(grid_of()) == [
+        "The gradient norm rises over training in every seed of: no variant.",
+        "It passes 10, where clipping acts, in 0 of 9 recorded points.",
+        "Non-finite values end 0 of 3 runs.",
+    ]
+    groups = grid_of(weak=(2.0, 20.0), three=(1.0, 1.5))
+    groups[REFERENCE][0] = result(REFERENCE, norms=(2.0, 1.0), bad_step=3)
+    assert findings(groups)[-3:] == [
+        f"The gradient norm rises over training in every seed of: {EXPLODING}, 3 stages.",
+        "It passes 10, where clipping acts, in 7 of 28 recorded points.",  # two of each of three runs, one of another
+        "Non-finite values end 1 of 9 runs.",
+    ]

@@ -130,14 +130,22 @@ def test_a_late_nan_is_not_the_seeds():
 
 
 @pytest.mark.parametrize(
-    ("gain", "pairs", "wanted"), [(0.2, 8, REPRODUCED), (0.0, 8, REFUTED), (-0.2, 8, REFUTED), (0.2, 7, NOT_TESTED)]
+    ("gain", "pairs", "names", "wanted", "why"),
+    [
+        (0.2, 8, "abcd", REPRODUCED, "better than their plain average"),
+        (0.002, 8, "abcd", REFUTED, "no statistically significant difference to their plain average"),
+        (-0.2, 8, "abcd", REFUTED, "worse than their plain average"),
+        (0.2, 7, "abcd", NOT_TESTED, "fewer than 8 pairs, or all of one song"),
+        (0.2, 8, "a", NOT_TESTED, "fewer than 8 pairs, or all of one song"),
+    ],
 )
-def test_continuations_are_held_against_the_plain_average(gain, pairs, wanted):
+def test_continuations_are_held_against_the_plain_average(gain, pairs, names, wanted, why):
     noise = [0.01 * (-1) ** i for i in range(pairs)]
     judged = {
         "average of latents": [{"merit": 0.5} for _ in noise],
         "model": [{"merit": 0.5 + gain + n} for n in noise],
     }
-    verdict = audit_continuations(judged, "model")
-    assert verdict.verdict == wanted
+    songs = [(names[i % len(names)],) * 2 for i in range(pairs)]
+    verdict = audit_continuations(judged, "model", songs)
+    assert (verdict.verdict, verdict.why) == (wanted, why)
     assert f"over {pairs} continuation pairs" in verdict.measured

@@ -24,8 +24,9 @@ from lib.compare import codec_of, compare_runs, main, names_of, pairs_new_to_bot
 from lib.errors import UserError
 from lib.fuse import fuse_clips
 from lib.manifest import Manifest, Pair, write_manifest
-from lib.metrics import hear, judge_fusion
+from lib.metrics import advantage, hear, judge_fusion
 from lib.runs import Run
+from lib.spread import TEST
 
 ROOT = Path(__file__).parent.parent
 
@@ -114,13 +115,14 @@ def test_the_metrics_are_those_of_the_sounds(page, runs, codec, songs, new_pairs
     caption = f"Means over {len(new_pairs)} validation pairs; losses compare where the objectives do"
     rows = {row["run"]: row for row in summary["tables"][caption]}
     assert list(rows) == ["a", "b run"]
+    everything = {}
     for run, steps, loss in zip(runs, (3, 1), ("1.500", "1.250"), strict=True):
         model, judged = run.load_model(), []
         for pair in new_pairs:
             wavs = [load_audio(songs.path(c), c.offset, c.length) for c in (pair.input, pair.target)]
             output = fuse_clips(*(wav[None] for wav in wavs), model, codec)[0]
             judged.append(judge_fusion(*map(hear, (output, *wavs))))
-        row = rows[run.path.name]
+        row, everything[run.path.name] = rows[run.path.name], judged
         assert row["steps"] == steps
         assert row["lowest validation loss"] == loss
         assert row["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
@@ -128,6 +130,9 @@ def test_the_metrics_are_those_of_the_sounds(page, runs, codec, songs, new_pairs
             mean = sum(judgement[name] for judgement in judged) / len(judged)
             assert float(row[name.replace("_", " ")]) == pytest.approx(mean, abs=0.0051)
     assert rows["a"]["input mel"] != rows["b run"]["input mel"]
+    songs_of_pairs = [(pair.input.sha256, pair.target.sha256) for pair in new_pairs]
+    said = advantage(everything, "a", "b run", songs_of_pairs).in_words("b run")
+    assert f"{said} on {len(new_pairs)} pair(s) ({html.escape(TEST)})" in page[0]
 
 
 def test_both_runs_play_the_same_pair(page, runs, codec, songs, new_pairs):

@@ -17,6 +17,7 @@ from lib.fusion import Fusion, FusionModel
 from lib.latents import LatentPairs
 from lib.losses import LossConfig
 from lib.metrics import (
+    advantage,
     band_snr,
     baseline_losses,
     evaluate_fusion,
@@ -29,6 +30,7 @@ from lib.metrics import (
     merit,
     movement,
 )
+from lib.spread import paired_comparison
 from lib.synth import render_song
 
 RATE, N = 24_000, 24_000  # a whole second: every whole frequency falls on one bin
@@ -457,3 +459,16 @@ def test_every_pair_is_judged_against_its_own_clips(clips):
     means = mean_judgement(judged["model"])
     first, second = judged["model"]
     assert means == pytest.approx({name: (first[name] + second[name]) / 2 for name in first})
+
+
+def test_an_advantage_is_of_the_merit_and_clustered_by_song():
+    merits = {"model": (0.9, 0.8, 0.7, 0.4), "average": (0.5, 0.6, 0.1, 0.1)}
+    judged = {name: [{"merit": merit, "rhythm": 0.0} for merit in values] for name, values in merits.items()}
+    songs = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "z")]
+    found = advantage(judged, "model", "average", songs)
+    differences = [a - b for a, b in zip(*merits.values(), strict=True)]
+    assert found == paired_comparison(differences, "aabb", "xyxz")
+    assert found.mean == pytest.approx(0.375)
+    assert advantage(judged, "average", "model", songs).mean == pytest.approx(-0.375)
+    with pytest.raises(ValueError, match="zip"):
+        advantage(judged, "model", "average", songs[:-1])
