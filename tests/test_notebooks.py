@@ -166,3 +166,62 @@ def test_stored_code_draws_sound_only_through_players(notebook):
     """`IPython.display.Audio` normalises: a collapsed level would sound healthy."""
     source = "\n".join(cell.source for cell in code_cells(notebook))
     assert not re.search(r"\bAudio\(", source)
+
+
+# --- no luck in assertions --------------------------------------------------------------------------------------------
+
+CONFIGURED = {"preset", "data_dir", "overrides"}
+
+
+def conditional_asserts(source: str) -> list[str]:
+    """Asserts that only some presets, overrides or music are held to: behind a condition on those, or with `or not …`.
+
+    A name that was assigned from one of those counts as one, unless a function made it of them.
+    """
+    tree, tainted = ast.parse(source), set(CONFIGURED)
+
+    def depends(node: ast.AST) -> bool:
+        if isinstance(node, ast.Call):
+            return False
+        return (isinstance(node, ast.Name) and node.id in tainted) or any(map(depends, ast.iter_child_nodes(node)))
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and depends(node.value):
+            tainted |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If | ast.While) and depends(node.test):
+            found += [inner for part in (*node.body, *node.orelse) for inner in ast.walk(part)]
+        elif isinstance(node, ast.Assert):
+            escapes = [
+                value
+                for choice in ast.walk(node.test)
+                if isinstance(choice, ast.BoolOp) and isinstance(choice.op, ast.Or)
+                for value in choice.values
+                if isinstance(value, ast.UnaryOp) and isinstance(value.op, ast.Not)
+            ]
+            found += [node] if escapes or depends(node.test) else []
+    return sorted({ast.unparse(node) for node in found if isinstance(node, ast.Assert)})
+
+
+def test_an_assertion_holds_whatever_the_preset_and_the_music(notebook):
+    assert conditional_asserts("\n".join(cell.source for cell in code_cells(notebook))) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("assert x > 0", 0),
+        ("project = open_project(load_preset(preset, **overrides), data_dir)\nif project.ready:\n    assert x > 0", 0),
+        ("if preset == 'demo':\n    print(x)\nassert x > 0", 0),
+        ("if preset == 'demo' and not (data_dir or overrides):\n    assert x > 0", 1),
+        ("if y:\n    pass\nelif not data_dir:\n    for x in y:\n        assert x > 0", 1),
+        ("if data_dir:\n    pass\nelse:\n    assert x > 0", 1),
+        ("ASSERTED = codec == 'mdct' and not data_dir\nif ASSERTED and y:\n    assert x > 0", 1),
+        ("assert x > 0 or data_dir", 1),
+        ("assert x > 0 or not ASSERTED, x", 1),
+        ("assert all(x > 0 or not y for x in z)", 1),
+    ],
+)
+def test_an_assertion_behind_a_condition_is_found(source, found):
+    assert len(conditional_asserts(source)) == found
