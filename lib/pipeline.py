@@ -1,17 +1,20 @@
-"""Run the notebooks in order, headlessly, and join what they show into one page.
+"""Run the notebooks, headlessly, and join what they show into one page that grows with each of them.
 
     python -m lib.pipeline --preset demo [--data DIR] [--codec NAME|DIR] [--out DIR] [--only 04,05] [--resume]
                            [--set max_steps=200]
 
 Every notebook is executed by papermill into the output folder; its cells are stored as they finish, so that a failure
-can be read there. `--resume` skips notebooks that finished under the same settings and lets training go on.
+can be read there. One that fails has its section on the page, and those that do not need it still run. `--resume` skips
+notebooks that finished under the same settings and code, and lets training resume.
 """
 
 import argparse
+import ast
 import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -32,7 +35,9 @@ from lib.codec import CODEC_NAMES
 from lib.errors import UserError, exit_on_user_error
 from lib.files import make_folder, write_atomic
 from lib.latents import CorruptShardError
+from lib.page import write_notebook_page
 from lib.presets import PRESETS, ROOT, Preset, load_preset, open_project
+from lib.provenance import code_fingerprint
 from lib.report import write_report
 from lib.runs import Run
 
@@ -49,14 +54,22 @@ LEAD = (
     "fuses them; the codec turns the result back into sound. This page shows one run of that: what it sounds like, how "
     "it was trained, and what the codec does. Every figure, number and player comes from the notebook named below it."
 )
-TRAINING = ("04_training", "06_super_resolution")  # those that can go on where they were stopped
-# to be done again when the other has been
+EXECUTED = (NOTEBOOKS[0], *NOTEBOOKS[3:5], *NOTEBOOKS[1:3], NOTEBOOKS[5])  # what there is to hear comes early
+TRAINING = ("04_training", "06_super_resolution")  # those that can resume
+# to be done again when the other has been; without the other's run listening has nothing to play
 NEEDS = {"05_listening": "04_training", "06_super_resolution": "04_training"}
+LISTENING = "05_listening"
 USER_ERRORS = {error.__name__ for error in (UserError, AudioError, CorruptShardError)}
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+PLACE = re.compile(r"^(?:File (?P<file>.+?):|Cell In\[\d+\], line )(?P<line>\d+)", re.MULTILINE)  # in a traceback
 
 
 class NotebookError(RuntimeError):
-    """A cell failed for a reason that is not the user's. Says the cell, the error and where the notebook is."""
+    """What failed and why: a notebook, its cell and the error. `by_user`: for bad settings or data, no fault here."""
+
+    def __init__(self, name: str, reason: str, *, by_user: bool = False):
+        super().__init__(reason if by_user else f"{name}: {reason}")
+        self.name, self.reason, self.by_user = name, reason, by_user
 
 
 def run_notebooks(
@@ -67,10 +80,11 @@ def run_notebooks(
     only: tuple[str, ...] = NOTEBOOKS,
     resume: bool = False,
 ) -> Path:
-    """Execute the notebooks and write `index.html`; returns its path.
+    """Execute the notebooks, rewriting `index.html` after each; returns its path.
 
-    `UserError` for bad settings or data, before the first notebook where they can be known then; `NotebookError`
-    when a cell fails for another reason.
+    `UserError` for bad settings or data, before the first notebook where they can be known then. Where a notebook
+    fails, the others run first, but for those that need it; then `NotebookError`, or `UserError` if all that failed did
+    so for bad settings or data.
     """
     preset = load_preset(preset_name, **overrides)
     out = Path(out_dir or ROOT / "outputs" / preset_name).resolve()
@@ -87,23 +101,44 @@ def run_notebooks(
         for item in skipped[:5]:
             say(f"  {item.path}: {item.reason}")
     parameters = {"preset": preset_name, "overrides": overrides, "data_dir": data, "out_dir": str(out)}
-    inputs = json.dumps([parameters, project.codec.fingerprint, project.latents.index.name])  # index: by content
-    for number, name in enumerate(only, start=1):
-        given = parameters | ({"resume": resume} if name in TRAINING else {})
-        stamp = done_path(out, name)
-        needed = json.dumps(finished(out, NEEDS[name])) if name in NEEDS else ""
+    # the index is named by its content
+    inputs = json.dumps([parameters, project.codec.fingerprint, project.latents.index.name, code_of_lib()])
+    chosen, failures, page = [name for name in EXECUTED if name in only], {}, out / "index.html"
+    for number, name in enumerate(chosen, start=1):
+        where = f"[{number}/{len(chosen)}] {name}"
+        needed = json.dumps(read_mark(out, NEEDS[name])) if name in NEEDS else ""
         state = hashlib.sha256((inputs + needed + notebook_path(name).read_text()).encode()).hexdigest()
-        if resume and finished(out, name).get("state") == state:
-            say(f"[{number}/{len(only)}] {name}: done before, skipped")
-            continue
-        say(f"[{number}/{len(only)}] {name} → {out / name}.ipynb")
-        stamp.unlink(missing_ok=True)
-        started = time.monotonic()
-        execute(name, out, given)
-        seconds = time.monotonic() - started
-        write_atomic(stamp, json.dumps({"state": state, "seconds": round(seconds), "at": time.time()}))
-        say(f"[{number}/{len(only)}] {name}: {seconds:.0f} s")
-    return write_report(out, f"Latent fusion: {preset_name}", LEAD, facts(preset, out, train, val))
+        if resume and read_mark(out, name).get("state") == state:
+            say(f"{where}: done before, skipped")
+        elif name == LISTENING and NEEDS[name] in failures:
+            forget(out, name)
+            why = f"not run: it needs {NEEDS[name]}, which failed"
+            failures[name] = NotebookError(name, why, by_user=failures[NEEDS[name]].by_user)
+        else:
+            say(f"{where} → {out / name}.ipynb")
+            forget(out, name)
+            started = time.monotonic()
+            try:
+                execute(name, out, parameters | ({"resume": resume} if name in TRAINING else {}))
+                seconds = round(time.monotonic() - started)
+                write_mark(out, name, {"state": state, "seconds": seconds, "at": time.time()})
+                say(f"{where}: {seconds} s")
+            except NotebookError as error:
+                failures[name] = error
+            if (out / f"{name}.ipynb").exists():
+                write_notebook_page(out / f"{name}.ipynb")
+        if name in failures:
+            say(f"{where}: {failures[name].reason}")
+            write_mark(out, name, {"failed": failures[name].reason})
+        about = facts(preset, out, train, val)
+        reasons = {other: mark["failed"] for other in NOTEBOOKS if "failed" in (mark := read_mark(out, other))}
+        write_report(out, f"Latent fusion: {preset_name}", LEAD, about, reasons, chosen[number:])
+    if failures:
+        said = "; ".join(dict.fromkeys(map(str, failures.values())))
+        if all(error.by_user for error in failures.values()):
+            raise UserError(said)
+        raise NotebookError(f"{len(failures)} of {len(chosen)} notebooks failed", f"{said}; the page is {page}")
+    return page
 
 
 def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
@@ -120,28 +155,40 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
         with stop_signals_go_to(kernel) as asked:
             papermill.execute_notebook(*paths, parameters, cwd=ROOT, km=kernel, stderr_file=sys.stderr)
         if asked:  # between two cells, where no code saw it
-            raise KeyboardInterrupt("stopped; go on with --resume")
+            raise KeyboardInterrupt("stopped; resume with --resume")
     except PapermillExecutionError as error:
-        if error.ename in USER_ERRORS:
-            raise UserError(error.evalue) from None
         if error.ename == "KeyboardInterrupt":
-            raise KeyboardInterrupt(f"{error.evalue or 'stopped'}; go on with --resume") from None
-        raise NotebookError(
-            f"{name}, cell {error.exec_count}: {error.ename}: {error.evalue}; the executed notebook is {executed}"
-        ) from None
+            raise KeyboardInterrupt(f"{error.evalue or 'stopped'}; resume with --resume") from None
+        if error.ename in USER_ERRORS:
+            raise NotebookError(name, error.evalue, by_user=True) from None
+        said = error.evalue or failed_statement(error.traceback, error.source)
+        reason = f"cell {error.exec_count}: {error.ename}: {said}; the executed notebook is {executed}"
+        raise NotebookError(name, reason) from None
     except OSError as error:
         raise UserError(
             f"{error.filename or executed}: cannot be written ({error.strerror}); make room there"
         ) from None
     except RuntimeError as error:  # the kernel died, or never started
         if asked:
-            raise KeyboardInterrupt("stopped; go on with --resume") from None
-        raise NotebookError(f"{name}: {error}; the executed notebook is {executed}") from None
+            raise KeyboardInterrupt("stopped; resume with --resume") from None
+        raise NotebookError(name, f"{error}; the executed notebook is {executed}") from None
     finally:
         if kernel.has_kernel:
             run_sync(kernel.shutdown_kernel)(now=True)
         run_sync(kernel.cleanup_resources)()
         sockets.cleanup()
+
+
+def failed_statement(traceback: list[str], cell: str) -> str:
+    """The source of the statement that raised an error, on one line: what an assertion without a text says."""
+    with contextlib.suppress(IndexError, OSError, ValueError, SyntaxError):
+        place = list(PLACE.finditer(COLOURS.sub("", "\n".join(traceback))))[-1]
+        source = Path(place["file"]).expanduser().read_text() if place["file"] else cell
+        statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
+        around = [node for node in statements if node.lineno <= int(place["line"]) <= node.end_lineno]
+        smallest = min(around, key=lambda node: node.end_lineno - node.lineno)
+        return ast.unparse(smallest).splitlines()[0]
+    return "no message"
 
 
 @contextlib.contextmanager
@@ -184,20 +231,37 @@ def facts(preset: Preset, out: Path, train: int, val: int) -> dict[str, str]:
         head["code"] = f"commit {run.config['versions']['commit']}, torch {run.config['versions']['torch']}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     head["machine"] = f"{os.cpu_count()} cores, {device}"
-    seconds = {name: done["seconds"] for name in NOTEBOOKS if (done := finished(out, name))}
+    seconds = {name: mark["seconds"] for name in NOTEBOOKS if "seconds" in (mark := read_mark(out, name))}
     head["time"] = ", ".join(f"{name} {value} s" for name, value in seconds.items())
     return head
 
 
-def done_path(out: Path, name: str) -> Path:
-    """The mark of a finished notebook: the state it ran with, and the seconds it took."""
-    return out / "report" / f"{name}.done"
+def code_of_lib() -> str:
+    """A hash of all of lib, any of which a notebook may use."""
+    names = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / "lib").rglob("*.py"))
+    return code_fingerprint(*sorted(".".join(name.parts) for name in names))
 
 
-def finished(out: Path, name: str) -> dict[str, Any]:
+def forget(out: Path, name: str) -> None:
+    """An earlier execution's mark, section, notebook and page: a page shows one run."""
+    executed = (out / f"{name}.{suffix}" for suffix in ("ipynb", "html"))
+    for path in (mark_path(out, name), out / "report" / f"{name}.json", *executed):
+        path.unlink(missing_ok=True)
+
+
+def mark_path(out: Path, name: str) -> Path:
+    """How a notebook ended: the state it ran with and the seconds it took, or why it failed."""
+    return out / "report" / f"{name}.mark"
+
+
+def write_mark(out: Path, name: str, content: dict[str, Any]) -> None:
+    write_atomic(mark_path(out, name), json.dumps(content))
+
+
+def read_mark(out: Path, name: str) -> dict[str, Any]:
     """What the mark says; empty where there is none, or none that can be read."""
     try:
-        return dict(json.loads(done_path(out, name).read_text()))
+        return dict(json.loads(mark_path(out, name).read_text()))
     except (OSError, ValueError, TypeError):
         return {}
 
@@ -235,12 +299,13 @@ def chosen_notebooks(only: str | None) -> tuple[str, ...]:
     return tuple(name for name in NOTEBOOKS if name in asked or name[:2] in asked)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command that runs notebooks takes."""
+def add_arguments(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
+    """What every command that runs notebooks takes. `out`: where to, too."""
     parser.add_argument("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--data", default="", help="folder of music (default: generated demo songs)")
     parser.add_argument("--codec", help=f"{', '.join(CODEC_NAMES)} or a directory of EnCodec weights")
-    parser.add_argument("--out", default="", help="output folder (default: outputs/<preset>)")
+    if out:
+        parser.add_argument("--out", default="", help="output folder (default: outputs/<preset>)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of the preset"
     )
@@ -258,7 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.pipeline", description="Run the notebooks in order.")
     add_arguments(parser)
     parser.add_argument("--only", help="notebooks to run, by their numbers: 04,05")
-    parser.add_argument("--resume", action="store_true", help="skip what is done, go on with training")
+    parser.add_argument("--resume", action="store_true", help="skip what is done, let training resume")
     options = parser.parse_args()
     with exit_on_user_error():
         overrides = parsed_overrides(options)

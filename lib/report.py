@@ -1,7 +1,8 @@
 """What the notebooks show, kept for the page `index.html`.
 
 Each notebook opens a `Section` and shows its figures, tables and players through it: they appear in the notebook and
-are stored in the project's folder under `report/`. `write_report` joins the sections into one self-contained page.
+are stored in the project's folder under `report/`. `write_report` joins the sections that are there into one
+self-contained page; it is called after every notebook, so that the page grows.
 """
 
 import base64
@@ -23,17 +24,18 @@ from PIL import Image
 from lib.claims import VERDICTS, Verdict, collect
 from lib.errors import UserError
 from lib.files import write_atomic
-from lib.page import render, write_notebook_page, write_page
+from lib.page import render, write_page
 from lib.player import Players
 
 LIMIT = 20_000_000  # bytes of a page, which a phone should open
+FIRST = "05_listening"  # the section that stands before everything
 
 
 class Table:
     """Rows as a table: HTML in a notebook, aligned columns as text."""
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], caption: str = ""):
-        self.caption = caption
+    def __init__(self, rows: Sequence[Mapping[str, Any]], caption: str = "", folded: bool = False):
+        self.caption, self.folded = caption, folded
         self.columns = list(dict.fromkeys(column for row in rows for column in row))
         self.rows = [[str(row.get(column, "")) for column in self.columns] for row in rows]
 
@@ -46,11 +48,12 @@ class Table:
         head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in self.columns)
         rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows)
         caption = html.escape(self.caption, quote=True)
-        return (  # focusable: a wide table scrolls by keyboard as well
+        heading = f"<caption>{caption}</caption>" if caption and not self.folded else ""
+        table = (  # focusable: a wide table scrolls by keyboard as well
             f'<div class="table" role="region" tabindex="0" aria-label="{caption or "table"}"><table>'
-            + (f"<caption>{caption}</caption>" if caption else "")
-            + f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+            f"{heading}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
         )
+        return f"<details><summary>{caption or 'table'}</summary>{table}</details>" if self.folded else table
 
     def _all(self) -> list[list[str]]:
         return [self.columns, *self.rows]
@@ -84,8 +87,9 @@ class Section:
         self._add({"kind": "figure", "file": f"figures/{name}.png", "caption": caption})
         return display.Image(filename=path)
 
-    def table(self, rows: Sequence[Mapping[str, Any]], caption: str) -> Table:
-        table = Table(rows, caption)
+    def table(self, rows: Sequence[Mapping[str, Any]], caption: str, folded: bool = False) -> Table:
+        """`folded`: a reader of notebook or page opens it by a click on its caption."""
+        table = Table(rows, caption, folded)
         self._add({"kind": "table", "html": table._repr_html_(), "caption": caption, "rows": list(rows)})
         return table
 
@@ -132,43 +136,66 @@ def claims_table(verdicts: Sequence[Mapping[str, Any]], caption: str) -> Table:
     return Table(rows, caption)
 
 
-def write_report(out_dir: Path, title: str, lead: str, facts: Mapping[str, str]) -> Path:
-    """Join the sections in `out_dir` into `index.html`, the last one first; returns its path.
+def write_report(
+    out_dir: Path,
+    title: str,
+    lead: str,
+    facts: Mapping[str, str],
+    failures: Mapping[str, str] | None = None,
+    to_come: Sequence[str] = (),
+) -> Path:
+    """Join the sections in `out_dir` into `index.html`: listening, what was found, the others in the notebooks' order.
+
+    `failures`: notebook → why it did not finish; each has its section, with a link to what was executed.
+    `to_come`: notebooks that have not run yet, of which the page says so. Returns the page's path.
 
     Pictures and players are inside the page. Of players that would take it past 20 MB, the largest are left out, and a
-    line says where they are. Executed notebooks become pages beside it, to which it links. `summary.json` holds the
-    facts and every table as data.
+    line says where they are. Pages of executed notebooks beside it are linked. `summary.json` holds the facts and every
+    table as data.
     """
-    stored = sections(out_dir)[::-1]
+    failures = failures or {}
+    stored = {section["name"]: section for section in sections(out_dir) if section["name"] not in to_come}
+    for name in failures.keys() - stored.keys():
+        stored[name] = {"name": name, "title": title_of(name), "items": []}
     if not stored:
         raise UserError(f"{out_dir}: no sections to report on; run the notebooks first")
-    content = {"facts": dict(facts), "tables": tables_of(stored)}
+    shown = [stored[name] for name in sorted(stored, key=lambda name: (name != FIRST, name))]
+    content = {"facts": dict(facts), "tables": tables_of(shown)}
     write_atomic(out_dir / "summary.json", json.dumps(content, indent=1))
     summary = []
-    for section in stored:
+    for section in shown:
+        section["failure"] = failures.get(section["name"])
         for item in section["items"]:
             if item["kind"] == "figure":
                 item["data"] = base64.b64encode((out_dir / item["file"]).read_bytes()).decode()
             if item["kind"] == "key figure":
                 summary.append({"what": item["what"], "found": item["value"], "section": section["title"]})
-        notebook = out_dir / f"{section['name']}.ipynb"
-        section["notebook"] = write_notebook_page(notebook).stem if notebook.exists() else None
-    verdicts = collect(stored)
+        executed = (out_dir / f"{section['name']}.html").exists()
+        section["notebook"] = section["name"] if executed else None
+    verdicts = collect(shown)
     found = Counter(verdict["verdict"] for verdict in verdicts)
     if verdicts:
         counts = ", ".join(f"{found[verdict]} {verdict}" for verdict in VERDICTS)
         summary.append({"what": "claims of the seeds", "found": counts, "section": "Claims"})
-    leave_out_largest_players(stored, LIMIT)
+    leave_out_largest_players(shown, LIMIT)
+    heard, others = (shown[:1], shown[1:]) if shown[0]["name"] == FIRST else ([], shown)
     body = render(
         "report.html.j2",
         title=title,
         lead=lead,
         facts=facts,
-        sections=stored,
-        summary=Markup(Table(summary, "What was found")._repr_html_()) if summary else "",
+        before=heard,
+        after=others,
+        to_come=[title_of(name) for name in to_come],
+        summary=Markup(Table(summary, "Key figures of every notebook")._repr_html_()) if summary else "",
         claims=Markup(claims_table(verdicts, "Every claim and its verdict")._repr_html_()) if verdicts else "",
     )
     return write_page(out_dir / "index.html", title, body)
+
+
+def title_of(name: str) -> str:
+    """What a notebook without a section of its own is called: 02_stage_ablation → Stage ablation."""
+    return name[3:].replace("_", " ").capitalize()
 
 
 def leave_out_largest_players(sections: Sequence[dict[str, Any]], limit: int) -> None:

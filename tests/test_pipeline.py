@@ -27,10 +27,10 @@ from lib.audio import AudioError  # noqa: F401  its subclasses are looked for be
 from lib.cascade import CascadeConfig
 from lib.errors import UserError
 from lib.pipeline import (
+    EXECUTED,
     NOTEBOOKS,
     NotebookError,
     chosen_notebooks,
-    done_path,
     facts,
     main,
     parse_overrides,
@@ -183,7 +183,7 @@ def test_every_mistake_of_the_user_is_known_by_its_name():
 def test_every_parameter_that_is_passed_exists_in_its_notebook(tmp_path, project, executions):
     """papermill only warns about an unknown one."""
     run_notebooks("smoke", {"max_steps": 1}, "", tmp_path / "out")
-    assert [name for name, _ in executions] == list(NOTEBOOKS)
+    assert [name for name, _ in executions] == list(EXECUTED)
     for name, parameters in executions:
         declared = papermill.inspect_notebook(str(ROOT / "notebooks" / f"{name}.ipynb"))
         by_default = {"num_processes"} if name == "04_training" else set()  # `lib.train` is for more than one
@@ -192,8 +192,7 @@ def test_every_parameter_that_is_passed_exists_in_its_notebook(tmp_path, project
 
 def test_folders_from_the_command_line_are_relative_to_where_it_was_called(tmp_path, project, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no sections"):
-        run_notebooks("smoke", {}, "my songs", "my run", only=())
+    run_notebooks("smoke", {}, "my songs", "my run", only=())
     (asked,) = project.asked
     assert asked == (load_preset("smoke"), str(tmp_path / "my songs"), tmp_path / "my run")
 
@@ -209,7 +208,9 @@ def test_notebooks_are_executed_and_joined_into_a_page(tmp_path, notebooks, proj
     page = run_notebooks("smoke", overrides, str(tmp_path), out, names)
     assert page == out / "index.html"
     assert page.read_text().count("seen by 04_training") == 1
-    assert 'href="01_encoding.ipynb"' in page.read_text()
+    for link in ("01_encoding.ipynb", "01_encoding.html"):
+        assert f'href="{link}"' in page.read_text()
+        assert (out / link).exists()
     for entry, name in zip(log(out), names, strict=True):
         assert entry["name"] == name
         assert entry["given"] == ["smoke", overrides, str(tmp_path), str(out), False]
@@ -226,7 +227,9 @@ def test_notebooks_are_executed_and_joined_into_a_page(tmp_path, notebooks, proj
     assert re.search(r"Executing: +100%", said)  # a bar for the cells
 
 
-def test_resume_skips_what_is_done_under_the_same_conditions(tmp_path, notebooks, project, executions, capsys):
+def test_resume_skips_what_is_done_under_the_same_conditions(
+    tmp_path, notebooks, project, executions, capsys, monkeypatch
+):
     names = "01_encoding", "04_training"
     notebooks(**{name: [] for name in names})
     run = {"preset_name": "smoke", "overrides": {}, "data_dir": str(tmp_path), "out_dir": tmp_path / "out"}
@@ -250,32 +253,125 @@ def test_resume_skips_what_is_done_under_the_same_conditions(tmp_path, notebooks
     assert runs_of() == list(names)
     project.codec.fingerprint = "e" * 64
     assert runs_of() == list(names)
+    monkeypatch.setattr(lib.pipeline, "code_fingerprint", lambda *modules: "an edit")
+    assert runs_of() == list(names)
     assert runs_of() == []
 
 
-def test_a_failing_cell_is_told_with_cell_error_and_notebook(tmp_path, notebooks, project):
-    notebooks(**{"01_encoding": ["x = 1", "def f():\n    return x / 0\n\n\nf()", "print('never')"], "04_training": []})
+def test_any_module_of_lib_decides_whether_a_notebook_is_done(monkeypatch):
+    asked = []
+    monkeypatch.setattr(lib.pipeline, "code_fingerprint", lambda *modules: asked.extend(modules))
+    lib.pipeline.code_of_lib()
+    assert {"lib.losses", "lib.superres.vae", "lib.superres.__init__"} < set(asked)
+    assert len(asked) == len(list((ROOT / "lib").rglob("*.py")))
+
+
+def test_the_order_is_that_of_the_story_with_listening_early():
+    assert sorted(EXECUTED) == sorted(NOTEBOOKS)
+    assert EXECUTED[:3] == ("01_encoding", "04_training", "05_listening")
+    assert EXECUTED.index("02_stage_ablation") < EXECUTED.index("03_rms_collapse")  # which reads the other's runs
+
+
+def test_the_page_is_there_after_the_first_notebook_and_says_what_is_to_come(tmp_path, notebooks, project):
+    """The second notebook looks at the page that the first has left."""
+    out = tmp_path / "out"
+    look = f"(folder / 'seen.html').write_text(open({str(out / 'index.html')!r}).read())"
+    notebooks(**{"01_encoding": [], "04_training": [look], "05_listening": []})
+    page = run_notebooks("smoke", {}, "", out, ("01_encoding", "04_training", "05_listening"))
+    early, late = (out / "seen.html").read_text(), page.read_text()
+    assert early.rstrip().endswith("</html>")
+    assert "seen by 01_encoding" in early
+    assert "Still to come: Training, Listening." in early
+    assert "Still to come" not in late
+    assert all(f"seen by {name}" in late for name in ("01_encoding", "04_training", "05_listening"))
+
+
+FAILING = ["x = 1", "def f():\n    return x / 0\n\n\nf()", "print('never')"]
+
+
+def test_a_failing_cell_is_told_with_cell_error_and_notebook(tmp_path, notebooks, project, parse):
+    notebooks(**{"02_stage_ablation": FAILING, "03_rms_collapse": []})
     out = tmp_path / "out"
     with pytest.raises(NotebookError) as caught:
-        run_notebooks("smoke", {}, "", out, ("01_encoding", "04_training"))
-    cells = executed(out, "01_encoding")
-    where = f"01_encoding, cell {cells[-2].execution_count}: ZeroDivisionError: division by zero"
-    assert str(caught.value) == f"{where}; the executed notebook is {out / '01_encoding.ipynb'}"
+        run_notebooks("smoke", {}, "", out, ("02_stage_ablation", "03_rms_collapse"))
+    cells = executed(out, "02_stage_ablation")
+    reason = f"cell {cells[-2].execution_count}: ZeroDivisionError: division by zero"
+    reason += f"; the executed notebook is {out / '02_stage_ablation.ipynb'}"
+    told = f"1 of 2 notebooks failed: 02_stage_ablation: {reason}"
+    assert str(caught.value) == f"{told}; the page is {out / 'index.html'}"
     (error,) = (output for output in cells[-2].outputs if output.output_type == "error")
     assert "ZeroDivisionError" in error.traceback[-1]
     assert len(error.traceback) > 2
     assert not cells[-1].outputs
-    assert not (out / "04_training.ipynb").exists()
-    assert not done_path(out, "01_encoding").exists()  # so --resume begins here
+    source = (out / "index.html").read_text()
+    failed = source.partition('<section id="02_stage_ablation" class="failed">')[2].partition("</section>")[0]
+    assert "seen by 02_stage_ablation" in failed  # what it had shown before
+    assert reason in failed
+    assert 'href="02_stage_ablation.html"' in failed
+    assert "ZeroDivisionError" in (out / "02_stage_ablation.html").read_text()
+    assert '<section id="03_rms_collapse">' in source  # unharmed
+    assert "seen by 03_rms_collapse" in source
+
+
+def test_what_needs_a_failed_notebook_is_not_run_and_the_rest_is(tmp_path, notebooks, project):
+    notebooks(
+        **{"04_training": ["raise KeyError('k')"], "05_listening": [], "06_super_resolution": [], "01_encoding": []}
+    )
+    out, only = tmp_path / "out", ("01_encoding", "04_training", "05_listening", "06_super_resolution")
+    with pytest.raises(NotebookError, match="2 of 4 notebooks failed: 04_training: cell 4: KeyError") as caught:
+        run_notebooks("smoke", {}, "", out, only)
+    assert "05_listening: not run: it needs 04_training, which failed" in str(caught.value)
+    assert [entry["name"] for entry in log(out)] == ["01_encoding", "04_training", "06_super_resolution"]
+    source = (out / "index.html").read_text()
+    assert source.index('<section id="05_listening" class="failed">') < source.index('id="summary"')
+    assert source.count('class="failed"') == 2
+    notebooks(**{"04_training": []})
+    run_notebooks("smoke", {}, "", out, only, resume=True)
+    assert [entry["name"] for entry in log(out)[3:]] == ["04_training", "05_listening", "06_super_resolution"]
+    assert 'class="failed"' not in (out / "index.html").read_text()
+
+
+def test_a_failure_is_remembered_until_the_notebook_has_run_again(tmp_path, notebooks, project):
+    notebooks(**{"02_stage_ablation": ["1 / 0"], "03_rms_collapse": []})
+    out = tmp_path / "out"
+    with pytest.raises(NotebookError):
+        run_notebooks("smoke", {}, "", out, ("02_stage_ablation",))
+    run_notebooks("smoke", {}, "", out, ("03_rms_collapse",))
+    assert "ZeroDivisionError" in (out / "index.html").read_text()
+
+
+MODULE = """import sys
+sys.path.insert(0, str(folder))
+(folder / "a_module.py").write_text("def f(x):\\n    assert (\\n        x\\n        > 2\\n    )\\n")
+import a_module
+a_module.f(1)"""
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        ("value = 3\nassert value == 4", "AssertionError: assert value == 4"),
+        ("def check(x):\n    assert not x\n\n\ncheck([0])", "AssertionError: assert not x"),
+        ("assert (\n    1\n    > 2\n)", "AssertionError: assert 1 > 2"),
+        ("assert 1 > 2, 'too small'", "AssertionError: too small"),
+        ("raise KeyError", "KeyError: raise KeyError"),
+        (MODULE, "AssertionError: assert x > 2"),
+    ],
+)
+def test_an_error_without_a_text_is_told_by_its_source_line(tmp_path, notebooks, project, cell, said):
+    notebooks(**{"01_encoding": [cell]})
+    with pytest.raises(NotebookError, match=re.escape(f"cell 4: {said}")):
+        run_notebooks("smoke", {}, "", tmp_path / "out", ("01_encoding",))
 
 
 def test_a_kernel_that_dies_is_told_like_a_failing_cell(tmp_path, notebooks, project):
     """As the kernel of a server short of memory would."""
-    notebooks(**{"01_encoding": ["os.kill(os.getpid(), 9)"]})
+    notebooks(**{"01_encoding": ["os.kill(os.getpid(), 9)"], "02_stage_ablation": []})
     out = tmp_path / "out"
     with pytest.raises(NotebookError, match=r"01_encoding.*died.*the executed notebook is .*01_encoding\.ipynb"):
-        run_notebooks("smoke", {}, "", out, ("01_encoding",))
+        run_notebooks("smoke", {}, "", out, ("01_encoding", "02_stage_ablation"))
     assert executed(out, "01_encoding")
+    assert "seen by 02_stage_ablation" in (out / "index.html").read_text()
 
 
 def test_facts_are_those_of_the_run(tmp_path):
@@ -336,7 +432,7 @@ lib.pipeline.main()
     assert (out / "saved").exists()
     assert "SIGINT: asking the notebook to save and stop; again to stop at once" in errors
     assert errors.splitlines()[-1].startswith("error: ")
-    assert errors.splitlines()[-1].endswith("go on with --resume")
+    assert errors.splitlines()[-1].endswith("resume with --resume")
     assert "Traceback" not in errors
     assert executed(out, "01_encoding")[-1].outputs[-1].ename == "KeyboardInterrupt"
     with contextlib.suppress(psutil.NoSuchProcess):  # the kernel ended with the pipeline
@@ -355,7 +451,7 @@ def test_sigterm_stops_like_ctrl_c_and_leaves_the_handlers_as_they_were(tmp_path
     out.mkdir()
     thread = threading.Thread(target=stop)
     thread.start()
-    with pytest.raises(KeyboardInterrupt, match="go on with --resume"):
+    with pytest.raises(KeyboardInterrupt, match="resume with --resume"):
         run_notebooks("smoke", {}, "", out, ("01_encoding",))
     thread.join()
     assert (out / "saved").exists()
@@ -466,11 +562,12 @@ def test_a_mistake_that_only_a_cell_finds_is_one_line_too(tmp_path, call, notebo
 
 def test_a_failure_of_ours_has_exit_code_1(tmp_path, call, project, monkeypatch):
     def execute(name, out, parameters):
-        raise NotebookError("01_encoding, cell 3: KeyError: 'x'; the executed notebook is there")
+        raise NotebookError(name, "cell 3: KeyError: 'x'; the executed notebook is there")
 
     monkeypatch.setattr(lib.pipeline, "execute", execute)
-    code, _, _ = call("--preset", "smoke", "--out", tmp_path / "out")
-    assert code == "error: 01_encoding, cell 3: KeyError: 'x'; the executed notebook is there"  # printed, with code 1
+    code, _, _ = call("--preset", "smoke", "--only", "01", "--out", tmp_path / "out")
+    error = "1 of 1 notebooks failed: 01_encoding: cell 3: KeyError: 'x'; the executed notebook is there"
+    assert code == f"error: {error}; the page is {tmp_path / 'out' / 'index.html'}"  # printed, with code 1
 
 
 def test_the_options_reach_the_notebooks(tmp_path, call, monkeypatch):

@@ -19,8 +19,9 @@ from PIL import Image
 import lib.report
 from lib.claims import collect, judge
 from lib.errors import UserError
+from lib.page import write_notebook_page
 from lib.player import Players
-from lib.report import Section, Table, leave_out_largest_players, sections, write_report
+from lib.report import Section, Table, leave_out_largest_players, sections, tables_of, write_report
 
 EVIL = "<script>alert(\"x\")</script> & 'y'"
 
@@ -63,6 +64,7 @@ def out(tmp_path):
     last.players(players("input", "output"), "A pair")
     last.figure(figure(), "picture", "Outlines")
     nbformat.write(v4.new_notebook(cells=[v4.new_markdown_cell("As executed")]), folder / "05_listening.ipynb")
+    write_notebook_page(folder / "05_listening.ipynb")
     return folder
 
 
@@ -211,16 +213,50 @@ def test_every_link_leads_somewhere(out, write):
     assert "As executed" in text(out / "05_listening.html")
 
 
-def test_the_last_notebook_comes_first_in_page_and_contents(out, write):
-    """Listening is what a newcomer came for; encoding explains it."""
-    Section(out, "04_training", "Training")
+def test_listening_comes_first_then_what_was_found_then_the_story(out, write):
+    for name in ("06_super_resolution", "04_training"):
+        Section(out, name, name)
+    Section(out, "02_stage_ablation", "Ablation").claims([judge("C1", "said", True)])
     page = write(out)
-    wanted = ["05_listening", "04_training", "01_encoding"]
-    assert [section["id"] for section in page.all("section")] == ["summary", *wanted]
-    assert [link["href"] for link in page.all("a") if link["href"][0] == "#"] == [
-        "#main",
-        *("#" + name for name in wanted),
-    ]
+    wanted = ["05_listening", "summary", "01_encoding", "02_stage_ablation", "04_training", "06_super_resolution"]
+    assert [section["id"] for section in page.all("section")] == [*wanted, "claims"]
+    links = [link["href"] for link in page.all("a") if link["href"][0] == "#"]
+    assert links == ["#main", *("#" + name for name in wanted), "#claims"]
+
+
+def test_a_page_without_listening_yet_begins_with_what_was_found(tmp_path, write):
+    Section(tmp_path, "01_encoding", "Encoding")
+    assert [section["id"] for section in write(tmp_path).all("section")] == ["summary", "01_encoding"]
+
+
+def test_a_failed_notebook_has_its_section_with_the_reason_even_if_it_never_opened_one(out, parse):
+    failures = {"01_encoding": "cell 3: KeyError: 'x'", "02_stage_ablation": f"cell 1: {EVIL}"}
+    path = write_report(out, "t", "l", {}, failures)
+    page = parse(text(path))
+    failed = [section["id"] for section in page.all("section") if section.get("class") == "failed"]
+    assert failed == ["01_encoding", "02_stage_ablation"]
+    for words in ("cell 3: KeyError: 'x'", EVIL, "Stage ablation", "What a clip becomes."):
+        assert words in page.text
+    assert page.text.count("did not finish") == 2
+    assert page.all("script") == [{"type": "module"}]
+
+
+def test_what_is_still_to_come_is_said_and_an_earlier_execution_of_it_is_not_shown(out, parse):
+    page = parse(text(write_report(out, "t", "l", {}, to_come=("05_listening", "02_stage_ablation"))))
+    assert "Still to come: Listening, Stage ablation." in page.text
+    assert [section["id"] for section in page.all("section")] == ["summary", "01_encoding"]
+    assert "Still to come" not in parse(text(write_report(out, "t", "l", {}))).text
+
+
+def test_a_folded_table_opens_by_its_caption(tmp_path, parse):
+    section = Section(tmp_path, "01", "One")
+    shown = section.table([{"a": 1}], "Forty rows", folded=True)
+    assert repr(shown) == "a\n1"
+    page = parse(text(write_report(tmp_path, "t", "l", {})))
+    (details,) = page.all("details")
+    assert "open" not in details
+    assert page.text.count("Forty rows") == 1
+    assert tables_of(sections(tmp_path)) == {"Forty rows": [{"a": 1}]}
 
 
 def test_the_summary_has_every_key_figure_with_its_section(tmp_path, parse):
@@ -234,12 +270,12 @@ def test_the_summary_has_every_key_figure_with_its_section(tmp_path, parse):
     summary = source.partition('<section id="summary">')[2].partition("</section>")[0]
     cells = [cell.partition("</td>")[0] for cell in summary.split("<td>")[1:]]
     assert cells == [
+        *("RMS of the input", "5.66", "Encoding"),
         *("validation loss", "from 9 to 7", "Training"),
         *("time", "3 min", "Training"),
-        *("RMS of the input", "5.66", "Encoding"),
         *("claims of the seeds", "2 reproduced, 1 refuted, 1 not tested here", "Claims"),
     ]
-    assert "What was found" in summary
+    assert "Key figures of every notebook" in summary
     for name in ("01", "02"):  # not once more in their sections
         own = source.partition(f'<section id="{name}">')[2].partition("</section>")[0]
         assert "<table" not in own
@@ -346,6 +382,7 @@ def test_a_page_stays_below_its_limit_and_names_the_place(tmp_path, monkeypatch,
     made.players(noise_players(10), "Made while training")
     made.figure(figure(), "f", "A figure")
     nbformat.write(v4.new_notebook(), tmp_path / "05.ipynb")
+    write_notebook_page(tmp_path / "05.ipynb")
     path = write_report(tmp_path, "t", "l", {})
     page = parse(text(path))
     assert path.stat().st_size <= 1_000_000
