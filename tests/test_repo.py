@@ -180,7 +180,7 @@ def test_generated_files_are_not_tracked():
 
 
 @pytest.mark.parametrize(
-    ("package", "others"), [("", {"notebooks", "repo", "encodec_weights", "bench"}), ("superres", set())]
+    ("package", "others"), [("", {"notebooks", "repo", "encodec_weights", "bench", "check_demo"}), ("superres", set())]
 )
 def test_every_module_has_its_tests(package, others):
     modules = {path.stem.strip("_") for path in (ROOT / "lib" / package).glob("*.py")} - {"init"}
