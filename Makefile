@@ -38,12 +38,12 @@ e2e: .venv/ready
 lab: .venv/ready
 	$(BIN)/jupyter lab notebooks --ServerApp.tornado_settings='{"websocket_max_message_size": 500000000}'
 
-# PARTS="cascade data" measures some of it; BENCH=outputs/record/bench/cpu is where the README's figures come from
+# PARTS="cascade data" measures some of it
 BENCH ?= outputs/bench
 bench: .venv/ready
 	$(BIN)/python tests/bench $(PARTS) --out $(BENCH)
 
-# measure what the README quotes: the ablation, the notebooks, the claims; goes on where it was stopped
+# measure what the README quotes, in a clone of this commit, and replace outputs/record/; resumes on the same commit
 PRESET ?= demo
 record: .venv/ready
 	$(BIN)/python -m lib.record --preset $(PRESET)

@@ -44,7 +44,7 @@ from lib.latents import LatentPairs
 from lib.metrics import evaluate_fusion, judge_outputs, mean_judgement
 from lib.nonfinite import NonFiniteError
 from lib.projection import projection_ceiling
-from lib.provenance import code_fingerprint, versions
+from lib.provenance import code_fingerprint
 from lib.runs import Run
 from lib.train_config import TrainConfig
 from lib.trainer import train
@@ -328,7 +328,7 @@ def write_record(path: Path, results: Sequence[Result], facts: dict[str, Any], p
             norms = tuple(statistics.median(norms[a:b]) for a, b in itertools.pairwise(cuts))
         rows.append(short(dataclasses.asdict(result) | {"grad_norm": norms, "run": Path(result.run).name}))
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    write_atomic(path, f'{{"facts": {json.dumps(facts | versions())},\n"results": [\n{lines}\n]}}\n')
+    write_atomic(path, f'{{"facts": {json.dumps(facts)},\n"results": [\n{lines}\n]}}\n')
 
 
 def read_record(path: Path) -> tuple[tuple[Result, ...], dict[str, Any]]:

@@ -1,16 +1,13 @@
 """The claims of the project's seed documents, and what became of them here.
 
 A notebook judges its claims with `judge` and shows them through `Section.claims`; `collect` gathers them from a
-finished run, `merge` keeps the newest of each preset.
+finished run.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from lib.errors import UserError
 from lib.spread import describe
 
 # id → seed documents that state it, and what they state
@@ -76,43 +73,22 @@ def collect(sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: int(row["claim"][1:]))
 
 
-def merge(
-    path: Path, verdicts: Sequence[dict[str, Any]], facts: dict[str, str], *, replace_all: bool = True
-) -> list[dict[str, Any]]:
-    """The content of claims.json at `path` with the verdicts of one preset put in place of its earlier ones; without
-    `replace_all` in place of those on the same claims.
-
-    `facts` (preset, codec, commit, …) go into every row. Claims that no preset has tested are listed with the reason.
-    """
-    kept, judged = [], {row["claim"] for row in verdicts}
-    if path.exists():
-        try:
-            kept = [
-                row
-                for row in json.loads(path.read_text())
-                if row["claim"] in CLAIMS
-                and row["preset"]
-                and (row["preset"] != facts["preset"] or not (replace_all or row["claim"] in judged))
-            ]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: damaged ({error}); restore it from the repository, or delete it") from None
-    rows = kept + [row | facts for row in verdicts]
-    tested = {row["claim"] for row in rows}
+def with_untested(verdicts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The verdicts, and every claim that has none, with the reason."""
+    rows, judged = list(verdicts), {row["claim"] for row in verdicts}
     for claim, (_, said) in CLAIMS.items():
-        if claim not in tested:
-            untested = judge(claim, said, None, why="no notebook of this preset has judged it")
-            rows.append(asdict(untested) | dict.fromkeys(facts, ""))
+        if claim not in judged:
+            rows.append(asdict(judge(claim, said, None, why="no notebook has judged it")))
     return sorted(rows, key=lambda row: int(row["claim"][1:]))
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     """claims.json as a Markdown table."""
-    head = ("claim", "seed", "said", "measured (range over seeds)", "verdict", "preset, codec, commit")
+    head = ("claim", "seed", "said", "measured (range over seeds)", "verdict")
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
         measured = row["measured"] + (f" ({row['spread']})" if row["spread"] else "")
         verdict = f"**{row['verdict']}**" + (f": {row['why']}" if row["why"] else "")
-        where = ", ".join(row[key] for key in ("preset", "codec", "commit") if row.get(key))
-        cells = (row["claim"], CLAIMS[row["claim"]][0], row["said"], measured, verdict, where)
+        cells = (row["claim"], CLAIMS[row["claim"]][0], row["said"], measured, verdict)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

@@ -91,6 +91,8 @@ class Preset:
     record_superres_vae_steps: int = 600
     record_superres_steps: int = 800
     record_superres_seeds: int = 3  # with which both contexts are compared
+    record_data_seeds: int = 3  # each with songs of its own, with each of
+    record_seeds: int = 2  # training seeds; 1 and 1: no variations
 
     @property
     def plan(self) -> Plan:
@@ -200,6 +202,8 @@ PRESETS = {
         record_superres_vae_steps=6,
         record_superres_steps=6,
         record_superres_seeds=2,
+        record_data_seeds=2,
+        record_seeds=1,
     ),
     # the full model on short clips: a few minutes on two cores
     "demo": Preset(
@@ -268,6 +272,8 @@ PRESETS = {
         record_superres_vae_steps=200_000,
         record_superres_steps=500_000,
         record_superres_seeds=1,
+        record_data_seeds=1,
+        record_seeds=1,
     ),
 }
 
@@ -383,17 +389,15 @@ class Project:
 
     def grid(self) -> tuple[tuple[Result, ...], str]:
         """The whole ablation grid and where it comes from: the preset's own if it runs all variants, else the record
-        that `make record` wrote for this preset, or for the demo."""
+        that `make record` wrote."""
         if self.preset.ablation_variants == "all":
             return self.ablation(), f"preset {self.preset.name}, this run"
         results, facts = self.recorded("ablation", NAMED)
         return results, facts["source"]
 
     def recorded(self, name: str, variants: Sequence[Variant]) -> tuple[tuple[Result, ...], dict[str, Any]]:
-        """The results that `make record` wrote for this preset, or for the demo, and their facts; 'source' says in
-        words where they come from."""
-        path = RECORD / self.preset.name / f"{name}.json"
-        path = path if path.exists() else RECORD / "demo" / f"{name}.json"
+        """The results that `make record` wrote and their facts; 'source' says in words where they come from."""
+        path = RECORD / f"{name}.json"
         results, facts = read_record(path)
         lacking = {variant.name for variant in variants} - {result.variant for result in results}
         lacking |= {"preset", "steps", "codec"} - set(facts)
@@ -405,8 +409,7 @@ class Project:
     def recorded_superres(self) -> tuple[tuple[Score, ...], dict[str, Any]]:
         """The distances that `make record` measured of a super-resolver trained for longer, and their facts; 'source'
         as in `recorded`."""
-        path = RECORD / self.preset.name / "superres.json"
-        scores, facts = read_scores(path if path.exists() else RECORD / "demo" / "superres.json")
+        scores, facts = read_scores(RECORD / "superres.json")
         steps = f"{facts['vae_steps']} and {facts['steps']} steps"
         return scores, facts | {"source": f"recorded: preset {facts['preset']}, {steps}, {scores[0].clips} clips"}
 

@@ -1,8 +1,5 @@
 """What the benchmarks rest on: operations counted, the stock build they race against, the sums on paper, the record."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from baseline import StockCascade
@@ -10,7 +7,7 @@ from flops import forward_flops, training_flops
 from measure import compete
 from scaling import scaling_efficiency
 from steps import kind_of
-from tables import TABLES, as_markdown, markdown
+from tables import markdown
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -156,16 +153,3 @@ def test_a_markdown_table():
 )
 def test_kernels_are_sorted_by_what_they_do(kernel, kind):
     assert kind_of(kernel) == kind
-
-
-# --- the record -------------------------------------------------------------------------------------------------------
-
-ROOT = Path(__file__).parents[1]
-RECORD = ROOT / "outputs" / "record" / "bench" / "cpu"
-
-
-def test_the_readme_and_the_tables_show_what_was_recorded():
-    found = json.loads((RECORD / "bench.json").read_text())
-    assert set(TABLES) - set(found) == {"gpu", "superres"}  # one run, of what needs no GPU and was there then
-    assert (RECORD / "bench.md").read_text() == as_markdown(found)
-    assert markdown(TABLES["cascade"](found)) in (ROOT / "README.md").read_text()

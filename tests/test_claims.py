@@ -1,15 +1,11 @@
-"""Verdicts that can come out every way, gathered from notebooks and kept per preset."""
+"""Verdicts that can come out every way, gathered from notebooks."""
 
 import dataclasses
-import json
 
 import pytest
 
-from lib.claims import CLAIMS, NOT_TESTED, REFUTED, REPRODUCED, collect, judge, markdown_table, merge
-from lib.errors import UserError
+from lib.claims import CLAIMS, NOT_TESTED, REFUTED, REPRODUCED, collect, judge, markdown_table, with_untested
 from lib.report import Section, sections
-
-FACTS = {"preset": "demo", "codec": "mdct", "commit": "abc1234"}
 
 
 def row(claim: str, holds: bool | None = True, **more) -> dict:
@@ -52,36 +48,17 @@ def test_collect_finds_what_sections_stored_in_order_of_the_claims(tmp_path):
     assert collect(sections(tmp_path)) == [dataclasses.asdict(early), dataclasses.asdict(late)]
 
 
-def test_merge_puts_a_preset_in_place_of_its_earlier_rows_and_keeps_the_others(tmp_path):
-    path = tmp_path / "claims.json"
-    first = merge(path, [row("C7"), row("C2", False)], FACTS)
-    path.write_text(json.dumps(first))
-    full = merge(path, [row("C7", False)], FACTS | {"preset": "full"})
-    path.write_text(json.dumps(full))
-    again = merge(path, [row("C7", None)], FACTS)
-    by_preset = [(r["preset"], r["verdict"]) for r in again if r["claim"] == "C7"]
-    assert by_preset == [("full", REFUTED), ("demo", NOT_TESTED)]
-    assert [r["verdict"] for r in again if r["claim"] == "C2"] == [NOT_TESTED]  # this time no notebook judged it
-
-
-def test_every_claim_is_in_the_list_once_nobody_tested_it(tmp_path):
-    rows = merge(tmp_path / "claims.json", [row("C7")], FACTS)
-    assert [r["claim"] for r in rows] == list(CLAIMS)
-    assert all(r["why"] and r["preset"] == "" for r in rows if r["claim"] != "C7")
-
-
-def test_a_damaged_file_is_named(tmp_path):
-    path = tmp_path / "claims.json"
-    for content in ("{", "[1]", "3", '[{"claim": "C1"}]'):
-        path.write_text(content)
-        with pytest.raises(UserError, match=r"claims\.json: damaged .*restore"):
-            merge(path, [], FACTS)
+def test_every_claim_is_in_the_list_once_nobody_tested_it():
+    rows = with_untested([row("C7"), row("C7", False), row("C2")])
+    assert [r["claim"] for r in rows] == sorted([*CLAIMS, "C7"], key=lambda claim: int(claim[1:]))
+    assert {r["claim"] for r in rows if r["why"]} == set(CLAIMS) - {"C7", "C2"}
+    assert all(r["verdict"] == NOT_TESTED for r in rows if r["why"])
 
 
 def test_the_table_has_one_row_a_verdict_and_survives_its_own_separator():
-    table = markdown_table([row("C7", values=[1.0, 2.0]) | FACTS, row("C10", None, found="|corr|") | FACTS])
+    table = markdown_table([row("C7", values=[1.0, 2.0]), row("C10", None, found="|corr|")])
     lines = table.splitlines()
     assert len(lines) == 4
-    assert "| 1.50 (1.00 to 2.00) | **reproduced** | demo, mdct, abc1234 |" in lines[2]
+    assert "| 1.50 (1.00 to 2.00) | **reproduced** |" in lines[2]
     assert "\\|corr\\|" in lines[3]
     assert "**not tested here**: too short" in lines[3]
