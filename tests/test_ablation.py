@@ -372,9 +372,7 @@ def test_a_record_keeps_four_digits_and_forty_norms(tmp_path):
     assert result.end == {"grad_norm": 98770.0}
     assert result.final == {"mse": 3.333e-08}
     assert result.run == "0123abcd"
-    assert facts["clips"] == "4 s"
-    assert facts["torch"] == torch.__version__
-    assert facts["commit"]
+    assert facts == {"clips": "4 s"}
     assert len(result.grad_norm) == 40
     assert result.grad_norm[:4] == (0.5, 3.0, 6.0, 8.5)  # medians of 0–1, 2–4, 5–7, 8–9
     assert result.grad_norm[-1] == 98.5

@@ -501,9 +501,8 @@ def test_listening_clips_that_the_music_cannot_give_name_their_setting(root):
 
 
 def test_a_record_that_lacks_what_the_notebooks_need_is_named(tmp_path, monkeypatch):
-    record = json.loads((lib.presets.RECORD / "demo" / "ablation.json").read_text())
-    path = tmp_path / "demo" / "ablation.json"
-    path.parent.mkdir()
+    record = json.loads((lib.presets.RECORD / "ablation.json").read_text())
+    path = tmp_path / "ablation.json"
     monkeypatch.setattr(lib.presets, "RECORD", tmp_path)
     project = lib.presets.Project(load_preset("smoke"), tmp_path, None, None, None)
     with pytest.raises(UserError, match="no record of the ablation here"):
