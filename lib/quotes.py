@@ -57,7 +57,7 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "",
         f"- **Fusion.** Figure of merit: {merits}. Verdicts: {alike([row['against'] for row in seeded])}.",
         "- **Super-resolution**, trained as briefly as a demo can. By how much its distance to the original is less "
-        f"than the mean envelope's: {gains}. Verdicts: {alike([row['against_envelope'] for row in seeded])}.",
+        f"than the mean envelope's: {gains}. Verdicts: {alike([row['against_envelope'] for row in seeded], 'it at ')}.",
     ]
     whole = {row["run"]: row for row in rows}
     if "no-vectors" in whole:
@@ -76,19 +76,20 @@ def mean_of(plus_minus: str) -> float:
     return float(plus_minus.split()[0].replace("−", "-"))
 
 
-def alike(verdicts: Sequence[Mapping[str, str]]) -> str:
+def alike(verdicts: Sequence[Mapping[str, str]], before: str = "") -> str:
     """'better than a, b; worse than c' where every run says so, and the rest under words of their own."""
     groups: dict[str, list[str]] = {}
     for name in verdicts[0]:
         found = {run[name] for run in verdicts}
         groups.setdefault(found.pop() if len(found) == 1 else DIFFERENT, []).append(name)
-    return "; ".join(f"{words} {', '.join(names)}" for words, names in groups.items())
+    return "; ".join(f"{words} {before}{', '.join(names)}" for words, names in groups.items())
 
 
 def moved(here: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
     """What is not the same in runs on one thread, of which one is without vector instructions."""
-    names = [(kind, name) for kind in ("against", "against_envelope", "claims") for name in here[kind]]
-    changed = [name for kind, name in names if any(row[kind].get(name) != here[kind][name] for row in others)]
+    kinds = {"against": "fusion against ", "against_envelope": "super-resolution at ", "claims": ""}
+    names = [(kind, name) for kind in kinds for name in here[kind]]
+    changed = [kinds[k] + name for k, name in names if any(row[k].get(name) != here[k][name] for row in others)]
     merit = max(abs(row["merit"][name] - value) for row in others for name, value in here["merit"].items())
     gain = max(abs(mean_of(row["gain"][c]) - mean_of(value)) for row in others for c, value in here["gain"].items())
     pairs = "the same" if all(row["pairs"] == here["pairs"] for row in others) else "OTHER"

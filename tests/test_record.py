@@ -199,7 +199,7 @@ def test_what_a_run_has_found_is_read_from_its_tables(tmp_path):
     assert found["merit"] == {"trained model": 0.81, "input": 0.1}
     assert found["against"] == {"average": "better than"}
     assert found["gain"] == {"2 kHz": "0.10 ± 0.02"}
-    assert found["against_envelope"] == {"the mean envelope at 2 kHz": "worse than"}
+    assert found["against_envelope"] == {"2 kHz": "worse than"}
     assert found["claims"] == {}  # of two notebooks: not the claims of all
     Section(tmp_path, "01_encoding", "01")
     assert found_in(tmp_path)["claims"] == {"C13: coherent": "reproduced"}
