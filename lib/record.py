@@ -135,7 +135,9 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, folder: P
     out = run_notebooks(preset_name, overrides, data_dir, resume=True).parent
     for name in FIGURES:
         shutil.copyfile(out / "figures" / f"{name}.png", folder / f"{name}.png")
-    write_json(folder / "summary.json", json.loads((out / "summary.json").read_text()))
+    summary = json.loads((out / "summary.json").read_text())
+    summary["facts"].pop("code", None)  # record.json says it
+    write_json(folder / "summary.json", summary)
     claims = with_untested(collect(sections(out)))
     write_atomic(folder / "claims.json", one_row_a_line(claims))
     write_atomic(folder / "claims.md", claims_page(claims))

@@ -218,7 +218,7 @@ def stub(monkeypatch, tmp_path):
     (out / "figures").mkdir(parents=True)
     for name in FIGURES:
         (out / "figures" / f"{name}.png").write_bytes(name.encode())
-    (out / "summary.json").write_text("{}")
+    (out / "summary.json").write_text(json.dumps({"facts": {"code": "commit abcdef0"}, "tables": {}}))
     (tmp_path / "outputs" / "bench").mkdir(parents=True)
     (tmp_path / "outputs" / "bench" / "bench.md").write_text("")
     bench = {"machine": {"cores": 2, "commit": "abcdef0", "torch": "2"}, "cascade": []}
