@@ -349,6 +349,28 @@ def findings(groups: Mapping[str, Sequence[Result]]) -> list[str]:
     ]
 
 
+def weak_residuals(groups: Mapping[str, Sequence[Result]], names: Sequence[str]) -> list[str]:
+    """A line for each way to keep a weak residual, against two stages, and one that names those which leak less at the
+    target level without larger gradients."""
+    measures: dict[str, Callable[[Result], float]] = {
+        "leakage": lambda r: (r.final["input_correlation"] + r.final["target_correlation"]) / 2,
+        "gradients": peak,
+        "error": lambda r: r.final["mse"],
+    }
+    lines, winners = [], []
+    for name in (name for name in names if name in groups):
+        values = {  # a run without an end has a gradient norm: an infinite one
+            label: [[of(r) for r in groups[group] if r.final or of is peak] for group in (name, REFERENCE)]
+            for label, of in measures.items()
+        }
+        found = {label: difference(*both) for label, both in values.items()}
+        level = "at" if at_level(groups[name]) else "not at"
+        lines.append(f"{name}: {', '.join(f'{n} {word}' for n, word in found.items())}; {level} the target level")
+        if level == "at" and found["leakage"] == "lower" and found["gradients"] != "higher":
+            winners.append(name)
+    return [*lines, f"less leakage at the target level without larger gradients: {', '.join(winners) or 'none'}"]
+
+
 def disagreements(shallow: Sequence[Verdict], deep: Sequence[Verdict]) -> list[str]:
     """The parts of claims on which two depths come to different verdicts; 'not tested' counts as no verdict."""
     other = {(v.claim, v.said): v.verdict for v in deep}

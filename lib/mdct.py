@@ -35,7 +35,7 @@ class MdctCodec(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of this module's code alone: a run can be used where another build of torch is installed."""
+        """Hash of this code, not of packages: a run can be used where another build of torch is installed."""
         return code_fingerprint("lib.mdct", packages=False)
 
     @torch.no_grad()

@@ -45,6 +45,17 @@ def band_snr(
     return ratios
 
 
+def survival(ratios: Sequence[float], design: float | None = None) -> str:
+    """What the worst of some bands' ratios (dB, NaN for an empty band) says of a round trip, against a design's."""
+    present = [ratio for ratio in ratios if not math.isnan(ratio)]
+    if not present:
+        return "no signal"
+    words = f"signal to noise at least {min(present):.0f} dB"
+    if design is not None:
+        words += f"; over {design:g} dB, its design: {'yes' if min(present) > design else 'no'}"
+    return words
+
+
 def kurtosis(x: Tensor) -> float:
     """Fourth standardised moment of all values: 3 for a normal distribution, larger for heavier tails."""
     centred = x.double() - x.double().mean()

@@ -33,12 +33,12 @@ from papermill.exceptions import PapermillExecutionError
 from lib.audio import AudioError
 from lib.codec import CODEC_NAMES
 from lib.errors import UserError, exit_on_user_error
-from lib.files import make_folder, write_atomic
+from lib.files import file_sha256, make_folder, write_atomic
 from lib.latents import CorruptShardError
 from lib.page import write_notebook_page
-from lib.presets import PRESETS, ROOT, Preset, load_preset, open_project
+from lib.presets import PRESETS, RECORD, ROOT, Preset, load_preset, open_project
 from lib.provenance import code_fingerprint
-from lib.report import write_report
+from lib.report import FIRST, write_report
 from lib.runs import Run
 
 NOTEBOOKS = (
@@ -58,17 +58,17 @@ EXECUTED = (NOTEBOOKS[0], *NOTEBOOKS[3:5], *NOTEBOOKS[1:3], NOTEBOOKS[5])  # wha
 TRAINING = ("04_training", "06_super_resolution")  # those that can resume
 # to be done again when the other has been; without the other's run listening has nothing to play
 NEEDS = {"05_listening": "04_training", "06_super_resolution": "04_training"}
-LISTENING = "05_listening"
 USER_ERRORS = {error.__name__ for error in (UserError, AudioError, CorruptShardError)}
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 PLACE = re.compile(r"^(?:File (?P<file>.+?):|Cell In\[\d+\], line )(?P<line>\d+)", re.MULTILINE)  # in a traceback
 
 
 class NotebookError(RuntimeError):
-    """What failed and why: a notebook, its cell and the error. `by_user`: for bad settings or data, no fault here."""
+    """What failed and why: a notebook, its cell and the error. `by_user`: the message where bad settings or data are
+    the cause and no fault here."""
 
-    def __init__(self, name: str, reason: str, *, by_user: bool = False):
-        super().__init__(reason if by_user else f"{name}: {reason}")
+    def __init__(self, name: str, reason: str, by_user: str = ""):
+        super().__init__(by_user or f"{name}: {reason}")
         self.name, self.reason, self.by_user = name, reason, by_user
 
 
@@ -92,7 +92,7 @@ def run_notebooks(
     say(f"preset {preset_name}: data and latents")
     project = open_project(preset, data, out)
     make_folder(out / "report")
-    if "05_listening" in only:
+    if FIRST in only:
         project.listening()  # refuse songs too short to listen to before training, not after
     train, val = (len(project.manifest.split(split)) for split in ("train", "val"))
     say(f"{train} training and {val} validation pairs, codec {project.codec.name}")
@@ -101,8 +101,9 @@ def run_notebooks(
         for item in skipped[:5]:
             say(f"  {item.path}: {item.reason}")
     parameters = {"preset": preset_name, "overrides": overrides, "data_dir": data, "out_dir": str(out)}
-    # the index is named by its content
-    inputs = json.dumps([parameters, project.codec.fingerprint, project.latents.index.name, code_of_lib()])
+    # the index is named by its content; notebooks show recorded results, too
+    recorded = [file_sha256(path) for path in sorted(RECORD.glob("*.json"))]
+    inputs = json.dumps([parameters, project.codec.fingerprint, project.latents.index.name, code_of_lib(), recorded])
     chosen, failures, page = [name for name in EXECUTED if name in only], {}, out / "index.html"
     for number, name in enumerate(chosen, start=1):
         where = f"[{number}/{len(chosen)}] {name}"
@@ -110,18 +111,20 @@ def run_notebooks(
         state = hashlib.sha256((inputs + needed + notebook_path(name).read_text()).encode()).hexdigest()
         if resume and read_mark(out, name).get("state") == state:
             say(f"{where}: done before, skipped")
-        elif name == LISTENING and NEEDS[name] in failures:
+        elif name == FIRST and NEEDS[name] in failures:
             forget(out, name)
             why = f"not run: it needs {NEEDS[name]}, which failed"
-            failures[name] = NotebookError(name, why, by_user=failures[NEEDS[name]].by_user)
+            failures[name] = NotebookError(name, why, failures[NEEDS[name]].by_user)
         else:
             say(f"{where} → {out / name}.ipynb")
+            stopped = resume and (out / f"{name}.ipynb").exists() and not read_mark(out, name)
             forget(out, name)
             started = time.monotonic()
             try:
                 execute(name, out, parameters | ({"resume": resume} if name in TRAINING else {}))
                 seconds = round(time.monotonic() - started)
-                write_mark(out, name, {"state": state, "seconds": seconds, "at": time.time()})
+                done = {"state": state, "seconds": seconds, "resumed": stopped, "at": time.time()}
+                write_mark(out, name, done)
                 say(f"{where}: {seconds} s")
             except NotebookError as error:
                 failures[name] = error
@@ -131,7 +134,8 @@ def run_notebooks(
             say(f"{where}: {failures[name].reason}")
             write_mark(out, name, {"failed": failures[name].reason})
         about = facts(preset, out, train, val)
-        reasons = {other: mark["failed"] for other in NOTEBOOKS if "failed" in (mark := read_mark(out, other))}
+        shown = [other for other in NOTEBOOKS if other not in chosen[number:]]
+        reasons = {other: mark["failed"] for other in shown if "failed" in (mark := read_mark(out, other))}
         write_report(out, f"Latent fusion: {preset_name}", LEAD, about, reasons, chosen[number:])
     if failures:
         said = "; ".join(dict.fromkeys(map(str, failures.values())))
@@ -159,11 +163,9 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
     except PapermillExecutionError as error:
         if error.ename == "KeyboardInterrupt":
             raise KeyboardInterrupt(f"{error.evalue or 'stopped'}; resume with --resume") from None
-        if error.ename in USER_ERRORS:
-            raise NotebookError(name, error.evalue, by_user=True) from None
         said = error.evalue or failed_statement(error.traceback, error.source)
         reason = f"cell {error.exec_count}: {error.ename}: {said}; the executed notebook is {executed}"
-        raise NotebookError(name, reason) from None
+        raise NotebookError(name, reason, said if error.ename in USER_ERRORS else "") from None
     except OSError as error:
         raise UserError(
             f"{error.filename or executed}: cannot be written ({error.strerror}); make room there"
@@ -231,8 +233,9 @@ def facts(preset: Preset, out: Path, train: int, val: int) -> dict[str, str]:
         head["code"] = f"commit {run.config['versions']['commit']}, torch {run.config['versions']['torch']}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     head["machine"] = f"{os.cpu_count()} cores, {device}"
-    seconds = {name: mark["seconds"] for name in NOTEBOOKS if "seconds" in (mark := read_mark(out, name))}
-    head["time"] = ", ".join(f"{name} {value} s" for name, value in seconds.items())
+    marks = {name: mark for name in NOTEBOOKS if "seconds" in (mark := read_mark(out, name))}
+    took = {name: f"{mark['seconds']} s" + " after a stop" * mark["resumed"] for name, mark in marks.items()}
+    head["time"] = ", ".join(f"{name} {seconds}" for name, seconds in took.items())
     return head
 
 

@@ -12,7 +12,7 @@ from lib.superres.evaluation import METHODS, Score, read_scores
 BLOCKS = ("results", "speed", "distances")
 MARKS = "<!-- {}: written by make record -->", "<!-- end of {} -->"
 GAIN = "LSD less than the envelope's"  # a column of notebook 06
-DIFFERENT = "sometimes one and sometimes another against"
+DIFFERENT = "mixed against"
 
 
 def with_blocks(readme: str, blocks: Mapping[str, str]) -> str:
@@ -37,7 +37,7 @@ def readme_blocks(folder: Path) -> dict[str, str]:
     )
     made += f"took {minutes:.0f} minutes on {facts['machine']['cores']} cores.*"
     return {
-        "results": "\n".join([*results(rows), "", made]),
+        "results": "\n".join([*results(rows), "", f"{made}*"]),
         "speed": speed_table(bench["cascade"]),
         "distances": distances_table(read_scores(folder / "superres.json")[0]),
     }
@@ -47,17 +47,17 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What held in every run with other songs and seeds, and what moved on other processors."""
     seeded = [row for row in rows if row["run"].startswith("songs-")] or list(rows)
     songs, seeds = (len({row.get(name) for row in seeded}) for name in ("data_seed", "seed"))
+    runs = f"{len(seeded)} runs, {songs} data seeds with {seeds} training seeds each; figures are those of the lowest "
+    runs += "and of the highest run, and a verdict is named where every run came to the same"
     outputs = ["trained model", *seeded[0]["against"]]
     merits = ", ".join(f"{name} {span([row['merit'][name] for row in seeded])}" for name in outputs)
-    gains = ", ".join(f"{c} {span([mean_of(row['gain'][c]) for row in seeded])}" for c in seeded[0]["gain"])
+    gains = ", ".join(f"{span([mean_of(row['gain'][c]) for row in seeded])} at {c}" for c in seeded[0]["gain"])
     lines = [
-        f"{len(seeded)} runs: {songs} data seeds, each with songs of its own, and {seeds} training seeds. Figures are "
-        "those of the lowest and of the highest run; a verdict (Student's t, 5 %, standard errors clustered by song) "
-        "is named where every run came to the same.",
+        f"{runs if len(seeded) > 1 else 'One run'} (Student's t, 5 %, standard errors clustered by song).",
         "",
         f"- **Fusion.** Figure of merit: {merits}. Verdicts: {alike([row['against'] for row in seeded])}.",
-        "- **Super-resolution**, trained as briefly as a demo can. By how much its distance to the original is less "
-        f"than the mean envelope's: {gains}. Verdicts: {alike([row['against_envelope'] for row in seeded], 'it at ')}.",
+        "- **Super-resolution**, trained as briefly as a demo can. LSD gained over the mean envelope, negative where "
+        f"the model is worse: {gains}. Verdicts: {alike([row['against_envelope'] for row in seeded], 'it at ')}.",
     ]
     whole = {row["run"]: row for row in rows}
     if "no-vectors" in whole:
@@ -67,7 +67,7 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def span(values: Sequence[float]) -> str:
-    low, high = (f"{value:.2f}".replace("-", "−") for value in (min(values), max(values)))
+    low, high = (f"{round(value, 2) + 0.0:.2f}".replace("-", "−") for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 
@@ -94,8 +94,8 @@ def moved(here: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
     gain = max(abs(mean_of(row["gain"][c]) - mean_of(value)) for row in others for c, value in here["gain"].items())
     pairs = "the same" if all(row["pairs"] == here["pairs"] for row in others) else "OTHER"
     return (
-        f"On one thread, and on one without the vector instructions AVX2 and FMA, the demo has {pairs} pairs and "
-        f"split, and {len(names) - len(changed)} of its {len(names)} verdicts are the same"
+        "On one thread, and on one with PyTorch's and NumPy's own kernels held to the oldest instructions, the demo "
+        f"has {pairs} pairs and split, and {len(names) - len(changed)} of its {len(names)} verdicts are the same"
         + (f", all but: {'; '.join(changed)}. " if changed else ". ")
         + f"Figures of merit move by up to {merit:.2f}, gains in distance by up to {gain:.2f}."
     )

@@ -10,7 +10,7 @@ makes itself: what older runs have left in data/ or outputs/ plays no part, and 
     schedule.json      every run of the whole schedule in miniature
     superres.json      distances of a super-resolver that was trained for longer
     variations.json    the demo with other songs and seeds, on one thread, and without vector instructions
-    bench/             speed beside the stock build
+    bench.json         speed beside the stock build
     summary.json       facts and tables of the notebooks, and the figures in FIGURES
     claims.json        the audit of every claim, and claims.md, the same as a table
 
@@ -48,7 +48,7 @@ from lib.superres.evaluation import evaluate, write_scores
 from lib.superres.resolver import Restoration, SuperResolver
 from lib.superres.training import train_vae
 
-FIGURES = ("listening_0", "masks", "stages", "grid", "collapse", "waterfalls", "restored")
+FIGURES = ("listening_0", "grid", "collapse")  # that the README shows
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
 # processors without AVX2 round other sums in other places; numpy has had two sets of names for what it holds down
 NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 X86_V3 X86_V4 AVX512_ICL"}
@@ -67,6 +67,8 @@ def git(folder: Path, *arguments: str) -> str:
 
 def clean_commit(root: Path) -> str:
     """The commit of a checkout in which nothing has changed; `UserError` names what has."""
+    if Path(git(root, "rev-parse", "--show-toplevel")).resolve() != root.resolve():
+        raise UserError(f"{root}: lies inside another git repository; record in a checkout of its own")
     changed = git(root, "status", "--porcelain").splitlines()
     if changed:
         listed = ", ".join(line.split(maxsplit=1)[-1] for line in changed[:4])
@@ -75,9 +77,11 @@ def clean_commit(root: Path) -> str:
     return git(root, "rev-parse", "HEAD")
 
 
-def clone_of(root: Path, commit: str) -> Path:
-    """A clone of the commit under outputs/recording/: the one that a stopped record of it has left, or a new one."""
-    folder = root / "outputs" / "recording" / commit[:12]
+def clone_of(root: Path, commit: str, asked: Sequence[str] = ()) -> Path:
+    """A clone of the commit under outputs/recording/: the one that a stopped record of it, with the same arguments, has
+    left, or a new one."""
+    arguments = hashlib.sha256(json.dumps(list(asked)).encode()).hexdigest()
+    folder = root / "outputs" / "recording" / f"{commit[:12]}-{arguments[:8]}"
     if folder.exists():
         code = ("status", "--porcelain", "--", ".", ":!outputs", ":!README.md")
         if git(folder, "rev-parse", "HEAD") == commit and not git(folder, *code):
@@ -93,7 +97,7 @@ def clone_of(root: Path, commit: str) -> Path:
 
 def continue_in_clone(arguments: Sequence[str]) -> None:
     """Become the same command in a clone of this commit, which hands its record back to here."""
-    folder = clone_of(ROOT, clean_commit(ROOT))
+    folder = clone_of(ROOT, clean_commit(ROOT), arguments)
     say(f"recording in {folder}")
     command = [sys.executable, "-m", "lib.record", *arguments, "--into", str(ROOT)]
     os.chdir(folder)
@@ -142,7 +146,8 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, folder: P
     write_atomic(folder / "claims.json", one_row_a_line(claims))
     write_atomic(folder / "claims.md", claims_page(claims))
     record_variations(preset, overrides, data_dir, out, folder)
-    facts = {"preset": preset.name, "codec": project.codec.name, "music": data_dir or "generated songs"}
+    music = f"music in {Path(data_dir).name}" if data_dir else "generated songs"
+    facts = {"preset": preset.name, "codec": project.codec.name, "music": music}
     write_json(folder / "record.json", versions() | facts | {"machine": machine()})
 
 
@@ -232,9 +237,11 @@ def variations(preset: Preset) -> Iterator[Variation]:
     if preset.record_data_seeds == preset.record_seeds == 1:
         return
     for songs, seed in itertools.product(range(preset.record_data_seeds), range(preset.record_seeds)):
-        only = "" if songs == seed == 0 else "04,06"
-        yield Variation(f"songs-{songs}-seed-{seed}", {"data_seed": songs, "seed": seed}, only)
-    yield Variation("no-vectors", {"data_seed": 0, "seed": 0}, environment=NO_VECTORS)
+        seeds = {"data_seed": preset.data_seed + songs, "seed": preset.train.seed + seed}
+        yield Variation(f"songs-{songs}-seed-{seed}", seeds, "" if songs == seed == 0 else "04,06")
+    if not torch.cuda.is_available():
+        seeds = {"data_seed": preset.data_seed, "seed": preset.train.seed}
+        yield Variation("no-vectors", seeds, environment=NO_VECTORS)
 
 
 def record_variations(preset: Preset, overrides: dict[str, Any], data_dir: str, out: Path, folder: Path) -> None:
@@ -246,7 +253,16 @@ def record_variations(preset: Preset, overrides: dict[str, Any], data_dir: str, 
         folders = list(pool.map(lambda v: run_variation(v, preset, overrides, data_dir), done))
     rows = [{"run": "as it is"} | found_in(out)]
     rows += [{"run": v.name} | v.overrides | found_in(where) for v, where in zip(done, folders, strict=True)]
+    check_pairs(rows)
     write_atomic(folder / "variations.json", one_row_a_line(rows))
+
+
+def check_pairs(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Pairs and their split depend on the data seed alone, not on threads or processors; else `NotebookError`."""
+    first = rows[0]["pairs"]
+    others = [row["run"] for row in rows[1:] if row["data_seed"] == rows[1]["data_seed"] and row["pairs"] != first]
+    if others:
+        raise NotebookError(", ".join(others), "has other pairs than the run as it is, from the same data seed")
 
 
 def run_variation(variation: Variation, preset: Preset, overrides: dict[str, Any], data_dir: str) -> Path:
@@ -290,7 +306,10 @@ def found_in(out: Path) -> dict[str, Any]:
 
 def rows_with(tables: Mapping[str, Sequence[Mapping[str, str]]], *columns: str) -> Sequence[Mapping[str, str]]:
     """The rows of the first table that has these columns."""
-    return next((rows for rows in tables.values() if rows and set(columns) <= set(rows[0])), ())
+    for rows in tables.values():
+        if rows and set(columns) <= set(rows[0]):
+            return rows
+    raise ValueError(f"no notebook shows a table with the columns {', '.join(columns)}")
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -330,12 +349,14 @@ def main() -> None:
         if options.into is None:
             settings = [part for name, value in overrides.items() for part in ("--set", f"{name}={json.dumps(value)}")]
             continue_in_clone(["--preset", options.preset, "--data", data, *settings])
+        if options.into.resolve() == ROOT:
+            raise UserError(f"--into {options.into}: is where this command runs; leave it out, a clone is made")
         try:
             record(options.preset, overrides, data)
         except NotebookError as error:
             sys.exit(f"error: {error}")
         replace_record(RECORD, options.into)
-        print(f"record: {options.into / 'outputs' / 'record'}")
+        print(f"record: {options.into / 'outputs' / 'record'}; `make notebooks` stores what notebooks show of it")
 
 
 if __name__ == "__main__":

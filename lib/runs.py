@@ -48,13 +48,17 @@ class Run:
         self.config = config
 
     @classmethod
-    def create(cls, path: str | Path, config: dict[str, Any]) -> "Run":
-        """Start a run. An earlier run in the same folder is moved to `replaced/` (one is kept), never mixed in."""
+    def create(cls, path: str | Path, config: dict[str, Any], *, keep_all: bool = False) -> "Run":
+        """Start a run. An earlier run in the same folder is moved to `replaced/`, never mixed in. One is kept there;
+        with `keep_all` those before it are in `replaced-1/`, `replaced-2/`, …"""
         path = Path(path)
         make_folder(path)
         earlier = [path / name for name in ("config.json", "metrics.jsonl", "checkpoints", "best", "last")]
-        if (path / "config.json").exists():
-            shutil.rmtree(path / "replaced", ignore_errors=True)
+        if (path / "config.json").exists() and (path / "replaced").exists():
+            if keep_all:
+                os.rename(path / "replaced", path / f"replaced-{len(list(path.glob('replaced-*'))) + 1}")
+            else:
+                shutil.rmtree(path / "replaced", ignore_errors=True)
         for item in earlier:  # without its config.json, it is what a kill left of a run on its way to replaced/
             if item.is_symlink() or item.exists():
                 (path / "replaced").mkdir(exist_ok=True)
@@ -92,7 +96,7 @@ class Run:
         fields = {field for field, *_ in differing_fields(had, config)}
         if run.trained_by != code and fields <= set(measured) and (fields or run.is_finished):
             logger.warning("%s: was trained by other code and is trained again; the old run is in replaced/", path)
-            return cls.create(path, config | {"code": code})
+            return cls.create(path, config | {"code": code}, keep_all=True)
         if differences := config_differences(had, config):
             raise UserError(
                 f"{path}: holds a run with another config ({'; '.join(differences[:4])}); "

@@ -19,6 +19,7 @@ from lib.audit import (
     peak,
     scalar_ratio,
     stable,
+    weak_residuals,
 )
 from lib.cascade import Cascade
 from lib.claims import NOT_TESTED, REFUTED, REPRODUCED
@@ -252,3 +253,45 @@ def test_findings_on_a_rise_on_clipping_and_on_ends():
         "It passes 10, where clipping acts, in 7 of 28 recorded points.",  # two of each of three runs, one of another
         "Non-finite values end 1 of 9 runs.",
     ]
+
+
+def weak_grid(**changes) -> dict[str, list[Result]]:
+    """The reference and one way to keep a weak residual, three seeds each."""
+    made = {REFERENCE: {}, "weak, RMS-preserving": changes}
+    return {name: [result(name, seed, **given) for seed in range(3)] for name, given in made.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "wins"),
+    [
+        (
+            {"leak": 0.2},
+            "leakage lower, gradients within seed spread, error within seed spread; at the target level",
+            True,
+        ),
+        ({"leak": 0.2, "ratio": 0.3}, "leakage lower, {} not at the target level", False),
+        ({"leak": 0.9}, "leakage higher, {} at the target level", False),
+        ({}, "leakage within seed spread, {} at the target level", False),
+        ({"leak": 0.2, "norms": (9.0, 1.0)}, "leakage lower, gradients higher, {} at the target level", False),
+        ({"leak": 0.2, "norms": (0.5, 0.4)}, "leakage lower, gradients lower, {} at the target level", True),
+    ],
+)
+def test_ways_to_keep_a_weak_residual_in_every_wording(changes, words, wins):
+    line, last = weak_residuals(weak_grid(**changes), ["weak, RMS-preserving", "a variant that did not run"])
+    first, _, second = words.partition(" {} ")
+    assert line.startswith(f"weak, RMS-preserving: {first}")
+    assert line.endswith(second)
+    winner = "weak, RMS-preserving" if wins else "none"
+    assert last == f"less leakage at the target level without larger gradients: {winner}"
+
+
+def test_a_weak_residual_that_ends_in_a_non_finite_value_has_larger_gradients():
+    line, last = weak_residuals(
+        weak_grid(leak=0.2) | {"weak, RMS-preserving": broken_seeds()}, ["weak, RMS-preserving"]
+    )
+    assert "gradients higher" in line
+    assert last.endswith(": none")
+
+
+def broken_seeds() -> list[Result]:
+    return [result("weak, RMS-preserving", seed, leak=0.2, bad_step=3 if seed else 5) for seed in range(3)]

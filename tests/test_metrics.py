@@ -29,6 +29,7 @@ from lib.metrics import (
     mean_judgement,
     merit,
     movement,
+    survival,
 )
 from lib.spread import paired_comparison
 from lib.synth import render_song
@@ -67,6 +68,13 @@ def test_band_snr_of_an_empty_band_is_nan():
 def test_band_snr_of_a_perfect_copy_is_huge_but_finite():
     ratio = band_snr(sine(500, 0.5), sine(500, 0.5), (0, 1000))[0]
     assert 200 < ratio < math.inf
+
+
+def test_what_survives_is_said_in_every_wording():
+    assert survival([70.4, math.nan, 90.0]) == "signal to noise at least 70 dB"
+    assert survival([70.4, 90.0], 60) == "signal to noise at least 70 dB; over 60 dB, its design: yes"
+    assert survival([59.9, 90.0], 60) == "signal to noise at least 60 dB; over 60 dB, its design: no"
+    assert survival([math.nan], 60) == "no signal"
 
 
 def test_kurtosis_of_known_distributions():

@@ -255,6 +255,9 @@ def test_resume_skips_what_is_done_under_the_same_conditions(
     assert runs_of() == list(names)
     monkeypatch.setattr(lib.pipeline, "code_fingerprint", lambda *modules: "an edit")
     assert runs_of() == list(names)
+    monkeypatch.setattr(lib.pipeline, "RECORD", tmp_path)  # of which notebooks show tables
+    (tmp_path / "ablation.json").write_text("another record")
+    assert runs_of() == list(names)
     assert runs_of() == []
 
 
@@ -329,6 +332,30 @@ def test_what_needs_a_failed_notebook_is_not_run_and_the_rest_is(tmp_path, noteb
     run_notebooks("smoke", {}, "", out, only, resume=True)
     assert [entry["name"] for entry in log(out)[3:]] == ["04_training", "05_listening", "06_super_resolution"]
     assert 'class="failed"' not in (out / "index.html").read_text()
+
+
+def test_a_failure_of_an_earlier_run_is_not_shown_of_what_is_still_to_come(tmp_path, notebooks, project):
+    out, only = tmp_path / "out", ("01_encoding", "04_training", "05_listening")
+    notebooks(**{"01_encoding": [], "04_training": ["1 / 0"], "05_listening": []})
+    with pytest.raises(NotebookError):
+        run_notebooks("smoke", {}, "", out, only)
+    look = f"(folder / 'seen.html').write_text(open({str(out / 'index.html')!r}).read())"
+    notebooks(**{"04_training": [look]})
+    run_notebooks("smoke", {}, "", out, only)
+    early = (out / "seen.html").read_text()
+    assert "Still to come: Training, Listening." in early
+    assert 'class="failed"' not in early
+
+
+def test_a_notebook_that_was_stopped_says_so_beside_its_time(tmp_path, notebooks, project):
+    notebooks(**{"01_encoding": [], "02_stage_ablation": []})
+    out, only = tmp_path / "out", ("01_encoding", "02_stage_ablation")
+    run_notebooks("smoke", {}, "", out, only)
+    (out / "report" / "02_stage_ablation.mark").unlink()  # as a stop leaves it: executed in part, no mark
+    run_notebooks("smoke", {}, "", out, only, resume=True)
+    first, second = facts(load_preset("smoke"), out, 3, 1)["time"].split(", ")
+    assert re.fullmatch(r"01_encoding \d+ s", first)
+    assert re.fullmatch(r"02_stage_ablation \d+ s after a stop", second)
 
 
 def test_a_failure_is_remembered_until_the_notebook_has_run_again(tmp_path, notebooks, project):
@@ -558,6 +585,7 @@ def test_a_mistake_that_only_a_cell_finds_is_one_line_too(tmp_path, call, notebo
     assert (code, said) == (2, "")
     assert errors.splitlines()[-1] == "error: x.wav: too short; use more"
     assert "Traceback" not in errors
+    assert "cell 5: UserError: x.wav: too short;\nuse more" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_a_failure_of_ours_has_exit_code_1(tmp_path, call, project, monkeypatch):

@@ -68,17 +68,17 @@ SEEDED = [
 
 def test_only_what_held_in_every_run_is_said_with_the_range():
     text = "\n".join(results([row("as it is", 0.1), *SEEDED]))
-    assert "6 runs: 3 data seeds, each with songs of its own, and 2 training seeds." in text
+    assert text.startswith("6 runs, 3 data seeds with 2 training seeds each; ")
     assert "Figure of merit: trained model 0.70 to 0.91, average 0.50, masks 0.60." in text
     assert f"Verdicts: better than average; {DIFFERENT} masks." in text
-    assert "mean envelope's: 2 kHz −0.10, 4 kHz 0.20." in text
+    assert "the model is worse: −0.10 at 2 kHz, 0.20 at 4 kHz." in text
     assert "Verdicts: no difference to it at 2 kHz; better than it at 4 kHz." in text
     assert "Other processors" not in text
 
 
 def test_a_record_without_variations_quotes_the_one_run():
     text = "\n".join(results([row("as it is", 0.1)]))
-    assert text.startswith("1 runs: 1 data seeds")
+    assert text.startswith("One run (")
     assert "trained model 0.10" in text
 
 
@@ -98,6 +98,7 @@ def test_what_moves_on_other_processors_is_said():
 def test_small_numbers():
     assert span([0.5, 0.501]) == "0.50"
     assert span([0.2, -0.1]) == "−0.10 to 0.20"
+    assert span([-0.001, 0.002]) == "0.00"
     assert mean_of("-0.10 ± 0.05") == mean_of("−0.10 ± 0.05") == -0.1
     assert mean_of("+0.123") == 0.123
     assert alike([{"a": "x", "b": "y"}, {"a": "x", "b": "z"}]) == f"x a; {DIFFERENT} b"
@@ -193,10 +194,24 @@ def test_the_committed_variations_are_whole():
     seeded = {f"songs-{songs}-seed-{seed}" for songs in range(3) for seed in range(2)}
     assert set(rows) == {"as it is", "no-vectors"} | seeded
     assert len({rows[name]["pairs"] for name in seeded}) == 3  # other songs, other pairs
+    same = ("as it is", "songs-0-seed-0", "songs-0-seed-1", "no-vectors")
+    assert len({rows[name]["pairs"] for name in same}) == 1
     for row in rows.values():
         assert {"trained model", "average of latents"} <= set(row["merit"])
         assert set(row["against"]) <= set(row["merit"])
         assert len(row["gain"]) == len(row["against_envelope"]) == len(CUTOFFS)
+
+
+def test_the_time_is_not_quoted_where_a_stop_has_hidden_some_of_it(tmp_path):
+    shutil.copytree(RECORD, tmp_path / "record")
+    path = tmp_path / "record" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["facts"]["time"] = "01_encoding 40 s, 04_training 80 s"
+    path.write_text(json.dumps(summary))
+    assert "All notebooks took 2 minutes" in readme_blocks(tmp_path / "record")["results"]
+    summary["facts"]["time"] += " after a stop"
+    path.write_text(json.dumps(summary))
+    assert "minutes" not in readme_blocks(tmp_path / "record")["results"]
 
 
 def test_another_record_says_something_else(tmp_path):

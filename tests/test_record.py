@@ -107,6 +107,22 @@ def test_a_stopped_record_resumes_on_the_same_commit_only(checkout):
     assert (second / "code.py").read_text() == "x = 3\n"
 
 
+def test_a_record_with_other_arguments_is_another(checkout):
+    """A short trial of this commit must not be resumed as its record."""
+    first = clone_of(checkout, clean_commit(checkout), ["--preset", "demo", "--set", "record_steps=1"])
+    (first / "outputs" / "short").write_text("")
+    second = clone_of(checkout, clean_commit(checkout), ["--preset", "demo"])
+    assert second != first
+    assert not (second / "outputs" / "short").exists()
+
+
+def test_a_checkout_inside_another_is_refused(checkout):
+    inside = checkout / "outputs" / "inside"
+    inside.mkdir()
+    with pytest.raises(UserError, match="inside another git repository"):
+        clean_commit(inside)
+
+
 def test_the_command_becomes_itself_in_the_clone(checkout, monkeypatch, tmp_path):
     became = []
     monkeypatch.setattr(lib.record, "ROOT", checkout)
@@ -114,7 +130,7 @@ def test_the_command_becomes_itself_in_the_clone(checkout, monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     continue_in_clone(["--preset", "smoke"])
     ((where, program, command, environment),) = became
-    clone = clone_of(checkout, clean_commit(checkout))
+    clone = clone_of(checkout, clean_commit(checkout), ["--preset", "smoke"])
     assert where == environment["PYTHONPATH"] == str(clone)
     assert program == sys.executable
     assert command[1:] == ["-m", "lib.record", "--preset", "smoke", "--into", str(checkout)]
@@ -139,6 +155,31 @@ def test_a_readme_without_marks_leaves_the_old_record(checkout, tmp_path, monkey
     assert (checkout / "outputs" / "record" / "old.json").exists()
 
 
+def test_the_command_line_makes_paths_absolute_and_hands_settings_on(monkeypatch, tmp_path):
+    handed = []
+
+    def stop(arguments):
+        handed.extend(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lib.record, "continue_in_clone", stop)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    given = ["--preset", "demo", "--data", "songs", "--codec", "weights", "--set", "clip=null", "--set", "seed=3"]
+    monkeypatch.setattr(sys, "argv", ["lib.record", *given])
+    with pytest.raises(SystemExit):
+        lib.record.main()
+    settings = ("--set", "clip=null", "--set", "seed=3", "--set", f'codec="{tmp_path / "weights"}"')
+    assert handed == ["--preset", "demo", "--data", str(tmp_path / "songs"), *settings]
+
+
+def test_the_command_does_not_measure_where_it_would_write(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lib.record", "--preset", "demo", "--into", str(lib.record.ROOT)])
+    with pytest.raises(SystemExit):
+        lib.record.main()
+    assert "is where this command runs" in capsys.readouterr().err
+
+
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +199,28 @@ def test_the_demos_variations_are_three_data_seeds_two_training_seeds_and_no_vec
     assert found["songs-0-seed-0"].only == found["no-vectors"].only == ""  # these two are compared as a whole
     assert found["no-vectors"].environment == NO_VECTORS
     assert list(variations(load_preset("full"))) == []
+    others = list(variations(load_preset("demo", data_seed=5, seed=7)))
+    assert others[0].overrides == others[-1].overrides == {"data_seed": 5, "seed": 7}
+
+
+def test_the_variations_stand_beside_the_run_as_it_is_in_their_order(monkeypatch, tmp_path):
+    preset = load_preset("smoke")
+    names = [v.name for v in variations(preset)]
+    pairs = dict.fromkeys(("out", *names), "a") | {"songs-1-seed-0": "b"}
+    monkeypatch.setattr(lib.record, "run_variation", lambda v, *given: tmp_path / v.name)
+    monkeypatch.setattr(lib.record, "found_in", lambda out: {"pairs": pairs[out.name]})
+    lib.record.record_variations(preset, {}, "", tmp_path / "out", tmp_path)
+    rows = json.loads((tmp_path / "variations.json").read_text())
+    assert [row["run"] for row in rows] == ["as it is", *names]
+    assert rows[2] == {"run": "songs-1-seed-0", "data_seed": 1, "seed": 0, "pairs": "b"}
+    pairs["no-vectors"] = "c"
+    with pytest.raises(NotebookError, match="no-vectors: has other pairs than the run as it is"):
+        lib.record.record_variations(preset, {}, "", tmp_path / "out", tmp_path)
+
+
+def test_a_table_that_no_notebook_shows_is_named():
+    with pytest.raises(ValueError, match="the columns a, b"):
+        lib.record.rows_with({"caption": [{"a": 1}]}, "a", "b")
 
 
 def test_a_variation_is_a_pipeline_of_its_own_on_one_thread(monkeypatch, tmp_path):
@@ -270,7 +333,7 @@ def test_a_record_holds_everything_and_names_its_commit_in_one_file(stub, monkey
     claims = json.loads((written / "claims.json").read_text())
     assert [row["claim"] for row in claims] == list(CLAIMS)
     record = json.loads((written / "record.json").read_text())
-    assert (record["commit"], record["preset"], record["music"]) == ("abcdef0", "demo", "songs")
+    assert (record["commit"], record["preset"], record["music"]) == ("abcdef0", "demo", "music in songs")
     assert [path.name for path in written.glob("*") if b"abcdef0" in path.read_bytes()] == ["record.json"]
 
 

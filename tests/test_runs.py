@@ -550,6 +550,11 @@ def test_a_finished_run_by_other_code_is_not_reused(begin, caplog, tmp_path):
     assert "was trained by other code and is trained again" in caplog.text
     take_steps(run, 5, 5)
     assert begin("b", train={"steps": 9, "rate": 0.1}).saved_step == 5  # longer, by the same code
+    begin("c")
+    kept = {
+        name: json.loads((tmp_path / name / "config.json").read_text())["code"] for name in ("replaced", "replaced-1")
+    }
+    assert kept == {"replaced": ["b"], "replaced-1": ["a"]}  # nothing that was trained to its end is deleted
     assert not begin("c", train={"steps": 9, "rate": 0.1}).has_checkpoint()
 
 
