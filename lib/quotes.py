@@ -31,13 +31,13 @@ def readme_blocks(folder: Path) -> dict[str, str]:
     facts, rows, summary, bench = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("record", "variations", "summary", "bench")
     )
-    minutes = sum(int(seconds) for seconds in re.findall(r"(\d+) s\b", summary["facts"]["time"])) / 60
-    made = (
-        f"*Commit {facts['commit']}, preset {facts['preset']}, codec {facts['codec']}, {facts['music']}. The notebooks "
-    )
-    made += f"took {minutes:.0f} minutes on {facts['machine']['cores']} cores.*"
+    made = f"Commit {facts['commit']}, preset {facts['preset']}, codec {facts['codec']}, {facts['music']}."
+    took = summary["facts"]["time"]
+    if "after a stop" not in took:  # then it is known for a part only
+        minutes = sum(int(seconds) for seconds in re.findall(r"(\d+) s\b", took)) / 60
+        made += f" All notebooks took {minutes:.0f} minutes on {facts['machine']['cores']} cores."
     return {
-        "results": "\n".join([*results(rows), "", f"{made}*"]),
+        "results": "\n".join([*results(rows), "", f"*{made}*"]),
         "speed": speed_table(bench["cascade"]),
         "distances": distances_table(read_scores(folder / "superres.json")[0]),
     }
