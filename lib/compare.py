@@ -12,21 +12,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib import plots
-from lib.batches import evenly_spread
-from lib.codec import Codec, load_codec
-from lib.errors import UserError, exit_on_user_error
-from lib.files import make_folder
-from lib.fusion import FusionModel
-from lib.listening import describe_pair, whole_clip
-from lib.manifest import Clip, read_manifest
-from lib.metrics import advantage, hear, judge_fusion, mean_judgement
-from lib.player import Players
-from lib.presets import ROOT
-from lib.rendition import load_pair, render
-from lib.report import Section, Table, write_report
-from lib.runs import Run, differing_fields
-from lib.spread import TEST
+from lib.codec.codec import Codec, load_codec
+from lib.data.manifest import Clip, read_manifest
+from lib.evaluation.metrics import advantage, hear, judge_fusion, mean_judgement
+from lib.listening.panel import describe_pair, whole_clip
+from lib.listening.player import Players
+from lib.listening.render import load_pair, render
+from lib.model.fusion import FusionModel
+from lib.project import ROOT
+from lib.report.report import Section, Table, write_report
+from lib.training import plots
+from lib.training.batches import evenly_spread
+from lib.training.run import Run
+from lib.util.configs import differing_fields
+from lib.util.errors import UserError, exit_on_user_error
+from lib.util.files import make_folder
+from lib.util.stats import TEST
 
 LEAD = (
     "Two runs on the same validation pairs, of music that neither was trained on: how they are configured, what they "

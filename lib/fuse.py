@@ -22,17 +22,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.ahead import map_ahead
-from lib.audio import SAMPLE_RATE, AudioWriter, check_audio, load_audio, save_audio
-from lib.codec import Codec, load_codec
-from lib.errors import UserError, exit_on_user_error
-from lib.fusion import FusionModel
-from lib.provenance import versions
-from lib.rendition import follow_recipe
-from lib.runs import Run
+from lib.audio.files import SAMPLE_RATE, AudioWriter, check_audio, load_audio, save_audio
+from lib.codec.codec import Codec, load_codec
+from lib.listening.render import follow_recipe
+from lib.model.fusion import FusionModel
 from lib.superres import mel
 from lib.superres.files import Restored, restore_file
 from lib.superres.resolver import Restoration, SuperResolver
+from lib.training.run import Run
+from lib.util.ahead import map_ahead
+from lib.util.errors import UserError, exit_on_user_error
+from lib.util.provenance import versions
 
 CHUNK = 16 * SAMPLE_RATE  # samples: the clip length that the seeds' system works on
 OVERLAP = 1 * SAMPLE_RATE

@@ -30,16 +30,17 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
 from papermill.exceptions import PapermillExecutionError
 
-from lib.audio import AudioError
-from lib.codec import CODEC_NAMES
-from lib.errors import UserError, exit_on_user_error
-from lib.files import file_sha256, make_folder, write_atomic
-from lib.latents import CorruptShardError
-from lib.page import write_notebook_page
-from lib.presets import PRESETS, RECORD, ROOT, Preset, load_preset, open_project
-from lib.provenance import code_fingerprint
-from lib.report import FIRST, write_report
-from lib.runs import Run
+from lib.audio.files import AudioError
+from lib.codec.codec import CODEC_NAMES
+from lib.data.latents import CorruptShardError
+from lib.presets import PRESETS, Preset, load_preset
+from lib.project import RECORD, ROOT, open_project
+from lib.report.page import write_notebook_page
+from lib.report.report import FIRST, write_report
+from lib.training.run import Run
+from lib.util.errors import UserError, exit_on_user_error
+from lib.util.files import file_sha256, make_folder, write_atomic
+from lib.util.provenance import code_fingerprint
 
 NOTEBOOKS = (
     "01_encoding",

@@ -4,45 +4,23 @@
 with both, so that each can be run alone; what an earlier notebook has prepared is found and reused.
 """
 
-import contextlib
 import dataclasses
-import hashlib
-import json
-import os
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
-from lib.ablation import Plan, Result, read_record, run_plan
-from lib.adversary import AdversaryConfig
-from lib.agent import MaskingConfig
-from lib.audio import AUDIO_SUFFIXES
-from lib.cascade import CascadeConfig
-from lib.codec import Codec, load_codec
-from lib.configs import check, check_counts
-from lib.curriculum import CurriculumConfig
-from lib.errors import UserError
-from lib.files import make_folder, write_atomic
-from lib.latents import EncodeReport, encode_manifest
-from lib.losses import LossConfig
-from lib.pairs import Manifest, build_manifest, read_manifest
-from lib.provenance import code_fingerprint
-from lib.superres.data import Library, read_library
-from lib.superres.evaluation import Score, read_scores
+from lib.lab.ablation import Plan
+from lib.lab.variants import SCHEDULED, chosen_variants
+from lib.model.cascade import CascadeConfig
+from lib.model.masks import MaskingConfig
 from lib.superres.plans import FULL_PLAN, SMALL_PLAN
 from lib.superres.plans import Plan as SuperresPlan
-from lib.synth import make_demo_dataset
-from lib.train_config import NESTED, TrainConfig
-from lib.variants import NAMED, SCHEDULED, Variant, chosen_variants
+from lib.training.adversary import AdversaryConfig
+from lib.training.config import NESTED, TrainConfig
+from lib.training.curriculum import CurriculumConfig
+from lib.training.losses import LossConfig
+from lib.util.configs import check, check_counts
+from lib.util.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]  # relative paths in notebooks mean this folder, wherever a kernel starts
-RECORD = ROOT / "outputs" / "record"  # what `make record` wrote
-DEMO_SONGS = 16
-UPPER_BAND = {"num_songs": 24, "seconds": 8.0, "sample_rate": 48_000}  # demo songs for super-resolution
 PLANS = {"small": SMALL_PLAN, "full": FULL_PLAN}
 
 
@@ -344,142 +322,3 @@ def _as_type(key: str, value: Any, annotation: Any) -> Any:
             return value
     wanted = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
     raise UserError(f"setting {key}={value!r} is not allowed; use a value of type {wanted}")
-
-
-@dataclass(frozen=True)
-class Project:
-    """A preset at work: its folder, codec, pairs and latents."""
-
-    preset: Preset
-    out_dir: Path
-    codec: Codec
-    manifest: Manifest
-    latents: EncodeReport
-
-    def ablation(self) -> tuple[Result, ...]:
-        """The results of the preset's ablation, on clips of its own length; runs that were made before are reused."""
-        return self._results(self.preset.plan)
-
-    def schedule(self) -> tuple[Result, ...]:
-        """The same of the whole schedule in miniature."""
-        return self._results(self.preset.schedule)
-
-    def _results(self, plan: Plan) -> tuple[Result, ...]:
-        folder = self.out_dir / "ablation"
-        make_folder(folder)
-        seconds = self.preset.ablation_clip_seconds
-        manifest = _manifest(self.manifest.root, folder / "manifest.jsonl", seconds, self.preset)
-        latents = encode_manifest(manifest, self.codec, ROOT / "data" / "latents")
-        return run_plan(plan, latents.index, self.preset.codec, folder / "runs")
-
-    def upper_band(self) -> tuple[Library, str]:
-        """Music to learn super-resolution from, and in words where it comes from: the project's own songs, or generated
-        ones where those are generated too or hold no upper band."""
-        clip_length, why = self.preset.superres.training.clip_length, ""
-        root = self.manifest.root
-        if root.parent != ROOT / "data" or not re.fullmatch(r"demo(_seed\d+)?", root.name):
-            try:
-                return read_library(root, clip_length), f"the music in {root}"
-            except UserError as error:
-                why = f", because of {error}"
-        seed = self.preset.data_seed
-        folder = demo_folder("demo_48k", seed)
-        make_demo_dataset(folder, **UPPER_BAND, seed=seed)
-        return read_library(folder, clip_length), f"generated songs{why}"
-
-    def grid(self) -> tuple[tuple[Result, ...], str]:
-        """The whole ablation grid and where it comes from: the preset's own if it runs all variants, else the record
-        that `make record` wrote."""
-        if self.preset.ablation_variants == "all":
-            return self.ablation(), f"preset {self.preset.name}, this run"
-        results, facts = self.recorded("ablation", NAMED)
-        return results, facts["source"]
-
-    def recorded(self, name: str, variants: Sequence[Variant]) -> tuple[tuple[Result, ...], dict[str, Any]]:
-        """The results that `make record` wrote and their facts; 'source' says in words where they come from."""
-        path = RECORD / f"{name}.json"
-        results, facts = read_record(path)
-        lacking = {variant.name for variant in variants} - {result.variant for result in results}
-        lacking |= {"preset", "steps", "codec"} - set(facts)
-        if lacking:
-            raise UserError(f"{path}: lacks {', '.join(sorted(lacking))}; restore it or run `make record`")
-        source = f"recorded: preset {facts['preset']}, {facts['steps']} steps, codec {facts['codec']}"
-        return results, facts | {"source": source}
-
-    def recorded_superres(self) -> tuple[tuple[Score, ...], dict[str, Any]]:
-        """The distances that `make record` measured of a super-resolver trained for longer, and their facts; 'source'
-        as in `recorded`."""
-        scores, facts = read_scores(RECORD / "superres.json")
-        steps = f"{facts['vae_steps']} and {facts['steps']} steps"
-        return scores, facts | {"source": f"recorded: preset {facts['preset']}, {steps}, {scores[0].clips} clips"}
-
-    def listening(self) -> Manifest:
-        """Pairs of the listening length; the split by source file is the one of training."""
-        seconds = self.preset.listen_seconds
-        try:
-            return _manifest(self.manifest.root, self.out_dir / "listening.jsonl", seconds, self.preset)
-        except UserError as error:
-            raise UserError(f"listen_seconds={seconds:g} is too long for this music; lower it ({error})") from None
-
-
-def open_project(
-    preset: Preset, data_dir: str | Path = "", out_dir: str | Path = "", processes: PartialState | None = None
-) -> Project:
-    """Find or make everything that training needs.
-
-    `data_dir`: a folder of music (see data/README.md); empty: the demo songs of the data seed, generated in data/demo
-    or data/demo_seed<N>. `out_dir`: the run's folder; empty: outputs/<preset>. Relative paths are taken from the
-    repository. Latents are cached in data/latents, by content. Several `processes` that call this together encode
-    together. Raises `UserError` for bad data, codec or folders.
-    """
-    out = ROOT / (out_dir or f"outputs/{preset.name}")
-    codec = load_codec(preset.codec)
-    data = ROOT / data_dir if data_dir else demo_folder("demo", preset.data_seed)
-    if out.resolve().is_relative_to(data.resolve()):
-        raise UserError(f"{out}: is inside the data folder, whose music it would add to; choose another output folder")
-    make_folder(out)
-    main_first = processes.main_process_first if processes else contextlib.nullcontext
-    cache = ROOT / "data" / "latents"
-    with main_first():
-        if not data_dir:
-            make_demo_dataset(data, num_songs=DEMO_SONGS, seed=preset.data_seed)
-        manifest = _manifest(data, out / "manifest.jsonl", preset.clip_seconds, preset)
-    if processes and processes.num_processes > 1:
-        encode_manifest(manifest, codec, cache, share=(processes.process_index, processes.num_processes))
-        processes.wait_for_everyone()
-    with main_first():
-        return Project(preset, out, codec, manifest, encode_manifest(manifest, codec, cache))
-
-
-def demo_folder(name: str, seed: int) -> Path:
-    return ROOT / "data" / (f"{name}_seed{seed}" if seed else name)
-
-
-def _manifest(data: Path, path: Path, clip_seconds: float, preset: Preset) -> Manifest:
-    """The manifest at `path`, built again when the settings, the code or any file's name, size or time has changed."""
-    wanted = {"clip_seconds": clip_seconds, "mode": preset.pair_mode, "seed": preset.data_seed}
-    stamp = json.dumps(wanted | {"files": _listing_hash(data), "code": code_fingerprint("lib.pairs")})
-    stamp_path = path.with_suffix(".stamp.json")
-    if path.exists() and stamp_path.exists() and stamp_path.read_text() == stamp:
-        return read_manifest(path)
-    stamp_path.unlink(missing_ok=True)  # a kill before the new one is written must not leave the old one in force
-    manifest = build_manifest(data, path, clip_seconds, mode=preset.pair_mode, seed=preset.data_seed)
-    write_atomic(stamp_path, stamp)
-    return manifest
-
-
-def _listing_hash(data: Path) -> str:
-    digest = hashlib.sha256(str(data.resolve()).encode(errors="surrogateescape"))
-    seen = set()
-    for folder, subfolders, names in os.walk(data, followlinks=True):  # links as in `build_manifest`
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders.sort()
-        for path in (Path(folder, name) for name in sorted(names)):
-            if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
-                status = path.stat()
-                digest.update(f"{path}:{status.st_size}:{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()

@@ -34,19 +34,20 @@ from typing import Any
 
 import torch
 
-from lib.ablation import Result, write_record
-from lib.audit import audit_named, disagreements
-from lib.claims import collect, markdown_table, with_untested
-from lib.errors import UserError, exit_on_user_error
-from lib.files import write_atomic
+from lib.lab.ablation import Result, write_record
+from lib.lab.audit import audit_named, disagreements
+from lib.lab.claims import collect, markdown_table, with_untested
 from lib.pipeline import NotebookError, add_arguments, parsed_overrides, run_notebooks, say
-from lib.presets import RECORD, ROOT, Preset, Project, load_preset, open_project
-from lib.provenance import versions
-from lib.quotes import BLOCKS, GAIN, readme_blocks, with_blocks
-from lib.report import sections, tables_of
+from lib.presets import Preset, load_preset
+from lib.project import RECORD, ROOT, Project, open_project
+from lib.report.quotes import BLOCKS, GAIN, readme_blocks, with_blocks
+from lib.report.report import sections, tables_of
 from lib.superres.evaluation import evaluate, write_scores
 from lib.superres.resolver import Restoration, SuperResolver
 from lib.superres.training import train_vae
+from lib.util.errors import UserError, exit_on_user_error
+from lib.util.files import write_atomic
+from lib.util.provenance import versions
 
 FIGURES = ("listening_0", "grid", "collapse")  # that the README shows
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default

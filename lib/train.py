@@ -14,13 +14,14 @@ from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from lib.callbacks import Callback, DemoClips, TensorBoard
-from lib.errors import UserError, exit_on_user_error
 from lib.pipeline import add_arguments, parsed_overrides
-from lib.presets import Project, load_preset, open_project
-from lib.processes import join_processes
-from lib.runs import Run
-from lib.trainer import train
+from lib.presets import load_preset
+from lib.project import Project, open_project
+from lib.training.callbacks import Callback, DemoClips, TensorBoard
+from lib.training.distributed import join_processes
+from lib.training.run import Run
+from lib.training.trainer import train
+from lib.util.errors import UserError, exit_on_user_error
 
 
 def train_project(

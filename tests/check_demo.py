@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 
 from lib.pipeline import NOTEBOOKS
-from lib.report import FIRST
+from lib.report.report import FIRST
 
 SECTIONS = [FIRST, "summary", *(name for name in NOTEBOOKS if name != FIRST), "claims"]
 WITH_PLAYERS = ("01_encoding", FIRST, "06_super_resolution")

@@ -13,15 +13,15 @@ import soundfile
 import torch
 from torch import Tensor, nn
 
-import lib.provenance
-from lib.agent import MaskingConfig
-from lib.cascade import CascadeConfig
-from lib.codec import Codec
-from lib.fusion import FusionModel
-from lib.latents import encode_manifest
-from lib.pairs import Clip, Manifest, Pair, build_manifest
-from lib.provenance import code_fingerprint
-from lib.runs import Run
+import lib.util.provenance
+from lib.codec.codec import Codec
+from lib.data.latents import encode_manifest
+from lib.data.pairs import Clip, Manifest, Pair, build_manifest
+from lib.model.cascade import CascadeConfig
+from lib.model.fusion import FusionModel
+from lib.model.masks import MaskingConfig
+from lib.training.run import Run
+from lib.util.provenance import code_fingerprint
 
 torch.set_num_threads(1)  # tests run in parallel processes
 
@@ -89,17 +89,17 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def edit_code() -> Iterator[Callable[[str], None]]:
-    """`edit_code("lib.synth")`: as if that module's file had been edited and a new process had begun."""
+    """`edit_code("lib.audio.synth")`: as if that module's file had been edited and a new process had begun."""
 
     def edit(module: str) -> None:
-        read, edited = lib.provenance._read, lib.provenance._file(module)
+        read, edited = lib.util.provenance._read, lib.util.provenance._file(module)
         assert edited, module
 
         def changed(file: Path) -> tuple[str, tuple[str, ...]]:
             code, imports = read(file)
             return "edited " * (file == edited) + code, imports
 
-        patch.setattr(lib.provenance, "_read", changed)
+        patch.setattr(lib.util.provenance, "_read", changed)
         code_fingerprint.cache_clear()
 
     with pytest.MonkeyPatch.context() as patch:

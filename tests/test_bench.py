@@ -11,7 +11,7 @@ from tables import markdown
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.cascade import Cascade, CascadeConfig
+from lib.model.cascade import Cascade, CascadeConfig
 
 SMALL = {"num_layers": 2, "num_heads": 4}
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from check_demo import SECTIONS, WITH_PLAYERS, fault_of, main, problems
 
-from lib.claims import judge
+from lib.lab.claims import judge
+from lib.listening.player import Players
 from lib.pipeline import NOTEBOOKS
-from lib.player import Players
-from lib.report import Section, write_report
+from lib.report.report import Section, write_report
 
 
 def page(folder, failures=None, to_come=(), level: float = 0.1, seconds: float = 1.0) -> str:

@@ -17,16 +17,16 @@ import soundfile
 import torch
 
 import lib.compare
-from lib.audio import load_audio
-from lib.cascade import CascadeConfig
-from lib.codec import MdctCodec
+from lib.audio.files import load_audio
+from lib.codec.mdct import MdctCodec
 from lib.compare import codec_of, compare_runs, main, names_of, pairs_new_to_both, spread
-from lib.errors import UserError
+from lib.data.manifest import Manifest, Pair, write_manifest
+from lib.evaluation.metrics import advantage, hear, judge_fusion
 from lib.fuse import fuse_clips
-from lib.manifest import Manifest, Pair, write_manifest
-from lib.metrics import advantage, hear, judge_fusion
-from lib.runs import Run
-from lib.spread import TEST
+from lib.model.cascade import CascadeConfig
+from lib.training.run import Run
+from lib.util.errors import UserError
+from lib.util.stats import TEST
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,18 +19,19 @@ import soundfile
 import torch
 
 import lib.fuse
-from lib.agent import MaskingConfig
-from lib.audio import SAMPLE_RATE, AudioError, load_audio
-from lib.cascade import CascadeConfig
-from lib.codec import OFFLINE_VARIABLE, MdctCodec
-from lib.errors import UserError
-from lib.files import file_sha256
+from lib.audio.files import SAMPLE_RATE, AudioError, load_audio
+from lib.codec.encodec import OFFLINE_VARIABLE
+from lib.codec.mdct import MdctCodec
+from lib.data.manifest import Clip
 from lib.fuse import CHUNK, OVERLAP, chunk_bounds, crossfaded, fuse_and_restore, fuse_clips, fuse_files, main
-from lib.fusion import FusionModel
-from lib.manifest import Clip
-from lib.rendition import Settings, save_with_recipe
-from lib.runs import Run
+from lib.listening.render import Settings, save_with_recipe
+from lib.model.cascade import CascadeConfig
+from lib.model.fusion import FusionModel
+from lib.model.masks import MaskingConfig
 from lib.superres.resolver import SuperResolver
+from lib.training.run import Run
+from lib.util.errors import UserError
+from lib.util.files import file_sha256
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,9 @@ import pytest
 import soundfile
 
 import lib.pipeline
-import lib.presets
-from lib.audio import AudioError  # noqa: F401  its subclasses are looked for below
-from lib.cascade import CascadeConfig
-from lib.errors import UserError
+import lib.project
+from lib.audio.files import AudioError  # noqa: F401  its subclasses are looked for below
+from lib.model.cascade import CascadeConfig
 from lib.pipeline import (
     EXECUTED,
     NOTEBOOKS,
@@ -37,7 +36,8 @@ from lib.pipeline import (
     run_notebooks,
 )
 from lib.presets import load_preset
-from lib.runs import Run
+from lib.training.run import Run
+from lib.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = 'preset = ""\noverrides = {}\ndata_dir = ""\nout_dir = ""\nresume = False'
@@ -265,7 +265,7 @@ def test_any_module_of_lib_decides_whether_a_notebook_is_done(monkeypatch):
     asked = []
     monkeypatch.setattr(lib.pipeline, "code_fingerprint", lambda *modules: asked.extend(modules))
     lib.pipeline.code_of_lib()
-    assert {"lib.losses", "lib.superres.vae", "lib.superres.__init__"} < set(asked)
+    assert {"lib.training.losses", "lib.superres.vae", "lib.superres.__init__"} < set(asked)
     assert len(asked) == len(list((ROOT / "lib").rglob("*.py")))
 
 
@@ -491,7 +491,7 @@ def test_sigterm_stops_like_ctrl_c_and_leaves_the_handlers_as_they_were(tmp_path
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[object, str, str]]:
     """`call(*argv)` runs the command in a repository of its own; returns exit code, stdout and stderr."""
-    monkeypatch.setattr(lib.presets, "ROOT", tmp_path / "repo")
+    monkeypatch.setattr(lib.project, "ROOT", tmp_path / "repo")
 
     def run(*argv: str | Path) -> tuple[object, str, str]:
         monkeypatch.setattr(sys, "argv", ["lib.pipeline", *map(str, argv)])
@@ -579,7 +579,7 @@ def test_a_bad_file_among_good_ones_is_listed_and_skipped(tmp_path, call, songs,
 
 def test_a_mistake_that_only_a_cell_finds_is_one_line_too(tmp_path, call, notebooks, project):
     notebooks(
-        **{"05_listening": ["from lib.errors import UserError", "raise UserError('x.wav: too short;\\nuse more')"]}
+        **{"05_listening": ["from lib.util.errors import UserError", "raise UserError('x.wav: too short;\\nuse more')"]}
     )
     code, said, errors = call("--preset", "smoke", "--only", "05", "--out", tmp_path / "out")
     assert (code, said) == (2, "")

@@ -11,12 +11,12 @@ import pytest
 
 import lib.record
 import lib.superres.plans
-from lib.ablation import read_record
-from lib.claims import CLAIMS, VERDICTS, judge
-from lib.errors import UserError
+from lib.lab.ablation import read_record
+from lib.lab.claims import CLAIMS, VERDICTS, judge
+from lib.lab.variants import SCHEDULED
 from lib.pipeline import NotebookError
-from lib.presets import RECORD, load_preset
-from lib.quotes import BLOCKS, GAIN, MARKS
+from lib.presets import load_preset
+from lib.project import RECORD
 from lib.record import (
     FIGURES,
     GUIDANCES,
@@ -31,10 +31,11 @@ from lib.record import (
     run_variation,
     variations,
 )
-from lib.report import Section
+from lib.report.quotes import BLOCKS, GAIN, MARKS
+from lib.report.report import Section
 from lib.superres.evaluation import CUTOFFS, Evaluation, Score, read_scores
 from lib.superres.resolver import Restoration
-from lib.variants import SCHEDULED
+from lib.util.errors import UserError
 
 TEXT = "\n".join(f"{MARKS[0].format(name)}\nold\n{MARKS[1].format(name)}" for name in BLOCKS)
 

@@ -28,31 +28,32 @@ import torch
 from accelerate import PartialState
 from conftest import FRAMES, TinyCodec, TinyDiscriminator
 
-import lib.batches
-import lib.fusion_learner
-import lib.presets
+import lib.project
 import lib.train
-import lib.trainer
-from lib.adversary import AdversaryConfig
-from lib.agent import MaskingConfig
-from lib.cascade import CascadeConfig
-from lib.codec import MdctCodec
-from lib.curriculum import CurriculumConfig
-from lib.errors import UserError
-from lib.latents import LatentPairs, encode_manifest
-from lib.losses import LossConfig
-from lib.nonfinite import NonFiniteError
-from lib.pairs import Clip, Manifest, Pair
-from lib.presets import load_preset, open_project
-from lib.processes import join_processes
-from lib.runs import Run
-from lib.synth import make_demo_dataset
-from lib.telemetry import Callback
+import lib.training.batches
+import lib.training.fusion_learner
+import lib.training.trainer
+from lib.audio.synth import make_demo_dataset
+from lib.codec.mdct import MdctCodec
+from lib.data.latents import LatentPairs, encode_manifest
+from lib.data.pairs import Clip, Manifest, Pair
+from lib.model.cascade import CascadeConfig
+from lib.model.masks import MaskingConfig
+from lib.presets import Preset, load_preset
+from lib.project import open_project
 from lib.train import main, train_project
-from lib.train_config import TrainConfig
-from lib.trainer import Trainer, train
+from lib.training.adversary import AdversaryConfig
+from lib.training.config import TrainConfig
+from lib.training.curriculum import CurriculumConfig
+from lib.training.distributed import join_processes
+from lib.training.losses import LossConfig
+from lib.training.nonfinite import NonFiniteError
+from lib.training.run import Run
+from lib.training.telemetry import Callback
+from lib.training.trainer import Trainer, train
+from lib.util.errors import UserError
 
-pytestmark = pytest.mark.filterwarnings("ignore::lib.cascade.CollapseWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::lib.model.cascade.CollapseWarning")
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_PAIRS, VAL_PAIRS = 13, 3  # 12 for whole steps, and one more; an odd number, so that processes differ in theirs
@@ -103,8 +104,8 @@ def run_once(folder: Path, name: str, config: TrainConfig, *, comparable: bool =
     """
     ended: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lib.trainer, "Trainer", Watched)
-        patch.setattr(lib.fusion_learner, "Discriminator", TinyDiscriminator)
+        patch.setattr(lib.training.trainer, "Trainer", Watched)
+        patch.setattr(lib.training.fusion_learner, "Discriminator", TinyDiscriminator)
         if comparable:
             patch.setattr(torch.nn.Dropout, "forward", lambda layer, x: x)
             patch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-2))
@@ -136,9 +137,9 @@ def few_validation_pairs(folder: Path) -> dict:
 
 def the_same_data(folder: Path) -> dict:
     """What the comparison must be able to tell."""
-    share = lib.batches.process_share
+    share = lib.training.batches.process_share
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lib.batches, "process_share", lambda order, b, k, rank, of: share(order, b, k, 0, of))
+        patch.setattr(lib.training.batches, "process_share", lambda order, b, k, rank, of: share(order, b, k, 0, of))
         return run_once(folder, "the same data", by_processes(FULL), comparable=True)
 
 
@@ -227,10 +228,10 @@ def encoded(folder: Path) -> dict:
         return encode(codec, wav)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lib.presets, "ROOT", folder / "project")
+        patch.setattr(lib.project, "ROOT", folder / "project")
         patch.setattr(MdctCodec, "encode", counted)
         few = functools.partial(encode_manifest, shard_bytes=4 * 128 * 75 * 3)  # three clips a shard
-        patch.setattr(lib.presets, "encode_manifest", few)
+        patch.setattr(lib.project, "encode_manifest", few)
         project = open_project(load_preset("smoke", **SMALL), folder / "music", "out", join_processes())
     index = project.latents.index
     return {"count": count, "index": index.name, "sha256": hashlib.sha256(index.read_bytes()).hexdigest()}
@@ -501,7 +502,8 @@ NOTEBOOK = """
 import json, sys
 import torch
 from accelerate import Accelerator
-from lib.presets import load_preset, open_project
+from lib.presets import load_preset
+from lib.project import open_project
 from lib.train import train_project
 
 project = open_project(load_preset("smoke", **json.loads(sys.argv[1])), sys.argv[2], sys.argv[3])
@@ -534,7 +536,7 @@ def test_accelerate_and_a_notebook_start_processes_that_train_alike(tmp_path):
     rows = [Run.open(path).metrics() for path in (command, notebook)]
     assert [(row["split"], row["step"]) for row in rows[0]] == [("train", 1), ("train", 2), ("val", 2)]
     assert rows[0] == rows[1]
-    assert "lib.trainer" not in done.stderr
+    assert "lib.training.trainer" not in done.stderr
 
 
 def test_a_kernel_that_has_used_a_gpu_cannot_be_forked(tmp_path, monkeypatch):
@@ -551,7 +553,7 @@ def test_in_one_process_those_who_look_on_are_told(tmp_path, monkeypatch):
     project = SimpleNamespace(
         preset=preset, codec=TinyCodec(), out_dir=tmp_path / "out", latents=SimpleNamespace(index=index)
     )
-    monkeypatch.setattr(lib.presets.Preset, "cascade", tiny_cascade(0.1))
+    monkeypatch.setattr(Preset, "cascade", tiny_cascade(0.1))
     told = []
     mine = Callback()
     monkeypatch.setattr(mine, "on_epoch", lambda trainer, epoch: told.append(epoch))

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from lib.errors import exit_on_user_error
 from lib.superres.files import Restored, restore_file, restore_folder
 from lib.superres.mel import SAMPLE_RATE
 from lib.superres.resolver import VOCODERS, Restoration, SuperResolver
+from lib.util.errors import exit_on_user_error
 
 
 def main() -> None:

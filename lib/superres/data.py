@@ -9,10 +9,10 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lib.audio import AUDIO_SUFFIXES, AudioError, check_audio, load_audio
-from lib.errors import UserError
+from lib.audio.files import AUDIO_SUFFIXES, AudioError, check_audio, load_audio
 from lib.superres.degradation import Degradation
 from lib.superres.mel import SAMPLE_RATE
+from lib.util.errors import UserError
 
 LOWEST_RATE = 44_100  # Hz: below, a file has no upper band to learn from
 

@@ -7,8 +7,8 @@ import torch
 from scipy import signal
 from torch import Tensor
 
-from lib.configs import check
 from lib.superres.mel import SAMPLE_RATE
+from lib.util.configs import check
 
 KINDS = ("butter", "cheby1", "ellip", "bessel")
 ORDERS = (2, 10)  # of one pass; it goes forth and back, which doubles it and leaves no delay

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.errors import UserError
-from lib.files import write_atomic
-from lib.spread import Comparison, in_words, mean_and_error
 from lib.superres.data import Examples, Library
 from lib.superres.degradation import Degradation
 from lib.superres.mel import N_FFT, bin_of, log_mel
 from lib.superres.resolver import Restoration, SuperResolver, join_bands
 from lib.superres.training import as_tuple
+from lib.util.errors import UserError
+from lib.util.files import write_atomic
+from lib.util.stats import Comparison, in_words, mean_and_error
 
 CUTOFFS = (2_000, 4_000, 8_000, 12_000, 16_000)  # Hz
 LSD_HOP = 512

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.ahead import map_ahead
-from lib.audio import AUDIO_SUFFIXES, AudioError, AudioInfo, AudioWriter, check_audio, load_audio
-from lib.errors import UserError
+from lib.audio.files import AUDIO_SUFFIXES, AudioError, AudioInfo, AudioWriter, check_audio, load_audio
 from lib.superres.mel import SAMPLE_RATE
 from lib.superres.resolver import FULL, Restoration, SuperResolver, bin_powers, clip_starts, edge_of, within_reach
+from lib.util.ahead import map_ahead
+from lib.util.errors import UserError
 
 BLOCK_SECONDS = 60  # read at once where a file's band is looked for
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib.adversary import AdversaryConfig
-from lib.runs import Run
 from lib.superres.data import Library
 from lib.superres.encoder import EncoderConfig
 from lib.superres.training import (
@@ -23,6 +21,8 @@ from lib.superres.training import (
 from lib.superres.unet import CONTEXTS, DenoiserConfig
 from lib.superres.vae import VaeConfig
 from lib.superres.vocoder import VocoderConfig
+from lib.training.adversary import AdversaryConfig
+from lib.training.run import Run
 
 
 @dataclass(frozen=True)

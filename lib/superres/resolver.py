@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib.configs import check, check_counts, check_numbers
-from lib.errors import UserError
-from lib.runs import Run
 from lib.superres.degradation import LOWEST
 from lib.superres.diffusion import sample
 from lib.superres.mel import HOP, N_FFT, SAMPLE_RATE, bin_of, inverse_spectrum, log_mel, spectrum
 from lib.superres.training import PartConfig, load_part
 from lib.superres.vocoder import griffin_lim
+from lib.training.run import Run
+from lib.util.configs import check, check_counts, check_numbers
+from lib.util.errors import UserError
 
 VOCODERS = ("griffin-lim", "hifigan")
 MARGIN = 1 / 4  # share of a clip, at its end, that is left to the next: the autoencoder's convolutions pad there

@@ -14,12 +14,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lib.adversary import Adversary, AdversaryConfig
-from lib.configs import check, check_counts, check_numbers, from_fields
-from lib.errors import UserError
-from lib.learner import Batch, Learner, Moment
-from lib.provenance import code_fingerprint
-from lib.runs import Run
 from lib.superres.data import Examples, Library
 from lib.superres.diffusion import TIMESTEPS, add_noise
 from lib.superres.discriminators import (
@@ -33,9 +27,15 @@ from lib.superres.mel import HOP, SAMPLE_RATE, log_mel
 from lib.superres.unet import Denoiser, DenoiserConfig
 from lib.superres.vae import MelVae, VaeConfig
 from lib.superres.vocoder import Vocoder, VocoderConfig
-from lib.telemetry import Callback
-from lib.train_config import LENGTH, WITHOUT_EFFECT, LoopConfig, resolved_precision
-from lib.trainer import Trainer, open_accelerator
+from lib.training.adversary import Adversary, AdversaryConfig
+from lib.training.config import LENGTH, WITHOUT_EFFECT, LoopConfig, resolved_precision
+from lib.training.learner import Batch, Learner, Moment
+from lib.training.run import Run
+from lib.training.telemetry import Callback
+from lib.training.trainer import Trainer, open_accelerator
+from lib.util.configs import check, check_counts, check_numbers, from_fields
+from lib.util.errors import UserError
+from lib.util.provenance import code_fingerprint
 
 PARTS = {"vae": (MelVae, VaeConfig), "diffusion": (Denoiser, DenoiserConfig), "vocoder": (Vocoder, VocoderConfig)}
 MEASURED = 64  # examples from which the mel's mean and the latents' scale are taken
@@ -226,7 +226,7 @@ class EncodedExamples(Dataset):
 def train_vae(folder: str | Path, library: Library, sizes: VaeConfig, config: VaeTraining, **options: Any) -> Run:
     """Train the autoencoder into `folder/vae`. Mean and deviation of the log mel are measured first.
 
-    `options` of all three functions: `resume`, `progress` and `callbacks` as in `lib.trainer.train`.
+    `options` of all three functions: `resume`, `progress` and `callbacks` as in `lib.training.trainer.train`.
     """
     mean, std = measured_mel(examples_of(library, config)["train"])
     sizes = dataclasses.replace(sizes, mel_mean=mean, mel_std=std)

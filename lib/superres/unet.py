@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lib.configs import check
 from lib.superres.encoder import EncoderConfig, GlobalAudioEncoder
+from lib.util.configs import check
 
 CONTEXTS = ("sequence", "pooled")
 

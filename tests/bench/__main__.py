@@ -23,7 +23,7 @@ import tables
 import torch
 from measure import device, machine
 
-from lib.files import write_atomic
+from lib.util.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lib.cascade import Cascade
+from lib.model.cascade import Cascade
 
 
 class StockCascade(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from measure import alternate
 
-from lib.explorer import RmsExplorer
+from lib.listening.explorer import RmsExplorer
 
 
 def redraws() -> list[dict[str, Any]]:

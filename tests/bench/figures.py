@@ -5,7 +5,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from lib.plots import AVERAGE, INPUT, STYLE, TARGET
+from lib.audio.plots import AVERAGE, INPUT, STYLE, TARGET
 
 AXES = {"length": ("frames", "length of the clips T (frames, 75 a second)"), "batch": ("batch", "clips in a batch")}
 LINES = (("baseline_s", "stock build", TARGET, "o-"), ("here_s", "here", INPUT, "o-"))

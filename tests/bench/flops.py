@@ -1,6 +1,6 @@
 """Floating-point operations that the model needs, from its config alone. A multiply and an add count as two."""
 
-from lib.cascade import CascadeConfig
+from lib.model.cascade import CascadeConfig
 
 
 def forward_flops(config: CascadeConfig, T: int) -> int:

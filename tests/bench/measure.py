@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import torch
 
-from lib.provenance import versions
-from lib.train_config import resolved_precision
+from lib.training.config import resolved_precision
+from lib.util.provenance import versions
 
 ROUNDS = 3  # after one to warm up
 SECONDS = 1.5  # between two stops of the clock, where one call takes less

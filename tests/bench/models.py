@@ -9,9 +9,9 @@ from flops import forward_flops, training_flops
 from measure import Run, compete, copy_rate, device, matmul_rate, precision
 from torch import nn
 
-from lib.cascade import Cascade, CascadeConfig
-from lib.codec import MdctCodec
-from lib.synth import render_song
+from lib.audio.synth import render_song
+from lib.codec.mdct import MdctCodec
+from lib.model.cascade import Cascade, CascadeConfig
 
 STEP_B, STEP_T = 8, 1200
 GPU_STEP_B = 64

@@ -23,17 +23,18 @@ from measure import ROUNDS, alternate, device, synchronize, timed
 from simulated import simulated_index
 
 import lib.fuse
-from lib.agent import MaskingConfig
-from lib.audio import SAMPLE_RATE
-from lib.batches import TrainingOrder, read_ahead
-from lib.cascade import CascadeConfig
-from lib.codec import EncodecCodec, MdctCodec
-from lib.fusion import FusionModel
-from lib.latents import LatentPairs, encode_manifest
-from lib.pairs import build_manifest
-from lib.runs import Run
-from lib.synth import make_demo_dataset, render_song
-from lib.train_config import TrainConfig
+from lib.audio.files import SAMPLE_RATE
+from lib.audio.synth import make_demo_dataset, render_song
+from lib.codec.encodec import EncodecCodec
+from lib.codec.mdct import MdctCodec
+from lib.data.latents import LatentPairs, encode_manifest
+from lib.data.pairs import build_manifest
+from lib.model.cascade import CascadeConfig
+from lib.model.fusion import FusionModel
+from lib.model.masks import MaskingConfig
+from lib.training.batches import TrainingOrder, read_ahead
+from lib.training.config import TrainConfig
+from lib.training.run import Run
 
 CLIP = 16  # seconds
 
@@ -182,9 +183,9 @@ STEP = 0.05 if torch.cuda.is_available() else 0.5  # seconds: less than any step
 OPEN_AND_SHUFFLE = """
 import sys, time
 import psutil, torch
-from lib.batches import TrainingOrder
-from lib.latents import LatentPairs
-from lib.train_config import TrainConfig
+from lib.training.batches import TrainingOrder
+from lib.data.latents import LatentPairs
+from lib.training.config import TrainConfig
 before, started = psutil.Process().memory_info().rss, time.perf_counter()
 pairs = LatentPairs(sys.argv[1], "train")
 next(TrainingOrder(len(pairs), TrainConfig(batch_size=8)).steps())

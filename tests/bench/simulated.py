@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.audio import SAMPLE_RATE
-from lib.latents import SHARD_BYTES, write_array, write_checked
-from lib.mdct import DIM
+from lib.audio.files import SAMPLE_RATE
+from lib.codec.mdct import DIM
+from lib.data.latents import SHARD_BYTES, write_array, write_checked
 
 FRAMES = 1200  # of a clip of 16 s
 

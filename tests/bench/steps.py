@@ -20,18 +20,19 @@ from scaling import scaling_efficiency
 from simulated import simulated_index
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.adversary import AdversaryConfig
-from lib.agent import MaskingConfig, Masks
-from lib.cascade import Cascade, CascadeConfig
-from lib.codec import EncodecCodec, MdctCodec
-from lib.curriculum import CurriculumConfig
-from lib.fusion_learner import FusionLearner
-from lib.latents import LatentPairs
-from lib.losses import MASK_TERMS, SOUND_TERMS, total_loss
+from lib.codec.encodec import EncodecCodec
+from lib.codec.mdct import MdctCodec
+from lib.data.latents import LatentPairs
+from lib.model.cascade import Cascade, CascadeConfig
+from lib.model.masks import MaskingConfig, Masks
 from lib.presets import OBJECTIVE, load_preset
-from lib.runs import Run
-from lib.train_config import TrainConfig
-from lib.trainer import fusion_trainer
+from lib.training.adversary import AdversaryConfig
+from lib.training.config import TrainConfig
+from lib.training.curriculum import CurriculumConfig
+from lib.training.fusion_learner import FusionLearner
+from lib.training.losses import MASK_TERMS, SOUND_TERMS, total_loss
+from lib.training.run import Run
+from lib.training.trainer import fusion_trainer
 
 CASCADE = CascadeConfig.reference(anti_cheating=0.1)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lib.report import Table
+from lib.report.report import Table
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 from playwright.sync_api import Locator, WebSocketRoute, expect
 
-from lib.runs import Run
+from lib.training.run import Run
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.jupyterlab]
 
@@ -152,7 +152,7 @@ def test_training_is_watched_stopped_and_resumed(lab, screenshots):
 
 def watching(out: Path) -> nbformat.NotebookNode:
     """A notebook that watches a run."""
-    cell = nbformat.v4.new_code_cell(f"from lib.dashboard import watch\n\nwatch({str(out)!r}, seconds=1)")
+    cell = nbformat.v4.new_code_cell(f"from lib.listening.dashboard import watch\n\nwatch({str(out)!r}, seconds=1)")
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}}
     return nbformat.v4.new_notebook(cells=[cell], metadata=kernel)
 

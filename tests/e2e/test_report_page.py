@@ -7,9 +7,9 @@ import pytest
 import torch
 from playwright.sync_api import Page, expect
 
-from lib.audio import SAMPLE_RATE
-from lib.player import Players
-from lib.report import Section, write_report
+from lib.audio.files import SAMPLE_RATE
+from lib.listening.player import Players
+from lib.report.report import Section, write_report
 
 SECONDS = 3.0
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, leaky_relu, pad, silu
 
 import lib.superres.audiosr
-from lib.errors import UserError
-from lib.runs import Run
 from lib.superres.audiosr import import_audiosr
 from lib.superres.training import load_part
 from lib.superres.vae import VaeConfig
 from lib.superres.vocoder import VocoderConfig
+from lib.training.run import Run
+from lib.util.errors import UserError
 
 GROUPS = 2
 VAE = VaeConfig((4, 8, 8, 6), num_res_blocks=2, latent_channels=3, norm_groups=GROUPS)

@@ -7,10 +7,10 @@ import pytest
 import soundfile
 import torch
 
-from lib.audio import load_audio
-from lib.errors import UserError
+from lib.audio.files import load_audio
 from lib.superres.data import Examples, Library, read_library
 from lib.superres.degradation import Degradation
+from lib.util.errors import UserError
 from superres.conftest import CLIP, band, decibels, write_music
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib.errors import UserError
 from lib.superres.degradation import GRID, HIGHEST, KINDS, LOWEST, ORDERS, Degradation
+from lib.util.errors import UserError
 from superres.conftest import band, decibels, white
 
 CUTOFFS = (2_000, 4_750, 8_000, 16_000)

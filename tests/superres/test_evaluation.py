@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib.spread import Comparison
 from lib.superres import evaluation
 from lib.superres.data import Examples
 from lib.superres.degradation import Degradation
@@ -26,6 +25,7 @@ from lib.superres.evaluation import (
 )
 from lib.superres.mel import bin_of, log_mel
 from lib.superres.resolver import Restoration, SuperResolver
+from lib.util.stats import Comparison
 from superres.conftest import CLIP, band, white
 
 BINS = 1_025

@@ -10,10 +10,10 @@ import soundfile
 import torch
 from torch import Tensor
 
-from lib.audio import AudioError, load_audio, probe_audio, save_audio
-from lib.errors import UserError
+from lib.audio.files import AudioError, load_audio, probe_audio, save_audio
 from lib.superres.files import Restored, file_band, restore_file, restore_folder
 from lib.superres.resolver import Restoration
+from lib.util.errors import UserError
 from superres.conftest import CLIP, NoiseResolver, band, decibels, inner, white, write_music
 from superres.test_resolver import high_levels
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib.audio import load_audio, probe_audio, save_audio
+from lib.audio.files import load_audio, probe_audio, save_audio
 from lib.superres import __main__ as command
 from lib.superres.files import Restored
 from lib.superres.resolver import Restoration

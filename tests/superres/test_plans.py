@@ -7,14 +7,14 @@ import shutil
 import pytest
 import torch
 
-from lib.runs import Run
 from lib.superres.data import Examples
 from lib.superres.plans import FULL_PLAN, SMALL_PLAN, Plan
 from lib.superres.resolver import SuperResolver
 from lib.superres.training import DiffusionTraining, VaeTraining, VocoderTraining
 from lib.superres.unet import Denoiser
 from lib.superres.vae import MelVae
-from lib.trainer import TrainingOrder
+from lib.training.run import Run
+from lib.training.trainer import TrainingOrder
 from superres.conftest import CLIP, DENOISER, JUDGES, LOOP, VAE, VOCODER
 
 TINY = Plan(VAE, DENOISER, VOCODER, VaeTraining(**LOOP), DiffusionTraining(**LOOP), VocoderTraining(**LOOP | JUDGES))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import lib.superres.resolver
-from lib.errors import UserError
 from lib.superres.degradation import Degradation
 from lib.superres.mel import bin_of, log_mel, spectrum
 from lib.superres.resolver import (
@@ -23,6 +22,7 @@ from lib.superres.resolver import (
     join_bands,
 )
 from lib.superres.training import VaeTraining, VocoderTraining, train_vae, train_vocoder
+from lib.util.errors import UserError
 from superres.conftest import CLIP, JUDGES, LOOP, VAE, VOCODER, NoiseResolver, band, decibels, inner, white
 
 QUICK = Restoration(steps=2)

@@ -15,12 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lib.adversary import AdversaryConfig
-from lib.errors import UserError
-from lib.files import safe_torch_load
-from lib.learner import Moment
-from lib.nonfinite import NonFiniteError
-from lib.runs import Run
 from lib.superres import training
 from lib.superres.data import Examples, read_library
 from lib.superres.diffusion import schedule
@@ -40,8 +34,14 @@ from lib.superres.training import (
     train_vae,
     train_vocoder,
 )
-from lib.telemetry import Callback
-from lib.trainer import Trainer, open_accelerator
+from lib.training.adversary import AdversaryConfig
+from lib.training.learner import Moment
+from lib.training.nonfinite import NonFiniteError
+from lib.training.run import Run
+from lib.training.telemetry import Callback
+from lib.training.trainer import Trainer, open_accelerator
+from lib.util.errors import UserError
+from lib.util.files import safe_torch_load
 from superres.conftest import CLIP, DENOISER, JUDGES, LOOP, VAE, VOCODER, changed, write_music
 
 PARTS = ("vae", "diffusion", "vocoder")
@@ -186,7 +186,7 @@ def test_a_part_that_other_code_finished_is_trained_again(straight, train_in, tm
     edit_code("lib.superres.resolver")  # plays no part
     train_in(tmp_path, part, resume=True)
     assert not (tmp_path / part / "replaced").exists()
-    for module in ("lib.superres.training", "lib.superres.mel", "lib.learner"):
+    for module in ("lib.superres.training", "lib.superres.mel", "lib.training.learner"):
         edit_code(module)
         run = train_in(tmp_path, part, resume=True)
         assert run.metrics() == straight(part).run.metrics()

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lib.errors import UserError
 from lib.superres.encoder import EncoderConfig
 from lib.superres.unet import CONTEXTS, Denoiser, DenoiserConfig, GlobalTransformer
+from lib.util.errors import UserError
 
 ENCODER = EncoderConfig((2, 3, 4), 8, num_layers=1, num_heads=2, ffn_dim=8, context_dim=6, positions=8, dropout=0.0)
 

@@ -1,0 +1,125 @@
+"""What a waveform says of spectrum, rhythm, harmony and loudness: differentiable features, in batches, on its device.
+
+Legend: B batch, N samples, M mel bands, F feature frames (hop 320: 75 a second).
+"""
+
+import functools
+
+import librosa
+import torch
+import torchaudio
+from torch import Tensor
+
+from lib.audio.files import SAMPLE_RATE
+
+HOP = 320
+SEGMENTS = 250  # of an envelope
+MEL_FFT, MEL_BANDS = 1024, 64  # a window short enough to place an onset
+CHROMA_FFT = 4096  # 5.9 Hz a bin: semitones apart from 100 Hz up
+FLOOR = 1e-8  # of a power: far below any music, and no logarithm of zero
+
+
+class Sound:
+    """A waveform `[B, 1, N]` with its features, each computed when it is first asked for and never again."""
+
+    def __init__(self, wav: Tensor):
+        self.wav = wav
+        self._magnitudes: dict[int, Tensor] = {}
+
+    @functools.cached_property
+    def envelope(self) -> Tensor:
+        return envelope(self.wav)
+
+    @functools.cached_property
+    def log_mel(self) -> Tensor:
+        return log_mel(self.wav)
+
+    @functools.cached_property
+    def onsets(self) -> Tensor:
+        return onset_envelope(self.log_mel)
+
+    @functools.cached_property
+    def chroma(self) -> Tensor:
+        return chroma(self.wav)
+
+    def magnitudes(self, size: int) -> Tensor:
+        if size not in self._magnitudes:
+            self._magnitudes[size] = magnitudes(self.wav, size)
+        return self._magnitudes[size]
+
+
+def magnitudes(wav: Tensor, size: int) -> Tensor:
+    """Magnitudes of the Fourier transforms of windows of `size` samples, a quarter of that apart: `[B, 1, N] →
+    [B, size / 2 + 1, F]`. N above `size / 2`."""
+    spectrum = torch.stft(wav[:, 0], size, size // 4, window=_hann(size, wav.device), return_complex=True)
+    return (spectrum.real.square() + spectrum.imag.square()).clamp_min(FLOOR).sqrt()
+
+
+def envelope(wav: Tensor) -> Tensor:
+    """Loudness curve: RMS of each of 250 equal segments, `[B, 1, N] → [B, 250]`. N below 250 raises `ValueError`."""
+    length = wav.shape[-1] // SEGMENTS
+    if length < 1:
+        raise ValueError(f"an envelope needs at least {SEGMENTS} samples, got {wav.shape[-1]}")
+    segments = wav[:, 0, : SEGMENTS * length].unflatten(1, (SEGMENTS, length))
+    return (segments.square().mean(dim=2) + 1e-10).sqrt()
+
+
+def correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's correlation along the last axis, `[B, n]` twice → `[B]`; 0 where one of them is constant."""
+    x, y = x - x.mean(dim=-1, keepdim=True), y - y.mean(dim=-1, keepdim=True)
+    return torch.nn.functional.cosine_similarity(x, y, dim=-1)
+
+
+def log_mel(wav: Tensor) -> Tensor:
+    """Natural logarithm of the mel power, `[B, 1, N] → [B, M, F]`."""
+    return (_mel(wav.device)(wav[:, 0]) + FLOOR).log()
+
+
+def onset_envelope(levels: Tensor) -> Tensor:
+    """How much every band of `log_mel` rises from frame to frame, averaged: `[B, M, F] → [B, F − 1]`, 0 or more.
+
+    The spectral flux of Böck and Widmer (DAFx 2013) without its maximum filter.
+    """
+    return levels.diff(dim=2).relu().mean(dim=1)
+
+
+def chroma(wav: Tensor) -> Tensor:
+    """Power of the twelve pitch classes, from C up, each frame divided by its sum: `[B, 1, N] → [B, 12, F]`."""
+    window = _hann(CHROMA_FFT, wav.device)
+    spectrum = torch.stft(wav[:, 0], CHROMA_FFT, HOP * 4, window=window, pad_mode="constant", return_complex=True)
+    power = spectrum.real.square() + spectrum.imag.square()  # [B, CHROMA_FFT / 2 + 1, F]
+    classes = _chroma_bank(wav.device) @ power
+    return (classes + FLOOR) / (classes.sum(dim=1, keepdim=True) + 12 * FLOOR)
+
+
+def harmony_similarity(x: Sound, y: Sound) -> Tensor:
+    """Cosine of two clips' chroma around their mean of 1/12, over all frames, → `[B]`."""
+    x, y = (sound.chroma.flatten(1) - 1 / 12 for sound in (x, y))
+    return torch.nn.functional.cosine_similarity(x, y, dim=1)
+
+
+def rhythm_similarity(x: Sound, y: Sound) -> Tensor:
+    """Correlation of two clips' onset envelopes, → `[B]`."""
+    return correlation(x.onsets, y.onsets)
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a tensor made in it could never take part in a backward pass
+def _hann(size: int, device: torch.device) -> Tensor:
+    return torch.hann_window(size, device=device)
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def _mel(device: torch.device) -> torchaudio.transforms.MelSpectrogram:
+    mel = torchaudio.transforms.MelSpectrogram(
+        SAMPLE_RATE, MEL_FFT, hop_length=HOP, n_mels=MEL_BANDS, norm="slaney", mel_scale="slaney", pad_mode="constant"
+    )
+    return mel.to(device)
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def _chroma_bank(device: torch.device) -> Tensor:
+    """`[12, CHROMA_FFT / 2 + 1]`: which pitch classes a bin belongs to."""
+    return torch.from_numpy(librosa.filters.chroma(sr=SAMPLE_RATE, n_fft=CHROMA_FFT)).to(device)

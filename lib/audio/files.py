@@ -1,0 +1,350 @@
+"""Audio files in and out: read, write, resample and validate. soundfile does the I/O, torchaudio the resampling.
+
+Inside the project audio is mono float32 at 24 kHz, shaped `[C, N]` (C channels, N samples). Files may have any rate and
+any number of channels. Whatever is wrong with a file is an `AudioError`: one line with the file, the fault and the fix.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+
+from lib.util.errors import UserError
+
+SAMPLE_RATE = 24_000
+AUDIO_SUFFIXES = (".flac", ".mp3", ".ogg", ".wav")
+MIN_SAMPLES = 320  # one codec frame: less than this cannot be encoded
+SILENCE_PEAK = 1e-4  # -80 dBFS: nothing to hear, and an RMS that the cascade would divide by
+MIN_RATE, MAX_RATE = 1_000, 1_000_000  # Hz; outside, the header is damaged or the file is no music
+
+_DEFAULT_SUBTYPE = {".wav": "FLOAT", ".flac": "PCM_24"}
+_UNBOUNDED_SUBTYPES = {"FLOAT", "DOUBLE", "VORBIS", "OPUS", "MPEG_LAYER_III"}  # these keep |x| > 1 as it is
+_ADD_PEAK_CHUNK = 0x1050  # libsndfile's SFC_SET_ADD_PEAK_CHUNK, for which soundfile has no name
+_BLOCK = 1 << 16  # frames per read or write; libsndfile's Vorbis encoder overflows its stack on much larger writes
+# libsndfile seeks Vorbis wrongly inside the last Ogg page (255 packets of 1024) and in the first block after a seek:
+# https://github.com/libsndfile/libsndfile/issues/885. Seeking earlier and decoding forward is exact.
+_VORBIS_LAST_PAGE, _VORBIS_PREROLL = 1 << 18, 1 << 13
+
+
+class AudioError(UserError):
+    """An audio file that cannot be used or written: one line naming the file, what is wrong, and the fix."""
+
+    def __init__(self, path: str | Path, problem: str):
+        super().__init__(f"{path}: {problem}")
+        self.problem = problem
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """What a file's header says. `num_samples` counts native frames (samples per channel)."""
+
+    path: Path
+    sample_rate: int
+    channels: int
+    num_samples: int
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return self.num_samples / self.sample_rate
+
+    def samples_at(self, sample_rate: int = SAMPLE_RATE) -> int:
+        """How many samples `load_audio` returns for the whole file at `sample_rate`."""
+        return _resampled_length(self.num_samples, _rate_ratio(self.sample_rate, sample_rate))
+
+
+@dataclass(frozen=True)
+class AudioReport:
+    """What `check_audio` found in a good file: its frames as decoded, and the identity of its bytes."""
+
+    info: AudioInfo
+    num_samples: int  # at 24 kHz
+    peak: float  # of the mono mix
+    sha256: str  # of the file's bytes, hex
+
+
+def probe_audio(path: str | Path) -> AudioInfo:
+    """Read only the header. Raises `AudioError` if the file is missing, unreadable, empty or not audio."""
+    with _open(path) as file:
+        return _info(path, file)
+
+
+def load_audio(
+    path: str | Path,
+    offset: int = 0,
+    length: int | None = None,
+    sample_rate: int = SAMPLE_RATE,
+    *,
+    mix: bool = True,
+) -> torch.Tensor:
+    """Read a window of a file as mono float32 `[1, N]` at `sample_rate`; channels are averaged, or, without `mix`, all
+    are returned `[C, N]`.
+
+    `offset` and `length` count samples at `sample_rate`. Only that window is read, so memory does not grow with the
+    file, and the result equals the same slice of the whole resampled file. `length=None` reads to the end. A window
+    past the end returns what there is: fewer than `length` samples, possibly none.
+
+    Raises `AudioError` for a missing, unreadable or broken file and for NaN or infinite samples in the window.
+    """
+    if offset < 0 or (length is not None and length < 0):
+        raise ValueError(f"offset and length must not be negative, got {offset} and {length}")
+    with _open(path) as file:
+        ratio = _rate_ratio(file.samplerate, sample_rate)
+        native, target = ratio.numerator, ratio.denominator  # `native` frames make a block of `target` samples
+        total = _resampled_length(file.frames, ratio)
+        end = total if length is None else min(offset + length, total)
+        if offset >= end:
+            return torch.zeros(1 if mix else file.channels, 0)
+        # start on a block boundary, where the polyphase filter has the same phase as from the file's start,
+        # with enough blocks on either side for the filter's taps
+        margin = 0 if ratio == 1 else math.ceil(_filter_width(ratio) / native) + 1
+        first = max(0, offset // target - margin)
+        last = math.ceil(end / target) + margin
+        blocks = list(_blocks(path, file, first * native, (last - first) * native, mix=mix))
+        if not blocks:
+            return torch.zeros(1 if mix else file.channels, 0)
+    wav = _resample(torch.from_numpy(np.concatenate(blocks, axis=1)), ratio)
+    return wav[:, offset - first * target : end - first * target].contiguous()
+
+
+def check_audio(path: str | Path, min_samples: int = MIN_SAMPLES) -> AudioReport:
+    """Decode a whole file in constant memory and raise `AudioError` unless every sample of it can be used.
+
+    Refused: a missing, unreadable, zero-byte, non-audio, truncated or damaged file; NaN or infinite samples; digital
+    silence all through (peak below 1e-4); fewer than `min_samples` at 24 kHz: those of one codec frame.
+    """
+    with _open(path) as file:
+        announced = _announced_frames(path, file)
+        decoded, peak = 0, 0.0
+        for block in _blocks(path, file, 0, file.frames):
+            decoded += block.shape[1]
+            peak = max(peak, float(np.abs(block).max()))
+        info = replace(_info(path, file), num_samples=decoded)
+    # without a Xing header the frame count of an MP3 is an estimate, off by the tags at the end of the file
+    tolerance = info.sample_rate if file.format == "MP3" else 0
+    if announced - decoded > tolerance or (file.format == "OGG" and not _ogg_is_complete(path)):
+        held = f"{info.duration:.2f} s are left"
+        if announced > decoded:
+            held += f" of the {announced / info.sample_rate:.2f} s that its header announces"
+        raise AudioError(path, f"the file is truncated: {held}; copy it again or export it anew")
+    num_samples = info.samples_at(SAMPLE_RATE)
+    if num_samples < min_samples:
+        fault = f"only {num_samples} samples at 24 kHz, less than one codec frame ({MIN_SAMPLES})"
+        raise AudioError(path, f"{fault}; use a longer recording")
+    if peak < SILENCE_PEAK:
+        raise AudioError(path, f"silent all through (mono peak {peak:.1e}); use a recording with sound in it")
+    with open(path, "rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    return AudioReport(info=info, num_samples=num_samples, peak=peak, sha256=sha256)
+
+
+class AudioWriter:
+    """Write a file piece by piece; it appears under its name only when complete.
+
+        with AudioWriter("out.wav") as writer:
+            writer.write(wav)  # [C, N], as often as needed
+
+    The pieces go to a hidden temporary file in the same folder, which is synced and renamed when the block ends, or
+    removed if the block raises. `subtype` is libsndfile's name of the sample format; the default is FLOAT for .wav
+    (holds any value), PCM_24 for .flac, the codec's own for .ogg and .mp3.
+
+    Raises `AudioError` if the file cannot be written, for non-finite samples, and for |x| > 1 in a PCM format, which
+    would clip: nothing is clipped silently.
+    """
+
+    def __init__(self, path: str | Path, sample_rate: int = SAMPLE_RATE, channels: int = 1, subtype: str | None = None):
+        self.path = Path(path)
+        self.sample_rate = sample_rate
+        self.channels = channels
+        self.num_samples = 0  # written so far
+        suffix = self.path.suffix.lower()
+        if suffix not in AUDIO_SUFFIXES:
+            raise AudioError(path, f"cannot write {suffix or 'a file without suffix'}; use {', '.join(AUDIO_SUFFIXES)}")
+        self.subtype = subtype or _DEFAULT_SUBTYPE.get(suffix) or soundfile.default_subtype(suffix[1:])
+        if not soundfile.check_format(suffix[1:], self.subtype):
+            choices = ", ".join(soundfile.available_subtypes(suffix[1:]))
+            raise AudioError(path, f"{suffix} has no subtype {self.subtype!r}; choose one of {choices}")
+        self._temp = self.path.with_name(f".{secrets.token_hex(6)}.tmp")
+
+    def __enter__(self) -> "AudioWriter":
+        try:
+            open(self._temp, "xb").close()  # Python's own error says why a folder cannot be written, libsndfile's not
+            self._file = soundfile.SoundFile(
+                os.fsencode(self._temp),
+                "w",
+                self.sample_rate,
+                self.channels,
+                self.subtype,
+                format=self.path.suffix[1:].upper(),
+            )
+            # no chunk with the peak, which holds the time of writing: equal samples make equal files
+            soundfile._snd.sf_command(self._file._file, _ADD_PEAK_CHUNK, soundfile._ffi.NULL, 0)
+        except (OSError, soundfile.SoundFileError) as error:
+            with contextlib.suppress(OSError):
+                self._temp.unlink()
+            raise self._cannot_write(error) from error
+        return self
+
+    def write(self, wav: torch.Tensor) -> None:
+        """Append `wav [C, N]`."""
+        if wav.ndim != 2 or wav.shape[0] != self.channels:
+            raise ValueError(f"expected wav [{self.channels}, N], got {list(wav.shape)}")
+        samples = wav.detach().to("cpu", torch.float32).numpy().T
+        peak = float(np.abs(samples).max(initial=0.0))
+        if not math.isfinite(peak):
+            first = self.num_samples + int(np.argmin(np.isfinite(samples).all(axis=1)))
+            raise AudioError(self.path, f"not written: sample {first} is NaN or infinite; mend what computed it")
+        if peak > 1 and self.subtype not in _UNBOUNDED_SUBTYPES:
+            fault = f"not written: peak {peak:.3f} would clip in {self.subtype}"
+            raise AudioError(self.path, f"{fault}; scale it to at most 1 or write a float .wav")
+        try:
+            for start in range(0, len(samples), _BLOCK):
+                self._file.write(samples[start : start + _BLOCK])
+        except (OSError, AssertionError, soundfile.SoundFileError) as error:  # soundfile asserts on a short write
+            raise self._cannot_write(error) from error
+        self.num_samples += len(samples)
+
+    def __exit__(self, error_type: type | None, *_: object) -> None:
+        try:
+            self._file.close()
+            if error_type is None:
+                with open(self._temp, "r+b") as stream:
+                    os.fsync(stream.fileno())
+                os.replace(self._temp, self.path)
+        except (OSError, soundfile.SoundFileError) as error:
+            raise self._cannot_write(error) from error
+        finally:
+            self._temp.unlink(missing_ok=True)
+
+    def _cannot_write(self, error: Exception) -> AudioError:
+        reason = getattr(error, "strerror", None) or str(error) or "the disk may be full"
+        return AudioError(self.path, f"cannot be written ({reason}); choose an existing folder you may write to")
+
+
+def save_audio(path: str | Path, wav: torch.Tensor, sample_rate: int = SAMPLE_RATE, subtype: str | None = None) -> None:
+    """Write `wav [C, N]` atomically, replacing a file of that name. Formats and errors as in `AudioWriter`."""
+    if wav.ndim != 2:
+        raise ValueError(f"expected wav [C, N], got {list(wav.shape)}")
+    with AudioWriter(path, sample_rate, channels=wav.shape[0], subtype=subtype) as writer:
+        writer.write(wav)
+
+
+def _open(path: str | Path) -> soundfile.SoundFile:
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise AudioError(path, "a folder, not an audio file; name a file inside it")
+        if path.exists() and not path.is_file():  # reading a pipe would wait forever
+            raise AudioError(path, "not a regular file; name an audio file")
+        with open(path, "rb") as stream:
+            if not stream.read(1):
+                raise AudioError(path, "empty (0 bytes); copy it again or remove it")
+    except FileNotFoundError as error:
+        raise AudioError(path, "no such file; check the path") from error
+    except OSError as error:
+        fix = "check the disk and the file's permissions"
+        raise AudioError(path, f"cannot be read ({error.strerror}); {fix}") from error
+    try:
+        file = soundfile.SoundFile(os.fsencode(path))  # as bytes: any file name is allowed, UTF-8 or not
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: libsndfile wants the format of headerless .raw
+        raise AudioError(path, "not audio, or truncated in its header; use WAV, FLAC, OGG or MP3") from error
+    if not MIN_RATE <= file.samplerate <= MAX_RATE:
+        file.close()
+        fault = f"sample rate {file.samplerate} Hz is outside {MIN_RATE} to {MAX_RATE} Hz"
+        raise AudioError(path, f"{fault}; convert it to 24000 Hz")
+    return file
+
+
+def _info(path: str | Path, file: soundfile.SoundFile) -> AudioInfo:
+    return AudioInfo(Path(path), file.samplerate, file.channels, file.frames)
+
+
+def _blocks(
+    path: str | Path, file: soundfile.SoundFile, start: int, count: int, *, mix: bool = True
+) -> Iterator[np.ndarray]:
+    """Yield up to `count` native frames from `start` in blocks `[C, n]`, mixed to one channel or as they are, all
+    finite, until the file ends."""
+    position = min(start, file.frames)
+    end = min(start + count, file.frames)
+    if file.subtype == "VORBIS" and position:
+        position = max(0, min(position - _VORBIS_PREROLL, file.frames - _VORBIS_LAST_PAGE))
+    try:
+        if position:
+            file.seek(position)
+        while position < end:
+            block = file.read(min(_BLOCK, end - position), dtype="float32", always_2d=True)
+            if not len(block):
+                return
+            skip = max(0, start - position)
+            position += len(block)
+            if skip < len(block):
+                block = block[skip:].mean(axis=1)[None] if mix else block[skip:].T
+                if not np.isfinite(block).all():
+                    first = position - block.shape[1] + int(np.argmin(np.isfinite(block).all(axis=0)))
+                    fault = f"NaN or infinite sample at {first / file.samplerate:.3f} s"
+                    raise AudioError(path, f"{fault}; export the file again or cut that part out")
+                yield block
+    except soundfile.SoundFileError as error:
+        where = f"after {position / file.samplerate:.2f} s"
+        raise AudioError(path, f"truncated or damaged {where}; copy it again or export it anew") from error
+
+
+def _announced_frames(path: str | Path, file: soundfile.SoundFile) -> int:
+    """Frames that the header announces, also where libsndfile has quietly cut them down to what a WAV file holds."""
+    found = re.search(r"^data *: *(\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+    # recorders that write to a pipe cannot know the size and put the largest one there
+    if not found or not int(found[2]) or not int(found[2]) < int(found[1]) < 0x7FFF_F000:
+        return file.frames
+    return round(file.frames * int(found[1]) / int(found[2]))
+
+
+def _ogg_is_complete(path: str | Path) -> bool:
+    """Whether the last Ogg page is there in full and carries the end-of-stream flag (RFC 3533, section 6)."""
+    with open(path, "rb") as stream:
+        stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, stream.tell() - 2 * 65_307))  # 65,307: the largest page
+        tail = stream.read()
+    page = tail[max(0, tail.rfind(b"OggS")) :]
+    segments = page[26] if len(page) > 26 else 255
+    return len(page) >= 27 + segments + sum(page[27 : 27 + segments]) and bool(page[5] & 4)
+
+
+def _rate_ratio(native: int, target: int) -> Fraction:
+    """Native frames per target sample. Odd rates (44,099 Hz) are rounded, by 0.1 % (2 cents) at the very worst, since
+    torchaudio's filter bank holds numerator times denominator taps and would not fit in memory."""
+    return Fraction(native, target).limit_denominator(1000)
+
+
+def _resampled_length(frames: int, ratio: Fraction) -> int:
+    return math.ceil(Fraction(frames) / ratio)
+
+
+def _filter_width(ratio: Fraction) -> int:
+    """Native frames that torchaudio's default filter (6 zero crossings, rolloff 0.99) reaches to either side."""
+    return math.ceil(6 * ratio.numerator / (min(ratio.numerator, ratio.denominator) * 0.99))
+
+
+def resample(wav: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
+    """`[C, N]` at another rate: a windowed sinc, as `load_audio` has it."""
+    return _resample(wav, _rate_ratio(from_rate, to_rate))
+
+
+def _resample(wav: torch.Tensor, ratio: Fraction) -> torch.Tensor:
+    if ratio == 1:
+        return wav
+    native, target = ratio.numerator, ratio.denominator
+    num_samples = _resampled_length(wav.shape[-1], ratio)
+    # torchaudio computes its output length in float32, wrong by some samples past 2**24: ask for more and cut
+    padded = torch.nn.functional.pad(wav, (0, native * math.ceil(64 / target)))
+    return torchaudio.functional.resample(padded, native, target)[:, :num_samples]

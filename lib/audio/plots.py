@@ -1,0 +1,207 @@
+"""The figures. Every function returns a matplotlib figure with labelled axes and units; none computes a result.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart and which print well. Legend: N samples, D latent
+channels, T frames.
+"""
+
+import functools
+import io
+import itertools
+import logging
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torchaudio
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from lib.audio.files import SAMPLE_RATE
+
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it names every font that it did not need
+
+INPUT, TARGET, OUTPUT, AVERAGE = "#0072B2", "#E69F00", "#009E73", "#777777"
+STAGES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
+SHADES = 48  # of a small mel picture: steps of 1.7 dB
+STYLE = {
+    "figure.dpi": 80,
+    "savefig.dpi": 110,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "font.size": 10,
+}
+
+
+def mel_power(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> Tensor:
+    """Power in 80 mel bands of `[1, N]`: `[80, frames]`, hop 256 samples."""
+    n_fft = 1024
+    if wav.shape[-1] < n_fft:
+        wav = torch.nn.functional.pad(wav, (0, n_fft - wav.shape[-1]))
+    return torchaudio.transforms.MelSpectrogram(sample_rate, n_fft=n_fft, hop_length=256, n_mels=80)(wav)[0]
+
+
+def decibels_below_peak(power: Tensor) -> Tensor:
+    """A picture of powers in dB relative to its own maximum, floor -80; silence is all floor."""
+    if power.max() <= 1e-10:
+        return torch.full_like(power, -80.0)
+    decibels = torchaudio.functional.amplitude_to_DB(power, 10.0, 1e-10, 0.0, top_db=80.0)
+    return decibels - decibels.max()
+
+
+def mel_db(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> Tensor:
+    """Log-mel picture of `[1, N]` in dB relative to its own maximum, floor -80: `[80, frames]`, hop 256 samples."""
+    return decibels_below_peak(mel_power(wav, sample_rate))
+
+
+def clip_picture(wav: Tensor, colour: str = INPUT, sample_rate: int = SAMPLE_RATE) -> bytes:
+    """The outline of `[1, N]` (full height: full scale) above its mel picture, as a PNG as wide as the clip is long:
+    no axes, for players whose cursor moves over it."""
+    width, height = 480, 60
+    levels = ((mel_db(wav, sample_rate).flip(0) + 80) * ((SHADES - 1) / 80)).round().byte()  # [80, frames]
+    mel = Image.fromarray(levels.numpy()).resize((width, len(levels)), Image.Resampling.BOX)
+    edges = np.linspace(0, wav.shape[-1], width + 1).astype(int)
+    samples = wav[0].numpy()
+    slices = [samples[a : max(a + 1, b)] for a, b in itertools.pairwise(edges)]
+    low, high = np.array([s.min() for s in slices]), np.array([s.max() for s in slices])
+    rows = 1 - 2 * (np.arange(height)[:, None] + 0.5) / height  # amplitude of each row, 1 to -1
+    reach = 1.01 / height  # half a row, and a little for what lies between two
+    outline = (rows <= high + reach) & (rows >= low - reach)
+    picture = Image.fromarray(np.concatenate([np.where(outline, SHADES, SHADES + 1), np.asarray(mel)]).astype(np.uint8))
+    picture.putpalette(_clip_palette(colour))
+    content = io.BytesIO()
+    picture.save(content, format="png", transparency=SHADES + 1, optimize=True)
+    return content.getvalue()
+
+
+@functools.cache
+def _clip_palette(colour: str) -> bytes:
+    """The shades of the mel picture, the colour of the outline, and what is transparent."""
+    shades = (plt.get_cmap("magma", SHADES)(np.arange(SHADES))[:, :3] * 255).astype(np.uint8)
+    return shades.tobytes() + bytes.fromhex(colour.removeprefix("#")) + b"\xff\xff\xff"
+
+
+def waveform_and_latents(wav: Tensor, latents: Tensor, title: str, sample_rate: int = SAMPLE_RATE) -> Figure:
+    """One clip three ways: waveform `[1, N]`, mel picture, latents `[D, T]`."""
+    seconds = wav.shape[-1] / sample_rate
+    with plt.rc_context(STYLE):
+        figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(9, 6.5), height_ratios=(1, 1.5, 1.5), sharex=True)
+        _draw_waveform(top, wav, sample_rate, INPUT)
+        top.set_title(title)
+        _draw_mel(figure, middle, wav, sample_rate)
+        limit = float(latents.abs().quantile(0.995)) if latents.numel() < 1e7 else float(latents.abs().max())
+        extent = (0, seconds, 0, latents.shape[0])
+        picture = bottom.imshow(
+            latents.numpy(), origin="lower", aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent
+        )
+        bottom.set(ylabel="latent channel", xlabel="time (s)")
+        bottom.grid(False)
+        figure.colorbar(picture, ax=bottom, label="latent value")
+    return figure
+
+
+def latent_histogram(latents: Mapping[str, Tensor]) -> Figure:
+    """Distribution of latent values by name, on a log scale, beside a normal one of the same RMS."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 3.2))
+        for (name, values), colour in zip(latents.items(), (INPUT, TARGET), strict=False):
+            flat = values.flatten().numpy()
+            level = np.sqrt(np.mean(flat**2))
+            counts, edges = np.histogram(flat, bins=120, density=True)
+            axes.step(edges[:-1], counts, where="post", color=colour, label=f"{name}, RMS {level:.2f}")
+        x = np.linspace(edges[0], edges[-1], 400)
+        normal = np.exp(-((x / level) ** 2) / 2) / (level * np.sqrt(2 * np.pi))
+        axes.plot(x, normal, color=AVERAGE, linestyle="--", label="normal distribution")
+        axes.set(yscale="log", ylim=(1e-6, None), xlabel="latent value", ylabel="density")
+        axes.legend()
+    return figure
+
+
+def spectra(wavs: Mapping[str, Tensor], band_edge: float | None = None, sample_rate: int = SAMPLE_RATE) -> Figure:
+    """Mean power spectra of `[1, N]` clips in dB, with the upper edge of the codec's band."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 3.2))
+        for (name, wav), colour in zip(wavs.items(), (INPUT, OUTPUT, TARGET), strict=False):
+            power = torch.stft(wav[0], 2048, window=torch.hann_window(2048), return_complex=True).abs().square().mean(1)
+            frequencies = torch.linspace(0, sample_rate / 2000, len(power))
+            axes.plot(frequencies, 10 * torch.log10(power + 1e-10), color=colour, label=name, linewidth=1)
+        if band_edge:
+            axes.axvline(
+                band_edge / 1000, color="black", linestyle=":", label=f"codec's edge, {band_edge / 1000:g} kHz"
+            )
+        axes.set(xlabel="frequency (kHz)", ylabel="power (dB)")
+        axes.legend()
+    return figure
+
+
+def taken_pictures(taken: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -> Figure:
+    """Which clip what is heard comes from, over time and mel bands `[80, frames]`, by name: powers of what was taken
+    from the input and from the target. Blue: all input, orange: all target, grey: both; the paler, the quieter."""
+    colours = LinearSegmentedColormap.from_list("taken", (TARGET, "#BBBBBB", INPUT))
+    with plt.rc_context(STYLE):
+        columns = min(3, len(taken))
+        rows = -(-len(taken) // columns)
+        figure, axes = plt.subplots(
+            rows, columns, figsize=(4.2 * columns, 3.1 * rows), sharex=True, sharey=True, squeeze=False
+        )
+        for ax in axes.flat[len(taken) :]:
+            ax.set_visible(False)
+        for ax, (name, (of_input, of_target)) in zip(axes.flat, taken.items(), strict=False):
+            share = of_input / (of_input + of_target).clamp_min(1e-20)
+            picture = colours(share.numpy())
+            picture[..., 3] = (decibels_below_peak(of_input + of_target).numpy() / 60 + 1).clip(0, 1)
+            ax.imshow(picture, origin="lower", aspect="auto", extent=(0, seconds, 0, len(share)))
+            ax.set(title=name, xlabel="time (s)")
+            ax.grid(False)
+        for ax in axes[:, 0]:
+            ax.set_ylabel("mel band")
+        scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), colours)
+        bar = figure.colorbar(scale, ax=axes, label="from", ticks=(0, 0.5, 1))
+        bar.ax.set_yticklabels(("target", "both", "input"))
+    return figure
+
+
+def waveforms_and_mels(wavs: Mapping[str, Tensor], sample_rate: int = SAMPLE_RATE) -> Figure:
+    """Clips `[1, N]` side by side on one scale: waveform above, mel picture below."""
+    colours = dict(zip(wavs, itertools.cycle((INPUT, TARGET, OUTPUT, AVERAGE)), strict=False))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            2, len(wavs), figsize=(3.4 * len(wavs), 4.2), sharex=True, sharey="row", squeeze=False
+        )
+        for column, (name, wav) in enumerate(wavs.items()):
+            _draw_waveform(axes[0, column], wav, sample_rate, colours[name])
+            axes[0, column].set_title(name)
+            _draw_mel(figure if column == len(wavs) - 1 else None, axes[1, column], wav, sample_rate)
+            axes[1, column].set_xlabel("time (s)")
+            if column:
+                axes[0, column].set_ylabel("")
+                axes[1, column].set_ylabel("")
+    return figure
+
+
+def _draw_waveform(axes: plt.Axes, wav: Tensor, sample_rate: int, colour: str) -> None:
+    """Minimum and maximum of each of about 1,000 slices: what an ear would call the outline."""
+    samples = wav[0].numpy()
+    width = max(1, len(samples) // 1000)
+    slices = samples[: len(samples) // width * width].reshape(-1, width)
+    time = np.arange(len(slices)) * width / sample_rate
+    axes.fill_between(time, slices.min(1), slices.max(1), color=colour, linewidth=0.3)
+    axes.set_ylabel("amplitude")
+
+
+def _draw_mel(figure: Figure | None, axes: plt.Axes, wav: Tensor, sample_rate: int) -> None:
+    decibels = mel_db(wav, sample_rate)
+    extent = (0, wav.shape[-1] / sample_rate, 0, len(decibels))
+    picture = axes.imshow(
+        decibels.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-80, vmax=0, extent=extent
+    )
+    axes.set_ylabel("mel band")
+    axes.grid(False)
+    if figure is not None:
+        figure.colorbar(picture, ax=axes, label="dB below the clip's peak")

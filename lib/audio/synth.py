@@ -1,0 +1,355 @@
+"""A seeded generator of demo music: drums, bass, chords and melody in one key and one tempo per song.
+
+Real enough to hear whether two clips were fused: songs differ in key, tempo, timbre, rhythm and arrangement. At 24 kHz
+most of their energy lies below 4.8 kHz, the band that the embedded codec keeps; at 48 kHz tones and drums reach up to
+20 kHz, for super-resolution. A song depends on (seed, index), its rate and its length alone, and is the same to the bit
+on every processor: which songs are for validation is decided by a hash of their bytes. Sounds are arrays
+`[num_samples]`, float64.
+"""
+
+import io
+import json
+import math
+import wave
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from lib.audio.files import SAMPLE_RATE, AudioError, probe_audio
+from lib.util.errors import UserError
+from lib.util.files import write_atomic
+from lib.util.provenance import code_fingerprint
+
+PEAK = 0.8
+HIGHEST_TONE = {24_000: 4_500, 48_000: 20_000}  # sample rate → Hz, above which tones have no harmonics
+SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}  # semitones above the tonic
+
+# scale degrees of the triads, one a bar
+_PROGRESSIONS = {
+    "major": ((0, 4, 5, 3), (0, 5, 3, 4), (5, 3, 0, 4), (0, 3, 0, 4), (0, 2, 3, 4)),
+    "minor": ((0, 5, 2, 6), (0, 3, 5, 6), (0, 6, 5, 6), (0, 3, 0, 4), (0, 5, 3, 4)),
+}
+# amplitudes of the harmonics, seconds until a struck note falls to 1/e, seconds of attack
+_TIMBRES = {
+    "organ": ((1.0, 0.5, 0.35, 0.2, 0.05, 0.1), 30.0, 0.02),
+    "piano": ((1.0, 0.6, 0.3, 0.2, 0.12, 0.08, 0.05), 0.7, 0.004),
+    "bell": ((1.0, 0.1, 0.4, 0.05, 0.25), 0.5, 0.002),
+    "flute": ((1.0, 0.25, 0.08, 0.03), 30.0, 0.05),
+    "reed": ((1.0, 0.1, 0.6, 0.1, 0.4, 0.05, 0.2), 4.0, 0.02),
+    "string": ((1.0, 0.55, 0.4, 0.3, 0.22, 0.16, 0.12, 0.09), 30.0, 0.12),
+}
+# which of (drums, bass, chords, melody) play, a letter each, section by section
+_ARRANGEMENTS = (
+    ("dbc", "dbcm", "cm", "dbcm", "dbc"),
+    ("bc", "dbcm", "dbc", "bcm", "dbcm"),
+    ("dc", "dbcm", "bcm", "dbcm", "dm"),
+)
+# steps are eighths of a bar of four beats
+_KICKS = ((0, 4), (0, 3, 4), (0, 4, 7), (0, 2, 4, 6))
+_BASSES = ((0, 2, 4, 6), (0, 3, 4, 7), (0, 1, 2, 3, 4, 5, 6, 7), (0, 4, 6))
+_MELODIES = ((0, 2, 3, 4, 6), (0, 1, 2, 4, 6, 7), (0, 3, 4, 6), (0, 2, 4, 5, 6, 7))
+
+
+@dataclass(frozen=True)
+class Song:
+    """What a song is drawn from. Everything that `render` needs besides its random generator."""
+
+    tempo: int  # beats a minute
+    tonic: int  # MIDI note, 48 to 59
+    scale: str
+    progression: tuple[int, ...]
+    arrangement: tuple[str, ...]
+    lead: str  # timbres
+    pad: str
+    bass: str
+    sample_rate: int
+
+    @property
+    def step(self) -> float:
+        """Samples in an eighth note."""
+        return 30 / self.tempo * self.sample_rate
+
+    def note(self, degree: int) -> int:
+        """MIDI note of a scale degree counted from the tonic; 7 is the octave."""
+        octave, index = divmod(degree, 7)
+        return self.tonic + 12 * octave + SCALES[self.scale][index]
+
+
+def make_demo_dataset(
+    root: str | Path, num_songs: int = 12, seconds: float = 40.0, seed: int = 0, sample_rate: int = SAMPLE_RATE
+) -> list[Path]:
+    """Write `song_00.wav`, ... (mono, 16 bit) under `root`; return their paths. Songs already there are kept.
+
+    A song is kept if it has the right length and `.songs.json` beside it names this seed and rate, and this code.
+    Raises `UserError` if a number makes no sense, the folder cannot be written, or it holds songs that came from
+    elsewhere under these names: those are never overwritten.
+    """
+    if num_songs < 1 or not 1 <= seconds <= 600:
+        raise UserError(f"num_songs {num_songs}, seconds {seconds}: use at least one song of 1 to 600 seconds")
+    if sample_rate not in HIGHEST_TONE:
+        raise UserError(f"sample_rate {sample_rate}: use {' or '.join(map(str, HIGHEST_TONE))}")
+    root = Path(root)
+    num_samples = round(seconds * sample_rate)
+    recipe = {"seed": seed, "sample_rate": sample_rate, "code": code_fingerprint("lib.audio.synth")}
+    paths = [root / f"song_{index:02d}.wav" for index in range(num_songs)]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _claim_folder(root, recipe)
+        for index, path in enumerate(paths):
+            if not _is_complete(path, num_samples):
+                write_atomic(path, _wav_file(render_song(seed, index, num_samples, sample_rate), sample_rate))
+    except OSError as error:
+        raise UserError(f"{root}: cannot hold demo songs ({error.strerror}); choose another folder") from error
+    return paths
+
+
+def _claim_folder(root: Path, recipe: dict) -> None:
+    """Mark `root` as holding songs of `recipe`. Those of another one are removed first: a kill leaves its mark."""
+    marker, text = root / ".songs.json", json.dumps(recipe)
+    songs = sorted(path for path in root.glob("song_*.wav") if path.stem.removeprefix("song_").isdigit())
+    if songs and not marker.exists():
+        raise UserError(f"{songs[0]}: not a generated demo song; choose another folder or move it away")
+    if not marker.exists() or marker.read_text() != text:
+        for path in songs:
+            path.unlink()
+        write_atomic(marker, text)
+
+
+def _wav_file(sound: np.ndarray, sample_rate: int) -> bytes:
+    """A mono file of 16 bits."""
+    content = io.BytesIO()
+    with wave.open(content, "wb") as file:
+        file.setparams((1, 2, sample_rate, 0, "NONE", ""))
+        file.writeframes(np.rint(2**15 * sound).astype("<i2").tobytes())
+    return content.getvalue()
+
+
+def draw_song(seed: int, index: int, sample_rate: int = SAMPLE_RATE) -> tuple[Song, np.random.Generator]:
+    """Key, tempo, harmony and instruments of song `index`, and the generator to play it with."""
+    rng = np.random.default_rng([seed, index])
+    scale = str(rng.choice(list(SCALES)))
+    song = Song(
+        tempo=int(rng.integers(80, 141)),
+        tonic=int(rng.integers(48, 60)),
+        scale=scale,
+        progression=_PROGRESSIONS[scale][rng.integers(len(_PROGRESSIONS[scale]))],
+        arrangement=_ARRANGEMENTS[rng.integers(len(_ARRANGEMENTS))],
+        lead=str(rng.choice(["piano", "bell", "flute", "reed"])),
+        pad=str(rng.choice(["organ", "piano", "string"])),
+        bass=str(rng.choice(["piano", "reed", "flute"])),
+        sample_rate=sample_rate,
+    )
+    return song, rng
+
+
+def render_song(seed: int, index: int, num_samples: int, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
+    """Song `index` as `[num_samples]`, float64, peak 0.8."""
+    song, rng = draw_song(seed, index, sample_rate)
+    bar = 8 * song.step
+    num_bars = int(np.ceil(num_samples / bar))
+    bars_per_section = 4 if num_bars >= 12 else 2
+    parts = {"d": _drums, "b": _bass, "c": _chords, "m": _melody}
+    mix = np.zeros(int((num_bars + 1) * bar) + 2 * sample_rate)  # room for the last notes to ring
+    for letter, play in parts.items():
+        place = play(song, rng)
+        for number in range(num_bars):
+            section = song.arrangement[number // bars_per_section % len(song.arrangement)]
+            if letter in section:
+                chord = song.progression[number % len(song.progression)]
+                for step, sound in place(number, chord):
+                    start = round(number * bar + step * song.step)
+                    mix[start : start + len(sound)] += sound[: len(mix) - start]
+    mix = _tanh(1.2 * mix[:num_samples])  # glues the parts together and tames coinciding peaks
+    fade = min(num_samples, sample_rate // 2)
+    mix[-fade:] *= np.linspace(1, 0, fade)
+    return PEAK * mix / np.abs(mix).max()
+
+
+# A part takes the song and the generator, draws its pattern, and returns this: (bar number, chord) → [(step, sound)]
+Part = Callable[[int, int], list[tuple[float, np.ndarray]]]
+
+
+def _drums(song: Song, rng: np.random.Generator) -> Part:
+    kicks = _KICKS[rng.integers(len(_KICKS))]
+    hats = range(8) if rng.random() < 0.6 else range(0, 8, 2)
+    tuning = _frequency(song.tonic)  # drums in the song's key do not muddy it
+    rate = song.sample_rate
+    kick, snare, hat = _kick(tuning / 4, rate), _snare(tuning, rng, rate), _hat(rng, rate)
+
+    def play(number: int, chord: int) -> list[tuple[float, np.ndarray]]:
+        hits = [(step, 0.9 * kick) for step in kicks] + [(step, 0.5 * snare) for step in (2, 6)]
+        hits += [(step, (0.12 if step % 2 else 0.2) * hat) for step in hats]
+        if number % 4 == 3:  # a fill leads into the next four bars
+            hits += [(step, 0.35 * snare) for step in (7, 7.5)]
+        return hits
+
+    return play
+
+
+def _bass(song: Song, rng: np.random.Generator) -> Part:
+    steps = _BASSES[rng.integers(len(_BASSES))]
+    fifths = rng.random() < 0.5
+
+    def play(number: int, chord: int) -> list[tuple[float, np.ndarray]]:
+        notes = []
+        for step, until in zip(steps, (*steps[1:], 8), strict=True):
+            degree = chord + (4 if fifths and step == steps[-1] else 0)
+            length = round(0.9 * (until - step) * song.step)
+            tone = _tone(song.bass, song.note(degree % 7) - 12, length, song.sample_rate)
+            notes.append((step, 0.4 * tone))
+        return notes
+
+    return play
+
+
+def _chords(song: Song, rng: np.random.Generator) -> Part:
+    stabs = rng.random() < 0.5  # short chords off the beat, or one that lasts the bar
+
+    def play(number: int, chord: int) -> list[tuple[float, np.ndarray]]:
+        # close position around the tonic: each note in the octave nearest to it
+        notes = [song.note((chord + third) % 7) + 12 * (third == 0 and chord == 0) for third in (0, 2, 4)]
+        steps, level, length = ((1, 3, 5, 7), 0.16, 0.8) if stabs else ((0,), 0.14, 7.8)
+        tones = [level * _tone(song.pad, note, round(length * song.step), song.sample_rate) for note in notes]
+        return [(step, tone) for step in steps for tone in tones]
+
+    return play
+
+
+def _melody(song: Song, rng: np.random.Generator) -> Part:
+    """A motif of two bars, repeated over the harmony: the ear knows it again, the notes follow the chord."""
+    rhythm = [_MELODIES[rng.integers(len(_MELODIES))] for _ in range(2)]
+    moves = [np.cumsum(rng.choice([-2, -1, -1, 0, 1, 1, 2], size=len(steps))) for steps in rhythm]
+    echo = round(3 * song.step)  # dotted quarter
+
+    def play(number: int, chord: int) -> list[tuple[float, np.ndarray]]:
+        steps, walk = rhythm[number % 2], moves[number % 2]
+        notes = []
+        for step, until, move in zip(steps, (*steps[1:], 8), walk - walk[0], strict=True):
+            degree = 7 + chord % 7 + int(np.clip(move, -4, 5))
+            if step in (0, 4):  # a chord tone on the strong beats
+                degree = 7 + chord % 7 + min((-3, 0, 2, 4), key=lambda third: abs(third - move))
+            length = round(0.95 * (until - step) * song.step)
+            tone = 0.3 * _tone(song.lead, song.note(degree), length, song.sample_rate)
+            sound = np.zeros(len(tone) + echo)
+            sound[: len(tone)] += tone
+            sound[echo:] += 0.25 * tone
+            notes.append((step, sound))
+        return notes
+
+    return play
+
+
+@lru_cache(maxsize=256)  # a song plays the same few notes again and again
+def _tone(timbre: str, note: int, num_samples: int, sample_rate: int) -> np.ndarray:
+    """A note `[num_samples]` as a sum of harmonics; higher ones are weaker and die sooner."""
+    amplitudes, decay, attack = _TIMBRES[timbre]
+    frequency, seconds = _frequency(note), np.arange(num_samples) / sample_rate
+    turns = frequency * seconds
+    if timbre in ("flute", "string"):
+        turns += 0.3 / (2 * math.pi) * _sin(5 * seconds) * np.minimum(seconds, 1)  # vibrato
+    sound = np.zeros(num_samples)
+    highest = HIGHEST_TONE[sample_rate]
+    for number, amplitude in enumerate(amplitudes, start=1):
+        if number * frequency < highest:
+            sound += amplitude * _sin(number * turns) * _exp(-_power(number, "0.7") / decay * seconds)
+    if sample_rate > SAMPLE_RATE:  # beyond those that the timbre names, half as strong an octave up
+        named = len(amplitudes)
+        upper = _harmonics(turns, named + 1, int(highest / frequency))
+        sound += amplitudes[-1] * named * upper * _exp(-_power(2 * named, "0.7") / decay * seconds)
+    release = min(num_samples, round(0.03 * sample_rate))
+    envelope = np.minimum(seconds / attack, 1)
+    envelope[num_samples - release :] *= np.linspace(1, 0, release)
+    return sound * envelope / math.sqrt(math.fsum(amplitude * amplitude for amplitude in amplitudes))
+
+
+def _harmonics(turns: np.ndarray, first: int, last: int) -> np.ndarray:
+    """Σ sin(n·x)/n for n from `first` to `last`, by sin((n+1)x) = 2·cos(x)·sin(n·x) − sin((n−1)x): hundreds of
+    harmonics for the price of three sines."""
+    twice, before, now = 2 * _sin(turns + 0.25), _sin((first - 1) * turns), _sin(first * turns)
+    total = np.zeros(len(turns))
+    for number in range(first, last + 1):
+        total += now / number
+        before, now = now, twice * now - before
+    return total
+
+
+def _kick(frequency: float, sample_rate: int) -> np.ndarray:
+    seconds = np.arange(round(0.3 * sample_rate)) / sample_rate
+    sweep = frequency * seconds - 4 * _exp(-30 * seconds)  # falls to `frequency` within a tenth of a second
+    return _sin(sweep) * _exp(-12 * seconds)
+
+
+def _snare(frequency: float, rng: np.random.Generator, sample_rate: int) -> np.ndarray:
+    seconds = np.arange(round(0.2 * sample_rate)) / sample_rate
+    # a Hann window makes it dull: below 4 kHz or so at 24 kHz, twice that at 48 kHz
+    padded = np.pad(_noise(rng, len(seconds)), 3)
+    slope = math.sqrt(0.125)
+    window = (0.5 - slope, 0.5, 0.5 + slope, 1, 0.5 + slope, 0.5, 0.5 - slope)
+    noise = sum(weight / 5 * padded[i : i + len(seconds)] for i, weight in enumerate(window))
+    return (0.9 * noise + 0.5 * _sin(frequency * seconds)) * _exp(-22 * seconds)
+
+
+def _hat(rng: np.random.Generator, sample_rate: int) -> np.ndarray:
+    seconds = np.arange(round(0.08 * sample_rate)) / sample_rate
+    return np.diff(_noise(rng, len(seconds) + 1)) * _exp(-70 * seconds)
+
+
+# --- the same bits everywhere -----------------------------------------------------------------------------------------
+# NumPy and the C library choose their sin, exp, tanh, pow and log by the processor, and the last bits differ. What
+# follows uses only what IEEE 754 fixes: sums, products and quotients of pairs, roundings, powers of two.
+
+
+def _sin(turns: np.ndarray) -> np.ndarray:
+    """sin(2π·turns), within 1e-12: Taylor's series on the quarter turn around zero."""
+    shifted = turns - 0.25
+    shifted -= np.rint(shifted)
+    x = 0.25 - np.abs(shifted)
+    return x * _polynomial(x * x, _SINE)
+
+
+def _exp(x: np.ndarray) -> np.ndarray:
+    """Within 1e-12 of itself: 2^k·exp(r), |r| ≤ ln(2)/2, the latter by Taylor's series."""
+    exponent = np.rint(x / math.log(2))
+    return np.ldexp(_polynomial(x - exponent * math.log(2), _EXPONENTIAL), exponent.astype(np.int32))
+
+
+def _tanh(x: np.ndarray) -> np.ndarray:
+    return 1 - 2 / (_exp(2 * x) + 1)
+
+
+def _polynomial(x: np.ndarray, coefficients: list[float]) -> np.ndarray:
+    """By Horner's rule; the highest power's coefficient comes first."""
+    total = np.full(len(x), coefficients[0])
+    for coefficient in coefficients[1:]:
+        total *= x
+        total += coefficient
+    return total
+
+
+_EXPONENTIAL = [1 / math.factorial(n) for n in range(11, -1, -1)]
+_SINE = [float((-1) ** n * (2 * Decimal(math.pi)) ** (2 * n + 1) / math.factorial(2 * n + 1)) for n in range(9, -1, -1)]
+
+
+def _power(base: int, exponent: str) -> float:
+    return float(Decimal(base) ** Decimal(exponent))
+
+
+def _noise(rng: np.random.Generator, num_samples: int) -> np.ndarray:
+    """White noise of variance 1; rounded, because its rare large values come from a logarithm."""
+    return np.rint(rng.standard_normal(num_samples) * 2**20) / 2**20
+
+
+def _frequency(note: int) -> float:
+    """Hz of a MIDI note; A4 = 69 = 440 Hz."""
+    return float(440 * Decimal(2) ** (Decimal(note - 69) / 12))
+
+
+def _is_complete(path: Path, num_samples: int) -> bool:
+    try:
+        return path.exists() and probe_audio(path).num_samples == num_samples
+    except AudioError:
+        return False

@@ -1,0 +1,150 @@
+"""Waveform ⇄ latents. Legend: B batch, N samples, T frames (75 Hz), D latent channels (128), H hop (320 samples).
+
+`MdctCodec` is the embedded default: a fixed transform, no weights. `EncodecCodec` is Meta's 24 kHz model along its
+continuous path (encoder and decoder without the quantiser). `load_codec` takes a name or a directory of weights.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+import re
+import socket
+import textwrap
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import encodec.model
+import torch
+from torch import Tensor, nn
+
+from lib.codec.mdct import DIM, HOP, SAMPLE_RATE, checked, trimmed
+from lib.util.errors import UserError
+from lib.util.threads import torch_threads
+
+OFFLINE_VARIABLE = "ENCODEC_OFFLINE"  # set to anything but 0: EnCodec's weights are never downloaded
+WEIGHTS_FILE = "encodec_24khz-d7cc33bc.th"  # the public file; the digits begin its sha256
+
+
+class EncodecCodec(nn.Module):
+    """Meta's EnCodec at 24 kHz (Défossez et al. 2022), continuous: its encoder and decoder without the quantiser.
+
+    It computes in float32 on its own device, whatever the input's device and whatever autocast says.
+    """
+
+    sample_rate, hop, dim, name = SAMPLE_RATE, HOP, DIM, "encodec"
+
+    def __init__(self, model: encodec.model.EncodecModel, weights_sha256: str):
+        super().__init__()
+        self.encoder, self.decoder = model.encoder, model.decoder
+        for module in self.modules():  # folded: the old weight norm writes module.weight in each forward, threads race
+            if hasattr(module, "weight_g"):
+                nn.utils.remove_weight_norm(module)
+        self.requires_grad_(False).train()
+        self.fingerprint = hashlib.sha256(f"encodec-24khz-continuous {weights_sha256}".encode()).hexdigest()
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> "EncodecCodec":
+        """Load the one `encodec_24khz-<8 hex digits>.th` there; the digits begin its sha256. `UserError` if not so."""
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such directory; name the one that holds {WEIGHTS_FILE}")
+        files = [f for f in sorted(directory.iterdir()) if re.fullmatch(r"encodec_24khz-[0-9a-f]{8}\.th", f.name)]
+        if len(files) != 1:
+            found = ", ".join(f.name for f in files) or "none"
+            raise UserError(f"{directory}: needs exactly one encodec_24khz-<8 hex digits>.th, found {found}")
+        return cls._from_file(files[0])
+
+    @classmethod
+    def from_hub(cls) -> "EncodecCodec":
+        """The public weights from torch.hub's cache; else downloaded into it, unless `ENCODEC_OFFLINE` is set."""
+        file = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_FILE)
+        if not file.exists():
+            try:
+                _download(encodec.model.ROOT_URL + WEIGHTS_FILE, file)
+            except OSError as error:
+                raise UserError(
+                    f"codec 'encodec': its weights are not on this machine and could not be downloaded ({error}); give "
+                    f"the directory that holds {WEIGHTS_FILE} (--codec DIR), or run where the network reaches the hub"
+                ) from error
+        return cls._from_file(file)
+
+    @classmethod
+    def _from_file(cls, file: Path) -> "EncodecCodec":
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+        sha256 = hashlib.sha256(content).hexdigest()
+        if not sha256.startswith(file.stem[-8:]):
+            raise UserError(f"{file}: its checksum begins {sha256[:8]}, not as its name says: download it again")
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # its random weights are about to go
+            warnings.filterwarnings("ignore", message=r".*weight_norm.* is deprecated", category=FutureWarning)
+            model = encodec.model.EncodecModel.encodec_model_24khz(pretrained=False)
+        try:
+            model.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        except pickle.UnpicklingError as error:
+            reason = "loading it would run code" if "Unsupported" in str(error) else "not a checkpoint of torch.save"
+            raise UserError(f"{file}: refused, {reason}; download the file again") from error
+        except (RuntimeError, EOFError, TypeError, AttributeError) as error:  # truncated archive, or other weights
+            reason = textwrap.shorten(str(error), 200)
+            raise UserError(f"{file}: not a whole checkpoint of EnCodec's 24 kHz model ({reason})") from error
+        return cls(model, sha256)
+
+    def train(self, mode: bool = True) -> "EncodecCodec":
+        """Stays in eval mode, whatever `mode`, but for the LSTMs: cuDNN has no backward pass for them in eval mode."""
+        super().train(False)
+        for module in self.modules():
+            if isinstance(module, nn.LSTM):
+                module.training = True  # they have no dropout, so nothing else changes
+        return self
+
+    @torch.no_grad()
+    def encode(self, wav: Tensor) -> Tensor:
+        """`[B, 1, N]` → `[B, 128, T]`, T = ceil(N / 320): the model pads by itself."""
+        latents = self._run(self.encoder, checked(wav, channels=1))
+        if not torch.isfinite(latents).all():
+            raise ValueError("wav holds NaN or infinite samples: validate it on loading")
+        return latents
+
+    def decode(self, latents: Tensor, length: int | None = None) -> Tensor:
+        """`[B, 128, T]` → `[B, 1, T·320]` or `[B, 1, length]`."""
+        return trimmed(self._run(self.decoder, checked(latents, channels=DIM)), length)
+
+    def _run(self, network: nn.Module, x: Tensor) -> Tensor:
+        like = next(network.parameters())
+        with torch.autocast(like.device.type, enabled=False):
+            x = x.to(like)
+            threads = min(len(x), torch.get_num_threads())
+            needs_gradient = torch.is_grad_enabled() and x.requires_grad
+            if like.device.type == "cpu" and threads > 1 and not needs_gradient:
+                return _clip_by_clip(network, x, threads)
+            return network(x)
+
+
+@torch_threads(1)
+def _clip_by_clip(network: nn.Module, x: Tensor, threads: int) -> Tensor:
+    """Each clip of a batch on a core of its own: close to twice as fast on two, as convolutions share one badly."""
+    inference = torch.is_inference_mode_enabled()
+
+    def run(clip: Tensor) -> Tensor:  # a thread begins with gradients on
+        with torch.inference_mode(inference), torch.no_grad():
+            return network(clip)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return torch.cat(list(pool.map(run, x.split(1))))
+
+
+def _download(url: str, file: Path) -> None:
+    if os.environ.get(OFFLINE_VARIABLE, "0") not in ("", "0"):
+        raise OSError(f"{OFFLINE_VARIABLE} is set")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # torch.hub sets none: a silent firewall would hold the user for minutes
+    try:
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem[-8:])
+    except RuntimeError as error:  # a wrong hash: a login page instead of the file
+        raise OSError(error) from error
+    finally:
+        socket.setdefaulttimeout(timeout)

@@ -1,0 +1,94 @@
+"""The claims of the project's seed documents, and what became of them here.
+
+A notebook judges its claims with `judge` and shows them through `Section.claims`; `collect` gathers them from a
+finished run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lib.util.stats import describe
+
+# id → seed documents that state it, and what they state
+CLAIMS = {
+    "C1": ("000", "384,000 samples become latents [B, 128, 1200] and come back; RMS 5.66 and 5.69"),
+    "C2": ("000", "stages of the two-stage cascade leave RMS 5.73 and 5.68, with factors 1.01 and 1.02"),
+    "C3": ("000, 001", "stages of 6.3 M and 14.2 M parameters; 27.4 M become 18.3 M, 33 % fewer"),
+    "C4": ("000, 002", "spectral norm keeps σ ≤ 1, and so the Lipschitz constant ≤ 1"),
+    "C5": ("002", "a third stage at 0.1×: projection RMS 0.85, mixed 1.09, wants 5.2×, ends at 1.64, 71 % too quiet"),
+    "C6": ("002", "a third stage at 0.3×: mixed RMS 2.5 to 3.0, wants 2.0 to 2.3×, ends at 4.05"),
+    "C7": ("001, 002", "gradient norm: 0.1× 2.45 → 6.66 → 16.71 → NaN; 0.3× 3.93 → 5.36 → 6 to 7; two stages 2 to 5"),
+    "C8": ("003", "learnable RMS scalars get gradients 100 to 10,000 times larger; norm 15,438, then NaN"),
+    "C9": ("000, 002", "spectral norm, clamp and clipping together keep training stable"),
+    "C10": ("001", "the two-stage cascade completes 200 epochs without NaN"),
+    "C11": ("001", "no scale factor above 1.3 in either stage"),
+    "C12": ("001", "complementarity of the masks reaches 85 % by epoch 50"),
+    "C13": ("001", "the two-stage output sounds as good as the three-stage one; continuations are coherent"),
+    "C14": ("001", "safe fallbacks: stage 1 at 512 wide; three stages at 0.3×; three or more at 1.0×"),
+    "C15": (
+        "003",
+        "signs of health: gradient norm < 100, RMS ratio 0.8 to 1.2, movement, correlation with sources < 0.3",
+    ),
+    "C16": ("004", "parameters of the super-resolver: 3.23 M, 64.9 M, 100.0 M, 39.3 M, together 207.4 M"),
+    "C17": ("004", "18 (or 12) conditioned transformers, 14.3 M; latent [16, 64, 64]; 57.5 GMACs a step"),
+    "C18": ("004", "cross-attention lets each position query the global context"),
+}
+VERDICTS = REPRODUCED, REFUTED, NOT_TESTED = "reproduced", "refuted", "not tested here"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One claim, or one part of it, against what was measured."""
+
+    claim: str  # its id
+    said: str  # the part that is judged
+    measured: str  # median, or what was found in words
+    spread: str  # range over seeds; empty where nothing varies
+    verdict: str
+    why: str = ""  # of 'not tested here', or what the verdict rests on
+
+
+def judge(
+    claim: str, said: str, holds: bool | None, values: Sequence[float] | None = None, *, found: str = "", why: str = ""
+) -> Verdict:
+    """A verdict: `holds` decides it, None for what was not tested (`why` must say what that would take).
+
+    `values`: one a seed; their median and range become `measured` and `spread`. `found`: said in words instead, or as
+    the unit after the median.
+    """
+    if claim not in CLAIMS:
+        raise ValueError(f"unknown claim {claim!r}")
+    if holds is None and not why:
+        raise ValueError(f"{claim}: a claim that was not tested needs a reason")
+    verdict = NOT_TESTED if holds is None else REPRODUCED if holds else REFUTED
+    median, _, spread = describe(values).partition(" (") if values else ("", "", "")
+    measured = " ".join(part for part in (median, found) if part)
+    return Verdict(claim, said, measured, spread.rstrip(")"), verdict, why)
+
+
+def collect(sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The verdicts that notebooks stored in their sections, in order of their claims."""
+    found = [row for section in sections for item in section["items"] for row in item.get("claims", [])]
+    return sorted(found, key=lambda row: int(row["claim"][1:]))
+
+
+def with_untested(verdicts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The verdicts, and every claim that has none, with the reason."""
+    rows, judged = list(verdicts), {row["claim"] for row in verdicts}
+    for claim, (_, said) in CLAIMS.items():
+        if claim not in judged:
+            rows.append(asdict(judge(claim, said, None, why="no notebook has judged it")))
+    return sorted(rows, key=lambda row: int(row["claim"][1:]))
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """claims.json as a Markdown table."""
+    head = ("claim", "seed", "said", "measured (range over seeds)", "verdict")
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for row in rows:
+        measured = row["measured"] + (f" ({row['spread']})" if row["spread"] else "")
+        verdict = f"**{row['verdict']}**" + (f": {row['why']}" if row["why"] else "")
+        cells = (row["claim"], CLAIMS[row["claim"]][0], row["said"], measured, verdict)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)

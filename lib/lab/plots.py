@@ -1,0 +1,216 @@
+"""The figures of the laboratory: ablation and collapse. Every function returns a figure; none computes a result.
+
+The settings that the seeds name have one colour and marker throughout (Okabe and Ito's, which colour-blind readers tell
+apart); all else is grey, black, or another of those colours.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lib.audio.plots import STAGES, STYLE
+from lib.lab.ablation import Result
+from lib.lab.variants import EXPLODING, LEARNABLE, REFERENCE, REPAIR
+
+COLOURS = {REFERENCE: "#0072B2", EXPLODING: "#D55E00", REPAIR: "#E69F00", LEARNABLE: "#CC79A7"}
+MARKERS = {REFERENCE: "o", EXPLODING: "s", REPAIR: "^", LEARNABLE: "D"}
+PARTS = ("input_projection", "input_norm", "layers", "post_norm", "output_projection", "rms_scaling")
+PART_COLOURS = ("#EEEEEE", "#DDDDDD", "#BBBBBB", "#888888", "#444444", "#000000")  # greys: colours are variants
+OTHER = "#666666"  # a variant that no seed names; the figures label its row
+
+
+def gradient_trajectories(groups: Mapping[str, Sequence[Result]], clip: float | None = None) -> Figure:
+    """Gradient norm before clipping over steps: median over seeds as a line, range as a band, × at a non-finite end."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 4))
+        for name, results in groups.items():
+            finite = [[norm for norm in r.grad_norm if math.isfinite(norm)] for r in results]
+            steps = np.linspace(1, max(r.steps for r in results), max(map(len, finite)))
+            norms = np.array([on_steps(r.steps, own, steps) for r, own in zip(results, finite, strict=True) if own])
+            if not norms.size:
+                continue
+            colour, marker = COLOURS.get(name, OTHER), MARKERS.get(name, "o")
+            axes.fill_between(steps, np.nanmin(norms, 0), np.nanmax(norms, 0), color=colour, alpha=0.2, linewidth=0)
+            every = max(1, len(steps) // 8)
+            axes.plot(steps, np.nanmedian(norms, 0), color=colour, marker=marker, markevery=every, label=name)
+            for result, own in zip(results, finite, strict=True):
+                if result.non_finite and own:
+                    axes.plot(result.steps, own[-1], "x", color=colour, markersize=11)
+        if clip:
+            axes.axhline(clip, color="black", linestyle=":", label=f"clipped above {clip:g}")
+        axes.set(xlabel="step", ylabel="gradient norm before clipping", yscale="log")
+        axes.legend(fontsize=8)
+    return figure
+
+
+def on_steps(length: int, norms: Sequence[float], steps: np.ndarray) -> np.ndarray:
+    """A run's norms, spread evenly over its own steps, at the steps of the figure; NaN after its end."""
+    return np.interp(steps, np.linspace(1, length, len(norms)), norms, right=np.nan)
+
+
+def variant_ranges(
+    groups: Mapping[str, Sequence[Result]], panels: Mapping[str, Mapping[str, Sequence[float]]], log: Sequence[str] = ()
+) -> Figure:
+    """One row a variant, one panel a measure: every seed as a point, the range as a line, the reference's as a band.
+
+    `panels`: axis label with its unit → variant → one value a seed. Variants without values (non-finite) get an ×.
+    """
+    names = list(groups)
+    with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        size = (4 + 2.9 * len(panels), 1.1 + 0.24 * len(names))
+        figure, rows = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+        for axes, (label, values) in zip(rows[0], panels.items(), strict=True):
+            if label in log:
+                axes.set_xscale("log")
+            if values.get(REFERENCE):
+                axes.axvspan(min(values[REFERENCE]), max(values[REFERENCE]), color=COLOURS[REFERENCE], alpha=0.15)
+            for y, name in enumerate(names):
+                if found := values.get(name):
+                    axes.plot([min(found), max(found)], [y, y], color=COLOURS.get(name, OTHER), linewidth=2)
+                    axes.plot(
+                        found, [y] * len(found), MARKERS.get(name, "o"), color=COLOURS.get(name, OTHER), markersize=4
+                    )
+                else:
+                    axes.text(0.5, y, "non-finite", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+            axes.set(xlabel=label)
+        rows[0, 0].set_yticks(range(len(names)), names, fontsize=8)
+        rows[0, 0].invert_yaxis()
+    return figure
+
+
+def gradient_shares(groups: Mapping[str, Sequence[Result]], when: str = "end") -> Figure:
+    """Share of every part in the squared gradient norm (median over seeds), stage by stage, a bar a variant."""
+    with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure, axes = plt.subplots(figsize=(9, 0.9 + 0.5 * len(groups)))
+        hatches = ("", "//", "..", "xx", "\\\\")
+        for y, results in enumerate(groups.values()):
+            left = 0.0
+            for stage, part in itertools.product(range(8), PARTS):
+                share = part_share(results, f"grad_norm/stage{stage}/{part}", when)
+                if share > 0:
+                    colour, hatch = PART_COLOURS[PARTS.index(part)], hatches[stage % len(hatches)]
+                    axes.barh(y, share, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
+                    if share > 0.08:
+                        box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
+                        axes.text(left + share / 2, y, f"{stage}", ha="center", va="center", fontsize=8, bbox=box)
+                    left += share
+        axes.set_yticks(range(len(groups)), list(groups))
+        axes.invert_yaxis()
+        axes.set(xlabel="share of the squared gradient norm (number: stage)", xlim=(0, 1.02))
+        used = [
+            p
+            for p in PARTS
+            if any(f"grad_norm/stage{i}/{p}" in r.end for rs in groups.values() for r in rs for i in range(8))
+        ]
+        handles = [plt.Rectangle((0, 0), 1, 1, color=PART_COLOURS[PARTS.index(p)]) for p in used]
+        figure.legend(handles, used, loc="outside upper center", ncols=len(used), fontsize=8)
+    return figure
+
+
+def part_share(results: Sequence[Result], part: str, when: str = "end") -> float:
+    """Median over seeds of a part's share in the squared gradient norm; 0 where it has none."""
+    shares = []
+    for result in results:
+        norms = {k: v for k, v in getattr(result, when).items() if k.startswith("grad_norm/")}
+        total = sum(value**2 for value in norms.values())
+        shares.append(norms.get(part, 0.0) ** 2 / total if total else 0.0)
+    return statistics.median(shares) if shares else 0.0
+
+
+def factorial(effects: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Main effects and interactions, a panel a measure: every seed as a point, the range as a line, 0 as 'none'."""
+    with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure, rows = plt.subplots(1, len(effects), figsize=(3 + 3.4 * len(effects), 3.2), sharey=True, squeeze=False)
+        for axes, (label, found) in zip(rows[0], effects.items(), strict=True):
+            for y, values in enumerate(found.values()):
+                sure = min(values) > 0 or max(values) < 0
+                colour = "#000000" if sure else "#999999"
+                axes.plot([min(values), max(values)], [y, y], color=colour, linewidth=2)
+                axes.plot(values, [y] * len(values), "o" if sure else "x", color=colour, markersize=5)
+            axes.axvline(0, color="black", linewidth=1)
+            axes.set(xlabel=label)
+        rows[0, 0].set_yticks(range(len(found)), list(found))
+        rows[0, 0].invert_yaxis()
+    return figure
+
+
+def predicted_and_measured(
+    panels: Mapping[str, Mapping[str, np.ndarray]], xlabel: str, ylabel: str, goal: float
+) -> Figure:
+    """Law against measurement, a panel a setting: `x`, `predicted`, `measured` [seeds, x], optional `bound`."""
+    with plt.rc_context(STYLE):
+        figure, rows = plt.subplots(1, len(panels), figsize=(1 + 3.3 * len(panels), 3.4), sharey=True, squeeze=False)
+        for axes, (title, data) in zip(rows[0], panels.items(), strict=True):
+            measured = np.asarray(data["measured"])
+            axes.fill_between(data["x"], measured.min(0), measured.max(0), color="#000000", alpha=0.25, linewidth=0)
+            axes.plot(data["x"], np.median(measured, 0), color="#000000", label="measured, median and range")
+            axes.plot(data["x"], data["predicted"], color="#56B4E9", linestyle="--", label="predicted")
+            if "bound" in data:
+                axes.plot(data["x"], data["bound"], color="#009E73", linestyle=":", label="bound")
+            axes.axhline(goal, color="#999999", linewidth=0.8, label="wanted")
+            axes.set(xlabel=xlabel, title=title, ylim=(0, None))
+        rows[0, 0].set_ylabel(ylabel)
+        rows[0, 0].legend(fontsize=8)
+    return figure
+
+
+def lines(x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, **scales: str) -> Figure:
+    """Plain curves over one axis, told apart by colour, marker and line style; `scales`: xscale, yscale."""
+    styles = zip(series.items(), STAGES, ("o", "s", "^", "D", "v"), ("-", "--", "-.", ":", "-"), strict=False)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 3.4))
+        for (name, values), colour, marker, style in styles:
+            axes.plot(x, values, color=colour, marker=marker, linestyle=style, label=name, markersize=5)
+        axes.set(xlabel=xlabel, ylabel=ylabel, **scales)
+        axes.legend(fontsize=8)
+    return figure
+
+
+class Waterfall:
+    """RMS through the stages: what projection and weighted residual bring, their sum, and what scaling makes of it.
+
+    Draws into `axes` once; `update` moves the bars, which is several times faster than drawing anew.
+    """
+
+    KINDS = ("projection", "residual", "mixed", "output")
+
+    def __init__(self, axes: Axes, num_stages: int, goal: float):
+        self.bars = []
+        for offset, (kind, colour) in enumerate(zip(self.KINDS, STAGES, strict=False)):
+            x = [i + (offset - 1.5) * 0.2 for i in range(num_stages)]
+            self.bars.append(axes.bar(x, [0] * num_stages, width=0.18, color=colour, label=kind))
+        axes.axhline(goal, color="black", linewidth=1, linestyle="--", label="wanted")
+        above = {"ha": "center", "va": "bottom", "fontsize": 8, "transform": axes.get_xaxis_transform()}
+        self.labels = [axes.text(i, 1.02, "", **above) for i in range(num_stages)]
+        axes.set_xticks(range(num_stages), [f"stage {i}" for i in range(num_stages)])
+        axes.set(ylabel="RMS (latent units)", ylim=(0, 1.35 * goal))
+
+    def update(self, traces: Sequence[Mapping[str, float]], clamp: tuple[float, float] | None) -> None:
+        """`traces`: for each stage `KINDS`, wanted_factor and applied_factor. `clamp`: of the last stage."""
+        for kind, bars in zip(self.KINDS, self.bars, strict=True):
+            for bar, trace in zip(bars, traces, strict=True):
+                bar.set_height(trace[kind])
+        for label, trace in zip(self.labels, traces, strict=True):
+            outside = clamp is not None and not clamp[0] <= trace["wanted_factor"] <= clamp[1]
+            gets = f", gets ×{trace['applied_factor']:.1f}" if outside else ""
+            label.set_text(f"wants ×{trace['wanted_factor']:.1f}{gets}")
+
+
+def waterfalls(
+    settings: Mapping[str, Sequence[Mapping[str, float]]], goal: float, clamps: Sequence, columns: int = 3
+) -> Figure:
+    """A grid of waterfalls on one scale, titled by their settings."""
+    with plt.rc_context(STYLE | {"axes.grid.axis": "y", "font.size": 9}):
+        count = (len(settings) + columns - 1) // columns
+        figure, grid = plt.subplots(count, columns, figsize=(4 * columns, 2.9 * count), sharey=True, squeeze=False)
+        for axes, (title, traces), clamp in zip(grid.flat, settings.items(), clamps, strict=False):
+            Waterfall(axes, len(traces), goal).update(traces, clamp)
+            axes.set_title(title, fontsize=9, pad=18)
+        figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8)
+    return figure

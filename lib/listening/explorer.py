@@ -1,0 +1,136 @@
+"""Sliders over a real cascade: residual weight, clamp, similarity of the clips and spectral norm redraw its RMS.
+
+Where the front end shows no widgets, `RmsExplorer.grid` has a few settings side by side instead.
+"""
+
+import dataclasses
+import functools
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import ipywidgets
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from lib.audio.plots import STYLE
+from lib.lab.plots import Waterfall, waterfalls
+from lib.lab.probes import set_last_stage
+from lib.lab.variants import EXPLODING, VARIANTS
+from lib.model.cascade import Cascade, StageTrace, rms
+
+CLAMP = (0.7, 1.5)
+GRID = {  # what a headless run shows
+    "w = 0.1": {"weight": 0.1},
+    "w = 0.3": {"weight": 0.3},
+    "w = 1.0": {"weight": 1.0},
+    "w = 0.1, no clamp": {"weight": 0.1, "clamp": False},
+    "w = 0.1, equal clips": {"weight": 0.1, "similarity": 1.0},
+    "w = 0.1, no spectral norm": {"weight": 0.1, "spectral_norm": False},
+}
+
+
+class RmsExplorer:
+    """The three-stage cascade of the seeds on a pair of clips `[1, D, T]`; its last stage is what the sliders move."""
+
+    def __init__(self, input: Tensor, target: Tensor, num_layers: int, seed: int = 0):
+        self.input = input
+        direction = input / input.norm()
+        across = target - (target * direction).sum() * direction
+        self.across = across / across.norm() * target.norm()  # unlike the input, at the target's RMS
+        self.along = direction * target.norm()
+        variant = next(variant for variant in VARIANTS if variant.name == EXPLODING)
+        self.cascades = {}
+        for spectral_norm in (True, False):
+            torch.manual_seed(seed)
+            config = dataclasses.replace(variant, every={"spectral_norm": spectral_norm}).cascade(num_layers)
+            self.cascades[spectral_norm] = Cascade(config).eval()
+        self.figure: Figure | None = None  # drawn once, then moved
+        self.before_last = functools.lru_cache(maxsize=8)(self._before_last)
+
+    @torch.inference_mode()
+    def traces(
+        self, weight: float = 0.1, clamp: bool = True, similarity: float = 0.0, spectral_norm: bool = True
+    ) -> tuple[list[dict[str, float]], float]:
+        """RMS through the stages as `Waterfall.update` takes it, and the wanted RMS.
+
+        `similarity`: cosine between input and target, 0 to 1. `clamp`: of the last stage's factor.
+        """
+        cascade = self.cascades[spectral_norm]
+        sources, traces = self.before_last(similarity, spectral_norm)
+        set_last_stage(cascade, residual_weight=weight, clamp=CLAMP if clamp else None)
+        traces = (*traces, cascade.stages[-1](sources)[1])
+        rows = []
+        for stage, trace in zip(cascade.stages, traces, strict=True):
+            rows.append(
+                {
+                    "projection": trace.projection_rms.item(),
+                    "residual": stage.config.residual_weight * trace.residual_rms.item(),
+                    "mixed": trace.mixed_rms.item(),
+                    "output": trace.output_rms.item(),
+                    "wanted_factor": trace.wanted_factor.item(),
+                    "applied_factor": trace.applied_factor.item(),
+                }
+            )
+        goal = ((rms(self.input).square() + rms(sources["target"]).square()) / 2).sqrt().item()
+        return rows, goal
+
+    @torch.inference_mode()
+    def _before_last(self, similarity: float, spectral_norm: bool) -> tuple[dict[str, Tensor], tuple[StageTrace, ...]]:
+        """What the last stage is given, and the traces of the stages before it."""
+        target = similarity * self.along + (1 - similarity**2) ** 0.5 * self.across
+        sources = {"input": self.input, "noisy_input": self.input, "target": target, "noisy_target": target}
+        traces = []
+        for stage in self.cascades[spectral_norm].stages[:-1]:
+            sources["previous"], trace = stage(sources)
+            traces.append(trace)
+        return sources, tuple(traces)
+
+    def png(self, **settings: Any) -> bytes:
+        """The waterfall of one setting as a picture: what a slider redraws, in well under 200 ms."""
+        rows, goal = self.traces(**settings)
+        if self.figure is None:
+            with plt.rc_context(STYLE | {"axes.grid.axis": "y", "figure.constrained_layout.use": False}):
+                self.figure = Figure(figsize=(7, 3.3), dpi=90)
+                FigureCanvasAgg(self.figure)
+                axes = self.figure.add_axes((0.09, 0.1, 0.72, 0.78))
+                self.waterfall = Waterfall(axes, len(rows), goal)
+                axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        self.waterfall.update(rows, CLAMP if settings.get("clamp", True) else None)
+        self.figure.canvas.draw()
+        content = io.BytesIO()
+        picture = Image.fromarray(np.asarray(self.figure.canvas.buffer_rgba())).convert("RGB")
+        picture.save(content, format="png", compress_level=1)
+        return content.getvalue()
+
+    def grid(self) -> Figure:
+        """The settings of `GRID` side by side."""
+        shown = {title: self.traces(**settings) for title, settings in GRID.items()}
+        clamps = [CLAMP if settings.get("clamp", True) else None for settings in GRID.values()]
+        goal = next(iter(shown.values()))[1]
+        return waterfalls({title: rows for title, (rows, _) in shown.items()}, goal, clamps)
+
+    def sliders(self) -> ipywidgets.Widget:
+        """The live explorer."""
+        style = {"style": {"description_width": "11rem"}, "layout": {"width": "30rem"}}
+        controls = {
+            "weight": ipywidgets.FloatSlider(0.1, min=0, max=1, step=0.01, description="last residual weight", **style),
+            "similarity": ipywidgets.FloatSlider(
+                0, min=0, max=1, step=0.01, description="similarity of clips", **style
+            ),
+            "clamp": ipywidgets.Checkbox(True, description="clamp to 0.7 to 1.5", **style),
+            "spectral_norm": ipywidgets.Checkbox(True, description="spectral norm", **style),
+        }
+        picture = ipywidgets.Image(format="png", value=self.png(), layout={"width": "630px", "max_width": "100%"})
+
+        def redraw(change: Mapping[str, Any]) -> None:
+            picture.value = self.png(**{name: control.value for name, control in controls.items()})
+
+        for control in controls.values():
+            control.observe(redraw, names="value")
+        return ipywidgets.VBox([*controls.values(), picture])

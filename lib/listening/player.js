@@ -1,0 +1,312 @@
+// The listening panel. It takes over what lib/listening/player.py has written (`.players`, with plain audio elements that work
+// without it): one transport for all clips, so that switching keeps the position, levels as they are or at equal
+// loudness, a cursor in every picture, and a blind ABX test. Used as an anywidget in notebooks, inlined in the page.
+
+const FADE = 0.008; // seconds in which a switch of clips fades: no click
+const shared = (globalThis.latentFusionSound ??= { context: null, audible: null }); // one panel plays at a time
+
+function element(tag, properties = {}, children = []) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+function clock(seconds) {
+  return `${Math.floor(seconds / 60)}:${(seconds % 60).toFixed(1).padStart(4, "0")}`;
+}
+
+function bytes(dataUri) {
+  return Uint8Array.from(atob(dataUri.slice(dataUri.indexOf(",") + 1)), (c) => c.charCodeAt(0)).buffer;
+}
+
+/** A labelled group of radio buttons; `choose(value)` is called with the value of the one that was picked. */
+function choice(legend, values, chosen, choose) {
+  const name = `choice-${Math.random().toString(36).slice(2)}`;
+  const inputs = values.map((label, value) => {
+    const input = element("input", { type: "radio", name, checked: value === chosen });
+    input.addEventListener("change", () => choose(value));
+    return element("label", {}, [input, ` ${label}`]);
+  });
+  return element("fieldset", { className: "choice" }, [element("legend", { textContent: legend }), ...inputs]);
+}
+
+class Panel {
+  /** `state`: where another panel was, so that this one goes on from there. */
+  constructor(root, { position = 0, name = "", equal = false, told = "" } = {}) {
+    this.root = root;
+    this.clips = [...root.querySelectorAll(".player")].map((figure) => ({
+      figure,
+      name: figure.dataset.name,
+      audio: figure.querySelector("audio"),
+      gain: Number(figure.dataset.gain), // what makes it as loud as the others, linear
+    }));
+    Object.assign(this, { position, equal, blind: false });
+    this.current = Math.max(0, this.clips.findIndex((clip) => clip.name === name));
+    this.note = root.querySelector(".note");
+    this.sources = []; // one a clip while it plays, all running together: a switch only moves their gains
+    this.duration = Number(root.dataset.seconds);
+    this.position = Math.min(position, this.duration);
+    this.build();
+    this.problem.textContent = told;
+    this.show();
+  }
+
+  /** What the panel that takes this one's place goes on from. */
+  get state() {
+    const { name } = this.clips[this.blind ? this.before : this.current]; // X stays unknown
+    const ended = "The clips have changed, which has ended the blind test. ";
+    const told = this.blind ? ended + this.score.textContent : this.problem.textContent;
+    return { position: this.now(), name, equal: this.equal, told };
+  }
+
+  // --- what is seen ---
+
+  build() {
+    this.button = element("button", { type: "button", className: "play", textContent: "▶ Play" });
+    this.button.addEventListener("click", () => (this.playing ? this.pause() : this.play()));
+    this.slider = element("input", { type: "range", min: 0, max: this.duration, step: 0.05, className: "position" });
+    this.slider.setAttribute("aria-label", "Position in the clip, seconds");
+    this.slider.addEventListener("input", () => this.seek(Number(this.slider.value)));
+    this.time = element("output", { className: "time" });
+    const transport = element("div", { className: "transport" }, [this.button, this.slider, this.time]);
+    this.names = choice("Clip", this.clips.map((clip) => clip.name), this.current, (i) => this.select(i));
+    this.levels = choice("Level", ["true", "equal loudness"], Number(this.equal), (i) => this.match(i === 1));
+    this.problem = element("p", { className: "problem" });
+    this.problem.setAttribute("role", "alert");
+    const controls = [transport, this.names, this.levels, this.problem];
+    if (this.clips.length > 1) controls.push(this.buildTest());
+    const panel = element("div", { className: "panel" }, controls);
+    panel.addEventListener("keydown", (event) => event.stopPropagation()); // or JupyterLab takes the arrow keys
+    this.root.prepend(panel);
+    for (const clip of this.clips) {
+      clip.audio.hidden = true;
+      clip.cursor = element("div", { className: "cursor" });
+      clip.shift = element("small", { className: "shift" });
+      clip.figure.querySelector("figcaption").append(clip.shift);
+      const picture = clip.figure.querySelector(".picture");
+      picture.append(clip.cursor);
+      picture.addEventListener("click", (event) => {
+        const box = picture.getBoundingClientRect();
+        this.seek(((event.clientX - box.left) / box.width) * this.duration);
+      });
+    }
+  }
+
+  show() {
+    const at = this.now();
+    this.slider.value = at;
+    this.slider.setAttribute("aria-valuetext", `${at.toFixed(1)} of ${this.duration.toFixed(1)} seconds`);
+    this.time.textContent = `${clock(at)} / ${clock(this.duration)}`;
+    const matched = this.equal || this.blind;
+    this.note.hidden = matched;
+    this.levels.querySelectorAll("input")[Number(matched)].checked = true;
+    this.button.textContent = this.playing ? "❚❚ Pause" : "▶ Play";
+    this.clips.forEach((clip, i) => {
+      clip.cursor.style.left = `${(100 * at) / this.duration}%`;
+      const decibels = 20 * Math.log10(clip.gain);
+      clip.shift.textContent = matched ? `played ${decibels < 0 ? "−" : "+"}${Math.abs(decibels).toFixed(1)} dB` : "";
+      clip.figure.classList.toggle("current", i === this.current && !this.blind);
+    });
+  }
+
+  follow() {
+    if (!this.playing) return;
+    if (this.now() >= this.duration) return this.pause(0);
+    this.show();
+    requestAnimationFrame(() => this.follow());
+  }
+
+  // --- what is heard ---
+
+  get playing() {
+    return this.sources.length > 0;
+  }
+
+  get context() {
+    return (shared.context ??= new AudioContext());
+  }
+
+  now() {
+    return this.playing ? Math.min(this.duration, this.position + this.context.currentTime - this.began) : this.position;
+  }
+
+  async load() {
+    await this.context.resume();
+    await Promise.all(this.clips.map(async (clip) => {
+      clip.buffer ??= await this.context.decodeAudioData(bytes(clip.audio.src));
+    }));
+  }
+
+  async play() {
+    this.wanted = true; // until paused, which may be before the clips are loaded
+    if (shared.audible && shared.audible !== this) shared.audible.pause();
+    shared.audible = this;
+    try {
+      await this.load();
+    } catch (error) {
+      this.problem.textContent = `This browser cannot play the clips: ${error.message}`;
+      return;
+    }
+    if (this.playing || !this.wanted || shared.audible !== this) return; // meanwhile started, paused, or another was
+    if (this.position >= this.duration) this.position = 0;
+    this.began = this.context.currentTime;
+    this.sources = this.clips.map((clip, i) => {
+      const source = new AudioBufferSourceNode(this.context, { buffer: clip.buffer });
+      clip.level = new GainNode(this.context, { gain: this.levelOf(i) });
+      source.connect(clip.level).connect(this.context.destination);
+      source.start(0, this.position);
+      return source;
+    });
+    this.follow();
+  }
+
+  pause(position = this.now()) {
+    const sources = this.sources;
+    this.position = position;
+    this.wanted = false;
+    this.sources = [];
+    for (const source of sources) source.stop();
+    this.show();
+  }
+
+  seek(position) {
+    const resume = this.wanted && position < this.duration;
+    this.pause(Math.max(0, Math.min(position, this.duration)));
+    if (resume) this.play();
+  }
+
+  select(i) {
+    this.current = i;
+    this.mix();
+  }
+
+  match(equal) {
+    this.equal = equal;
+    this.mix();
+  }
+
+  levelOf(i) {
+    if (i !== this.current) return 0;
+    return this.equal || this.blind ? this.clips[i].gain : 1;
+  }
+
+  mix() {
+    this.clips.forEach((clip, i) => {
+      clip.level?.gain.setTargetAtTime(this.levelOf(i), this.context.currentTime, FADE / 3);
+    });
+    this.show();
+  }
+
+  // --- blind ---
+
+  /** Chance of at least `right` of `trials` by guessing: the upper tail of a binomial with p = 1/2. */
+  static guessing(right, trials) {
+    let term = 1, tail = 0, all = 0;
+    for (let i = 0; i <= trials; i++) {
+      all += term;
+      if (i >= right) tail += term;
+      term = (term * (trials - i)) / (i + 1);
+    }
+    return tail / all;
+  }
+
+  buildTest() {
+    const pick = (label, chosen) => {
+      const options = this.clips.map((clip, i) => element("option", { value: i, textContent: clip.name }));
+      const select = element("select", {}, options);
+      select.value = chosen;
+      select.addEventListener("change", () => this.newTest());
+      return [select, element("label", {}, [`${label} is `, select])];
+    };
+    const made = this.clips.flatMap(({ name }, i) => (["input", "target", "plain average"].includes(name) ? [] : [i]));
+    const [first, second] = made.length > 1 ? made : [0, made[0] || 1]; // two outputs, else the output against the input
+    const [a, labelA] = pick("A", first);
+    const [b, labelB] = pick("B", second);
+    this.picks = [a, b];
+    this.heard = choice("Listen to", ["A", "B", "X"], -1, (i) => this.listenTo(i));
+    this.guesses = ["X is A", "X is B"].map((textContent, i) => {
+      const button = element("button", { type: "button", textContent });
+      button.addEventListener("click", () => this.answer(i));
+      return button;
+    });
+    this.score = element("p", { className: "score" });
+    this.score.setAttribute("aria-live", "polite");
+    const test = element("details", { className: "abx" }, [
+      element("summary", { textContent: "Blind test (ABX)" }),
+      element("p", { textContent: "X is A or B, drawn anew each round; all at equal loudness. Can you hear which?" }),
+      element("div", {}, [labelA, " ", labelB]),
+      this.heard,
+      element("div", {}, this.guesses),
+      this.score,
+    ]);
+    test.addEventListener("toggle", () => (test.open ? this.beginTest() : this.endTest()));
+    return test;
+  }
+
+  beginTest() {
+    this.before = this.current;
+    this.problem.textContent = "";
+    if (this.trials) this.draw(); // the score goes on
+    else this.newTest();
+  }
+
+  newTest() {
+    this.right = this.trials = 0;
+    const [a, b] = this.picks.map((pick) => pick.value);
+    this.heard.disabled = a === b;
+    this.score.textContent = a === b ? "A and B are the same clip; choose another for one of them." : "";
+    this.draw();
+  }
+
+  draw() {
+    this.x = crypto.getRandomValues(new Uint8Array(1))[0] & 1;
+    for (const input of this.heard.querySelectorAll("input")) input.checked = false;
+    for (const button of this.guesses) button.disabled = true; // until X has been heard
+  }
+
+  listenTo(i) {
+    this.blind = true;
+    if (i === 2) for (const button of this.guesses) button.disabled = false;
+    this.names.disabled = this.levels.disabled = true;
+    this.select(Number(this.picks[i === 2 ? this.x : i].value));
+    if (!this.playing) this.play();
+  }
+
+  answer(i) {
+    const right = i === this.x;
+    this.trials += 1;
+    this.right += Number(right);
+    const chance = Panel.guessing(this.right, this.trials);
+    this.score.textContent = `${right ? "Right" : "Wrong"}, X was ${"AB"[this.x]}. ${this.right} of ${this.trials} right, ` +
+      `p = ${chance.toFixed(chance < 0.1 ? 3 : 2)} (the chance of so many by guessing). X has been drawn anew.`;
+    this.heard.querySelectorAll("input")[2].focus();
+    this.draw();
+  }
+
+  endTest() {
+    this.blind = false;
+    this.names.disabled = this.levels.disabled = false;
+    this.select(this.before);
+  }
+}
+
+export function mount(root, state) {
+  return (root.panel = new Panel(root, state));
+}
+
+export default {
+  render({ model, el }) {
+    let panel;
+    const draw = () => {
+      const { state, playing: resume } = panel ?? {};
+      panel?.pause();
+      el.innerHTML = model.get("html");
+      const root = el.querySelector(".players"); // none yet where there is nothing to play
+      panel = root ? mount(root, state) : undefined;
+      if (resume) panel?.play();
+    };
+    model.on("change:html", draw);
+    draw();
+    return () => panel?.pause();
+  },
+};

@@ -1,0 +1,264 @@
+"""One pair rendered by a trained model, some of its settings moved; and recipes, from which the same is made again.
+
+Everything here is computed on the CPU in float32, one pair at a time, so that a recipe gives the same bits again.
+Legend: D latent channels, T frames, N samples.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lib.audio.files import load_audio, save_audio
+from lib.codec.codec import Codec, load_codec
+from lib.data.manifest import Clip
+from lib.model.cascade import Stage, StageTrace
+from lib.model.fusion import FusionModel
+from lib.model.masks import Masks
+from lib.training.curriculum import mix_noise
+from lib.training.run import Run
+from lib.util.configs import check, check_counts, check_numbers, from_fields
+from lib.util.errors import UserError
+from lib.util.files import file_sha256, write_atomic
+from lib.util.provenance import versions
+from lib.util.threads import torch_threads
+
+RECIPE_VERSION = 1
+MOST_THREADS = 1024  # that a recipe may ask for
+UNDECIDED = 1e-6  # a mask nearer than this to 0 or 1 is moved here, where its log-odds are finite
+HARDEST = 1e3  # factor on log-odds; more changes nothing
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What may be moved when a pair is rendered. The defaults render as the model was trained."""
+
+    stages: int | None = None  # how many of the cascade's stages are applied, from the first; None: all
+    residual_weight: float | None = None  # of the last stage that is applied; None: its own
+    noise: float = 0.0  # share of noise in both clips' latents, at their level, as the curriculum mixes it
+    mask_blend: float = 0.0  # 0: the masks as they are; 1: one half everywhere
+    mask_hardness: float = 1.0  # factor on the masks' log-odds: 0 is one half everywhere, large is all or nothing
+    seed: int = 0  # of the noise
+
+    def __post_init__(self):
+        check_counts(self, "stages", optional=True)
+        if self.residual_weight is not None:
+            check_numbers(self, "residual_weight")
+        check_numbers(self, "noise", "mask_blend", most=1)
+        check_numbers(self, "mask_hardness", most=HARDEST)
+        check_counts(self, "seed", least=0)
+        check(self.seed < 2**64, "seed", self.seed, "a whole number, 0 or more, below 2^64")
+
+
+class Rendition(NamedTuple):
+    """What `render` returns."""
+
+    wav: Tensor  # [1, N]
+    latents: tuple[Tensor, Tensor]  # of input and target [1, D, T], the noise in them
+    masks: Masks | None  # [1, D, T] each, as they were applied; None without masking
+    traces: tuple[StageTrace, ...]  # one for each stage that was applied
+
+
+@torch.inference_mode()
+def render(
+    model: FusionModel, codec: Codec, input: Tensor, target: Tensor, settings: Settings | None = None
+) -> Rendition:
+    """Fuse two waveforms `[1, N]` of one length. `UserError` for a setting that this model does not have."""
+    assert input.shape == target.shape, (input.shape, target.shape)
+    settings = settings or Settings()
+    stages = model.cascade.stages
+    check(settings.stages is None or settings.stages <= len(stages), "stages", settings.stages, f"1 to {len(stages)}")
+    stages = stages[: settings.stages]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.seed)  # torch.manual_seed would seed GPUs too
+        latents = tuple(mix_noise(codec.encode(wav[None]), settings.noise) for wav in (input, target))  # [1, D, T] each
+    masks = model.make_masks(*latents)
+    if masks is not None:
+        masks = Masks(*(adjusted(mask, settings) for mask in masks))
+    with residual_weight(stages[-1], settings.residual_weight):
+        fusion = model(*latents, masks=masks, stages=len(stages))
+    return Rendition(codec.decode(fusion.latents, length=input.shape[-1])[0], latents, masks, fusion.traces)
+
+
+def adjusted(mask: Tensor, settings: Settings) -> Tensor:
+    """A mask, harder or softer, then blended with one half."""
+    if settings.mask_hardness != 1:
+        mask = (mask.clamp(UNDECIDED, 1 - UNDECIDED).logit() * settings.mask_hardness).sigmoid()
+    return torch.lerp(mask, torch.full_like(mask, 0.5), settings.mask_blend)
+
+
+@contextlib.contextmanager
+def residual_weight(stage: Stage, weight: float | None) -> Iterator[None]:
+    """The stage with another residual weight, for a while."""
+    config = stage.config
+    if weight is not None:
+        stage.config = dataclasses.replace(config, residual_weight=weight)
+    try:
+        yield
+    finally:
+        stage.config = config
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def load_clip(clip: Clip) -> Tensor:
+    """The clip's samples `[1, N]`. Its `path` is the file's own here."""
+    wav = load_audio(clip.path, clip.offset, clip.length)
+    if wav.shape[-1] < clip.length:
+        raise UserError(f"{clip.path}: ends before sample {clip.offset + clip.length}; restore the file")
+    return wav
+
+
+def cut_to_shorter(input: Clip, target: Clip) -> tuple[Clip, Clip]:
+    """Both clips at the length of the shorter one."""
+    length = min(input.length, target.length)
+    return dataclasses.replace(input, length=length), dataclasses.replace(target, length=length)
+
+
+def load_pair(input: Clip, target: Clip) -> tuple[Tensor, Tensor]:
+    """Both clips `[1, N]`, cut to the shorter one."""
+    input, target = cut_to_shorter(input, target)
+    return load_clip(input), load_clip(target)
+
+
+def save_with_recipe(
+    path: str | Path, run: Run, codec: Codec, input: Clip, target: Clip, settings: Settings, *, which: str = "best"
+) -> Path:
+    """Render a pair, as long as its shorter clip, into `path` (.wav) and write the recipe beside it; returns that.
+
+    The recipe names the run with its whole config and its weights' hash, the codec, every setting, both clips with
+    their files' hashes, versions, and the hash of the samples that came out. Where the recipe goes into the run's
+    folder, all that lies there is named relative to the recipe, else what lies beside the recipe's folder: so an output
+    folder can be moved.
+    """
+    path = Path(path)
+    input, target = cut_to_shorter(input, target)
+    for clip in (input, target):
+        _check_file(clip, "the pair", "restore that file, or make the pairs again")
+    model = run.load_model(which, codec_fingerprint=codec.fingerprint)
+    rendition = render(model, codec, load_clip(input), load_clip(target), settings)
+    save_audio(path, rendition.wav)
+    folder, root = path.parent.resolve(), run.path.resolve()
+    root = root if folder.is_relative_to(root) else folder.parent
+
+    def named(path: str | Path) -> str:
+        path = Path(path).resolve()
+        return os.path.relpath(path, folder) if path.is_relative_to(root) else str(path)
+
+    recipe = {
+        "recipe": RECIPE_VERSION,
+        "run": named(run.path),
+        "checkpoint": which,
+        "weights_sha256": run.weights_sha256(which),
+        "codec": {"name": codec.name, "fingerprint": codec.fingerprint},
+        "settings": asdict(settings),
+        "input": asdict(input) | {"path": named(input.path)},
+        "target": asdict(target) | {"path": named(target.path)},
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "output": {"file": path.name, "samples_sha256": samples_sha256(rendition.wav)},
+        "config": run.config,
+    }
+    recipe_path = path.with_suffix(".json")
+    write_atomic(recipe_path, json.dumps(recipe, indent=1))
+    return recipe_path
+
+
+class Remade(NamedTuple):
+    """What `follow_recipe` returns."""
+
+    wav: Tensor  # [1, N]
+    equal: bool  # bit for bit what the recipe was written for
+    made_by: dict[str, str]  # the versions that the recipe was written with
+    files: tuple[Path, Path]  # of the two clips
+
+
+def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str | Path | None = None) -> Remade:
+    """Render what a recipe says. `run`: where its run is now; `codec`: a name or a folder of weights.
+
+    `UserError` where the recipe is damaged, or where a clip or the weights are not what it was written for.
+    """
+    path = Path(path)
+    recipe = _read_recipe(path)
+    clips = []
+    for role in ("input", "target"):
+        clip = dataclasses.replace(recipe[role], path=str(path.parent / recipe[role].path))
+        if not Path(clip.path).is_file():
+            raise UserError(f"{path}: its {role} {clip.path} is not there; put the file back, or correct {role}.path")
+        _check_file(clip, str(path), "restore that file")
+        clips.append(clip)
+    wavs = [load_clip(clip) for clip in clips]
+    place = Path(run or path.parent / recipe["run"])
+    if not run and not (place / "config.json").is_file():
+        raise UserError(f"{path}: its run {place} is not there; say where it is now, by --run")
+    found = Run.open(place)
+    model = found.load_model(recipe["checkpoint"], codec_fingerprint=recipe["codec"]["fingerprint"])
+    if found.weights_sha256(recipe["checkpoint"]) != recipe["weights_sha256"]:
+        raise UserError(f"{found.path}: its weights are not those of {path}; name the run that has them, by --run")
+    loaded = load_codec(codec or recipe["codec"]["name"])
+    found.check_codec(loaded.fingerprint)
+    try:
+        with torch_threads(recipe["threads"]):  # sums are split among them, and their last bits depend on it
+            wav = render(model, loaded, *wavs, recipe["settings"]).wav
+    except UserError as error:  # a setting that this model does not have
+        raise UserError(f"{path}: {error}") from None
+    equal = samples_sha256(wav) == recipe["output"]["samples_sha256"]
+    return Remade(wav, equal, recipe["versions"], tuple(Path(clip.path) for clip in clips))
+
+
+def samples_sha256(wav: Tensor) -> str:
+    """Hash of the samples as little-endian float32, whatever the file's format."""
+    return hashlib.sha256(wav.numpy().astype("<f4").tobytes()).hexdigest()
+
+
+def _check_file(clip: Clip, wanted_by: str, fix: str) -> None:
+    """`UserError` unless the clip's file is the one that it was cut from."""
+    try:
+        sha256 = file_sha256(Path(clip.path))
+    except OSError as error:
+        raise UserError(f"{clip.path}: cannot be read ({error.strerror}); {fix}") from None
+    if sha256 != clip.sha256:
+        raise UserError(f"{clip.path}: not the file that {wanted_by} was made of; {fix}")
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = json.loads(path.read_text())
+        if recipe["recipe"] != RECIPE_VERSION:
+            found = f"recipe version {recipe['recipe']!r}, this code reads {RECIPE_VERSION}"
+            raise UserError(f"{path}: {found}; use the code that wrote it")
+        recipe["settings"] = from_fields(Settings, recipe["settings"])
+        for role in ("input", "target"):
+            recipe[role] = from_fields(Clip, recipe[role])
+            check(isinstance(recipe[role].path, str), f"{role}.path", recipe[role].path, "a file's path")
+            check_counts(recipe[role], "offset", least=0)
+            check_counts(recipe[role], "length")
+        length, other = recipe["input"].length, recipe["target"].length
+        check(length == other, "target.length", other, f"the input's, {length}")
+        check(recipe["checkpoint"] in ("best", "last"), "checkpoint", recipe["checkpoint"], "best or last")
+        threads = recipe["threads"]
+        check(type(threads) is int and 1 <= threads <= MOST_THREADS, "threads", threads, f"1 to {MOST_THREADS}")
+        texts = (recipe["run"], recipe["codec"]["name"], recipe["codec"]["fingerprint"], recipe["weights_sha256"])
+        if not all(isinstance(text, str) for text in (*texts, recipe["output"]["samples_sha256"])):
+            raise TypeError("a number where there was text")
+        if not isinstance(recipe["versions"], dict):
+            raise TypeError("its versions are no table")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe; check the path") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name the .json beside a saved .wav") from None
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: not a recipe, or damaged ({reason}); name the .json beside a saved .wav") from None
+    return recipe

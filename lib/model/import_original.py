@@ -1,0 +1,141 @@
+"""Checkpoints of the original implementation: files that its training script wrote with `torch.save`.
+
+`import_original_checkpoint` turns one into a `FusionModel`, and a `Discriminator` where the file has one, whose outputs
+in eval mode equal the original's. Nothing from the file is run.
+"""
+
+import argparse
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lib.model.cascade import CascadeConfig, sinusoidal_positions
+from lib.model.discriminator import Discriminator
+from lib.model.fusion import FusionModel
+from lib.model.masks import MaskingConfig
+from lib.util.errors import UserError
+from lib.util.files import check_tensors, safe_torch_load
+
+logger = logging.getLogger(__name__)
+
+NAMES = {  # part of our name → the original's; the mask generator's modules and the discriminator's are named alike
+    r"^cascade\.stages\.": "cascade_stages.",
+    r"^mask_generator\.": "creative_agent.mask_generator.",
+    r"\.layers\.": ".transformer.layers.",
+    r"\.qkv\.": ".self_attn.in_proj_",
+    r"\.attention_out\.": ".self_attn.out_proj.",
+    r"\.ffn_in\.": ".linear1.",
+    r"\.ffn_out\.": ".linear2.",
+    r"\.output_projection\.": ".output_proj.",
+    r"\.parametrizations\.weight\.original$": ".weight_orig",
+    r"\.parametrizations\.weight\.0\._": ".weight_",  # _u and _v
+}
+STYLE_DISCRIMINATOR = "creative_agent.discriminator."  # the original never trained it
+
+
+@dataclass(frozen=True)
+class OriginalCheckpoint:
+    """What `import_original_checkpoint` found in the file."""
+
+    model: FusionModel  # in eval mode; its outputs and masks equal the original's
+    discriminator: Discriminator | None  # in eval mode, where the file is of adversarial training
+    epoch: int | None
+    best_val_loss: float | None
+    ignored: tuple[str, ...]  # parts of the file that this import does not use
+
+
+def import_original_checkpoint(path: str | Path, *, last_residual_weight: float | None = None) -> OriginalCheckpoint:
+    """Read a file that the original implementation wrote with `torch.save`.
+
+    Widths, layers, stages and the creative agent are inferred from the tensors. The residual weight of a third stage
+    is not in the file: with three stages or more `last_residual_weight` must say it (seed 001: 0.1, its repair 0.3);
+    the last stage's residual is then the previous stage's output, as in seed 002. Raises `UserError` that lists
+    unknown, missing and misshaped tensors by the names that they have in the file.
+    """
+    path = Path(path)
+    content = safe_torch_load(path, allowed=(argparse.Namespace,))  # its `args` holds numbers and strings only
+    if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
+        raise UserError(f"{path}: holds no 'model_state_dict'; give a checkpoint of the original training script")
+    tensors = _tensors(path, content, "model_state_dict")
+    style = [name for name in tensors if name.startswith(STYLE_DISCRIMINATOR)]
+    ignored = (f"{STYLE_DISCRIMINATOR}* (a style discriminator that was never trained)",) if style else ()
+    for part in ignored:
+        logger.warning("%s: not imported: %s", path, part)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in style}
+    config = _original_config(path, tensors, last_residual_weight)
+    learned = any(name.startswith("creative_agent.mask_generator.") for name in tensors)
+    model = FusionModel(config, MaskingConfig("learned" if learned else "none"))
+    positions = _positions(tensors, config)
+    _load(path, model, tensors, positions)
+    for name, wanted in positions.items():
+        if not torch.allclose(tensors[name].float(), wanted, atol=1e-4):
+            raise UserError(f"{path}: {name} is not sinusoidal; this model's positions cannot be imported")
+    discriminator = None
+    if content.get("discriminator_state_dict") is not None:
+        discriminator = Discriminator()
+        _load(f"{path}: discriminator_state_dict", discriminator, _tensors(path, content, "discriminator_state_dict"))
+    return OriginalCheckpoint(model, discriminator, content.get("epoch"), content.get("best_val_loss"), ignored)
+
+
+def _tensors(path: Path, content: dict[str, Any], part: str) -> dict[str, Tensor]:
+    """One state dict of the file, without the prefix that parallel training leaves."""
+    if not isinstance(content[part], dict):
+        raise UserError(f"{path}: {part} is no dict of tensors; give a checkpoint of the original training script")
+    tensors = {str(name).removeprefix("module."): value for name, value in content[part].items()}
+    if others := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"{path}: {part} holds what is not a tensor: {', '.join(others[:8])}; export it again")
+    return tensors
+
+
+def _original_config(path: Path, tensors: dict[str, Tensor], last_residual_weight: float | None) -> CascadeConfig:
+    layers = {}  # stage → number of layers
+    for name in tensors:
+        if match := re.match(r"cascade_stages\.(\d+)\.transformer\.layers\.(\d+)\.", name):
+            stage, layer = int(match[1]), int(match[2])
+            layers[stage] = max(layers.get(stage, 0), layer + 1)
+    if not layers or sorted(layers) != list(range(len(layers))):
+        raise UserError(
+            f"{path}: has no keys cascade_stages.0.transformer.layers.0.*; is it another model's checkpoint?"
+        )
+    config = CascadeConfig.reference(len(layers))
+    for stage, num_layers in layers.items():
+        config = config.with_stage(stage, num_layers=num_layers)
+    if len(layers) > 2:
+        if last_residual_weight is None:
+            raise UserError(
+                f"{path}: has {len(layers)} stages, and the file does not say the last residual weight; "
+                "pass last_residual_weight=0.1 (seed 001) or 0.3 (its repair)"
+            )
+        config = config.with_stage(-1, residual_weight=last_residual_weight, residual_source="previous")
+    return config
+
+
+def _positions(tensors: dict[str, Tensor], config: CascadeConfig) -> dict[str, Tensor]:
+    """Our positions under the names that the original keeps its own by, `[1, T, d]`, as many frames as the file has."""
+    positions = {}
+    for i in range(len(config.stages)):
+        name = f"cascade_stages.{i}.pos_encoding.pe"
+        T = tensors[name].shape[1] if name in tensors and tensors[name].ndim == 3 else 2000
+        positions[name] = sinusoidal_positions(T, config.width(i), torch.device("cpu"))[None]
+    return positions
+
+
+def _load(path: Path | str, module: nn.Module, tensors: dict[str, Tensor], besides: dict[str, Tensor] | None = None):
+    """Load every tensor of the file but those `besides`, all of which it must have too."""
+    own = module.state_dict()
+    names = {_original_name(name): name for name in own}
+    wanted = {original: own[name] for original, name in names.items()} | (besides or {})
+    check_tensors(path, tensors, wanted, fix="give a file that the original training script wrote")
+    # in eval mode first: a switch to it afterwards would replace the file's u and v
+    module.eval().load_state_dict({name: tensors[original] for original, name in names.items()})
+
+
+def _original_name(name: str) -> str:
+    for ours, original in NAMES.items():
+        name = re.sub(ours, original, name)
+    return name

@@ -1,0 +1,63 @@
+"""HTML pages that need nothing but themselves: styles, pictures and players inside, no request to anywhere."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import latex2mathml.converter
+import nbformat
+from markupsafe import Markup
+from nbconvert import HTMLExporter
+from pygments.formatters import HtmlFormatter
+
+from lib.listening.player import SCRIPT
+from lib.listening.player import STYLE as PLAYER_STYLE
+from lib.util.files import write_atomic
+
+FOLDER = Path(__file__).with_name("templates")
+FORMULA = re.compile(  # code is found first, for its $ are its own
+    r"(?P<code>(?P<ticks>`+).+?(?P=ticks))|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL
+)
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined
+)
+
+
+def write_page(path: Path, title: str, body: Markup, style: str = "") -> Path:
+    """Write a page around `body`, whose `.players` become panels; returns its path."""
+    styles = (FOLDER / "page.css").read_text() + PLAYER_STYLE.read_text() + style
+    page = render("page.html.j2", title=title, body=body, style=Markup(styles), script=Markup(SCRIPT.read_text()))
+    write_atomic(path, str(page))
+    return path
+
+
+def render(template: str, **values: Any) -> Markup:
+    """A template of this folder, everything escaped that is not markup already."""
+    return Markup(TEMPLATES.get_template(template).render(**values))
+
+
+def write_notebook_page(notebook: Path) -> Path:
+    """An executed notebook as a page beside it, its formulas as MathML; returns its path."""
+    content = nbformat.read(notebook, as_version=4)
+    formulas: list[str] = []
+
+    def keep(match: re.Match[str]) -> str:
+        if match["code"]:
+            return match[0]
+        formulas.append(latex2mathml.converter.convert(**_as_arguments(match)))
+        return f"formula{len(formulas) - 1}elumrof"  # what Markdown leaves as it is
+
+    for cell in content.cells:
+        if cell.cell_type == "markdown":
+            cell.source = FORMULA.sub(keep, cell.source)
+    body, _ = HTMLExporter(template_name="basic").from_notebook_node(content)
+    body = re.sub(r"formula(\d+)elumrof", lambda match: formulas[int(match[1])], body)
+    colours = HtmlFormatter(style="default").get_style_defs(".highlight")
+    dark = HtmlFormatter(style="monokai").get_style_defs(".highlight")
+    style = f"{colours}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n.highlight {{ background: none; }}"
+    return write_page(notebook.with_suffix(".html"), notebook.stem, Markup(f'<main id="main">{body}</main>'), style)
+
+
+def _as_arguments(match: re.Match[str]) -> dict[str, str]:
+    return {"latex": match["block"], "display": "block"} if match["block"] else {"latex": match["inline"]}

@@ -1,0 +1,126 @@
+"""What the README quotes of a record: blocks between marks, made from the files of outputs/record/ alone."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lib.superres.evaluation import METHODS, Score, read_scores
+from lib.util.errors import UserError
+
+BLOCKS = ("results", "speed", "distances")
+MARKS = "<!-- {}: written by make record -->", "<!-- end of {} -->"
+GAIN = "LSD less than the envelope's"  # a column of notebook 06
+DIFFERENT = "mixed against"
+
+
+def with_blocks(readme: str, blocks: Mapping[str, str]) -> str:
+    """The README with what stands between the marks of each block replaced; `UserError` where marks are missing."""
+    for name, content in blocks.items():
+        first, last = (mark.format(name) for mark in MARKS)
+        if not readme.count(first) == readme.count(last) == 1:
+            raise UserError(f"README.md: the marks {first} and {last} must each be there once; restore them")
+        pattern = re.escape(first) + ".*" + re.escape(last)
+        readme = re.sub(pattern, lambda _, text=f"{first}\n{content}\n{last}": text, readme, flags=re.DOTALL)
+    return readme
+
+
+def readme_blocks(folder: Path) -> dict[str, str]:
+    """The blocks, by name, of the record in `folder`."""
+    facts, rows, summary, bench = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("record", "variations", "summary", "bench")
+    )
+    made = f"Commit {facts['commit']}, preset {facts['preset']}, codec {facts['codec']}, {facts['music']}."
+    took = summary["facts"]["time"]
+    if "after a stop" not in took:  # then it is known for a part only
+        minutes = sum(int(seconds) for seconds in re.findall(r"(\d+) s\b", took)) / 60
+        made += f" All notebooks took {minutes:.0f} minutes on {facts['machine']['cores']} cores."
+    return {
+        "results": "\n".join([*results(rows), "", f"*{made}*"]),
+        "speed": speed_table(bench["cascade"]),
+        "distances": distances_table(read_scores(folder / "superres.json")[0]),
+    }
+
+
+def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What held in every run with other songs and seeds, and what moved on other processors."""
+    seeded = [row for row in rows if row["run"].startswith("songs-")] or list(rows)
+    songs, seeds = (len({row.get(name) for row in seeded}) for name in ("data_seed", "seed"))
+    runs = f"{len(seeded)} runs, {songs} data seeds with {seeds} training seeds each; figures are those of the lowest "
+    runs += "and of the highest run, and a verdict is named where every run came to the same"
+    outputs = ["trained model", *seeded[0]["against"]]
+    merits = ", ".join(f"{name} {span([row['merit'][name] for row in seeded])}" for name in outputs)
+    gains = ", ".join(f"{span([mean_of(row['gain'][c]) for row in seeded])} at {c}" for c in seeded[0]["gain"])
+    lines = [
+        f"{runs if len(seeded) > 1 else 'One run'} (Student's t, 5 %, standard errors clustered by song).",
+        "",
+        f"- **Fusion.** Figure of merit: {merits}. Verdicts: {alike([row['against'] for row in seeded])}.",
+        "- **Super-resolution**, trained as briefly as a demo can. LSD gained over the mean envelope, negative where "
+        f"the model is worse: {gains}. Verdicts: {alike([row['against_envelope'] for row in seeded], 'it at ')}.",
+    ]
+    whole = {row["run"]: row for row in rows}
+    if "no-vectors" in whole:
+        others = [whole["songs-0-seed-0"], whole["no-vectors"]]
+        lines.append(f"- **Other processors.** {moved(whole['as it is'], others)}")
+    return lines
+
+
+def span(values: Sequence[float]) -> str:
+    low, high = (f"{round(value, 2) + 0.0:.2f}".replace("-", "−") for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def mean_of(plus_minus: str) -> float:
+    """'−0.12 ± 0.05' → -0.12."""
+    return float(plus_minus.split()[0].replace("−", "-"))
+
+
+def alike(verdicts: Sequence[Mapping[str, str]], before: str = "") -> str:
+    """'better than a, b; worse than c' where every run says so, and the rest under words of their own."""
+    groups: dict[str, list[str]] = {}
+    for name in verdicts[0]:
+        found = {run[name] for run in verdicts}
+        groups.setdefault(found.pop() if len(found) == 1 else DIFFERENT, []).append(name)
+    return "; ".join(f"{words} {before}{', '.join(names)}" for words, names in groups.items())
+
+
+def moved(here: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """What is not the same in runs on one thread, of which one is without vector instructions."""
+    kinds = {"against": "fusion against ", "against_envelope": "super-resolution at ", "claims": ""}
+    names = [(kind, name) for kind in kinds for name in here[kind]]
+    changed = [kinds[k] + name for k, name in names if any(row[k].get(name) != here[k][name] for row in others)]
+    merit = max(abs(row["merit"][name] - value) for row in others for name, value in here["merit"].items())
+    gain = max(abs(mean_of(row["gain"][c]) - mean_of(value)) for row in others for c, value in here["gain"].items())
+    pairs = "the same" if all(row["pairs"] == here["pairs"] for row in others) else "OTHER"
+    return (
+        "On one thread, and on one with PyTorch's and NumPy's own kernels held to the oldest instructions, the demo "
+        f"has {pairs} pairs and split, and {len(names) - len(changed)} of its {len(names)} verdicts are the same"
+        + (f", all but: {'; '.join(changed)}. " if changed else ". ")
+        + f"Figures of merit move by up to {merit:.2f}, gains in distance by up to {gain:.2f}."
+    )
+
+
+def speed_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The race against the stock build, ratios first."""
+    columns = ("what", "clips × frames", "times as fast", "highest possible", "seconds", "memory, of the stock build's")
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        shape, memory = f"{row['batch']} × {row['frames']}", row["here_mib_per_clip"] / row["baseline_mib_per_clip"]
+        ratios = [f"{row[name]:.2f}" for name in ("ratio", "highest_ratio")]
+        lines.append([row["what"], shape, *ratios, f"{row['here_s']:.3g}", f"{memory:.0%}"])
+    return as_markdown(lines)
+
+
+def distances_table(scores: Sequence[Score]) -> str:
+    """LSD above the cutoff, a row a method, a column a cutoff."""
+    cutoffs = sorted({score.cutoff for score in scores})
+    lines = [["method", *(f"{cutoff / 1000:g} kHz" for cutoff in cutoffs)], ["---"] * (len(cutoffs) + 1)]
+    for method, text in METHODS.items():
+        own = {score.cutoff: score.upper for score in scores if score.method == method}
+        lines.append([f"{method}: {text}", *("{:.2f} ± {:.2f}".format(*own[cutoff]) for cutoff in cutoffs)])
+    return as_markdown(lines)
+
+
+def as_markdown(lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

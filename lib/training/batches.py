@@ -1,0 +1,124 @@
+"""Which pairs a step takes, and how they come from disk.
+
+The order depends on the seed and the epoch alone, never on the number of processes. Legend: P pairs, B batch.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lib.training.config import LoopConfig
+from lib.training.learner import Batch
+from lib.util.ahead import map_ahead
+
+
+class Pairs(Protocol):
+    """What a training reads: `pairs[i]` is (first, second), of the same shapes for every i. Several threads may read at
+    once."""
+
+    clip_length: int  # samples of sound that a pair stands for
+    sample_rate: int  # Hz
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]: ...
+
+
+def epoch_order(num_pairs: int, epoch: int, seed: int, shuffled: float = 0.0) -> Tensor:
+    """The pairs of an epoch, `[P, 2]`: whose input, and whose target comes with it. The share `shuffled` of the targets
+    change places."""
+    generator = torch.Generator().manual_seed(seed + epoch * 1_000_003)
+    inputs = torch.randperm(num_pairs, generator=generator)
+    targets = inputs.clone()
+    chosen = torch.randperm(num_pairs, generator=generator)[: round(shuffled * num_pairs)]
+    targets[chosen] = inputs[chosen.roll(1)]  # round a circle: each of them gets another's
+    return torch.stack([inputs, targets], dim=1)
+
+
+def process_share(order: Tensor, batch_size: int, accumulate: int, rank: int, processes: int) -> Iterator[list[Tensor]]:
+    """What one of several processes takes of an order `[P, 2]`: for each step, its batches `[≤ batch_size, 2]`.
+
+    A step takes `batch_size · accumulate · processes` pairs, and every process the same number of them; of the last,
+    smaller step up to `processes − 1` pairs are left out.
+    """
+    pairs_per_step = batch_size * accumulate * processes
+    for start in range(0, len(order), pairs_per_step):
+        pairs = order[start : start + pairs_per_step]
+        if share := len(pairs) // processes:
+            yield list(pairs[rank * share : (rank + 1) * share].split(batch_size))
+
+
+class TrainingOrder:
+    """Where training is in its data: which epoch, and how many of its pairs have been taken. Those two go into a
+    checkpoint; everything else follows from the config and the number of processes, which may change in between."""
+
+    def __init__(self, num_pairs: int, config: LoopConfig, rank: int = 0, processes: int = 1):
+        self.num_pairs, self.config, self.rank, self.processes = num_pairs, config, rank, processes
+        self.epoch = self.position = 0
+
+    def steps(self) -> Iterator[list[Tensor]]:
+        """Every step that is left: the batches of this process, as places in the data. The iterator may run ahead of
+        `advance`, which must be called for every step that is taken."""
+        if self.num_pairs - self.position < self.processes:  # fewer processes had left too few pairs for one of these
+            self.epoch, self.position = self.epoch + 1, 0
+        config, epoch, position = self.config, self.epoch, self.position
+        while epoch < config.epochs:
+            order = epoch_order(self.num_pairs, epoch, config.seed, config.target_shuffling)[position:]
+            yield from process_share(order, config.batch_size, config.accumulate, self.rank, self.processes)
+            epoch, position = epoch + 1, 0
+
+    def advance(self) -> None:
+        """One step has been taken."""
+        self.position += self.pairs_per_step
+        if self.num_pairs - self.position < self.processes:
+            self.epoch, self.position = self.epoch + 1, 0
+
+    @property
+    def pairs_per_step(self) -> int:
+        return self.config.batch_size * self.config.accumulate * self.processes
+
+    def total_steps(self, taken: int) -> int:
+        """Steps until the end, those `taken` included, with this number of processes."""
+
+        def steps(pairs: int) -> int:
+            whole, rest = divmod(pairs, self.pairs_per_step)
+            return whole + (rest >= self.processes)
+
+        config, epochs_left = self.config, self.config.epochs - self.epoch
+        left = steps(self.num_pairs - self.position) + (epochs_left - 1) * steps(self.num_pairs)
+        total = taken + (left if epochs_left > 0 else 0)
+        return min(total, config.max_steps) if config.max_steps else total
+
+    def progress(self, taken: int) -> float:
+        """How much of the training is done after the steps `taken`, 0 to 1, whatever the number of processes."""
+        done = (self.epoch + self.position / self.num_pairs) / self.config.epochs
+        return min(1.0, max(done, taken / self.config.max_steps if self.config.max_steps else 0.0))
+
+
+def evenly_spread(count: int, most: int | None) -> Tensor:
+    """At most `most` (None: all) of the numbers 0 to count − 1, spread evenly."""
+    most = min(count, most or count)
+    return torch.arange(most) * count // most
+
+
+def read_ahead(
+    pairs: Pairs, chosen: Tensor, steps: Iterable[list[Tensor]], *, threads: int, pin_memory: bool
+) -> Iterator[list[Batch]]:
+    """The batches of every step, in order, while as many threads read the steps that follow.
+
+    A step is a list of batches `[≤ B, 2]`: places among the `chosen` pairs of the data, whose input and whose target.
+    With `pin_memory` they lie where a GPU can fetch them while it computes.
+    """
+
+    def read(step: list[Tensor]) -> list[Batch]:
+        return [clips(chosen[batch].tolist()) for batch in step]
+
+    def clips(places: list[list[int]]) -> Batch:
+        inputs = [pairs[i] for i, _ in places]
+        targets = [inputs[k][1] if i == j else pairs[j][1] for k, (i, j) in enumerate(places)]
+        batch = torch.stack([input for input, _ in inputs]), torch.stack(targets)
+        return tuple(x.pin_memory() for x in batch) if pin_memory else batch
+
+    return map_ahead(read, steps, threads=threads)

@@ -1,0 +1,259 @@
+"""The terms of the objective, each a small function with its domain: latents `[B, D, T]`, sound or masks.
+
+Every term is a mean over clips of something that depends on one clip alone, so that a batch split over processes has
+the same loss. Legend: B batch, D latent channels, T frames, N samples.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib.audio.features import HOP, Sound, correlation, harmony_similarity, rhythm_similarity
+from lib.audio.files import SAMPLE_RATE
+from lib.model.cascade import cosine
+from lib.model.masks import Masks
+from lib.util.configs import check, is_finite
+from lib.util.errors import UserError
+
+ANTI_MODULATIONS = ("squared", "log")
+NOVELTY_THRESHOLD = 0.7  # cosine above which an output is called a copy
+SHORTEST_WINDOW = 0.1  # seconds: 8 frames, more than half of the longest window of the terms on sound
+STFT_SIZES = (512, 1024, 2048)  # samples
+OUTLIER_DEVIATIONS = 3.0  # above a band's mean in the sources, in its standard deviations
+
+Decode = Callable[[Tensor], Tensor]  # latents [B, D, T] → sound [B, 1, N], differentiable
+Critic = Callable[[Tensor], Tensor]  # latents [B, D, T] → logits [B], positive for music
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the terms; 0 leaves a term out, and with it what only that term needs."""
+
+    # on latents
+    input_weight: float = 0.3  # pulls the output towards the input latents ...
+    target_weight: float = 0.3  # ... and as strongly towards the target's: neither source is to win by default
+    input_rms_weight: float = 0.0  # the same two pulls by the root of the squared error, whose gradient does not grow
+    target_rms_weight: float = 0.0  # with the error
+    novelty_weight: float = 0.0  # against an output whose cosine with a source is above 0.7
+    adversarial_weight: float = 0.0  # towards what the discriminator takes for music
+    # on sound: these decode
+    stft_weight: float = 0.0  # distance to both sources' spectra, in several resolutions
+    mel_weight: float = 0.0  # the same on the mel scale
+    rhythm_weight: float = 0.0  # the input's onsets ...
+    harmony_weight: float = 0.0  # ... with the target's pitch classes
+    anti_modulation_weight: float = 0.0  # against an output that takes over the sources' loudness curve
+    anti_modulation: str = "squared"  # 'log' has no bound: value and gradient grow without end towards |corr| = 1
+    outlier_weight: float = 0.0  # against mel bands far louder than either source ever has them
+    window_seconds: float | None = 2.0  # of every clip is decoded, at random in training; None: all of it
+    # on masks
+    overlap_weight: float = 0.0
+    coverage_weight: float = 0.0
+    balance_weight: float = 0.0
+    temporal_diversity_weight: float = 0.0
+
+    def __post_init__(self):
+        weights = self.weights
+        for name, weight in weights.items():
+            check(is_finite(weight) and weight >= 0, f"loss {name}", weight, "a finite number, 0 or more")
+        if not any(weights.values()):
+            raise UserError(f"loss: {', '.join(weights)} are all 0; give at least one term a weight")
+        choices = f"one of {', '.join(ANTI_MODULATIONS)}"
+        check(self.anti_modulation in ANTI_MODULATIONS, "loss anti_modulation", self.anti_modulation, choices)
+        seconds = self.window_seconds
+        fits = seconds is None or (is_finite(seconds) and seconds >= SHORTEST_WINDOW)
+        check(fits, "loss window_seconds", seconds, f"None or a finite number, {SHORTEST_WINDOW} or more")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights by their fields' names."""
+        names = (field.name for field in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in names if name.endswith("_weight")}
+
+    def weighted(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the terms whose weight is not 0."""
+        return tuple(name for name in names if getattr(self, f"{name}_weight"))
+
+
+SOUND_TERMS = ("stft", "mel", "rhythm", "harmony", "anti_modulation", "outlier")
+MASK_TERMS = ("overlap", "coverage", "balance", "temporal_diversity")
+
+
+# --- latents ---------------------------------------------------------------------------------------------------------
+
+
+def latent_mse(output: Tensor, reference: Tensor) -> Tensor:
+    """Mean squared error over `[B, D, T]`, in squared latent units."""
+    return (output - reference).square().mean()
+
+
+def rms_error(output: Tensor, reference: Tensor) -> Tensor:
+    """Root of each clip's mean squared error over (D, T), `[B, D, T]` twice → mean over clips, in latent units.
+
+    Its gradient has the same length however large the error is; that of `latent_mse` grows with the error.
+    """
+    return ((output - reference).square().mean(dim=(1, 2)) + 1e-8).sqrt().mean()
+
+
+def novelty(output: Tensor, source: Tensor) -> Tensor:
+    """How far the cosine between output and source, `[B, D, T]`, is above 0.7: 0 to 0.3, mean over clips."""
+    return (cosine(output, source) - NOVELTY_THRESHOLD).relu().mean()
+
+
+def adversarial(logits: Tensor) -> Tensor:
+    """The generator's side of the hinge loss (Lim and Ye 2017, arXiv 1705.02894): −mean of the logits `[B]`."""
+    return -logits.mean()
+
+
+def discriminator_hinge(real: Tensor, made: Tensor) -> Tensor:
+    """The discriminator's side: it wants logits `[B]` above 1 for music and below −1 for what was made."""
+    return F.relu(1 - real).mean() + F.relu(1 + made).mean()
+
+
+# --- sound -----------------------------------------------------------------------------------------------------------
+
+
+def stft_distance(output: Sound, source: Sound) -> Tensor:
+    """Spectral convergence ‖X − Y‖/‖Y‖ plus distance of log magnitudes, mean over windows of 512, 1024 and 2048 samples
+    (Yamamoto et al. 2020, arXiv 1910.11480), and over clips. More than 1024 samples."""
+    distances = []
+    for size in STFT_SIZES:
+        made, wanted = output.magnitudes(size), source.magnitudes(size)  # [B, bins, F]
+        convergence = torch.linalg.matrix_norm(made - wanted) / torch.linalg.matrix_norm(wanted)
+        distances.append(convergence.mean() + (made.log() - wanted.log()).abs().mean())
+    return sum(distances) / len(distances)
+
+
+def mel_distance(output: Sound, source: Sound) -> Tensor:
+    """Mean absolute difference of the log mel powers, in nepers of power."""
+    return (output.log_mel - source.log_mel).abs().mean()
+
+
+def rhythm(output: Sound, input: Sound) -> Tensor:
+    """1 − correlation of the onset envelopes, mean over clips, 0 to 2."""
+    return 1 - rhythm_similarity(output, input).mean()
+
+
+def harmony(output: Sound, target: Sound) -> Tensor:
+    """1 − similarity of the pitch classes over time, mean over clips, 0 to 2."""
+    return 1 - harmony_similarity(output, target).mean()
+
+
+def anti_modulation(output: Sound, source: Sound, form: str) -> Tensor:
+    """Penalty on an output whose envelope follows a source's: mean of corr² or of −ln(1 − |corr|).
+
+    The logarithm has no bound: at |corr| = 1 it is infinite, and towards it its gradient with respect to an envelope of
+    length l around its mean grows as √((1 + |corr|)/(1 − |corr|))/l.
+    """
+    corr = correlation(output.envelope, source.envelope).clamp(-1, 1)  # rounding may pass 1
+    return (corr.square() if form == "squared" else -torch.log(1 - corr.abs())).mean()
+
+
+def spectral_outliers(output: Sound, input: Sound, target: Sound) -> Tensor:
+    """How far mel bands of the output rise above three standard deviations of that band in both sources, squared.
+
+    Deviations are taken over the sources' frames, in log power, and are at least 0.5.
+    """
+    sources = torch.cat([input.log_mel, target.log_mel], dim=2)  # [B, M, 2F]
+    mean, deviation = sources.mean(dim=2, keepdim=True), sources.std(dim=2, keepdim=True).clamp_min(0.5)
+    return ((output.log_mel - mean) / deviation - OUTLIER_DEVIATIONS).relu().square().mean()
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def overlap(masks: Masks) -> Tensor:
+    """Mean of m_in · m_tgt: 0 where no place is taken from both, 0.25 for two masks of 0.5. 1 − complementarity."""
+    return (masks.input * masks.target).mean()
+
+
+def coverage(masks: Masks) -> Tensor:
+    """Mean square of what both masks together lack of 1: 0 where every place has a source."""
+    return (1 - masks.input - masks.target).relu().square().mean()
+
+
+def balance(masks: Masks) -> Tensor:
+    """Squared distance of each mask's mean over (D, T) from 0.5, summed, mean over clips: neither clip is to win."""
+    return sum((mask.mean(dim=(1, 2)) - 0.5).square().mean() for mask in masks)
+
+
+def temporal_diversity(masks: Masks) -> Tensor:
+    """1 − twice the deviation of each channel's mask over time, mean over channels and both masks: 1 for masks that
+    stand still, 0 for masks that are 0 half of the time and 1 in the other."""
+    return 1 - sum((mask.var(dim=2, correction=0) + 1e-8).sqrt().mean() for mask in masks)
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
+def total_loss(
+    output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    config: LossConfig,
+    decode: Decode | None = None,
+    *,
+    masks: Masks | None = None,
+    critic: Critic | None = None,
+    random_window: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum for latents `[B, D, T]`, and every term before weighting, by name.
+
+    The two squared errors are always among the terms: runs of different objectives compare by them. Terms on sound need
+    `decode`, those on masks `masks` (`ValueError` without); the adversarial term is left out as long as there is no
+    `critic`. The window that is decoded is drawn from torch's generator if `random_window`, else it is the middle.
+    """
+    terms = {"input_mse": latent_mse(output, input), "target_mse": latent_mse(output, target)}
+    weights = {"input_mse": config.input_weight, "target_mse": config.target_weight}
+    both = (("input", input), ("target", target))
+    for name, source in both:
+        if getattr(config, f"{name}_rms_weight"):
+            terms[f"{name}_rms"] = rms_error(output, source)
+    if config.novelty_weight:
+        terms["novelty"] = sum(novelty(output, source) for _, source in both)
+    if config.adversarial_weight and critic is not None:
+        terms["adversarial"] = adversarial(critic(output))
+    terms |= _sound_terms(output, input, target, config, decode, random_window)
+    for name in config.weighted(MASK_TERMS):
+        if masks is None:
+            raise ValueError(f"{name}_weight needs masks: give the model a masking")
+        terms[name] = {
+            "overlap": overlap,
+            "coverage": coverage,
+            "balance": balance,
+            "temporal_diversity": temporal_diversity,
+        }[name](masks)
+    weights |= {name: getattr(config, f"{name}_weight") for name in terms if name not in weights}
+    return sum(weights[name] * term for name, term in terms.items()), terms
+
+
+def _sound_terms(
+    output: Tensor, input: Tensor, target: Tensor, config: LossConfig, decode: Decode | None, random_window: bool
+) -> dict[str, Tensor]:
+    names = config.weighted(SOUND_TERMS)
+    if not names:
+        return {}
+    if decode is None:
+        raise ValueError(f"{names[0]}_weight needs sound: give total_loss the codec's decode")
+    start, end = _window(output.shape[2], config.window_seconds, random_window)
+    output, input, target = (Sound(decode(x[..., start:end])) for x in (output, input.detach(), target.detach()))
+    terms = {
+        "stft": lambda: (stft_distance(output, input) + stft_distance(output, target)) / 2,
+        "mel": lambda: (mel_distance(output, input) + mel_distance(output, target)) / 2,
+        "rhythm": lambda: rhythm(output, input),
+        "harmony": lambda: harmony(output, target),
+        "anti_modulation": lambda: sum(anti_modulation(output, x, config.anti_modulation) for x in (input, target)),
+        "outlier": lambda: spectral_outliers(output, input, target),
+    }
+    return {name: terms[name]() for name in names}
+
+
+def _window(frames: int, seconds: float | None, random: bool) -> tuple[int, int]:
+    """First and last frame of the window to decode."""
+    length = frames if seconds is None else min(frames, max(1, round(seconds * SAMPLE_RATE / HOP)))
+    room = frames - length
+    start = int(torch.randint(room + 1, ())) if random and room else room // 2
+    return start, start + length

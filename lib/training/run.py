@@ -1,0 +1,299 @@
+"""A run directory: its config, metrics and checkpoints.
+
+    config.json                    what was trained, on which codec, by which code, with which versions
+    metrics.jsonl                  one line a training step or validation
+    plan.json                      at which step training will be over
+    checkpoints/step_00000120/     model.safetensors, training.pt (optimizer, RNG, data position), meta.json (checksums)
+    best, last                     links to the checkpoint with the lowest validation loss, and to the newest
+
+A checkpoint is written under a temporary name, fsynced and renamed, so that a kill at any moment leaves the last
+complete one. Everything is loaded without running code from the file.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from lib.model.cascade import CascadeConfig
+from lib.model.fusion import FusionModel
+from lib.model.masks import MaskingConfig
+from lib.util.configs import config_differences, differing_fields, from_fields
+from lib.util.errors import UserError
+from lib.util.files import file_sha256, fsync, load_weights, make_folder, safe_torch_load, write_atomic
+from lib.util.provenance import versions
+
+logger = logging.getLogger(__name__)
+
+FILES = ("model.safetensors", "training.pt")
+
+
+class Run:
+    """A run directory that exists. `Run.create` starts one, `Run.open` finds one."""
+
+    def __init__(self, path: Path, config: dict[str, Any]):
+        self.path = path
+        self.config = config
+
+    @classmethod
+    def create(cls, path: str | Path, config: dict[str, Any], *, keep_all: bool = False) -> "Run":
+        """Start a run. An earlier run in the same folder is moved to `replaced/`, never mixed in. One is kept there;
+        with `keep_all` those before it are in `replaced-1/`, `replaced-2/`, …"""
+        path = Path(path)
+        make_folder(path)
+        earlier = [path / name for name in ("config.json", "metrics.jsonl", "checkpoints", "best", "last")]
+        if (path / "config.json").exists() and (path / "replaced").exists():
+            if keep_all:
+                os.rename(path / "replaced", path / f"replaced-{len(list(path.glob('replaced-*'))) + 1}")
+            else:
+                shutil.rmtree(path / "replaced", ignore_errors=True)
+        for item in earlier:  # without its config.json, it is what a kill left of a run on its way to replaced/
+            if item.is_symlink() or item.exists():
+                (path / "replaced").mkdir(exist_ok=True)
+                os.rename(item, path / "replaced" / item.name)
+        config = json.loads(json.dumps(config | {"versions": versions()}))  # what a later open reads
+        write_atomic(path / "config.json", json.dumps(config, indent=1))
+        (path / "checkpoints").mkdir()
+        return cls(path, config)
+
+    @classmethod
+    def start(
+        cls,
+        path: str | Path,
+        config: dict[str, Any],
+        *,
+        resume: bool,
+        free: dict[str, Sequence[str]],
+        code: Sequence[str],
+        measured: Sequence[str] = (),
+    ) -> "Run":
+        """With `resume` the run in `path`, if there is one with this config; else a new one.
+
+        `code`: fingerprints of what trains it now, and of what it is trained on. A finished run by other code is not
+        reused, a new one starts; an unfinished one is resumed, and remembers both. `free`: part of the config → its
+        fields that may differ; those of `config` are in force. `measured`: fields that may follow from the code; where
+        only these differ and the code does too, a new run starts. Any other difference raises `UserError`.
+        """
+        path, code = Path(path), list(code)
+        if not (resume and (path / "config.json").exists()):
+            return cls.create(path, config | {"code": code})
+        run = cls.open(path)
+        had = {key: run.config.get(key) for key in config}
+        for part, names in free.items():
+            had[part] = (had[part] or {}) | {name: config[part][name] for name in names}
+        fields = {field for field, *_ in differing_fields(had, config)}
+        if run.trained_by != code and fields <= set(measured) and (fields or run.is_finished):
+            logger.warning("%s: was trained by other code and is trained again; the old run is in replaced/", path)
+            return cls.create(path, config | {"code": code}, keep_all=True)
+        if differences := config_differences(had, config):
+            raise UserError(
+                f"{path}: holds a run with another config ({'; '.join(differences[:4])}); "
+                "resume with its own config, start again without resume, or choose another output folder"
+            )
+        if missing := [part for part in code if part not in run.trained_by]:
+            logger.warning("%s: is resumed by other code than began it, and will not be reused when finished", path)
+            run.config["code"] = [*run.trained_by, *missing]
+            write_atomic(path / "config.json", json.dumps(run.config, indent=1))
+        run.config |= {part: had[part] for part in free}
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """The run in `path`; `UserError` where there is none."""
+        path = Path(path)
+        try:
+            config = json.loads((path / "config.json").read_text())
+            if not isinstance(config, dict):
+                raise ValueError("not a JSON object")
+        except FileNotFoundError:
+            raise UserError(
+                f"{path}: no run here (no config.json); train one with `make demo` or notebook 04"
+            ) from None
+        except ValueError as error:
+            raise UserError(f"{path / 'config.json'}: damaged ({error}); restore it or train again") from None
+        except OSError as error:
+            raise UserError(
+                f"{path / 'config.json'}: cannot be read ({error.strerror}); check the path and its permissions"
+            ) from None
+        return cls(path, config)
+
+    # --- while it trains ---------------------------------------------------------------------------------------------
+
+    @property
+    def stop_file(self) -> Path:
+        """While it is there, a training of this run saves and stops."""
+        return self.path / "stop"
+
+    @property
+    def total_steps(self) -> int | None:
+        """At which step the training that goes on, or was the last one, is over; None before the first."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return int(json.loads((self.path / "plan.json").read_text())["total_steps"])
+        return None
+
+    def plan(self, total_steps: int) -> None:
+        """Note at which step the training that begins will be over."""
+        write_atomic(self.path / "plan.json", json.dumps({"total_steps": total_steps}))
+
+    @property
+    def trained_by(self) -> list[str]:
+        """Fingerprints of the code that has trained it, and what it was trained on."""
+        return self.config.get("code") or ["unknown"]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps of the plan are taken and saved."""
+        return None not in (self.saved_step, self.total_steps) and self.saved_step >= self.total_steps
+
+    @property
+    def saved_step(self) -> int | None:
+        """The step of the newest checkpoint; None before the first."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return int(json.loads((self.path / "last" / "meta.json").read_text())["step"])
+        return None
+
+    # --- metrics -------------------------------------------------------------------------------------------------
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one row to metrics.jsonl. JSON has no NaN: non-finite numbers become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(finite) + "\n")
+
+    def metrics(self, split: str | None = None) -> list[dict[str, Any]]:
+        """All rows in order, or those of one split ('train' or 'val'). A half-written last line is left out."""
+        try:
+            lines = (self.path / "metrics.jsonl").read_text().split("\n")
+        except FileNotFoundError:
+            return []
+        rows = []
+        for number, line in enumerate(lines[:-1], 1):  # a complete line ends in a newline
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                file = self.path / "metrics.jsonl"
+                raise UserError(f"{file}: line {number} is damaged; delete that line, or train again") from None
+        return [row for row in rows if split in (None, row.get("split"))]
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop rows of steps that a resumed training will take again."""
+        kept = [row for row in self.metrics() if row["step"] <= step]
+        write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save(self, step: int, model: nn.Module, training: dict[str, Any], *, is_best: bool) -> Path:
+        """Write a checkpoint, point `last` (and `best`) at it, and delete those that neither names."""
+        folder = self.path / "checkpoints" / f"step_{step:08d}"
+        temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+        temporary.mkdir(parents=True)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        (temporary / FILES[0]).write_bytes(safetensors.torch.save(weights))  # save_file would hide it from other users
+        torch.save(training, temporary / FILES[1])
+        meta = {"step": step, "sha256": {name: file_sha256(temporary / name) for name in FILES}}
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+        for name in (*FILES, "meta.json"):
+            fsync(temporary / name)
+        fsync(temporary)
+        if folder.exists():  # stopped again at the step that it resumed from: the file there is the same
+            shutil.rmtree(temporary)
+        else:
+            os.rename(temporary, folder)
+        fsync(folder.parent)
+        # best first: a resume from `last` trusts that what it remembers as the lowest loss is in `best`
+        for name in ("best", "last") if is_best else ("last",):
+            self._point(name, folder)
+        self._prune()
+        return folder
+
+    def _point(self, name: str, folder: Path) -> None:
+        link = self.path / f".{name}-{uuid.uuid4().hex}"
+        link.symlink_to(folder.relative_to(self.path))
+        os.replace(link, self.path / name)
+
+    def _prune(self) -> None:
+        keep = {(self.path / name).resolve() for name in ("best", "last")}
+        for folder in (self.path / "checkpoints").iterdir():
+            if folder.resolve() not in keep:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def has_checkpoint(self) -> bool:
+        return (self.path / "last").exists()
+
+    def load_model(self, which: str = "best", *, codec_fingerprint: str | None = None) -> FusionModel:
+        """The trained model in eval mode, on the CPU. `which`: 'best' or 'last'.
+
+        With `codec_fingerprint`, a run trained on another codec's latents is refused.
+        """
+        if not {"cascade", "masking"} <= set(self.config):
+            raise UserError(f"{self.path / 'config.json'}: describes no model; give a run that this project trained")
+        self.check_codec(codec_fingerprint)
+        masking = from_fields(MaskingConfig, self.config["masking"])
+        model = FusionModel(CascadeConfig.from_dict(self.config["cascade"]), masking)
+        self.load_weights(model, which)
+        return model
+
+    def load_weights(self, model: nn.Module, which: str = "best") -> None:
+        """Load a checkpoint's weights into `model`, whatever it is, and leave it in eval mode."""
+        folder, _ = self._verified(which, FILES[:1])
+        load_weights(model.eval(), folder / FILES[0])
+
+    def load_training(self, model: nn.Module, which: str = "last") -> tuple[int, dict[str, Any]]:
+        """Load a checkpoint's weights into `model`; returns its step and the trainer's state."""
+        folder, meta = self._verified(which, FILES)
+        load_weights(model, folder / "model.safetensors")
+        return meta["step"], safe_torch_load(folder / "training.pt")
+
+    def weights_sha256(self, which: str = "best") -> str:
+        """Hash of the checkpoint's weights, which are verified against it."""
+        _, meta = self._verified(which, FILES[:1])
+        return meta["sha256"][FILES[0]]
+
+    def check_codec(self, fingerprint: str | None) -> None:
+        codec = self.config.get("codec")
+        trained_on = codec if isinstance(codec, dict) else {}  # another program's config.json may have one of its own
+        if fingerprint is not None and trained_on.get("fingerprint") != fingerprint:
+            raise UserError(
+                f"{self.path}: this run was trained on latents of codec {trained_on.get('name')!r} "
+                f"({trained_on.get('fingerprint')}), not {fingerprint}; use that codec, or train again with this one"
+            )
+
+    def _verified(self, which: str, names: Iterable[str]) -> tuple[Path, dict[str, Any]]:
+        folder = self.path / which
+        try:
+            meta = json.loads((folder / "meta.json").read_text())
+            sums = {name: meta["sha256"][name] for name in names}
+        except FileNotFoundError:
+            raise UserError(f"{folder}: no checkpoint here; train this run first") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{folder / 'meta.json'}: damaged; {_other(which)}") from None
+        for name in names:
+            if not (folder / name).exists() or file_sha256(folder / name) != sums[name]:
+                raise UserError(f"{folder / name}: truncated or changed since it was written; {_other(which)}")
+        return folder, meta
+
+
+def _other(which: str) -> str:
+    return f"restore it, point {which!r} at the run's other checkpoint, or train again"
+
+
+def find_runs(folder: str | Path, codec_fingerprint: str) -> dict[str, Run]:
+    """Name → run, of every trained run in a folder's subfolders whose latents are those of the codec."""
+    runs = {}
+    for config in sorted(Path(folder).glob("*/config.json")):
+        with contextlib.suppress(UserError):  # what is no run, or damaged, cannot be chosen
+            run = Run.open(config.parent)
+            run.check_codec(codec_fingerprint)
+            if (run.path / "best").exists() and {"cascade", "masking"} <= set(run.config):
+                runs[run.path.name] = run
+    return runs

@@ -1,0 +1,68 @@
+"""What all configs share: a field's check before anything runs, and reading back what was saved."""
+
+import dataclasses
+import math
+import numbers
+from typing import Any
+
+from lib.util.errors import UserError
+
+
+def check(ok: Any, field: str, value: Any, wanted: Any) -> None:
+    """`UserError` that names the field, its value and what is allowed, unless `ok`."""
+    if not ok:
+        raise UserError(f"{field}={value!r} is not allowed; use {wanted}")
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number, and neither NaN nor infinite. A truth value is none, nor is text that looks like one."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_counts(config: Any, *names: str, least: int = 1, optional: bool = False) -> None:
+    """Fields that must be whole numbers of at least `least`, or None where that is `optional`."""
+    wanted = f"a whole number, {least} or more" + ", or none" * optional
+    for name in names:
+        value = getattr(config, name)
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        check(whole or (optional and value is None), name, value, wanted)
+
+
+def check_numbers(config: Any, *names: str, above: float | None = None, most: float = math.inf) -> None:
+    """Fields that must be finite numbers, 0 or more, or more than `above`, and at most `most`."""
+    wanted = "a finite number, " + ("0 or more" if above is None else f"above {above:g}")
+    wanted += f", at most {most:g}" if most < math.inf else ""
+    for name in names:
+        value = getattr(config, name)
+        fits = is_finite(value) and (value >= 0 if above is None else value > above) and value <= most
+        check(fits, name, value, wanted)
+
+
+def from_fields(cls: type, values: dict[str, Any]) -> Any:
+    """A config from all of its fields; unknown or missing ones raise `UserError`."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise UserError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
+    if missing := sorted(known - set(values)):
+        raise UserError(f"{cls.__name__} lacks the field {', '.join(missing)}; restore the config that was written")
+    return cls(**values)
+
+
+def config_differences(a: Any, b: Any) -> list[str]:
+    """Fields in which two nested configs differ, as 'train.learning_rate: 0.0001 → 0.001'."""
+    return [f"{field}: {of_a!r} → {of_b!r}" for field, of_a, of_b in differing_fields(a, b)]
+
+
+def differing_fields(a: Any, b: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Fields in which two nested configs differ, with both values; None where a config has no such field."""
+    if dataclasses.is_dataclass(a):
+        a = dataclasses.asdict(a)
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(set(a) | set(b))
+        return [d for key in keys for d in differing_fields(a.get(key), b.get(key), f"{prefix}{key}.")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):  # JSON knows lists only
+        a, b = list(a), list(b)
+        if len(a) == len(b) and any(isinstance(item, dict) for item in a):
+            stem = prefix.rstrip(".")
+            return [d for i in range(len(a)) for d in differing_fields(a[i], b[i], f"{stem}[{i}].")]
+    return [] if a == b else [(prefix.rstrip("."), a, b)]

@@ -1,0 +1,105 @@
+"""What made a number or a file: a hash of the code, the commit, versions. Whatever is reused is keyed by it.
+
+A fingerprint covers modules of `lib` and all modules of `lib` that they import, wherever the import stands. Comments,
+docstrings and layout play no part, and the same code has the same hash on every Python that runs it.
+"""
+
+import ast
+import functools
+import hashlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SOURCE = Path(__file__).resolve().parents[2]
+
+
+@functools.cache
+def code_fingerprint(*modules: str, packages: bool = True) -> str:
+    """sha256 of the code of `modules` ('lib.audio.synth') and of what they import from `lib`, this module left out.
+
+    With `packages`, the versions of the installed packages that this code imports are part of it; without, a result
+    is known on a machine with another build of torch.
+    """
+    found: dict[str, str] = {}
+    outside: set[str] = set()
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        if name in found or name == __name__:
+            continue
+        file = _file(name)
+        if file is None:
+            raise ValueError(f"{name}: no module in {SOURCE}")
+        found[name], imports = _read(file)
+        for imported in imports:
+            parts = imported.split(".")
+            if parts[0] == "lib":
+                parents = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+                waiting += [parent for parent in parents if _file(parent)]  # the last part may be a function
+            elif parts[0] not in sys.stdlib_module_names:
+                outside.add(parts[0])
+    facts = sorted(found.items()) + [(name, _version(name)) for name in sorted(outside) if packages]
+    return hashlib.sha256(ascii(facts).encode()).hexdigest()
+
+
+def _file(module: str) -> Path | None:
+    path = SOURCE.joinpath(*module.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+@functools.cache
+def _read(file: Path) -> tuple[str, tuple[str, ...]]:
+    """Hash of a file's code, and what it imports."""
+    tree = ast.parse(file.read_bytes())
+    return hashlib.sha256(ascii(_without_layout(tree)).encode()).hexdigest(), tuple(_imports(tree))
+
+
+@functools.cache
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # PIL comes with pillow
+        return metadata.version(metadata.packages_distributions()[package][0])
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    """Full names of all that is imported: modules, and what is taken from them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import; name the module in full"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _without_layout(node: Any) -> Any:
+    """A syntax tree as nested lists, without places and bare strings. Empty fields are left out: each Python has some
+    of its own."""
+    if isinstance(node, list):
+        return [_without_layout(item) for item in node if not _is_bare_string(item)]
+    if not isinstance(node, ast.AST):
+        return node
+    parts = [type(node).__name__]
+    for name in node._fields:
+        value = getattr(node, name, None)
+        if value is not None and value != [] and name != "ctx":  # ctx: how a name is used, which its place tells
+            parts += [name, _without_layout(value)]
+    return parts
+
+
+def _is_bare_string(node: Any) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def versions() -> dict[str, str]:
+    """What a number must be quoted with: torch's version and this repository's commit, '+' where lib/ has changed."""
+    git = {"cwd": SOURCE / "lib", "capture_output": True, "text": True, "check": False}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **git).stdout.strip()
+    changed = subprocess.run(["git", "status", "--porcelain", "--", "."], **git).stdout.strip()
+    return {"torch": torch.__version__, "commit": commit + "+" * bool(changed) if commit else "unknown"}

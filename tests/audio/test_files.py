@@ -1,0 +1,378 @@
+"""Reading, writing and checking audio files. Every file is written by the test that needs it."""
+
+import hashlib
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torchaudio
+
+from lib.audio import files as audio
+from lib.audio.files import SAMPLE_RATE, AudioError, AudioWriter, check_audio, load_audio, probe_audio, save_audio
+from lib.util.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tone(seconds=1.0, rate=SAMPLE_RATE, channels=1, frequency=440.0, seed=0):
+    """A sine with a little noise, `[n, channels]`, peak about 0.5; each channel a little softer than the one before."""
+    time = np.arange(round(seconds * rate)) / rate
+    noise = np.random.default_rng(seed).standard_normal(len(time))
+    mono = 0.4 * np.sin(2 * np.pi * frequency * time) + 0.01 * noise
+    return mono[:, None] * np.linspace(1, 0.5, channels)
+
+
+def write(path, samples, rate=SAMPLE_RATE, **options):
+    """In pieces: libsndfile's Vorbis encoder crashes on one large write."""
+    with soundfile.SoundFile(path, "w", rate, samples.shape[1], **options) as file:
+        for start in range(0, len(samples), 10_000):
+            file.write(samples[start : start + 10_000])
+    return path
+
+
+def snr(reference, estimate):
+    return 10 * torch.log10((reference**2).mean() / ((reference - estimate) ** 2).mean()).item()
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize(
+    ("name", "subtype", "min_snr"),
+    [
+        ("a.wav", "PCM_16", 70),
+        ("a.wav", "PCM_24", 110),
+        ("a.wav", "FLOAT", 130),
+        ("a.wav", "DOUBLE", 130),
+        ("a.flac", "PCM_16", 70),
+        ("a.flac", "PCM_24", 110),
+        ("a.ogg", "VORBIS", 20),
+        ("a.mp3", "MPEG_LAYER_III", 20),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_formats_come_back_as_the_mono_mix(tmp_path, name, subtype, min_snr, channels):
+    samples = tone(2, channels=channels)
+    wav = load_audio(write(tmp_path / name, samples, subtype=subtype))
+    assert wav.shape == (1, 48_000)
+    assert wav.dtype == torch.float32
+    assert snr(torch.from_numpy(samples.mean(axis=1)).float()[None], wav) > min_snr
+
+
+def test_six_channels_are_averaged(tmp_path):
+    samples = tone(channels=6)
+    wav = load_audio(write(tmp_path / "surround.wav", samples, subtype="FLOAT"))
+    torch.testing.assert_close(wav[0], torch.from_numpy(samples.mean(axis=1)).float(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 16_000, 22_050, 24_000, 44_100, 44_099, 48_000, 96_000])
+def test_any_rate_gives_the_same_tone_at_24_khz(tmp_path, rate):
+    path = write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 440 * np.arange(2 * rate) / rate)[:, None], rate)
+    wav = load_audio(path)
+    assert wav.shape[1] == probe_audio(path).samples_at() == pytest.approx(48_000, abs=2)
+    expected = 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(wav.shape[1]) / 24_000)
+    assert snr(expected[1000:-1000], wav[0, 1000:-1000]) > 40
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 24_000, 44_100, 44_099, 48_000, 96_000])
+def test_a_window_equals_the_slice_of_the_whole_file(tmp_path, rate):
+    path = write(tmp_path / "a.wav", tone(3, rate, channels=2), rate, subtype="FLOAT")
+    whole = load_audio(path)
+    for offset, length in [(0, 1), (0, 24_000), (1, 5_000), (31_007, 12_345), (60_000, None), (whole.shape[1] - 1, 9)]:
+        end = None if length is None else offset + length
+        torch.testing.assert_close(load_audio(path, offset, length), whole[:, offset:end], atol=1e-5, rtol=0)
+
+
+def test_the_whole_file_equals_torchaudios_resample(tmp_path):
+    samples = tone(1, 44_100)
+    path = write(tmp_path / "a.wav", samples, 44_100, subtype="FLOAT")
+    expected = torchaudio.functional.resample(torch.from_numpy(samples.T).float(), 44_100, SAMPLE_RATE)
+    torch.testing.assert_close(load_audio(path), expected, atol=1e-6, rtol=0)
+
+
+def test_the_length_is_exact_past_the_precision_of_float32(tmp_path):
+    """torchaudio computes its output length in float32, which has no odd numbers past 2**24 (12 minutes)."""
+    path = write(tmp_path / "a.wav", tone(750, 8_000)[:-1], 8_000)
+    assert load_audio(path).shape[1] == probe_audio(path).samples_at() == 3 * 5_999_999
+
+
+@pytest.mark.parametrize("name", ["a.flac", "a.ogg", "a.mp3"])
+def test_windows_of_compressed_files_are_exact(tmp_path, name):
+    """libsndfile alone is not: its Vorbis seek is wrong inside the last page of the file."""
+    path = write(tmp_path / name, tone(20, 44_100), 44_100)
+    whole = load_audio(path, sample_rate=44_100)
+    near_end = range(whole.shape[1] - 25_000, whole.shape[1] - 1_000, 1_500)
+    for offset in [1, 44_100, 300_001, *near_end]:
+        window = load_audio(path, offset, 900, sample_rate=44_100)
+        torch.testing.assert_close(window, whole[:, offset : offset + 900], atol=1e-5, rtol=0)
+
+
+def test_a_window_past_the_end_returns_what_there_is(tmp_path):
+    path = write(tmp_path / "a.wav", tone(1))
+    assert load_audio(path, 23_000, 5_000).shape == (1, 1_000)
+    assert load_audio(path, 24_000, 10).shape == (1, 0)
+    assert load_audio(path, 10**9).shape == (1, 0)
+    with pytest.raises(ValueError, match="must not be negative"):
+        load_audio(path, -1)
+
+
+def test_paths_with_spaces_and_other_alphabets(tmp_path):
+    folder = tmp_path / "Meine Müsik 音楽"
+    folder.mkdir()
+    for name in ["a b ü.wav", "ж.flac", "日本.ogg", "é.mp3"]:
+        save_audio(folder / name, torch.from_numpy(tone().T) * 0.9)
+        assert load_audio(str(folder / name)).shape == (1, 24_000)
+        assert check_audio(folder / name).num_samples == 24_000
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.wav"))
+    save_audio(path, torch.from_numpy(tone().T))
+    assert load_audio(path).shape == (1, 24_000)
+
+
+def test_probe_reads_the_header(tmp_path):
+    info = probe_audio(write(tmp_path / "a.wav", tone(2, 44_100, channels=2), 44_100))
+    assert (info.sample_rate, info.channels, info.num_samples, info.duration) == (44_100, 2, 88_200, 2.0)
+    assert info.samples_at() == 48_000
+
+
+# ---- writing
+
+
+def test_float_wav_keeps_what_would_clip(tmp_path):
+    wav = torch.tensor([[0.0, 1.5, -3.0, 0.1]])
+    save_audio(tmp_path / "a.wav", wav)
+    assert torch.equal(load_audio(tmp_path / "a.wav"), wav)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "subtype"), [(".wav", "FLOAT"), (".wav", "DOUBLE"), (".wav", "PCM_16"), (".flac", "PCM_24")]
+)
+def test_equal_samples_make_equal_files(tmp_path, suffix, subtype):
+    """libsndfile would put the second of writing into a float WAV file, beside its peak."""
+    wav = torch.from_numpy(tone(channels=2).T).float()
+    save_audio(tmp_path / f"a{suffix}", wav, subtype=subtype)
+    with AudioWriter(tmp_path / f"b{suffix}", channels=2, subtype=subtype) as writer:
+        for piece in wav.split(7_001, dim=1):
+            writer.write(piece)
+    first, second = ((tmp_path / f"{name}{suffix}").read_bytes() for name in "ab")
+    assert first == second
+    assert b"PEAK" not in first[:4096]
+    torch.testing.assert_close(load_audio(tmp_path / f"a{suffix}"), wav.mean(0, keepdim=True), atol=2**-15, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "subtype"), [("a.wav", "PCM_16"), ("a.wav", "PCM_24"), ("a.flac", None)])
+def test_pcm_refuses_to_clip(tmp_path, name, subtype):
+    save_audio(tmp_path / name, torch.tensor([[1.0, -1.0]]), subtype=subtype)
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(AudioError, match=r"peak 1\.010 would clip"):
+        save_audio(tmp_path / name, torch.tensor([[1.01, 0.0]]), subtype=subtype)
+    assert (tmp_path / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["a.ogg", "a.mp3"])
+def test_lossy_formats_do_not_clip(tmp_path, name):
+    save_audio(tmp_path / name, torch.from_numpy(tone().T) * 4)
+    assert load_audio(tmp_path / name).abs().max() > 1.3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_samples_are_not_written(tmp_path, bad):
+    wav = torch.zeros(1, 100)
+    wav[0, 7] = bad
+    with pytest.raises(AudioError, match="sample 7 is NaN or infinite"):
+        save_audio(tmp_path / "a.wav", wav)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_writer_joins_pieces_and_shows_the_file_only_when_complete(tmp_path):
+    wav = torch.from_numpy(tone(channels=2).T).float()
+    with AudioWriter(tmp_path / "a.wav", channels=2) as writer:
+        for piece in wav.split(7_001, dim=1):
+            writer.write(piece)
+        assert not (tmp_path / "a.wav").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+    assert np.array_equal(soundfile.read(tmp_path / "a.wav", dtype="float32")[0].T, wav.numpy())
+
+
+def test_an_interrupted_writer_leaves_the_old_file_and_no_rubbish(tmp_path):
+    save_audio(tmp_path / "a.wav", torch.full((1, 10), 0.5))
+
+    def interrupted():
+        with AudioWriter(tmp_path / "a.wav") as writer:
+            writer.write(torch.zeros(1, 99))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+    assert torch.equal(load_audio(tmp_path / "a.wav"), torch.full((1, 10), 0.5))
+
+
+def test_a_long_ogg_can_be_written_at_once(tmp_path):
+    """libsndfile's Vorbis encoder crashes the process on one write of this size."""
+    save_audio(tmp_path / "a.ogg", torch.from_numpy(tone(120).T))
+    assert probe_audio(tmp_path / "a.ogg").num_samples == 120 * SAMPLE_RATE
+
+
+def test_wrong_shapes_suffixes_and_subtypes(tmp_path):
+    with pytest.raises(ValueError, match=r"\[C, N\]"):
+        save_audio(tmp_path / "a.wav", torch.zeros(10))
+    with pytest.raises(AudioError, match=r"cannot write \.m4a; use \.flac"):
+        save_audio(tmp_path / "a.m4a", torch.zeros(1, 10))
+    with pytest.raises(AudioError, match="no subtype 'FLOAT'; choose one of PCM_S8"):
+        save_audio(tmp_path / "a.flac", torch.zeros(1, 10), subtype="FLOAT")
+
+
+def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
+    with pytest.raises(AudioError, match=r"gone/a\.wav: cannot be written \(No such file or directory\)"):
+        save_audio(tmp_path / "gone" / "a.wav", torch.zeros(1, 10))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(AudioError, match="Not a directory"):
+        save_audio(tmp_path / "file" / "a.wav", torch.zeros(1, 10))
+    monkeypatch.setattr(
+        audio, "open", _deny, raising=False
+    )  # the superuser may write anywhere, so chmod proves nothing
+    with pytest.raises(AudioError, match=r"cannot be written \(Permission denied\); choose an existing folder"):
+        save_audio(tmp_path / "a.wav", torch.zeros(1, 10))
+
+
+def _deny(*_):
+    raise PermissionError(13, "Permission denied")
+
+
+# ---- bad files: each is refused by check_audio, with the file's name, the fault and the fix
+
+
+def refusal(path, function=check_audio):
+    with pytest.raises(AudioError) as caught:
+        function(path)
+    message = str(caught.value)
+    assert isinstance(caught.value, UserError)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    assert ";" in message  # what is wrong; how to fix it
+    return message
+
+
+@pytest.mark.parametrize("function", [check_audio, load_audio, probe_audio])
+def test_files_that_cannot_be_opened(tmp_path, monkeypatch, function):
+    assert "no such file" in refusal(tmp_path / "gone.wav", function)
+    assert "a folder" in refusal(tmp_path, function)
+    (tmp_path / "empty.wav").touch()
+    assert "0 bytes" in refusal(tmp_path / "empty.wav", function)
+    for name in ("text.wav", "text.mp3", "text.raw"):
+        (tmp_path / name).write_text("this is not music\n" * 500)
+        assert "not audio" in refusal(tmp_path / name, function)
+    os.mkfifo(tmp_path / "pipe.wav")
+    assert "not a regular file" in refusal(tmp_path / "pipe.wav", function)
+    write(tmp_path / "slow.wav", tone(1, 100), 100)
+    assert "sample rate 100 Hz" in refusal(tmp_path / "slow.wav", function)
+    write(tmp_path / "secret.wav", tone())
+    monkeypatch.setattr(audio, "open", _deny, raising=False)
+    assert "cannot be read (Permission denied)" in refusal(tmp_path / "secret.wav", function)
+
+
+@pytest.mark.parametrize("kept", [0.999, 0.6, 0.05])
+@pytest.mark.parametrize("name", ["a.wav", "float.wav", "24.wav", "a.flac", "a.ogg", "a.mp3"])
+def test_truncated_files(tmp_path, name, kept):
+    subtype = {"float.wav": "FLOAT", "24.wav": "PCM_24"}.get(name)
+    path = write(tmp_path / name, tone(10, 44_100, channels=2), 44_100, subtype=subtype)
+    check_audio(path)
+    size = path.stat().st_size
+    if name == "a.mp3" and kept > 0.9:
+        pytest.skip("an MP3 has no exact frame count: the last second may be missing")
+    os.truncate(path, int(size * kept))
+    assert "truncated" in refusal(path)
+
+
+def test_a_damaged_flac_is_refused_also_by_load(tmp_path):
+    path = write(tmp_path / "a.flac", tone(10))
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 2000] = np.random.default_rng(0).bytes(2000)
+    path.write_bytes(data)
+    assert "damaged" in refusal(path)
+    assert "damaged" in refusal(path, load_audio)
+    assert load_audio(path, 0, 24_000).shape == (1, 24_000)  # the good part stays usable
+
+
+def test_a_wav_from_a_pipe_announces_an_unknown_size_and_is_good(tmp_path):
+    path = write(tmp_path / "a.wav", tone())
+    data = bytearray(path.read_bytes())
+    for at in (4, data.index(b"data") + 4):
+        data[at : at + 4] = struct.pack("<I", 0xFFFF_FFFF)
+    path.write_bytes(data)
+    assert check_audio(path).num_samples == 24_000
+
+
+def test_tags_after_the_samples_are_no_truncation(tmp_path):
+    for name in ("a.wav", "a.mp3"):
+        path = write(tmp_path / name, tone(3))
+        with open(path, "ab") as stream:
+            stream.write(b"TAG" + bytes(125))
+        assert check_audio(path).num_samples == pytest.approx(72_000, abs=2_500)
+
+
+@pytest.mark.parametrize("function", [check_audio, load_audio])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_samples_are_named_by_their_time(tmp_path, function, bad):
+    samples = tone(4, channels=2)
+    samples[60_000:60_010, 1] = bad
+    path = write(tmp_path / "a.wav", samples, subtype="FLOAT")
+    assert "NaN or infinite sample at 2.500 s" in refusal(path, function)
+    assert load_audio(path, 0, 48_000).shape == (1, 48_000)
+
+
+def test_silence(tmp_path):
+    assert "silent" in refusal(write(tmp_path / "zero.wav", np.zeros((24_000, 1))))
+    assert "silent" in refusal(write(tmp_path / "faint.wav", tone() * 1e-4))
+    left = tone()
+    opposite = write(tmp_path / "opposite.wav", np.hstack([left, -left]), subtype="FLOAT")
+    assert "silent" in refusal(opposite)  # its mono mix is what would be used
+    click = np.zeros((24_000, 1))
+    click[12_000] = 0.01
+    assert check_audio(write(tmp_path / "click.wav", click)).peak == pytest.approx(0.01, abs=1e-4)
+
+
+def test_shorter_than_a_codec_frame(tmp_path):
+    assert "only 319 samples at 24 kHz" in refusal(write(tmp_path / "a.wav", tone()[:319]))
+    assert "only 0 samples" in refusal(write(tmp_path / "none.wav", tone()[:0]))
+    assert check_audio(write(tmp_path / "b.wav", tone()[:320])).num_samples == 320
+    assert check_audio(write(tmp_path / "c.wav", tone(1, 48_000)[:640], 48_000)).num_samples == 320
+
+
+def test_a_good_file_is_reported(tmp_path):
+    path = write(tmp_path / "a.flac", tone(2, 44_100, channels=2), 44_100)
+    report = check_audio(path)
+    assert report.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert report.num_samples == load_audio(path).shape[1] == 48_000
+    assert report.peak == pytest.approx(np.abs(soundfile.read(path)[0].mean(axis=1)).max(), abs=1e-6)
+
+
+def test_an_hour_is_checked_and_read_in_constant_memory(tmp_path):
+    path = tmp_path / "hour.wav"
+    with soundfile.SoundFile(path, "w", 8_000, 1, "PCM_16") as file:
+        for _ in range(60):
+            file.write(tone(60, 8_000))
+    program = """
+import resource, sys
+from lib.audio.files import check_audio, load_audio
+load_audio(sys.argv[1], 0, 24_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert check_audio(sys.argv[1]).num_samples == 3600 * 24_000
+assert load_audio(sys.argv[1], 3000 * 24_000, 16 * 24_000).shape == (1, 384_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    grown = int(done.stdout) / 1024
+    assert grown < 40, f"{grown:.0f} MiB"  # the hour is 110 MiB as float32 at 8 kHz

@@ -1,0 +1,279 @@
+"""Figures: labelled axes, the data that was given, and no trace in matplotlib's global state."""
+
+import io
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+import torchaudio
+from matplotlib.colors import to_rgb
+from PIL import Image
+from training.test_plots import curve
+
+from lib.audio import plots
+
+RATE = 24_000
+
+
+def sine(frequency: float, seconds: float = 0.5, amplitude: float = 0.5) -> torch.Tensor:
+    """`[1, N]`."""
+    return amplitude * torch.sin(2 * torch.pi * frequency * torch.arange(round(seconds * RATE)) / RATE)[None]
+
+
+torch.manual_seed(0)
+LATENTS = 5 * torch.randn(128, 40)
+POWER = torch.rand(80, 40)
+FIGURES = {
+    "waveform_and_latents": lambda: plots.waveform_and_latents(sine(440), LATENTS, "a song"),
+    "latent_histogram": lambda: plots.latent_histogram({"input": LATENTS, "target": 2 * LATENTS}),
+    "spectra": lambda: plots.spectra({"original": sine(440), "decoded": sine(880)}, 4800.0),
+    "taken_pictures": lambda: plots.taken_pictures({str(i): (POWER, POWER.flip(1)) for i in range(5)}, 0.5),
+    "waveforms_and_mels": lambda: plots.waveforms_and_mels({"input": sine(440), "output": sine(880)}),
+}
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def decoded(png: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """A clip's picture: what is drawn of the outline `[60, 480]`, and the mel picture's colours `[80, 480, 4]`."""
+    picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
+    assert picture.shape == (140, 480, 4)
+    return picture[:60, :, 3] > 0, picture[60:]
+
+
+def test_every_figure_of_the_module_is_tested():
+    public = {
+        name for name, f in vars(plots).items() if getattr(f, "__module__", "") == "lib.audio.plots" and name[0] != "_"
+    }
+    assert public - {"mel_db", "mel_power", "decibels_below_peak", "clip_picture"} == set(FIGURES)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_is_labelled_and_leaves_the_global_state_alone(name):
+    mine = plt.figure()
+    before = dict(plt.rcParams)
+    figure = FIGURES[name]()
+    assert isinstance(figure, plt.Figure)
+    assert dict(plt.rcParams) == before
+    assert {mine.number, figure.number} <= set(plt.get_fignums())  # closing is the caller's business
+    for axes in figure.axes:
+        subplot = axes.get_subplotspec()
+        if not axes.get_visible():
+            continue
+        if subplot is None or subplot.is_first_col():  # the others share the label to their left
+            assert axes.get_ylabel(), axes
+        if subplot is not None and subplot.is_last_row() and axes.get_label() != "<colorbar>":
+            assert axes.get_xlabel(), axes
+    figure.canvas.draw()
+
+
+def test_mel_db_is_relative_to_its_maximum_with_a_floor():
+    picture = plots.mel_db(sine(1000) + sine(5000, amplitude=0.05))
+    assert picture.shape == (80, round(0.5 * RATE) // 256 + 1)
+    assert picture.max() == 0
+    assert picture.min() == pytest.approx(-80, abs=1e-4)
+    assert torch.allclose(picture, plots.mel_db(0.1 * (sine(1000) + sine(5000, amplitude=0.05))), atol=1e-2)
+
+
+@pytest.mark.parametrize("frequency", [500.0, 1000.0, 5000.0])
+def test_mel_db_of_a_sine_peaks_in_its_band(frequency):
+    peak = int(plots.mel_db(sine(frequency)).mean(1).argmax())
+    # the filter that answers loudest to this frequency, by torchaudio's own triangles
+    filters = torchaudio.functional.melscale_fbanks(513, 0.0, RATE / 2, 80, RATE)  # [bins, bands]
+    assert abs(peak - int(filters[round(frequency / (RATE / 1024))].argmax())) <= 1
+
+
+def test_mel_db_pads_a_clip_shorter_than_its_window():
+    assert plots.mel_db(sine(1000, seconds=0.02)).isfinite().all()
+
+
+def test_spectra_peak_at_the_clips_frequency():
+    (axes,) = plots.spectra({"a": sine(3000)}, 4800.0).axes
+    x, y = curve(axes, "a")
+    assert x[int(np.argmax(y))] == pytest.approx(3.0, abs=0.02)  # kHz
+    assert x[-1] == pytest.approx(12.0)
+    assert curve(axes, "codec's edge, 4.8 kHz")[0] == [4.8, 4.8]
+
+
+def test_latent_histogram_says_the_rms_and_draws_a_normal_one_beside_it():
+    torch.manual_seed(0)
+    values = torch.randn(20_000)
+    values = 3 + 4 * (values - values.mean()) / values.std()  # RMS 5, standard deviation 4
+    (axes,) = plots.latent_histogram({"input": values}).axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels[0].startswith("input, RMS 5.00")
+    x, y = curve(axes, "normal distribution")
+    assert max(y) == pytest.approx(1 / (5 * np.sqrt(2 * np.pi)), rel=0.05)
+    assert abs(x[int(np.argmax(y))]) < 0.2
+
+
+def test_waveform_outline_reaches_the_extremes():
+    wav = sine(440)
+    wav[0, 6000] = 0.9  # one click
+    top = plots.waveform_and_latents(wav, LATENTS, "a song").axes[0]
+    (outline,) = top.collections
+    vertices = outline.get_paths()[0].vertices
+    assert vertices[:, 1].max() == pytest.approx(0.9)
+    assert vertices[:, 1].min() == pytest.approx(-0.5, abs=1e-3)
+    assert vertices[:, 0].max() == pytest.approx(0.5, abs=0.01)  # seconds
+    assert top.get_title() == "a song"
+
+
+def test_latents_are_drawn_bottom_up_over_the_clips_seconds():
+    picture = plots.waveform_and_latents(sine(440), LATENTS, "a song").axes[2].images[0]
+    assert np.array_equal(picture.get_array(), LATENTS.numpy())
+    assert picture.origin == "lower"
+    assert picture.get_extent() == [0, 0.5, 0, 128]
+    assert -picture.norm.vmin == picture.norm.vmax > 0  # zero is the middle of the colours
+
+
+@pytest.mark.parametrize("count", [1, 4, 7])
+def test_waveforms_and_mels_puts_clips_on_one_scale(count):
+    wavs = {f"clip {i}": sine(440, amplitude=0.2 * (i + 1)) for i in range(count)}
+    figure = plots.waveforms_and_mels(wavs)
+    tops = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in tops] == list(wavs)
+    assert len({axes.get_ylim() for axes in tops}) == 1
+    wanted = [plots.INPUT, plots.TARGET, plots.OUTPUT, plots.AVERAGE] * 2
+    found = [tuple(axes.collections[0].get_facecolor()[0][:3]) for axes in tops]
+    assert found == [to_rgb(colour) for colour in wanted[:count]]
+
+
+# --- pictures of clips ------------------------------------------------------------------------------------------------
+
+
+def test_mel_power_is_a_power_and_decibels_are_below_its_peak():
+    wav = sine(1000) + sine(5000, amplitude=0.05)
+    power = plots.mel_power(wav)
+    assert power.shape == (80, round(0.5 * RATE) // 256 + 1)
+    torch.testing.assert_close(plots.mel_power(2 * wav), 4 * power)
+    assert torch.equal(plots.decibels_below_peak(power), plots.mel_db(wav))
+    decibels = plots.decibels_below_peak(torch.tensor([[1e4, 1e3, 1.0], [1e-5, 0.0, 5e3]]))
+    torch.testing.assert_close(decibels, torch.tensor([[0.0, -10.0, -40.0], [-80.0, -80.0, -3.0103]]))
+
+
+@pytest.mark.parametrize("level", [0.0, 1e-12])
+def test_silence_is_not_bright(level):
+    assert (plots.decibels_below_peak(torch.full((80, 4), level)) == -80).all()
+
+
+@pytest.mark.parametrize("level", [0.51, -0.27, 0.98, -0.98])
+def test_the_outline_is_at_the_height_of_the_waveform(level):
+    """Sixty rows from full scale at the top to full scale at the bottom."""
+    outline, _ = decoded(plots.clip_picture(torch.full((1, 4800), level)))
+    row = int((1 - level) / 2 * 60)
+    drawn = np.flatnonzero(outline[:, 0])
+    assert row in drawn
+    assert drawn.min() >= row - 1
+    assert drawn.max() <= row + 1
+    assert (outline == outline[:, :1]).all()
+
+
+def test_the_outline_spans_minimum_to_maximum_of_each_column():
+    wav = torch.zeros(1, 48_000)  # 100 samples a column
+    wav[0, 12_000:24_000:2] = 0.75
+    wav[0, 12_001:24_000:2] = -0.25
+    wav[0, 36_050] = 3.0  # beyond full scale
+    outline, _ = decoded(plots.clip_picture(wav))
+    heights = outline.sum(0)
+    assert heights[0] == heights[479] == 2  # silence is a line in the middle
+    assert outline[29:31, 0].all()
+    block = np.flatnonzero(outline[:, 180])
+    assert (block.min(), block.max()) == pytest.approx((7.5, 37.5), abs=1)  # (1 ∓ level) · 30
+    assert len(block) == block.max() - block.min() + 1
+    assert (heights[120:240] == len(block)).all()
+    assert np.flatnonzero(heights > 2).tolist() == [*range(120, 240), 360]
+    assert outline[:30, 360].all()
+
+
+def test_a_clips_picture_has_its_colour_on_nothing():
+    content = plots.clip_picture(sine(440), plots.TARGET)
+    picture = Image.open(io.BytesIO(content))
+    assert picture.format == "PNG"
+    assert len(picture.getpalette()) == 3 * 50  # few, for a small file
+    pixels = np.asarray(picture.convert("RGBA"))
+    outline = pixels[:60].reshape(-1, 4)
+    colour = (*bytes.fromhex(plots.TARGET[1:]), 255)
+    assert {tuple(pixel) for pixel in outline[outline[:, 3] > 0]} == {colour}
+    assert set(np.unique(outline[:, 3])) == {0, 255}
+    assert (pixels[60:, :, 3] == 255).all()
+
+
+def test_a_clips_mel_picture_is_bright_where_it_sounds():
+    """Low bands at the bottom, and time from left to right."""
+    wav = torch.cat([torch.zeros(1, RATE), sine(200, 1.0)], 1)
+    _, mel = decoded(plots.clip_picture(wav))
+    brightness = mel[..., :3].sum(2)
+    assert brightness[:, 300:].mean(1).argmax() >= 70
+    assert (brightness[:, :200] == brightness.min()).all()
+    _, high = decoded(plots.clip_picture(sine(9000, 1.0)))
+    assert high[..., :3].sum(2).mean(1).argmax() <= 20
+    magma = (np.array(plt.get_cmap("magma", plots.SHADES)([0, plots.SHADES - 1])) * 255).astype(np.uint8)
+    assert (mel[0, 0] == magma[0]).all()
+    assert (high.reshape(-1, 4) == magma[1]).all(1).any()
+
+
+@pytest.mark.parametrize("num_samples", [1, 4, 479, 481])
+def test_a_clip_of_few_samples_has_a_picture_too(num_samples):
+    outline, _ = decoded(plots.clip_picture(torch.linspace(0.9, -0.9, num_samples)[None]))
+    assert outline.any(0).all()
+    assert outline[3, 0]
+    assert num_samples == 1 or outline[56, 479]
+
+
+def test_a_column_of_one_sample_shows_that_one():
+    wav = torch.tensor([0.8, -0.8]).repeat(240)[None]
+    outline, _ = decoded(plots.clip_picture(wav))
+    assert not outline[30:, ::2].any()
+    assert not outline[:30, 1::2].any()
+    assert outline.any(0).all()
+
+
+def test_a_silent_clips_picture_is_dark():
+    outline, mel = decoded(plots.clip_picture(torch.zeros(1, 4800)))
+    assert (outline.sum(0) == 2).all()
+    assert (mel[..., :3].sum(2) < 20).all()
+
+
+# --- what is taken from which clip ------------------------------------------------------------------------------------
+
+
+def test_taken_pictures_tell_input_from_target_and_pale_what_is_quiet():
+    of_input, of_target = torch.zeros(2, 80, 8)
+    of_input[:, 0], of_target[:, 1] = 1.0, 1.0
+    of_input[:, 2], of_target[:, 2] = 0.5, 0.5
+    of_input[:, 3], of_input[:, 4], of_target[:, 5] = 1e-3, 1e-6, 1e-8  # 30, 60 and 80 dB below; then silence
+    axes, bar = plots.taken_pictures({"a": (of_input, of_target)}, 2.5).axes
+    picture = np.asarray(axes.images[0].get_array())
+    assert picture.shape == (80, 8, 4)
+    assert picture[40, 0] == pytest.approx((*to_rgb(plots.INPUT), 1), abs=0.01)
+    assert picture[40, 1] == pytest.approx((*to_rgb(plots.TARGET), 1), abs=0.01)
+    assert picture[40, 2] == pytest.approx((*to_rgb("#BBBBBB"), 1), abs=0.01)
+    assert picture[40, :, 3] == pytest.approx([1, 1, 1, 0.5, 0, 0, 0, 0], abs=1e-4)
+    assert picture[40, 3, :3] == pytest.approx(to_rgb(plots.INPUT), abs=0.01)  # the colour says whose, at any level
+    assert axes.images[0].origin == "lower"
+    assert axes.images[0].get_extent() == [0, 2.5, 0, 80]
+    assert [text.get_text() for text in bar.get_yticklabels()] == ["target", "both", "input"]
+
+
+@pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 3))])
+def test_taken_pictures_are_three_a_row_and_the_rest_is_empty(count, shape):
+    figure = plots.taken_pictures({f"clip {i}": (POWER, POWER) for i in range(count)}, 1.0)
+    pictures = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    assert figure.axes[0].get_gridspec().get_geometry() == shape
+    assert [axes.get_title() for axes in pictures if axes.get_visible()] == [f"clip {i}" for i in range(count)]
+
+
+def test_a_fusion_of_silence_is_empty():
+    silence = torch.zeros(80, 8)
+    picture = plots.taken_pictures({"a": (silence, silence)}, 1.0).axes[0].images[0].get_array()
+    assert (picture[..., 3] == 0).all()

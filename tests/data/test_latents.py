@@ -1,0 +1,514 @@
+"""The latent cache: right rows, nothing encoded twice, nothing damaged ever returned, small when it is large."""
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from simulated import simulated_index
+from torch.utils.data import DataLoader
+
+import lib.codec.mdct
+import lib.data.latents
+from lib.audio.files import SAMPLE_RATE, load_audio
+from lib.codec.mdct import DIM, HOP, MdctCodec
+from lib.data.latents import CorruptShardError, LatentPairs, encode_manifest
+from lib.data.pairs import Clip, Manifest, Pair
+from lib.util.errors import UserError
+
+CLIP = 10 * HOP
+ROW_BYTES = 4 * DIM * 10
+SHARD_BYTES = 4 * ROW_BYTES  # four clips a shard
+
+
+class CountingCodec(MdctCodec):
+    """Counts what it encodes, and can die like a killed process at one of the clips."""
+
+    def __init__(self, die_at=None):
+        super().__init__()
+        self.count, self.die_at, self.lock = 0, die_at, threading.Lock()
+
+    def encode(self, wav):
+        with self.lock:
+            self.count += 1
+            if self.count == self.die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(wav)
+
+
+def write_song(root: Path, name: str, clips: int, seed: int) -> None:
+    root.mkdir(exist_ok=True)
+    wav = 0.1 * np.random.default_rng(seed).standard_normal(clips * CLIP)
+    soundfile.write(root / name, wav, SAMPLE_RATE, subtype="FLOAT")
+
+
+def make_manifest(root: Path) -> Manifest:
+    """Continuation pairs of every song under `root`; the last song in order of name is the validation."""
+    songs = sorted(root.glob("*.wav"))
+    pairs = []
+    for song in songs:
+        sha256 = hashlib.sha256(song.read_bytes()).hexdigest()
+        frames = soundfile.info(song).frames
+        starts = range(0, frames, CLIP)
+        clips = [Clip(song.name, start, min(CLIP, frames - start), sha256) for start in starts]
+        for i in range(len(clips) - 1):
+            split = "val" if song == songs[-1] else "train"
+            pairs.append(Pair(f"{song.stem}_{i}", split, "continuation", clips[i], clips[i + 1]))
+    return Manifest(root, CLIP, SAMPLE_RATE, 0, tuple(pairs), ())
+
+
+@pytest.fixture
+def songs(tmp_path):
+    root = tmp_path / "songs of José"
+    write_song(root, "a.wav", 6, 1)
+    write_song(root, "b.wav", 5, 2)
+    write_song(root, "c.wav", 3, 3)
+    return root  # 14 clips: shards of 4, 4, 4 and 2
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+def encode(manifest, cache, codec=None, **options):
+    return encode_manifest(manifest, codec or MdctCodec(), cache, **({"shard_bytes": SHARD_BYTES} | options))
+
+
+def shard_files(report) -> list[Path]:
+    return [report.index.parent / shard["file"] for shard in json.loads(report.index.read_text())["shards"]]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def assert_right(report, manifest):
+    """Every pair of the manifest is there, in order, and equals the codec's latents of its two clips."""
+    codec = MdctCodec()
+    for split in ("train", "val"):
+        latent_pairs, wanted = LatentPairs(report.index, split, codec.fingerprint), manifest.split(split)
+        assert len(latent_pairs) == len(wanted) == report.pairs[split]
+        for i, (got, pair) in enumerate(zip(latent_pairs, wanted, strict=True)):
+            assert latent_pairs.pair_id(i) == pair.id
+            for latents, clip in zip(got, (pair.input, pair.target), strict=True):
+                wav = load_audio(manifest.path(clip), clip.offset, clip.length)
+                wav = torch.nn.functional.pad(wav, (0, CLIP - wav.shape[1]))
+                assert latents.dtype == torch.float32
+                assert torch.allclose(latents, codec.encode(wav[None])[0], atol=1e-4)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_pair_comes_back_in_order_with_its_latents(songs, cache):
+    short = soundfile.read(songs / "c.wav", dtype="float32")[0][: -HOP // 2]  # its last clip is padded with zeros
+    soundfile.write(songs / "c.wav", short, SAMPLE_RATE, subtype="FLOAT")
+    manifest = make_manifest(songs)
+    report = encode(manifest, cache)
+    assert (report.encoded, report.reused, report.rebuilt, report.dropped) == (14, 0, 0, ())
+    assert report.pairs == {"train": 9, "val": 2}
+    assert_right(report, manifest)
+    latent_pairs = LatentPairs(report.index, "train")
+    assert (latent_pairs.dim, latent_pairs.frames, latent_pairs.clip_length) == (DIM, 10, CLIP)
+    assert latent_pairs.fingerprint == MdctCodec().fingerprint
+
+
+def test_shards_have_the_asked_size_and_are_named_by_their_checksum(songs, cache):
+    files = shard_files(encode(make_manifest(songs), cache))
+    assert sorted(len(np.load(file)) for file in files) == [2, 4, 4, 4]
+    for file in files:
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem
+
+
+def test_the_cache_does_not_depend_on_the_number_of_workers(songs, tmp_path):
+    manifest = make_manifest(songs)
+    one, many = (encode(manifest, tmp_path / str(workers), workers=workers) for workers in (1, 5))
+    assert contents(one.index.parent) == contents(many.index.parent)
+
+
+def test_encoding_leaves_torchs_threads_as_they_were(songs, cache):
+    torch.set_num_threads(2)
+    try:
+        encode(make_manifest(songs), cache)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_second_run_encodes_nothing_and_a_new_song_only_itself(songs, cache):
+    encode(make_manifest(songs), cache)
+    codec = CountingCodec()
+    report = encode(make_manifest(songs), cache, codec)
+    assert (codec.count, report.encoded, report.reused) == (0, 0, 14)
+    (songs / "a.wav").rename(songs / "aa.wav")  # known by its content, not by its name
+    write_song(songs, "d.wav", 3, 4)
+    manifest = make_manifest(songs)
+    report = encode(manifest, cache, codec)
+    assert (codec.count, report.encoded, report.reused) == (3, 3, 14)
+    assert_right(report, manifest)
+
+
+def test_another_codec_or_clip_length_does_not_share_the_cache(songs, cache, edit_code):
+    encode(make_manifest(songs), cache)
+    edit_code("lib.codec.mdct")
+    codec = CountingCodec()
+    encode(make_manifest(songs), cache, codec)
+    assert codec.count == 14
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_other_code_does_not_share_the_cache(songs, cache, edit_code):
+    first = encode(make_manifest(songs), cache)
+    edit_code("lib.data.pairs")  # which plays no part in latents
+    assert encode(make_manifest(songs), cache).index == first.index
+    for module in ("lib.data.latents", "lib.codec.encodec", "lib.audio.files"):
+        edit_code(module)
+        report = encode(make_manifest(songs), cache)
+        assert (report.encoded, report.reused) == (14, 0)
+        assert encode(make_manifest(songs), cache).reused == 14
+    assert len(list(cache.iterdir())) == 4
+
+
+@pytest.mark.parametrize("die_at", [1, 6, 14])
+def test_a_killed_run_resumes_with_what_is_missing(songs, cache, die_at):
+    manifest = make_manifest(songs)
+    process = multiprocessing.get_context("fork").Process(
+        target=encode, args=(manifest, cache, CountingCodec(die_at)), kwargs={"workers": 1}
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not list(cache.glob("*/index-*"))
+    # the next shard is encoded while one is written, so at least all but the last two begun shards are there
+    kept = sum(len(json.loads(path.read_text())["keys"]) for path in cache.glob("*/*.json"))
+    assert kept >= 4 * max(0, (die_at - 1) // 4 - 1)
+    codec = CountingCodec()
+    report = encode(manifest, cache, codec)
+    assert (codec.count, report.reused) == (14 - kept, kept)
+    assert_right(report, manifest)
+
+
+def test_two_processes_that_encode_at_once_do_no_harm(songs, cache):
+    manifest = make_manifest(songs)
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=encode, args=(manifest, cache)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    report = encode(manifest, cache)
+    assert (report.encoded, report.rebuilt) == (0, 0)
+    assert_right(report, manifest)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_shares_encode_every_clip_once_whenever_each_begins(songs, tmp_path, processes):
+    """One after the other is the worst case: each finds what those before it have written."""
+    manifest = make_manifest(songs)
+    alone = encode(manifest, tmp_path / "alone")
+    for name, order in (("first to last", range(processes)), ("last to first", reversed(range(processes)))):
+        codecs = [CountingCodec() for _ in range(processes)]
+        for i in order:
+            encode(manifest, tmp_path / name, codecs[i], share=(i, processes))
+        assert sum(codec.count for codec in codecs) == 14
+        assert [codec.count for codec in codecs][:4] == {2: [8, 6], 3: [6, 4, 4], 7: [4, 4, 4, 2]}[processes]
+        report = encode(manifest, tmp_path / name)
+        assert (report.encoded, report.reused) == (0, 14)
+        assert report.index.read_bytes() == alone.index.read_bytes()  # the same shards, by their checksums
+        assert_right(report, manifest)
+
+
+def test_shares_of_a_cache_that_holds_a_part_take_the_rest(songs, cache):
+    encode(make_manifest(songs), cache)
+    write_song(songs, "0.wav", 9, 4)  # comes first: every later clip has another place now
+    codecs = [CountingCodec() for _ in range(2)]
+    for i, codec in enumerate(codecs):
+        encode(make_manifest(songs), cache, codec, share=(i, 2))
+    assert [codec.count for codec in codecs] == [5, 4]
+    report = encode(make_manifest(songs), cache)
+    assert (report.encoded, report.reused) == (0, 23)
+    assert_right(report, make_manifest(songs))
+
+
+def test_shares_rebuild_each_damaged_shard_once(songs, cache):
+    manifest = make_manifest(songs)
+    report = encode(manifest, cache)
+    before = contents(report.index.parent)
+    for file in shard_files(report):
+        flip_a_byte(file)
+    codecs = [CountingCodec() for _ in range(2)]
+    for i, codec in enumerate(codecs):
+        encode(manifest, cache, codec, share=(i, 2))
+    assert sum(codec.count for codec in codecs) == 14
+    assert encode(manifest, cache).encoded == 0
+    assert report.index.read_bytes() == before[report.index.name]
+    assert_right(report, manifest)
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1000)
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, cut_short, Path.unlink])
+def test_a_damaged_shard_is_never_read_and_only_it_is_rebuilt(songs, cache, damage):
+    manifest = make_manifest(songs)
+    report = encode(manifest, cache)
+    before = contents(report.index.parent)
+    victim = max(shard_files(report), key=lambda file: file.stat().st_size)
+    written = {file: file.stat().st_mtime_ns for file in shard_files(report) if file != victim}
+    damage(victim)
+
+    latent_pairs, errors = LatentPairs(report.index, "train"), []
+    for i in range(len(latent_pairs)):
+        try:
+            latent_pairs[i]
+        except CorruptShardError as error:
+            errors.append(str(error))
+    assert errors
+    assert all(victim.name in error and "encode the manifest again" in error for error in errors)
+
+    codec = CountingCodec()
+    report = encode(manifest, cache, codec)
+    assert (codec.count, report.rebuilt, report.reused, report.encoded) == (4, 4, 10, 0)
+    assert contents(report.index.parent) == before  # the same bits, so indexes of other manifests still hold
+    assert {file: file.stat().st_mtime_ns for file in written} == written
+    assert_right(report, manifest)
+
+
+def test_a_damaged_shard_that_another_manifest_shares_is_replaced(songs, cache):
+    report = encode(make_manifest(songs), cache)
+    (songs / "a.wav").unlink()
+    manifest = make_manifest(songs)
+    for file in shard_files(report):
+        flip_a_byte(file)
+    report = encode(manifest, cache)
+    assert (report.rebuilt, report.reused) == (8, 0)
+    assert_right(report, manifest)
+    wanted = {clip.key for pair in manifest.pairs for clip in (pair.input, pair.target)}
+    sidecars = {path for path in report.index.parent.glob("*.json") if not path.name.startswith("index-")}
+    mine = {path for path in sidecars if not wanted.isdisjoint(json.loads(path.read_text())["keys"])}
+    assert len(sidecars - mine) == 1  # four clips of the song that is gone: not this manifest's to check or rebuild
+    for file in (path.with_suffix(".npy") for path in mine):  # the damaged are gone
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:9],
+        lambda text: json.dumps(json.loads(text) | {"keys": json.loads(text)["keys"][::-1]}),  # each other's clips
+        lambda text: json.dumps(json.loads(text) | {"crc32": [0] * len(json.loads(text)["crc32"])}),
+        lambda text: json.dumps({"keys": json.loads(text)["keys"]}),
+        lambda text: "[]",
+    ],
+)
+def test_a_damaged_sidecar_costs_only_its_shard(songs, cache, damage):
+    manifest = make_manifest(songs)
+    report = encode(manifest, cache)
+    sidecar = shard_files(report)[0].with_suffix(".json")
+    sidecar.write_text(damage(sidecar.read_text()))
+    lost = len(np.load(shard_files(report)[0]))
+    report = encode(manifest, cache)
+    assert (report.encoded, report.reused) == (lost, 14 - lost)
+    assert encode(manifest, cache).reused == 14
+
+
+def test_clips_that_cannot_be_used_are_dropped_with_their_pairs(songs, cache):
+    manifest = make_manifest(songs)
+    (songs / "a.wav").write_bytes(b"not audio")
+    write_song(songs, "b.wav", 5, 99)  # other music than the manifest saw
+    report = encode(manifest, cache)
+    assert report.pairs == {"val": 2}
+    assert report.encoded == 3
+    reasons = {name.split(" at sample ")[0]: reason for name, reason in report.dropped}
+    assert len(report.dropped) == 11
+    assert "a.wav" in reasons["a.wav"]
+    assert "changed since the manifest" in reasons["b.wav"]
+    assert [LatentPairs(report.index, "val").pair_id(i) for i in range(2)] == ["c_0", "c_1"]
+    with pytest.raises(UserError, match="split 'train' has no pairs; there are val"):
+        LatentPairs(report.index, "train")
+
+
+def test_one_bad_clip_costs_only_its_own_pairs(songs, cache):
+    wav = soundfile.read(songs / "a.wav", dtype="float32")[0]
+    wav[2 * CLIP + 5] = np.nan
+    soundfile.write(songs / "a.wav", wav, SAMPLE_RATE, subtype="FLOAT")
+    report = encode(make_manifest(songs), cache)
+    assert [name for name, _ in report.dropped] == [f"a.wav at sample {2 * CLIP}"]
+    ids = LatentPairs(report.index, "train")
+    assert [ids.pair_id(i) for i in range(len(ids))] == ["a_0", "a_3", "a_4", "b_0", "b_1", "b_2", "b_3"]
+
+
+def test_nothing_left_is_one_line(songs, cache):
+    manifest = make_manifest(songs)
+    for song in songs.iterdir():
+        song.unlink()
+    with pytest.raises(UserError, match="no pair of the manifest can be encoded") as caught:
+        encode(manifest, cache)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cache_folder_that_cannot_be_written_is_one_line(songs, cache, monkeypatch):
+    manifest = make_manifest(songs)
+    cache.write_text("a file")
+    with pytest.raises(UserError, match=r"cannot be written .*choose a cache folder"):
+        encode(manifest, cache)
+    cache.unlink()
+
+    def refuse(source, target):
+        raise PermissionError(errno.EACCES, "Permission denied", str(target))
+
+    monkeypatch.setattr(os, "replace", refuse)  # not chmod: the superuser may write anywhere
+    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
+        encode(manifest, cache)
+    assert not list(cache.rglob("*.tmp"))
+
+
+def test_only_old_temporary_files_are_swept_away(songs, cache):
+    folder = encode(make_manifest(songs), cache).index.parent
+    old, young = folder / ".x.npy.1.tmp", folder / ".y.npy.2.tmp"
+    for path in (old, young):
+        path.write_bytes(b"")
+    os.utime(old, (0, 0))
+    (folder / ".z.npy.3.tmp").symlink_to("gone")  # listed, then renamed by its writer
+    encode(make_manifest(songs), cache)
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+def test_a_codec_of_another_sample_rate_is_refused(songs, cache):
+    codec = MdctCodec()
+    codec.sample_rate = 48_000
+    with pytest.raises(UserError, match=r"48000 Hz.*24000 Hz"):
+        encode(make_manifest(songs), cache, codec)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_another_codecs_fingerprint_is_refused(songs, cache):
+    report = encode(make_manifest(songs), cache)
+    with pytest.raises(UserError, match=r"holds latents of codec mdct .*, not of 000000"):
+        LatentPairs(report.index, "train", "0" * 64)
+
+
+def test_a_missing_or_damaged_index_or_table_is_named(songs, cache):
+    report = encode(make_manifest(songs), cache)
+    index = json.loads(report.index.read_text())
+    with pytest.raises(UserError, match=r"absent.json: no index"):
+        LatentPairs(cache / "absent.json", "train")
+    table = report.index.with_name(index["splits"]["train"]["pairs"] + ".npy")
+    flip_a_byte(table)
+    with pytest.raises(CorruptShardError, match=table.name):
+        LatentPairs(report.index, "train")
+    for content in (
+        "",
+        "{",
+        "[]",
+        "{}",
+        json.dumps({name: value for name, value in index.items() if name != "checksum"}),
+        json.dumps(index | {"shards": []}),
+        json.dumps(index | {"dim": -1}),
+    ):
+        report.index.write_text(content)
+        with pytest.raises(UserError, match="damaged index"):
+            LatentPairs(report.index, "train")
+
+
+def test_reading_keeps_no_file_open_and_reads_its_own_row_alone(songs, cache, monkeypatch):
+    latent_pairs = LatentPairs(encode(make_manifest(songs), cache).index, "train")
+    monkeypatch.setattr(lib.data.latents, "_is_intact", None)  # which would read a whole shard
+    open_before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
+    first = [latent_pairs[i] for i in range(len(latent_pairs))]
+    again = [latent_pairs[i] for i in range(len(latent_pairs))]
+    assert all(torch.equal(x, y) for one, two in zip(first, again, strict=True) for x, y in zip(one, two, strict=True))
+    if open_before is not None:
+        assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_a_damaged_row_costs_only_the_pairs_that_have_it(songs, cache):
+    """Also when the damage comes after the row has been read once."""
+    report = encode(make_manifest(songs), cache)
+    latent_pairs = LatentPairs(report.index, "train")
+    good = [latent_pairs[i] for i in range(len(latent_pairs))]
+    victim = max(shard_files(report), key=lambda file: file.stat().st_size)
+    row = np.load(victim, mmap_mode="r+")[1]
+    row[3, 5] += 1.0
+    row.flush()
+    errors = {}
+    for i in range(len(latent_pairs)):
+        try:
+            assert all(torch.equal(x, y) for x, y in zip(latent_pairs[i], good[i], strict=True))
+        except CorruptShardError as error:
+            errors[i] = str(error)
+    assert 0 < len(errors) < len(latent_pairs) / 2
+    assert all(f"{victim.name}: row 1 is not what was written" in error for error in errors.values())
+
+
+def test_threads_read_the_same_rows_as_one(songs, cache):
+    latent_pairs = LatentPairs(encode(make_manifest(songs), cache, shard_bytes=1).index, "train")
+    wanted = [latent_pairs[i] for i in range(len(latent_pairs))]
+    with ThreadPoolExecutor(8) as pool:
+        places = [i % len(wanted) for i in range(400)]
+        got = list(pool.map(latent_pairs.__getitem__, places))
+    for i, pair in zip(places, got, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(pair, wanted[i], strict=True))
+
+
+def test_a_dataloaders_workers_read_the_same_rows(songs, cache):
+    latent_pairs = LatentPairs(encode(make_manifest(songs), cache).index, "train")
+    latent_pairs[0]
+    copy = pickle.loads(pickle.dumps(latent_pairs))
+    assert torch.equal(copy[3][1], latent_pairs[3][1])
+    batches = list(DataLoader(latent_pairs, batch_size=2, num_workers=2))
+    got = torch.cat([inputs for inputs, _ in batches])
+    assert torch.equal(got, torch.stack([inputs for inputs, _ in latent_pairs]))
+
+
+def test_rows_are_copies_that_may_be_changed(songs, cache):
+    latent_pairs = LatentPairs(encode(make_manifest(songs), cache).index, "train")
+    before = latent_pairs[0][0].clone()
+    latent_pairs[0][0].add_(1)
+    assert torch.equal(latent_pairs[0][0], before)
+
+
+OPEN_AND_MEASURE = """
+import sys
+import lib.data.latents
+
+def resident():
+    return [int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmRSS")][0]
+
+before = resident()
+latent_pairs = lib.data.latents.LatentPairs(sys.argv[1], "train")
+assert len(latent_pairs) == 1_000_000 and latent_pairs.pair_id(999_999) == "train_cross_0999999"
+assert latent_pairs[0][0].shape == latent_pairs[999_999][1].shape == (128, 1200)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory the Linux way")
+def test_a_million_pairs_open_in_little_memory(tmp_path):
+    command = [sys.executable, "-c", OPEN_AND_MEASURE, str(simulated_index(tmp_path, 1_000_000))]
+    root = Path(lib.data.latents.__file__).parents[2]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 200  # MiB; a Python object for every pair would take more

@@ -1,0 +1,135 @@
+"""The figures of the laboratory: labelled, one colour a variant, and true to their numbers."""
+
+import math
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from lib.lab.ablation import Result
+from lib.lab.plots import (
+    COLOURS,
+    MARKERS,
+    factorial,
+    gradient_shares,
+    gradient_trajectories,
+    lines,
+    part_share,
+    predicted_and_measured,
+    variant_ranges,
+    waterfalls,
+)
+from lib.lab.variants import EXPLODING, NAMED, REFERENCE
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def result(variant: str, seed: int, norms, non_finite=None) -> Result:
+    parts = {"grad_norm/stage0/layers": 1.0, "grad_norm/stage1/layers": 2.0, "grad_norm/stage1/output_projection": 2.0}
+    steps = sum(map(math.isfinite, norms))
+    return Result(variant, seed, 2, steps, non_finite, parts, parts, None, tuple(norms), "r")
+
+
+@pytest.fixture
+def groups():
+    return {
+        REFERENCE: [result(REFERENCE, s, [1.0 + s, 2.0 + s, 3.0 + s]) for s in range(3)],
+        EXPLODING: [result(EXPLODING, 0, [5.0, 6.0, math.inf], {"step": 3}), result(EXPLODING, 1, [7.0, 8.0, 9.0])],
+    }
+
+
+def labelled(figure):
+    return all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes)
+
+
+def test_every_variant_can_be_told_apart():
+    looks = [(COLOURS[v.name], MARKERS[v.name]) for v in NAMED]
+    assert len(set(looks)) == len({colour for colour, _ in looks}) == len(looks)
+    assert set(COLOURS) == set(MARKERS) == {v.name for v in NAMED}
+
+
+def test_trajectories_are_medians_with_ranges(groups):
+    figure = gradient_trajectories(groups, clip=10)
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "log"
+    assert axes.get_xlabel() == "step"
+    line = next(line for line in axes.lines if line.get_label() == REFERENCE)
+    assert list(line.get_ydata()) == [2.0, 3.0, 4.0]
+    assert line.get_color() == COLOURS[REFERENCE]
+    low, high = (f(path.vertices[:, 1]) for path in axes.collections[0].get_paths() for f in (np.min, np.max))
+    assert (low, high) == (1.0, 5.0)
+    ended = next(line for line in axes.lines if line.get_label() == EXPLODING)
+    assert list(ended.get_ydata()) == [6.0, 7.0, 9.0]  # after its end, a run has no say in the median
+    crosses = [line for line in axes.lines if line.get_marker() == "x"]
+    assert [cross.get_ydata()[0] for cross in crosses] == [6.0]  # where the first run ended
+
+
+def test_a_run_without_a_step_is_left_out(groups):
+    figure = gradient_trajectories({EXPLODING: [result(EXPLODING, 0, [])]} | groups)
+    assert REFERENCE in figure.axes[0].get_legend_handles_labels()[1]
+
+
+def test_ranges_have_a_row_a_variant_and_a_panel_a_measure(groups):
+    values = {REFERENCE: [1.0, 2.0, 3.0], EXPLODING: []}
+    figure = variant_ranges(groups, {"error (units)": values, "norm": values}, log=("norm",))
+    assert [axes.get_xlabel() for axes in figure.axes] == ["error (units)", "norm"]
+    assert [axes.get_xscale() for axes in figure.axes] == ["linear", "log"]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [REFERENCE, EXPLODING]
+    assert "non-finite" in [text.get_text() for text in figure.axes[0].texts]
+    assert list(figure.axes[0].lines[0].get_xdata()) == [1.0, 3.0]
+
+
+def test_shares_are_of_the_squared_norm(groups):
+    assert part_share(groups[REFERENCE], "grad_norm/stage1/layers") == pytest.approx(4 / 9)
+    assert part_share(groups[REFERENCE], "grad_norm/stage4/layers") == 0
+    assert part_share([], "grad_norm/stage1/layers") == 0
+    figure = gradient_shares(groups)
+    bars = [bar for bar in figure.axes[0].patches if bar.get_y() < 0.5]
+    assert sum(bar.get_width() for bar in bars) == pytest.approx(1)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["layers", "output_projection"]
+    assert labelled(figure)
+
+
+def test_effects_that_seeds_disagree_on_are_grey_crosses():
+    figure = factorial({"decades": {"norm": [1.0, 2.0], "clamp": [-1.0, 1.0]}})
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["norm", "clamp"]
+    assert [line.get_marker() for line in axes.lines if line.get_marker() in "ox"] == ["o", "x"]
+    assert labelled(figure)
+
+
+def test_the_law_beside_the_measurement():
+    panel = {"x": [0, 1], "predicted": [1.0, 2.0], "measured": [[1.0, 2.1], [1.2, 2.3], [1.1, 2.2]], "bound": [3, 3]}
+    figure = predicted_and_measured({"a": panel, "b": panel}, "weight", "RMS", goal=5.7)
+    assert [axes.get_title() for axes in figure.axes] == ["a", "b"]
+    measured, predicted = figure.axes[0].lines[:2]
+    assert list(measured.get_ydata()) == pytest.approx([1.1, 2.2])
+    assert list(predicted.get_ydata()) == [1.0, 2.0]
+    assert labelled(figure)
+
+
+def test_curves_take_their_scales():
+    figure = lines([1, 10], {"a": [1, 2], "b": [2, 3]}, "share", "norm", xscale="log", yscale="log")
+    (axes,) = figure.axes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_a_waterfall_says_what_is_wanted_and_what_is_given():
+    stage = {
+        "projection": 0.6,
+        "residual": 0.6,
+        "mixed": 0.9,
+        "output": 1.3,
+        "wanted_factor": 6.6,
+        "applied_factor": 1.5,
+    }
+    figure = waterfalls({"with": [stage], "without": [stage]}, 5.7, [(0.7, 1.5), None])
+    texts = [[text.get_text() for text in axes.texts] for axes in figure.axes[:2]]
+    assert texts == [["wants ×6.6, gets ×1.5"], ["wants ×6.6"]]
+    assert sorted(bar.get_height() for bar in figure.axes[0].patches) == [0.6, 0.6, 0.9, 1.3]
+    assert figure.axes[0].get_ylabel() == "RMS (latent units)"

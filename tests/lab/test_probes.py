@@ -1,0 +1,285 @@
+"""Probes: the ceiling is reached and never passed, gains and norms against formulas and whole Jacobians."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lib.lab.probes import jacobian_norm, last_stage_over_weights, scaling_gains, set_last_stage
+from lib.model.cascade import Cascade, CascadeConfig, RmsScaling, StageConfig, rms
+from lib.model.projection import SpectralLinear, projection_ceiling, rms_ceiling
+
+pytestmark = pytest.mark.filterwarnings("ignore::lib.model.cascade.CollapseWarning")
+
+
+# --- the ceiling of a projection --------------------------------------------------------------------------------------
+
+
+def unchanged(stage: nn.Module) -> None:
+    stage.output_projection.bias.zero_()
+
+
+def with_biases(stage: nn.Module) -> None:
+    stage.output_projection.bias.normal_()
+    stage.post_norm.bias.normal_()
+
+
+def with_one_large_gamma(stage: nn.Module) -> None:
+    stage.post_norm.weight.fill_(0.5)
+    stage.post_norm.weight[3] = -2.5
+    stage.post_norm.bias.fill_(0.1)
+
+
+def disturbed(stage: nn.Module) -> None:
+    stage.post_norm.weight.normal_()
+    with_biases(stage)
+    weight = stage.output_projection.state_dict(keep_vars=True).get("parametrizations.weight.original")
+    (stage.output_projection.weight if weight is None else weight).normal_()
+    stage.train()
+    stage.eval()  # aligns σ with the new weight
+
+
+@pytest.fixture
+def new_stage(tiny_cascade):
+    def build(change, **config):
+        torch.manual_seed(7)
+        stage = Cascade(tiny_cascade(1, **config)).eval().stages[0]
+        with torch.no_grad():
+            change(stage)
+        return stage
+
+    return build
+
+
+def ceiling(stage: nn.Module) -> float:
+    return stage.config.projection_gain * projection_ceiling(stage.post_norm, stage.output_projection)
+
+
+@torch.no_grad()
+def projected_rms(stage: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """RMS over channels of every frame of `x [n, d]` after post_norm and projection."""
+    projected = stage.config.projection_gain * stage.output_projection(stage.post_norm(x))
+    return projected.square().mean(dim=1).sqrt()
+
+
+@pytest.mark.parametrize("change", [unchanged, with_biases, with_one_large_gamma, disturbed])
+@pytest.mark.parametrize("config", [{}, {"projection_gain": 2.5}, {"spectral_norm": False}])
+def test_no_input_passes_the_ceiling(new_stage, change, config):
+    stage = new_stage(change, **config)
+    d = stage.post_norm.normalized_shape[0]
+    x = torch.randn(20_000, d) * torch.logspace(-1, 3, 20_000)[:, None]
+    spikes = 1e4 * torch.cat([torch.eye(d), -torch.eye(d)])
+    assert projected_rms(stage, torch.cat([x, spikes])).max() <= ceiling(stage) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.25, -3.0])
+@pytest.mark.parametrize("gain", [1.0, 2.5])
+@pytest.mark.parametrize("biases", [False, True])
+def test_the_ceiling_is_reached(new_stage, gamma, gain, biases):
+    """A frame along the leading right singular vector v; β along v and b along u lengthen it as far as they can."""
+    stage = new_stage(unchanged, projection_gain=gain)
+    d = stage.post_norm.normalized_shape[0]
+    linear = stage.output_projection
+    weight = linear.parametrizations.weight.original
+    with torch.no_grad():
+        weight -= weight.mean(dim=1, keepdim=True)  # LayerNorm takes the mean away, so v must have none
+        linear.train()
+        linear.eval()
+        u, s, vh = torch.linalg.svd(linear.weight)
+        stage.post_norm.weight.fill_(gamma)
+        if biases:
+            stage.post_norm.bias.copy_(0.7 * math.copysign(1, gamma) * vh[0])
+            linear.bias.copy_(1.3 * math.copysign(1, gamma) * u[:, 0])
+    assert s[0].item() == pytest.approx(1, abs=1e-5)
+    found = projected_rms(stage, 1e4 * vh[:1]).item()
+    assert found == pytest.approx(ceiling(stage), rel=1e-4)
+    D = 8
+    formula = gain * (abs(gamma) * math.sqrt(d) + (2.0 if biases else 0.0)) / math.sqrt(D)
+    assert ceiling(stage) == pytest.approx(formula, rel=1e-4)
+
+
+def test_a_fresh_stage_has_the_ceiling_of_its_widths(new_stage):
+    stage = new_stage(unchanged)
+    assert ceiling(stage) == pytest.approx(rms_ceiling(16, 8), rel=1e-5)
+    free = new_stage(unchanged, spectral_norm=False)
+    sigma = torch.linalg.svdvals(free.output_projection.weight.detach())[0].item()
+    assert abs(sigma - 1) > 0.05
+    assert ceiling(free) == pytest.approx(sigma * rms_ceiling(16, 8), rel=1e-5)
+
+
+def test_measuring_the_ceiling_leaves_the_stage_alone(new_stage):
+    stage = new_stage(disturbed).train()
+    before = {name: value.clone() for name, value in stage.state_dict().items()}
+    ceiling(stage)
+    assert stage.training
+    assert stage.output_projection.training
+    assert all(torch.equal(value, before[name]) for name, value in stage.state_dict().items() if "_u" not in name)
+
+
+# --- settings of the last stage ---------------------------------------------------------------------------------------
+
+CHANGES = [
+    {"residual_weight": 0.1},
+    {"residual_source": "previous"},
+    {"residual_weight": 0.5, "mixing": "preserving"},
+    {"clamp": None, "residual_weight": 0.1},
+    {"clamp": (0.9, 1.1), "residual_weight": 0.1, "residual_source": "previous"},
+]
+
+
+@pytest.fixture
+def latents() -> torch.Tensor:
+    """Input and target `[2, 3, 8, 10]`, at the RMS of real latents."""
+    return 5.7 * torch.randn(2, 3, 8, 10, generator=torch.Generator().manual_seed(3))
+
+
+def fresh(config: CascadeConfig) -> Cascade:
+    torch.manual_seed(11)
+    return Cascade(config).eval()
+
+
+@torch.no_grad()
+def everything(cascade: Cascade, latents: torch.Tensor) -> list[torch.Tensor]:
+    output, traces = cascade(*latents)
+    return [output, *(value for trace in traces for value in vars(trace).values())]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_a_changed_last_stage_equals_a_fresh_cascade_of_that_config(tiny_cascade, latents, changes):
+    config = tiny_cascade(3)
+    cascade = fresh(config)
+    before = everything(cascade, latents)
+    set_last_stage(cascade, **changes)
+    after = everything(cascade, latents)
+    wanted = everything(fresh(config.with_stage(-1, **changes)), latents)
+    assert all(torch.equal(a, b) for a, b in zip(after, wanted, strict=True))
+    assert not torch.equal(after[0], before[0])
+    fields = dataclasses.asdict(config.stages[-1])
+    set_last_stage(cascade, **{name: fields[name] for name in changes})
+    assert all(torch.equal(a, b) for a, b in zip(everything(cascade, latents), before, strict=True))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_last_stage_over_weights_is_that_of_fresh_cascades(tiny_cascade, latents, training):
+    config = tiny_cascade(3, dropout=0.5).with_stage(-1, residual_source="previous", residual_weight=0.35)
+    cascade = fresh(config).train(training)
+    before = {name: value.clone() for name, value in fresh(config).state_dict().items()}
+    weights = [1.0, 0.1, 0.0]
+    found = last_stage_over_weights(cascade, weights, *latents)
+    assert len(found) == 3
+    for weight, trace in zip(weights, found, strict=True):
+        with torch.no_grad():
+            wanted = fresh(config.with_stage(-1, residual_weight=weight))(*latents)[1][-1]
+        assert all(torch.equal(a, b) for a, b in zip(vars(trace).values(), vars(wanted).values(), strict=True))
+    last = [trace.mixed_rms.mean().item() for trace in found]
+    assert last == sorted(last, reverse=True)
+    assert last[0] > 1.5 * last[2]
+    assert cascade.training == training
+    assert all(stage.training == training for stage in cascade.stages)
+    assert cascade.stages[-1].config == config.stages[-1]
+    assert all(p.grad is None for p in cascade.parameters())
+    after = cascade.eval().state_dict()
+    assert all(torch.allclose(value, before[name], atol=1e-6) for name, value in after.items())
+
+
+# --- gains of RMS scaling ---------------------------------------------------------------------------------------------
+
+
+def scaled(clamp: tuple[float, float] | None, level: float, goal: float) -> tuple[float, float]:
+    x = torch.randn(1, 8, 10, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    x = level * x / rms(x)
+    scaling = RmsScaling(StageConfig(clamp=clamp))
+    return scaling_gains(scaling, x, torch.tensor([goal], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("level", "factor"), [(1.0, 1.5), (20.0, 0.7)])
+def test_a_clamped_factor_stretches_all_directions_alike(level, factor):
+    assert scaled((0.7, 1.5), level, goal=5.0) == pytest.approx((factor, factor), rel=1e-9)
+
+
+@pytest.mark.parametrize("clamp", [None, (0.7, 1.5)])
+@pytest.mark.parametrize("level", [5.0, 4.0])
+def test_an_unclamped_factor_stretches_across_alone(clamp, level):
+    along, across = scaled(clamp, level, goal=5.0)
+    assert along == pytest.approx(0, abs=1e-6)
+    assert across == pytest.approx(5.0 / level, rel=1e-6)
+
+
+def test_without_a_clamp_the_stretch_is_the_factor_however_large():
+    along, across = scaled(None, 0.05, goal=5.0)
+    assert across == pytest.approx(100, rel=1e-4)
+    assert along < 1e-2
+
+
+def test_the_gains_are_those_of_the_whole_jacobian():
+    """g/rms · (I − x xᵀ/‖x‖²) row by row: rank n − 1, all its singular values the factor."""
+    x = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    goal = torch.tensor([2.0], dtype=torch.float64)
+    scaling = RmsScaling(StageConfig(clamp=None))
+    jacobian = torch.autograd.functional.jacobian(lambda x: scaling(x, goal, goal)[0], x).view(12, 12)
+    values = torch.linalg.svdvals(jacobian)
+    along, across = scaling_gains(scaling, x, goal)
+    assert across == pytest.approx(values[0].item(), rel=1e-6)
+    assert values[10].item() == pytest.approx(values[0].item(), rel=1e-6)
+    assert along == pytest.approx(values[11].item(), abs=1e-6)
+
+
+# --- norms of Jacobians -----------------------------------------------------------------------------------------------
+
+
+def largest_singular_value(function, x: torch.Tensor) -> float:
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        jacobian = torch.autograd.functional.jacobian(function, x)
+    return torch.linalg.svdvals(jacobian.reshape(-1, x.numel()))[0].item()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_norm_of_a_small_function(seed):
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    x = torch.randn(4, generator=generator, dtype=torch.float64)
+
+    def function(x):
+        return torch.tanh(A @ x) * (x**2).sum()
+
+    wanted = largest_singular_value(function, x)
+    assert jacobian_norm(function, x, iterations=100) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_power_iteration_grows_towards_the_norm_from_below():
+    diagonal = torch.tensor([3.0, 2.9, 1.0], dtype=torch.float64)
+    found = [jacobian_norm(lambda x: diagonal * x, torch.zeros(3).double(), iterations=n) for n in (1, 2, 5, 20, 400)]
+    assert all(a < b <= 3 * (1 + 1e-9) for a, b in itertools.pairwise(found))
+    assert found[0] < 2.9
+    assert found[-1] == pytest.approx(3, rel=1e-6)
+
+
+@pytest.mark.parametrize(("d", "D"), [(16, 8), (8, 16)])
+def test_a_spectral_projection_has_norm_1(d, D):
+    torch.manual_seed(d)
+    linear = SpectralLinear(d, D).eval()
+    assert jacobian_norm(linear, torch.randn(d), iterations=100) == pytest.approx(1, abs=1e-4)
+    plain = nn.Linear(d, D)
+    wanted = torch.linalg.svdvals(plain.weight.detach())[0].item()
+    assert jacobian_norm(plain, torch.randn(d), iterations=100) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize(("clamp", "weight"), [(None, 0.1), ((0.7, 1.5), 1.0)])
+def test_the_norm_of_a_stage_is_that_of_its_whole_jacobian(tiny_cascade, clamp, weight):
+    """In eval mode, with respect to the previous stage's output, whose gradient the residual carries."""
+    config = tiny_cascade(2, clamp=clamp).with_stage(1, residual_weight=weight, residual_source="previous")
+    stage = fresh(config).stages[1].double().eval()
+    generator = torch.Generator().manual_seed(8)
+    input, target, previous = 5.7 * torch.randn(3, 1, 8, 2, generator=generator, dtype=torch.float64)
+
+    def function(previous):
+        names = {"input": input, "noisy_input": input, "target": target, "noisy_target": target}
+        return stage(names | {"previous": previous})[0]
+
+    wanted = largest_singular_value(function, previous)
+    assert jacobian_norm(function, previous, iterations=60) == pytest.approx(wanted, rel=1e-3)
+    assert jacobian_norm(function, previous, iterations=2) < wanted
+    assert all(p.grad is None for p in stage.parameters())

@@ -1,0 +1,526 @@
+"""The listening panel: what plays and is seen is what the runs make of the clips, and every mistake is told."""
+
+import base64
+import datetime
+import hashlib
+import html
+import io
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import soundfile
+import torch
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from torch import Tensor
+
+import lib.listening.panel
+from lib.audio.files import AudioError, load_audio
+from lib.audio.plots import mel_power, taken_pictures
+from lib.codec.mdct import MdctCodec
+from lib.data.manifest import Clip
+from lib.fuse import fuse_clips
+from lib.listening.panel import (
+    BLENDS,
+    UPLOADED,
+    Listening,
+    Message,
+    _Panel,
+    describe_clip,
+    describe_pair,
+    keep_upload,
+    listen,
+    plain_name,
+    taken,
+)
+from lib.listening.player import Players
+from lib.listening.render import Rendition, Settings, render
+from lib.model.cascade import CascadeConfig
+from lib.model.fusion import FusionModel
+from lib.model.masks import Masks
+from lib.training.run import Run
+from lib.util.errors import UserError
+
+HALF = 12_000  # samples of a clip
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return MdctCodec()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, codec, save_run) -> dict[str, Run]:
+    """Two runs with learned masks and one without."""
+    folder, cascade = tmp_path_factory.mktemp("runs"), CascadeConfig.reference(1, num_layers=1)
+    masked = {name: save_run(folder / name, codec, cascade, "learned", seed) for seed, name in enumerate(("a", "b"))}
+    return masked | {"plain": save_run(folder / "plain", codec, cascade)}
+
+
+@pytest.fixture(scope="module")
+def models(runs) -> dict[str, FusionModel]:
+    return {name: run.load_model() for name, run in runs.items()}
+
+
+@pytest.fixture
+def listening(tmp_path, codec, songs, runs) -> Listening:
+    return Listening(codec, songs, runs, tmp_path / "uploads")
+
+
+@pytest.fixture
+def panel(listening, monkeypatch) -> _Panel:
+    """Its pictures are the bare colours, which are faster than a PNG."""
+
+    def colours(figure: Figure) -> bytes:
+        plt.close(figure)
+        return b"".join(image.get_array().tobytes() for axes in figure.axes for image in axes.images)
+
+    monkeypatch.setattr(lib.listening.panel, "figure_png", colours)
+    return _Panel(listening)
+
+
+@pytest.fixture(scope="module")
+def pair(songs) -> tuple[Tensor, Tensor]:
+    """The first validation pair `[1, N]`, read without the project's code."""
+    first = songs.split("val")[0]
+    return window(songs.path(first.input), first.input.offset), window(songs.path(first.target), first.target.offset)
+
+
+def window(path: Path, begin: int = 0, length: int = HALF) -> Tensor:
+    samples, rate = soundfile.read(path, start=begin, frames=length, dtype="float32")
+    assert rate == 24_000
+    return torch.from_numpy(samples)[None]
+
+
+def played(page: str) -> dict[str, Tensor]:
+    """Name → samples `[1, N]` of every player in the HTML."""
+    found = re.findall(r'<audio [^>]*aria-label="([^"]*)" src="data:audio/flac;base64,([^"]*)"', page)
+    wavs = {html.unescape(name): soundfile.read(io.BytesIO(base64.b64decode(data)))[0] for name, data in found}
+    return {name: torch.from_numpy(wav).float()[None] for name, wav in wavs.items()}
+
+
+def sounds_like(heard: Tensor, wanted: Tensor) -> bool:
+    """Equal but for the 16 bits of the players."""
+    return heard.shape == wanted.shape and torch.allclose(heard, wanted, rtol=0, atol=1e-4)
+
+
+# --- what is heard ----------------------------------------------------------------------------------------------------
+
+
+def test_input_and_target_are_untouched_and_the_average_has_been_through_the_codec(codec, models, pair):
+    heard = listen({"a": models["a"]}, codec, *pair).wavs
+    assert list(heard) == ["input", "target", "output", "plain average"]
+    assert torch.equal(heard["input"], pair[0])
+    assert torch.equal(heard["target"], pair[1])
+    average = (pair[0] + pair[1]) / 2
+    wanted = codec.decode(codec.encode(average[None]), length=HALF)[0]
+    assert torch.equal(heard["plain average"], wanted)
+    assert not torch.allclose(wanted, average, atol=1e-3)  # which would have another band
+    wanted = fuse_clips(*(wav[None] for wav in pair), models["a"], codec)[0]
+    assert torch.allclose(heard["output"], wanted, rtol=0, atol=1e-5)  # two clips in one batch
+
+
+def test_several_outputs_have_their_runs_names(codec, models, pair):
+    heard = listen(models, codec, *pair, Settings(mask_blend=0.5))
+    names = ["input", "target", "output: a", "output: b", "output: plain", "plain average"]
+    assert list(heard.wavs) == names
+    assert list(heard.taken) == ["a", "b"]
+    for name, model in models.items():
+        wanted = render(model, codec, *pair, Settings(mask_blend=0.5))
+        assert torch.equal(heard.wavs[f"output: {name}"], wanted.wav)
+        if name in heard.taken:
+            powers = taken(codec, wanted)
+            assert all(torch.equal(x, y) for x, y in zip(heard.taken[name], powers, strict=True))
+
+
+def test_what_is_taken_is_heard_where_its_mask_is_open(codec, pair):
+    """The input for the first half, the target throughout: the powers are those of the clips' own sound."""
+    latents = tuple(codec.encode(wav[None]) for wav in pair)
+    frames = latents[0].shape[-1]
+    opened = torch.ones_like(latents[0])
+    opened[..., frames // 2 :] = 0
+    masks = Masks(opened, torch.ones_like(opened))
+    of_input, of_target = taken(codec, Rendition(pair[0], latents, masks, ()))
+    assert of_input.shape == of_target.shape == (80, 320 * frames // 256 + 1)
+    half = of_input.shape[1] // 2
+    assert of_input[:, half + 3 :].sum() < 1e-4 * of_input[:, : half - 3].sum()
+    torch.testing.assert_close(of_target, mel_power(codec.decode(latents[1])[0]))
+
+
+def test_clips_are_named_by_file_and_seconds():
+    clip = Clip("rock/song_04.wav", 96_000, 96_000, "0" * 64)
+    assert describe_clip(clip) == "rock/song_04.wav 4–8 s"
+    other = Clip("b.wav", 12_000, 11_000, "0" * 64)
+    assert describe_pair(clip, other) == "rock/song_04.wav 4–8 s + b.wav 0.5–0.9583 s"
+
+
+# --- without a front end ----------------------------------------------------------------------------------------------
+
+
+def test_blends_go_from_the_masks_to_one_half(listening, codec, models, pair):
+    figure = listening.blends()
+    shown = {}
+    for title, blend in BLENDS.items():
+        rendition = render(models["a"], codec, *pair, Settings(mask_blend=blend))
+        shown[title] = taken(codec, rendition)
+    wanted = taken_pictures(shown, 0.5)
+    for axes, expected in zip(figure.axes[:3], wanted.axes[:3], strict=True):
+        assert axes.get_title() == expected.get_title()
+        (image,), (other,) = axes.images, expected.images
+        assert np.array_equal(image.get_array(), other.get_array())
+        assert image.get_extent() == other.get_extent()
+    first, _, last = (axes.images[0].get_array() for axes in figure.axes[:3])
+    assert not np.array_equal(first, last)
+
+
+def test_another_pair_has_another_picture(listening):
+    names = list(listening.pairs)
+    first, again, other = (listening.blends(name) for name in (names[0], None, names[1]))
+    arrays = [figure.axes[0].images[0].get_array() for figure in (first, again, other)]
+    assert np.array_equal(arrays[0], arrays[1])
+    assert not np.array_equal(arrays[0], arrays[2])
+
+
+def test_a_run_without_masks_has_no_picture(tmp_path, codec, songs, runs):
+    assert Listening(codec, songs, {"plain": runs["plain"]}, tmp_path).blends() is None
+
+
+# --- the panel --------------------------------------------------------------------------------------------------------
+
+
+def test_the_first_pair_and_the_first_run_play_at_once(panel, codec, models, pair, songs):
+    heard = played(panel.players.html)
+    assert list(heard) == ["input", "target", "output", "plain average"]
+    assert sounds_like(heard["input"], pair[0])
+    assert sounds_like(heard["target"], pair[1])
+    assert sounds_like(heard["output"], render(models["a"], codec, *pair).wav)
+    assert panel.message.html.value == ""
+    validation = songs.split("val")
+    assert panel.pair.options == (*(describe_pair(pair.input, pair.target) for pair in validation), UPLOADED)
+    assert len(validation) > 3
+
+
+def test_the_panel_is_all_of_its_parts_and_draws_a_real_picture(listening):
+    before = plt.get_fignums()
+    box = listening.panel()
+    kinds = [type(child).__name__ for child in box.children]
+    controls = ["Dropdown", "VBox", "SelectMultiple", "FloatSlider", "Checkbox", "HTML"]
+    assert kinds == [*controls, "Label", "PlayerWidget", "Image"]
+    picture = imread(io.BytesIO(bytes(box.children[-1].value)))
+    assert picture.std() > 0.05
+    assert plt.get_fignums() == before
+
+
+def test_another_pair_plays(panel, songs):
+    other = songs.split("val")[1]
+    assert panel.heard.value == f"playing {panel.pair.options[0]}"
+    panel.pair.value = describe_pair(other.input, other.target)
+    assert panel.heard.value == f"playing {panel.pair.options[1]}"
+    heard = played(panel.players.html)
+    assert sounds_like(heard["input"], window(songs.path(other.input), other.input.offset))
+    assert sounds_like(heard["target"], window(songs.path(other.target), other.target.offset))
+
+
+def test_several_runs_play_and_show_their_masks(panel, monkeypatch, codec, models, pair):
+    titles = []
+    monkeypatch.setattr(
+        lib.listening.panel,
+        "taken_pictures",
+        lambda found, seconds: titles.append(list(found)) or taken_pictures(found, 0.5),
+    )
+    panel.runs.value = ("a", "plain", "b")
+    heard = played(panel.players.html)
+    assert list(heard) == ["input", "target", "output: a", "output: plain", "output: b", "plain average"]
+    for name, model in models.items():
+        assert sounds_like(heard[f"output: {name}"], render(model, codec, *pair).wav)
+    assert titles == [["taken by a", "taken by b"]]
+
+
+def test_without_a_run_the_former_players_stay_and_the_fix_is_told(panel):
+    before = panel.players.html
+    panel.runs.value = ()
+    assert 'role="alert"' in panel.message.html.value
+    assert "runs: none is chosen; click one" in panel.message.html.value
+    assert panel.players.html == before
+    panel.runs.value = ("b",)
+    assert panel.message.html.value == ""
+    assert panel.players.html != before
+
+
+def test_a_run_without_masks_hides_the_picture(panel):
+    panel.runs.value = ("plain",)
+    assert panel.masks.layout.display == "none"
+    assert list(played(panel.players.html)) == ["input", "target", "output", "plain average"]
+    panel.runs.value = ("plain", "b")
+    assert panel.masks.layout.display is None
+
+
+def test_the_slider_blends_the_masks_of_what_plays_and_is_seen(panel, codec, models, pair):
+    before, picture = played(panel.players.html), bytes(panel.masks.value)
+    panel.blend.value = 1.0
+    heard = played(panel.players.html)
+    assert sounds_like(heard["output"], render(models["a"], codec, *pair, Settings(mask_blend=1.0)).wav)
+    assert not sounds_like(heard["output"], before["output"])
+    assert sounds_like(heard["input"], before["input"])
+    assert bytes(panel.masks.value) != picture
+
+
+def test_a_damaged_run_is_told(tmp_path, codec, songs, save_run, runs):
+    bad = save_run(tmp_path / "bad", codec, CascadeConfig.reference(1, num_layers=1))
+    (bad.path / "best" / "model.safetensors").write_bytes(b"damaged")
+    panel = _Panel(Listening(codec, songs, {"a": runs["a"], "bad": bad}, tmp_path / "uploads"))
+    before = panel.players.html
+    panel.runs.value = ("bad",)
+    assert "model.safetensors: truncated or changed" in panel.message.html.value
+    assert panel.players.html == before
+
+
+# --- uploaded files ---------------------------------------------------------------------------------------------------
+
+
+def audio(num_samples: int = HALF, seed: int = 0, rate: int = 24_000, format: str = "WAV") -> bytes:
+    wav = 0.1 * np.random.default_rng(seed).standard_normal(num_samples)
+    file = io.BytesIO()
+    soundfile.write(file, wav, rate, format=format, subtype="FLOAT" if format == "WAV" else None)
+    return file.getvalue()
+
+
+def upload(panel: _Panel, role: str, name: str, content: bytes) -> None:
+    """What a front end sends when a file is chosen."""
+    when = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
+    file = {"name": name, "type": "audio/wav", "size": len(content), "last_modified": when}
+    panel.files[role].button.value = ({**file, "content": memoryview(content)},)
+
+
+@pytest.fixture
+def uploading(panel) -> _Panel:
+    panel.pair.value = UPLOADED
+    return panel
+
+
+def test_the_buttons_show_where_files_are_asked_for(panel):
+    assert panel.uploads.layout.display == "none"
+    before = panel.players.html
+    panel.pair.value = UPLOADED
+    assert panel.uploads.layout.display is None
+    assert panel.heard.value == f"playing {panel.pair.options[0]}"  # as before
+    assert 'role="status"' in panel.message.html.value
+    assert "Choose two audio files" in panel.message.html.value
+    assert panel.players.html == before
+    panel.pair.value = panel.pair.options[0]
+    assert panel.uploads.layout.display == "none"
+    assert panel.message.html.value == ""
+
+
+def test_two_files_play_and_are_kept_under_their_hash(uploading, listening, codec, models):
+    before = uploading.players.html
+    contents = audio(HALF), audio(HALF, seed=1, format="FLAC")
+    upload(uploading, "input", "mine.wav", contents[0])
+    assert "Choose two audio files" in uploading.message.html.value  # one is missing yet
+    assert uploading.players.html == before
+    upload(uploading, "target", "yours.flac", contents[1])
+    assert uploading.message.html.value == ""
+    wavs = [torch.from_numpy(soundfile.read(io.BytesIO(c), dtype="float32")[0])[None] for c in contents]
+    heard = played(uploading.players.html)
+    for role, wav in zip(("input", "target"), wavs, strict=True):
+        assert sounds_like(heard[role], wav)
+    assert sounds_like(heard["output"], render(models["a"], codec, *wavs).wav)
+    kept = {path.name: path.read_bytes() for path in listening.uploads.iterdir()}
+    names = [hashlib.sha256(content).hexdigest()[:12] for content in contents]
+    assert kept == {f"{names[0]}_mine.wav": contents[0], f"{names[1]}_yours.flac": contents[1]}
+    assert [file.name.value for file in uploading.files.values()] == ["mine.wav", "yours.flac"]
+
+
+def test_a_clip_of_a_file_names_the_file_for_a_recipe(uploading, listening):
+    content = audio(4 * HALF)
+    upload(uploading, "input", "mine.wav", content)
+    uploading.files["input"].begin.value = 0.25
+    clip = uploading.files["input"].clip()
+    assert (clip.offset, clip.length, clip.sha256) == (6_000, HALF, hashlib.sha256(content).hexdigest())
+    assert Path(clip.path).read_bytes() == content
+
+
+def test_a_file_is_heard_from_its_second_on(uploading):
+    content = audio(3 * HALF)
+    upload(uploading, "input", "a.wav", content)
+    upload(uploading, "target", "b.wav", audio(3 * HALF, seed=1))
+    samples = torch.from_numpy(soundfile.read(io.BytesIO(content), dtype="float32")[0])[None]
+    assert sounds_like(played(uploading.players.html)["input"], samples[:, :HALF])
+    assert uploading.heard.value == "playing a.wav from 0 s + b.wav from 0 s"
+    uploading.files["input"].begin.value = 0.75
+    assert uploading.heard.value == "playing a.wav from 0.75 s + b.wav from 0 s"
+    assert sounds_like(played(uploading.players.html)["input"], samples[:, 18_000 : 18_000 + HALF])
+
+
+def test_a_clip_is_as_long_as_what_is_left_of_the_shorter_file(uploading):
+    upload(uploading, "input", "a.wav", audio(20_000))
+    upload(uploading, "target", "b.wav", audio(9_000, seed=1))
+    assert {wav.shape for wav in played(uploading.players.html).values()} == {(1, 9_000)}
+    uploading.files["input"].begin.value = 0.5  # 8,000 samples before the end
+    assert {wav.shape for wav in played(uploading.players.html).values()} == {(1, 8_000)}
+
+
+def test_a_beginning_past_the_end_is_told(uploading):
+    upload(uploading, "input", "a song.wav", audio(24_000))
+    upload(uploading, "target", "b.wav", audio(24_000, seed=1))
+    before = uploading.players.html
+    for second in (5, 0.99):  # after which less than a frame is left
+        uploading.files["input"].begin.value = second
+        told = f"a song.wav: has 1.0 s only; begin earlier than {second:g} s"
+        assert told in uploading.message.html.value
+        assert uploading.players.html == before
+    uploading.files["input"].begin.value = 0.5
+    assert uploading.message.html.value == ""
+
+
+def test_a_broken_file_is_told_by_its_own_name_and_removed(uploading, listening):
+    upload(uploading, "input", "good.wav", audio())
+    upload(uploading, "target", "other.wav", audio(seed=1))
+    before = uploading.players.html
+    upload(uploading, "target", "my song (1).wav", b"RIFF no sound")
+    assert "my song (1).wav: not audio" in uploading.message.html.value
+    assert 'role="alert"' in uploading.message.html.value
+    assert uploading.players.html == before
+    assert uploading.heard.value == "playing good.wav from 0 s + other.wav from 0 s"  # not what was asked for now
+    assert sorted(path.name.split("_")[1] for path in listening.uploads.iterdir()) == ["good.wav", "other.wav"]
+    upload(uploading, "target", "third.wav", audio(seed=2))
+    assert uploading.message.html.value == ""
+    assert uploading.players.html != before
+
+
+BROKEN = {
+    "empty": (b"", "empty"),
+    "text": (b"not a sound", "not audio"),
+    "truncated": (audio()[:-8_000], "truncated"),
+    "silent": (b"RIFF", "not audio"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_no_broken_file_is_kept(tmp_path, fault):
+    content, told = BROKEN[fault]
+    with pytest.raises(AudioError, match=rf"^my\.wav: .*{told}"):
+        keep_upload("my.wav", content, tmp_path / "uploads")
+    assert list((tmp_path / "uploads").iterdir()) == []
+
+
+def test_the_same_content_again_leaves_its_file_alone(tmp_path):
+    content = audio()
+    path = keep_upload("a.wav", content, tmp_path)
+    before = path.stat()
+    assert keep_upload("a.wav", content, tmp_path) == path
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    other = keep_upload("b.wav", content, tmp_path)
+    with pytest.raises(AudioError):
+        keep_upload("a.wav", content[:-100], tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted({path, other})
+    assert path.read_bytes() == other.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../etc/passwd.wav",
+        "/absolute.wav",
+        r"C:\music\a b.wav",
+        "Übung – 1/été.wav",
+        "x" * 400 + ".wav",
+        "音楽" * 150 + ".wav",
+        "a\x00b\nc.wav",
+        "\ud800.wav",
+        "",
+        "..",
+        ".hidden",
+    ],
+    ids=lambda name: ascii(name[-12:]),
+)
+def test_any_name_becomes_a_file_in_the_folder(tmp_path, name):
+    content = audio()
+    path = keep_upload(name, content, tmp_path / "uploads")
+    assert path.parent == tmp_path / "uploads"
+    assert [path] == list((tmp_path / "uploads").iterdir())
+    assert path.read_bytes() == content
+    assert path.suffix == ".wav" or not name.endswith(".wav")
+    assert load_audio(path).shape == (1, HALF)
+
+
+def test_plain_names_keep_what_reads_well():
+    assert plain_name("été_1-b.WAV") == "été_1-b.WAV"
+    assert plain_name("a  b/c:d.wav") == "a_b_c_d.wav"
+    assert plain_name("é" * 80, 99) == "é" * 49  # no half letter
+    assert len(plain_name("音" * 400).encode()) == 99
+
+
+def test_a_folder_that_cannot_be_written_is_told(uploading, listening, tmp_path):
+    (tmp_path / "uploads").write_text("a file")
+    upload(uploading, "input", "a.wav", audio())
+    assert "uploads: cannot write here" in uploading.message.html.value
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def test_messages_escape_markup():
+    message = Message()
+    message.say("<img src=x onerror=alert(1)> & more")
+    assert "&lt;img src=x onerror=alert(1)> &amp; more" in message.html.value
+    assert "<img" not in message.html.value
+
+
+def test_a_files_name_is_no_markup(uploading):
+    upload(uploading, "input", "<b>bold.wav", b"no sound")
+    assert "&lt;b>bold.wav: not audio" in uploading.message.html.value
+    assert "<b>" not in uploading.message.html.value
+
+
+def test_mistakes_are_told_and_defects_are_raised():
+    message = Message()
+    with message.telling_errors():
+        raise UserError("a.wav: gone; put it back")
+    assert "a.wav: gone; put it back" in message.html.value
+    with message.telling_errors():
+        assert message.html.value == ""
+    with pytest.raises(RuntimeError), message.telling_errors():
+        raise RuntimeError
+
+
+def test_the_players_are_those_of_the_clips_that_are_heard(panel, listening, songs):
+    """To the letter: levels, gains and pictures as well."""
+    first = next(iter(listening.pairs.values()))
+    assert panel.players.html == Players(listening.hear(*first, ["a"], Settings()).wavs)._repr_html_()
+
+
+# --- with an upper band -----------------------------------------------------------------------------------------------
+
+
+def test_without_a_super_resolver_the_box_cannot_be_checked(panel, listening):
+    assert not listening.can_restore
+    assert panel.restored.disabled
+    assert "notebook 06" in panel.restored.description
+
+
+def test_with_one_the_outputs_play_at_48_khz(tmp_path, codec, songs, runs, tiny_superres):
+    listening = Listening(codec, songs, runs, tmp_path, tiny_superres)
+    panel = _Panel(listening)
+    assert not panel.restored.disabled
+    plain = played(panel.players.html)
+    panel.restored.value = True
+    assert not panel.message.html.value
+    restored = played(panel.players.html)
+    assert list(restored) == list(plain)
+    for name, wav in restored.items():
+        assert wav.shape[1] == 2 * plain[name].shape[1]
+        power = torch.fft.rfft(torch.hann_window(wav.shape[1]) * wav[0]).abs() ** 2
+        upper = power[13 * len(power) // 24 :].sum() / power.sum()  # above 13 kHz; clips at 24 kHz end at 12
+        assert (upper > 1e-4) == (name == "output"), (name, upper)  # 16 bits leave 1e-5
+    panel.restored.value = False
+    assert played(panel.players.html)["output"].shape == plain["output"].shape

@@ -1,0 +1,425 @@
+"""The playground: what plays is what its controls say, and what is saved is what was heard, with the way back to it."""
+
+import base64
+import html
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import ipywidgets
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import Tensor
+
+import lib.listening.playground
+from lib.audio.files import load_audio, save_audio
+from lib.codec.mdct import MdctCodec
+from lib.data.pairs import read_manifest
+from lib.listening.panel import describe_clip
+from lib.listening.playground import Playground, _Panel
+from lib.listening.render import Settings, follow_recipe, load_pair, render
+from lib.model.cascade import CascadeConfig
+from lib.model.fusion import FusionModel
+from lib.training.run import Run
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::lib.model.cascade.CollapseWarning"
+)  # two of the runs collapse by design
+AS_TRAINED = Settings(stages=2, residual_weight=0.3)
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return MdctCodec()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, codec, save_run) -> dict[str, Run]:
+    """Two stages of unlike residual weights with learned masks; one stage without masks, of an uncommon weight."""
+    folder, reference = tmp_path_factory.mktemp("a folder"), CascadeConfig.reference
+    two = reference(2, num_layers=1).with_stage(0, residual_weight=0.7).with_stage(1, residual_weight=0.3)
+    return {
+        "two": save_run(folder / "two", codec, two, "learned", seed=1),
+        "one": save_run(folder / "one", codec, reference(1, num_layers=1, residual_weight=2.5), seed=2),
+    }
+
+
+@pytest.fixture(scope="module")
+def models(runs) -> dict[str, FusionModel]:
+    return {name: run.load_model() for name, run in runs.items()}
+
+
+@pytest.fixture
+def playground(tmp_path, codec, songs, runs) -> Playground:
+    return Playground(codec, songs, runs, tmp_path / "my favourites")
+
+
+@pytest.fixture
+def panel(playground) -> _Panel:
+    return _Panel(playground)
+
+
+@pytest.fixture
+def renderings(monkeypatch) -> list[Settings]:
+    """The settings of every fusion that is rendered from now on."""
+    found = []
+
+    def counted(model, codec, input, target, settings):
+        found.append(settings)
+        return render(model, codec, input, target, settings)
+
+    monkeypatch.setattr(lib.listening.playground, "render", counted)
+    return found
+
+
+@pytest.fixture
+def rendered(codec, models, playground) -> Callable[..., Tensor]:
+    """`rendered(settings, run, target)`: the fusion of the first pair, or with another target."""
+
+    def wanted(settings: Settings = AS_TRAINED, run: str = "two", target: str = "") -> Tensor:
+        clips = playground.clips[playground.first[0]], playground.clips[target or playground.first[1]]
+        return render(models[run], codec, *load_pair(*clips), settings).wav
+
+    return wanted
+
+
+def played(page: str) -> dict[str, Tensor]:
+    """Name → samples `[1, N]` of every player in the HTML."""
+    found = re.findall(r'<audio [^>]*aria-label="([^"]*)" src="data:audio/flac;base64,([^"]*)"', page)
+    wavs = {html.unescape(name): soundfile.read(io.BytesIO(base64.b64decode(data)))[0] for name, data in found}
+    return {name: torch.from_numpy(wav).float()[None] for name, wav in wavs.items()}
+
+
+def output(panel: _Panel) -> Tensor:
+    """What plays beside the input."""
+    _, wav = played(panel.players.html).values()
+    return wav
+
+
+def sounds_like(heard: Tensor, wanted: Tensor) -> bool:
+    """Equal but for the 16 bits of the players."""
+    return heard.shape == wanted.shape and torch.allclose(heard, wanted, rtol=0, atol=1e-4)
+
+
+# --- what plays -------------------------------------------------------------------------------------------------------
+
+
+def test_it_begins_with_the_first_pair_as_trained(panel, songs, rendered):
+    first = songs.split("val")[0]
+    names = list(played(panel.players.html))
+    assert names == ["input", f"with {describe_clip(first.target)}"]
+    samples, _ = soundfile.read(songs.path(first.input), start=first.input.offset, frames=12_000, dtype="float32")
+    assert sounds_like(played(panel.players.html)["input"], torch.from_numpy(samples)[None])
+    assert panel.settings() == AS_TRAINED
+    assert torch.equal(rendered(AS_TRAINED), rendered(Settings()))
+    assert sounds_like(output(panel), rendered(Settings()))
+    assert panel.message.html.value == ""
+
+
+def test_every_clip_of_the_validation_pairs_can_be_chosen_and_no_other(panel, songs):
+    wanted = {describe_clip(clip) for pair in songs.split("val") for clip in (pair.input, pair.target)}
+    assert set(panel.input.options) == set(panel.targets.options) == wanted
+    assert len(panel.input.options) == len(wanted) < len(songs.pairs)
+
+
+CONTROLS = {
+    "weight": ("residual_weight", 1.2),
+    "noise": ("noise", 0.4),
+    "hardness": ("mask_hardness", 10.0),
+}
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_every_slider_reaches_the_sound(panel, rendered, control):
+    field, value = CONTROLS[control]
+    before = output(panel)
+    getattr(panel, control).value = value
+    settings = replace(AS_TRAINED, **{field: value})
+    assert panel.settings() == settings
+    assert sounds_like(output(panel), rendered(settings))
+    assert not sounds_like(output(panel), before)
+
+
+def test_the_seed_chooses_the_noise(panel, rendered):
+    panel.noise.value = 0.5
+    before = output(panel)
+    panel.seed.value = 12
+    settings = replace(AS_TRAINED, noise=0.5, seed=12)
+    assert panel.settings() == settings
+    assert sounds_like(output(panel), rendered(settings))
+    assert not sounds_like(output(panel), before)
+
+
+def test_all_sliders_at_once(panel, rendered):
+    wanted = Settings(stages=1, residual_weight=0.45, noise=0.2, mask_hardness=0.1, seed=3)
+    panel.stages.value = wanted.stages
+    for name in ("noise", "seed"):
+        getattr(panel, name).value = getattr(wanted, name)
+    panel.weight.value, panel.hardness.value = wanted.residual_weight, wanted.mask_hardness
+    assert panel.settings() == wanted
+    assert sounds_like(output(panel), rendered(wanted))
+
+
+def test_another_input_plays(panel, codec, models, playground):
+    other = next(name for name in playground.clips if name not in playground.first)
+    panel.input.value = other
+    pair = load_pair(playground.clips[other], playground.clips[playground.first[1]])
+    assert sounds_like(played(panel.players.html)["input"], pair[0])
+    assert sounds_like(output(panel), render(models["two"], codec, *pair, AS_TRAINED).wav)
+
+
+def test_fewer_stages_bring_that_stages_own_weight_and_are_rendered_once(panel, rendered, renderings):
+    assert (panel.stages.min, panel.stages.max, panel.stages.value, panel.weight.value) == (1, 2, 2, 0.3)
+    panel.stages.value = 1
+    assert panel.weight.value == 0.7
+    assert renderings == [Settings(stages=1, residual_weight=0.7)]
+    assert sounds_like(output(panel), rendered(Settings(stages=1)))
+    panel.stages.value = 2
+    assert panel.weight.value == 0.3
+    assert renderings[1:] == [AS_TRAINED]
+
+
+def test_the_sliders_fit_another_run(panel, rendered, renderings):
+    panel.run.value = "one"
+    assert (panel.stages.value, panel.stages.max) == (1, 1)
+    assert (panel.weight.value, panel.hardness.disabled) == (2.5, True)
+    assert sounds_like(output(panel), rendered(Settings(), "one"))
+    assert renderings[-1] == Settings(stages=1, residual_weight=2.5)
+    panel.run.value = "two"
+    assert (panel.stages.value, panel.stages.max) == (2, 2)
+    assert (panel.weight.value, panel.weight.max, panel.hardness.disabled) == (0.3, 2.0, False)
+    assert sounds_like(output(panel), rendered())
+
+
+def test_nothing_is_rendered_twice_in_a_row(panel, renderings):
+    panel.seed.value = 1
+    panel.redraw()
+    panel.redraw()
+    assert renderings == [replace(AS_TRAINED, seed=1)]
+
+
+# --- several targets --------------------------------------------------------------------------------------------------
+
+
+def test_every_target_plays_and_can_be_saved(panel, playground, rendered):
+    targets = tuple(playground.clips)[:3]
+    panel.targets.value = targets
+    heard = played(panel.players.html)
+    assert list(heard) == ["input", *(f"with {target}" for target in targets)]
+    for target in targets:
+        assert sounds_like(heard[f"with {target}"], rendered(target=target))
+    assert panel.favourite.options == targets
+    panel.favourite.value = targets[1]
+    panel.targets.value = targets[1:]
+    assert (panel.favourite.options, panel.favourite.value) == (targets[1:], targets[1])  # the choice stays
+    panel.targets.value = targets[2:]
+    assert panel.favourite.value == targets[2]
+
+
+def test_without_a_target_the_former_players_stay_and_the_fix_is_told(panel):
+    before, targets = panel.players.html, panel.targets.value
+    panel.targets.value = ()
+    assert "targets: none is chosen; click one" in panel.message.html.value
+    assert 'role="alert"' in panel.message.html.value
+    assert panel.players.html == before
+    panel.targets.value = targets
+    assert panel.message.html.value == ""
+
+
+# --- favourites -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_what_was_heard_and_its_recipe_gives_it_again(panel, playground, songs, rendered):
+    targets = tuple(playground.clips)[1:4]
+    panel.targets.value = targets
+    panel.favourite.value = targets[1]
+    panel.noise.value, panel.seed.value, panel.hardness.value, panel.stages.value = 0.3, 7, 4.0, 1
+    heard = played(panel.players.html)[f"with {targets[1]}"]
+    panel.name.value = "mine"
+    panel.button.click()
+    wav, recipe = (playground.favourites / f"mine.{suffix}" for suffix in ("wav", "json"))
+    saved = load_audio(wav)
+    assert sounds_like(heard, saved)
+    wanted = Settings(stages=1, residual_weight=0.7, noise=0.3, mask_hardness=4.0, seed=7)
+    assert torch.equal(saved, rendered(wanted, target=targets[1]))
+    made = follow_recipe(recipe)
+    assert made.equal
+    assert torch.equal(made.wav, saved)
+    clips = [playground.clips[name] for name in (playground.first[0], targets[1])]
+    assert made.files == tuple(Path(clip.path) for clip in clips)
+    told = html.unescape(panel.message.html.value)
+    assert f"Saved mine.wav in {playground.favourites}. " in told
+    assert f"python -m lib.fuse --recipe '{recipe}' -o again.wav" in told  # the folder's name has a space
+
+
+def test_nothing_is_overwritten(panel, playground):
+    contents = {}
+    for number, name in enumerate(("favourite", "favourite_2", "favourite_3")):
+        panel.seed.value = number
+        panel.noise.value = 0.5
+        panel.button.click()
+        assert f"Saved {name}.wav" in panel.message.html.value
+        assert all((playground.favourites / f"{stem}.wav").read_bytes() == wav for stem, wav in contents.items())
+        contents[name] = (playground.favourites / f"{name}.wav").read_bytes()
+    assert len(set(contents.values())) == 3
+    (playground.favourites / "favourite_4.json").write_text("mine")
+    panel.button.click()
+    assert "Saved favourite_5.wav" in panel.message.html.value
+    assert (playground.favourites / "favourite_4.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("", "favourite"),
+        (" / ", "favourite"),
+        ("..", "favourite"),
+        ("../../outside", "outside"),
+        ("/etc/passwd", "etc_passwd"),
+        ("loud & clear.wav", "loud_clear.wav"),
+        ("Übung é", "Übung_é"),
+        ("x" * 400, "x" * 100),
+        ("音楽" * 150, "楽" + "音楽" * 16),
+    ],
+    ids=lambda text: text[-12:],
+)
+def test_any_name_becomes_a_file_in_the_folder(playground, name, wanted):
+    recipe = playground.save(name, "one", *playground.first, Settings())
+    assert recipe == playground.favourites / f"{wanted}.json"
+    assert sorted(path.name for path in playground.favourites.iterdir()) == [f"{wanted}.json", f"{wanted}.wav"]
+    assert follow_recipe(recipe).equal
+
+
+def test_what_cannot_be_saved_is_told(panel, playground):
+    playground.favourites.write_text("a file")
+    panel.button.click()
+    assert "my favourites: cannot write here" in panel.message.html.value
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_songs(tmp_path, songs) -> Path:
+    """Songs to spoil."""
+    shutil.copytree(songs.root, tmp_path / "songs")
+    shutil.copy(songs.root.parent / "manifest.jsonl", tmp_path)
+    return tmp_path
+
+
+def spoil(path: Path, num_samples: int) -> None:
+    wav = 0.1 * np.random.default_rng(9).standard_normal(num_samples)
+    soundfile.write(path, wav, 24_000, subtype="PCM_24")
+
+
+def test_a_file_that_has_become_shorter_or_is_gone_is_told(own_songs, codec, runs):
+    panel = _Panel(Playground(codec, read_manifest(own_songs / "manifest.jsonl"), runs, own_songs / "favourites"))
+    before = panel.players.html
+    path = Path(panel.playground.clips[panel.input.value].path)
+    content = path.read_bytes()
+    spoil(path, 400)
+    panel.noise.value = 0.5
+    assert re.search(r"song_\d\.wav: ends before sample \d+; restore the file", panel.message.html.value)
+    path.unlink()
+    panel.noise.value = 0.6
+    assert re.search(r"song_\d\.wav: no such file; check the path", panel.message.html.value)
+    assert panel.players.html == before
+    path.write_bytes(content)
+    panel.noise.value = 0.7
+    assert panel.message.html.value == ""
+    assert panel.players.html != before
+
+
+def test_another_file_of_the_same_name_is_not_saved(own_songs, codec, runs):
+    panel = _Panel(Playground(codec, read_manifest(own_songs / "manifest.jsonl"), runs, own_songs / "favourites"))
+    spoil(Path(panel.playground.clips[panel.favourite.value].path), 42_000)
+    panel.button.click()
+    assert re.search(r"song_\d\.wav: not the file that the pair was made of", panel.message.html.value)
+    assert list((own_songs / "favourites").iterdir()) == []
+
+
+def test_what_never_played_cannot_be_saved(own_songs, codec, runs):
+    manifest = read_manifest(own_songs / "manifest.jsonl")
+    shutil.rmtree(own_songs / "songs")
+    panel = _Panel(Playground(codec, manifest, runs, own_songs / "favourites"))
+    assert "no such file" in panel.message.html.value
+    panel.button.click()
+    assert "nothing to save yet" in panel.message.html.value
+    assert not (own_songs / "favourites").exists()
+
+
+def test_a_damaged_run_is_told_and_another_can_be_chosen(tmp_path, codec, songs, runs, save_run):
+    bad = save_run(tmp_path / "bad", codec, CascadeConfig.reference(3, num_layers=1))
+    (bad.path / "best" / "model.safetensors").write_bytes(b"damaged")
+    panel = _Panel(Playground(codec, songs, {"two": runs["two"], "bad": bad}, tmp_path / "favourites"))
+    before = panel.players.html
+    panel.run.value = "bad"
+    assert "model.safetensors: truncated or changed" in panel.message.html.value
+    assert panel.players.html == before
+    panel.run.value = "two"
+    assert panel.message.html.value == ""
+
+
+# --- without a front end ----------------------------------------------------------------------------------------------
+
+
+SHOWN = {
+    "as trained": Settings(),
+    "half noise": Settings(noise=0.5),
+    "one stage": Settings(stages=1),
+    "last residual 0.1": Settings(residual_weight=0.1),
+    "all-or-nothing masks": Settings(mask_hardness=100.0),
+}
+
+
+@pytest.mark.parametrize(("run", "left_out"), [("two", ()), ("one", ("one stage", "all-or-nothing masks"))])
+def test_settings_side_by_side_are_those_that_the_run_has(
+    tmp_path, codec, songs, runs, monkeypatch, rendered, run, left_out
+):
+    monkeypatch.setattr(lib.listening.playground, "waveforms_and_mels", lambda wavs: wavs)
+    drawn = Playground(codec, songs, {run: runs[run]}, tmp_path).settings_side_by_side()
+    assert list(drawn) == [name for name in SHOWN if name not in left_out]
+    for name, wav in drawn.items():
+        assert torch.equal(wav, rendered(SHOWN[name], run))
+
+
+def test_the_settings_become_a_figure_and_the_panel_a_box(playground):
+    figure = playground.settings_side_by_side()
+    titles = [axes.get_title() for axes in figure.axes]
+    assert [title for title in titles if title] == list(SHOWN)
+    assert isinstance(playground.panel(), ipywidgets.VBox)
+
+
+def test_a_recipe_names_the_run_that_was_chosen(panel, playground, runs):
+    panel.run.value = "one"
+    panel.button.click()
+    recipe = json.loads((playground.favourites / "favourite.json").read_text())
+    assert (playground.favourites / recipe["run"]).resolve() == runs["one"].path.resolve()
+    assert recipe["settings"]["stages"] == 1
+    assert recipe["settings"]["residual_weight"] == 2.5
+
+
+def test_uploaded_files_are_offered_and_saved_with_a_recipe(playground, songs, tmp_path, codec, runs):
+    uploads = tmp_path / "uploads"
+    uploads.mkdir()
+    save_audio(uploads / "0123456789ab_my song.wav", torch.rand(1, 9000) - 0.5)
+    (uploads / "broken.wav").write_bytes(b"RIFF")
+    with_uploads = Playground(codec, songs, runs, tmp_path / "favourites", uploads)
+    (offered,) = with_uploads.clips.keys() - playground.clips.keys()
+    assert offered == "my song.wav 0–0.375 s"
+    recipe = with_uploads.save("mine", next(iter(runs)), with_uploads.first[0], offered, Settings())
+    assert follow_recipe(recipe).equal
+    assert json.loads(recipe.read_text())["target"]["path"].endswith("uploads/0123456789ab_my song.wav")

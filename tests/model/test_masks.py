@@ -1,0 +1,307 @@
+"""Masks against their rules written out place by place, straight-through gradients, and the discriminator's norms."""
+
+import re
+
+import pytest
+import torch
+
+from lib.model.masks import (
+    FIXED_MASKINGS,
+    MASKINGS,
+    SEGMENT,
+    MaskGenerator,
+    MaskingConfig,
+    Masks,
+    apply_mask,
+    complementarity,
+    fixed_masks,
+    harden,
+)
+from lib.util.errors import UserError
+
+SIZES = [(8, 60), (7, 61), (128, 75), (5, 133), (2, 26)]  # [D, T], long enough for two segments
+
+
+def clips(B: int = 2, D: int = 8, T: int = 60, scale: float = 5.0, seed: int = 0):
+    return scale * torch.randn(2, B, D, T, generator=torch.Generator().manual_seed(seed))
+
+
+def true_rms(x: torch.Tensor) -> torch.Tensor:
+    """`[B, D, T] → [B]`, in float64 and without the 1e-8."""
+    return x.detach().double().pow(2).flatten(1).mean(1).sqrt()
+
+
+# --- fixed masks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("D", "T"), SIZES)
+@pytest.mark.parametrize("kind", FIXED_MASKINGS)
+def test_every_place_belongs_to_exactly_one_clip(kind, D, T):
+    input, target = clips(3, D, T)
+    masks = fixed_masks(kind, input, target)
+    for mask in masks:
+        assert mask.shape == (3, D, T)
+        assert mask.dtype == input.dtype
+        assert set(mask.unique().tolist()) == {0, 1}  # and both clips are used
+    assert torch.equal(masks.input + masks.target, torch.ones(3, D, T))
+    assert torch.equal(complementarity(masks), torch.ones(3))
+
+
+def first_turn(t: int, T: int) -> bool:
+    """By turns of a third of a second, or of half of a clip that is shorter than two of them."""
+    return t // min(25, (T + 1) // 2) % 2 == 0
+
+
+RULES = {  # does this place belong to the input?
+    "temporal": lambda c, t, D, T: first_turn(t, T),
+    "frequency": lambda c, t, D, T: c < D / 2,  # an odd number's middle channel too
+    "channel": lambda c, t, D, T: c % 2 == 0,
+    "hybrid": lambda c, t, D, T: first_turn(t, T) == (c < D / 2),
+}
+
+
+@pytest.mark.parametrize(("D", "T"), [*SIZES, (8, 8), (1, 1), (3, 25)])
+@pytest.mark.parametrize("kind", RULES)
+def test_masks_by_rule_place_by_place(kind, D, T):
+    mask, _ = fixed_masks(kind, *clips(1, D, T))
+    wanted = torch.tensor([[float(RULES[kind](c, t, D, T)) for t in range(T)] for c in range(D)])
+    assert torch.equal(mask[0], wanted)
+    assert SEGMENT == 25  # which the rules here know by themselves
+
+
+def test_the_rules_share_out_evenly():
+    """Over whole pairs of segments each clip gets half of the places; of two channels more, one each."""
+    for kind in RULES:
+        mask, _ = fixed_masks(kind, *clips(1, 8, 100))
+        assert mask.mean() == 0.5, kind
+    assert fixed_masks("frequency", *clips(1, 5, 9)).input[0, :, 0].tolist() == [1, 1, 1, 0, 0]
+    assert fixed_masks("channel", *clips(1, 5, 9)).input[0, :, 0].tolist() == [1, 0, 1, 0, 1]
+
+
+def test_energy_gives_a_place_to_the_louder_clip():
+    """Channel 0: the input is louder, 1: the target, 2: equal, 3: a click in the input, seen two frames either side."""
+    T = 20
+    input, target = torch.ones(1, 4, T), torch.ones(1, 4, T)
+    input[0, 0], target[0, 1] = -2.0, -1.1
+    input[0, 3] = 0.0
+    input[0, 3, 10] = 2.3  # 2.3²/5 > 1: louder than the target wherever the mean over five frames has it
+    masks = fixed_masks("energy", input, target)
+    assert masks.input[0, 0].all()
+    assert masks.target[0, 1].all()
+    assert masks.input[0, 2].all()
+    assert masks.input[0, 3].nonzero().flatten().tolist() == [8, 9, 10, 11, 12]
+    input[0, 3, 10] = 2.2  # 2.2²/5 < 1
+    assert not fixed_masks("energy", input, target).input[0, 3].any()
+
+
+def test_energy_judges_every_sample_by_itself_and_by_its_own_clips():
+    input, target = clips(3, 8, 40)
+    masks = fixed_masks("energy", input, target)
+    swapped = fixed_masks("energy", target, input)
+    assert torch.equal(masks.input, swapped.target)
+    for b in range(3):
+        alone = fixed_masks("energy", input[b : b + 1], target[b : b + 1])
+        assert torch.equal(alone.input[0], masks.input[b])
+    assert fixed_masks("energy", input, 1e-3 * target).input.all()
+    assert fixed_masks("energy", 1e-3 * input, target).target.all()
+
+
+def test_constant_takes_half_of_both():
+    input, target = clips()
+    for mask in fixed_masks("constant", input, target):
+        assert torch.equal(mask, torch.full_like(input, 0.5))
+
+
+@pytest.mark.parametrize("kind", ["constant", *FIXED_MASKINGS])
+def test_fixed_masks_carry_no_gradient_and_work_at_any_length(kind):
+    for T in (1, 2, 4, 25, 26):
+        input, target = clips(T=T)
+        masks = fixed_masks(kind, input.requires_grad_(), target.requires_grad_())
+        assert all(mask.shape == input.shape and not mask.requires_grad for mask in masks)
+        assert torch.equal(masks.input + masks.target, torch.ones_like(input))
+
+
+def test_a_short_clip_is_halved_between_the_two():
+    for T in (2, 7, 8, 25):
+        masks = fixed_masks("temporal", *clips(T=T))
+        assert masks.input[0, 0].tolist() == [1.0] * ((T + 1) // 2) + [0.0] * (T // 2)
+
+
+@pytest.mark.parametrize("kind", ["none", "learned", "spectral", None])
+def test_no_rule_by_this_name(kind):
+    with pytest.raises(UserError, match=rf"^masking={kind!r} is not allowed; use one of constant, temporal, .*hybrid$"):
+        fixed_masks(kind, *clips())
+
+
+# --- learned masks ----------------------------------------------------------------------------------------------------
+
+
+def test_mask_generator_parameter_count_against_arithmetic():
+    analyzer = (256 * 128 * 3 + 256) + (256 * 256 * 3 + 256)
+    attention = (3 * 256 * 256 + 3 * 256) + (256 * 256 + 256)
+    head = (128 * 256 * 3 + 128) + (128 * 128 + 128)
+    assert 2 * analyzer + attention + 2 * head == 1_083_904
+    assert sum(p.numel() for p in MaskGenerator().parameters()) == 1_083_904
+
+
+def test_learned_masks_see_both_clips_over_all_frames():
+    """A mask sees its own clip within reach of the convolutions, and by attention every frame of the other clip."""
+    torch.manual_seed(0)
+    input, target = (x.requires_grad_() for x in clips(1, 8, 40))
+    masks = MaskGenerator(8, 16)(input, target)
+    for mask, own, other in ((masks.input, input, target), (masks.target, target, input)):
+        assert mask.shape == (1, 8, 40)
+        assert ((mask > 0) & (mask < 1)).all()
+        gradients = torch.autograd.grad(mask[0, :, 20].sum(), (own, other), retain_graph=True)
+        of_own, of_other = (gradient[0].abs().sum(dim=0).nonzero().flatten().tolist() for gradient in gradients)
+        assert of_other == list(range(40))
+        assert of_own == list(range(17, 24))  # one frame to either side for each of three convolutions
+
+
+@torch.no_grad()
+def test_where_its_own_clip_is_silent_a_mask_is_the_same_in_every_frame():
+    torch.manual_seed(0)
+    generator = MaskGenerator(8, 16)
+    clip, _ = clips(1, 8, 40)
+    silence = torch.zeros_like(clip)
+
+    def change_over_frames(mask: torch.Tensor) -> float:
+        return mask[0, :, 3:-3].std(dim=1).max().item()  # away from the padding
+
+    masks = generator(silence, clip)
+    assert change_over_frames(masks.input) < 1e-6
+    masks = generator(clip, silence)
+    assert change_over_frames(masks.target) < 1e-6
+    masks = generator(clip, clip.flip(2))
+    assert min(change_over_frames(mask) for mask in masks) > 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(3))
+def test_untrained_masks_are_near_a_half(seed):
+    torch.manual_seed(seed)
+    masks = MaskGenerator()(*clips(4, 128, 30))
+    assert ((complementarity(masks) - 0.75).abs() < 0.01).all()
+    for mask in masks:
+        assert 1e-3 < mask.std() < 0.05
+
+
+# --- hard masks -------------------------------------------------------------------------------------------------------
+
+
+def test_hard_masks_are_0_or_1_with_the_soft_masks_gradient():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 8, 400, generator=generator, requires_grad=True)
+    weights = torch.randn(2, 3, 8, 400, generator=generator)
+    soft = Masks(*logits.sigmoid())
+    hard = harden(soft)
+    for before, after in zip(soft, hard, strict=True):
+        assert torch.equal(after, (before > 0.5).float())  # exactly, not to rounding
+        assert 0.4 < after.mean() < 0.6
+
+    def gradient(masks: Masks) -> torch.Tensor:
+        return torch.autograd.grad((torch.stack(masks) * weights).sum(), logits, retain_graph=True)[0]
+
+    assert torch.equal(gradient(hard), gradient(soft))
+    torch.testing.assert_close(gradient(hard), weights * logits.sigmoid() * (1 - logits.sigmoid()))
+
+
+def test_a_mask_of_one_half_is_hardened_to_nothing():
+    half = torch.full((1, 2, 3), 0.5)
+    assert not any(mask.any() for mask in harden(Masks(half, half)))
+
+
+# --- masks applied ----------------------------------------------------------------------------------------------------
+
+
+def test_masking_by_hand():
+    """Of (3, 4) the mask leaves (3, 0), of RMS 3/√2; brought back to 5/√2 that is 5. A mask's level has no effect."""
+    x = torch.tensor([[[3.0, 4.0]]])
+    for level in (1.0, 0.5, 0.01):
+        masked = apply_mask(x, level * torch.tensor([[[1.0, 0.0]]]))
+        torch.testing.assert_close(masked, torch.tensor([[[5.0, 0.0]]]), rtol=1e-4, atol=0)
+
+
+def test_the_rms_of_every_sample_is_restored():
+    x, noise = clips(4, 8, 50)
+    x = x * torch.tensor([0.1, 1.0, 5.0, 40.0])[:, None, None]
+    for mask in (noise.sigmoid(), (noise > 4).float(), 0.05 * torch.ones_like(x)):
+        masked = apply_mask(x, mask)
+        torch.testing.assert_close(true_rms(masked), true_rms(x), rtol=1e-4, atol=0)
+        assert (masked[mask == 0] == 0).all()
+        assert (masked * x >= 0).all()  # places keep their sign
+    assert ((true_rms(x * noise.sigmoid()) / true_rms(x) - 1).abs() > 0.1).all()  # which masking alone would not do
+
+
+def test_silence_stays_silent_and_finite():
+    x, noise = clips()
+    for latents, mask in ((torch.zeros_like(x), noise.sigmoid()), (x, torch.zeros_like(x)), (0 * x, 0 * x)):
+        latents, mask = latents.clone().requires_grad_(), mask.clone().requires_grad_()
+        masked = apply_mask(latents, mask)
+        assert torch.equal(masked, torch.zeros_like(x))
+        masked.square().sum().backward()
+        assert latents.grad.isfinite().all()
+        assert mask.grad.isfinite().all()
+
+
+def test_a_mask_of_ones_changes_nothing():
+    x, _ = clips()
+    assert torch.equal(apply_mask(x, torch.ones_like(x)), x)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 59), (2, 1, 60), (1, 8, 60), (8, 60), (2, 60, 8)])
+def test_a_mask_of_another_shape_is_refused(shape):
+    x, _ = clips()
+    message = re.escape(f"mask is {list(shape)}, the latents are [2, 8, 60]")
+    with pytest.raises(ValueError, match=message):
+        apply_mask(x, torch.ones(shape))
+
+
+# --- complementarity --------------------------------------------------------------------------------------------------
+
+
+def test_complementarity_by_hand():
+    half, ones = torch.full((2, 4, 6), 0.5), torch.ones(2, 4, 6)
+    assert complementarity(Masks(half, half)).tolist() == [0.75, 0.75]
+    assert complementarity(Masks(ones, ones)).tolist() == [0, 0]
+    assert complementarity(Masks(ones, 0 * ones)).tolist() == [1, 1]
+    quarter = ones.clone()
+    quarter[1, :2, :3] = 0.2  # a quarter of the second sample's places
+    torch.testing.assert_close(complementarity(Masks(quarter, ones)), torch.tensor([0.0, 0.2]))
+
+
+# --- config -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "use"),
+    [({"masking": "soft"}, "masking='soft'", "one of none, constant,"), ({"masking": None}, "masking=None", "one of"),
+     ({"masking": ""}, "masking=''", "one of"), ({"hard_masks": True}, "hard_masks=True", "masking='learned' with it"),
+     ({"masking": "energy", "hard_masks": True}, "hard_masks=True", "masking='learned' with it")],
+)  # fmt: skip
+def test_bad_masking_values_name_the_field(values, field, use):
+    with pytest.raises(UserError, match=f"^{field} is not allowed; use {use}"):
+        MaskingConfig(**values)
+
+
+def test_every_masking_is_a_config():
+    assert MASKINGS == ("none", "constant", "temporal", "frequency", "channel", "energy", "hybrid", "learned")
+    assert FIXED_MASKINGS == ("temporal", "frequency", "channel", "energy", "hybrid")
+    assert MaskingConfig() == MaskingConfig("none", hard_masks=False)
+    for masking in MASKINGS:
+        assert MaskingConfig(masking).masking == masking
+    assert MaskingConfig("learned", hard_masks=True).hard_masks
+
+
+# --- the discriminator ------------------------------------------------------------------------------------------------
+
+
+def test_a_mask_that_leaves_a_clip_out_does_not_blow_up_its_gradient():
+    """Bringing silence back to the clip's level would multiply the gradient by √(1e8) times that level."""
+    clip, _ = clips()
+    for value in (0.0, 1e-6):
+        mask = torch.full_like(clip, value).requires_grad_()
+        apply_mask(clip, mask).sum().backward()
+        assert mask.grad.abs().max() <= 1000 * clip.abs().max() * 1.001
+    nearly = apply_mask(clip, torch.full_like(clip, 0.02))  # far smaller masks than any that was learned
+    torch.testing.assert_close(nearly, clip, rtol=1e-4, atol=1e-5)

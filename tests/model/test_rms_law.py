@@ -1,0 +1,272 @@
+"""The law of the RMS collapse against Monte Carlo, explicit vectors, and the traces of real untrained cascades."""
+
+import math
+import statistics
+
+import pytest
+import torch
+from torch import nn
+
+from lib.model.cascade import Cascade, CascadeConfig, StageConfig
+from lib.model.projection import SpectralLinear, rms_ceiling
+from lib.model.rms_law import (
+    INPUT,
+    LATENT_RMS,
+    SAFE_FACTOR,
+    TARGET,
+    Clips,
+    Mixture,
+    initial_projection_rms,
+    mean_of,
+    mixed_rms,
+    predict_stage,
+    preserving_weight,
+    smallest_safe_weight,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::lib.model.cascade.CollapseWarning")  # many here collapse by design
+
+WEAK = {"residual_weight": 0.1, "residual_source": "previous"}
+MEASURED = ("projection_rms", "residual_rms", "mixed_rms", "wanted_factor", "applied_factor", "output_rms")
+
+
+def vectors(similarity: float, B: int = 2, T: int = 60, D: int = 128, seed: int = 0) -> list[torch.Tensor]:
+    """Three float64 signals `[B, D, T]` of RMS 1: two with this cosine, and one orthogonal to both."""
+    draws = torch.randn(3, B, D * T, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    basis = math.sqrt(D * T) * torch.linalg.qr(draws.permute(1, 2, 0)).Q.permute(2, 0, 1).unflatten(2, (D, T))
+    return [basis[0], similarity * basis[0] + math.sqrt(1 - similarity**2) * basis[1], basis[2]]
+
+
+def rms_of(x: torch.Tensor) -> float:
+    """Of the first sample."""
+    return x[0].square().mean().sqrt().item()
+
+
+# --- the projection at its start --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def simulated(kind: type[nn.Linear], d: int, D: int, seed: int) -> float:
+    torch.manual_seed(seed)
+    linear = kind(d, D).eval()
+    frames = nn.functional.layer_norm(torch.randn(1000, d), (d,))
+    return nn.functional.linear(frames, linear.weight).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize(
+    ("d", "D", "seeds", "tolerance"),
+    [(256, 128, 5, 0.01), (384, 128, 5, 0.01), (512, 128, 5, 0.01), (128, 128, 5, 0.015), (40, 20, 60, 0.02)],
+)
+def test_initial_projection_rms_against_monte_carlo(d, D, seeds, tolerance):
+    draws = [simulated(SpectralLinear, d, D, seed) for seed in range(seeds)]
+    assert statistics.mean(draws) == pytest.approx(initial_projection_rms(d, D), rel=tolerance)
+    if d == 40:  # small sizes need the Tracy-Widom term: the asymptotic edge alone is out of tolerance
+        asymptotic = math.sqrt(d) / (math.sqrt(d) + math.sqrt(D))
+        assert statistics.mean(draws) != pytest.approx(asymptotic, rel=2 * tolerance)
+
+
+@pytest.mark.parametrize("d", [64, 256, 384])
+def test_without_spectral_norm_the_width_does_not_matter(d):
+    draws = [simulated(nn.Linear, d, 128, seed) for seed in range(3)]
+    assert initial_projection_rms(d, 128, spectral_norm=False) == math.sqrt(1 / 3)
+    assert statistics.mean(draws) == pytest.approx(math.sqrt(1 / 3), rel=0.01)
+
+
+def test_a_wider_stage_starts_higher_but_further_from_its_ceiling():
+    widths = (128, 256, 384, 512, 640)
+    starts = [initial_projection_rms(d, 128) for d in widths]
+    shares = [start / rms_ceiling(d, 128) for start, d in zip(starts, widths, strict=True)]
+    assert starts == sorted(starts)
+    assert shares == sorted(shares, reverse=True)
+    assert max(shares) == pytest.approx(0.5, abs=0.02)
+
+
+# --- sums of signals --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alignment", [-1.0, -0.4, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize("weight", [0.0, 0.1, 0.7, -0.5])
+def test_mixed_rms_of_vectors_with_a_given_cosine(alignment, weight):
+    projection, residual, _ = vectors(alignment)
+    projection, residual = 1.3 * projection, 5.7 * residual
+    measured = rms_of(projection + weight * residual)
+    assert mixed_rms(1.3, 5.7, weight, alignment) == pytest.approx(measured, rel=1e-9)
+    assert mixed_rms(1.3, 5.7, weight) == pytest.approx(math.hypot(1.3, 5.7 * weight))
+
+
+def test_opposite_signals_of_equal_length_leave_nothing():
+    assert mixed_rms(0.3, 3.0, 0.1, -1.0) == pytest.approx(0.0, abs=1e-8)
+
+
+def test_goal_is_the_root_mean_square_of_both():
+    assert Clips().goal == pytest.approx(LATENT_RMS)
+    assert Clips(7.0, 1.0).goal == pytest.approx(5.0)  # not 4, their mean
+    assert Clips(7.0, 1.0, similarity=0.9).goal == Clips(7.0, 1.0).goal
+
+
+@pytest.mark.parametrize("clips", [Clips(), Clips(5.7, 5.7, 0.8), Clips(3.0, 8.0, -0.3), Clips(4.0, 4.0, -1.0)])
+def test_mixtures_against_tensors(clips):
+    input, target, other = vectors(clips.similarity)
+    input, target = clips.input_rms * input, clips.target_rms * target
+    mixture = Mixture(0.6, 0.2, 1.7)
+    previous = 0.6 * input + 0.2 * target + 1.7 * other
+    assert INPUT.rms(clips) == pytest.approx(rms_of(input), rel=1e-9)
+    assert TARGET.rms(clips) == pytest.approx(rms_of(target), rel=1e-9)
+    assert mixture.rms(clips) == pytest.approx(rms_of(previous), rel=1e-9)
+    assert mixture.scaled(-1.5).rms(clips) == pytest.approx(rms_of(-1.5 * previous), rel=1e-9)
+    assert mean_of([INPUT, TARGET]).rms(clips) == pytest.approx(rms_of((input + target) / 2), rel=1e-9, abs=1e-9)
+    three = rms_of((input + previous + target) / 3)
+    assert mean_of([INPUT, mixture, TARGET]).rms(clips) == pytest.approx(three, rel=1e-9)
+
+
+# --- predictions against real cascades --------------------------------------------------------------------------------
+
+reference = CascadeConfig.reference
+UNLIKE, SIMILAR, UNEQUAL = Clips(), Clips(similarity=0.8), Clips(3.0, 8.0, -0.3)
+CASES = {
+    "reference": (lambda: reference(2, num_layers=1), UNLIKE),
+    "reference, 2 layers": (lambda: reference(2, num_layers=2), UNLIKE),
+    "reference, similar clips": (lambda: reference(2, num_layers=1), SIMILAR),
+    "weak third stage": (lambda: reference(3, num_layers=1).with_stage(-1, **WEAK), UNLIKE),
+    "weak third stage, similar clips": (lambda: reference(3, num_layers=1).with_stage(-1, **WEAK), SIMILAR),
+    "preserving, with a gain": (
+        lambda: reference(3, num_layers=1).with_stage(-1, mixing="preserving", projection_gain=9.0, **WEAK),
+        UNLIKE,
+    ),
+    "preserving everywhere": (
+        lambda: reference(2, num_layers=1, mixing="preserving", residual_weight=0.6, projection_gain=4.0),
+        UNLIKE,
+    ),
+    "no RMS scaling": (lambda: reference(3, num_layers=1, rms_scaling="off", residual_weight=0.5), UNLIKE),
+    "no clamp": (lambda: reference(3, num_layers=1, clamp=None, residual_weight=0.2), UNLIKE),
+    "clamped from below": (lambda: reference(2, num_layers=1, residual_weight=2.0), SIMILAR),
+    "no spectral norm": (
+        lambda: reference(2, num_layers=1, spectral_norm=False, residual_weight=0.1, projection_gain=3.0),
+        UNLIKE,
+    ),
+    "unequal clips": (lambda: reference(3, num_layers=1, residual_weight=0.4), UNEQUAL),
+    "unequal clips, input alone": (lambda: CascadeConfig((StageConfig(("noisy_input",), num_layers=1),)), UNEQUAL),
+    "width 512": (lambda: reference(2, num_layers=1).with_stage(-1, width=512, residual_weight=0.1), UNLIKE),
+    "learnable": (lambda: reference(2, num_layers=1, rms_scaling="learnable", residual_weight=0.3), UNLIKE),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_predictions_against_an_untrained_cascade(case):
+    build, clips = CASES[case]
+    config = build()
+    torch.manual_seed(0)
+    input, target, _ = (x.float() for x in vectors(clips.similarity, seed=1))
+    _, traces = Cascade(config).eval()(clips.input_rms * input, clips.target_rms * target)
+    predictions = config.predict_rms(clips)
+    assert len(predictions) == len(traces)
+    for i, (found, trace) in enumerate(zip(predictions, traces, strict=True)):
+        for name in MEASURED:
+            tolerance = 0.05 if name == "projection_rms" else 0.04
+            message = f"stage {i}: {name}"
+            assert getattr(trace, name).mean().item() == pytest.approx(getattr(found, name), rel=tolerance), message
+        assert trace.alignment.abs().max() < 0.1  # what the law assumes
+        assert (trace.clamped > 0).all() == (found.applied_factor != found.wanted_factor and case != "no RMS scaling")
+
+
+def test_predictions_follow_the_clips_own_similarity_and_rms():
+    config = reference(2, num_layers=1)
+    unlike, similar, loud = (config.predict_rms(c)[0] for c in (UNLIKE, SIMILAR, Clips(11.4, 11.4)))
+    assert similar.residual_rms / unlike.residual_rms == pytest.approx(math.sqrt(1.8))
+    assert loud.residual_rms / unlike.residual_rms == pytest.approx(2.0)
+    assert loud.projection_rms == unlike.projection_rms  # the clips do not move what LayerNorm hides
+    assert config.predict_rms() == config.predict_rms(UNLIKE)
+
+
+# --- the smallest safe weight -----------------------------------------------------------------------------------------
+
+RESIDUAL = Mixture(0.5, 0.5, 0.4)
+
+
+def last_stage(weight: float, **changes):
+    return predict_stage(RESIDUAL, SIMILAR, d=384, D=128, weight=weight, **changes)[0]
+
+
+@pytest.mark.parametrize("preserving", [False, True])
+@pytest.mark.parametrize("clamp", [(0.7, 1.5), (0.5, 1.2), None])
+@pytest.mark.parametrize("gain", [1.0, 3.0])
+def test_at_the_smallest_safe_weight_the_wanted_factor_is_the_safe_one(preserving, clamp, gain):
+    settings = {"preserving": preserving, "clamp": clamp, "gain": gain}
+    safe = last_stage(0.1, **settings).smallest_safe_weight
+    assert 0.1 < safe < 1
+    at = last_stage(safe, **settings)
+    assert at.safe_factor == (clamp[1] if clamp else SAFE_FACTOR)
+    assert at.wanted_factor == pytest.approx(at.safe_factor, rel=1e-6)
+    assert last_stage(safe - 1e-3, **settings).wanted_factor > at.safe_factor * (1 + 1e-4)
+    assert last_stage(safe + 1e-3, **settings).wanted_factor < at.safe_factor * (1 - 1e-4)
+
+
+def test_the_smallest_safe_weight_does_not_depend_on_the_weight():
+    assert last_stage(0.9).smallest_safe_weight == last_stage(0.1).smallest_safe_weight
+
+
+@pytest.mark.parametrize("preserving", [False, True])
+def test_smallest_safe_weight_reaches_what_is_needed(preserving):
+    weight = smallest_safe_weight(0.6, 5.7, 3.8, preserving=preserving)
+    share = preserving_weight(weight) if preserving else 1.0
+    assert mixed_rms(share * 0.6, 5.7, weight) == pytest.approx(3.8, rel=1e-9)
+    assert smallest_safe_weight(3.8, 5.7, 3.8, preserving=preserving) == 0.0
+    assert smallest_safe_weight(5.0, 5.7, 3.8, preserving=preserving) == 0.0  # the projection alone is enough
+    assert smallest_safe_weight(0.6, 0.0, 3.8, preserving=preserving) == math.inf
+
+
+def test_where_preserving_mixing_has_no_safe_weight():
+    assert smallest_safe_weight(0.6, 3.8, 3.8, preserving=True) == pytest.approx(1.0)
+    assert smallest_safe_weight(0.6, 3.7, 3.8, preserving=True) == math.inf  # would need more than 1 ...
+    assert smallest_safe_weight(0.6, 3.7, 3.8) > 1  # ... which adding allows
+    assert smallest_safe_weight(3.0, 3.0, 3.8, preserving=True) == math.inf
+    assert smallest_safe_weight(3.5, 3.0, 3.8, preserving=True) == math.inf
+
+
+def test_preserving_weight_keeps_the_power_of_two_equal_signals():
+    for weight in (0.0, 0.1, 0.6, 1.0):
+        assert mixed_rms(2.0 * preserving_weight(weight), 2.0, weight) == pytest.approx(2.0)
+
+
+# --- the highest RMS before scaling -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"projection_gain": 2.5}, {"mixing": "preserving", "projection_gain": 2.5}])
+@pytest.mark.parametrize("weight", [0.1, 0.5])
+def test_the_highest_mixed_rms_is_reached_and_not_passed(changes, weight):
+    """The worst case: a projection of rank one that turns what LayerNorm gives onto the residual. Biases are 0."""
+    config = reference(2, num_layers=1).with_stage(
+        -1, residual_weight=weight, residual_source="previous", clamp=None, **changes
+    )
+    torch.manual_seed(0)
+    cascade = Cascade(config).eval()
+    last, seen = cascade.stages[-1], {}
+    last.post_norm.register_forward_hook(lambda module, inputs, output: seen.update(norm=output))
+    last.register_forward_hook(lambda module, inputs, output: seen.update(residual=inputs[0]["previous"]))
+    input, target, _ = (LATENT_RMS * x.float() for x in vectors(0.0, B=1, T=1))
+    cascade(input, target)
+    for stage in cascade.stages:
+        nn.init.zeros_(stage.output_projection.bias)
+    cascade(input, target)
+    residual, frame = seen["residual"][0, :, 0], seen["norm"][0, 0]
+
+    highest = config.predict_rms()[-1].highest_mixed_rms
+    mixed = {}
+    for name, matrix in (
+        ("aligned", torch.outer(residual, frame)),
+        ("opposed", -torch.outer(residual, frame)),
+        ("across", torch.outer(residual.roll(1), frame)),
+        ("random", torch.randn(128, 384)),
+    ):
+        last.output_projection.parametrizations.weight.original.copy_(matrix)
+        last.train().eval()
+        mixed[name] = cascade(input, target)[1][-1].mixed_rms.item()
+    assert mixed["aligned"] == pytest.approx(highest, rel=1e-3)
+    assert all(value < 0.99 * highest for name, value in mixed.items() if name != "aligned")
+
+
+def test_without_spectral_norm_nothing_bounds_the_projection():
+    assert last_stage(0.1, spectral_norm=False).highest_mixed_rms == math.inf
+    assert last_stage(0.1).highest_mixed_rms < math.inf

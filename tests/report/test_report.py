@@ -1,0 +1,403 @@
+"""The page: everything inside one file, nothing forgotten, nothing that a name could smuggle in."""
+
+import base64
+import io
+import json
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pytest
+import torch
+from nbformat import v4
+from PIL import Image
+
+import lib.report.report
+from lib.lab.claims import collect, judge
+from lib.listening.player import Players
+from lib.report.page import write_notebook_page
+from lib.report.report import Section, Table, leave_out_largest_players, sections, tables_of, write_report
+from lib.util.errors import UserError
+
+EVIL = "<script>alert(\"x\")</script> & 'y'"
+
+
+def figure():
+    made, axes = plt.subplots(figsize=(1, 1))
+    axes.plot([1, 2])
+    return made
+
+
+def players(*names: str) -> Players:
+    return Players({name: torch.full((1, 400), 0.1) for name in names})
+
+
+def noise_players(seconds: float) -> Players:
+    """A player that hardly compresses: about 64 kB of page a second."""
+    torch.manual_seed(0)
+    return Players({"noise": 0.1 * torch.randn(1, round(24_000 * seconds))})
+
+
+def text(path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")  # as a browser reads it
+
+
+@pytest.fixture
+def write(parse):
+    """`write(folder)`: the page of a folder, parsed."""
+    return lambda folder: parse(text(write_report(folder, "t", "What it is.", {})))
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A folder with two sections and one executed notebook."""
+    folder = tmp_path / "a run é"
+    first = Section(folder, "01_encoding", "Encoding")
+    first.text("What a clip becomes.")
+    first.figure(figure(), "round_trip", "Spectra before and after")
+    first.table([{"what": "latents", "shape": [128, 1200]}], "Shapes")
+    last = Section(folder, "05_listening", "Listening")
+    last.players(players("input", "output"), "A pair")
+    last.figure(figure(), "picture", "Outlines")
+    nbformat.write(v4.new_notebook(cells=[v4.new_markdown_cell("As executed")]), folder / "05_listening.ipynb")
+    write_notebook_page(folder / "05_listening.ipynb")
+    return folder
+
+
+# --- table ------------------------------------------------------------------------------------------------------------
+
+
+def test_table_as_text_is_aligned():
+    table = Table([{"name": "a", "value": 1}, {"name": "longer", "value": 22.5}])
+    assert repr(table) == "name    value\na       1\nlonger  22.5"
+
+
+def test_table_takes_rows_with_different_columns():
+    assert repr(Table([{"a": 1}, {"b": None}])) == "a  b\n1\n   None"
+
+
+def test_table_as_html(parse):
+    page = parse(Table([{"x < y": EVIL}, {"x < y": 2}])._repr_html_())
+    assert [tag for tag, _ in page.tags if tag in ("th", "td")] == ["th", "td", "td"]
+    assert not page.all("script")
+    assert "x < y" in page.text
+    assert EVIL in page.text
+
+
+def test_a_table_is_captioned_and_scrolls_by_keyboard(parse):
+    page = parse(Table([{"a": 1}], EVIL)._repr_html_())
+    (region,) = page.all("div")
+    assert (region["role"], region["tabindex"], region["aria-label"]) == ("region", "0", EVIL)
+    assert page.text.startswith(EVIL)
+    assert len(page.all("caption")) == 1
+    assert page.all("th") == [{"scope": "col"}]
+    bare = parse(Table([{"a": 1}])._repr_html_())
+    assert bare.all("div")[0]["aria-label"] == "table"
+    assert not bare.all("caption")
+
+
+# --- section ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_section_hands_back_what_it_stores(tmp_path):
+    section = Section(tmp_path, "01", "One")
+    clips = players("a")
+    assert section.figure(figure(), "f", "c").data == (tmp_path / "figures" / "f.png").read_bytes()
+    assert section.players(clips, "c") is clips
+    assert repr(section.table([{"a": 1}], "c")) == "a\n1"
+    section.key_figure("what", "value")
+    section.text("a paragraph")
+    section.claims([])
+    stored = json.loads(text(tmp_path / "report" / "01.json"))  # after every item: a notebook may fail at the next
+    kinds = ["figure", "players", "table", "key figure", "text", "claims"]
+    assert [item["kind"] for item in stored["items"]] == kinds
+
+
+def test_a_figure_of_few_colours_stays_as_it_is_drawn(tmp_path):
+    made, axes = plt.subplots(figsize=(1, 1))
+    axes.set_axis_off()
+    axes.axhspan(0, 1, color="#0072B2")
+    drawn = io.BytesIO()
+    made.savefig(drawn)
+    shown = Section(tmp_path, "01", "One").figure(made, "f", "c")
+    stored = Image.open(io.BytesIO(shown.data))
+    assert stored.mode == "P"
+    assert len(stored.getpalette()) <= 3 * 256
+    wanted = np.asarray(Image.open(drawn).convert("RGB")).astype(int)
+    assert np.abs(np.asarray(stored.convert("RGB")) - wanted).max() <= 8
+
+
+def test_a_section_closes_its_own_figure_only_and_writes_equal_pictures_alike(tmp_path):
+    section = Section(tmp_path, "01", "One")
+    bystander = figure()
+    for name in ("a", "b"):
+        mine = figure()
+        section.figure(mine, name, "c")
+        assert not plt.fignum_exists(mine.number)
+    assert plt.fignum_exists(bystander.number)
+    plt.close(bystander)
+    a, b = ((tmp_path / "figures" / f"{name}.png").read_bytes() for name in "ab")
+    assert a == b
+    assert b"matplotlib" not in a.lower()
+
+
+def test_claims_are_shown_where_they_are_judged_and_found_again(tmp_path):
+    first, second = Section(tmp_path, "01", "One"), Section(tmp_path, "02", "Two")
+    later = second.claims([judge("C1", "RMS 5.66", True, [5.64, 5.66, 5.7])])
+    shown = first.claims([judge("C10", "200 epochs", None, why="takes days"), judge("C2", "1.01", False, found="2")])
+    assert "C10" in repr(shown)
+    assert "not tested here: takes days" in repr(shown)
+    assert "(" in later.rows[0][2]  # the range over seeds beside the median
+    assert [row["claim"] for row in collect(sections(tmp_path))] == ["C1", "C2", "C10"]
+
+
+def test_opening_a_section_anew_forgets_what_it_held(out, write):
+    Section(out, "01_encoding", "Encoding again")
+    page = write(out)
+    assert "Encoding again" in page.text
+    assert "What a clip becomes." not in page.text
+    assert [image["alt"] for image in page.all("img") if "outline" not in image["alt"]] == ["Outlines"]  # the other's
+
+
+# --- page -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_holds_every_figure_player_table_and_fact(out, parse):
+    path = write_report(out, "Latent fusion: demo", "Two clips, one.", {"pairs": "3 training", "code": "commit abc"})
+    assert path == out / "index.html"
+    page = parse(text(path))
+    images = {image["alt"]: image["src"] for image in page.all("img")}
+    for caption, name in (("Spectra before and after", "round_trip"), ("Outlines", "picture")):
+        kind, data = images[caption].split(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data, validate=True) == (out / "figures" / f"{name}.png").read_bytes()
+    assert [audio["aria-label"] for audio in page.all("audio")] == ["input", "output"]
+    said = ("Latent fusion: demo", "Two clips, one.", "3 training", "commit abc", "What a clip becomes.", "[128, 1200]")
+    for words in (*said, "A pair", "Shapes"):
+        assert words in page.text
+    assert page.all("html")[0]["lang"] == "en"
+    assert page.all("meta")[0]["charset"] == "utf-8"
+
+
+def test_the_page_needs_no_other_file(out, write):
+    page = write(out)
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "srcset", "data", "poster", "action"):
+            address = attributes.get(name)
+            if address is None or address.startswith("data:"):
+                continue
+            inside = tag == "a" and (address.startswith("#") or (out / address).exists())
+            assert inside, f"<{tag} {name}={address!r}>"
+    assert page.all("script") == [{"type": "module"}]
+    source = text(out / "index.html")
+    assert "url(" not in source
+    assert "@import" not in source
+
+
+def test_every_link_leads_somewhere(out, write):
+    section = Section(out, "03_claims", "Judged")
+    section.key_figure("a", "1")
+    section.claims([judge("C1", "said", True)])
+    page = write(out)
+    links = [link["href"] for link in page.all("a")]
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    sections = {"01_encoding", "03_claims", "05_listening", "summary", "claims"}
+    assert {link[1:] for link in links if link.startswith("#")} == sections | {"main"} == ids
+    files = [link for link in links if link[0] != "#"]
+    assert files == ["05_listening.html", "05_listening.ipynb"]  # the one that was executed
+    assert all((out / name).exists() for name in files)
+    assert "As executed" in text(out / "05_listening.html")
+
+
+def test_listening_comes_first_then_what_was_found_then_the_story(out, write):
+    for name in ("06_super_resolution", "04_training"):
+        Section(out, name, name)
+    Section(out, "02_stage_ablation", "Ablation").claims([judge("C1", "said", True)])
+    page = write(out)
+    wanted = ["05_listening", "summary", "01_encoding", "02_stage_ablation", "04_training", "06_super_resolution"]
+    assert [section["id"] for section in page.all("section")] == [*wanted, "claims"]
+    links = [link["href"] for link in page.all("a") if link["href"][0] == "#"]
+    assert links == ["#main", *("#" + name for name in wanted), "#claims"]
+
+
+def test_a_page_without_listening_yet_begins_with_what_was_found(tmp_path, write):
+    Section(tmp_path, "01_encoding", "Encoding")
+    assert [section["id"] for section in write(tmp_path).all("section")] == ["summary", "01_encoding"]
+
+
+def test_a_failed_notebook_has_its_section_with_the_reason_even_if_it_never_opened_one(out, parse):
+    failures = {"01_encoding": "cell 3: KeyError: 'x'", "02_stage_ablation": f"cell 1: {EVIL}"}
+    path = write_report(out, "t", "l", {}, failures)
+    page = parse(text(path))
+    failed = [section["id"] for section in page.all("section") if section.get("class") == "failed"]
+    assert failed == ["01_encoding", "02_stage_ablation"]
+    for words in ("cell 3: KeyError: 'x'", EVIL, "Stage ablation", "What a clip becomes."):
+        assert words in page.text
+    assert page.text.count("did not finish") == 2
+    assert page.all("script") == [{"type": "module"}]
+
+
+def test_what_is_still_to_come_is_said_and_an_earlier_execution_of_it_is_not_shown(out, parse):
+    page = parse(text(write_report(out, "t", "l", {}, to_come=("05_listening", "02_stage_ablation"))))
+    assert "Still to come: Listening, Stage ablation." in page.text
+    assert [section["id"] for section in page.all("section")] == ["summary", "01_encoding"]
+    assert "Still to come" not in parse(text(write_report(out, "t", "l", {}))).text
+
+
+def test_a_folded_table_opens_by_its_caption(tmp_path, parse):
+    section = Section(tmp_path, "01", "One")
+    shown = section.table([{"a": 1}], "Forty rows", folded=True)
+    assert repr(shown) == "a\n1"
+    page = parse(text(write_report(tmp_path, "t", "l", {})))
+    (details,) = page.all("details")
+    assert "open" not in details
+    assert page.text.count("Forty rows") == 1
+    assert tables_of(sections(tmp_path)) == {"Forty rows": [{"a": 1}]}
+
+
+def test_the_summary_has_every_key_figure_with_its_section(tmp_path, parse):
+    first, last = Section(tmp_path, "01", "Encoding"), Section(tmp_path, "02", "Training")
+    first.key_figure("RMS of the input", "5.66")
+    first.claims([judge("C1", "a", True), judge("C2", "b", False)])
+    last.key_figure("validation loss", "from 9 to 7")
+    last.key_figure("time", "3 min")
+    last.claims([judge("C10", "c", True), judge("C13", "d", None, why="needs listeners")])
+    source = text(write_report(tmp_path, "t", "l", {}))
+    summary = source.partition('<section id="summary">')[2].partition("</section>")[0]
+    cells = [cell.partition("</td>")[0] for cell in summary.split("<td>")[1:]]
+    assert cells == [
+        *("RMS of the input", "5.66", "Encoding"),
+        *("validation loss", "from 9 to 7", "Training"),
+        *("time", "3 min", "Training"),
+        *("claims of the seeds", "2 reproduced, 1 refuted, 1 not tested here", "Claims"),
+    ]
+    assert "Key figures of every notebook" in summary
+    for name in ("01", "02"):  # not once more in their sections
+        own = source.partition(f'<section id="{name}">')[2].partition("</section>")[0]
+        assert "<table" not in own
+        assert "from 9 to 7" not in own
+
+
+def test_claims_of_all_notebooks_are_one_table_in_their_order(tmp_path, write):
+    for name, claim in (("01", "C10"), ("02", "C2")):
+        Section(tmp_path, name, name).claims([judge(claim, f"what {claim} says", True, [1.0, 2.0, 3.0])])
+    page = write(tmp_path)
+    assert page.text.count("Every claim and its verdict") == 1
+    assert page.text.count("what C10 says") == page.text.count("what C2 says") == 1
+    assert page.text.index("what C2 says") < page.text.index("what C10 says")
+    assert [section["id"] for section in page.all("section")][-1] == "claims"
+
+
+def test_without_key_figures_and_claims_there_is_no_empty_table(out, write):
+    page = write(out)
+    assert len(page.all("table")) == 1  # the one of shapes
+    assert "claims" not in page.text.lower()
+
+
+def test_summary_json_holds_facts_and_tables_as_data(out):
+    Section(out, "03_more", "More").table([{"a": 1.5, "b": None}, {"c": [1, 2]}], "Numbers")
+    write_report(out, "t", "l", {"pairs": "3"})
+    assert json.loads(text(out / "summary.json")) == {
+        "facts": {"pairs": "3"},
+        "tables": {
+            "Shapes": [{"what": "latents", "shape": [128, 1200]}],
+            "Numbers": [{"a": 1.5, "b": None}, {"c": [1, 2]}],
+        },
+    }
+
+
+def test_names_and_captions_cannot_become_markup(tmp_path, parse):
+    section = Section(tmp_path, "01", EVIL)
+    section.text(EVIL)
+    section.key_figure(EVIL, EVIL)
+    section.figure(figure(), "f", EVIL)
+    section.table([{EVIL: EVIL}], EVIL)
+    section.players(players(EVIL), EVIL)
+    section.claims([judge("C1", EVIL, True, found=EVIL)])
+    page = parse(text(write_report(tmp_path, EVIL, EVIL, {EVIL: EVIL})))
+    assert page.all("script") == [{"type": "module"}]
+    assert page.text.count(EVIL) >= 17
+    assert EVIL in [image["alt"] for image in page.all("img")]
+    assert page.all("audio")[0]["aria-label"] == EVIL
+
+
+def test_a_file_name_that_is_not_utf8_does_not_stop_the_page(tmp_path, write):
+    name = b"caf\xe9.wav".decode(errors="surrogateescape")
+    section = Section(tmp_path, "01", "One")
+    section.players(players(name), name)
+    assert "caf\ufffd.wav" in write(tmp_path).text
+
+
+def test_no_sections_is_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="no sections to report on; run the notebooks first"):
+        write_report(tmp_path, "t", "l", {})
+    assert not (tmp_path / "index.html").exists()
+
+
+# --- size -------------------------------------------------------------------------------------------------------------
+
+
+def sections_of(figure: int, table: int, *sizes: int) -> list[dict]:
+    """Two sections: a figure, a table and players of these sizes in turn; the second has no notebook."""
+    items = [{"kind": "players", "html": "p" * size, "caption": f"of {size}"} for size in sizes]
+    first = [{"kind": "figure", "data": "f" * figure, "caption": "figure"}, {"kind": "text", "text": "x" * 500}]
+    table = {"kind": "table", "html": "t" * table, "caption": "table"}
+    return [
+        {"name": "01", "notebook": "01", "items": [*first, *items[::2]]},
+        {"name": "02", "notebook": None, "items": [table, *items[1::2]]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [
+        (1000, {10, 40, 80, 30}),  # 97 % of it is 970: all of it fits
+        (999, {10, 40, 30}),
+        (920, {10, 40, 30}),  # 892, and without the largest it is 890
+        (900, {10, 30}),
+        (870, {10}),
+        (100, set()),
+    ],
+)
+def test_the_largest_players_are_left_out_until_the_rest_fits(limit, kept):
+    sections = sections_of(700, 110, 10, 40, 80, 30)  # 970 in all
+    leave_out_largest_players(sections, limit)
+    items = [item for section in sections for item in section["items"]]
+    assert {len(item["html"]) for item in items if item["kind"] == "players"} == kept
+    assert [item["kind"] for item in items[:2]] == ["figure", "text"]
+    assert len(items[0]["data"]) == 700  # pictures and tables stay, whatever the limit
+    assert len(next(item for item in items if item["kind"] == "table")["html"]) == 110
+    assert len(items) == 7
+
+
+def test_a_page_stays_below_its_limit_and_names_the_place(tmp_path, monkeypatch, parse):
+    monkeypatch.setattr(lib.report.report, "LIMIT", 1_000_000)
+    heard, made = Section(tmp_path, "05", "Listening"), Section(tmp_path, "04", "Training")
+    heard.players(noise_players(3), "A short pair")
+    heard.players(noise_players(12), "A long pair")
+    made.players(noise_players(10), "Made while training")
+    made.figure(figure(), "f", "A figure")
+    nbformat.write(v4.new_notebook(), tmp_path / "05.ipynb")
+    write_notebook_page(tmp_path / "05.ipynb")
+    path = write_report(tmp_path, "t", "l", {})
+    page = parse(text(path))
+    assert path.stat().st_size <= 1_000_000
+    assert len(page.all("audio")) == 2
+    line = "A long pair: left out to keep this page below 1 MB; the players are in 05.html."
+    assert line in page.text
+    monkeypatch.setattr(lib.report.report, "LIMIT", 500_000)
+    path = write_report(tmp_path, "t", "l", {})
+    page = parse(text(path))
+    assert path.stat().st_size <= 500_000
+    assert len(page.all("audio")) == 1
+    assert (
+        "Made while training: left out to keep this page below 0.5 MB; the players are in the folder audio/."
+        in page.text
+    )
+    assert "A figure" in [image["alt"] for image in page.all("img")]
+    stored = json.loads(text(tmp_path / "report" / "05.json"))
+    assert [item["kind"] for item in stored["items"]] == ["players", "players"]  # what is stored stays whole

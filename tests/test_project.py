@@ -1,0 +1,264 @@
+"""A project is opened once and then found again; what it cannot be made of is named."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import soundfile
+
+import lib.project
+from lib.audio.synth import make_demo_dataset
+from lib.presets import load_preset
+from lib.project import DEMO_SONGS, UPPER_BAND, open_project
+from lib.util.errors import UserError
+
+SMALL = {"clip_seconds": 1.0, "listen_seconds": 2.0, "pair_mode": "both"}
+
+
+@pytest.fixture(scope="module")
+def songs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("songs")
+    make_demo_dataset(folder, num_songs=5, seconds=5)
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path, songs, monkeypatch) -> Path:
+    """A repository of its own, with five songs of 5 s in `my songs é`."""
+    monkeypatch.setattr(lib.project, "ROOT", tmp_path)
+    shutil.copytree(songs, tmp_path / "my songs é")
+    return tmp_path
+
+
+@pytest.fixture
+def builds(monkeypatch) -> list[Path]:
+    """The manifests that are really built, in order."""
+    built, build = [], lib.project.build_manifest
+
+    def recorded(data, path, *args, **options):
+        built.append(Path(path))
+        return build(data, path, *args, **options)
+
+    monkeypatch.setattr(lib.project, "build_manifest", recorded)
+    return built
+
+
+def test_a_project_is_made_from_a_folder_of_songs(root):
+    project = open_project(load_preset("smoke", **SMALL), "my songs é", "out/run 1")
+    assert project.out_dir == root / "out" / "run 1"
+    assert project.manifest.root == (root / "my songs é").resolve()
+    assert project.manifest.clip_length == 24_000
+    assert {pair.mode for pair in project.manifest.pairs} == {"continuation", "cross"}
+    assert project.codec.name == "mdct"
+    assert project.latents.index.is_relative_to(root / "data" / "latents")
+    assert project.latents.pairs == {name: len(project.manifest.split(name)) for name in ("train", "val")}
+    assert project.latents.encoded > 0
+    assert {path.name for path in root.iterdir()} == {"my songs é", "out", "data"}  # nothing elsewhere
+
+
+def test_relative_paths_are_taken_from_the_repository_whatever_the_working_directory(root, monkeypatch, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    project = open_project(load_preset("smoke", **SMALL), "my songs é")
+    assert project.out_dir == root / "outputs" / "smoke"
+    assert not list((tmp_path / "elsewhere").iterdir())
+    absolute = open_project(load_preset("smoke", **SMALL), root / "my songs é", tmp_path / "elsewhere" / "run")
+    assert absolute.out_dir == tmp_path / "elsewhere" / "run"
+    assert absolute.manifest.pairs == project.manifest.pairs
+
+
+def test_without_data_the_demo_songs_are_made_in_the_repository(root, songs, monkeypatch):
+    asked = []
+
+    def copy(folder, num_songs, seed):
+        asked.append((folder, num_songs, seed))
+        shutil.copytree(songs, folder)
+
+    monkeypatch.setattr(lib.project, "make_demo_dataset", copy)
+    for seed, name in ((0, "demo"), (3, "demo_seed3")):
+        project = open_project(load_preset("smoke", **SMALL, data_seed=seed))
+        assert asked.pop() == (root / "data" / name, DEMO_SONGS, seed)
+        assert project.manifest.root == (root / "data" / name).resolve()
+
+
+def test_another_data_seed_is_other_music(root, monkeypatch):
+    make = lib.project.make_demo_dataset
+    monkeypatch.setattr(lib.project, "make_demo_dataset", lambda *args, **options: make(*args, **options, seconds=5))
+    monkeypatch.setattr(lib.project, "DEMO_SONGS", 4)
+    first, second = (open_project(load_preset("smoke", **SMALL, data_seed=seed)) for seed in (0, 1))
+    hashes = [{clip.sha256 for pair in p.manifest.pairs for clip in (pair.input, pair.target)} for p in (first, second)]
+    assert not hashes[0] & hashes[1]
+    assert first.latents.index != second.latents.index
+
+
+@pytest.mark.parametrize(("seed", "folder"), [(0, "demo_48k"), (2, "demo_48k_seed2")])
+def test_generated_songs_have_an_upper_band_of_their_own(root, monkeypatch, songs, seed, folder):
+    asked, project = [], open_project(load_preset("smoke", **SMALL, data_seed=seed), "my songs é")
+    monkeypatch.setattr(lib.project, "make_demo_dataset", lambda folder, **how: asked.append((folder, how)))
+    monkeypatch.setattr(lib.project, "read_library", lambda folder, clip_length: folder)
+    assert project.upper_band() == (project.manifest.root, f"the music in {project.manifest.root}")
+    assert not asked
+    for name in ("demo", "demo_seed2", "demo_seed13"):
+        manifest = dataclasses.replace(project.manifest, root=root / "data" / name)
+        found = dataclasses.replace(project, manifest=manifest).upper_band()
+        assert found == (root / "data" / folder, "generated songs")
+        assert asked.pop() == (root / "data" / folder, {**UPPER_BAND, "seed": seed})
+    for elsewhere in (root / "demo", root / "data" / "demo_seeds", root / "data" / "demo_48k"):
+        manifest = dataclasses.replace(project.manifest, root=elsewhere)
+        assert dataclasses.replace(project, manifest=manifest).upper_band()[0] == elsewhere
+
+
+def test_what_is_there_already_is_reused(root, builds):
+    settings = load_preset("smoke", **SMALL)
+    first = open_project(settings, "my songs é")
+    again = open_project(settings, "my songs é")
+    assert len(builds) == 1
+    assert again.manifest == first.manifest
+    assert (again.latents.encoded, again.latents.reused) == (0, first.latents.encoded)
+
+
+def overwrite(folder: Path) -> None:
+    """Another song under a name that is there: same size, later time."""
+    wav, rate = soundfile.read(folder / "song_01.wav")
+    soundfile.write(folder / "song_00.wav", wav, rate, subtype="PCM_16")
+
+
+def add_in_a_linked_folder(folder: Path) -> None:
+    shutil.copy(folder / "song_01.wav", folder.parent / "linked" / "new.wav")
+
+
+CHANGES = {
+    "added": lambda folder: shutil.copy(folder / "song_00.wav", folder / "a copy.WAV"),
+    "removed": lambda folder: (folder / "song_00.wav").unlink(),
+    "renamed": lambda folder: (folder / "song_00.wav").rename(folder / "other.wav"),
+    "overwritten": overwrite,
+    "added in a linked folder": add_in_a_linked_folder,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_manifest_is_built_anew_when_the_music_changes(root, builds, change):
+    folder, linked = root / "my songs é", root / "linked"
+    linked.mkdir()
+    (folder / "more").symlink_to(linked)  # music is followed into links
+    settings = load_preset("smoke", **SMALL)
+    first = open_project(settings, folder).manifest
+    CHANGES[change](folder)
+    second = open_project(settings, folder).manifest
+    assert len(builds) == 2
+    assert second != first
+
+
+@pytest.mark.parametrize("setting", [{"clip_seconds": 1.5}, {"pair_mode": "cross"}, {"data_seed": 1}])
+def test_the_manifest_is_built_anew_when_a_setting_changes(root, builds, setting):
+    first = open_project(load_preset("smoke", **SMALL), "my songs é").manifest
+    second = open_project(load_preset("smoke", **SMALL | setting), "my songs é").manifest
+    assert len(builds) == 2
+    assert second != first
+    open_project(load_preset("smoke", **SMALL | {"max_steps": 3, "codec": "mdct"} | setting), "my songs é")
+    assert len(builds) == 2  # what the pairs do not depend on changes nothing
+
+
+def test_the_manifest_is_built_anew_when_the_code_changes(root, builds, edit_code):
+    for count, module in enumerate(("lib.data.pairs", "lib.data.manifest", "lib.audio.files"), start=1):
+        open_project(load_preset("smoke", **SMALL), "my songs é")
+        assert len(builds) == count
+        edit_code(module)
+    open_project(load_preset("smoke", **SMALL), "my songs é")
+    edit_code("lib.data.latents")  # plays no part
+    open_project(load_preset("smoke", **SMALL), "my songs é")
+    assert len(builds) == 4
+
+
+def test_a_kill_while_the_manifest_is_built_leaves_no_stale_stamp(root, monkeypatch):
+    """Settings A, then B killed once its manifest was written, then A again: A's stamp must not vouch for B's."""
+    first = open_project(load_preset("smoke", **SMALL), "my songs é").manifest
+
+    def killed(path, text):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lib.project, "write_atomic", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_project(load_preset("smoke", **SMALL | {"clip_seconds": 1.5}), "my songs é")
+    assert open_project(load_preset("smoke", **SMALL), "my songs é").manifest == first
+
+
+def test_a_loop_of_links_in_the_music_ends(root):
+    os.symlink("..", root / "my songs é" / "loop")
+    assert open_project(load_preset("smoke", **SMALL), "my songs é").manifest.pairs
+
+
+def test_listening_has_longer_clips_and_the_same_split(root, builds):
+    project = open_project(load_preset("smoke", **SMALL), "my songs é")
+    listening = project.listening()
+    assert listening.clip_length == 48_000
+    for split in ("train", "val"):
+        short, long = (
+            {clip.sha256 for pair in manifest.split(split) for clip in (pair.input, pair.target)}
+            for manifest in (project.manifest, listening)
+        )
+        assert long
+        assert long <= short
+    assert [path.name for path in builds] == ["manifest.jsonl", "listening.jsonl"]
+    project.listening()
+    assert len(builds) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "out", "changes", "words"),
+    [
+        ("none", "", {}, "none: no such folder; check the path"),
+        ("file", "", {}, "file: a file, not a folder"),
+        ("empty", "", {}, "empty: no music in this folder"),
+        ("my songs é", "file", {}, "file: cannot write here"),
+        ("my songs é", "file/run", {}, "file/run: cannot write here"),
+        ("my songs é", "/proc/run", {}, "/proc/run: cannot write here"),
+        ("my songs é", "", {"codec": "lpc"}, "codec 'lpc': unknown; choose mdct or encodec"),
+        ("my songs é", "", {"clip_seconds": 1000}, "no usable pair for"),
+        ("my songs é", "", {"pair_mode": "all"}, "mode: unknown 'all'; choose one of"),
+    ],
+)
+def test_what_a_project_cannot_be_made_of(root, data, out, changes, words):
+    (root / "file").write_text("x")
+    (root / "empty").mkdir()
+    with pytest.raises(UserError) as caught:
+        open_project(load_preset("smoke", **SMALL | changes), data, out)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_output_folder_inside_the_music_is_refused(root):
+    with pytest.raises(UserError, match="inside the data folder"):
+        open_project(load_preset("smoke", **SMALL), "my songs é", "my songs é/out")
+    assert not (root / "my songs é" / "out").exists()
+
+
+def test_listening_clips_that_the_music_cannot_give_name_their_setting(root):
+    project = open_project(load_preset("smoke", **(SMALL | {"listen_seconds": 500.0})), "my songs é")
+    with pytest.raises(UserError, match="listen_seconds=500 is too long"):
+        project.listening()
+
+
+def test_a_record_that_lacks_what_the_notebooks_need_is_named(tmp_path, monkeypatch):
+    record = json.loads((lib.project.RECORD / "ablation.json").read_text())
+    path = tmp_path / "ablation.json"
+    monkeypatch.setattr(lib.project, "RECORD", tmp_path)
+    project = lib.project.Project(load_preset("smoke"), tmp_path, None, None, None)
+    with pytest.raises(UserError, match="no record of the ablation here"):
+        project.grid()
+    path.write_text(json.dumps(record))
+    results, source = project.grid()
+    assert len(results) == len(record["results"])
+    assert source == "recorded: preset demo, 100 steps, codec mdct"
+    few = [row for row in record["results"] if row["variant"] != "final 2-stage"]
+    for broken, what in (
+        (record | {"results": few}, "final 2-stage"),
+        (record | {"facts": {}}, "codec, preset, steps"),
+    ):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=rf"ablation\.json: lacks {what}; restore"):
+            project.grid()

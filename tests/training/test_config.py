@@ -1,0 +1,183 @@
+"""The settings of a training: every bad one is refused by its name, before anything runs."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from lib.model.masks import MASKINGS, MaskingConfig
+from lib.training.adversary import AdversaryConfig
+from lib.training.config import PRECISIONS, SCHEDULES, LoopConfig, TrainConfig, resolved_precision
+from lib.training.curriculum import CurriculumConfig
+from lib.training.losses import MASK_TERMS, LossConfig
+from lib.util.configs import from_fields
+from lib.util.errors import UserError
+
+COUNTS = ("epochs", "batch_size", "accumulate", "checkpoint_every", "num_workers", "gather_every")
+OPTIONAL_COUNTS = ("max_steps", "patience", "cpu_threads", "max_train_pairs", "max_val_pairs")
+FROM_ZERO = ("warmup_steps", "seed")
+BAD = (
+    [(name, value, "a whole number, 1 or more$") for name in COUNTS for value in (0, -1, 1.5, None, True, "8")]
+    + [(name, value, "a whole number, 1 or more, or none$") for name in OPTIONAL_COUNTS for value in (0, 2.0, "8")]
+    + [(name, value, "a whole number, 0 or more$") for name in FROM_ZERO for value in (-1, 0.5, None)]
+    + [("seed", 2**31, "a whole number below 2³¹$")]
+    + [("learning_rate", value, "a finite number, above 0$") for value in (0, -1e-4, math.nan, math.inf, "1e-4", None)]
+    + [("agent_learning_rate", value, "a finite number, above 0$") for value in (0, -1e-4, math.nan, "1e-4")]
+    + [("clip", value, "a finite number, above 0$") for value in (0, -1.0, math.inf, math.nan)]
+    + [("weight_decay", value, "a finite number, 0 or more$") for value in (-0.1, math.nan, math.inf, None)]
+    + [("ema", value, "a decay from 0 to below 1$") for value in (1, 1.0, -0.1, math.nan, "0.9", None)]
+    + [("precision", value, "one of fp32, bf16, auto$") for value in ("fp16", "", None)]
+    + [("compile", value, "true or false$") for value in (1, None, "true")]
+    + [("schedule", value, "one of constant, cosine$") for value in ("linear", None)]
+)
+
+
+@pytest.mark.parametrize(("name", "value", "wanted"), BAD)
+def test_a_bad_value_is_refused_by_its_name(name, value, wanted):
+    with pytest.raises(UserError, match=f"^{name}=.* is not allowed; use {wanted}"):
+        TrainConfig(**{name: value})
+
+
+def test_what_every_training_has_is_checked_for_every_training():
+    general = {field.name for field in dataclasses.fields(LoopConfig)}
+    assert {name for name, _, _ in BAD} - general == {"agent_learning_rate"}
+    for name, value, wanted in BAD:
+        if name in general:
+            with pytest.raises(UserError, match=f"^{name}=.* is not allowed; use {wanted}"):
+                LoopConfig(**{name: value})
+
+
+def test_what_is_derived():
+    assert (LoopConfig(clip=3.0).max_norm, LoopConfig(clip=None).max_norm) == (3.0, math.inf)
+    assert LoopConfig().target_shuffling == 0
+    assert TrainConfig(curriculum=CurriculumConfig(target_shuffling=0.4)).target_shuffling == 0.4
+
+
+def test_every_field_has_been_given_a_bad_value():
+    nested = {"loss", "curriculum", "adversary"}
+    assert {name for name, _, _ in BAD} | nested == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_every_choice_and_every_bound_is_allowed():
+    for precision in PRECISIONS:
+        for schedule in SCHEDULES:
+            TrainConfig(precision=precision, schedule=schedule)
+    TrainConfig(clip=None, agent_learning_rate=None, max_steps=None, ema=0, weight_decay=0, warmup_steps=0)
+    TrainConfig(ema=0.9999, epochs=1, batch_size=1, max_val_pairs=1, num_workers=4, patience=1)
+
+
+# --- nested -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("loss", {"mel_weight": -1}, "loss mel_weight=-1 is not allowed; use a finite number, 0 or more"),
+        ("loss", {"mel_weight": "1"}, "loss mel_weight='1' is not allowed; use a finite number, 0 or more"),
+        (
+            "loss",
+            {"mel_weight": 1, "zeta": 2, "mel": 1},
+            "loss: unknown mel, zeta; choose from input_weight, target_weight, .*mel_weight",
+        ),
+        ("loss", {"window_seconds": 0.01}, "loss window_seconds=0.01 is not allowed"),
+        ("curriculum", {"noise_rate": -1}, "noise_rate=-1 is not allowed; use a finite number, 0 or more"),
+        ("curriculum", {"noise": 1}, "curriculum: unknown noise; choose from noise_rate, noise_ceiling, noise_start, "),
+        ("adversary", {"gradient_penalty": -1}, "gradient_penalty=-1 is not allowed; use a finite number, 0 or more"),
+        (
+            "adversary",
+            {"learning_rate": 1},
+            "adversary: unknown learning_rate; choose from discriminator_learning_rate",
+        ),
+    ],
+)
+def test_bad_parts_are_refused_by_the_names_of_their_fields(part, values, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        TrainConfig(**{part: values})
+
+
+def test_parts_may_be_given_as_some_of_their_fields():
+    config = TrainConfig(loss={"mel_weight": 2.0}, curriculum={"noise_rate": 0.1}, adversary={})
+    assert config.loss == LossConfig(mel_weight=2.0)
+    assert config.curriculum == CurriculumConfig(noise_rate=0.1)
+    assert config.adversary == AdversaryConfig()
+
+
+def test_a_config_comes_back_from_its_json():
+    config = TrainConfig(
+        max_steps=5, loss=LossConfig(mel_weight=2.0, window_seconds=None), adversary=AdversaryConfig(1e-4)
+    )
+    assert from_fields(TrainConfig, dataclasses.asdict(config)) == config
+
+
+# --- what must fit together -------------------------------------------------------------------------------------------
+
+
+def test_an_adversarial_weight_needs_a_discriminator():
+    with pytest.raises(
+        UserError, match=r"^adversarial_weight=0\.1 needs a discriminator: set discriminator_learning_rate"
+    ):
+        TrainConfig(loss=LossConfig(adversarial_weight=0.1))
+    TrainConfig(loss=LossConfig(adversarial_weight=0.1), adversary=AdversaryConfig(1e-4))
+    TrainConfig(adversary=AdversaryConfig(1e-4))  # one that only looks on is allowed
+
+
+@pytest.mark.parametrize("term", MASK_TERMS)
+def test_terms_on_masks_need_a_masking(term):
+    config = TrainConfig(loss=LossConfig(**{f"{term}_weight": 0.5}))
+    with pytest.raises(UserError, match=f"^{term}_weight needs masks: set masking='learned', or the weight to 0"):
+        config.check_masking(MaskingConfig("none"))
+    for masking in MASKINGS[1:]:
+        config.check_masking(MaskingConfig(masking))
+    TrainConfig().check_masking(MaskingConfig("none"))
+
+
+# --- memory and precision ---------------------------------------------------------------------------------------------
+
+
+def test_memory_advice_names_what_can_be_lowered():
+    advice = TrainConfig(batch_size=8, accumulate=2).memory_advice(16.0)
+    assert "lower batch_size (now 8)" in advice
+    assert "batch_size=4 with accumulate=4 trains alike" in advice
+    assert "set precision to bf16 (now fp32)" in advice
+    assert advice.endswith("or lower clip_seconds (now 16)")
+
+
+def test_memory_advice_names_nothing_that_cannot_be_lowered():
+    advice = TrainConfig(batch_size=1, precision="bf16").memory_advice(2.5)
+    assert advice == "lower clip_seconds (now 2.5)"
+    assert "precision" not in TrainConfig(batch_size=2, precision="bf16").memory_advice(2.5)
+    assert "batch_size" not in TrainConfig(batch_size=1).memory_advice(2.5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_chosen_precision_stays(precision):
+    assert resolved_precision(precision) == precision
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gpu_computes", "tiles", "wanted"),
+    [
+        (True, True, False, "bf16"),
+        (True, False, True, "fp32"),
+        (False, False, True, "bf16"),
+        (False, True, False, "fp32"),
+    ],
+)
+def test_auto_is_what_the_hardware_computes_in(monkeypatch, gpu, gpu_computes, tiles, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: gpu_computes or including_emulation
+    )
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    assert resolved_precision("auto") == wanted
+
+
+def test_auto_on_this_machine():
+    """By what Linux says of the processor, where there is no GPU."""
+    if torch.cuda.is_available():
+        assert resolved_precision("auto") in ("fp32", "bf16")
+        return
+    with open("/proc/cpuinfo") as file:
+        flags = {flag for line in file if line.startswith("flags") for flag in line.split()}
+    assert resolved_precision("auto") == ("bf16" if "amx_tile" in flags else "fp32")

@@ -1,0 +1,319 @@
+"""A step of the fusion model: it never waits for the device, holds its weights still where a value is not finite,
+compiles whole, and reports by the names that metrics.jsonl and the figures use."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TinyCodec, TinyDiscriminator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lib.training.fusion_learner
+import lib.training.losses
+from lib.codec.mdct import MdctCodec
+from lib.model.cascade import StageTrace
+from lib.model.fusion import Fusion, FusionModel
+from lib.model.masks import MaskingConfig, Masks
+from lib.presets import OBJECTIVE
+from lib.training.adversary import AdversaryConfig
+from lib.training.config import TrainConfig
+from lib.training.curriculum import CurriculumConfig
+from lib.training.fusion_learner import FusionLearner, parameter_groups, step_metrics
+from lib.training.learner import Moment
+from lib.training.losses import LossConfig
+from lib.training.telemetry import gradient_norms, to_floats
+
+CONFIG = TrainConfig(learning_rate=0.01, clip=1.0)
+TRACE = [field.name for field in dataclasses.fields(StageTrace)]
+
+
+def clips(seed=0, B=3, D=8, T=12):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(5.0 * torch.randn(2, B, D, T, generator=generator))
+
+
+@pytest.fixture
+def build(monkeypatch, tiny_cascade):
+    """`build(TrainConfig fields)`: a learner of small models."""
+    monkeypatch.setattr(lib.training.fusion_learner, "Discriminator", TinyDiscriminator)
+
+    def learner(masking="learned", dim=8, decode=None, cascade=None, **changes):
+        torch.manual_seed(0)
+        cascade = cascade or dataclasses.replace(tiny_cascade(anti_cheating=0.1), latent_dim=dim)
+        config = dataclasses.replace(CONFIG, **changes)
+        decode = decode or TinyCodec().decode
+        return FusionLearner(config, cascade, MaskingConfig(masking), Accelerator(mixed_precision="no"), decode)
+
+    return learner
+
+
+def weights(learner):
+    return {name: value.detach().clone() for name, value in learner.plain_model.named_parameters()}
+
+
+# --- no wait ----------------------------------------------------------------------------------------------------------
+
+WAITS = ("local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "bincount")
+
+
+class WaitsForbidden(TorchDispatchMode):
+    """An operator whose result the host needs before it can go on is an error: on a GPU it would be a stop. Copies
+    between host and device do not show here."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__.lstrip("_")
+        if name in WAITS:
+            raise AssertionError(f"the step waits in aten::{name}")
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_with_everything_on_never_asks_what_a_tensor_holds(build, precision, monkeypatch):
+    monkeypatch.setattr(lib.training.losses, "_window", lambda frames, seconds, random: (3, 18))  # drawn on the host
+    loss = dataclasses.replace(OBJECTIVE, input_rms_weight=0.1, target_rms_weight=0.1, window_seconds=0.2)
+    adversary = AdversaryConfig(
+        discriminator_learning_rate=1e-3, gradient_penalty=1.0, discriminator_spectral_norm=True
+    )
+    learner = build(
+        dim=128,
+        decode=MdctCodec().decode,
+        loss=loss,
+        adversary=adversary,
+        curriculum=CurriculumConfig(noise_rate=0.2),
+        ema=0.9,
+        precision=precision,
+        warmup_steps=3,
+    )
+    batches = [clips(seed, D=128, T=20) for seed in (0, 1)]
+    learner.learn(0, batches, progress=0.0, epoch=1)  # fills the caches
+    with WaitsForbidden():
+        metrics = learner.learn(1, batches, progress=0.5, epoch=1)
+    assert {"loss", "grad_norm", "loss/stft", "discriminator/loss", "masks/complementarity"} <= metrics.keys()
+    assert all(isinstance(value, torch.Tensor) and value.numel() == 1 for value in metrics.values())
+
+
+def test_the_guard_notices_a_wait():
+    with WaitsForbidden(), pytest.raises(AssertionError, match="waits in aten::local_scalar_dense"):
+        torch.ones(()).item()
+    with WaitsForbidden(), pytest.raises(AssertionError, match="waits"):
+        bool(torch.ones(3).isfinite().all())
+
+
+# --- values that are not finite ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_from_a_bad_step_on_the_weights_keep_their_values(build, bad):
+    learner = build()
+    learner.learn(0, [clips()], progress=0.0)
+    before, steps = weights(learner), optimizer_steps(learner)
+    input, target = clips(1)
+    input[0, 0, 0] = bad
+    metrics = learner.learn(1, [(input, target)], progress=0.0)
+    assert not metrics["loss"].isfinite()
+    metrics = learner.learn(2, [clips(2)], progress=0.0)  # a good one that follows
+    assert metrics["loss"].isfinite()
+    assert metrics["grad_norm"] > 0
+    for name, value in weights(learner).items():
+        assert torch.equal(value, before[name]), name
+    assert optimizer_steps(learner) == steps
+
+
+def test_good_steps_change_every_weight(build):
+    """What the test above must be able to tell."""
+    learner = build()
+    before = weights(learner)
+    learner.learn(0, [clips()], progress=0.0)
+    assert all(not torch.equal(value, before[name]) for name, value in weights(learner).items())
+    assert optimizer_steps(learner) == {1.0}
+
+
+def test_a_discriminator_with_a_bad_gradient_keeps_its_weights(build):
+    learner = build(adversary=AdversaryConfig(discriminator_learning_rate=1e-2))
+    model = learner.adversary.model
+    before = [p.detach().clone() for p in model.parameters()]
+    made, real = torch.randn(2, 3, 8, 12)
+    made[0, 0, 0] = math.nan
+    assert not learner.adversary.learn(0, [(made, real)])["discriminator/loss"].isfinite()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    learner.adversary.learn(1, [(made.nan_to_num(), real)])  # its own next step is taken again
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_bad_loss_holds_the_discriminator_that_it_came_from(build):
+    """The outputs are finite: by its own gradient the discriminator would have learned, and the search for the cause,
+    which comes later, would hear another one."""
+    loss = LossConfig(adversarial_weight=1.0)
+    learner = build(loss=loss, adversary=AdversaryConfig(discriminator_learning_rate=1e-2))
+    model = learner.adversary.model
+    critic = learner.adversary.critic
+    learner.adversary.critic = lambda step: lambda latents: critic(step)(latents) * math.inf
+    before = [p.detach().clone() for p in model.parameters()]
+    metrics = learner.learn(0, [clips()], progress=0.0)
+    assert not metrics["loss"].isfinite()
+    assert metrics["discriminator/grad_norm"].isfinite()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def optimizer_steps(learner):
+    return {state["step"].item() for state in learner.optimizer.state.values()}
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled_without_a_compiler(monkeypatch):
+    """Traced as torch.compile traces, then run as it is: what has a graph break is an error, and no C++ is needed."""
+    compile = FusionModel.compile
+    monkeypatch.setattr(FusionModel, "compile", lambda model, **options: compile(model, backend="eager", **options))
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("masking", ["learned", "energy", "none"])
+def test_a_compiled_model_has_no_graph_break_and_takes_the_same_steps(build, compiled_without_a_compiler, masking):
+    config = {"masking": masking, "curriculum": CurriculumConfig(noise_rate=0.1)}
+    learners = build(**config), build(**config, compile=True)
+    metrics = []
+    for learner in learners:
+        torch.manual_seed(1)
+        batches = [clips(seed, B=B) for seed, B in ((0, 3), (1, 3), (2, 2))]  # an epoch ends with a smaller batch
+        metrics.append([learner.learn(i, [batch], progress=0.0, epoch=2) for i, batch in enumerate(batches)])
+    for plain, compiled in zip(*metrics, strict=True):
+        for name, value in plain.items():
+            torch.testing.assert_close(compiled[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    for name, value in weights(learners[0]).items():
+        torch.testing.assert_close(weights(learners[1])[name], value, rtol=1e-4, atol=1e-5)
+    assert learners[1].plain_model.state_dict().keys() == learners[0].plain_model.state_dict().keys()
+
+
+def test_a_graph_break_would_be_an_error(build, compiled_without_a_compiler, monkeypatch):
+    forward = FusionModel.forward
+
+    def with_a_wait(model, input, target):
+        return forward(model, input, target * (1.0 if input.sum().item() > 0 else 2.0))
+
+    monkeypatch.setattr(FusionModel, "forward", with_a_wait)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        build(compile=True).learn(0, [clips()], progress=0.0)
+
+
+def test_the_averaged_weights_are_a_model_of_their_own(build):
+    learner = build(ema=0.5, loss=LossConfig())
+    assert learner.kept_model is learner.average is not learner.plain_model
+    assert build().kept_model is not None
+    learner.learn(0, [clips()], progress=0.0)
+    moved = dict(learner.average.named_parameters())
+    assert any(not torch.equal(value, moved[name]) for name, value in weights(learner).items())
+
+
+# --- parameter groups -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("agent_rate", "wanted"), [(None, 3e-4), (1e-3, 1e-3)])
+def test_every_parameter_is_in_one_group_with_its_rate(tiny_cascade, agent_rate, wanted):
+    model = FusionModel(tiny_cascade(), MaskingConfig("learned"))
+    config = TrainConfig(learning_rate=3e-4, agent_learning_rate=agent_rate)
+    groups = parameter_groups(model, config)
+    rates = [(id(p), group["full_lr"]) for group in groups for p in group["params"]]
+    assert len(rates) == len(dict(rates)) == len(list(model.parameters()))
+    of = dict(rates)
+    for name, parameter in model.named_parameters():
+        assert of[id(parameter)] == (wanted if name.startswith("mask_generator.") else 3e-4), name
+
+
+def test_without_a_mask_generator_there_is_one_group(tiny_cascade):
+    model = FusionModel(tiny_cascade(), MaskingConfig("hybrid"))
+    (group,) = parameter_groups(model, TrainConfig(agent_learning_rate=1.0))
+    assert group["full_lr"] == 1e-4
+    assert len(group["params"]) == len(list(model.parameters()))
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+def trace(start: float) -> StageTrace:
+    """Field k of two clips: start + k and start + k + 1."""
+    return StageTrace(*(torch.tensor([start + k, start + k + 1.0]) for k in range(len(TRACE))))
+
+
+def test_step_metrics_are_the_terms_and_the_means_of_the_traces():
+    masks = Masks(torch.tensor([0.5, 1.0])[:, None, None].expand(2, 3, 4), torch.full((2, 3, 4), 0.5))
+    fusion = Fusion(torch.zeros(2, 3, 4), (trace(0), trace(10)), masks)
+    terms = {"input_mse": torch.tensor(2.0), "novelty": torch.tensor(0.25)}
+    found = {name: value.item() for name, value in step_metrics(terms, fusion).items()}
+    stages = {f"stage{i}/{name}": 10 * i + k + 0.5 for i in range(2) for k, name in enumerate(TRACE)}
+    wanted = {"loss/input_mse": 2.0, "loss/novelty": 0.25, "masks/complementarity": 1 - (0.25 + 0.5) / 2} | stages
+    assert found == pytest.approx(wanted)
+
+
+def test_without_masks_there_is_no_complementarity():
+    found = step_metrics({}, Fusion(torch.zeros(2, 3, 4), (trace(0),), None))
+    assert set(found) == {f"stage0/{name}" for name in TRACE}
+
+
+def test_metrics_keep_no_graph():
+    terms = {"input_mse": torch.tensor(2.0, requires_grad=True) * 3}
+    masks = Masks(*(torch.rand(2, 3, 4, requires_grad=True) for _ in range(2)))
+    found = step_metrics(terms, Fusion(torch.zeros(2, 3, 4), (trace(0),), masks))
+    assert not found["masks/complementarity"].requires_grad
+    assert all(isinstance(value, float) for value in to_floats(found).values())
+
+
+def norms(learner) -> dict[str, float]:
+    return to_floats(gradient_norms(learner.parts(learner.plain_model)))
+
+
+def test_gradient_norms_of_every_part(build, tiny_cascade):
+    learner = build(cascade=tiny_cascade(width=20))
+    learner.model(*torch.randn(2, 2, 8, 6)).latents.square().sum().backward()
+    found = norms(learner)
+    squares: dict[str, float] = {}
+    for name, parameter in learner.plain_model.named_parameters():
+        parts = name.split(".")
+        part = f"stage{parts[2]}/{parts[3]}" if parts[0] == "cascade" else parts[0]
+        squares[part] = squares.get(part, 0.0) + parameter.grad.double().square().sum().item()
+    wanted = {f"grad_norm/{part}": math.sqrt(square) for part, square in squares.items()}
+    assert found == pytest.approx(wanted, rel=1e-4)
+    names = ("input_projection", "input_norm", "layers", "post_norm", "output_projection")
+    wide = {f"grad_norm/stage{i}/{name}" for i in range(2) for name in names}
+    assert wide | {"grad_norm/mask_generator"} == set(found)
+    total = math.sqrt(sum(p.grad.double().square().sum().item() for p in learner.plain_model.parameters()))
+    assert math.sqrt(sum(norm**2 for norm in found.values())) == pytest.approx(total, rel=1e-5)  # nothing is left out
+
+
+def test_parts_without_gradients_are_left_out(build):
+    learner = build(masking="none")
+    assert norms(learner) == {}
+    learner.plain_model.cascade.stages[1].post_norm.bias.grad = torch.full((24,), 2.0)
+    assert norms(learner) == pytest.approx({"grad_norm/stage1/post_norm": math.sqrt(24 * 4)})
+
+
+def test_the_share_of_noise_is_told_where_there_can_be_noise(build):
+    noisy = build(curriculum=CurriculumConfig(noise_rate=0.1, noise_start=2))
+    assert [noisy.facts(Moment(9, epoch)) for epoch in (2, 4, 9)] == [{"noise_share": x} for x in (0.0, 0.2, 0.3)]
+    assert build().facts(Moment(9, 9)) == {}
+
+
+def test_every_stage_that_wants_a_large_factor_is_warned_of(build):
+    row = {"stage0/wanted_factor": 1.31, "stage1/wanted_factor": 1.3}
+    assert build().warnings(row) == {0: "stage 0 wants the factor 1.31, above 1.3"}
+    assert list(build().warnings(dict.fromkeys(row, 2.0))) == [0, 1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_told_apart_is_what_was_made_and_the_clean_latents_of_both_clips(build, precision):
+    learner = build(
+        adversary=AdversaryConfig(discriminator_learning_rate=1e-2),
+        curriculum=CurriculumConfig(noise_rate=0.2),
+        precision=precision,
+    )
+    input, target = batch = clips()
+    _, _, (made, real) = learner.loss(learner.model, batch, Moment(0, 1))
+    assert made.shape == input.shape
+    assert made.dtype == torch.float32
+    assert torch.equal(real, torch.cat([input, target]))
+    assert build().loss(learner.model, batch, Moment(0, 1))[2] is None  # nobody to tell them apart

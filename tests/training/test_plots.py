@@ -1,0 +1,224 @@
+"""Figures of a training show the rows given, labelled."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from lib.training import plots
+
+
+def training_rows(num_stages: int = 2) -> list[dict]:
+    """Metrics of three steps; every curve of every stage has values of its own."""
+    names = ("output_rms", "projection_rms", "wanted_factor", "applied_factor", "clamped", "mixed_rms")
+    rows = []
+    for step in (1, 2, 5):
+        row = {"step": step, "loss": 10.0 / step, "grad_norm": 2.0 * step, "masks/complementarity": 0.7 + 0.01 * step}
+        row |= {"discriminator/real": 0.1 * step, "discriminator/made": -0.2 * step}
+        for stage in range(num_stages):
+            row |= {f"stage{stage}/{name}": 0.1 * i + 0.01 * step + 0.002 * stage for i, name in enumerate(names)}
+        rows.append(row)
+    return rows
+
+
+def val_rows() -> list[dict]:
+    return [{"step": s, "loss": loss, "masks/complementarity": 0.9} for s, loss in ((2, 7.0), (5, 6.0))]
+
+
+RUN = {"train": training_rows(), "val": val_rows()}
+
+
+FIGURES = {
+    "loss_curve": lambda: plots.loss_curve(training_rows(), val_rows()),
+    "gradient_curve": lambda: plots.gradient_curve(training_rows(), 10.0),
+    "stage_curves": lambda: plots.stage_curves(training_rows(), 2, (0.7, 1.5)),
+    "discriminator_curve": lambda: plots.discriminator_curve(training_rows()),
+    "complementarity_curve": lambda: plots.complementarity_curve(training_rows(), val_rows()),
+    "mask_pictures": lambda: plots.mask_pictures(torch.rand(128, 40), torch.rand(128, 40), 75.0),
+    "training_dashboard": lambda: plots.training_dashboard(training_rows(), val_rows(), [(0.7, 1.5), None]),
+    "runs_side_by_side": lambda: plots.runs_side_by_side({"a": RUN, "b": RUN}),
+}
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def curve(axes, label: str) -> tuple[list, list]:
+    """x and y of the line with that label."""
+    line = next(line for line in axes.get_lines() if line.get_label() == label)
+    return list(line.get_xdata()), list(line.get_ydata())
+
+
+def band(axes) -> list[float]:
+    """Lower and upper edge of the one shaded band."""
+    (span,) = axes.patches
+    return span.get_extents().transformed(axes.transData.inverted()).intervaly.tolist()
+
+
+def test_every_figure_of_the_module_is_tested():
+    public = {
+        name
+        for name, f in vars(plots).items()
+        if getattr(f, "__module__", "") == "lib.training.plots" and name[0] != "_"
+    }
+    assert public == set(FIGURES)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_is_labelled_and_leaves_the_global_state_alone(name):
+    mine = plt.figure()
+    before = dict(plt.rcParams)
+    figure = FIGURES[name]()
+    assert isinstance(figure, plt.Figure)
+    assert dict(plt.rcParams) == before
+    assert {mine.number, figure.number} <= set(plt.get_fignums())  # closing is the caller's business
+    for axes in figure.axes:
+        subplot = axes.get_subplotspec()
+        if not axes.get_visible():
+            continue
+        if subplot is None or subplot.is_first_col():  # the others share the label to their left
+            assert axes.get_ylabel(), axes
+        if subplot is not None and subplot.is_last_row() and axes.get_label() != "<colorbar>":
+            assert axes.get_xlabel(), axes
+    figure.canvas.draw()
+
+
+def test_stage_curves_plots_the_rows_given():
+    rows = training_rows()
+    left, middle, right = plots.stage_curves(rows, 2, (0.7, 1.5)).axes
+    for axes, label, key in (
+        (left, "stage 1 output", "stage1/output_rms"),
+        (left, "stage 1 projection", "stage1/projection_rms"),
+        (middle, "stage 0 wanted", "stage0/wanted_factor"),
+        (middle, "stage 1 applied", "stage1/applied_factor"),
+        (right, "stage 0", "stage0/clamped"),
+    ):
+        assert curve(axes, label) == ([1, 2, 5], [row[key] for row in rows]), label
+    assert curve(middle, "warning at 1.3")[1] == [1.3, 1.3]
+    assert band(middle) == pytest.approx([0.7, 1.5])
+
+
+def test_stage_curves_without_a_clamp_shows_no_range_and_takes_more_stages_than_colours():
+    _, middle, right = plots.stage_curves(training_rows(7), 7, None).axes
+    assert not middle.patches
+    assert len(right.get_lines()) == 7
+
+
+def test_loss_curve_plots_both_and_leaves_out_what_was_not_finite():
+    rows = training_rows()
+    rows[1]["loss"] = None  # how metrics.jsonl writes NaN
+    (axes,) = plots.loss_curve(rows, val_rows()).axes
+    assert curve(axes, "training, each batch") == ([1, 5], [10.0, 2.0])
+    assert curve(axes, "validation") == ([2, 5], [7.0, 6.0])
+
+
+@pytest.mark.parametrize(("clip", "lines"), [(10.0, 2), (None, 1)])
+def test_gradient_curve_marks_the_clip(clip, lines):
+    (axes,) = plots.gradient_curve(training_rows(), clip).axes
+    assert curve(axes, "gradient norm before clipping") == ([1, 2, 5], [2.0, 4.0, 10.0])
+    assert len(axes.get_lines()) == lines
+    assert axes.get_yscale() == "log"
+
+
+def test_the_discriminator_curve_shows_both_logits():
+    (axes,) = plots.discriminator_curve(training_rows()).axes
+    assert curve(axes, "the clips' own latents") == ([1, 2, 5], [0.1, 0.2, 0.5])
+    assert curve(axes, "fusions") == ([1, 2, 5], [-0.2, -0.4, -1.0])
+
+
+def test_complementarity_stands_above_its_baseline():
+    (axes,) = plots.complementarity_curve(training_rows(), val_rows()).axes
+    assert curve(axes, "training, each step")[1] == pytest.approx([0.71, 0.72, 0.75])
+    assert curve(axes, "validation") == ([2, 5], [0.9, 0.9])
+    assert set(curve(axes, "constant masks of 0.5")[1]) == {0.75}
+
+
+def test_mask_pictures_share_one_scale_from_0_to_1():
+    input, target = torch.zeros(128, 75), torch.full((128, 75), 0.25)
+    left, right = (ax.images[0] for ax in plots.mask_pictures(input, target, 75.0).axes[:2])
+    assert left.get_clim() == right.get_clim() == (0, 1)
+    assert (right.get_array() == 0.25).all()
+    assert left.get_extent() == [0, 1, 0, 128]
+
+
+def test_the_dashboard_holds_every_stage():
+    rows = training_rows(3)
+    top, norms, levels, factors = plots.training_dashboard(rows, val_rows(), [(0.7, 1.5)] * 3).axes
+    assert curve(top, "training, each step") == ([1, 2, 5], [10.0, 5.0, 2.0])
+    assert curve(top, "validation") == ([2, 5], [7.0, 6.0])
+    assert curve(norms, "before clipping") == ([1, 2, 5], [2.0, 4.0, 10.0])
+    for stage in range(3):
+        assert curve(levels, f"stage {stage} output")[1] == [row[f"stage{stage}/output_rms"] for row in rows]
+        assert curve(factors, f"stage {stage} wanted")[1] == [row[f"stage{stage}/wanted_factor"] for row in rows]
+
+
+def test_the_dashboards_bands_are_what_the_claim_calls_healthy():
+    rows = [
+        {"step": step, "grad_norm": 9.0, "stage0/wanted_factor": wanted, "stage0/mixed_rms": mixed}
+        for step, wanted, mixed in ((1, 2.0, 2.5), (2, 1.25, 4.0), (3, 4.0, 10.0))  # goals 5, 5 and an odd one of 40
+    ]
+    clamps = [(0.7, 1.5), None, (0.6, 1.8)]
+    _, norms, levels, factors = plots.training_dashboard(rows, [], clamps).axes
+    assert band(norms) == pytest.approx([3.0, 100.0])  # from below all of it: a log axis has no zero
+    assert band(levels) == pytest.approx([4.0, 6.0])
+    assert band(factors) == pytest.approx([0.7 / 1.2, 1.5 / 0.8])  # of the narrowest clamp
+
+
+@pytest.mark.parametrize("lo_hi", [(0.7, 1.5), (0.5, 1.1)])
+def test_within_the_band_of_factors_the_level_stays_within_its_own(lo_hi):
+    """At the band's edges the clamped factor leaves exactly 1.2 and 0.8 of the wanted level."""
+    low, high = band(plots.training_dashboard([], [], [lo_hi]).axes[3])
+    assert [np.clip(wanted, *lo_hi) / wanted for wanted in (low, high)] == pytest.approx([1.2, 0.8])
+
+
+def test_the_dashboard_needs_no_rows_and_shows_no_band_without_a_clamp():
+    figure = plots.training_dashboard([], [], [None, None])
+    _, norms, levels, factors = figure.axes
+    assert not levels.patches
+    assert not factors.patches
+    assert band(norms)[1] == pytest.approx(100)
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize("norm", [99.0, 400.0, 15_438.0, 0.0])
+def test_only_norms_below_100_are_shaded_however_large_they_are(norm):
+    low, high = band(plots.training_dashboard([{"step": 1, "grad_norm": norm}], [], [None]).axes[1])
+    assert 0 < low < high == pytest.approx(100)
+
+
+def test_runs_side_by_side_show_the_last_stages_level():
+    def run(num_stages: int) -> dict:
+        rows = training_rows(num_stages)
+        for row in rows:
+            for stage in range(num_stages):
+                row[f"stage{stage}/applied_factor"] = row["step"] * row[f"stage{stage}/wanted_factor"] * (stage + 1)
+        return {"train": rows, "val": val_rows()}
+
+    losses, norms, levels = plots.runs_side_by_side({"two": run(2), "three": run(3)}).axes
+    assert curve(losses, "two") == ([2, 5], [7.0, 6.0])
+    assert curve(norms, "three") == ([1, 2, 5], [2.0, 4.0, 10.0])
+    assert norms.get_yscale() == "log"
+    assert curve(levels, "two")[0] == [1, 2, 5]
+    assert curve(levels, "two")[1] == pytest.approx([2, 4, 10])
+    assert curve(levels, "three")[1] == pytest.approx([3, 6, 15])
+    assert band(levels) == pytest.approx([0.8, 1.2])
+    colours = {line.get_color() for axes in (losses, norms, levels) for line in axes.get_lines()}
+    assert len(colours) == 2
+    assert len({curve.get_color() for axes in (losses, levels) for curve in axes.get_lines()[:1]}) == 1  # one a run
+
+
+def test_runs_side_by_side_takes_more_runs_than_colours_and_what_is_missing():
+    broken = training_rows()
+    broken[1] |= {"loss": None, "grad_norm": None, "stage1/wanted_factor": None}
+    runs = {f"run {i}": RUN for i in range(6)} | {
+        "broken": {"train": broken, "val": []},
+        "new": {"train": [], "val": []},
+    }
+    figure = plots.runs_side_by_side(runs)
+    losses, norms, levels = figure.axes
+    assert len(losses.get_lines()) == 8
+    assert curve(norms, "broken")[0] == curve(levels, "broken")[0] == [1, 5]
+    figure.canvas.draw()
