@@ -37,7 +37,7 @@ def codec():
 
 
 def row(step: int, split: str, loss: float) -> dict:
-    stage = {"stage0/applied_factor": 1.0, "stage0/wanted_factor": 1.1}
+    stage = {"stage0/applied_scale": 1.0, "stage0/target_scale": 1.1}
     return {"split": split, "step": step, "epoch": 0, "loss": loss, "grad_norm": 2.0} | stage
 
 

@@ -44,7 +44,7 @@ def first_non_finite(results: Sequence[Result]) -> str:
 
 
 def last_stage(result: Result) -> int:
-    return max(int(key[5]) for key in result.start if key.endswith("/wanted_factor"))
+    return max(int(key[5]) for key in result.start if key.endswith("/target_scale"))
 
 
 def last_projection_share(result: Result) -> float:
@@ -57,7 +57,7 @@ def largest_factor(result: Result) -> float:
     """Largest wanted factor of any stage, at the start, a quarter or the end of training, each a median over a tenth of
     the steps."""
     parts = (result.start, result.quarter, result.end)
-    return max((v for part in parts for k, v in part.items() if k.endswith("/wanted_factor")), default=math.inf)
+    return max((v for part in parts for k, v in part.items() if k.endswith("/target_scale")), default=math.inf)
 
 
 def scalar_norms(result: Result) -> tuple[float, float]:
@@ -227,7 +227,7 @@ def audit_collapse(exploding: Sequence[Result], repair: Sequence[Result]) -> lis
         ("C5", exploding, 1.09, 1.09, "mixed RMS 1.09, so 5.2× wanted and 1.64 left"),
         ("C6", repair, 2.5, 3.0, "mixed RMS 2.5 to 3.0, so 2.0 to 2.3× wanted and 4.05 left"),
     ):
-        key = "stage2/mixed_rms"
+        key = "stage2/rms_before_scaling"
         found = f"at the end, {from_to(results, key)}" if all(r.end for r in results) else "no end was reached"
         values = [r.end[key] for r in results if r.end]
         verdicts.append(judge(claim, f"training passes {state}", passes(results, key, low, high), values, found=found))

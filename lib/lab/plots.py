@@ -192,14 +192,14 @@ class Waterfall:
         axes.set(ylabel="RMS (latent units)", ylim=(0, 1.35 * goal))
 
     def update(self, traces: Sequence[Mapping[str, float]], clamp: tuple[float, float] | None) -> None:
-        """`traces`: for each stage `KINDS`, wanted_factor and applied_factor. `clamp`: of the last stage."""
+        """`traces`: for each stage `KINDS`, target_scale and applied_scale. `clamp`: of the last stage."""
         for kind, bars in zip(self.KINDS, self.bars, strict=True):
             for bar, trace in zip(bars, traces, strict=True):
                 bar.set_height(trace[kind])
         for label, trace in zip(self.labels, traces, strict=True):
-            outside = clamp is not None and not clamp[0] <= trace["wanted_factor"] <= clamp[1]
-            gets = f", gets ×{trace['applied_factor']:.1f}" if outside else ""
-            label.set_text(f"wants ×{trace['wanted_factor']:.1f}{gets}")
+            outside = clamp is not None and not clamp[0] <= trace["target_scale"] <= clamp[1]
+            gets = f", gets ×{trace['applied_scale']:.1f}" if outside else ""
+            label.set_text(f"wants ×{trace['target_scale']:.1f}{gets}")
 
 
 def waterfalls(

@@ -152,7 +152,7 @@ class Panel:
 class Metrics:
     """What the curves need of a metrics.jsonl that grows, each line read once: it may come to gigabytes."""
 
-    NEEDED = re.compile(r"loss|grad_norm|stage[0-9]+/(output_rms|wanted_factor|mixed_rms)")
+    NEEDED = re.compile(r"loss|grad_norm|stage[0-9]+/(output_rms|target_scale|rms_before_scaling)")
 
     def __init__(self, path: Path):
         self.path = path

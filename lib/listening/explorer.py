@@ -71,10 +71,10 @@ class RmsExplorer:
                 {
                     "projection": trace.projection_rms.item(),
                     "residual": stage.config.residual_weight * trace.residual_rms.item(),
-                    "mixed": trace.mixed_rms.item(),
+                    "mixed": trace.rms_before_scaling.item(),
                     "output": trace.output_rms.item(),
-                    "wanted_factor": trace.wanted_factor.item(),
-                    "applied_factor": trace.applied_factor.item(),
+                    "target_scale": trace.target_scale.item(),
+                    "applied_scale": trace.applied_scale.item(),
                 }
             )
         goal = ((rms(self.input).square() + rms(sources["target"]).square()) / 2).sqrt().item()

@@ -122,7 +122,7 @@ class CascadeConfig:
 
     def _warn_of_collapse(self) -> None:
         for i, (stage, found) in enumerate(zip(self.stages, self.predict_rms(), strict=True)):
-            if found.wanted_factor > found.safe_factor * (1 + 1e-9):
+            if found.target_scale > found.safe_factor * (1 + 1e-9):
                 weight = found.smallest_safe_weight
                 if weight > stage.residual_weight:
                     safe = "no weight is safe"
@@ -132,8 +132,8 @@ class CascadeConfig:
                     safe = "a smaller weight is safe"
                 warnings.warn(
                     f"stage {i}: residual_weight={stage.residual_weight:g} lets the RMS collapse: predicted "
-                    f"{found.mixed_rms:.2f} before scaling, of {self.latent_rms:.2f} wanted, needs the factor "
-                    f"{found.wanted_factor:.1f}; {safe} at width {self.width(i)}",
+                    f"{found.rms_before_scaling:.2f} before scaling, of {self.latent_rms:.2f} wanted, needs the factor "
+                    f"{found.target_scale:.1f}; {safe} at width {self.width(i)}",
                     CollapseWarning,
                     stacklevel=_frames_to_caller(),
                 )
@@ -209,10 +209,10 @@ class StageTrace:
     projection_rms: Tensor  # of the projection alone, its gain included
     residual_rms: Tensor  # of the residual, before its weight
     alignment: Tensor  # cosine between projection and residual, -1 to 1
-    mixed_rms: Tensor  # after the residual, before scaling
+    rms_before_scaling: Tensor  # after the residual, before scaling
     output_rms: Tensor  # after scaling
-    wanted_factor: Tensor  # what would bring the RMS to the wanted one
-    applied_factor: Tensor  # after the clamp; 1 where scaling is off
+    target_scale: Tensor  # what would bring the RMS to the wanted one
+    applied_scale: Tensor  # after the clamp; 1 where scaling is off
     clamped: Tensor  # 1.0 where the clamp changed the factor, else 0.0
 
 
@@ -286,17 +286,17 @@ class RmsScaling(nn.Module):
 
     def forward(self, x: Tensor, input_rms: Tensor, target_rms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`x [B, D, T]` and both RMS `[B]` → scaled x, its RMS before, the wanted and the applied factor, `[B]`."""
-        mixed_rms = rms(x)
+        rms_before_scaling = rms(x)
         if self.mode == "learnable":
             w_in, w_tgt = self.input_weight.abs(), self.target_weight.abs()
             goal = (w_in * input_rms + w_tgt * target_rms) / (w_in + w_tgt + 1e-8) * self.log_scale.exp()
         else:
             goal = ((input_rms.square() + target_rms.square()) / 2).sqrt()
-        wanted = goal / (mixed_rms + 1e-8)
+        wanted = goal / (rms_before_scaling + 1e-8)
         if self.mode == "off":
-            return x, mixed_rms, wanted, torch.ones_like(wanted)
+            return x, rms_before_scaling, wanted, torch.ones_like(wanted)
         applied = wanted if self.clamp is None else wanted.clamp(*self.clamp)
-        return x * applied[:, None, None], mixed_rms, wanted, applied
+        return x * applied[:, None, None], rms_before_scaling, wanted, applied
 
 
 class Stage(nn.Module):
@@ -332,11 +332,11 @@ class Stage(nn.Module):
             projected if self.config.mixing == "add" else preserving_weight(weight) * projected
         ) + weight * residual
         scaling = self.rms_scaling(mixed, rms(sources["input"]), rms(sources["target"]))
-        output, mixed_rms, wanted, applied = scaling
+        output, rms_before_scaling, wanted, applied = scaling
         with torch.no_grad():
             clamped = (wanted != applied).float() if self.config.rms_scaling != "off" else torch.zeros_like(wanted)
             own = (rms(projected), rms(residual), cosine(projected, residual))
-            measured = (*own, mixed_rms, rms(output), wanted, applied, clamped)
+            measured = (*own, rms_before_scaling, rms(output), wanted, applied, clamped)
         return output, StageTrace(*(value.detach() for value in measured))
 
 

@@ -62,12 +62,14 @@ class StagePrediction:
 
     projection_rms: float
     residual_rms: float  # before its weight
-    mixed_rms: float
-    wanted_factor: float
-    applied_factor: float
+    rms_before_scaling: float
+    target_scale: float
+    applied_scale: float
     output_rms: float
-    highest_mixed_rms: float  # projection at its ceiling and along w · r: passed only as γ leaves 1, or biases 0
-    smallest_safe_weight: float  # the smallest at which `wanted_factor` is at most `safe_factor`; inf: none is
+    highest_rms_before_scaling: (
+        float  # projection at its ceiling and along w · r: passed only as γ leaves 1, or biases 0
+    )
+    smallest_safe_weight: float  # the smallest at which `target_scale` is at most `safe_factor`; inf: none is
     safe_factor: float
 
 
@@ -85,7 +87,7 @@ def initial_projection_rms(d: int, D: int, *, spectral_norm: bool = True) -> flo
     return math.sqrt(d) / math.sqrt(edge**2 - 1.2065 * spread)
 
 
-def mixed_rms(projection: float, residual: float, weight: float, alignment: float = 0.0) -> float:
+def rms_before_scaling(projection: float, residual: float, weight: float, alignment: float = 0.0) -> float:
     """RMS of projection + w · residual whose cosine is `alignment`: √(p² + w²r² + 2·w·p·r·cos)."""
     squared = projection**2 + (weight * residual) ** 2 + 2 * weight * projection * residual * alignment
     return math.sqrt(max(squared, 0.0))
@@ -141,11 +143,11 @@ def predict_stage(
     prediction = StagePrediction(
         projection_rms=projection,
         residual_rms=r,
-        mixed_rms=m,
-        wanted_factor=wanted,
-        applied_factor=applied,
+        rms_before_scaling=m,
+        target_scale=wanted,
+        applied_scale=applied,
         output_rms=applied * m,
-        highest_mixed_rms=share * gain * rms_ceiling(d, D) + abs(weight) * r if spectral_norm else math.inf,
+        highest_rms_before_scaling=share * gain * rms_ceiling(d, D) + abs(weight) * r if spectral_norm else math.inf,
         smallest_safe_weight=smallest_safe_weight(projection, r, goal / safe, preserving=preserving),
         safe_factor=safe,
     )

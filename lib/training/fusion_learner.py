@@ -82,7 +82,7 @@ class FusionLearner(Learner):
 
     def warnings(self, row: dict[str, Any]) -> dict[int, str]:
         """A message for every stage that wants a large factor."""
-        wanted = {stage: row[f"stage{stage}/wanted_factor"] for stage in range(len(self.plain_model.cascade.stages))}
+        wanted = {stage: row[f"stage{stage}/target_scale"] for stage in range(len(self.plain_model.cascade.stages))}
         return {
             stage: f"stage {stage} wants the factor {factor:.2f}, above {FACTOR_WARNING}"
             for stage, factor in wanted.items()

@@ -48,8 +48,8 @@ def stage_curves(train: Sequence[Mapping[str, Any]], num_stages: int, clamp: tup
             left.plot(
                 *_series(train, f"{key}/projection_rms"), color=colour, ls="--", label=f"stage {stage} projection"
             )
-            middle.plot(*_series(train, f"{key}/wanted_factor"), color=colour, ls="--", label=f"stage {stage} wanted")
-            middle.plot(*_series(train, f"{key}/applied_factor"), color=colour, label=f"stage {stage} applied")
+            middle.plot(*_series(train, f"{key}/target_scale"), color=colour, ls="--", label=f"stage {stage} wanted")
+            middle.plot(*_series(train, f"{key}/applied_scale"), color=colour, label=f"stage {stage} applied")
             right.plot(*_series(train, f"{key}/clamped"), color=colour, label=f"stage {stage}")
         middle.axhline(1.3, color="black", linestyle=":", label="warning at 1.3")
         if clamp:
@@ -123,8 +123,12 @@ def training_dashboard(
         for stage in range(len(clamps)):
             colour = STAGES[stage % len(STAGES)]
             levels.plot(*_series(train, f"stage{stage}/output_rms"), color=colour, label=f"stage {stage} output")
-            factors.plot(*_series(train, f"stage{stage}/wanted_factor"), color=colour, label=f"stage {stage} wanted")
-        goals = [row["stage0/wanted_factor"] * row["stage0/mixed_rms"] for row in train if row.get("stage0/mixed_rms")]
+            factors.plot(*_series(train, f"stage{stage}/target_scale"), color=colour, label=f"stage {stage} wanted")
+        goals = [
+            row["stage0/target_scale"] * row["stage0/rms_before_scaling"]
+            for row in train
+            if row.get("stage0/rms_before_scaling")
+        ]
         if goals:
             goal = float(np.median(goals))
             levels.axhspan(0.8 * goal, 1.2 * goal, **HEALTHY, label="0.8 to 1.2 of the wanted RMS")
@@ -149,9 +153,9 @@ def runs_side_by_side(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]
         for (name, rows), colour in zip(runs.items(), itertools.cycle(STAGES), strict=False):
             losses.plot(*_series(rows["val"], "loss"), color=colour, marker="o", label=name)
             norms.plot(*_series(rows["train"], "grad_norm"), color=colour, linewidth=1, label=name)
-            stages = [key for key in (rows["train"] or [{}])[0] if key.endswith("/applied_factor")]
+            stages = [key for key in (rows["train"] or [{}])[0] if key.endswith("/applied_scale")]
             if stages:
-                applied, wanted = max(stages), max(stages).replace("applied", "wanted")
+                applied, wanted = max(stages), max(stages).replace("applied", "target")
                 found = [(row["step"], row[applied] / row[wanted]) for row in rows["train"] if row.get(wanted)]
                 levels.plot(*zip(*found, strict=True), color=colour, label=name)
         levels.axhspan(0.8, 1.2, **HEALTHY, label="0.8 to 1.2")

@@ -205,7 +205,7 @@ def test_evaluate_fusion_is_what_the_formulas_give(tiny_index, tiny_cascade):
     assert set(found) == set(wanted)
     assert {f.name for f in dataclasses.fields(StageTrace)} == {n[7:] for n in found if n.startswith("stage1/")}
     assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
-    for name in ("input_correlation", "target_mse", "movement_ratio", "stage1/wanted_factor"):
+    for name in ("input_correlation", "target_mse", "movement_ratio", "stage1/target_scale"):
         values = [row[name] for row in rows]
         mean_of_batch_means = (np.mean(values[:8]) + values[8]) / 2
         assert abs(mean_of_batch_means / found[name] - 1) > 1e-3, name  # the tolerance tells them apart

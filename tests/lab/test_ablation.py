@@ -155,7 +155,7 @@ def test_a_result_is_told_by_its_metrics(results):
     rows = Run.open(result.run).metrics("train")
     assert result.grad_norm == tuple(row["grad_norm"] for row in rows)
     assert len(rows) == 31
-    for name in ("loss", "grad_norm", "stage1/wanted_factor", "grad_norm/stage0/layers"):
+    for name in ("loss", "grad_norm", "stage1/target_scale", "grad_norm/stage0/layers"):
         assert result.start[name] == statistics.median(row[name] for row in rows[:3])
         assert result.end[name] == statistics.median(row[name] for row in rows[-3:])
     assert not {"split", "step", "epoch"} & set(result.start)

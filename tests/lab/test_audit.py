@@ -31,14 +31,14 @@ VARIANT = {variant.name: variant for variant in VARIANTS}
 def result(variant: str, seed: int = 0, *, norms=(1.0, 1.0), steps: int = 100, ratio: float = 1.0, **more) -> Result:
     """A run whose gradient norm goes from the first to the second of `norms`, its last mixed RMS through `mixed`."""
     stages = VARIANT[variant].stages
-    part = {f"stage{i}/wanted_factor": more.get("factor", 1.2) for i in range(stages)}
+    part = {f"stage{i}/target_scale": more.get("factor", 1.2) for i in range(stages)}
     shares = {"layers": 1.0, "output_projection": 0.5} | more.get("shares", {})
     part |= {f"grad_norm/stage{i}/{name}": value for i in range(stages) for name, value in shares.items()}
     if variant == LEARNABLE:
         part |= {f"grad_norm/stage{i}/rms_scaling": more.get("scalars", 1.0) for i in range(stages)}
     mixed, projection = more.get("mixed", (1.0, 1.0)), more.get("projection", (0.6, 1.2))
     ends = [
-        part | {"grad_norm": norms[i], "stage2/mixed_rms": mixed[i], "stage2/projection_rms": projection[i]}
+        part | {"grad_norm": norms[i], "stage2/rms_before_scaling": mixed[i], "stage2/projection_rms": projection[i]}
         for i in (0, 1)
     ]
     non_finite = {"step": more["bad_step"], "stage": 1, "tensor": "x"} if "bad_step" in more else None

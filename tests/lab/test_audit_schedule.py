@@ -16,11 +16,11 @@ HEALTHY = {
     "input_correlation": 0.2,
     "target_correlation": 0.1,
 }
-TRACE = {"stage0/wanted_factor": 1.2, "stage1/wanted_factor": 1.1}
+TRACE = {"stage0/target_scale": 1.2, "stage1/target_scale": 1.1}
 
 
 def result(variant: str, seed: int, masks: float = 0.9, factor: float = 1.2, **changes) -> Result:
-    trace = TRACE | {"stage1/wanted_factor": factor}
+    trace = TRACE | {"stage1/target_scale": factor}
     norms = (3.0, 4.0, *[1.0] * 38)  # as in a record of 200 epochs: two parts up to epoch 10
     start, quarter = (
         trace | {"masks/complementarity": 0.75, "loss/novelty": 0.1},

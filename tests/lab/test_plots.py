@@ -125,8 +125,8 @@ def test_a_waterfall_says_what_is_wanted_and_what_is_given():
         "residual": 0.6,
         "mixed": 0.9,
         "output": 1.3,
-        "wanted_factor": 6.6,
-        "applied_factor": 1.5,
+        "target_scale": 6.6,
+        "applied_scale": 1.5,
     }
     figure = waterfalls({"with": [stage], "without": [stage]}, 5.7, [(0.7, 1.5), None])
     texts = [[text.get_text() for text in axes.texts] for axes in figure.axes[:2]]

@@ -174,7 +174,7 @@ def test_the_last_stage_over_weights_is_that_of_fresh_cascades(tiny_cascade, lat
         with torch.no_grad():
             wanted = fresh(config.with_stage(-1, residual_weight=weight))(*latents)[1][-1]
         assert all(torch.equal(a, b) for a, b in zip(vars(trace).values(), vars(wanted).values(), strict=True))
-    last = [trace.mixed_rms.mean().item() for trace in found]
+    last = [trace.rms_before_scaling.mean().item() for trace in found]
     assert last == sorted(last, reverse=True)
     assert last[0] > 1.5 * last[2]
     assert cascade.training == training

@@ -270,9 +270,9 @@ def test_what_the_gains_reach():
     assert rms_ceiling(384, 128) * CEILING_GAIN == pytest.approx(LATENT_RMS)
     start = BY_NAME["weak, gain from the start"].cascade(1).predict_rms()[-1]
     assert start.projection_rms == pytest.approx(LATENT_RMS)
-    assert start.wanted_factor == pytest.approx(1, abs=0.01)
+    assert start.target_scale == pytest.approx(1, abs=0.01)
     preserving = BY_NAME["weak, RMS-preserving"].cascade(1).predict_rms()[-1]
-    assert preserving.wanted_factor == pytest.approx(1, abs=1e-6)  # 1 − w² and w² of the power
+    assert preserving.target_scale == pytest.approx(1, abs=1e-6)  # 1 − w² and w² of the power
     assert 1 < CEILING_GAIN < START_GAIN < math.inf
 
 

@@ -50,7 +50,7 @@ def run(tmp_path, tiny_cascade) -> Run:
 
 
 def row(step: int, split: str = "train") -> dict:
-    stage = {"output_rms": 5.0 + step, "wanted_factor": 1.1, "mixed_rms": 5.0, "alignment": 0.5}
+    stage = {"output_rms": 5.0 + step, "target_scale": 1.1, "rms_before_scaling": 5.0, "alignment": 0.5}
     values = {f"stage{i}/{name}": value for i in range(2) for name, value in stage.items()}
     return {"split": split, "step": step, "epoch": 0, "loss": 1 / step, "grad_norm": 2.0 * step} | values
 
@@ -237,7 +237,7 @@ def test_the_figure_has_the_curves_of_metrics_jsonl(start):
         [(train, "loss"), (val, "loss")],
         [(train, "grad_norm")],
         [(train, f"stage{i}/output_rms") for i in range(2)],
-        [(train, f"stage{i}/wanted_factor") for i in range(2)],
+        [(train, f"stage{i}/target_scale") for i in range(2)],
     )
     for axes, wanted in zip(figure.axes, keys, strict=True):
         for line, (rows, key) in zip(axes.lines, wanted, strict=True):
@@ -281,7 +281,7 @@ def test_every_line_is_read_once(run, metrics, parsed):
 def test_only_what_the_curves_need_is_kept(run, metrics):
     run.log(row(1) | {"grad_norm/stage0/layers": 1.0, "loss/input_mse": 2.0})
     metrics.read()
-    stages = {f"stage{i}/{name}" for i in range(2) for name in ("output_rms", "wanted_factor", "mixed_rms")}
+    stages = {f"stage{i}/{name}" for i in range(2) for name in ("output_rms", "target_scale", "rms_before_scaling")}
     assert metrics.rows["train"][0].keys() == {"step", "loss", "grad_norm"} | stages
     for name in metrics.rows["train"][0]:
         assert metrics.rows["train"][0][name] == row(1)[name]

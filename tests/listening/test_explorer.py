@@ -39,7 +39,7 @@ def test_it_shows_what_the_exploding_cascade_does(explorer, clips):
         assert row["projection"] == pytest.approx(trace.projection_rms.item(), rel=1e-4)
         assert row["output"] == pytest.approx(trace.output_rms.item(), rel=1e-4)
     assert rows[2]["residual"] == pytest.approx(0.1 * traces[1].output_rms.item(), rel=1e-4)
-    assert rows[2]["applied_factor"] == pytest.approx(1.5)
+    assert rows[2]["applied_scale"] == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize("similarity", [0.0, 0.5, 1.0])
@@ -54,7 +54,7 @@ def test_every_control_moves_the_last_stage(explorer):
     for changes in ({"weight": 0.5}, {"clamp": False}, {"spectral_norm": False}):
         assert explorer.traces(**changes)[0][2]["output"] != pytest.approx(start["output"], rel=1e-3)
     alike, unlike = explorer.traces(similarity=1.0)[0], explorer.traces(similarity=0.0)[0]
-    assert alike[0]["wanted_factor"] < 1.05 < unlike[0]["wanted_factor"]
+    assert alike[0]["target_scale"] < 1.05 < unlike[0]["target_scale"]
     assert explorer.traces()[0][2] == start  # and moving back restores it
     unclamped = explorer.traces(clamp=False)
     assert unclamped[0][2]["output"] == pytest.approx(unclamped[1], rel=1e-3)

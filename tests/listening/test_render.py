@@ -179,7 +179,7 @@ def test_more_stages_than_the_model_has_are_refused(codec, build, num_stages):
 # --- residual weight --------------------------------------------------------------------------------------------------
 
 
-def mixed_rms(trace: StageTrace, weight: float, mixing: str) -> float:
+def rms_before_scaling(trace: StageTrace, weight: float, mixing: str) -> float:
     """Of projection + w · residual, or √(1 − w²) · projection + w · residual, from the cosine between them."""
     p, r, cos = (getattr(trace, name).double().item() for name in ("projection_rms", "residual_rms", "alignment"))
     p *= math.sqrt(1 - weight**2) if mixing == "preserving" else 1
@@ -201,9 +201,9 @@ def test_a_residual_weight_is_that_of_the_last_stage_applied(codec, build, stage
     assert all(map(same, changed[:-1], own[:-1]))
     for name in ("projection_rms", "residual_rms", "alignment"):  # what is mixed stays, only how much of it moves
         assert torch.equal(getattr(changed[-1], name), getattr(own[-1], name))
-    assert own[-1].mixed_rms.item() == pytest.approx(mixed_rms(own[-1], 0.5, mixing), rel=1e-4)
-    assert changed[-1].mixed_rms.item() == pytest.approx(mixed_rms(own[-1], weight, mixing), rel=1e-4)
-    assert changed[-1].mixed_rms.item() != pytest.approx(own[-1].mixed_rms.item(), rel=1e-2)
+    assert own[-1].rms_before_scaling.item() == pytest.approx(rms_before_scaling(own[-1], 0.5, mixing), rel=1e-4)
+    assert changed[-1].rms_before_scaling.item() == pytest.approx(rms_before_scaling(own[-1], weight, mixing), rel=1e-4)
+    assert changed[-1].rms_before_scaling.item() != pytest.approx(own[-1].rms_before_scaling.item(), rel=1e-2)
 
 
 def test_its_own_residual_weight_changes_nothing(codec, build):

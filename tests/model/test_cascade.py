@@ -324,10 +324,10 @@ def test_trace_and_output_by_hand(tiny_cascade, residual_source, residual_weight
     applied = torch.ones_like(wanted) if scaling == "off" else wanted.clamp(0.9, 1.1) if clamp else wanted
 
     torch.testing.assert_close(trace.projection_rms.double(), true_rms(projection), rtol=1e-5, atol=0)
-    torch.testing.assert_close(trace.mixed_rms.double(), true_rms(mixed), rtol=1e-5, atol=0)
+    torch.testing.assert_close(trace.rms_before_scaling.double(), true_rms(mixed), rtol=1e-5, atol=0)
     torch.testing.assert_close(trace.output_rms.double(), applied * true_rms(mixed), rtol=1e-5, atol=0)
-    torch.testing.assert_close(trace.wanted_factor.double(), wanted, rtol=1e-5, atol=0)
-    torch.testing.assert_close(trace.applied_factor.double(), applied.double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(trace.target_scale.double(), wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(trace.applied_scale.double(), applied.double(), rtol=1e-5, atol=0)
     outside = (wanted < 0.9) | (wanted > 1.1) if clamp and scaling != "off" else torch.zeros(2, dtype=torch.bool)
     assert trace.clamped.tolist() == outside.tolist()
     torch.testing.assert_close(result.double(), mixed * applied[:, None, None], rtol=1e-5, atol=1e-6)
@@ -338,10 +338,10 @@ def test_trace_and_output_by_hand(tiny_cascade, residual_source, residual_weight
 def test_the_clamp_holds(tiny_cascade, level, applied):
     cascade = Cascade(tiny_cascade(1, residual_weight=0.0)).eval()
     output, (trace,) = cascade(*clips(rms_in=level, rms_tgt=level))
-    assert ((trace.wanted_factor > 3) if applied == 1.5 else (trace.wanted_factor < 0.1)).all()
-    assert torch.equal(trace.applied_factor, torch.full((2,), applied))
+    assert ((trace.target_scale > 3) if applied == 1.5 else (trace.target_scale < 0.1)).all()
+    assert torch.equal(trace.applied_scale, torch.full((2,), applied))
     assert trace.clamped.tolist() == [1.0, 1.0]
-    torch.testing.assert_close(true_rms(output), applied * trace.mixed_rms.double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(true_rms(output), applied * trace.rms_before_scaling.double(), rtol=1e-5, atol=0)
     free, (trace,) = Cascade(tiny_cascade(1, residual_weight=0.0, clamp=None)).eval()(*clips(rms_in=level, rms_tgt=1))
     assert trace.clamped.tolist() == [0.0, 0.0]
     assert true_rms(free)[0].item() == pytest.approx(math.sqrt((level**2 + 1) / 2), rel=1e-4)
@@ -361,11 +361,11 @@ def test_learnable_scaling_is_that_of_seed_003():
         scaling.target_weight.fill_(0.9)
         scaling.log_scale.fill_(0.2)
     x, _ = clips(rms_in=3.0)
-    output, mixed_rms, wanted, applied = scaling(x, torch.tensor([5.0, 6.0]), torch.tensor([2.0, 1.0]))
+    output, rms_before_scaling, wanted, applied = scaling(x, torch.tensor([5.0, 6.0]), torch.tensor([2.0, 1.0]))
     by_hand = torch.tensor([0.3 * 5 + 0.9 * 2, 0.3 * 6 + 0.9 * 1]) / 1.2 / 3 * math.exp(0.2)
     torch.testing.assert_close(wanted, by_hand, rtol=1e-5, atol=0)
     assert torch.equal(applied, wanted)
-    torch.testing.assert_close(mixed_rms, torch.full((2,), 3.0))
+    torch.testing.assert_close(rms_before_scaling, torch.full((2,), 3.0))
     torch.testing.assert_close(output, x * by_hand[:, None, None])
     output.square().sum().backward()
     assert all(p.grad.abs() > 1e-3 for p in (scaling.log_scale, scaling.input_weight, scaling.target_weight))
@@ -395,8 +395,8 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_cascade):
     for i, alone in enumerate((quiet, loud)):
         output, own = cascade(*alone)
         assert relative_error(both[i : i + 1], output) < 1e-5
-        assert traces[1].wanted_factor[i].item() == pytest.approx(own[1].wanted_factor.item(), rel=1e-5)
-    assert traces[1].wanted_factor[0] != pytest.approx(traces[1].wanted_factor[1].item(), rel=1e-2)
+        assert traces[1].target_scale[i].item() == pytest.approx(own[1].target_scale.item(), rel=1e-5)
+    assert traces[1].target_scale[0] != pytest.approx(traces[1].target_scale[1].item(), rel=1e-2)
 
 
 def test_the_trace_carries_no_gradient(tiny_cascade):
@@ -661,7 +661,7 @@ def test_mixing_gain_and_their_trace_by_hand(tiny_cascade, residual_source, weig
     torch.testing.assert_close(output, mixed, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(trace.projection_rms.double(), true_rms(projection), rtol=1e-5, atol=0)
     torch.testing.assert_close(trace.residual_rms.double(), true_rms(residual), rtol=1e-5, atol=0)
-    torch.testing.assert_close(trace.mixed_rms.double(), true_rms(mixed), rtol=1e-5, atol=0)
+    torch.testing.assert_close(trace.rms_before_scaling.double(), true_rms(mixed), rtol=1e-5, atol=0)
     for b in range(3):
         p, r = projection[b].double().flatten(), residual[b].double().flatten()
         assert trace.alignment[b].item() == pytest.approx((p @ r / p.norm() / r.norm()).item(), abs=1e-5)
@@ -706,7 +706,7 @@ def test_preserving_mixing_keeps_the_rms_of_two_orthogonal_signals(tiny_cascade)
         names = ("input", "target", "noisy_input", "noisy_target")
         _, trace = stage(dict.fromkeys(names, residual))
         assert trace.alignment.item() == 0
-        assert trace.mixed_rms.item() == pytest.approx(trace.residual_rms.item(), rel=1e-6)
+        assert trace.rms_before_scaling.item() == pytest.approx(trace.residual_rms.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -780,7 +780,7 @@ def test_the_message_tells_stage_weight_predicted_rms_and_the_safe_weight():
         config = CascadeConfig.reference(3).with_stage(-1, residual_weight=0.1, residual_source="previous")
     (message,) = [str(item.message) for item in caught]
     found = config.predict_rms()[-1]
-    assert found.mixed_rms == pytest.approx(math.hypot(0.641, 0.57), abs=1e-3)
+    assert found.rms_before_scaling == pytest.approx(math.hypot(0.641, 0.57), abs=1e-3)
     assert "stage 2: residual_weight=0.1 " in message
     assert "predicted 0.86 before scaling, of 5.70 wanted" in message
     assert "the factor 6.6" in message
@@ -839,7 +839,7 @@ def test_training_does_not_cross_the_line(share):
         last = traces[-1]
         if share < 1:
             assert (last.clamped == 1).all()
-            assert (last.applied_factor == 1.5).all()
+            assert (last.applied_scale == 1.5).all()
             assert (last.output_rms < 0.9 * LATENT_RMS).all()
         else:
             assert (last.clamped == 0).all()

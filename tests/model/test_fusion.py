@@ -180,7 +180,7 @@ def test_residuals_and_wanted_rms_are_of_the_masked_latents(masking):
     torch.testing.assert_close(second.residual_rms.double(), true_rms(residual), rtol=1e-5, atol=0)
     goal = ((true_rms(input) ** 2 + true_rms(target) ** 2) / 2).sqrt()  # which the masks leave as they were
     for trace in fused.traces:
-        torch.testing.assert_close((trace.wanted_factor * trace.mixed_rms).double(), goal, rtol=1e-4, atol=0)
+        torch.testing.assert_close((trace.target_scale * trace.rms_before_scaling).double(), goal, rtol=1e-4, atol=0)
 
     unmasked = true_rms((input + target) / 2)
     if masking.masking == "constant":  # halves of both, brought back: the clips as they were
@@ -202,7 +202,7 @@ def test_a_clip_that_the_mask_leaves_out_altogether_counts_for_nothing():
     torch.testing.assert_close(fused.traces[0].residual_rms.double(), true_rms(input) / 2, rtol=1e-4, atol=0)
     goal = true_rms(input) / math.sqrt(2)  # of a clip and of silence
     for trace in fused.traces:
-        torch.testing.assert_close((trace.wanted_factor * trace.mixed_rms).double(), goal, rtol=1e-4, atol=0)
+        torch.testing.assert_close((trace.target_scale * trace.rms_before_scaling).double(), goal, rtol=1e-4, atol=0)
     assert torch.equal(model(input, 3 * target.flip(2), all_input).latents, fused.latents)
 
 

@@ -18,16 +18,16 @@ from lib.model.rms_law import (
     Mixture,
     initial_projection_rms,
     mean_of,
-    mixed_rms,
     predict_stage,
     preserving_weight,
+    rms_before_scaling,
     smallest_safe_weight,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::lib.model.cascade.CollapseWarning")  # many here collapse by design
 
 WEAK = {"residual_weight": 0.1, "residual_source": "previous"}
-MEASURED = ("projection_rms", "residual_rms", "mixed_rms", "wanted_factor", "applied_factor", "output_rms")
+MEASURED = ("projection_rms", "residual_rms", "rms_before_scaling", "target_scale", "applied_scale", "output_rms")
 
 
 def vectors(similarity: float, B: int = 2, T: int = 60, D: int = 128, seed: int = 0) -> list[torch.Tensor]:
@@ -86,16 +86,16 @@ def test_a_wider_stage_starts_higher_but_further_from_its_ceiling():
 
 @pytest.mark.parametrize("alignment", [-1.0, -0.4, 0.0, 0.3, 1.0])
 @pytest.mark.parametrize("weight", [0.0, 0.1, 0.7, -0.5])
-def test_mixed_rms_of_vectors_with_a_given_cosine(alignment, weight):
+def test_rms_before_scaling_of_vectors_with_a_given_cosine(alignment, weight):
     projection, residual, _ = vectors(alignment)
     projection, residual = 1.3 * projection, 5.7 * residual
     measured = rms_of(projection + weight * residual)
-    assert mixed_rms(1.3, 5.7, weight, alignment) == pytest.approx(measured, rel=1e-9)
-    assert mixed_rms(1.3, 5.7, weight) == pytest.approx(math.hypot(1.3, 5.7 * weight))
+    assert rms_before_scaling(1.3, 5.7, weight, alignment) == pytest.approx(measured, rel=1e-9)
+    assert rms_before_scaling(1.3, 5.7, weight) == pytest.approx(math.hypot(1.3, 5.7 * weight))
 
 
 def test_opposite_signals_of_equal_length_leave_nothing():
-    assert mixed_rms(0.3, 3.0, 0.1, -1.0) == pytest.approx(0.0, abs=1e-8)
+    assert rms_before_scaling(0.3, 3.0, 0.1, -1.0) == pytest.approx(0.0, abs=1e-8)
 
 
 def test_goal_is_the_root_mean_square_of_both():
@@ -167,7 +167,7 @@ def test_predictions_against_an_untrained_cascade(case):
             message = f"stage {i}: {name}"
             assert getattr(trace, name).mean().item() == pytest.approx(getattr(found, name), rel=tolerance), message
         assert trace.alignment.abs().max() < 0.1  # what the law assumes
-        assert (trace.clamped > 0).all() == (found.applied_factor != found.wanted_factor and case != "no RMS scaling")
+        assert (trace.clamped > 0).all() == (found.applied_scale != found.target_scale and case != "no RMS scaling")
 
 
 def test_predictions_follow_the_clips_own_similarity_and_rms():
@@ -191,15 +191,15 @@ def last_stage(weight: float, **changes):
 @pytest.mark.parametrize("preserving", [False, True])
 @pytest.mark.parametrize("clamp", [(0.7, 1.5), (0.5, 1.2), None])
 @pytest.mark.parametrize("gain", [1.0, 3.0])
-def test_at_the_smallest_safe_weight_the_wanted_factor_is_the_safe_one(preserving, clamp, gain):
+def test_at_the_smallest_safe_weight_the_target_scale_is_the_safe_one(preserving, clamp, gain):
     settings = {"preserving": preserving, "clamp": clamp, "gain": gain}
     safe = last_stage(0.1, **settings).smallest_safe_weight
     assert 0.1 < safe < 1
     at = last_stage(safe, **settings)
     assert at.safe_factor == (clamp[1] if clamp else SAFE_FACTOR)
-    assert at.wanted_factor == pytest.approx(at.safe_factor, rel=1e-6)
-    assert last_stage(safe - 1e-3, **settings).wanted_factor > at.safe_factor * (1 + 1e-4)
-    assert last_stage(safe + 1e-3, **settings).wanted_factor < at.safe_factor * (1 - 1e-4)
+    assert at.target_scale == pytest.approx(at.safe_factor, rel=1e-6)
+    assert last_stage(safe - 1e-3, **settings).target_scale > at.safe_factor * (1 + 1e-4)
+    assert last_stage(safe + 1e-3, **settings).target_scale < at.safe_factor * (1 - 1e-4)
 
 
 def test_the_smallest_safe_weight_does_not_depend_on_the_weight():
@@ -210,7 +210,7 @@ def test_the_smallest_safe_weight_does_not_depend_on_the_weight():
 def test_smallest_safe_weight_reaches_what_is_needed(preserving):
     weight = smallest_safe_weight(0.6, 5.7, 3.8, preserving=preserving)
     share = preserving_weight(weight) if preserving else 1.0
-    assert mixed_rms(share * 0.6, 5.7, weight) == pytest.approx(3.8, rel=1e-9)
+    assert rms_before_scaling(share * 0.6, 5.7, weight) == pytest.approx(3.8, rel=1e-9)
     assert smallest_safe_weight(3.8, 5.7, 3.8, preserving=preserving) == 0.0
     assert smallest_safe_weight(5.0, 5.7, 3.8, preserving=preserving) == 0.0  # the projection alone is enough
     assert smallest_safe_weight(0.6, 0.0, 3.8, preserving=preserving) == math.inf
@@ -226,7 +226,7 @@ def test_where_preserving_mixing_has_no_safe_weight():
 
 def test_preserving_weight_keeps_the_power_of_two_equal_signals():
     for weight in (0.0, 0.1, 0.6, 1.0):
-        assert mixed_rms(2.0 * preserving_weight(weight), 2.0, weight) == pytest.approx(2.0)
+        assert rms_before_scaling(2.0 * preserving_weight(weight), 2.0, weight) == pytest.approx(2.0)
 
 
 # --- the highest RMS before scaling -----------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ def test_preserving_weight_keeps_the_power_of_two_equal_signals():
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{}, {"projection_gain": 2.5}, {"mixing": "preserving", "projection_gain": 2.5}])
 @pytest.mark.parametrize("weight", [0.1, 0.5])
-def test_the_highest_mixed_rms_is_reached_and_not_passed(changes, weight):
+def test_the_highest_rms_before_scaling_is_reached_and_not_passed(changes, weight):
     """The worst case: a projection of rank one that turns what LayerNorm gives onto the residual. Biases are 0."""
     config = reference(2, num_layers=1).with_stage(
         -1, residual_weight=weight, residual_source="previous", clamp=None, **changes
@@ -252,7 +252,7 @@ def test_the_highest_mixed_rms_is_reached_and_not_passed(changes, weight):
     cascade(input, target)
     residual, frame = seen["residual"][0, :, 0], seen["norm"][0, 0]
 
-    highest = config.predict_rms()[-1].highest_mixed_rms
+    highest = config.predict_rms()[-1].highest_rms_before_scaling
     mixed = {}
     for name, matrix in (
         ("aligned", torch.outer(residual, frame)),
@@ -262,11 +262,11 @@ def test_the_highest_mixed_rms_is_reached_and_not_passed(changes, weight):
     ):
         last.output_projection.parametrizations.weight.original.copy_(matrix)
         last.train().eval()
-        mixed[name] = cascade(input, target)[1][-1].mixed_rms.item()
+        mixed[name] = cascade(input, target)[1][-1].rms_before_scaling.item()
     assert mixed["aligned"] == pytest.approx(highest, rel=1e-3)
     assert all(value < 0.99 * highest for name, value in mixed.items() if name != "aligned")
 
 
 def test_without_spectral_norm_nothing_bounds_the_projection():
-    assert last_stage(0.1, spectral_norm=False).highest_mixed_rms == math.inf
-    assert last_stage(0.1).highest_mixed_rms < math.inf
+    assert last_stage(0.1, spectral_norm=False).highest_rms_before_scaling == math.inf
+    assert last_stage(0.1).highest_rms_before_scaling < math.inf

@@ -299,7 +299,7 @@ def test_the_share_of_noise_is_told_where_there_can_be_noise(build):
 
 
 def test_every_stage_that_wants_a_large_factor_is_warned_of(build):
-    row = {"stage0/wanted_factor": 1.31, "stage1/wanted_factor": 1.3}
+    row = {"stage0/target_scale": 1.31, "stage1/target_scale": 1.3}
     assert build().warnings(row) == {0: "stage 0 wants the factor 1.31, above 1.3"}
     assert list(build().warnings(dict.fromkeys(row, 2.0))) == [0, 1]
 

@@ -10,7 +10,7 @@ from lib.training import plots
 
 def training_rows(num_stages: int = 2) -> list[dict]:
     """Metrics of three steps; every curve of every stage has values of its own."""
-    names = ("output_rms", "projection_rms", "wanted_factor", "applied_factor", "clamped", "mixed_rms")
+    names = ("output_rms", "projection_rms", "target_scale", "applied_scale", "clamped", "rms_before_scaling")
     rows = []
     for step in (1, 2, 5):
         row = {"step": step, "loss": 10.0 / step, "grad_norm": 2.0 * step, "masks/complementarity": 0.7 + 0.01 * step}
@@ -92,8 +92,8 @@ def test_stage_curves_plots_the_rows_given():
     for axes, label, key in (
         (left, "stage 1 output", "stage1/output_rms"),
         (left, "stage 1 projection", "stage1/projection_rms"),
-        (middle, "stage 0 wanted", "stage0/wanted_factor"),
-        (middle, "stage 1 applied", "stage1/applied_factor"),
+        (middle, "stage 0 wanted", "stage0/target_scale"),
+        (middle, "stage 1 applied", "stage1/applied_scale"),
         (right, "stage 0", "stage0/clamped"),
     ):
         assert curve(axes, label) == ([1, 2, 5], [row[key] for row in rows]), label
@@ -152,12 +152,12 @@ def test_the_dashboard_holds_every_stage():
     assert curve(norms, "before clipping") == ([1, 2, 5], [2.0, 4.0, 10.0])
     for stage in range(3):
         assert curve(levels, f"stage {stage} output")[1] == [row[f"stage{stage}/output_rms"] for row in rows]
-        assert curve(factors, f"stage {stage} wanted")[1] == [row[f"stage{stage}/wanted_factor"] for row in rows]
+        assert curve(factors, f"stage {stage} wanted")[1] == [row[f"stage{stage}/target_scale"] for row in rows]
 
 
 def test_the_dashboards_bands_are_what_the_claim_calls_healthy():
     rows = [
-        {"step": step, "grad_norm": 9.0, "stage0/wanted_factor": wanted, "stage0/mixed_rms": mixed}
+        {"step": step, "grad_norm": 9.0, "stage0/target_scale": wanted, "stage0/rms_before_scaling": mixed}
         for step, wanted, mixed in ((1, 2.0, 2.5), (2, 1.25, 4.0), (3, 4.0, 10.0))  # goals 5, 5 and an odd one of 40
     ]
     clamps = [(0.7, 1.5), None, (0.6, 1.8)]
@@ -194,7 +194,7 @@ def test_runs_side_by_side_show_the_last_stages_level():
         rows = training_rows(num_stages)
         for row in rows:
             for stage in range(num_stages):
-                row[f"stage{stage}/applied_factor"] = row["step"] * row[f"stage{stage}/wanted_factor"] * (stage + 1)
+                row[f"stage{stage}/applied_scale"] = row["step"] * row[f"stage{stage}/target_scale"] * (stage + 1)
         return {"train": rows, "val": val_rows()}
 
     losses, norms, levels = plots.runs_side_by_side({"two": run(2), "three": run(3)}).axes
@@ -212,7 +212,7 @@ def test_runs_side_by_side_show_the_last_stages_level():
 
 def test_runs_side_by_side_takes_more_runs_than_colours_and_what_is_missing():
     broken = training_rows()
-    broken[1] |= {"loss": None, "grad_norm": None, "stage1/wanted_factor": None}
+    broken[1] |= {"loss": None, "grad_norm": None, "stage1/target_scale": None}
     runs = {f"run {i}": RUN for i in range(6)} | {
         "broken": {"train": broken, "val": []},
         "new": {"train": [], "val": []},

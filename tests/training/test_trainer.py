@@ -170,10 +170,10 @@ def test_every_row_has_every_metric(start):
         "projection_rms",
         "residual_rms",
         "alignment",
-        "mixed_rms",
+        "rms_before_scaling",
         "output_rms",
-        "wanted_factor",
-        "applied_factor",
+        "target_scale",
+        "applied_scale",
         "clamped",
     )
     shared = {"split", "step", "loss", "loss/input_mse", "loss/target_mse"}
@@ -204,7 +204,7 @@ def test_gradient_norm_is_measured_before_clipping_and_clipping_takes_place(new_
     clipped = math.sqrt(sum(p.grad.double().square().sum().item() for p in trainer.learner.model.parameters()))
     assert clipped == pytest.approx(1e-3, rel=1e-3)
     assert row["stage1/output_rms"] == pytest.approx(traces[1].output_rms.mean().item(), rel=1e-5)
-    assert row["stage0/wanted_factor"] == pytest.approx(traces[0].wanted_factor.mean().item(), rel=1e-5)
+    assert row["stage0/target_scale"] == pytest.approx(traces[0].target_scale.mean().item(), rel=1e-5)
 
 
 def test_one_step_is_adamw(new_trainer, tiny_cascade):
@@ -241,10 +241,10 @@ def test_validation_is_the_mean_over_pairs_in_eval_mode(start, tiny_index):
         for input, target in (pairs[i] for i in range(len(pairs))):
             output, traces, _ = model(input[None], target[None])
             losses.append(0.3 * (output - input).square().mean() + 0.3 * (output - target).square().mean())
-            factors.append(traces[1].wanted_factor)
+            factors.append(traces[1].target_scale)
     (row,) = run.metrics("val")
     assert row["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
-    assert row["stage1/wanted_factor"] == pytest.approx(torch.stack(factors).mean().item(), rel=1e-5)
+    assert row["stage1/target_scale"] == pytest.approx(torch.stack(factors).mean().item(), rel=1e-5)
     unweighted = (torch.stack(losses[:8]).mean() + losses[8]) / 2
     assert abs(unweighted.item() / row["loss"] - 1) > 1e-4  # the tolerance tells a mean of batch means
 
@@ -280,8 +280,8 @@ def test_warns_once_a_stage_when_a_factor_passes_1_3(start, tiny_cascade, caplog
         run = start(cascade=weak, resume=True)
     assert not [record for record in caplog.records if record.name == "lib.training.trainer"]  # it remembers
     rows = run.metrics("train")
-    assert all(row["stage1/wanted_factor"] > 1.3 for row in rows)
-    assert all(row["stage0/wanted_factor"] < 1.3 for row in rows)
+    assert all(row["stage1/target_scale"] > 1.3 for row in rows)
+    assert all(row["stage0/target_scale"] < 1.3 for row in rows)
     assert all(row["stage1/clamped"] == 1.0 for row in rows)
 
 
