@@ -27,8 +27,7 @@ from lib.codec.codec import Codec, load_codec
 from lib.listening.render import follow_recipe
 from lib.model.fusion import FusionModel
 from lib.superres import mel
-from lib.superres.files import Restored, restore_file
-from lib.superres.resolver import Restoration, SuperResolver
+from lib.superres.resolver import Restoration, Restored, SuperResolver, restore_file
 from lib.training.run import Run
 from lib.util.ahead import map_ahead
 from lib.util.errors import UserError, exit_on_user_error

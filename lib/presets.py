@@ -12,8 +12,8 @@ from lib.lab.ablation import Plan
 from lib.lab.variants import SCHEDULED, chosen_variants
 from lib.model.cascade import CascadeConfig
 from lib.model.masks import MaskingConfig
-from lib.superres.plans import FULL_PLAN, SMALL_PLAN
-from lib.superres.plans import Plan as SuperresPlan
+from lib.superres.training import FULL_PLAN, SMALL_PLAN
+from lib.superres.training import Plan as SuperresPlan
 from lib.training.adversary import AdversaryConfig
 from lib.training.config import NESTED, TrainConfig
 from lib.training.curriculum import CurriculumConfig

@@ -20,7 +20,7 @@ from lib.data.pairs import Manifest, build_manifest, read_manifest
 from lib.lab.ablation import Plan, Result, read_record, run_plan
 from lib.lab.variants import NAMED, Variant
 from lib.presets import Preset
-from lib.superres.data import Library, read_library
+from lib.superres.degradation import Library, read_library
 from lib.superres.evaluation import Score, read_scores
 from lib.util.errors import UserError
 from lib.util.files import make_folder, write_atomic

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lib.record
-import lib.superres.plans
+import lib.superres.training
 from lib.lab.ablation import read_record
 from lib.lab.claims import CLAIMS, VERDICTS, judge
 from lib.lab.variants import SCHEDULED
@@ -386,7 +386,7 @@ def test_the_super_resolver_is_trained_for_as_long_as_the_record_says(monkeypatc
         return Evaluation((Score("model", cutoffs[0], 3, 2, pair, pair, guided, pair, pair),), {})
 
     monkeypatch.setattr(lib.record, "train_vae", train_vae)
-    monkeypatch.setattr(lib.superres.plans.Plan, "compare_contexts", compare_contexts)
+    monkeypatch.setattr(lib.superres.training.Plan, "compare_contexts", compare_contexts)
     monkeypatch.setattr(lib.record, "SuperResolver", lambda folder, diffusion: folder)
     monkeypatch.setattr(lib.record, "evaluate", evaluate)
     project = type("Project", (), {"out_dir": tmp_path, "upper_band": lambda self: ("the library", "songs")})()

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from lib.superres.files import Restored, restore_file, restore_folder
 from lib.superres.mel import SAMPLE_RATE
-from lib.superres.resolver import VOCODERS, Restoration, SuperResolver
+from lib.superres.resolver import VOCODERS, Restoration, Restored, SuperResolver, restore_file, restore_folder
 from lib.util.errors import exit_on_user_error
 
 

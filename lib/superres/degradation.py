@@ -1,14 +1,23 @@
-"""How a clip is made to sound like a low-resolution one: a random low-pass filter, and a lower sample rate."""
+"""Training pairs: clips of music at 48 kHz, and the same clips without their upper band.
 
+A clip is degraded by a random low-pass filter and a lower sample rate.
+"""
+
+import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import signal
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from lib.audio.files import AUDIO_SUFFIXES, AudioError, check_audio, load_audio
 from lib.superres.mel import SAMPLE_RATE
 from lib.util.configs import check
+from lib.util.errors import UserError
 
 KINDS = ("butter", "cheby1", "ellip", "bessel")
 ORDERS = (2, 10)  # of one pass; it goes forth and back, which doubles it and leaves no delay
@@ -49,3 +58,107 @@ class Degradation:
         down = signal.resample_poly(samples, 2 * self.cutoff // GRID, SAMPLE_RATE // GRID, axis=-1)
         up = signal.resample_poly(down, SAMPLE_RATE // GRID, 2 * self.cutoff // GRID, axis=-1)
         return torch.from_numpy(np.ascontiguousarray(up[..., : wav.shape[-1]], dtype=np.float32))
+
+
+# --- training pairs ---------------------------------------------------------------------------------------------------
+
+
+LOWEST_RATE = 44_100  # Hz: below, a file has no upper band to learn from
+
+
+@dataclass(frozen=True)
+class Song:
+    """A file of good music. `length`: samples at 48 kHz."""
+
+    path: Path
+    length: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Library:
+    """The songs of a folder, split by file. `skipped`: file and reason of those that cannot be used."""
+
+    songs: dict[str, tuple[Song, ...]]  # 'train' and 'val'
+    skipped: tuple[tuple[Path, str], ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of what the songs hold and how they are split."""
+        content = {split: [song.sha256 for song in songs] for split, songs in self.songs.items()}
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 0.25) -> Library:
+    """Every usable song below `folder`, at least `clip_length` samples at 48 kHz long.
+
+    At least one song is for validation, and one for training; which ones depends on the files' content alone. Raises
+    `UserError` where fewer than two songs can be used.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name one with music at 44.1 kHz or more")
+    songs, skipped = {}, []
+    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file()):
+        try:
+            report = check_audio(path)
+            rate, length = report.info.sample_rate, report.info.samples_at(SAMPLE_RATE)
+            if rate < LOWEST_RATE:
+                raise AudioError(path, f"its rate is {rate} Hz, which holds no upper band; use 44.1 kHz or more")
+            if length < clip_length:
+                seconds = clip_length / SAMPLE_RATE
+                raise AudioError(path, f"shorter than a clip of {seconds:g} s; use longer music or shorter clips")
+            songs.setdefault(report.sha256, Song(path, length, report.sha256))  # copies count once
+        except AudioError as error:
+            skipped.append((path, error.problem))
+    if len(songs) < 2:
+        reasons = "; ".join(f"{path.name}: {problem}" for path, problem in skipped[:3])
+        raise UserError(f"{folder}: {len(songs)} usable song(s), two are needed ({reasons or 'no audio files'})")
+    ordered = [songs[key] for key in sorted(songs)]
+    held_out = min(max(1, round(val_fraction * len(ordered))), len(ordered) - 1)
+    return Library({"val": tuple(ordered[:held_out]), "train": tuple(ordered[held_out:])}, tuple(skipped))
+
+
+class Examples(Dataset):
+    """`examples[i]` is (clip `[1, N]`, the clip degraded `[1, N]`) at 48 kHz, float32.
+
+    Song, place and degradation are drawn from `seed`, split and `i` alone: an epoch in any order, or training that goes
+    on after a stop, sees the same. With `degradation` all clips get that one.
+    """
+
+    sample_rate = SAMPLE_RATE
+
+    def __init__(
+        self,
+        library: Library,
+        split: str,
+        count: int,
+        clip_length: int,
+        seed: int = 0,
+        degradation: Degradation | None = None,
+    ):
+        self.songs, self.count, self.clip_length, self.seed = library.songs[split], count, clip_length, seed
+        self.split, self.degradation = split, degradation
+        places = np.array([song.length - clip_length + 1 for song in self.songs], dtype=float)
+        self.shares = places / places.sum()  # every place in the music is as likely
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        song, generator = self._draw(i)
+        offset = int(generator.integers(song.length - self.clip_length + 1))
+        degradation = Degradation.draw(generator)
+        clip = load_audio(song.path, offset, self.clip_length, SAMPLE_RATE)
+        return clip, (self.degradation or degradation)(clip)
+
+    def song(self, i: int) -> Song:
+        """Where `examples[i]` is from."""
+        return self._draw(i)[0]
+
+    def _draw(self, i: int) -> tuple[Song, np.random.Generator]:
+        """The song, and the generator for what is drawn after it."""
+        if not 0 <= i < self.count:
+            raise IndexError(f"example {i} of {self.count}")
+        generator = np.random.default_rng([self.seed, self.split == "val", i])
+        return self.songs[generator.choice(len(self.songs), p=self.shares)], generator

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.superres.data import Examples, Library
-from lib.superres.degradation import Degradation
+from lib.superres.degradation import Degradation, Examples, Library
 from lib.superres.mel import N_FFT, bin_of, log_mel
 from lib.superres.resolver import Restoration, SuperResolver, join_bands
 from lib.superres.training import as_tuple

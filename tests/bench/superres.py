@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from measure import Run, alternate, device, precision, timed
 
+from lib.superres.audit import CLIP_FRAMES, count_costs, full_parts
 from lib.superres.diffusion import add_noise, sample
 from lib.superres.mel import MELS
-from lib.superres.sizes import CLIP_FRAMES, count_costs, full_parts
 from lib.superres.unet import Denoiser
 from lib.superres.vae import MelVae
 from lib.superres.vocoder import Vocoder

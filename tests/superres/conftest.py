@@ -10,7 +10,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from lib.superres.data import Library, read_library
+from lib.superres.degradation import Library, read_library
 from lib.superres.encoder import EncoderConfig
 from lib.superres.mel import SAMPLE_RATE
 from lib.superres.resolver import SuperResolver

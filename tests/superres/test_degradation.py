@@ -1,14 +1,17 @@
-"""Degradation: what is lost, what stays, where it stays, and what is drawn."""
+"""Degradations, and training pairs: what is lost, where it is, which songs are used, what an example depends on."""
 
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
-from lib.superres.degradation import GRID, HIGHEST, KINDS, LOWEST, ORDERS, Degradation
+from lib.audio.files import load_audio
+from lib.superres.degradation import GRID, HIGHEST, KINDS, LOWEST, ORDERS, Degradation, Examples, Library, read_library
 from lib.util.errors import UserError
-from superres.conftest import band, decibels, white
+from superres.conftest import CLIP, band, decibels, white, write_music
 
 CUTOFFS = (2_000, 4_750, 8_000, 16_000)
 EVERY = [(None, 8), *((kind, order) for kind in KINDS for order in ORDERS)]
@@ -98,3 +101,167 @@ def test_the_same_seed_draws_the_same():
 def test_impossible_fields_are_refused(fields, words):
     with pytest.raises(UserError, match=words):
         Degradation(**fields)
+
+
+# --- training pairs ---------------------------------------------------------------------------------------------------
+
+
+def split_of(library: Library) -> dict[str, list[str]]:
+    return {split: [song.sha256 for song in songs] for split, songs in library.songs.items()}
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """A folder of eight short songs, of two rates, one in a subfolder."""
+    folder = tmp_path_factory.mktemp("eight")
+    for seed in range(8):
+        name = f"more/{seed}.flac" if seed == 7 else f"{seed}.wav"
+        write_music(folder / name, 0.2 + 0.02 * seed, seed, 44_100 if seed % 2 else 48_000, 1 + seed % 2)
+    return folder
+
+
+# --- the library ------------------------------------------------------------------------------------------------------
+
+
+def test_every_song_is_in_one_split_with_its_length_at_48_khz(eight):
+    library = read_library(eight, CLIP)
+    assert {split: len(songs) for split, songs in library.songs.items()} == {"train": 6, "val": 2}
+    songs = [song for songs in library.songs.values() for song in songs]
+    assert {song.path for song in songs} == {p for p in eight.rglob("*") if p.is_file()}
+    assert library.skipped == ()
+    for song in songs:
+        assert song.length == load_audio(song.path, sample_rate=48_000).shape[1]
+
+
+def test_the_split_depends_on_content_alone(eight, tmp_path):
+    names = ["z", "y", "x", "w", "a", "b", "c", "ä ö"]
+    for name, path in zip(names, sorted(p for p in eight.rglob("*") if p.is_file()), strict=True):
+        (tmp_path / name).mkdir()
+        shutil.copy(path, tmp_path / name / f"{name}{path.suffix}")
+    library, renamed = read_library(eight, CLIP), read_library(tmp_path, CLIP)
+    assert split_of(library) == split_of(renamed)
+    assert library.fingerprint == renamed.fingerprint
+    for i, path in enumerate(sorted(p for p in tmp_path.rglob("*") if p.is_file())[:4]):  # copies count once
+        shutil.copy(path, tmp_path / f"copy {i}{path.suffix}")
+    assert split_of(read_library(tmp_path, CLIP)) == split_of(library)
+    write_music(tmp_path / "new.wav", 0.3, seed=99)
+    assert read_library(tmp_path, CLIP).fingerprint != library.fingerprint
+    assert read_library(eight, CLIP, val_fraction=0.5).fingerprint != library.fingerprint
+
+
+@pytest.mark.parametrize(("fraction", "held_out"), [(0.0, 1), (0.01, 1), (0.25, 2), (0.5, 4), (0.99, 7), (1.0, 7)])
+def test_each_split_has_a_song(eight, fraction, held_out):
+    assert len(read_library(eight, CLIP, val_fraction=fraction).songs["val"]) == held_out
+
+
+def test_what_cannot_be_used_is_listed_with_its_reason(eight, tmp_path):
+    for i in range(2):
+        shutil.copy(eight / f"{i}.wav", tmp_path)
+    write_music(tmp_path / "telephone.wav", 0.5, 50, 44_099)
+    write_music(tmp_path / "short.wav", 0.159, 51)
+    soundfile.write(tmp_path / "silent.wav", np.zeros(20_000), 48_000)
+    (tmp_path / "damaged.wav").write_bytes((eight / "2.wav").read_bytes()[:-3_000])
+    (tmp_path / "text.mp3").write_text("no music")
+    (tmp_path / "notes.txt").write_text("no audio file by its name")
+    library = read_library(tmp_path, CLIP)
+    assert {song.path.name for songs in library.songs.values() for song in songs} == {"0.wav", "1.wav"}
+    reasons = {path.name: reason for path, reason in library.skipped}
+    assert set(reasons) == {"telephone.wav", "short.wav", "silent.wav", "damaged.wav", "text.mp3"}
+    assert "44099 Hz, which holds no upper band; use 44.1 kHz or more" in reasons["telephone.wav"]
+    assert "shorter than a clip of 0.16 s; use longer music" in reasons["short.wav"]
+    assert "silent" in reasons["silent.wav"]
+    assert "truncated" in reasons["damaged.wav"]
+    assert "not audio" in reasons["text.mp3"]
+
+
+def test_a_song_as_long_as_a_clip_will_do(tmp_path):
+    for seed in range(2):
+        write_music(tmp_path / f"{seed}.wav", CLIP / 48_000, seed)
+    library = read_library(tmp_path, CLIP)
+    assert Examples(library, "val", 1, CLIP)[0][0].shape == (1, CLIP)
+
+
+def test_fewer_than_two_songs_are_refused(eight, tmp_path):
+    with pytest.raises(UserError, match=r"none: no such folder; name one with music at 44.1 kHz or more"):
+        read_library(tmp_path / "none", CLIP)
+    with pytest.raises(UserError, match=r"0 usable song\(s\), two are needed \(no audio files\)"):
+        read_library(tmp_path, CLIP)
+    shutil.copy(eight / "0.wav", tmp_path)
+    shutil.copy(eight / "0.wav", tmp_path / "copy.wav")
+    write_music(tmp_path / "short.wav", 0.1)
+    with pytest.raises(UserError, match=r"1 usable song\(s\), two are needed \(short.wav: shorter than a clip"):
+        read_library(tmp_path, CLIP)
+
+
+# --- examples ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_example_depends_on_seed_split_and_number_alone(eight):
+    library = read_library(eight, CLIP)
+    examples = Examples(library, "train", 12, CLIP, seed=3)
+    forth = [examples[i] for i in range(12)]
+    again = Examples(library, "train", 1_000, CLIP, seed=3)  # as many as you like
+    for i in (11, 3, 0, 3):
+        assert all(torch.equal(a, b) for a, b in zip(forth[i], again[i], strict=True))
+    others = [Examples(library, "train", 1, CLIP, seed=4)[0], Examples(library, "val", 1, CLIP, seed=3)[0], *forth[1:]]
+    for clip, low in others:
+        assert not torch.equal(clip, forth[0][0])
+        assert not torch.equal(low, forth[0][1])
+    for bad in (-1, 12):
+        for asked in (examples.__getitem__, examples.song):
+            with pytest.raises(IndexError):
+                asked(bad)
+
+
+def test_the_split_is_part_of_what_is_drawn_from(library):
+    both = Library(dict.fromkeys(("train", "val"), library.songs["train"]), ())
+    train, val = (Examples(both, split, 8, CLIP)[0][0] for split in ("train", "val"))
+    assert not torch.equal(train, val)
+
+
+def test_a_clip_and_its_degraded_one_belong_together(library):
+    examples = Examples(library, "train", 20, CLIP)
+    for clip, low in (examples[i] for i in range(20)):
+        assert clip.shape == low.shape == (1, CLIP)
+        assert clip.dtype == low.dtype == torch.float32
+        assert decibels(band(low - clip, 50, 200), band(clip, 50, 200)) < -20  # every cutoff is above
+        assert decibels(band(low, 19_000), band(clip, 19_000)) < -30
+
+
+def test_a_given_degradation_is_that_of_all(library):
+    drawn, fixed = (Examples(library, "val", 6, CLIP, degradation=d) for d in (None, Degradation(4_000)))
+    for i in range(6):
+        clip, low = fixed[i]
+        assert torch.equal(clip, drawn[i][0])  # the clip is the same
+        assert torch.equal(low, Degradation(4_000)(clip))
+
+
+def test_degradations_vary(library):
+    examples = Examples(library, "train", 16, CLIP)
+    edges = []
+    for i in range(16):
+        clip, low = examples[i]
+        lost = [decibels(band(low, f, f + 1_000), band(clip, f, f + 1_000)) < -20 for f in range(1_000, 20_000, 1_000)]
+        edges.append(lost.index(True))
+    assert len(set(edges)) > 5
+
+
+def test_clips_are_what_lies_at_a_place_in_their_song_and_come_from_everywhere(tmp_path):
+    """Songs whose samples say where they are: the clip's first sample is its offset."""
+    lengths = {"a.wav": CLIP + 3, "b.wav": CLIP + 12, "c.wav": CLIP + 7}
+    for number, (name, length) in enumerate(lengths.items()):
+        soundfile.write(tmp_path / name, (np.arange(length) + 20_000 * (number + 1)) / 2**17, 48_000, subtype="DOUBLE")
+    library = read_library(tmp_path, CLIP)
+    examples = Examples(library, "train", 400, CLIP, degradation=Degradation(24_000))
+    seen = []
+    for clip, _ in (examples[i] for i in range(400)):
+        places = (clip[0].double() * 2**17).round()
+        assert torch.equal(places.diff(), torch.ones(CLIP - 1, dtype=torch.double))
+        seen.append(int(places[0]))
+    assert [f"{'abc'[place // 20_000 - 1]}.wav" for place in seen] == [examples.song(i).path.name for i in range(400)]
+    expected = []
+    for song in library.songs["train"]:
+        number = "abc".index(song.path.stem) + 1
+        expected += [20_000 * number + place for place in range(song.length - CLIP + 1)]
+    assert sorted(set(seen)) == sorted(expected)  # every place that a clip fits in, the last one too, and no other
+    assert max(seen.count(place) for place in expected) < 5 * 400 / len(expected)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lib.superres import evaluation
-from lib.superres.data import Examples
-from lib.superres.degradation import Degradation
+from lib.superres.degradation import Degradation, Examples
 from lib.superres.evaluation import (
     CUTOFFS,
     FLOOR,

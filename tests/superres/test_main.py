@@ -10,8 +10,7 @@ import torch
 
 from lib.audio.files import load_audio, probe_audio, save_audio
 from lib.superres import __main__ as command
-from lib.superres.files import Restored
-from lib.superres.resolver import Restoration
+from lib.superres.resolver import Restoration, Restored
 from superres.conftest import NoiseResolver, band, white
 
 Result = tuple[int, str, str]

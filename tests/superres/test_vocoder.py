@@ -1,4 +1,6 @@
-"""The vocoder's lengths and its folded weights; the phases that need no parameters."""
+"""The vocoder's lengths, folded weights and phases; what each discriminator's logit sees, and the losses by hand."""
+
+import itertools
 
 import pytest
 import torch
@@ -6,7 +8,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lib.superres.mel import bin_of, inverse_spectrum, log_mel, magnitudes_of, spectrum
-from lib.superres.vocoder import Vocoder, VocoderConfig, griffin_lim
+from lib.superres.vocoder import (
+    Discriminators,
+    PeriodDiscriminator,
+    Vocoder,
+    VocoderConfig,
+    discriminator_loss,
+    feature_distance,
+    generator_loss,
+    griffin_lim,
+    judge,
+    judge_both,
+)
 
 TINY = VocoderConfig(channels=32, resblock_kernels=(3, 5), dilations=(1, 2))
 CUTOFF = bin_of(6000)
@@ -167,3 +180,163 @@ def test_more_iterations_give_a_more_consistent_spectrum(clip, known):
     errors = [inconsistency(iterations) for iterations in (0, 2, 8, 32)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.25 < 0.5 < errors[0]
+
+
+# --- discriminators ---------------------------------------------------------------------------------------------------
+
+
+PERIODS = (2, 3, 5, 7, 11)
+
+
+def waveforms(N: int, B: int = 2, seed: int = 1) -> torch.Tensor:
+    return torch.randn(B, 1, N, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny() -> Discriminators:
+    torch.manual_seed(0)
+    return Discriminators(period_channels=2, scale_channels=16)
+
+
+# --- maps -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N", [960, 997, 1001])
+def test_shapes_for_lengths_that_no_period_divides(N):
+    judgements = tiny()(waveforms(N))
+    assert len(judgements) == 8
+    for period, (logits, features) in zip(PERIODS, judgements, strict=False):
+        length, lengths = -(-N // period), []
+        for stride in (3, 3, 3, 3, 1):
+            length = (length + 4 - 5) // stride + 1
+            lengths.append(length)
+        widths = (2, 8, 32, 64, 64)
+        assert [f.shape for f in features] == [(2, w, n, period) for w, n in zip(widths, lengths, strict=True)]
+        assert logits.shape == (2, lengths[-1] * period)
+    for i, (logits, features) in enumerate(judgements[5:]):
+        length, lengths = N if i == 0 else N // 2 + 1 if i == 1 else (N // 2 + 1) // 2 + 1, []
+        for stride in (1, 2, 2, 4, 4, 1, 1):
+            length = (length - 1) // stride + 1
+            lengths.append(length)
+        widths = (16, 16, 32, 64, 128, 128, 128)
+        assert [f.shape for f in features] == [(2, w, n) for w, n in zip(widths, lengths, strict=True)]
+        assert logits.shape == (2, lengths[-1])
+
+
+def test_parameters_of_the_papers_sizes():
+    def weights(modules):
+        """Of the convolutions themselves, without the lengths of weight normalisation."""
+        return sum(m.weight.numel() + m.bias.numel() for d in modules for m in (*d.layers, d.last))
+
+    with torch.device("meta"):
+        discriminators = Discriminators()
+        periods, scales = weights(discriminators.periods), weights(discriminators.scales)
+    widths = (1, 32, 128, 512, 1024, 1024)
+    a_period = sum(5 * a * b + b for a, b in itertools.pairwise(widths)) + 3 * 1024 + 1
+    a_scale = (15 * 128 + 128) + (41 * 32 * 128 + 128) + (41 * 8 * 256 + 256) + (41 * 16 * 512 + 512)
+    a_scale += (41 * 32 * 1024 + 1024) + (41 * 64 * 1024 + 1024) + (5 * 1024 * 1024 + 1024) + (3 * 1024 + 1)
+    assert (periods, scales) == (5 * a_period, 3 * a_scale)
+    assert round((periods + scales) / 1e6, 1) == 70.7
+
+
+def test_feature_maps_are_those_after_the_leaky_rectifier():
+    layers, last = nn.ModuleList([nn.Identity(), nn.Flatten(1)]), nn.Linear(3, 1, bias=False)
+    nn.init.ones_(last.weight)
+    logits, features = judge(torch.tensor([[[1.0, -1.0, -2.0]]]), layers, last)
+    torch.testing.assert_close(features[0], torch.tensor([[[1.0, -0.1, -0.2]]]))
+    torch.testing.assert_close(features[1], torch.tensor([[1.0, -0.01, -0.02]]))
+    torch.testing.assert_close(logits, torch.tensor([[0.97]]))
+
+
+# --- what a logit sees ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("period", PERIODS)
+def test_a_column_sees_every_period_th_sample_and_no_other(period):
+    torch.manual_seed(0)
+    discriminator, wav = PeriodDiscriminator(period, 2), waveforms(period * 100, B=1).requires_grad_()
+    columns = discriminator(wav)[0].unflatten(1, (-1, period))[0].square().sum(0)
+    for c, column in enumerate(columns):
+        (gradient,) = torch.autograd.grad(column, wav, retain_graph=True)
+        of_classes = gradient[0, 0].abs().unflatten(0, (100, period))
+        assert of_classes[:, c].min() > 0
+        of_classes[:, c] = 0
+        assert of_classes.max() == 0
+
+
+@pytest.mark.parametrize("period", PERIODS)
+def test_an_incomplete_last_row_is_filled_by_reflection(period):
+    torch.manual_seed(0)
+    discriminator, wav = PeriodDiscriminator(period, 2), waveforms(100 * period + 1)
+    missing = period - 1
+    filled = torch.cat([wav, wav[..., -1 - missing : -1].flip(2)], dim=2)
+    torch.testing.assert_close(discriminator(wav)[0], discriminator(filled)[0], rtol=0, atol=0)
+
+
+def test_scales_see_the_mean_of_pairs_and_of_pairs_of_those():
+    discriminators, wav = tiny().eval(), waveforms(640)
+    smooth = nn.functional.pad(wav, (2, 2)).unfold(2, 4, 2).mean(3)
+    smoother = nn.functional.pad(smooth, (2, 2)).unfold(2, 4, 2).mean(3)
+    judgements = discriminators(wav)[5:]
+    for (logits, features), scale, x in zip(judgements, discriminators.scales, (wav, smooth, smoother), strict=True):
+        expected, of_x = scale(x)
+        torch.testing.assert_close(logits, expected)
+        torch.testing.assert_close(features[0], of_x[0])  # where the edges still show
+
+
+def test_first_scale_has_spectral_norm_and_the_others_lengths():
+    discriminators = tiny()
+    for _ in range(20):
+        discriminators(waveforms(160))  # a step of the power method each
+    first = discriminators.eval().scales[0]
+    for layer in (*first.layers, first.last):
+        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.05)
+    others = [*discriminators.periods, *discriminators.scales[1:]]
+    lengths = [layer.parametrizations.weight.original0 for d in others for layer in (*d.layers, d.last)]
+    assert all(length.shape[1:].numel() == 1 for length in lengths)
+
+
+@pytest.mark.parametrize("N", [640, 653])
+def test_gradients_reach_every_sample_and_every_parameter(N):
+    discriminators, wav = tiny(), waveforms(N).requires_grad_()
+    judgements = discriminators(wav)
+    for logits, _ in judgements:
+        (gradient,) = torch.autograd.grad(logits[0].square().sum(), wav, retain_graph=True)
+        assert gradient[0].abs().min() > 0
+        assert gradient[1].abs().max() == 0  # each waveform is judged alone
+    sum(logits.square().sum() for logits, _ in judgements).backward()
+    assert all(p.grad.abs().max() > 0 for p in discriminators.parameters())
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def judgements(*numbers: tuple[list[float], list[list[float]]]):
+    return [(torch.tensor(logits), [torch.tensor(f) for f in features]) for logits, features in numbers]
+
+
+def test_losses_by_hand():
+    real = judgements(([1.0, 3.0], [[1.0, 2.0], [0.0]]), ([0.0], [[4.0]]))
+    made = judgements(([0.0, 2.0], [[3.0, 1.0], [-1.0]]), ([-1.0], [[4.5]]))
+    # (0 + 4)/2 + (0 + 4)/2, and 1 + 1
+    assert discriminator_loss(real, made).item() == 6
+    # (1 + 1)/2, and 4
+    assert generator_loss(made).item() == 5
+    # (2 + 1)/2 + 1, and 1/2
+    assert feature_distance(real, made).item() == 3
+    perfect = judgements(([1.0], [[]])), judgements(([0.0], [[]]))
+    assert discriminator_loss(*perfect) == 0
+    assert generator_loss(perfect[0]) == 0
+    with pytest.raises(ValueError, match="shorter"):
+        discriminator_loss(real, made[:1])
+
+
+def test_both_in_one_pass_are_each_alone_in_this_order():
+    discriminators = tiny().eval()
+    real, made = waveforms(320, B=2), waveforms(320, B=3, seed=2)
+    of_real, of_made = judge_both(discriminators, real, made)
+    for both, alone in ((of_real, discriminators(real)), (of_made, discriminators(made))):
+        for (logits, features), (own_logits, own_features) in zip(both, alone, strict=True):
+            torch.testing.assert_close(logits, own_logits, atol=1e-5, rtol=1e-4)
+            for feature, own in zip(features, own_features, strict=True):
+                torch.testing.assert_close(feature, own, atol=1e-5, rtol=1e-4)
+    assert (of_real[0][0] - of_made[0][0][:2]).abs().max() > 1e-3
