@@ -39,7 +39,7 @@ from lib.report.page import write_notebook_page
 from lib.report.report import FIRST, write_report
 from lib.training.run import Run
 from lib.util.errors import UserError, exit_on_user_error
-from lib.util.files import file_sha256, make_folder, write_atomic
+from lib.util.files import file_sha256, make_folder, read_json, write_atomic
 from lib.util.provenance import code_fingerprint
 
 NOTEBOOKS = (
@@ -264,10 +264,9 @@ def write_mark(out: Path, name: str, content: dict[str, Any]) -> None:
 
 def read_mark(out: Path, name: str) -> dict[str, Any]:
     """What the mark says; empty where there is none, or none that can be read."""
-    try:
-        return dict(json.loads(mark_path(out, name).read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
+    with contextlib.suppress(UserError):
+        return read_json(mark_path(out, name))
+    return {}
 
 
 def notebook_path(name: str) -> Path:

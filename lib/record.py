@@ -46,7 +46,7 @@ from lib.superres.evaluation import evaluate, write_scores
 from lib.superres.resolver import Restoration, SuperResolver
 from lib.superres.training import train_vae
 from lib.util.errors import UserError, exit_on_user_error
-from lib.util.files import write_atomic
+from lib.util.files import read_json, write_atomic
 from lib.util.provenance import versions
 
 FIGURES = ("listening_0", "grid", "collapse")  # that the README shows
@@ -140,7 +140,7 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, folder: P
     out = run_notebooks(preset_name, overrides, data_dir, resume=True).parent
     for name in FIGURES:
         shutil.copyfile(out / "figures" / f"{name}.png", folder / f"{name}.png")
-    summary = json.loads((out / "summary.json").read_text())
+    summary = read_json(out / "summary.json", {"facts": dict})
     summary["facts"].pop("code", None)  # record.json says it
     write_json(folder / "summary.json", summary)
     claims = with_untested(collect(sections(out)))
@@ -158,7 +158,7 @@ def record_bench(folder: Path) -> None:
     if not (bench / "bench.md").exists():
         say("speed beside the stock build")
         subprocess.run([sys.executable, "tests/bench", *BENCH_PARTS, "--out", str(bench)], cwd=ROOT, check=True)
-    found = json.loads((bench / "bench.json").read_text())
+    found = read_json(bench / "bench.json", {"machine": dict})
     found["machine"] = {name: value for name, value in found["machine"].items() if name not in versions()}
     write_json(folder / "bench.json", found)
 
@@ -294,7 +294,7 @@ def found_in(out: Path) -> dict[str, Any]:
     gained = rows_with(tables, "cutoff", GAIN)
     claims = {f"{row['claim']}: {row['said']}": row["verdict"] for row in collect(stored)}
     pairs = (out / "manifest.jsonl").read_text().split("\n", 1)[1]  # after the header, which names the folder
-    upper_band = json.loads((out / "superres" / "vae" / "config.json").read_text())["data"]  # songs and their split
+    upper_band = read_json(out / "superres" / "vae" / "config.json")["data"]  # songs and their split
     return {
         "pairs": hashlib.sha256((pairs + upper_band).encode()).hexdigest()[:16],
         "merit": merits,

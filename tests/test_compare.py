@@ -342,7 +342,7 @@ def without_codec(run: Path) -> None:
 
 
 SPOILED = {
-    without_manifest: r"spoiled/manifest\.jsonl: cannot be read \(No such file.*\); build the manifest again",
+    without_manifest: r"spoiled/manifest\.jsonl: no such file; build the manifest again",
     without_checkpoint: r"spoiled/best: no checkpoint here; train this run first",
     damaged: r"best/model\.safetensors: truncated or changed since it was written; .*train again",
     without_codec: r"spoiled/config\.json: names no codec; give a run that this project trained",

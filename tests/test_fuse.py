@@ -486,7 +486,7 @@ def test_a_recipe_that_cannot_be_followed_is_one_line(tmp_path, recipe, call):
 
     for damaged in ("", "{", text[: len(text) // 2], "[]"):
         recipe.write_text(damaged)
-        fails(recipe, "not a recipe, or damaged.*; name the .json beside a saved .wav")
+        fails(recipe, "damaged.*; name the .json beside a saved .wav")
     recipe.write_text(text)
     with open(tmp_path / "b.flac", "ab") as file:
         file.write(b"\0")
@@ -494,9 +494,9 @@ def test_a_recipe_that_cannot_be_followed_is_one_line(tmp_path, recipe, call):
     (tmp_path / "b.flac").unlink()
     fails(recipe, "its target .*b.flac is not there; put the file back")
     recipe.unlink()
-    fails(recipe, "no such recipe; check the path")
+    fails(recipe, "no such file; name the .json beside a saved .wav")
     recipe.mkdir()
-    fails(recipe, "cannot be read (Is a directory); name the .json beside a saved .wav")
+    fails(recipe, "cannot be read (Is a directory); check the path")
 
 
 def test_a_recipe_is_never_written_over_its_own_clips(tmp_path, recipe, call):

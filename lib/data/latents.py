@@ -39,7 +39,7 @@ from lib.audio.files import load_audio
 from lib.codec.codec import Codec
 from lib.data.manifest import Clip, Manifest
 from lib.util.errors import UserError
-from lib.util.files import TEMPORARY, file_sha256, write_atomic
+from lib.util.files import TEMPORARY, file_sha256, read_json, write_atomic
 from lib.util.provenance import code_fingerprint
 from lib.util.threads import torch_threads
 
@@ -159,13 +159,11 @@ def _find_shards(store: Path, clips: dict[str, Clip], pool: Executor) -> tuple[l
     for path in sorted(store.glob("*.json")):
         if path.name.startswith("index-"):
             continue
-        try:
+        with contextlib.suppress(UserError):  # where the sidecar is damaged the rows are unknown: they count as missing
             sidecar = _read_checked(path)
-        except (OSError, ValueError):
-            continue  # its rows are unknown: they count as missing
-        shard = _Shard(path.stem, tuple(sidecar["keys"]), tuple(sidecar["crc32"]))
-        if not clips.keys().isdisjoint(shard.keys):
-            shards.append(shard)
+            shard = _Shard(path.stem, tuple(sidecar["keys"]), tuple(sidecar["crc32"]))
+            if not clips.keys().isdisjoint(shard.keys):
+                shards.append(shard)
     checks = pool.map(lambda shard: _is_intact(store / f"{shard.sha256}.npy", shard.sha256), shards)
     intact = list(tqdm(checks, total=len(shards), desc="checking shards", disable=len(shards) < 8))
     return (
@@ -266,10 +264,10 @@ def write_checked(path: Path, facts: dict) -> None:
 
 
 def _read_checked(path: Path) -> dict:
-    """What `write_checked` wrote. Raises `OSError`, or `ValueError` where it is something else."""
-    facts = json.loads(path.read_text())
-    if not isinstance(facts, dict) or facts.pop("checksum", None) != _checksum(facts):
-        raise ValueError("its checksum is wrong")
+    """What `write_checked` wrote; `UserError` where it is missing or something else."""
+    facts = read_json(path, fix=AGAIN)
+    if facts.pop("checksum", None) != _checksum(facts):
+        raise UserError(f"{path}: damaged (its checksum is wrong); {AGAIN}")
     return facts
 
 
@@ -307,12 +305,7 @@ class LatentPairs(Dataset):
     def __init__(self, index_path: str | Path, split: str, codec_fingerprint: str | None = None):
         self._arguments = (index_path, split, codec_fingerprint)
         path = Path(index_path)
-        try:
-            index = _read_checked(path)
-        except OSError as error:
-            raise UserError(f"{path}: no index to read ({error.strerror}); encode the manifest first") from error
-        except ValueError as error:
-            raise UserError(f"{path}: damaged index ({error}); {AGAIN}") from error
+        index = _read_checked(path)
         self.codec, self.fingerprint = index["codec"], index["fingerprint"]
         self.dim, self.frames = index["dim"], index["frames"]
         self.clip_length, self.sample_rate = index["clip_length"], index["sample_rate"]

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lib.util.errors import UserError
-from lib.util.files import write_atomic
+from lib.util.files import naming, read_json, read_json_lines, write_atomic
 
 MODES = ("auto", "named", "continuation", "cross", "both")
 SPLITS = ("train", "val")
 MANIFEST_VERSION = 1
+AGAIN = "build the manifest again"
 
 
 @dataclass(frozen=True)
@@ -71,28 +72,20 @@ class Manifest:
 def read_manifest(path: str | Path) -> Manifest:
     """Read what `build_manifest` wrote. Raises `UserError` with file and line if it is missing or damaged."""
     path = Path(path)
-    again = "build the manifest again"
-    number, pairs = 1, []
-    try:
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
-        first, *lines = text.removesuffix("\n").split("\n")  # not splitlines: names may hold U+2028 and the like
-        header = json.loads(first)
+    header, *rows = read_json_lines(path, fix=AGAIN, errors="surrogateescape") or [{}]
+    pairs = []
+    for number, row in enumerate(rows, 2):
+        with naming(f"{path}, line {number}", AGAIN):
+            pairs.append(_pair_from_json(row))
+    with naming(f"{path}, line 1", AGAIN):
         if header["version"] != MANIFEST_VERSION:
             raise ValueError(f"version {header['version']!r} is not {MANIFEST_VERSION}")
         fields = {name: header[name] for name in ("clip_length", "sample_rate", "seed")}
         if not all(type(value) is int for value in fields.values()):
             raise ValueError(f"{fields} are not all whole numbers")
         root = Path(os.path.normpath(path.resolve().parent / header["root"]))
-        for line in lines:
-            number += 1
-            pairs.append(_pair_from_json(json.loads(line)))
         if header["num_pairs"] != len(pairs):
             raise ValueError(f"the file ends after {len(pairs)} pairs of {header['num_pairs']}")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {again}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        fault = f"no field {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{path}, line {number}: damaged ({fault}); {again}") from error
     return Manifest(root=root, pairs=tuple(pairs), skipped=_read_report(report_path(path)), **fields)
 
 
@@ -124,11 +117,8 @@ def write_manifest(manifest: Manifest, path: Path, mode: str) -> None:
 def _read_report(path: Path) -> tuple[Skipped, ...]:
     if not path.exists():
         return ()
-    try:
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
-        return tuple(Skipped(**item) for item in json.loads(text))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); build the manifest again or remove this file") from error
+    with naming(path, AGAIN):
+        return tuple(Skipped(**item) for item in read_json(path, list, fix=AGAIN, errors="surrogateescape"))
 
 
 def _pair_from_json(fields: dict) -> Pair:

@@ -47,7 +47,7 @@ from lib.training.run import Run
 from lib.training.trainer import train
 from lib.util.configs import from_fields
 from lib.util.errors import UserError
-from lib.util.files import make_folder, write_atomic
+from lib.util.files import make_folder, naming, read_json, write_atomic
 from lib.util.provenance import code_fingerprint
 
 
@@ -282,11 +282,9 @@ def drop_checkpoints(folder: Path) -> None:
 
 
 def read_result(folder: Path, variant: str, seed: int, num_layers: int) -> Result:
-    try:
-        stored = json.loads((folder / "result.json").read_text())
-        end = {"non_finite": stored["non_finite"], "final": stored["final"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'result.json'}: damaged ({error}); delete {folder} and run again") from None
+    fix = f"delete {folder} and run again"
+    stored = read_json(folder / "result.json", {"non_finite": object, "final": object}, fix=fix)
+    end = {"non_finite": stored["non_finite"], "final": stored["final"]}
     rows = [row for row in Run.open(folder).metrics("train") if "event" not in row]
     tenth = max(1, len(rows) // 10)
     norms = tuple(row["grad_norm"] for row in rows) + ((math.inf,) if stored["non_finite"] else ())
@@ -333,16 +331,14 @@ def write_record(path: Path, results: Sequence[Result], facts: dict[str, Any], p
 
 def read_record(path: Path) -> tuple[tuple[Result, ...], dict[str, Any]]:
     """What `write_record` wrote: results and facts."""
-    try:
-        content = json.loads(path.read_text())
+    missing = f"{path}: no record of the ablation here; `make record` writes one"
+    fix = "restore it from the repository or run `make record`"
+    content = read_json(path, {"results": list, "facts": dict}, missing=missing, fix=fix)
+    with naming(path, fix):
         results = tuple(Result(**row | {"grad_norm": tuple(row["grad_norm"])}) for row in content["results"])
         if not results or not all(isinstance(part, dict) for r in results for part in (r.start, r.end)):
             raise ValueError("no results, or some without their start and end")
-        return results, dict(content["facts"])
-    except FileNotFoundError:
-        raise UserError(f"{path}: no record of the ablation here; `make record` writes one") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); restore it from the repository or run `make record`") from None
+    return results, content["facts"]
 
 
 def growth(result: Result) -> float:

@@ -27,7 +27,7 @@ from lib.training.curriculum import mix_noise
 from lib.training.run import Run
 from lib.util.configs import check, check_counts, check_numbers, from_fields
 from lib.util.errors import UserError
-from lib.util.files import file_sha256, write_atomic
+from lib.util.files import file_sha256, naming, read_json, write_atomic
 from lib.util.provenance import versions
 from lib.util.threads import torch_threads
 
@@ -231,11 +231,12 @@ def _check_file(clip: Clip, wanted_by: str, fix: str) -> None:
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
-    try:
-        recipe = json.loads(path.read_text())
+    fix = "name the .json beside a saved .wav"
+    recipe = read_json(path, fix=fix)
+    with naming(path, fix):
         if recipe["recipe"] != RECIPE_VERSION:
             found = f"recipe version {recipe['recipe']!r}, this code reads {RECIPE_VERSION}"
-            raise UserError(f"{path}: {found}; use the code that wrote it")
+            raise UserError(f"{found}; use the code that wrote it")
         recipe["settings"] = from_fields(Settings, recipe["settings"])
         for role in ("input", "target"):
             recipe[role] = from_fields(Clip, recipe[role])
@@ -250,15 +251,5 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         texts = (recipe["run"], recipe["codec"]["name"], recipe["codec"]["fingerprint"], recipe["weights_sha256"])
         if not all(isinstance(text, str) for text in (*texts, recipe["output"]["samples_sha256"])):
             raise TypeError("a number where there was text")
-        if not isinstance(recipe["versions"], dict):
-            raise TypeError("its versions are no table")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe; check the path") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name the .json beside a saved .wav") from None
-    except UserError as error:
-        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path}: not a recipe, or damaged ({reason}); name the .json beside a saved .wav") from None
+        check(isinstance(recipe["versions"], dict), "versions", recipe["versions"], "names and versions of packages")
     return recipe

@@ -1,6 +1,5 @@
 """What the README quotes of a record: blocks between marks, made from the files of outputs/record/ alone."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from lib.superres.evaluation import METHODS, Score, read_scores
 from lib.util.errors import UserError
+from lib.util.files import read_json
 
 BLOCKS = ("results", "speed", "distances")
 MARKS = "<!-- {}: written by make record -->", "<!-- end of {} -->"
@@ -28,9 +28,8 @@ def with_blocks(readme: str, blocks: Mapping[str, str]) -> str:
 
 def readme_blocks(folder: Path) -> dict[str, str]:
     """The blocks, by name, of the record in `folder`."""
-    facts, rows, summary, bench = (
-        json.loads((folder / f"{name}.json").read_text()) for name in ("record", "variations", "summary", "bench")
-    )
+    facts, summary, bench = (read_json(folder / f"{name}.json") for name in ("record", "summary", "bench"))
+    rows = read_json(folder / "variations.json", list)
     made = f"Commit {facts['commit']}, preset {facts['preset']}, codec {facts['codec']}, {facts['music']}."
     took = summary["facts"]["time"]
     if "after a stop" not in took:  # then it is known for a part only

@@ -25,7 +25,7 @@ from lib.lab.claims import VERDICTS, Verdict, collect
 from lib.listening.player import Players
 from lib.report.page import render, write_page
 from lib.util.errors import UserError
-from lib.util.files import write_atomic
+from lib.util.files import read_json, write_atomic
 
 LIMIT = 20_000_000  # bytes of a page, which a phone should open
 FIRST = "05_listening"  # the section that stands before everything
@@ -114,7 +114,7 @@ class Section:
 def sections(out_dir: Path, names: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """What the notebooks of these names have stored in `out_dir`, or all of them, in the notebooks' order."""
     paths = sorted((out_dir / "report").glob("*.json"))
-    return [json.loads(path.read_text()) for path in paths if names is None or path.stem in names]
+    return [read_json(path) for path in paths if names is None or path.stem in names]
 
 
 def tables_of(sections: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -21,8 +21,7 @@ from lib.superres.degradation import Degradation, Examples, Library
 from lib.superres.mel import N_FFT, bin_of, log_mel
 from lib.superres.resolver import Restoration, SuperResolver, join_bands
 from lib.superres.training import as_tuple
-from lib.util.errors import UserError
-from lib.util.files import write_atomic
+from lib.util.files import naming, read_json, write_atomic
 from lib.util.stats import Comparison, in_words, mean_and_error
 
 CUTOFFS = (2_000, 4_000, 8_000, 12_000, 16_000)  # Hz
@@ -135,12 +134,11 @@ def write_scores(path: Path, scores: Sequence[Score], facts: Mapping[str, Any]) 
 
 def read_scores(path: Path) -> tuple[tuple[Score, ...], dict[str, Any]]:
     """What `write_scores` wrote; `UserError` where the file is missing or damaged."""
-    try:
-        content = json.loads(path.read_text())
+    fix = "restore it or run `make record`"
+    content = read_json(path, {"facts": dict, "scores": list}, fix=fix)
+    with naming(path, fix):
         scores = [Score(**{key: as_tuple(value) for key, value in row.items()}) for row in content["scores"]]
-        return tuple(scores), dict(content["facts"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no readable record ({error}); restore it or run `make record`") from None
+    return tuple(scores), content["facts"]
 
 
 def mels_of_any_cutoff(

@@ -30,7 +30,17 @@ from lib.model.fusion import FusionModel
 from lib.model.masks import MaskingConfig
 from lib.util.configs import config_differences, differing_fields, from_fields
 from lib.util.errors import UserError
-from lib.util.files import file_sha256, fsync, load_weights, make_folder, safe_torch_load, write_atomic
+from lib.util.files import (
+    file_sha256,
+    fsync,
+    load_weights,
+    make_folder,
+    naming,
+    read_json,
+    read_json_lines,
+    safe_torch_load,
+    write_atomic,
+)
 from lib.util.provenance import versions
 
 logger = logging.getLogger(__name__)
@@ -111,21 +121,8 @@ class Run:
     def open(cls, path: str | Path) -> "Run":
         """The run in `path`; `UserError` where there is none."""
         path = Path(path)
-        try:
-            config = json.loads((path / "config.json").read_text())
-            if not isinstance(config, dict):
-                raise ValueError("not a JSON object")
-        except FileNotFoundError:
-            raise UserError(
-                f"{path}: no run here (no config.json); train one with `make demo` or notebook 04"
-            ) from None
-        except ValueError as error:
-            raise UserError(f"{path / 'config.json'}: damaged ({error}); restore it or train again") from None
-        except OSError as error:
-            raise UserError(
-                f"{path / 'config.json'}: cannot be read ({error.strerror}); check the path and its permissions"
-            ) from None
-        return cls(path, config)
+        missing = f"{path}: no run here (no config.json); train one with `make demo` or notebook 04"
+        return cls(path, read_json(path / "config.json", missing=missing, fix="restore it or train again"))
 
     # --- while it trains ---------------------------------------------------------------------------------------------
 
@@ -137,8 +134,8 @@ class Run:
     @property
     def total_steps(self) -> int | None:
         """At which step the training that goes on, or was the last one, is over; None before the first."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return int(json.loads((self.path / "plan.json").read_text())["total_steps"])
+        with contextlib.suppress(UserError):
+            return read_json(self.path / "plan.json", {"total_steps": int})["total_steps"]
         return None
 
     def plan(self, total_steps: int) -> None:
@@ -158,8 +155,8 @@ class Run:
     @property
     def saved_step(self) -> int | None:
         """The step of the newest checkpoint; None before the first."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return int(json.loads((self.path / "last" / "meta.json").read_text())["step"])
+        with contextlib.suppress(UserError):
+            return read_json(self.path / "last" / "meta.json", {"step": int})["step"]
         return None
 
     # --- metrics -------------------------------------------------------------------------------------------------
@@ -172,17 +169,8 @@ class Run:
 
     def metrics(self, split: str | None = None) -> list[dict[str, Any]]:
         """All rows in order, or those of one split ('train' or 'val'). A half-written last line is left out."""
-        try:
-            lines = (self.path / "metrics.jsonl").read_text().split("\n")
-        except FileNotFoundError:
-            return []
-        rows = []
-        for number, line in enumerate(lines[:-1], 1):  # a complete line ends in a newline
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                file = self.path / "metrics.jsonl"
-                raise UserError(f"{file}: line {number} is damaged; delete that line, or train again") from None
+        file = self.path / "metrics.jsonl"
+        rows = read_json_lines(file, fix="delete that line, or train again") if file.exists() else []
         return [row for row in rows if split in (None, row.get("split"))]
 
     def forget_metrics_after(self, step: int) -> None:
@@ -270,13 +258,10 @@ class Run:
 
     def _verified(self, which: str, names: Iterable[str]) -> tuple[Path, dict[str, Any]]:
         folder = self.path / which
-        try:
-            meta = json.loads((folder / "meta.json").read_text())
+        missing = f"{folder}: no checkpoint here; train this run first"
+        meta = read_json(folder / "meta.json", {"sha256": dict}, missing=missing, fix=_other(which))
+        with naming(folder / "meta.json", _other(which)):
             sums = {name: meta["sha256"][name] for name in names}
-        except FileNotFoundError:
-            raise UserError(f"{folder}: no checkpoint here; train this run first") from None
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{folder / 'meta.json'}: damaged; {_other(which)}") from None
         for name in names:
             if not (folder / name).exists() or file_sha256(folder / name) != sums[name]:
                 raise UserError(f"{folder / name}: truncated or changed since it was written; {_other(which)}")

@@ -1,10 +1,12 @@
 """Files: written so that a kill leaves the old or the new one, loaded without running code from them."""
 
+import contextlib
 import hashlib
+import json
 import os
 import pickle
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,66 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_json(
+    path: str | Path,
+    shape: type | Mapping[str, type] = dict,
+    *,
+    missing: str = "",
+    fix: str = "restore it",
+    errors: str = "strict",
+) -> Any:
+    """The content of a JSON file: an object, one of another type, or an object that has certain fields (name → type).
+
+    `UserError` for a file that is missing, cannot be read, is not JSON in UTF-8, or has another shape. `fix`: what to
+    do about it; `missing`: the whole message where there is no such file; `errors`: as in `open`.
+    """
+    content = _read_bytes(path, missing or f"{path}: no such file; {fix}")
+    with naming(path, fix):
+        return _parsed(content.decode(errors=errors), shape)
+
+
+def read_json_lines(path: str | Path, *, fix: str = "restore it", errors: str = "strict") -> list[dict[str, Any]]:
+    """The object in every line; a last line without a newline is left out, as half written. Errors as in `read_json`,
+    with the number of the line."""
+    rows = []
+    for number, line in enumerate(_read_bytes(path, f"{path}: no such file; {fix}").split(b"\n")[:-1], 1):
+        with naming(f"{path}, line {number}", fix):
+            rows.append(_parsed(line.decode(errors=errors)))
+    return rows
+
+
+@contextlib.contextmanager
+def naming(where: str | Path, fix: str) -> Iterator[None]:
+    """While content of a file is used: what is wrong with it becomes a `UserError` that names the file and the fix."""
+    try:
+        yield
+    except UserError as error:  # names the field and the fix already
+        raise UserError(str(error) if str(where) in str(error) else f"{where}: {error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no field {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{where}: damaged ({reason}); {fix}") from None
+
+
+def _read_bytes(path: str | Path, missing: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(missing) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+
+
+def _parsed(text: str, shape: type | Mapping[str, type] = dict) -> Any:
+    content = json.loads(text)
+    kind, fields = (shape, {}) if isinstance(shape, type) else (dict, shape)
+    if not isinstance(content, kind):
+        raise TypeError(f"JSON, but not the {kind.__name__} that it should be")
+    for name, kind in fields.items():
+        if not isinstance(content[name], kind) or (kind is int and isinstance(content[name], bool)):
+            raise TypeError(f"field {name!r} is {content[name]!r}, not of type {kind.__name__}")
+    return content
 
 
 def file_sha256(path: Path) -> str:

@@ -758,17 +758,13 @@ def test_a_recipe_of_another_version_is_refused(favourite):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b'"text"', b"\xff\xfe", b"{}", b'{"recipe": 1}'])
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, content):
     (tmp_path / "1.json").write_bytes(content)
-    refused(
-        tmp_path / "1.json", tmp_path / "1.json", r"not a recipe, or damaged \(.+\); name the \.json beside a saved"
-    )
+    refused(tmp_path / "1.json", tmp_path / "1.json", r"damaged \(.+\); name the \.json beside a saved")
 
 
 def test_a_recipe_that_is_not_there_or_no_file_is_refused(tmp_path, favourite):
-    refused(tmp_path / "no.json", tmp_path / "no.json", "no such recipe; check the path$")
-    refused(tmp_path, tmp_path, r"cannot be read \(Is a directory\); name the \.json beside a saved \.wav$")
-    refused(
-        favourite.with_suffix(".wav"), favourite.with_suffix(".wav"), r"not a recipe, or damaged .*; name the \.json"
-    )
+    refused(tmp_path / "no.json", tmp_path / "no.json", r"no such file; name the \.json beside a saved \.wav$")
+    refused(tmp_path, tmp_path, r"cannot be read \(Is a directory\); check the path")
+    refused(favourite.with_suffix(".wav"), favourite.with_suffix(".wav"), r"damaged .*; name the \.json")
 
 
 FIELDS = (

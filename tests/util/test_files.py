@@ -11,7 +11,15 @@ import torch
 
 import lib.util.files
 from lib.util.errors import UserError
-from lib.util.files import file_sha256, make_folder, safe_torch_load, write_atomic
+from lib.util.files import (
+    file_sha256,
+    make_folder,
+    naming,
+    read_json,
+    read_json_lines,
+    safe_torch_load,
+    write_atomic,
+)
 
 
 class Marker:
@@ -169,3 +177,65 @@ def test_make_folder_proves_that_it_can_write(tmp_path, monkeypatch):
 def test_file_sha256(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert file_sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_read_json_returns_what_has_the_right_shape(tmp_path):
+    path = tmp_path / "é.json"
+    write_atomic(path, '{"steps": 3, "name": "ü", "loss": null}')
+    assert read_json(path, {"steps": int, "name": str, "loss": object}) == {"steps": 3, "name": "ü", "loss": None}
+    write_atomic(path, "[1]")
+    assert read_json(path, list) == [1]
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "Expecting value"),
+        (b"{", "Expecting property name"),
+        (b'{"steps": 3, "name": "\xff"}', "codec can't decode byte"),
+        (b"[]", "not the dict"),
+        (b"{}", "no field 'steps'"),
+        (b'{"steps": 3}', "no field 'name'"),
+        (b'{"steps": "3", "name": ""}', "field 'steps' is '3', not of type int"),
+        (b'{"steps": true, "name": ""}', "field 'steps' is True, not of type int"),
+        (b'{"steps": 3, "name": null}', "field 'name' is None, not of type str"),
+    ],
+)
+def test_read_json_names_file_fault_and_fix(tmp_path, content, fault):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"a\.json: damaged \(.*{fault}.*\); train again$"):
+        read_json(tmp_path / "a.json", {"steps": int, "name": str}, fix="train again")
+
+
+def test_read_json_tells_missing_from_unreadable(tmp_path):
+    with pytest.raises(UserError, match=r"a\.json: no such file; restore it$"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(UserError, match=r"^folder: no run here; train one$"):
+        read_json(tmp_path / "a.json", missing="folder: no run here; train one")
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\); check"):
+        read_json(tmp_path)
+
+
+def test_read_json_lines_leaves_out_a_half_written_last_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"name": "\u2028"}\n{"step": 1}\n{"st')
+    assert read_json_lines(path) == [{"name": "\u2028"}, {"step": 1}]
+    path.write_text('{"step": 1}\n[]\n')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: damaged .*; delete that line$"):
+        read_json_lines(path, fix="delete that line")
+    path.write_bytes(b'{"name": "\xff"}\n')
+    with pytest.raises(UserError, match="damaged"):
+        read_json_lines(path)
+    assert read_json_lines(path, errors="surrogateescape") == [{"name": "\udcff"}]
+
+
+def test_naming_keeps_the_fix_of_a_user_error_and_passes_defects_on(tmp_path):
+    with pytest.raises(UserError, match=r"^a\.json: steps=0 is not allowed; use 1$"), naming("a.json", "restore it"):
+        raise UserError("steps=0 is not allowed; use 1")
+    with (
+        pytest.raises(UserError, match=r"^a\.json: damaged \(short\); restore it$"),
+        naming("a.json", "restore it"),
+    ):
+        raise ValueError("short")
+    with pytest.raises(ZeroDivisionError), naming("a.json", "restore it"):
+        raise ZeroDivisionError
