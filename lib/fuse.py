@@ -29,8 +29,8 @@ from lib.model.fusion import FusionModel
 from lib.superres import mel
 from lib.superres.resolver import Restoration, Restored, SuperResolver, restore_file
 from lib.training.run import Run
-from lib.util.ahead import map_ahead
 from lib.util.errors import UserError, exit_on_user_error
+from lib.util.files import prefetch
 from lib.util.provenance import versions
 
 CHUNK = 16 * SAMPLE_RATE  # samples: the clip length that the seeds' system works on
@@ -69,7 +69,7 @@ def fuse_files(
     out_path = Path(out_path)
     paths = (input_path, target_path)
     _check_out(out_path, paths)
-    with contextlib.closing(map_ahead(check_audio, paths, threads=2)) as checks:
+    with contextlib.closing(prefetch(check_audio, paths, threads=2)) as checks:
         num_samples = min(report.num_samples for report in checks)
     bounds = chunk_bounds(num_samples)
 
@@ -78,7 +78,7 @@ def fuse_files(
         return [load_audio(path, start, end - start)[None] for path in paths]
 
     peak = 0.0
-    with AudioWriter(out_path) as writer, contextlib.closing(map_ahead(read, bounds, threads=1)) as chunks:
+    with AudioWriter(out_path) as writer, contextlib.closing(prefetch(read, bounds, threads=1)) as chunks:
         fused = (fuse_clips(*(clip.to(device) for clip in clips), model, codec)[0].cpu() for clips in chunks)
         for piece in crossfaded(bounds, fused):
             peak = max(peak, float(piece.abs().max()))

@@ -1,5 +1,6 @@
 """The repository itself: one environment described three times alike, entry points that exist, nothing large."""
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -189,6 +190,15 @@ def test_every_module_has_its_tests(package):
     others = set() if package else {"notebooks", "repo", "bench", "check_demo"}
     assert modules <= tests
     assert tests - modules <= others, "a test of a module that is not there"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_only_re_exports(package):
+    """`code_fingerprint` relies on it: code in an `__init__` would change results under the same hash."""
+    for node in ast.parse(text(f"lib/{package}/__init__.py")).body:
+        names = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        assert docstring or isinstance(node, ast.ImportFrom) or names == ["__all__"], ast.unparse(node)
 
 
 def test_every_package_has_its_level():

@@ -11,6 +11,7 @@ import torchaudio
 from torch import Tensor
 
 from lib.audio.files import SAMPLE_RATE
+from lib.util.tensors import cached_table
 
 HOP = 320
 SEGMENTS = 250  # of an envelope
@@ -103,14 +104,12 @@ def rhythm_similarity(x: Sound, y: Sound) -> Tensor:
     return correlation(x.onsets, y.onsets)
 
 
-@functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a tensor made in it could never take part in a backward pass
+@cached_table
 def _hann(size: int, device: torch.device) -> Tensor:
     return torch.hann_window(size, device=device)
 
 
-@functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)
+@cached_table
 def _mel(device: torch.device) -> torchaudio.transforms.MelSpectrogram:
     mel = torchaudio.transforms.MelSpectrogram(
         SAMPLE_RATE, MEL_FFT, hop_length=HOP, n_mels=MEL_BANDS, norm="slaney", mel_scale="slaney", pad_mode="constant"
@@ -118,8 +117,7 @@ def _mel(device: torch.device) -> torchaudio.transforms.MelSpectrogram:
     return mel.to(device)
 
 
-@functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)
+@cached_table
 def _chroma_bank(device: torch.device) -> Tensor:
     """`[12, CHROMA_FFT / 2 + 1]`: which pitch classes a bin belongs to."""
     return torch.from_numpy(librosa.filters.chroma(sr=SAMPLE_RATE, n_fft=CHROMA_FFT)).to(device)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lib.codec.mdct import DIM, HOP, SAMPLE_RATE, checked, trimmed
 from lib.util.errors import UserError
-from lib.util.threads import torch_threads
+from lib.util.tensors import torch_threads
 
 OFFLINE_VARIABLE = "ENCODEC_OFFLINE"  # set to anything but 0: EnCodec's weights are never downloaded
 WEIGHTS_FILE = "encodec_24khz-d7cc33bc.th"  # the public file; the digits begin its sha256

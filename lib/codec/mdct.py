@@ -1,13 +1,12 @@
 """The embedded codec: a fixed lapped transform, no weights. Legend as in `lib.codec`, and H hop (320 samples)."""
 
-import functools
 import math
 
 import torch
 from torch import Tensor, nn
 
 from lib.util.provenance import code_fingerprint
-from lib.util.threads import torch_threads
+from lib.util.tensors import cached_table, torch_threads
 
 SAMPLE_RATE, HOP, DIM = 24_000, 320, 128
 BAND = 4_500.0  # Hz, reconstructed to over 60 dB; the 128 kept bins reach up to 4800 Hz
@@ -104,17 +103,12 @@ def _continue(wav: Tensor) -> Tensor:
     return torch.cat([wav, wav[:, -known:] @ weights], dim=1)
 
 
-def _cached_tensors(function):
-    """Cache, and compute outside of inference mode: a tensor made in it could never take part in a backward pass."""
-    return functools.lru_cache(maxsize=8)(torch.inference_mode(False)(torch.no_grad()(function)))
-
-
-@_cached_tensors
+@cached_table
 def _tables(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: table.to(device, dtype) for key, table in _design().items()}
 
 
-@_cached_tensors
+@cached_table
 @torch_threads(1)
 def _design() -> dict[str, Tensor]:
     """The window's rising half `[H]` and the functions `[D, H]` of each kind of block (inner: DCT-IV), in float64."""
@@ -143,7 +137,7 @@ def _edge_functions(fold: Tensor, cosines: Tensor) -> Tensor:
     return u @ vh @ subspace.T
 
 
-@_cached_tensors
+@cached_table
 def _prediction(known: int, padding: int) -> Tensor:
     """`[known, padding]` weights of the best linear prediction of the samples that follow (Wiener)."""
     covariance = _autocovariance(known + padding)

@@ -1,0 +1,10 @@
+"""Folders of music → pairs of clips → latents on disk.
+
+- `pairs`: `build_manifest` checks the files, makes pairs, splits them by song and writes the manifest
+- `latents`: `encode_manifest` encodes every clip once, into checksummed shards; `LatentPairs` reads them
+"""
+
+from lib.data.latents import LatentPairs, encode_manifest
+from lib.data.pairs import Manifest, build_manifest, read_manifest
+
+__all__ = ["LatentPairs", "Manifest", "build_manifest", "encode_manifest", "read_manifest"]

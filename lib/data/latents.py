@@ -41,7 +41,7 @@ from lib.data.manifest import Clip, Manifest
 from lib.util.errors import UserError
 from lib.util.files import TEMPORARY, file_sha256, read_json, write_atomic
 from lib.util.provenance import code_fingerprint
-from lib.util.threads import torch_threads
+from lib.util.tensors import torch_threads
 
 SHARD_BYTES = 64 << 20  # about 100 clips of 16 s: few files, and little lost to a kill
 STALE_SECONDS = 24 * 3600  # a temporary file this old was left by a killed run

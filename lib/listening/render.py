@@ -29,7 +29,7 @@ from lib.util.configs import check, check_counts, check_numbers, from_fields
 from lib.util.errors import UserError
 from lib.util.files import file_sha256, naming, read_json, write_atomic
 from lib.util.provenance import versions
-from lib.util.threads import torch_threads
+from lib.util.tensors import torch_threads
 
 RECIPE_VERSION = 1
 MOST_THREADS = 1024  # that a recipe may ask for

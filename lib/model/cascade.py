@@ -5,7 +5,6 @@ Legend: B batch, D latent channels (128), T frames (75 a second), d width of a s
 """
 
 import dataclasses
-import functools
 import math
 import sys
 import warnings
@@ -30,6 +29,7 @@ from lib.model.rms_law import (
 )
 from lib.util.configs import check, from_fields
 from lib.util.errors import UserError
+from lib.util.tensors import cached_table
 
 LATENT_DIM = 128
 SOURCES = ("input", "noisy_input", "target", "noisy_target", "previous")
@@ -226,8 +226,7 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
     return F.cosine_similarity(x.flatten(1).float(), y.flatten(1).float(), dim=1)
 
 
-@functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)
+@cached_table
 def sinusoidal_positions(T: int, d: int, device: torch.device) -> Tensor:
     """Sinusoidal positions `[T, d]`, even channels sine, odd cosine (Vaswani et al. 2017, arXiv 1706.03762)."""
     frames = torch.arange(T, dtype=torch.float32, device=device).unsqueeze(1)  # [T, 1]

@@ -19,7 +19,7 @@ from lib.model.discriminator import Discriminator
 from lib.model.fusion import FusionModel
 from lib.model.masks import MaskingConfig
 from lib.util.errors import UserError
-from lib.util.files import check_tensors, safe_torch_load
+from lib.util.tensors import check_tensors, safe_torch_load
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from lib.superres.vae import MelVae, VaeConfig
 from lib.superres.vocoder import Vocoder, VocoderConfig
 from lib.training.run import Run
 from lib.util.errors import UserError, exit_on_user_error
-from lib.util.files import check_tensors, file_sha256, safe_torch_load
+from lib.util.files import file_sha256
+from lib.util.tensors import check_tensors, safe_torch_load
 
 PREFIX = "first_stage_model."
 FIX = "give a checkpoint that AudioSR released, such as basic.pth"

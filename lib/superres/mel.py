@@ -5,11 +5,11 @@ the public AudioSR checkpoints were trained on (Liu et al. 2023, arXiv 2309.0731
 `[B, 1, 256, 1024]`.
 """
 
-import functools
-
 import librosa
 import torch
 from torch import Tensor
+
+from lib.util.tensors import cached_table
 
 SAMPLE_RATE = 48_000
 N_FFT, HOP, MELS = 2048, 480, 256
@@ -67,29 +67,25 @@ def bin_of(frequency: float) -> int:
     return -int(-frequency * N_FFT // SAMPLE_RATE)
 
 
-@functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)  # a tensor made in it could never take part in a backward pass
+@cached_table
 def window(device: torch.device) -> Tensor:
     return torch.hann_window(N_FFT, device=device)
 
 
-@functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)
+@cached_table
 def _weight(frames: int, device: torch.device) -> Tensor:
     """How often each sample is in so many frames, weighted by the windows: `[1, 1, frames · HOP]`."""
     return _overlap_add(window(device).square().expand(1, frames, -1))
 
 
-@functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)
+@cached_table
 def filters(device: torch.device) -> Tensor:
     """Slaney's triangles with area one, `[256, N_FFT / 2 + 1]`; the lowest hold one bin or two, none is empty."""
     bank = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=MELS, fmin=LOWEST, fmax=HIGHEST)
     return torch.from_numpy(bank).to(device)
 
 
-@functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)
+@cached_table
 def interpolation(device: torch.device) -> Tensor:
     """`[N_FFT / 2 + 1, 256]`: magnitudes from mel values, straight lines between the centres of the bands."""
     bank = filters(torch.device("cpu")).double()

@@ -18,9 +18,9 @@ from lib.superres.mel import HOP, N_FFT, SAMPLE_RATE, bin_of, inverse_spectrum, 
 from lib.superres.training import PartConfig, load_part
 from lib.superres.vocoder import griffin_lim
 from lib.training.run import Run
-from lib.util.ahead import map_ahead
 from lib.util.configs import check, check_counts, check_numbers
 from lib.util.errors import UserError
+from lib.util.files import prefetch
 
 VOCODERS = ("griffin-lim", "hifigan")
 MARGIN = 1 / 4  # share of a clip, at its end, that is left to the next: the autoencoder's convolutions pad there
@@ -290,7 +290,7 @@ def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, set
         return torch.nn.functional.pad(wav, (0, resolver.clip_length - wav.shape[-1]))
 
     peak, left = 0.0, total
-    ahead = contextlib.closing(map_ahead(read, starts, threads=1))
+    ahead = contextlib.closing(prefetch(read, starts, threads=1))
     with AudioWriter(out, SAMPLE_RATE, info.channels) as writer, ahead as clips:
         bar = tqdm(clips, desc=path.name, unit="clip", total=len(starts), disable=len(starts) < 2)
         for piece in resolver.restored(bar, cutoff, settings):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lib.training.config import LoopConfig
 from lib.training.learner import Batch
-from lib.util.ahead import map_ahead
+from lib.util.files import prefetch
 
 
 class Pairs(Protocol):
@@ -121,4 +121,4 @@ def read_ahead(
         batch = torch.stack([input for input, _ in inputs]), torch.stack(targets)
         return tuple(x.pin_memory() for x in batch) if pin_memory else batch
 
-    return map_ahead(read, steps, threads=threads)
+    return prefetch(read, steps, threads=threads)

@@ -30,18 +30,9 @@ from lib.model.fusion import FusionModel
 from lib.model.masks import MaskingConfig
 from lib.util.configs import config_differences, differing_fields, from_fields
 from lib.util.errors import UserError
-from lib.util.files import (
-    file_sha256,
-    fsync,
-    load_weights,
-    make_folder,
-    naming,
-    read_json,
-    read_json_lines,
-    safe_torch_load,
-    write_atomic,
-)
+from lib.util.files import file_sha256, fsync, make_folder, naming, read_json, read_json_lines, write_atomic
 from lib.util.provenance import versions
+from lib.util.tensors import load_weights, safe_torch_load
 
 logger = logging.getLogger(__name__)
 

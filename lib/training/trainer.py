@@ -39,7 +39,7 @@ from lib.training.telemetry import Callback, to_floats
 from lib.util.configs import from_fields
 from lib.util.errors import UserError
 from lib.util.provenance import code_fingerprint
-from lib.util.threads import torch_threads
+from lib.util.tensors import torch_threads
 
 logger = logging.getLogger(__name__)
 

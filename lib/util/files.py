@@ -1,45 +1,22 @@
-"""Files: written so that a kill leaves the old or the new one, loaded without running code from them."""
+"""Files: written so that a kill leaves the old or the new one, read with errors that name the fix, and prefetched."""
 
 import contextlib
 import hashlib
 import json
 import os
-import pickle
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from typing import Any, TypeVar
 
 from lib.util.errors import UserError
 
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
 
-
-def safe_torch_load(path: str | Path, allowed: Iterable[type] = ()) -> Any:
-    """`torch.load` on the CPU that never runs code from the file; `UserError` says why a file is refused."""
-    path = Path(path)
-    try:
-        with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the path") from None
-    except pickle.UnpicklingError as error:
-        reason = str(error)
-        if "Unsupported global" in reason or "GLOBAL" in reason:
-            needs = reason.split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL " in reason else "code"
-            raise UserError(
-                f"{path}: refused, because loading it would run code from the file (it needs {needs}); "
-                "save it again with tensors, numbers, strings, lists and dicts only"
-            ) from None
-        raise UserError(f"{path}: not a torch checkpoint, or damaged; get the file again") from None
-    except Exception as error:  # on damaged bytes the unpickler raises almost anything: IndexError, struct.error, ...
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: truncated or not a torch checkpoint ({first}); get the file again") from None
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def make_folder(path: Path) -> None:
@@ -138,31 +115,17 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into `model`, every tensor in its place; `UserError` lists what does not fit."""
+def prefetch(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int) -> Iterator[Result]:
+    """`map` in threads, in order. While one result is used, the next ones are computed: as many as there are threads,
+    so that memory stays bounded. An error is raised in its own place. Closing the iterator ends the threads."""
+    pool = ThreadPoolExecutor(threads, "prefetch")
+    pending: deque[Future[Result]] = deque()
     try:
-        weights = safetensors.torch.load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); restore it or train again") from None
-    check_tensors(path, weights, model.state_dict())
-    model.load_state_dict(weights)
-
-
-def check_tensors(
-    path: Path | str,
-    found: dict[str, Tensor],
-    wanted: dict[str, Tensor],
-    fix: str = "use the config that the file was trained with",
-) -> None:
-    """`UserError` that lists missing and unknown tensors and wrong shapes."""
-    problems = [f"missing {name}" for name in wanted if name not in found]
-    problems += [f"unknown {name}" for name in found if name not in wanted]
-    problems += [
-        f"{name} is {list(found[name].shape)} instead of {list(wanted[name].shape)}"
-        for name in wanted
-        if name in found and found[name].shape != wanted[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        listed = "; ".join(problems[:8]) + more
-        raise UserError(f"{path}: does not fit this model: {listed}; {fix}")
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

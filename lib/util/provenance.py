@@ -1,7 +1,8 @@
-"""What made a number or a file: a hash of the code, the commit, versions. Whatever is reused is keyed by it.
+"""What produced a number or a file: a hash of the code, the commit, versions. Whatever is reused is keyed by it.
 
-A fingerprint covers modules of `lib` and all modules of `lib` that they import, wherever the import stands. Comments,
-docstrings and layout play no part, and the same code has the same hash on every Python that runs it.
+A fingerprint covers modules of `lib` and all modules of `lib` that they import, at the top or inside a function. A
+package's `__init__` only re-exports, so it counts only where a name is imported from the package itself. Comments,
+docstrings and layout do not count, and the same code has the same hash on every Python version.
 """
 
 import ast
@@ -21,10 +22,10 @@ SOURCE = Path(__file__).resolve().parents[2]
 
 @functools.cache
 def code_fingerprint(*modules: str, packages: bool = True) -> str:
-    """sha256 of the code of `modules` ('lib.audio.synth') and of what they import from `lib`, this module left out.
+    """sha256 of the code of `modules` ('lib.audio.synth') and of what they import from `lib`, except this module.
 
-    With `packages`, the versions of the installed packages that this code imports are part of it; without, a result
-    is known on a machine with another build of torch.
+    With `packages`, the hash covers the versions of the installed packages that this code imports; without, it is the
+    same on a machine with another build of torch.
     """
     found: dict[str, str] = {}
     outside: set[str] = set()
@@ -39,9 +40,9 @@ def code_fingerprint(*modules: str, packages: bool = True) -> str:
         found[name], imports = _read(file)
         for imported in imports:
             parts = imported.split(".")
-            if parts[0] == "lib":
-                parents = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
-                waiting += [parent for parent in parents if _file(parent)]  # the last part may be a function
+            if parts[0] == "lib":  # the last part may be a function
+                prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+                waiting.append(next(prefix for prefix in prefixes if _file(prefix)))
             elif parts[0] not in sys.stdlib_module_names:
                 outside.add(parts[0])
     facts = sorted(found.items()) + [(name, _version(name)) for name in sorted(outside) if packages]
@@ -55,7 +56,7 @@ def _file(module: str) -> Path | None:
 
 @functools.cache
 def _read(file: Path) -> tuple[str, tuple[str, ...]]:
-    """Hash of a file's code, and what it imports."""
+    """Hash of a file's code, and the names it imports."""
     tree = ast.parse(file.read_bytes())
     return hashlib.sha256(ascii(_without_layout(tree)).encode()).hexdigest(), tuple(_imports(tree))
 
@@ -69,7 +70,7 @@ def _version(package: str) -> str:
 
 
 def _imports(tree: ast.AST) -> Iterator[str]:
-    """Full names of all that is imported: modules, and what is taken from them."""
+    """Full names of everything imported: modules, and names from them."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -79,8 +80,8 @@ def _imports(tree: ast.AST) -> Iterator[str]:
 
 
 def _without_layout(node: Any) -> Any:
-    """A syntax tree as nested lists, without places and bare strings. Empty fields are left out: each Python has some
-    of its own."""
+    """A syntax tree as nested lists, without positions and bare strings. Empty fields are left out: they differ between
+    Python versions."""
     if isinstance(node, list):
         return [_without_layout(item) for item in node if not _is_bare_string(item)]
     if not isinstance(node, ast.AST):
@@ -88,7 +89,7 @@ def _without_layout(node: Any) -> Any:
     parts = [type(node).__name__]
     for name in node._fields:
         value = getattr(node, name, None)
-        if value is not None and value != [] and name != "ctx":  # ctx: how a name is used, which its place tells
+        if value is not None and value != [] and name != "ctx":  # ctx follows from the name's position
             parts += [name, _without_layout(value)]
     return parts
 
@@ -98,7 +99,7 @@ def _is_bare_string(node: Any) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """What a number must be quoted with: torch's version and this repository's commit, '+' where lib/ has changed."""
+    """What to quote with every number: torch's version and this repository's commit, with '+' if lib/ has changed."""
     git = {"cwd": SOURCE / "lib", "capture_output": True, "text": True, "check": False}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **git).stdout.strip()
     changed = subprocess.run(["git", "status", "--porcelain", "--", "."], **git).stdout.strip()

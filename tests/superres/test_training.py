@@ -47,7 +47,7 @@ from lib.training.run import Run
 from lib.training.telemetry import Callback
 from lib.training.trainer import Trainer, TrainingOrder, open_accelerator
 from lib.util.errors import UserError
-from lib.util.files import safe_torch_load
+from lib.util.tensors import safe_torch_load
 from superres.conftest import CLIP, DENOISER, JUDGES, LOOP, VAE, VOCODER, changed, write_music
 
 PARTS = ("vae", "diffusion", "vocoder")

@@ -17,7 +17,7 @@ from lib.model.masks import MaskingConfig
 from lib.training.run import Run, find_runs
 from lib.util.configs import config_differences, differing_fields
 from lib.util.errors import UserError
-from lib.util.files import load_weights
+from lib.util.tensors import load_weights
 
 
 def seeded(config, seed: int, masking: MaskingConfig | None = None) -> FusionModel:

@@ -43,7 +43,7 @@ from lib.training.run import Run
 from lib.training.telemetry import Callback
 from lib.training.trainer import Trainer, fusion_trainer, train
 from lib.util.errors import UserError, exit_on_user_error
-from lib.util.files import safe_torch_load
+from lib.util.tensors import safe_torch_load
 
 ROOT = Path(__file__).resolve().parents[2]
 # Three steps an epoch, so that checkpoints fall within epochs; at this rate and seed the last one is not the best.

@@ -1,113 +1,15 @@
-"""Files: the old or the new one after a failure, and no code run from any."""
+"""Files: the old or the new one after a failure, JSON with errors that name the fix, prefetched results in order."""
 
-import argparse
 import errno
+import itertools
 import os
-import pickle
-import random
+import threading
 
 import pytest
-import torch
 
 import lib.util.files
 from lib.util.errors import UserError
-from lib.util.files import (
-    file_sha256,
-    make_folder,
-    naming,
-    read_json,
-    read_json_lines,
-    safe_torch_load,
-    write_atomic,
-)
-
-
-class Marker:
-    """Unpickling it creates a file: proof that code ran."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_safe_torch_load_reads_plain_values(tmp_path):
-    content = {"tensor": torch.arange(3.0), "epoch": 3, "names": ["a", "b"], "none": None, "nested": {"x": (1, 2.5)}}
-    torch.save(content, tmp_path / "a.pt")
-    loaded = safe_torch_load(tmp_path / "a.pt")
-    assert torch.equal(loaded.pop("tensor"), content.pop("tensor"))
-    assert loaded == content
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, zipped):
-    path, marker = tmp_path / "evil.pt", tmp_path / "marker"
-    torch.save({"epoch": Marker(marker)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=r"evil\.pt: refused, .*run code .*mkdir"):
-        safe_torch_load(path)
-    assert not marker.exists()
-    torch.load(path, weights_only=False)
-    assert marker.exists()  # the file is as dangerous as it looks
-
-
-def test_a_bare_pickle_with_code_is_refused_and_not_run(tmp_path):
-    path, marker = tmp_path / "evil.pkl", tmp_path / "marker"
-    path.write_bytes(pickle.dumps(Marker(marker), protocol=2))
-    with pytest.raises(UserError, match=r"evil\.pkl: refused"):
-        safe_torch_load(path)
-    assert not marker.exists()
-
-
-def test_only_the_allowed_class_is_loaded_and_only_for_that_call(tmp_path):
-    path = tmp_path / "args.pt"
-    torch.save({"args": argparse.Namespace(lr=1e-4)}, path)
-    with pytest.raises(UserError, match=r"refused.*argparse\.Namespace"):
-        safe_torch_load(path)
-    assert safe_torch_load(path, allowed=(argparse.Namespace,))["args"].lr == 1e-4
-    with pytest.raises(UserError, match="refused"):
-        safe_torch_load(path)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("zipped", [True, False])
-def test_damaged_files_raise_user_error_and_nothing_else(tmp_path, zipped):
-    """Truncated anywhere, flipped bytes, plain noise: the file is named, whatever the unpickler stumbles on."""
-    good, bad = tmp_path / "good.pt", tmp_path / "bad.pt"
-    torch.save({"a": torch.randn(20), "b": {"c": [1, "x"]}}, good, _use_new_zipfile_serialization=zipped)
-    content, rng, refused = good.read_bytes(), random.Random(0), 0
-    for attempt in range(300):
-        damaged = bytearray(content)
-        if attempt % 3 == 0:
-            damaged = damaged[: rng.randrange(len(content))]
-        elif attempt % 3 == 1:
-            for _ in range(3):
-                damaged[rng.randrange(len(content))] = rng.randrange(256)
-        else:
-            damaged = rng.randbytes(rng.randrange(60))
-        bad.write_bytes(damaged)
-        try:
-            safe_torch_load(bad)  # a flipped byte of a tensor's data is a valid file
-        except UserError as error:
-            refused += str(bad) in str(error)
-    assert refused > 150
-
-
-@pytest.mark.parametrize("content", [b"", b"hello\n", b"RIFF....WAVE"])
-def test_what_is_no_checkpoint_is_named(tmp_path, content):
-    (tmp_path / "x.pt").write_bytes(content)
-    with pytest.raises(UserError, match=r"x\.pt: .*not a torch checkpoint"):
-        safe_torch_load(tmp_path / "x.pt")
-
-
-def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(UserError, match=r"none\.pt: no such file"):
-        safe_torch_load(tmp_path / "none.pt")
-    with pytest.raises(UserError, match=str(tmp_path)):
-        safe_torch_load(tmp_path)
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
+from lib.util.files import file_sha256, make_folder, naming, prefetch, read_json, read_json_lines, write_atomic
 
 
 def test_write_atomic_replaces_the_content(tmp_path):
@@ -239,3 +141,64 @@ def test_naming_keeps_the_fix_of_a_user_error_and_passes_defects_on(tmp_path):
         raise ValueError("short")
     with pytest.raises(ZeroDivisionError), naming("a.json", "restore it"):
         raise ZeroDivisionError
+
+
+# --- prefetch ---------------------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A function that records its items and the threads that call it; 13 is an error."""
+
+    def __init__(self):
+        self.seen, self.threads, self.changed = [], set(), threading.Condition()
+
+    def __call__(self, item: int) -> int:
+        if item == 13:
+            raise ValueError("thirteen")
+        with self.changed:
+            self.seen.append(item)
+            self.threads.add(threading.current_thread().name)
+            self.changed.notify_all()
+        return 10 * item
+
+    def wait_for(self, count: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.seen) >= count, timeout=30)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_the_next_results_are_computed_while_one_is_used(threads):
+    """As many as there are threads and no more."""
+    function, found = Watched(), []
+    results = prefetch(function, range(12), threads=threads)
+    for number, result in enumerate(results, 1):
+        found.append(result)
+        function.wait_for(min(12, number + threads))
+        assert sorted(function.seen) == list(range(min(12, number + threads)))
+    assert found == list(range(0, 120, 10))
+    assert threading.current_thread().name not in function.threads
+
+
+def test_items_are_asked_for_as_they_are_needed():
+    results = prefetch(Watched(), itertools.count(100), threads=2)
+    assert [next(results) for _ in range(5)] == [1000, 1010, 1020, 1030, 1040]
+    results.close()
+
+
+def test_an_error_is_raised_in_its_own_place():
+    results = prefetch(Watched(), [1, 13, 2], threads=2)
+    assert next(results) == 10
+    with pytest.raises(ValueError, match="thirteen"):
+        next(results)
+
+
+def test_nothing_gives_nothing():
+    assert list(prefetch(Watched(), [], threads=2)) == []
+
+
+def test_no_thread_is_left_when_it_ends_early():
+    results = prefetch(Watched(), range(12), threads=3)
+    next(results)
+    assert any(thread.name.startswith("prefetch") for thread in threading.enumerate())
+    results.close()
+    assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())

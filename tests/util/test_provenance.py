@@ -16,13 +16,13 @@ TREE = {
     "song.py": "from lib.tone import sine\nimport numpy as np\n\n\ndef song():\n    return sine(1)\n",
     "tone.py": "def sine(x):\n    import lib.table\n\n    return lib.table.VALUES[x]\n",
     "table.py": "from lib.deep import wave\nVALUES = (1, 2)\n",
-    "deep/__init__.py": "from lib import scale\n",
+    "deep/__init__.py": "from lib.scale import size\n",
     "deep/wave.py": "",
     "deep/noise.py": "",
     "scale.py": "import os.path\n",
     "other.py": "",
 }
-INSIDE = ("__init__.py", "song.py", "tone.py", "table.py", "deep/__init__.py", "deep/wave.py", "scale.py")
+INSIDE = ("song.py", "tone.py", "table.py", "deep/wave.py")
 
 
 @pytest.fixture
@@ -57,6 +57,15 @@ def test_it_follows_every_module_that_is_imported_and_no_other(tree, fingerprint
     assert (fingerprint("lib.song") != before) == (name in INSIDE)
 
 
+def test_a_package_counts_where_a_name_is_imported_from_it(tree, fingerprint):
+    (tree / "other.py").write_text("from lib.deep import size")
+    for name, counts in (("deep/__init__.py", True), ("scale.py", True), ("deep/noise.py", False)):
+        before = fingerprint("lib.other")
+        with open(tree / name, "a") as file:
+            file.write("\nx = 1\n")
+        assert (fingerprint("lib.other") != before) == counts, name
+
+
 def test_comments_docstrings_and_layout_play_no_part(tree, fingerprint):
     before = fingerprint("lib.tone")
     (tree / "tone.py").write_text(
@@ -81,7 +90,7 @@ def test_comments_docstrings_and_layout_play_no_part(tree, fingerprint):
         ("a.b", "b.a"),
     ],
 )
-def test_what_reads_alike_is_told_apart(tree, fingerprint, code, other):
+def test_similar_code_has_different_hashes(tree, fingerprint, code, other):
     found = set()
     for text in (code, other):
         (tree / "other.py").write_text(text)

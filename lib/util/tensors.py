@@ -1,0 +1,89 @@
+"""Torch's side of the tools: threads, cached tables, weights that are loaded without running code from a file."""
+
+import contextlib
+import functools
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from lib.util.errors import UserError
+
+Function = TypeVar("Function", bound=Callable)
+
+
+@contextlib.contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Compute with `count` threads of torch's pool; None changes nothing. One is best for small matrices: on busy
+    cores, waiting for the other threads costs far more than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cached_table(function: Function) -> Function:
+    """Cache a function that computes a constant tensor, such as a window or a filter bank.
+
+    It runs outside of inference mode: a tensor created there could never take part in a backward pass.
+    """
+    return functools.lru_cache(maxsize=16)(torch.inference_mode(False)(torch.no_grad()(function)))
+
+
+def safe_torch_load(path: str | Path, allowed: Iterable[type] = ()) -> Any:
+    """`torch.load` on the CPU that never runs code from the file; `UserError` says why a file is refused."""
+    path = Path(path)
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; check the path") from None
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if "Unsupported global" in reason or "GLOBAL" in reason:
+            needs = reason.split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL " in reason else "code"
+            raise UserError(
+                f"{path}: refused, because loading it would run code from the file (it needs {needs}); "
+                "save it again with tensors, numbers, strings, lists and dicts only"
+            ) from None
+        raise UserError(f"{path}: not a torch checkpoint, or damaged; get the file again") from None
+    except Exception as error:  # on damaged bytes the unpickler raises almost anything: IndexError, struct.error, ...
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: truncated or not a torch checkpoint ({first}); get the file again") from None
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a safetensors file into `model`, every tensor in its place; `UserError` lists what does not fit."""
+    try:
+        weights = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); restore it or train again") from None
+    check_tensors(path, weights, model.state_dict())
+    model.load_state_dict(weights)
+
+
+def check_tensors(
+    path: Path | str,
+    found: dict[str, Tensor],
+    wanted: dict[str, Tensor],
+    fix: str = "use the config that the file was trained with",
+) -> None:
+    """`UserError` that lists missing and unknown tensors and wrong shapes."""
+    problems = [f"missing {name}" for name in wanted if name not in found]
+    problems += [f"unknown {name}" for name in found if name not in wanted]
+    problems += [
+        f"{name} is {list(found[name].shape)} instead of {list(wanted[name].shape)}"
+        for name in wanted
+        if name in found and found[name].shape != wanted[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        listed = "; ".join(problems[:8]) + more
+        raise UserError(f"{path}: does not fit this model: {listed}; {fix}")
