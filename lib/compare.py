@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lib.codec.codec import Codec, load_codec
-from lib.data.manifest import Clip, read_manifest
+from lib.data.pairs import Clip, read_manifest
 from lib.evaluation.metrics import advantage, hear, judge_fusion, mean_judgement
 from lib.listening.panel import describe_pair, whole_clip
 from lib.listening.player import Players

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from lib.audio.files import AUDIO_SUFFIXES
 from lib.audio.synth import make_demo_dataset
+from lib.audio.walk import walk_audio
 from lib.codec.codec import Codec, load_codec
 from lib.data.latents import EncodeReport, encode_manifest
 from lib.data.pairs import Manifest, build_manifest, read_manifest
@@ -161,17 +160,10 @@ def _manifest(data: Path, path: Path, clip_seconds: float, preset: Preset) -> Ma
 
 
 def _listing_hash(data: Path) -> str:
-    digest = hashlib.sha256(str(data.resolve()).encode(errors="surrogateescape"))
-    seen = set()
-    for folder, subfolders, names in os.walk(data, followlinks=True):  # links as in `build_manifest`
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders.sort()
-        for path in (Path(folder, name) for name in sorted(names)):
-            if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
-                status = path.stat()
-                digest.update(f"{path}:{status.st_size}:{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+    """Hash of the folder and of the name, size and time of every music file in it."""
+    listing: list[Any] = [str(data.resolve())]
+    for name in walk_audio(data)[0]:
+        with contextlib.suppress(OSError):  # a broken link
+            status = (data / name).stat()
+            listing.append([name, status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()

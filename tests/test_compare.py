@@ -20,7 +20,7 @@ import lib.compare
 from lib.audio.files import load_audio
 from lib.codec.mdct import MdctCodec
 from lib.compare import codec_of, compare_runs, main, names_of, pairs_new_to_both, spread
-from lib.data.manifest import Manifest, Pair, write_manifest
+from lib.data.pairs import Manifest, Pair, write_manifest
 from lib.evaluation.metrics import advantage, hear, judge_fusion
 from lib.fuse import fuse_clips
 from lib.model.cascade import CascadeConfig

@@ -22,7 +22,7 @@ import lib.fuse
 from lib.audio.files import SAMPLE_RATE, AudioError, load_audio
 from lib.codec.encodec import OFFLINE_VARIABLE
 from lib.codec.mdct import MdctCodec
-from lib.data.manifest import Clip
+from lib.data.pairs import Clip
 from lib.fuse import CHUNK, OVERLAP, chunk_bounds, crossfaded, fuse_and_restore, fuse_clips, fuse_files, main
 from lib.listening.render import Settings, save_with_recipe
 from lib.model.cascade import CascadeConfig

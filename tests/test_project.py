@@ -163,7 +163,7 @@ def test_the_manifest_is_built_anew_when_a_setting_changes(root, builds, setting
 
 
 def test_the_manifest_is_built_anew_when_the_code_changes(root, builds, edit_code):
-    for count, module in enumerate(("lib.data.pairs", "lib.data.manifest", "lib.audio.files"), start=1):
+    for count, module in enumerate(("lib.data.pairs", "lib.audio.walk", "lib.audio.files"), start=1):
         open_project(load_preset("smoke", **SMALL), "my songs é")
         assert len(builds) == count
         edit_code(module)

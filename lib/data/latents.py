@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from lib.audio.files import load_audio
 from lib.codec.codec import Codec
-from lib.data.manifest import Clip, Manifest
+from lib.data.pairs import Clip, Manifest
 from lib.util.errors import UserError
 from lib.util.files import TEMPORARY, file_sha256, read_json, write_atomic
 from lib.util.provenance import code_fingerprint

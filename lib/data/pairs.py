@@ -15,28 +15,76 @@ same recording in another format has other bytes and is not recognised.
 
 import hashlib
 import itertools
+import json
 import math
 import os
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from lib.audio.files import AUDIO_SUFFIXES, MIN_SAMPLES, SAMPLE_RATE, AudioError, check_audio
-from lib.data.manifest import MODES, SPLITS, Clip, Manifest, Pair, Skipped, read_manifest, report_path, write_manifest
+from lib.audio.files import MIN_SAMPLES, SAMPLE_RATE, AudioError, check_audio
+from lib.audio.walk import Skipped, walk_audio
 from lib.util.errors import UserError
+from lib.util.files import naming, read_json, read_json_lines, write_atomic
 
-__all__ = ["Clip", "Manifest", "Pair", "build_manifest", "read_manifest"]
-
+MODES = ("auto", "named", "continuation", "cross", "both")
+SPLITS = ("train", "val")
+MANIFEST_VERSION = 1
+AGAIN = "build the manifest again"
 MIN_FILL = 0.9  # a clip with at least this part of its length is used and padded with zeros later
 
 _NAMED = re.compile(r"(?P<id>pair_.+)_(?P<role>input|target|output)", re.IGNORECASE)
 _PROGRESS_FROM = 8  # files; below that a bar is noise
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A window of a file. `offset` and `length` are samples at 24 kHz; `length` counts real ones, before padding."""
+
+    path: str  # posix, relative to the data root
+    offset: int
+    length: int
+    sha256: str  # of the file's bytes
+
+    @property
+    def key(self) -> str:
+        """Identity of the content (64 bits, hex): the same for a copy of the file under another name."""
+        return hashlib.sha256(f"{self.sha256}:{self.offset}:{self.length}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Pair:
+    id: str  # unique in the manifest
+    split: str  # "train" or "val"
+    mode: str  # "named", "continuation" or "cross"
+    input: Clip
+    target: Clip
+
+
+@dataclass(frozen=True)
+class Manifest:
+    root: Path  # the data folder
+    clip_length: int  # samples at `sample_rate`
+    sample_rate: int
+    seed: int
+    pairs: tuple[Pair, ...]
+    skipped: tuple[Skipped, ...]
+
+    def split(self, name: str) -> tuple[Pair, ...]:
+        """The pairs of "train" or "val"."""
+        if name not in SPLITS:
+            raise ValueError(f"unknown split {name!r}; choose one of {', '.join(SPLITS)}")
+        return tuple(pair for pair in self.pairs if pair.split == name)
+
+    def path(self, clip: Clip) -> Path:
+        """Where a clip's file is."""
+        return self.root / clip.path
 
 
 @dataclass(frozen=True)
@@ -78,7 +126,7 @@ def build_manifest(
     """
     root, out_path = Path(data_dir), Path(out_path)
     clip_length = _check_options(root, clip_seconds, mode, cross_per_file, val_fraction)
-    files, skipped = _list_files(root, ignore=(out_path, report_path(out_path)))
+    files, skipped = walk_audio(root, ignore=(out_path, report_path(out_path)))
     if not files:
         others = f" (only {len(skipped)} other files)" if skipped else ""
         raise UserError(f"{root}: no music in this folder{others}; put WAV, FLAC, OGG or MP3 files there")
@@ -117,37 +165,6 @@ def _check_options(root: Path, clip_seconds: float, mode: str, cross_per_file: i
         fault = "a file, not a folder; name the folder it is in" if root.exists() else "no such folder; check the path"
         raise UserError(f"{root}: {fault}")
     return round(clip_seconds * SAMPLE_RATE)
-
-
-def _list_files(root: Path, ignore: Sequence[Path]) -> tuple[list[str], list[Skipped]]:
-    """Music files under `root`, relative and sorted, and the rest as skipped. Hidden files and folders are ignored.
-
-    Links are followed, but no folder is entered twice, so a loop of links ends.
-    """
-    files, skipped, seen = [], [], set()
-    ignored = {path.resolve() for path in ignore}
-
-    def unreadable(error: OSError) -> None:
-        relative = Path(error.filename).relative_to(root).as_posix()
-        skipped.append(Skipped(relative, f"folder cannot be read ({error.strerror}); check its permissions"))
-
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            path = Path(folder, name)
-            relative = path.relative_to(root).as_posix()
-            if name.startswith(".") or path.resolve() in ignored:
-                continue
-            if path.suffix.lower() in AUDIO_SUFFIXES:
-                files.append(relative)
-            else:
-                skipped.append(Skipped(relative, "not WAV, FLAC, OGG or MP3 by its name; convert it if it is music"))
-    return sorted(files), skipped
 
 
 def _check_files(root: Path, files: list[str], skipped: list[Skipped], workers: int | None) -> list[_Source]:
@@ -290,3 +307,70 @@ def _no_pairs(root: Path, split: str, files: list[str], skipped: list[Skipped]) 
     reasons = [f"{item.path}: {item.reason}" for item in skipped if item.path in set(files)]
     first = "; ".join(reasons[:3]) or "too few files"
     return f"{root}: no usable pair for {split} among {len(files)} music files; first reasons: {first}"
+
+
+# --- the file of a manifest -------------------------------------------------------------------------------------------
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read what `build_manifest` wrote. Raises `UserError` with file and line if it is missing or damaged."""
+    path = Path(path)
+    header, *rows = read_json_lines(path, fix=AGAIN, errors="surrogateescape") or [{}]
+    pairs = []
+    for number, row in enumerate(rows, 2):
+        with naming(f"{path}, line {number}", AGAIN):
+            pairs.append(_pair_from_json(row))
+    with naming(f"{path}, line 1", AGAIN):
+        if header["version"] != MANIFEST_VERSION:
+            raise ValueError(f"version {header['version']!r} is not {MANIFEST_VERSION}")
+        fields = {name: header[name] for name in ("clip_length", "sample_rate", "seed")}
+        if not all(type(value) is int for value in fields.values()):
+            raise ValueError(f"{fields} are not all whole numbers")
+        root = Path(os.path.normpath(path.resolve().parent / header["root"]))
+        if header["num_pairs"] != len(pairs):
+            raise ValueError(f"the file ends after {len(pairs)} pairs of {header['num_pairs']}")
+    return Manifest(root=root, pairs=tuple(pairs), skipped=_read_report(report_path(path)), **fields)
+
+
+def report_path(manifest_path: Path) -> Path:
+    return manifest_path.with_name(manifest_path.stem + ".skipped.json")
+
+
+def write_manifest(manifest: Manifest, path: Path, mode: str) -> None:
+    # the root is relative to the manifest, so that data and outputs can be moved together
+    header = {
+        "version": MANIFEST_VERSION,
+        "root": Path(os.path.relpath(manifest.root, path.resolve().parent)).as_posix(),
+        "sample_rate": manifest.sample_rate,
+        "clip_length": manifest.clip_length,
+        "mode": mode,
+        "seed": manifest.seed,
+        "num_pairs": len(manifest.pairs),  # tells a manifest that was cut off at the end of a line
+    }
+    lines = [json.dumps(line, ensure_ascii=False) for line in (header, *map(asdict, manifest.pairs))]
+    report = json.dumps([asdict(item) for item in manifest.skipped], ensure_ascii=False, indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(report_path(path), report + "\n")
+        write_atomic(path, "\n".join(lines) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose a folder you may write to") from error
+
+
+def _read_report(path: Path) -> tuple[Skipped, ...]:
+    if not path.exists():
+        return ()
+    with naming(path, AGAIN):
+        return tuple(Skipped(**item) for item in read_json(path, list, fix=AGAIN, errors="surrogateescape"))
+
+
+def _pair_from_json(fields: dict) -> Pair:
+    pair = Pair(**fields | {half: Clip(**fields[half]) for half in ("input", "target")})
+    if pair.split not in SPLITS or pair.mode not in MODES:
+        raise ValueError(f"split {pair.split!r} or mode {pair.mode!r} is unknown")
+    for clip in (pair.input, pair.target):
+        if not (type(clip.offset) is type(clip.length) is int and clip.offset >= 0 < clip.length):
+            raise ValueError(f"offset {clip.offset!r} or length {clip.length!r} is no sample count")
+        if not (isinstance(clip.path, str) and re.fullmatch("[0-9a-f]{64}", str(clip.sha256))):
+            raise ValueError(f"path {clip.path!r} or sha256 {clip.sha256!r} is malformed")
+    return pair

@@ -19,7 +19,7 @@ from torch import Tensor
 from lib.audio.files import AUDIO_SUFFIXES, MIN_SAMPLES, SAMPLE_RATE, AudioError, AudioReport, check_audio, resample
 from lib.audio.plots import mel_power, taken_pictures
 from lib.codec.codec import Codec
-from lib.data.manifest import Clip, Manifest
+from lib.data.pairs import Clip, Manifest
 from lib.listening.player import Players, PlayerWidget
 from lib.listening.render import Rendition, Settings, load_pair, render
 from lib.listening.widgets import figure_png

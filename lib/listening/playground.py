@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from lib.audio.plots import waveforms_and_mels
 from lib.codec.codec import Codec
-from lib.data.manifest import Manifest
+from lib.data.pairs import Manifest
 from lib.listening.panel import SLIDER, Message, Models, describe_clip, plain_name, uploaded_clips, whole_clip
 from lib.listening.player import Players, PlayerWidget
 from lib.listening.render import Settings, load_pair, render, save_with_recipe

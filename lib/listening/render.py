@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lib.audio.files import load_audio, save_audio
 from lib.codec.codec import Codec, load_codec
-from lib.data.manifest import Clip
+from lib.data.pairs import Clip
 from lib.model.cascade import Stage, StageTrace
 from lib.model.fusion import FusionModel
 from lib.model.masks import Masks

@@ -14,7 +14,8 @@ from scipy import signal
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lib.audio.files import AUDIO_SUFFIXES, AudioError, check_audio, load_audio
+from lib.audio.files import AudioError, check_audio, load_audio
+from lib.audio.walk import walk_audio
 from lib.superres.mel import SAMPLE_RATE
 from lib.util.configs import check
 from lib.util.errors import UserError
@@ -98,8 +99,9 @@ def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name one with music at 44.1 kHz or more")
+    files, others = walk_audio(folder)
     songs, skipped = {}, []
-    for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file()):
+    for path in (folder / name for name in files):
         try:
             report = check_audio(path)
             rate, length = report.info.sample_rate, report.info.samples_at(SAMPLE_RATE)
@@ -111,6 +113,7 @@ def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 
             songs.setdefault(report.sha256, Song(path, length, report.sha256))  # copies count once
         except AudioError as error:
             skipped.append((path, error.problem))
+    skipped += [(folder / item.path, item.reason) for item in others]
     if len(songs) < 2:
         reasons = "; ".join(f"{path.name}: {problem}" for path, problem in skipped[:3])
         raise UserError(f"{folder}: {len(songs)} usable song(s), two are needed ({reasons or 'no audio files'})")

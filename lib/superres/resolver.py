@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.audio.files import AUDIO_SUFFIXES, AudioError, AudioInfo, AudioWriter, check_audio, load_audio
+from lib.audio.files import AudioError, AudioInfo, AudioWriter, check_audio, load_audio
+from lib.audio.walk import walk_audio
 from lib.superres.degradation import LOWEST
 from lib.superres.diffusion import sample
 from lib.superres.mel import HOP, N_FFT, SAMPLE_RATE, bin_of, inverse_spectrum, log_mel, spectrum
@@ -323,8 +324,9 @@ def restore_folder(
     where no file can be used, and where a result would lie among the files.
     """
     folder, out = Path(folder), Path(out)
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES and p.is_file())
-    targets = [out / path.relative_to(folder).with_suffix(".wav") for path in paths]
+    files, others = walk_audio(folder)
+    paths = [folder / name for name in files]
+    targets = [(out / name).with_suffix(".wav") for name in files]
     if any(target.resolve().is_relative_to(folder.resolve()) for target in (out, *targets)):
         raise UserError(f"{out}: results would lie among the files of {folder}; choose another output folder")
     done, skipped, names = [], [], {}
@@ -346,6 +348,7 @@ def restore_folder(
         done.append(restored)
         names[target] = path
         report(restored)
+    skipped += [(folder / item.path, item.reason) for item in others]
     if not done:
         reasons = "; ".join(f"{path.name}: {problem}" for path, problem in skipped[:3])
         raise UserError(f"{folder}: no usable audio file ({reasons or 'none there'})")

@@ -21,7 +21,7 @@ import lib.listening.panel
 from lib.audio.files import AudioError, load_audio
 from lib.audio.plots import mel_power, taken_pictures
 from lib.codec.mdct import MdctCodec
-from lib.data.manifest import Clip
+from lib.data.pairs import Clip
 from lib.fuse import fuse_clips
 from lib.listening.panel import (
     BLENDS,

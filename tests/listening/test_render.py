@@ -19,7 +19,7 @@ from torch import Tensor
 import lib.listening.render
 from lib.audio.files import AudioError, load_audio
 from lib.codec.mdct import MdctCodec
-from lib.data.manifest import Clip
+from lib.data.pairs import Clip
 from lib.fuse import fuse_clips
 from lib.listening.render import (
     HARDEST,

@@ -166,12 +166,13 @@ def test_what_cannot_be_used_is_listed_with_its_reason(eight, tmp_path):
     library = read_library(tmp_path, CLIP)
     assert {song.path.name for songs in library.songs.values() for song in songs} == {"0.wav", "1.wav"}
     reasons = {path.name: reason for path, reason in library.skipped}
-    assert set(reasons) == {"telephone.wav", "short.wav", "silent.wav", "damaged.wav", "text.mp3"}
+    assert set(reasons) == {"telephone.wav", "short.wav", "silent.wav", "damaged.wav", "text.mp3", "notes.txt"}
     assert "44099 Hz, which holds no upper band; use 44.1 kHz or more" in reasons["telephone.wav"]
     assert "shorter than a clip of 0.16 s; use longer music" in reasons["short.wav"]
     assert "silent" in reasons["silent.wav"]
     assert "truncated" in reasons["damaged.wav"]
     assert "not audio" in reasons["text.mp3"]
+    assert "not WAV" in reasons["notes.txt"]
 
 
 def test_a_song_as_long_as_a_clip_will_do(tmp_path):

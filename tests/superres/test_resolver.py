@@ -629,12 +629,13 @@ def test_a_folder_is_restored_file_by_file(folder, tmp_path):
     assert [restored.channels for restored in done] == [1, 2]
     assert done[0].cutoff == pytest.approx(3_000, abs=200)  # that of a.flac, the first by name
     reasons = {path.relative_to(folder).as_posix(): reason for path, reason in skipped}
-    assert set(reasons) == {"a.wav", "full.wav", "silent.wav", "broken.wav", "text.mp3"}
+    assert set(reasons) == {"a.wav", "full.wav", "silent.wav", "broken.wav", "text.mp3", "notes.txt"}
     assert reasons["a.wav"] == "a.flac goes by the same name; rename one of them"
     assert "its band, or what a resampler left" in reasons["full.wav"]
     assert "silent" in reasons["silent.wav"]
     assert "truncated" in reasons["broken.wav"]
     assert "not audio" in reasons["text.mp3"]
+    assert "not WAV" in reasons["notes.txt"]
     assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} == {"a.wav", "b.wav"}
 
 
