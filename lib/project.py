@@ -16,11 +16,12 @@ from lib.audio.walk import walk_audio
 from lib.codec.codec import Codec, load_codec
 from lib.data.latents import EncodeReport, encode_manifest
 from lib.data.pairs import Manifest, build_manifest, read_manifest
-from lib.lab.ablation import Plan, Result, read_record, run_plan
+from lib.lab.ablation import Plan, run_plan
+from lib.lab.results import Result, read_record
 from lib.lab.variants import NAMED, Variant
 from lib.presets import Preset
 from lib.superres.degradation import Library, read_library
-from lib.superres.evaluation import Score, read_scores
+from lib.superres.evaluation import Score
 from lib.util.errors import UserError
 from lib.util.files import make_folder, write_atomic
 from lib.util.provenance import code_fingerprint
@@ -100,7 +101,7 @@ class Project:
     def recorded_superres(self) -> tuple[tuple[Score, ...], dict[str, Any]]:
         """The distances that `make record` measured of a super-resolver trained for longer, and their facts; 'source'
         as in `recorded`."""
-        scores, facts = read_scores(RECORD / "superres.json")
+        scores, facts = read_record(RECORD / "superres.json", Score)
         steps = f"{facts['vae_steps']} and {facts['steps']} steps"
         return scores, facts | {"source": f"recorded: preset {facts['preset']}, {steps}, {scores[0].clips} clips"}
 

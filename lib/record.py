@@ -34,15 +34,15 @@ from typing import Any
 
 import torch
 
-from lib.lab.ablation import Result, write_record
 from lib.lab.audit import audit_named, disagreements
 from lib.lab.claims import collect, markdown_table, with_untested
+from lib.lab.results import Result, write_record
 from lib.pipeline import NotebookError, add_arguments, parsed_overrides, run_notebooks, say
 from lib.presets import Preset, load_preset
 from lib.project import RECORD, ROOT, Project, open_project
 from lib.report.quotes import BLOCKS, GAIN, readme_blocks, with_blocks
 from lib.report.report import sections, tables_of
-from lib.superres.evaluation import evaluate, write_scores
+from lib.superres.evaluation import evaluate
 from lib.superres.resolver import Restoration, SuperResolver
 from lib.superres.training import train_vae
 from lib.util.errors import UserError, exit_on_user_error
@@ -173,7 +173,7 @@ def record_grid(preset: Preset, data_dir: str, folder: Path) -> None:
         results += project.ablation()
     facts = {"preset": preset.name, "codec": project.codec.name}
     depth = {"steps": preset.record_steps, "changed_by_depth": changed_by_depth(results)}
-    write_record(folder / "ablation.json", results, facts | depth)
+    write_record(folder / "ablation.json", [result.for_record() for result in results], facts | depth)
 
 
 def record_schedule(preset: Preset, project: Project, folder: Path) -> None:
@@ -181,7 +181,8 @@ def record_schedule(preset: Preset, project: Project, folder: Path) -> None:
     say(f"the whole schedule in miniature: {preset.schedule_epochs} epochs, {preset.schedule_seeds} seeds")
     scheduled = project.schedule()
     facts = {"preset": preset.name, "codec": project.codec.name, "epochs": preset.schedule_epochs}
-    write_record(folder / "schedule.json", scheduled, facts | {"steps": max(result.steps for result in scheduled)})
+    facts |= {"steps": max(result.steps for result in scheduled)}
+    write_record(folder / "schedule.json", [result.for_record() for result in scheduled], facts)
 
 
 def record_superres(preset: Preset, project: Project, folder: Path) -> None:
@@ -202,7 +203,7 @@ def record_superres(preset: Preset, project: Project, folder: Path) -> None:
     scores = evaluate(resolver, library, restoration, clips=clips).scores
     facts = {"preset": preset.name, "vae_steps": preset.record_superres_vae_steps, "steps": steps, "music": source}
     facts |= {"sampler_steps": restoration.steps, "guidance": restoration.guidance}
-    write_scores(folder / "superres.json", scores, facts | {"contexts": contexts, "guided": guided})
+    write_record(folder / "superres.json", scores, facts | {"contexts": contexts, "guided": guided})
 
 
 def recorded_plans(preset: Preset) -> list[Preset]:

@@ -11,8 +11,8 @@ import pytest
 
 import lib.record
 import lib.superres.training
-from lib.lab.ablation import read_record
 from lib.lab.claims import CLAIMS, VERDICTS, judge
+from lib.lab.results import read_record
 from lib.lab.variants import SCHEDULED
 from lib.pipeline import NotebookError
 from lib.presets import load_preset
@@ -33,7 +33,7 @@ from lib.record import (
 )
 from lib.report.quotes import BLOCKS, GAIN, MARKS
 from lib.report.report import Section
-from lib.superres.evaluation import CUTOFFS, Evaluation, Score, read_scores
+from lib.superres.evaluation import CUTOFFS, Evaluation, Score
 from lib.superres.resolver import Restoration
 from lib.util.errors import UserError
 
@@ -392,7 +392,7 @@ def test_the_super_resolver_is_trained_for_as_long_as_the_record_says(monkeypatc
     project = type("Project", (), {"out_dir": tmp_path, "upper_band": lambda self: ("the library", "songs")})()
     lib.record.record_superres(preset, project, tmp_path)
     assert trained == [7, 9]
-    found, facts = read_scores(tmp_path / "superres.json")
+    found, facts = read_record(tmp_path / "superres.json", Score)
     assert found == scores
     assert (facts["preset"], facts["vae_steps"], facts["steps"], facts["music"]) == ("demo", 7, 9, "songs")
     assert facts["contexts"] == {"sequence": [0.5, 0.25], "pooled": [0.5, 0.5]}

@@ -9,15 +9,12 @@ deterministic, each on one core or one GPU, so that a result does not depend on 
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
-import math
 import multiprocessing
 import os
 import shutil
 import signal
-import statistics
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -36,6 +33,7 @@ from tqdm import tqdm
 from lib.codec.codec import load_codec
 from lib.data.latents import LatentPairs
 from lib.evaluation.metrics import evaluate_fusion, judge_outputs, mean_judgement
+from lib.lab.results import Result, summarize
 from lib.lab.variants import Variant
 from lib.model.cascade import CascadeConfig, CollapseWarning
 from lib.model.masks import MaskingConfig
@@ -43,11 +41,10 @@ from lib.model.projection import projection_ceiling
 from lib.training.batches import evenly_spread
 from lib.training.config import TrainConfig
 from lib.training.nonfinite import NonFiniteError
-from lib.training.run import Run
 from lib.training.trainer import train
 from lib.util.configs import from_fields
 from lib.util.errors import UserError
-from lib.util.files import make_folder, naming, read_json, write_atomic
+from lib.util.files import make_folder, write_atomic
 from lib.util.provenance import code_fingerprint
 
 
@@ -73,23 +70,6 @@ class Job:
     cascade: dict[str, Any]
     train: dict[str, Any]
     masking: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Result:
-    """How one run went. Metrics have the names of metrics.jsonl and `evaluate_fusion`."""
-
-    variant: str
-    seed: int
-    num_layers: int
-    steps: int  # that were taken
-    non_finite: dict[str, Any] | None  # step, stage and tensor of the first non-finite value
-    start: dict[str, float]  # medians over the first tenth of the steps ...
-    end: dict[str, float]  # ... and over the last
-    final: dict[str, float] | None  # on the validation pairs, after the last step; None after a non-finite value
-    grad_norm: tuple[float, ...]  # before clipping, one a step, inf for a non-finite one; recorded: medians of parts
-    run: str  # its folder
-    quarter: dict[str, float] = field(default_factory=dict)  # medians over the tenth before a quarter of the steps
 
 
 def run_plan(
@@ -119,7 +99,7 @@ def run_plan(
         run_jobs(missing, workers or default_workers())
     for key in jobs:
         drop_checkpoints(folder / key)  # a kill may have left them
-    return tuple(read_result(folder / key, name, seed, plan.num_layers) for name, seed, key in order)
+    return tuple(summarize(folder / key, name, seed, plan.num_layers) for name, seed, key in order)
 
 
 def job_key(
@@ -276,71 +256,3 @@ def drop_checkpoints(folder: Path) -> None:
     for name in ("best", "last"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-# --- results ---------------------------------------------------------------------------------------------------------
-
-
-def read_result(folder: Path, variant: str, seed: int, num_layers: int) -> Result:
-    fix = f"delete {folder} and run again"
-    stored = read_json(folder / "result.json", {"non_finite": object, "final": object}, fix=fix)
-    end = {"non_finite": stored["non_finite"], "final": stored["final"]}
-    rows = [row for row in Run.open(folder).metrics("train") if "event" not in row]
-    tenth = max(1, len(rows) // 10)
-    norms = tuple(row["grad_norm"] for row in rows) + ((math.inf,) if stored["non_finite"] else ())
-    return Result(
-        variant, seed, num_layers, len(rows), **end, start=medians(rows[:tenth]), end=medians(rows[-tenth:]),
-        grad_norm=norms, run=str(folder), quarter=medians(rows[len(rows) // 4 - tenth : len(rows) // 4]),
-    )  # fmt: skip
-
-
-def medians(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    names = dict.fromkeys(name for row in rows for name in row if name not in ("split", "step", "epoch"))
-    values = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}  # null: not finite
-    return {name: statistics.median(found) for name, found in values.items() if found}
-
-
-def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Variant → its results in order of seeds."""
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        groups.setdefault(result.variant, []).append(result)
-    return groups
-
-
-def write_record(path: Path, results: Sequence[Result], facts: dict[str, Any], points: int = 40) -> None:
-    """The results as one small file: numbers with 4 digits, gradient norms as medians of `points` equal parts."""
-
-    def short(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: short(part) for name, part in value.items()}
-        if isinstance(value, list | tuple):
-            return [short(part) for part in value]
-        return float(f"{value:.4g}") if isinstance(value, float) else value
-
-    rows = []
-    for result in results:
-        norms = result.grad_norm
-        if len(norms) > points:
-            cuts = [round(i * len(norms) / points) for i in range(points + 1)]
-            norms = tuple(statistics.median(norms[a:b]) for a, b in itertools.pairwise(cuts))
-        rows.append(short(dataclasses.asdict(result) | {"grad_norm": norms, "run": Path(result.run).name}))
-    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    write_atomic(path, f'{{"facts": {json.dumps(facts)},\n"results": [\n{lines}\n]}}\n')
-
-
-def read_record(path: Path) -> tuple[tuple[Result, ...], dict[str, Any]]:
-    """What `write_record` wrote: results and facts."""
-    missing = f"{path}: no record of the ablation here; `make record` writes one"
-    fix = "restore it from the repository or run `make record`"
-    content = read_json(path, {"results": list, "facts": dict}, missing=missing, fix=fix)
-    with naming(path, fix):
-        results = tuple(Result(**row | {"grad_norm": tuple(row["grad_norm"])}) for row in content["results"])
-        if not results or not all(isinstance(part, dict) for r in results for part in (r.start, r.end)):
-            raise ValueError("no results, or some without their start and end")
-    return results, content["facts"]
-
-
-def growth(result: Result) -> float:
-    """Median gradient norm of the last tenth of the steps over the first; infinite where a value was not finite."""
-    return math.inf if result.non_finite else result.end["grad_norm"] / result.start["grad_norm"]

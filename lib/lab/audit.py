@@ -1,321 +1,371 @@
-"""The verdicts on the claims about training and collapse, as functions of what was measured.
+"""The verdicts on the claims about training and collapse, as functions of what the ablation's runs measured.
 
-Each can come out either way; the tests show both. A claim whose variants were not run is 'not tested here'.
+    Said("C7", "0.1×: the gradient norm rises").of(exploding, growth, all_above(1), "times")
+
+A claim is what a seed said, whose runs decide, a measure of a run, a rule for the values of all seeds, and their unit.
+Every verdict can come out either way, which the tests show. `audit_named`, `audit_grid`: short runs of the cascade
+alone; `audit_schedule`, `audit_continuations`: a whole training of the whole system.
 """
 
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from lib.lab.ablation import Result, by_variant, growth
+from lib.evaluation.metrics import advantage
 from lib.lab.claims import NOT_TESTED, Verdict, judge
-from lib.lab.variants import EXPLODING, LEARNABLE, PROTECTIONS, REFERENCE, REPAIR, Variant
+from lib.lab.results import (
+    HEALTHY_RATIO,
+    Groups,
+    Measure,
+    Runs,
+    at_level,
+    by_variant,
+    decoded_merit,
+    each,
+    first_non_finite,
+    growth,
+    largest_factor,
+    last_projection_share,
+    level,
+    movement,
+    nearer,
+    never_non_finite,
+    peak,
+    rising,
+    scalar_ratio,
+    scalars_against_rest,
+    stable,
+    within,
+)
+from lib.lab.variants import (
+    CREATIVE,
+    EXPLODING,
+    LEARNABLE,
+    NOVELTY,
+    PROTECTIONS,
+    RECONSTRUCTION,
+    REFERENCE,
+    REPAIR,
+    RESIDUAL,
+    WHOLE,
+    WHOLE_3,
+    Variant,
+)
 from lib.training.config import TrainConfig
 from lib.util.stats import describe, difference, factorial_effects
 
-EPOCH_3_BATCH_205 = 3 * 205  # steps at least before the NaN of claim C7, which seed 001 puts there
-HEALTHY_RATIO = (0.8, 1.2)  # of output to wanted RMS (claim C15)
+Rule = Callable[[Sequence[float]], bool]
+
+EPOCH_3_BATCH_205 = 3 * 205  # seed 001 puts the NaN of claim C7 here: at least so many steps
+EPOCHS = 200  # of claim C10
+CONSTANT = 0.2  # an output with less than this share of its clips' movement is called constant
+FEW_PAIRS = 8  # fewer pairs prove nothing about a mean
+CONSTANT_MASKS = 0.75  # complementarity of two masks that are 0.5 everywhere
 SUSPECTS = ("3 stages", EXPLODING, "learnable RMS", "anti-modulation log")  # variants with what the seeds blame
+FALLBACKS = {  # variants that claim C14 calls safe
+    "stage 1 at 512": "stage 1 at 512 wide is stable",
+    "3 stages": "three stages at 1.0× are stable",
+    "4 stages": "four stages at 1.0× are stable",
+    "5 stages": "five stages at 1.0× are stable",
+}
+CURES = {  # of a constant output, by claim C15
+    RECONSTRUCTION: "a reconstruction term of 0.01 to 0.05",
+    NOVELTY: "a novelty weight of 0.5 to 0.7 instead of 0.85",
+    RESIDUAL: "a final residual of 0.2 to 0.3",
+}
 
 
-def peak(result: Result) -> float:
-    """Largest gradient norm before clipping; infinite for a run that met a non-finite value."""
-    return max(result.grad_norm, default=math.inf)
+def all_above(limit: float) -> Rule:
+    return lambda values: bool(values) and min(values) > limit
 
 
-def each(results: Sequence[Result], measure: Callable[[Result], float]) -> list[float]:
-    return [measure(result) for result in results]
+def all_below(limit: float) -> Rule:
+    return lambda values: bool(values) and max(values) < limit
 
 
-def within(values: Sequence[float], low: float, high: float) -> bool:
-    return all(low <= value <= high for value in values)
+def between(low: float, high: float) -> Rule:
+    return lambda values: within(values, low, high)
 
 
-def never_non_finite(results: Sequence[Result]) -> bool:
-    return all(result.non_finite is None for result in results)
+@dataclass(frozen=True)
+class Said:
+    """A part of a claim that is judged by itself. `more`: as in `judge`."""
+
+    claim: str
+    text: str
+
+    def judge(self, holds: bool, values: Sequence[float] | None = None, found: str = "", **more: Any) -> Verdict:
+        return judge(self.claim, self.text, holds, values, found=found, **more)
+
+    def of(self, results: Runs, measure: Measure, rule: Rule, found: str, **more: Any) -> Verdict:
+        """By a rule for the values of all seeds."""
+        values = each(results, measure)
+        return self.judge(rule(values), values, found, **more)
+
+    def passing(self, results: Runs, key: str, low: float, high: float, found: str = "at the end") -> Verdict:
+        """By whether every run's measure, between its first and last tenth of the steps, meets an interval."""
+        spans = [sorted((r.start[key], r.end[key])) for r in results if r.end]
+        holds = bool(spans) and all(first <= high and last >= low for first, last in spans)
+        return self.judge(holds, [r.end[key] for r in results if r.end], found)
+
+    def stability(self, results: Runs) -> Verdict:
+        found = f"growth of the gradient norm in {min(r.steps for r in results)} steps; {first_non_finite(results)}"
+        return self.judge(stable(results), each(results, growth), found)
 
 
-def first_non_finite(results: Sequence[Result]) -> str:
-    """'no non-finite value in 100 steps', or the steps at which one came."""
-    steps = [result.non_finite["step"] for result in results if result.non_finite]
-    if not steps:
-        return f"no non-finite value in {min(result.steps for result in results)} steps"
-    return f"non-finite in {len(steps)} of {len(results)} runs, first at step {min(steps)}"
-
-
-def last_stage(result: Result) -> int:
-    return max(int(key[5]) for key in result.start if key.endswith("/target_scale"))
-
-
-def last_projection_share(result: Result) -> float:
-    """Share of the last stage's projection in the squared gradient norm at the end; 0 for a run without an end."""
-    norms = {key: value**2 for key, value in result.end.items() if key.startswith("grad_norm/")}
-    return norms[f"grad_norm/stage{last_stage(result)}/output_projection"] / sum(norms.values()) if norms else 0.0
-
-
-def largest_factor(result: Result) -> float:
-    """Largest wanted factor of any stage, at the start, a quarter or the end of training, each a median over a tenth of
-    the steps."""
-    parts = (result.start, result.quarter, result.end)
-    return max((v for part in parts for k, v in part.items() if k.endswith("/target_scale")), default=math.inf)
-
-
-def scalar_norms(result: Result) -> tuple[float, float]:
-    """Gradient norm of the RMS scalars, and of all other parameters together, at the start."""
-    norms = {key: value**2 for key, value in result.start.items() if key.startswith("grad_norm/")}
-    scalars = sum(value for key, value in norms.items() if key.endswith("/rms_scaling"))
-    return math.sqrt(scalars), math.sqrt(sum(norms.values()) - scalars)
-
-
-def scalar_ratio(result: Result) -> float:
-    """Gradient of the RMS scalars over that of all other parameters, both as RMS over elements, at the start."""
-    scalars, others = scalar_norms(result)
-    stages = range(last_stage(result) + 1)
-    count = 0
-    for d in (256 if stage == 0 else 384 for stage in stages):  # as `learnable scalars` has them
-        count += result.num_layers * (12 * d * d + 13 * d) + 4 * d + 128 * d + 128
-    return scalars / math.sqrt(3 * len(stages)) / (others / math.sqrt(count))
-
-
-def at_level(results: Sequence[Result]) -> bool:
-    """Whether every run ended with an output near the wanted level on the validation pairs."""
-    return never_non_finite(results) and within([r.final["rms_ratio"] for r in results], *HEALTHY_RATIO)
-
-
-def stable(results: Sequence[Result]) -> bool:
-    return never_non_finite(results) and not rising(results)
-
-
-def passes(results: Sequence[Result], key: str, low: float, high: float) -> bool:
-    """Whether every run's measure, between its first and last tenth of the steps, meets the interval."""
-    spans = [sorted((r.start[key], r.end[key])) for r in results if r.end]
-    return bool(spans) and all(first <= high and last >= low for first, last in spans)
-
-
-def from_to(results: Sequence[Result], key: str) -> str:
-    """'from 0.86 to 1.69': medians over seeds of the first and the last tenth of the steps."""
-    first, last = (statistics.median(getattr(r, when)[key] for r in results if r.end) for when in ("start", "end"))
-    return f"from {first:.2f} to {last:.2f}"
-
-
-def audit_named(results: Sequence[Result]) -> list[Verdict]:
+def audit_named(results: Runs) -> list[Verdict]:
     """C5 to C8, C15 and the 0.3× part of C14, from the settings that the seeds describe."""
     found = by_variant(results)
     reference, exploding, repair, learnable = (found[n] for n in (REFERENCE, EXPLODING, REPAIR, LEARNABLE))
     steps = min(r.steps for r in reference)
     short = "" if steps >= EPOCH_3_BATCH_205 else f"{steps} steps, fewer than the {EPOCH_3_BATCH_205} of three epochs"
-    growths = {name: each(found[name], growth) for name in (REFERENCE, EXPLODING, REPAIR)}
-    shares = each(exploding, last_projection_share)
-    scalars = [r for r in learnable if r.start]  # without a step there is nothing to compare
-    finals = {name: [r.final for r in found[name] if r.final] for name in found}
+    mixed, healthy_peak = "stage2/rms_before_scaling", f"{max(each(reference, peak)):.2g}"
+    finals = {name: [r.final for r in found[name] if r.final] for name in (REFERENCE, EXPLODING, REPAIR)}
+    moves = {name: [f["movement_ratio"] / f["rms_ratio"] for f in finals[name]] for name in (REPAIR, EXPLODING)}
+    quiet = [final["rms_ratio"] for final in finals[EXPLODING]]
+    trained = [r for r in learnable if r.start]  # without a step there is nothing to compare
+    no_step = "" if trained else "no run took a step"
     return [
-        *audit_collapse(exploding, repair),
-        judge(
-            "C7",
-            "0.1×: the gradient norm rises (there: 6.8-fold in three epochs)",
-            rising(exploding),
-            growths[EXPLODING],
-            found=f"times from the first to the last tenth of {steps} steps",
+        Said("C5", "training passes mixed RMS 1.09, so 5.2× wanted and 1.64 left").passing(
+            exploding,
+            "stage2/rms_before_scaling",
+            1.09,
+            1.09,
+            from_start_to_end(exploding, "stage2/rms_before_scaling"),
         ),
-        judge(
-            "C7",
-            "0.1×: NaN at epoch 3, batch 205",
-            True if not never_non_finite(exploding) else None if short else False,
-            found=first_non_finite(exploding),
-            why=short if never_non_finite(exploding) else "",
+        Said("C6", "training passes mixed RMS 2.5 to 3.0, so 2.0 to 2.3× wanted and 4.05 left").passing(
+            repair, mixed, 2.5, 3.0, from_start_to_end(repair, mixed)
         ),
-        judge(
-            "C7",
-            "0.3×: the gradient norm rises (there: 1.5-fold in three epochs)",
-            True if rising(repair) else None if short else False,
-            growths[REPAIR],
-            found="times",
-            why="" if rising(repair) else short,
+        Said("C5", "training passes projection RMS 0.85").passing(exploding, "stage2/projection_rms", 0.85, 0.85),
+        Said("C5", "the output of the collapsing cascade stays too quiet").judge(
+            all_below(HEALTHY_RATIO[0])(quiet), quiet, "of the wanted RMS after training"
         ),
-        judge(
-            "C7",
-            "0.1× has larger gradients than two stages",
-            difference(each(exploding, peak), each(reference, peak)) == "higher",
-            each(exploding, peak),
-            found=f"largest norm, against {max(each(reference, peak)):.2g}",
+        Said("C7", "0.1×: the gradient norm rises (there: 6.8-fold in three epochs)").of(
+            exploding, growth, all_above(1), f"times from the first to the last tenth of {steps} steps"
         ),
-        judge(
-            "C7",
-            "two stages: gradient norm 2 to 5 up to epoch 10",
-            None if short else within([r.end.get("grad_norm", math.inf) for r in reference], 2, 5),
-            [r.end.get("grad_norm", math.inf) for r in reference],
-            found="at the end",
-            why=short,
+        Said("C7", "0.1×: NaN at epoch 3, batch 205").judge(
+            not never_non_finite(exploding), found=first_non_finite(exploding), short=short, unless=True
         ),
-        judge(
-            "C7",
-            "0.1×: the last projection has most of the gradient",
-            min(shares) > 0.5,
-            shares,
-            found="of the squared norm at the end",
+        Said("C7", "0.3×: the gradient norm rises (there: 1.5-fold in three epochs)").of(
+            repair, growth, all_above(1), "times", short=short, unless=True
         ),
-        judge(
-            "C8",
-            "learnable scalars: norm 15,438, then NaN",
-            True if not never_non_finite(learnable) else None if short else False,
+        Said("C7", "0.1× has larger gradients than two stages").of(
+            exploding, peak, differs("higher", each(reference, peak)), f"largest norm, against {healthy_peak}"
+        ),
+        Said("C7", "two stages: gradient norm 2 to 5 up to epoch 10").of(
+            reference, lambda r: r.end.get("grad_norm", math.inf), between(2, 5), "at the end", short=short
+        ),
+        Said("C7", "0.1×: the last projection has most of the gradient").of(
+            exploding, last_projection_share, all_above(0.5), "of the squared norm at the end"
+        ),
+        Said("C8", "learnable scalars: norm 15,438, then NaN").judge(
+            not never_non_finite(learnable),
             each(learnable, peak),
-            found=f"largest norm; {first_non_finite(learnable)}",
-            why=f"{short}; the seed's came in epochs 5, 14 and 24" if never_non_finite(learnable) and short else "",
+            f"largest norm; {first_non_finite(learnable)}",
+            short=short and f"{short}; the seed's came in epochs 5, 14 and 24",
+            unless=True,
         ),
-        judge(
-            "C8",
-            "a scalar's gradient is 100 to 10,000 times that of another parameter",
-            within(each(scalars, scalar_ratio), 100, 10_000) if scalars else None,
-            each(scalars, scalar_ratio),
-            found="times, per element",
-            why="" if scalars else "no run took a step",
+        Said("C8", "a scalar's gradient is 100 to 10,000 times that of another parameter").of(
+            trained, scalar_ratio, between(100, 10_000), "times, per element", short=no_step
         ),
-        judge(
-            "C8",
-            "the scalars together have a larger gradient than all other parameters",
-            all(own > others for own, others in map(scalar_norms, scalars)) if scalars else None,
-            [own / others for own, others in map(scalar_norms, scalars)],
-            found="times the norm of all others",
-            why="" if scalars else "no run took a step",
+        Said("C8", "the scalars together have a larger gradient than all other parameters").of(
+            trained, scalars_against_rest, all_above(1), "times the norm of all others", short=no_step
         ),
-        stability("C14", "three stages at 0.3× are stable", repair),
-        judge(
-            "C14",
-            "three stages at 0.3× reach the wanted level (RMS ratio 0.8 to 1.2)",
-            at_level(repair),
-            [final["rms_ratio"] for final in finals[REPAIR]],
-            found="of the wanted RMS",
+        Said("C14", "three stages at 0.3× are stable").stability(repair),
+        Said("C14", "three stages at 0.3× reach the wanted level (RMS ratio 0.8 to 1.2)").judge(
+            at_level(repair), [final["rms_ratio"] for final in finals[REPAIR]], "of the wanted RMS"
         ),
-        judge(
-            "C15",
-            "gradient norm below 100 tells health from collapse",
+        Said("C15", "gradient norm below 100 tells health from collapse").judge(
             max(each(reference, peak)) < 100 <= min(each(exploding, peak)),
             each(exploding, peak),
-            found=f"largest norm of the collapsing cascade, {max(each(reference, peak)):.2g} of the healthy one",
+            f"largest norm of the collapsing cascade, {healthy_peak} of the healthy one",
         ),
-        judge(
-            "C15",
-            "RMS ratio 0.8 to 1.2 tells health from collapse",
-            at_level(reference)
-            and not any(within([final["rms_ratio"]], *HEALTHY_RATIO) for final in finals[EXPLODING]),
-            [final["rms_ratio"] for final in finals[EXPLODING]],
-            found="of the wanted RMS in the collapsing cascade, 1 in the healthy one",
+        Said("C15", "RMS ratio 0.8 to 1.2 tells health from collapse").judge(
+            at_level(reference) and not any(within([ratio], *HEALTHY_RATIO) for ratio in quiet),
+            quiet,
+            "of the wanted RMS in the collapsing cascade, 1 in the healthy one",
         ),
-        judge(
-            "C15",
-            "a healthy output's correlation with either source is below 0.3",
-            max(map(nearer, finals[REFERENCE]), default=math.inf) < 0.3,
-            [nearer(final) for final in finals[REFERENCE]],
-            found="with the nearer source: the residual is the mean of both",
+        Said("C15", "a healthy output's correlation with either source is below 0.3").judge(
+            all_below(0.3)(each(finals[REFERENCE], nearer)),
+            each(finals[REFERENCE], nearer),
+            "with the nearer source: the residual is the mean of both",
         ),
-        judge(
-            "C15",
-            "a final residual of 0.3 brings back movement that 0.1 lacks",
-            difference(*([f["movement_ratio"] / f["rms_ratio"] for f in finals[n]] for n in (REPAIR, EXPLODING)))
-            == "higher",
-            [f["movement_ratio"] / f["rms_ratio"] for f in finals[REPAIR]],
-            found="of the sources' movement, at equal level",
+        Said("C15", "a final residual of 0.3 brings back movement that 0.1 lacks").judge(
+            difference(moves[REPAIR], moves[EXPLODING]) == "higher",
+            moves[REPAIR],
+            "of the sources' movement, at equal level",
         ),
     ]
 
 
-def audit_collapse(exploding: Sequence[Result], repair: Sequence[Result]) -> list[Verdict]:
-    """C5 and C6: whether training passes the state that seed 002 saw. One state is one verdict: the wanted factor and
-    the clamped output follow from the mixed RMS."""
-    verdicts = []
-    for claim, results, low, high, state in (
-        ("C5", exploding, 1.09, 1.09, "mixed RMS 1.09, so 5.2× wanted and 1.64 left"),
-        ("C6", repair, 2.5, 3.0, "mixed RMS 2.5 to 3.0, so 2.0 to 2.3× wanted and 4.05 left"),
-    ):
-        key = "stage2/rms_before_scaling"
-        found = f"at the end, {from_to(results, key)}" if all(r.end for r in results) else "no end was reached"
-        values = [r.end[key] for r in results if r.end]
-        verdicts.append(judge(claim, f"training passes {state}", passes(results, key, low, high), values, found=found))
-    key = "stage2/projection_rms"
-    values = [r.end[key] for r in exploding if r.end]
-    holds = passes(exploding, key, 0.85, 0.85)
-    verdicts.append(judge("C5", "training passes projection RMS 0.85", holds, values, found="at the end"))
-    ratios = [r.final["rms_ratio"] for r in exploding if r.final]
-    stays = bool(ratios) and max(ratios) < HEALTHY_RATIO[0]
-    said = "the output of the collapsing cascade stays too quiet"
-    verdicts.append(judge("C5", said, stays, ratios, found="of the wanted RMS after training"))
-    return verdicts
+def differs(word: str, others: Sequence[float]) -> Rule:
+    """'higher' or 'lower' than the values of other runs, in every seed."""
+    return lambda values: difference(values, others) == word
 
 
-def nearer(final: Mapping[str, float]) -> float:
-    return max(final["input_correlation"], final["target_correlation"])
+def from_start_to_end(results: Runs, key: str) -> str:
+    """'at the end, from 0.86 to 1.69': medians over seeds of the first and the last tenth of the steps."""
+    if not all(r.end for r in results):
+        return "no end was reached"
+    first, last = (statistics.median(getattr(r, when)[key] for r in results) for when in ("start", "end"))
+    return f"at the end, from {first:.2f} to {last:.2f}"
 
 
-def stability(claim: str, said: str, results: Sequence[Result]) -> Verdict:
-    steps = min(r.steps for r in results)
-    end = f"growth of the gradient norm in {steps} steps; {first_non_finite(results)}"
-    return judge(claim, said, stable(results), each(results, growth), found=end)
-
-
-def audit_grid(results: Sequence[Result]) -> list[Verdict]:
+def audit_grid(results: Runs) -> list[Verdict]:
     """C9 and the rest of C14, from the single changes and the 2×2×2 of the protections."""
     found = by_variant(results)
-    verdicts = []
+    verdicts = [judge("C9", "all three together protect", False, short="the 2×2×2 was not run")]
     if all(variant.name in found for variant in PROTECTIONS.values()):
-        bare = found[PROTECTIONS[False, False, False].name]
-        for said, levels in (
-            ("all three protections together", (True, True, True)),
-            ("spectral norm alone", (True, False, False)),
-            ("the clamp alone", (False, True, False)),
-        ):
-            runs = found[PROTECTIONS[levels].name]
-            verdicts.append(
-                judge(
-                    "C9",
-                    f"{said}: smaller gradients than with none",
-                    difference(each(runs, peak), each(bare, peak)) == "lower",
-                    each(runs, peak),
-                    found=f"largest norm, against {max(each(bare, peak)):.3g}",
-                )
-            )
-        limit = TrainConfig().clip
-        acts = max(each(bare, peak)) > limit
-        clipped = found[PROTECTIONS[False, False, True].name]
+        verdicts = audit_protections({levels: found[variant.name] for levels, variant in PROTECTIONS.items()})
+    for name, text in FALLBACKS.items():
+        said = Said("C14", text)
         verdicts.append(
-            judge(
-                "C9",
-                "clipping alone keeps training stable",
-                stable(clipped) and not stable(bare) if acts else None,
-                each(clipped, peak),
-                found="largest norm before clipping",
-                why="" if acts else f"without any protection no norm passed the limit of {limit:g}",
-            )
+            said.stability(found[name]) if name in found else said.judge(False, short="this variant was not run")
         )
-        safe_bare = stable(bare)
-        verdicts.append(
-            judge(
-                "C9",
-                "without protection the cascade at 0.1× becomes unstable",
-                not safe_bare,
-                each(bare, growth),
-                found=f"growth of the gradient norm; {first_non_finite(bare)}",
-            )
-        )
-    else:
-        verdicts.append(judge("C9", "all three together protect", None, why="the 2×2×2 was not run"))
-    for name, said in (
-        ("stage 1 at 512", "stage 1 at 512 wide is stable"),
-        ("3 stages", "three stages at 1.0× are stable"),
-        ("4 stages", "four stages at 1.0× are stable"),
-        ("5 stages", "five stages at 1.0× are stable"),
-    ):
-        if name in found:
-            verdicts.append(stability("C14", said, found[name]))
-        else:
-            verdicts.append(judge("C14", said, None, why="this variant was not run"))
     return verdicts
+
+
+def audit_protections(cells: Mapping[tuple[bool, ...], Runs]) -> list[Verdict]:
+    """C9; `cells`: (spectral norm, clamp, clipping) → runs of the exploding cascade."""
+    bare, clipped, limit = cells[False, False, False], cells[False, False, True], TrainConfig().clip
+    largest = max(each(bare, peak))
+    combinations = {
+        "all three protections together": (True, True, True),
+        "spectral norm alone": (True, False, False),
+        "the clamp alone": (False, True, False),
+    }
+    return [
+        *(
+            Said("C9", f"{name}: smaller gradients than with none").of(
+                cells[levels], peak, differs("lower", each(bare, peak)), f"largest norm, against {largest:.3g}"
+            )
+            for name, levels in combinations.items()
+        ),
+        Said("C9", "clipping alone keeps training stable").judge(
+            stable(clipped) and not stable(bare),
+            each(clipped, peak),
+            "largest norm before clipping",
+            short="" if largest > limit else f"without any protection no norm passed the limit of {limit:g}",
+        ),
+        Said("C9", "without protection the cascade at 0.1× becomes unstable").judge(
+            not stable(bare), each(bare, growth), f"growth of the gradient norm; {first_non_finite(bare)}"
+        ),
+    ]
+
+
+def audit_schedule(results: Runs, epochs: int) -> list[Verdict]:
+    """C7, C10 to C13 and C15, from runs of `epochs` epochs of the variants in `SCHEDULED`."""
+    found = by_variant(results)
+    whole, three = found[WHOLE], found[WHOLE_3]
+    finals = [result.final for result in whole if result.final]
+    short = "" if epochs >= EPOCHS else f"{epochs} epochs only"
+    early = [norm for result in whole for norm in result.grad_norm[: math.ceil(len(result.grad_norm) * 10 / epochs)]]
+    parts = min(len(result.grad_norm) for result in whole)
+    recorded = f" (recorded as medians of {parts} parts)" if parts < min(r.steps for r in whole) else ""
+    untrained = statistics.median(each(whole, lambda result: result.start.get("masks/complementarity", 0.0)))
+    few_steps = never_non_finite(three) and min(r.steps for r in three) < EPOCH_3_BATCH_205
+    other_merit, other_level = (statistics.median(each(three, measure)) for measure in (decoded_merit, level))
+    return [
+        Said("C7", "0.1×, the whole objective: NaN within three epochs").judge(
+            any(r.non_finite is not None and r.non_finite["step"] <= EPOCH_3_BATCH_205 for r in three),
+            found=first_non_finite(three),
+            short=f"fewer than {EPOCH_3_BATCH_205} steps" if few_steps else "",
+        ),
+        Said("C10", "two stages: 200 epochs without NaN").judge(
+            never_non_finite(whole), found=first_non_finite(whole), short=short, unless=False
+        ),
+        Said("C10", "two stages: gradient norm 2 to 5 up to epoch 10").judge(
+            within(early, 2, 5), early, f"before clipping, of the whole objective{recorded}", short=short
+        ),
+        Said("C11", "two stages: no factor above 1.3").of(
+            whole, largest_factor, between(0, 1.3), "largest factor of a stage"
+        ),
+        Said("C12", "complementarity of the masks reaches 85 % by epoch 50").of(
+            whole,
+            lambda result: result.quarter.get("masks/complementarity", 0.0),
+            between(0.85, math.inf),
+            f"at epoch 50, {untrained:.3f} in the first epochs, {CONSTANT_MASKS:.2f} for constant masks",
+            short=short,
+        ),
+        Said("C13", "two stages sound as good as three").of(
+            whole,
+            decoded_merit,
+            lambda values: difference(values, each(three, decoded_merit)) != "lower",
+            f"figure of merit, against {other_merit:.3f} at {other_level:.2f} of the wanted RMS: "
+            "the figure is blind to level",
+        ),
+        Said("C15", "the whole system keeps its gradient norm below 100").of(
+            whole, peak, all_below(100), f"largest norm{recorded}"
+        ),
+        Said("C15", "the whole system keeps the level (RMS ratio 0.8 to 1.2)").judge(
+            at_level(whole),
+            [f["rms_ratio"] for f in finals],
+            "of the wanted RMS; {} to {} is healthy".format(*HEALTHY_RATIO),
+        ),
+        Said("C15", "the whole system's correlation with either source is below 0.3").judge(
+            all_below(0.3)(each(finals, nearer)), each(finals, nearer), "with the nearer source"
+        ),
+        *audit_cures(found[CREATIVE], {name: found[name] for name in CURES}),
+    ]
+
+
+def audit_continuations(
+    judged: Mapping[str, Sequence[Mapping[str, float]]], name: str, songs: Sequence[tuple[str, str]]
+) -> Verdict:
+    """C13: whether the output `name` has a higher figure of merit than the plain average, on `judge_outputs` of
+    continuation pairs and the songs of each pair."""
+    pairs = len(judged[name])
+    found = advantage(judged, name, "average of latents", songs)
+    enough = pairs >= FEW_PAIRS and found.draws > 1
+    return Said("C13", "continuations are coherent: they carry both clips better than their plain average does").judge(
+        found.verdict > 0,
+        found=f"{found} figure of merit, over {pairs} continuation pairs",
+        why=found.in_words("their plain average"),
+        short="" if enough else f"fewer than {FEW_PAIRS} pairs, or all of one song",
+    )
+
+
+def audit_cures(ill: Runs, cured: Groups) -> list[Verdict]:
+    """Whether creative terms alone leave a constant output, and what brings back movement where they do."""
+    without = each(ill, movement)
+    constant = all_below(CONSTANT)(without)
+    novelty_acts = any(part.get("loss/novelty") for r in ill for part in (r.start, r.quarter, r.end))
+    verdicts = [
+        Said("C15", "creative terms alone, with a final residual of 0.1, leave a constant output").judge(
+            constant, without, f"of the sources' movement, whatever the level; below {CONSTANT} is called constant"
+        ),
+        Said("C15", "creative terms alone, with a final residual of 0.1, keep the level (RMS ratio 0.8 to 1.2)").judge(
+            at_level(ill), each(ill, level), "of the wanted RMS"
+        ),
+    ]
+    for name, results in cured.items():
+        short = "" if constant else "the output is not constant without it"
+        if name == NOVELTY and not novelty_acts:
+            short = "the novelty term never acted, whatever its weight: no cosine passed 0.7"
+        found = f"of the sources' movement, {statistics.median(without):.3f} without"
+        said = Said("C15", f"{CURES[name]} cures a constant output")
+        verdicts.append(said.of(results, movement, differs("higher", without), found, short=short))
+    return verdicts
+
+
+def disagreements(shallow: Sequence[Verdict], deep: Sequence[Verdict]) -> list[str]:
+    """The parts of claims on which two depths come to different verdicts; 'not tested' counts as no verdict."""
+    other = {(v.claim, v.said): v.verdict for v in deep}
+    pairs = [(v, other.get((v.claim, v.said), NOT_TESTED)) for v in shallow]
+    return [
+        f"{v.claim}, {v.said}: {v.verdict} → {found}"
+        for v, found in pairs
+        if NOT_TESTED not in (v.verdict, found) and found != v.verdict
+    ]
+
+
+# --- sentences and effects --------------------------------------------------------------------------------------------
 
 
 def effects_in_decades(
-    variants: Mapping[tuple[bool, ...], Variant],
-    factors: Sequence[str],
-    found: Mapping[str, Sequence[Result]],
-    measure: Callable[[Result], float],
+    variants: Mapping[tuple[bool, ...], Variant], factors: Sequence[str], found: Groups, measure: Measure
 ) -> dict[str, list[float]]:
     """Effects of a 2×2×2's factors on log10 of a measure, per seed; none where a run became non-finite."""
     cells = {levels: each(found[v.name], lambda r: math.log10(measure(r))) for levels, v in variants.items()}
@@ -324,12 +374,7 @@ def effects_in_decades(
     return factorial_effects(cells, factors)
 
 
-def rising(results: Sequence[Result]) -> bool:
-    """Whether the gradient norm of every seed is larger in the last tenth of the steps than in the first."""
-    return min(each(results, growth)) > 1
-
-
-def findings(groups: Mapping[str, Sequence[Result]]) -> list[str]:
+def findings(groups: Groups) -> list[str]:
     """What a grid says of the seeds' suspects, of a rise, of clipping and of NaN, a sentence each."""
     peaks = {name: each(results, peak) for name, results in groups.items()}
     reference, runs = peaks[REFERENCE], [run for results in groups.values() for run in results]
@@ -349,10 +394,10 @@ def findings(groups: Mapping[str, Sequence[Result]]) -> list[str]:
     ]
 
 
-def weak_residuals(groups: Mapping[str, Sequence[Result]], names: Sequence[str]) -> list[str]:
+def weak_residuals(groups: Groups, names: Sequence[str]) -> list[str]:
     """A line for each way to keep a weak residual, against two stages, and one that names those which leak less at the
     target level without larger gradients."""
-    measures: dict[str, Callable[[Result], float]] = {
+    measures: dict[str, Measure] = {
         "leakage": lambda r: (r.final["input_correlation"] + r.final["target_correlation"]) / 2,
         "gradients": peak,
         "error": lambda r: r.final["mse"],
@@ -369,15 +414,3 @@ def weak_residuals(groups: Mapping[str, Sequence[Result]], names: Sequence[str])
         if level == "at" and found["leakage"] == "lower" and found["gradients"] != "higher":
             winners.append(name)
     return [*lines, f"less leakage at the target level without larger gradients: {', '.join(winners) or 'none'}"]
-
-
-def disagreements(shallow: Sequence[Verdict], deep: Sequence[Verdict]) -> list[str]:
-    """The parts of claims on which two depths come to different verdicts; 'not tested' counts as no verdict."""
-    other = {(v.claim, v.said): v.verdict for v in deep}
-    return [
-        f"{v.claim}, {v.said}: {v.verdict} → {other[v.claim, v.said]}"
-        for v in shallow
-        if (v.claim, v.said) in other
-        and NOT_TESTED not in (v.verdict, other[v.claim, v.said])
-        and other[v.claim, v.said] != v.verdict
-    ]

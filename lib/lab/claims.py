@@ -50,15 +50,26 @@ class Verdict:
 
 
 def judge(
-    claim: str, said: str, holds: bool | None, values: Sequence[float] | None = None, *, found: str = "", why: str = ""
+    claim: str,
+    said: str,
+    holds: bool | None,
+    values: Sequence[float] | None = None,
+    *,
+    found: str = "",
+    why: str = "",
+    short: str = "",
+    unless: bool | None = None,
 ) -> Verdict:
-    """A verdict: `holds` decides it, None for what was not tested (`why` must say what that would take).
+    """A verdict: `holds` decides it; None is 'not tested here', and `why` says what a test would take.
 
-    `values`: one a seed; their median and range become `measured` and `spread`. `found`: said in words instead, or as
-    the unit after the median.
+    `values`: one a seed; their median and range become `measured` and `spread`. `found`: what was measured in words, or
+    the unit after the median. `short`: why the runs cannot decide, such as too few steps; the verdict is then 'not
+    tested here' `unless` the outcome is one that more steps could not change.
     """
     if claim not in CLAIMS:
         raise ValueError(f"unknown claim {claim!r}")
+    if short and (unless is None or holds is not unless):
+        holds, why = None, short
     if holds is None and not why:
         raise ValueError(f"{claim}: a claim that was not tested needs a reason")
     verdict = NOT_TESTED if holds is None else REPRODUCED if holds else REFUTED

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.audio.plots import STAGES, STYLE
-from lib.lab.ablation import Result
+from lib.lab.results import Result
 from lib.lab.variants import EXPLODING, LEARNABLE, REFERENCE, REPAIR
 
 COLOURS = {REFERENCE: "#0072B2", EXPLODING: "#D55E00", REPAIR: "#E69F00", LEARNABLE: "#CC79A7"}

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.superres.evaluation import METHODS, Score, read_scores
+from lib.lab.results import read_record
+from lib.superres.evaluation import METHODS, Score
 from lib.util.errors import UserError
 from lib.util.files import read_json
 
@@ -38,7 +39,7 @@ def readme_blocks(folder: Path) -> dict[str, str]:
     return {
         "results": "\n".join([*results(rows), "", f"*{made}*"]),
         "speed": speed_table(bench["cascade"]),
-        "distances": distances_table(read_scores(folder / "superres.json")[0]),
+        "distances": distances_table(read_record(folder / "superres.json", Score)[0]),
     }
 
 

@@ -8,11 +8,8 @@ advise, so that a mere difference of level does not count.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,8 +17,6 @@ from torch import Tensor
 from lib.superres.degradation import Degradation, Examples, Library
 from lib.superres.mel import N_FFT, bin_of, log_mel
 from lib.superres.resolver import Restoration, SuperResolver, join_bands
-from lib.superres.training import as_tuple
-from lib.util.files import naming, read_json, write_atomic
 from lib.util.stats import Comparison, in_words, mean_and_error
 
 CUTOFFS = (2_000, 4_000, 8_000, 12_000, 16_000)  # Hz
@@ -124,21 +119,6 @@ def evaluate(
         scores += [score(method, cutoff, made, original, songs) for method in METHODS]
         sounds[cutoff] = {"original": original} | made
     return Evaluation(tuple(scores), sounds)
-
-
-def write_scores(path: Path, scores: Sequence[Score], facts: Mapping[str, Any]) -> None:
-    """Facts and scores as JSON, a score a line."""
-    rows = ",\n".join(json.dumps(asdict(score)) for score in scores)
-    write_atomic(path, f'{{"facts": {json.dumps(dict(facts))},\n"scores": [\n{rows}\n]}}\n')
-
-
-def read_scores(path: Path) -> tuple[tuple[Score, ...], dict[str, Any]]:
-    """What `write_scores` wrote; `UserError` where the file is missing or damaged."""
-    fix = "restore it or run `make record`"
-    content = read_json(path, {"facts": dict, "scores": list}, fix=fix)
-    with naming(path, fix):
-        scores = [Score(**{key: as_tuple(value) for key, value in row.items()}) for row in content["scores"]]
-    return tuple(scores), content["facts"]
 
 
 def mels_of_any_cutoff(

@@ -30,17 +30,13 @@ from lib.evaluation.metrics import evaluate_fusion, judge_outputs, mean_judgemen
 from lib.lab.ablation import (
     Job,
     Plan,
-    Result,
-    by_variant,
-    growth,
     job_key,
-    read_record,
     run_job,
     run_jobs,
     run_plan,
     work,
-    write_record,
 )
+from lib.lab.results import Result, by_variant, growth, read_record, write_record
 from lib.lab.variants import Variant
 from lib.model.cascade import CascadeConfig, CollapseWarning
 from lib.model.masks import MaskingConfig
@@ -361,45 +357,8 @@ def test_a_changed_code_makes_new_runs(results, started, edit_code):
     assert len(set(started)) == 2
 
 
-# --- the record -------------------------------------------------------------------------------------------------------
-
-
-def made_up(**changes) -> Result:
-    values = {"start": {"grad_norm": 1.23456}, "end": {"grad_norm": 98765.4321}, "final": {"mse": 1e-7 / 3}}
-    values |= {"grad_norm": tuple(float(i) for i in range(100)), "run": "/somewhere/runs/0123abcd", "non_finite": None}
-    return Result(**{"variant": "0.3× repair", "seed": 1, "num_layers": 6, "steps": 100} | values | changes)
-
-
-def test_a_record_keeps_four_digits_and_forty_norms(tmp_path):
-    write_record(tmp_path / "record.json", [made_up()], {"clips": "4 s"})
-    (result,), facts = read_record(tmp_path / "record.json")
-    assert (result.variant, result.seed, result.num_layers, result.steps) == ("0.3× repair", 1, 6, 100)
-    assert result.start == {"grad_norm": 1.235}
-    assert result.end == {"grad_norm": 98770.0}
-    assert result.final == {"mse": 3.333e-08}
-    assert result.run == "0123abcd"
-    assert facts == {"clips": "4 s"}
-    assert len(result.grad_norm) == 40
-    assert result.grad_norm[:4] == (0.5, 3.0, 6.0, 8.5)  # medians of 0–1, 2–4, 5–7, 8–9
-    assert result.grad_norm[-1] == 98.5
-    text = (tmp_path / "record.json").read_text()
-    assert "somewhere" not in text
-    assert "×" in text
-
-
-def test_few_norms_and_missing_values_are_kept(tmp_path):
-    broken = {"step": 3, "stage": None, "tensor": "loss"}
-    given = [made_up(grad_norm=(1.0, 2.0), run="a"), made_up(final=None, non_finite=broken, grad_norm=(), run="b")]
-    write_record(tmp_path / "record.json", given, {})
-    once = read_record(tmp_path / "record.json")[0]
-    assert [r.grad_norm for r in once] == [(1.0, 2.0), ()]
-    assert (once[1].final, once[1].non_finite) == (None, broken)
-    write_record(tmp_path / "again.json", once, {})
-    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "record.json").read_bytes()
-
-
 def test_a_record_of_real_results_names_no_folder_of_this_machine(whole, tmp_path):
-    write_record(tmp_path / "record.json", whole, {"seeds": 2})
+    write_record(tmp_path / "record.json", [result.for_record() for result in whole], {"seeds": 2})
     text = (tmp_path / "record.json").read_text()
     assert str(Path(whole[0].run).parent) not in text
     found = read_record(tmp_path / "record.json")[0]
@@ -407,20 +366,6 @@ def test_a_record_of_real_results_names_no_folder_of_this_machine(whole, tmp_pat
         assert short.end == pytest.approx(full.end, rel=5.1e-4)
         assert short.final == pytest.approx(full.final, rel=5.1e-4)
         assert short.final != full.final
-
-
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '{"results": []}', '{"results": [{"variant": 1}], "facts": {}}', "\x00"]
-)
-def test_a_damaged_record_is_named(tmp_path, content):
-    (tmp_path / "record.json").write_text(content)
-    with pytest.raises(UserError, match=r"record\.json: damaged .*; restore it from the repository or run `make"):
-        read_record(tmp_path / "record.json")
-
-
-def test_a_missing_record_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"record\.json: no record of the ablation here; `make record` writes one"):
-        read_record(tmp_path / "record.json")
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

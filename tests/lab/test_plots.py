@@ -6,7 +6,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from lib.lab.ablation import Result
 from lib.lab.plots import (
     COLOURS,
     MARKERS,
@@ -19,6 +18,7 @@ from lib.lab.plots import (
     variant_ranges,
     waterfalls,
 )
+from lib.lab.results import Result
 from lib.lab.variants import EXPLODING, NAMED, REFERENCE
 
 

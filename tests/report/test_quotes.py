@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from lib.lab.claims import markdown_table
+from lib.lab.results import read_record
 from lib.project import RECORD, ROOT
 from lib.report.quotes import (
     BLOCKS,
@@ -23,7 +24,7 @@ from lib.report.quotes import (
     speed_table,
     with_blocks,
 )
-from lib.superres.evaluation import CUTOFFS, METHODS, Score, read_scores
+from lib.superres.evaluation import CUTOFFS, METHODS, Score
 from lib.util.errors import UserError
 
 README = (ROOT / "README.md").read_text()
@@ -183,7 +184,7 @@ def test_the_record_in_markdown_is_the_record_in_data():
 
 
 def test_the_committed_distances_are_of_every_method_at_every_cutoff():
-    scores, facts = read_scores(RECORD / "superres.json")
+    scores, facts = read_record(RECORD / "superres.json", Score)
     assert [(s.cutoff, s.method) for s in scores] == [(cutoff, method) for cutoff in CUTOFFS for method in METHODS]
     assert len({s.clips for s in scores}) == 1
     assert facts["preset"] == json.loads((RECORD / "record.json").read_text())["preset"]
