@@ -1,7 +1,7 @@
 """Run the notebooks, headlessly, and join what they show into one page that grows with each of them.
 
     python -m lib.pipeline --preset demo [--data DIR] [--codec NAME|DIR] [--out DIR] [--only 04,05] [--resume]
-                           [--set max_steps=200]
+                           [--set train.max_steps=200]
 
 Every notebook is executed by papermill into the output folder; its cells are stored as they finish, so that a failure
 can be read there. One that fails has its section on the page, and those that do not need it still run. `--resume` skips
@@ -87,7 +87,7 @@ def run_notebooks(
     fails, the others run first, but for those that need it; then `NotebookError`, or `UserError` if all that failed did
     so for bad settings or data.
     """
-    preset = load_preset(preset_name, **overrides)
+    preset = load_preset(preset_name, overrides)
     out = Path(out_dir or ROOT / "outputs" / preset_name).resolve()
     data = str(Path(data_dir).resolve()) if data_dir else ""
     say(f"preset {preset_name}: data and latents")
@@ -278,12 +278,12 @@ def say(message: str) -> None:
 
 
 def parse_overrides(settings: list[str]) -> dict[str, Any]:
-    """`["max_steps=40", "codec=encodec"]` → values as YAML reads them. `UserError` for anything else."""
+    """`["train.max_steps=40", "codec=encodec"]` → values as YAML reads them. `UserError` for anything else."""
     overrides = {}
     for setting in settings:
         key, separator, value = setting.partition("=")
         if not separator or not key:
-            raise UserError(f"--set {setting}: not of the form name=value; write for example --set max_steps=200")
+            raise UserError(f"--set {setting}: not of the form name=value; write for example --set train.max_steps=200")
         try:
             overrides[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none

@@ -1,10 +1,12 @@
-"""What a notebook runs with: the presets, and the project folder that one of them works in.
+"""The settings of a run of the notebooks: three presets, and any setting changed by its address.
 
-`load_preset` gives the settings, `open_project` the data, codec and latents that go with them. Every notebook starts
-with both, so that each can be run alone; what an earlier notebook has prepared is found and reused.
+Sections nest, and the address of a setting is its attribute path: `load_preset("demo", {"train.max_steps": 40})` or
+`--set train.max_steps=40` sets `preset.train.max_steps`.
 """
 
 import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,113 +17,182 @@ from lib.model.masks import MaskingConfig
 from lib.superres.training import FULL_PLAN, SMALL_PLAN
 from lib.superres.training import Plan as SuperresPlan
 from lib.training.adversary import AdversaryConfig
-from lib.training.config import NESTED, TrainConfig
+from lib.training.config import TrainConfig
 from lib.training.curriculum import CurriculumConfig
 from lib.training.losses import LossConfig
-from lib.util.configs import check, check_counts
+from lib.util.configs import check, check_counts, check_numbers, settings, with_settings
 from lib.util.errors import UserError
 
 PLANS = {"small": SMALL_PLAN, "full": FULL_PLAN}
 
 
 @dataclass(frozen=True)
-class Preset:
-    """All settings of a run of the notebooks. Fields of the configs in it can be overridden by their own names."""
-
-    name: str
-    codec: str  # a name, or a folder with weights
+class DataSettings:
     clip_seconds: float  # of training clips
-    listen_seconds: float  # of the clips to listen to
-    num_layers: int
-    train: TrainConfig
-    masking: MaskingConfig = field(default_factory=lambda: MaskingConfig("learned"))
-    demo_every: int = 1  # epochs between clips to listen to, which training writes
-    judged_pairs: int = 24  # validation pairs, spread evenly, on which outputs are compared by ear
     pair_mode: str = "auto"
-    listen_pairs: int = 3
+    seed: int = 0  # of the pairs, and of the demo songs
+
+    def __post_init__(self):
+        check_numbers(self, "clip_seconds", above=0)
+        check_counts(self, "seed", least=0)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    num_layers: int
     num_stages: int = 2
     anti_cheating: float = 0.0
-    data_seed: int = 0  # of the pairs, and of the demo songs
-    # notebook 02: which variants, at which depth, for how long, on clips of which length
-    ablation_variants: str = "named"
-    ablation_layers: int = 2
-    ablation_steps: int = 50
-    ablation_seeds: int = 3
-    ablation_clip_seconds: float = 1.0
-    ablation_batch_size: int = 4
-    ablation_val_pairs: int = 32
-    # the whole system over a whole schedule, in miniature: 200 epochs on few and short clips
-    schedule_epochs: int = 200
-    schedule_pairs: int = 8
-    schedule_batch_size: int = 2
-    schedule_layers: int = 1
-    schedule_seeds: int = 2
-    # notebook 06: super-resolution
-    superres_plan: str = "small"  # sizes of its parts, in PLANS
-    superres_vae_steps: int = 140
-    superres_steps: int = 280  # of the diffusion model
-    superres_vocoder_steps: int = 10
-    superres_sampler_steps: int = 10
-    superres_clips: int = 16  # at each cutoff, on which methods are compared
-    # of `make record`, whose runs are longer; it adds the named settings at full depth
-    record_variants: str = "all"
-    record_steps: int = 100
-    record_superres_vae_steps: int = 600
-    record_superres_steps: int = 800
-    record_superres_seeds: int = 3  # with which both contexts are compared
-    record_data_seeds: int = 3  # each with songs of its own, with each of
-    record_seeds: int = 2  # training seeds; 1 and 1: no variations
+    masking: MaskingConfig = field(default_factory=lambda: MaskingConfig("learned"))
+
+    def __post_init__(self):
+        _ = self.cascade  # refuses what no cascade can be built from
+
+    @property
+    def cascade(self) -> CascadeConfig:
+        return CascadeConfig.reference(self.num_stages, anti_cheating=self.anti_cheating, num_layers=self.num_layers)
+
+
+@dataclass(frozen=True)
+class ListeningSettings:
+    """The clips that notebook 05 plays, and those that training writes."""
+
+    seconds: float
+    pairs: int = 3
+    every: int = 1  # epochs between the clips that training writes
+
+    def __post_init__(self):
+        check_numbers(self, "seconds", above=0)
+        check_counts(self, "pairs", "every")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    pairs: int = 24  # validation pairs, spread evenly, on which outputs are measured
+
+    def __post_init__(self):
+        check_counts(self, "pairs")
+
+
+@dataclass(frozen=True)
+class AblationSettings:
+    """Notebook 02: which variants, at which depth, for how long, on clips of which length."""
+
+    variants: str = "named"
+    layers: int = 2
+    steps: int = 50
+    seeds: int = 3
+    clip_seconds: float = 1.0
+    batch_size: int = 4
+    val_pairs: int = 32
+
+    def __post_init__(self):
+        chosen_variants(self.variants)
+        check_counts(self, "layers", "steps", "seeds", "batch_size", "val_pairs")
+        check_numbers(self, "clip_seconds", above=0)
 
     @property
     def plan(self) -> Plan:
-        """The ablation. Its reference trains like the seeds' model, in float32, whatever `train` says."""
+        """Its reference trains like the seeds' model, in float32, whatever the preset's own training does."""
         reference = TrainConfig(
             epochs=1_000_000,  # the steps decide
-            max_steps=self.ablation_steps,
-            batch_size=self.ablation_batch_size,
-            checkpoint_every=min(self.ablation_steps, 500),
-            max_val_pairs=self.ablation_val_pairs,
+            max_steps=self.steps,
+            batch_size=self.batch_size,
+            checkpoint_every=min(self.steps, 500),
+            max_val_pairs=self.val_pairs,
         )
-        variants = chosen_variants(self.ablation_variants)
-        return Plan(variants, self.ablation_layers, self.ablation_seeds, reference)
+        return Plan(chosen_variants(self.variants), self.layers, self.seeds, reference)
 
-    @property
-    def schedule(self) -> Plan:
-        """The preset's objective, discriminator and curriculum over `schedule_epochs`, with the longest schedule's
-        settings: a warm-up, cosine, averaged weights, noise that reaches its ceiling, targets that change places."""
-        train = dataclasses.replace(
-            self.train,
-            epochs=self.schedule_epochs,
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """The whole system over a whole schedule, in miniature: 200 epochs on few and short clips."""
+
+    epochs: int = 200
+    pairs: int = 8
+    batch_size: int = 2
+    layers: int = 1
+    seeds: int = 2
+    val_pairs: int = 32
+
+    def __post_init__(self):
+        check_counts(self, *(field.name for field in dataclasses.fields(self)))
+
+    def plan(self, train: TrainConfig) -> Plan:
+        """The objective and discriminator of `train` with the longest schedule's settings: a warm-up, cosine, EMA,
+        noise that reaches its ceiling, targets that change places."""
+        scheduled = dataclasses.replace(
+            train,
+            epochs=self.epochs,
             max_steps=None,
             patience=None,
-            batch_size=self.schedule_batch_size,
+            batch_size=self.batch_size,
             accumulate=1,
             warmup_steps=20,
             schedule="cosine",
             ema=0.99,
             precision="fp32",
             checkpoint_every=500,
-            max_train_pairs=self.schedule_pairs,
-            max_val_pairs=self.ablation_val_pairs,
+            max_train_pairs=self.pairs,
+            max_val_pairs=self.val_pairs,
             curriculum=CurriculumConfig(noise_rate=0.002, noise_start=10, target_shuffling=0.25),
         )
-        return Plan(SCHEDULED, self.schedule_layers, self.schedule_seeds, train, MaskingConfig("learned"))
+        return Plan(SCHEDULED, self.layers, self.seeds, scheduled, MaskingConfig("learned"))
 
-    @property
-    def superres(self) -> SuperresPlan:
-        """What notebook 06 trains."""
-        steps = (self.superres_vae_steps, self.superres_steps, self.superres_vocoder_steps)
-        return PLANS[self.superres_plan].lasting(*steps, seed=self.train.seed)
 
-    @property
-    def recorded_superres(self) -> SuperresPlan:
-        """The same, autoencoder and diffusion models for as long as `make record` trains them."""
-        steps = (self.record_superres_vae_steps, self.record_superres_steps, self.superres_vocoder_steps)
-        return PLANS[self.superres_plan].lasting(*steps, seed=self.train.seed)
+@dataclass(frozen=True)
+class SuperresSettings:
+    """Notebook 06: super-resolution."""
 
-    @property
-    def cascade(self) -> CascadeConfig:
-        return CascadeConfig.reference(self.num_stages, anti_cheating=self.anti_cheating, num_layers=self.num_layers)
+    plan: str = "small"  # sizes of its parts, in PLANS
+    vae_steps: int = 140
+    steps: int = 280  # of the diffusion model
+    vocoder_steps: int = 10
+    sampler_steps: int = 10
+    clips: int = 16  # at each cutoff, on which methods are compared
+
+    def __post_init__(self):
+        check(self.plan in PLANS, "plan", self.plan, f"one of {', '.join(PLANS)}")
+        check_counts(self, *(field.name for field in dataclasses.fields(self) if field.type is int))
+
+    def training_plan(self, seed: int) -> SuperresPlan:
+        return PLANS[self.plan].lasting(self.vae_steps, self.steps, self.vocoder_steps, seed=seed)
+
+
+@dataclass(frozen=True)
+class RecordSettings:
+    """`make record`, whose runs are longer; it adds the named settings at full depth."""
+
+    variants: str = "all"
+    steps: int = 100
+    superres_vae_steps: int = 600
+    superres_steps: int = 800
+    superres_seeds: int = 3  # with which both contexts are compared
+    data_seeds: int = 3  # each with its own songs, combined with each of `seeds`
+    seeds: int = 2  # training seeds; 1 and 1: no variations
+
+    def __post_init__(self):
+        chosen_variants(self.variants)
+        check_counts(self, *(field.name for field in dataclasses.fields(self) if field.type is int))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """All settings, by section."""
+
+    name: str
+    codec: str  # a name, or a folder with weights
+    data: DataSettings
+    model: ModelSettings
+    train: TrainConfig
+    listening: ListeningSettings
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    ablation: AblationSettings = field(default_factory=AblationSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    superres: SuperresSettings = field(default_factory=SuperresSettings)
+    record: RecordSettings = field(default_factory=RecordSettings)
+
+    def __post_init__(self):
+        self.train.check_masking(self.model.masking)
 
 
 # What the notebooks train with. Squared errors alone are smallest at the plain average of both clips, with masks or
@@ -148,10 +219,8 @@ PRESETS = {
     "smoke": Preset(
         name="smoke",
         codec="mdct",
-        clip_seconds=2.0,
-        listen_seconds=2.0,
-        listen_pairs=1,
-        num_layers=2,
+        data=DataSettings(clip_seconds=2.0),
+        model=ModelSettings(num_layers=2),
         train=TrainConfig(
             max_steps=24,
             batch_size=4,
@@ -163,33 +232,27 @@ PRESETS = {
             loss=OBJECTIVE,
             adversary=AdversaryConfig(discriminator_learning_rate=1e-4, discriminator_warmup=8),
         ),
-        judged_pairs=4,
-        ablation_layers=1,
-        ablation_steps=10,
-        ablation_seeds=2,
-        ablation_val_pairs=8,
-        schedule_epochs=2,
-        schedule_seeds=1,
-        superres_vae_steps=4,
-        superres_steps=4,
-        superres_vocoder_steps=2,
-        superres_sampler_steps=3,
-        superres_clips=2,
-        record_variants="named",
-        record_steps=10,
-        record_superres_vae_steps=6,
-        record_superres_steps=6,
-        record_superres_seeds=2,
-        record_data_seeds=2,
-        record_seeds=1,
+        listening=ListeningSettings(seconds=2.0, pairs=1),
+        evaluation=EvaluationSettings(pairs=4),
+        ablation=AblationSettings(layers=1, steps=10, seeds=2, val_pairs=8),
+        schedule=ScheduleSettings(epochs=2, seeds=1, val_pairs=8),
+        superres=SuperresSettings(vae_steps=4, steps=4, vocoder_steps=2, sampler_steps=3, clips=2),
+        record=RecordSettings(
+            variants="named",
+            steps=10,
+            superres_vae_steps=6,
+            superres_steps=6,
+            superres_seeds=2,
+            data_seeds=2,
+            seeds=1,
+        ),
     ),
     # the full model on short clips: a few minutes on two cores
     "demo": Preset(
         name="demo",
         codec="mdct",
-        clip_seconds=4.0,
-        listen_seconds=16.0,
-        num_layers=6,
+        data=DataSettings(clip_seconds=4.0),
+        model=ModelSettings(num_layers=6),
         train=TrainConfig(
             max_steps=60,
             batch_size=4,
@@ -202,15 +265,14 @@ PRESETS = {
             curriculum=CurriculumConfig(noise_rate=0.1),
             adversary=AdversaryConfig(discriminator_learning_rate=1e-4, discriminator_warmup=20),
         ),
+        listening=ListeningSettings(seconds=16.0),
     ),
     # a GPU server: the seeds' own setting
     "full": Preset(
         name="full",
         codec="encodec",
-        clip_seconds=16.0,
-        listen_seconds=16.0,
-        listen_pairs=6,
-        num_layers=6,
+        data=DataSettings(clip_seconds=16.0),
+        model=ModelSettings(num_layers=6),
         train=TrainConfig(
             epochs=200,
             patience=20,
@@ -228,97 +290,71 @@ PRESETS = {
             curriculum=CurriculumConfig(noise_rate=0.002, noise_start=10, target_shuffling=0.25),
             adversary=AdversaryConfig(discriminator_learning_rate=1e-4, discriminator_warmup=1000),
         ),
-        demo_every=10,
-        judged_pairs=128,
-        ablation_variants="all",
-        ablation_layers=6,
-        ablation_steps=2000,
-        ablation_seeds=5,
-        ablation_clip_seconds=16.0,
-        ablation_batch_size=8,
-        ablation_val_pairs=64,
-        schedule_pairs=256,
-        schedule_batch_size=8,
-        schedule_layers=6,
-        superres_plan="full",
-        superres_vae_steps=200_000,
-        superres_steps=500_000,
-        superres_vocoder_steps=500_000,
-        superres_sampler_steps=50,
-        superres_clips=64,
-        record_steps=2000,
-        record_superres_vae_steps=200_000,
-        record_superres_steps=500_000,
-        record_superres_seeds=1,
-        record_data_seeds=1,
-        record_seeds=1,
+        listening=ListeningSettings(seconds=16.0, pairs=6, every=10),
+        evaluation=EvaluationSettings(pairs=128),
+        ablation=AblationSettings(
+            variants="all", layers=6, steps=2000, seeds=5, clip_seconds=16.0, batch_size=8, val_pairs=64
+        ),
+        schedule=ScheduleSettings(pairs=256, batch_size=8, layers=6, val_pairs=64),
+        superres=SuperresSettings(
+            plan="full", vae_steps=200_000, steps=500_000, vocoder_steps=500_000, sampler_steps=50, clips=64
+        ),
+        record=RecordSettings(
+            steps=2000, superres_vae_steps=200_000, superres_steps=500_000, superres_seeds=1, data_seeds=1, seeds=1
+        ),
     ),
 }
 
+# old names of settings that do not follow from the new ones, see `_moved`
+RENAMED = {
+    "demo_every": "listening.every",
+    "judged_pairs": "evaluation.pairs",
+    "listen_seconds": "listening.seconds",
+    "listen_pairs": "listening.pairs",
+}
 
-def load_preset(name: str, /, **overrides: Any) -> Preset:
-    """A preset with some settings changed: `load_preset("demo", max_steps=40, codec="encodec")`.
 
-    Unknown names and values of the wrong kind raise `UserError` with the choices.
+def load_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Preset:
+    """A preset with some settings changed, by address or nested like the sections.
+
+    Unknown names and values that a setting does not take raise `UserError` with the choices.
     """
     if name not in PRESETS:
         raise UserError(f"preset: unknown {name!r}; choose one of {', '.join(PRESETS)}")
-    preset = PRESETS[name]
-    rooms = {"preset": preset, "masking": preset.masking, "train": preset.train}
-    rooms |= {name: getattr(preset.train, name) for name in NESTED}
-    where = {
-        field.name: (room, field)
-        for room, holder in rooms.items()
-        for field in dataclasses.fields(holder)
-        if not (room in ("preset", "train") and field.name in ("name", *rooms))
-    }
-    changes: dict[str, dict[str, Any]] = {room: {} for room in rooms}
-    for key, value in overrides.items():
-        if key not in where:
-            raise UserError(f"setting: unknown {key!r}; choose from {', '.join(sorted(where))}")
-        room, field = where[key]
-        changes[room][key] = _as_type(key, value, field.type)
-    nested = {name: dataclasses.replace(rooms[name], **changes[name]) for name in NESTED}
-    train = dataclasses.replace(preset.train, **nested, **changes["train"])
-    masking = dataclasses.replace(preset.masking, **changes["masking"])
-    changed = dataclasses.replace(preset, train=train, masking=masking, **changes["preset"])
-    train.check_masking(masking)
-    for key, least in (
-        ("clip_seconds", 0.0),
-        ("listen_seconds", 0.0),
-        ("listen_pairs", 0),
-        ("demo_every", 0),
-        ("judged_pairs", 0),
-        ("ablation_clip_seconds", 0.0),
-    ):
-        if not getattr(changed, key) > least:
-            raise UserError(f"{key}={getattr(changed, key)!r} is not allowed; use more than {least:g}")
-    for field in dataclasses.fields(Preset):
-        key = field.name
-        counts = key.startswith(("ablation_", "record_", "schedule_", "superres_")) and field.type is int
-        if counts and getattr(changed, key) < 1:
-            raise UserError(f"{key}={getattr(changed, key)!r} is not allowed; use 1 or more")
-    check_counts(changed, "data_seed", least=0)
-    chosen_variants(changed.record_variants, "record_variants")
-    check(changed.superres_plan in PLANS, "superres_plan", changed.superres_plan, f"one of {', '.join(PLANS)}")
-    _ = changed.cascade, changed.plan, changed.schedule  # refuses what no cascade can be built from
-    return changed
+    addresses = [address for address in settings(PRESETS[name]) if address != "name"]
+    changes: dict[str, Any] = {}
+    for address, value in _flat(overrides or {}):
+        if address not in addresses:
+            raise UserError(f"setting {address} {_advice(address, addresses)}")
+        if address in changes:
+            raise UserError(f"setting {address} is given twice; leave one out")
+        changes[address] = value
+    return with_settings(PRESETS[name], changes)
 
 
-def _as_type(key: str, value: Any, annotation: Any) -> Any:
-    """`value` as the field's type: 1 is a float too, 1e-4 read by YAML as text is a number."""
-    kinds = getattr(annotation, "__args__", (annotation,))
-    if value is None and type(None) in kinds:
-        return None
-    for kind in kinds:
-        if kind is float and not isinstance(value, bool):
-            try:
-                return float(value)
-            except (TypeError, ValueError, OverflowError):
-                continue
-        if kind is bool and isinstance(value, bool):
-            return value
-        if kind in (int, str) and isinstance(value, kind) and not isinstance(value, bool):
-            return value
-    wanted = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
-    raise UserError(f"setting {key}={value!r} is not allowed; use a value of type {wanted}")
+def _flat(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in overrides.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _moved(addresses: list[str]) -> dict[str, str]:
+    """Names that settings had before presets had sections → addresses. Those of data, model and training had no prefix,
+    those of other sections had the section's name as theirs."""
+    bare = [address for address in addresses if address.startswith(("data.", "model.", "train."))]
+    joined = {address.replace(".", "_"): address for address in addresses}
+    return {address.rpartition(".")[2]: address for address in bare} | joined | RENAMED
+
+
+def _advice(name: str, addresses: list[str]) -> str:
+    """What to write instead of a name that is no address."""
+    if name in (moved := _moved(addresses)):
+        return f"is now {moved[name]}"
+    if inside := [address for address in addresses if address.startswith(f"{name}.")]:
+        return f"is a section; choose from {', '.join(inside)}"
+    known = moved | {address: address for address in addresses}
+    if close := difflib.get_close_matches(name, known, n=3):
+        return f"is unknown; did you mean {' or '.join(dict.fromkeys(known[match] for match in close))}?"
+    return f"is unknown; choose from {', '.join(addresses)}"

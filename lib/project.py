@@ -22,6 +22,7 @@ from lib.lab.variants import NAMED, Variant
 from lib.presets import Preset
 from lib.superres.degradation import Library, read_library
 from lib.superres.evaluation import Score
+from lib.superres.training import Plan as SuperresPlan
 from lib.util.errors import UserError
 from lib.util.files import make_folder, write_atomic
 from lib.util.provenance import code_fingerprint
@@ -50,31 +51,36 @@ class Project:
 
     def ablation(self) -> tuple[Result, ...]:
         """The results of the preset's ablation, on clips of its own length; runs that were made before are reused."""
-        return self._results(self.preset.plan)
+        return self._results(self.preset.ablation.plan)
 
     def schedule(self) -> tuple[Result, ...]:
         """The same of the whole schedule in miniature."""
-        return self._results(self.preset.schedule)
+        return self._results(self.preset.schedule.plan(self.preset.train))
 
     def _results(self, plan: Plan) -> tuple[Result, ...]:
         folder = self.out_dir / "ablation"
         make_folder(folder)
-        seconds = self.preset.ablation_clip_seconds
+        seconds = self.preset.ablation.clip_seconds
         manifest = _manifest(self.manifest.root, folder / "manifest.jsonl", seconds, self.preset)
         latents = encode_manifest(manifest, self.codec, ROOT / "data" / "latents")
         return run_plan(plan, latents.index, self.preset.codec, folder / "runs")
 
+    @property
+    def superres_plan(self) -> SuperresPlan:
+        """What notebook 06 trains."""
+        return self.preset.superres.training_plan(self.preset.train.seed)
+
     def upper_band(self) -> tuple[Library, str]:
         """Music to learn super-resolution from, and in words where it comes from: the project's own songs, or generated
         ones where those are generated too or hold no upper band."""
-        clip_length, why = self.preset.superres.training.clip_length, ""
+        clip_length, why = self.superres_plan.training.clip_length, ""
         root = self.manifest.root
         if root.parent != ROOT / "data" or not re.fullmatch(r"demo(_seed\d+)?", root.name):
             try:
                 return read_library(root, clip_length), f"the music in {root}"
             except UserError as error:
                 why = f", because of {error}"
-        seed = self.preset.data_seed
+        seed = self.preset.data.seed
         folder = demo_folder("demo_48k", seed)
         make_demo_dataset(folder, **UPPER_BAND, seed=seed)
         return read_library(folder, clip_length), f"generated songs{why}"
@@ -82,7 +88,7 @@ class Project:
     def grid(self) -> tuple[tuple[Result, ...], str]:
         """The whole ablation grid and where it comes from: the preset's own if it runs all variants, else the record
         that `make record` wrote."""
-        if self.preset.ablation_variants == "all":
+        if self.preset.ablation.variants == "all":
             return self.ablation(), f"preset {self.preset.name}, this run"
         results, facts = self.recorded("ablation", NAMED)
         return results, facts["source"]
@@ -107,11 +113,11 @@ class Project:
 
     def listening(self) -> Manifest:
         """Pairs of the listening length; the split by source file is the one of training."""
-        seconds = self.preset.listen_seconds
+        seconds = self.preset.listening.seconds
         try:
             return _manifest(self.manifest.root, self.out_dir / "listening.jsonl", seconds, self.preset)
         except UserError as error:
-            raise UserError(f"listen_seconds={seconds:g} is too long for this music; lower it ({error})") from None
+            raise UserError(f"listening.seconds={seconds:g} is too long for this music; lower it ({error})") from None
 
 
 def open_project(
@@ -126,7 +132,7 @@ def open_project(
     """
     out = ROOT / (out_dir or f"outputs/{preset.name}")
     codec = load_codec(preset.codec)
-    data = ROOT / data_dir if data_dir else demo_folder("demo", preset.data_seed)
+    data = ROOT / data_dir if data_dir else demo_folder("demo", preset.data.seed)
     if out.resolve().is_relative_to(data.resolve()):
         raise UserError(f"{out}: is inside the data folder, whose music it would add to; choose another output folder")
     make_folder(out)
@@ -134,8 +140,8 @@ def open_project(
     cache = ROOT / "data" / "latents"
     with main_first():
         if not data_dir:
-            make_demo_dataset(data, num_songs=DEMO_SONGS, seed=preset.data_seed)
-        manifest = _manifest(data, out / "manifest.jsonl", preset.clip_seconds, preset)
+            make_demo_dataset(data, num_songs=DEMO_SONGS, seed=preset.data.seed)
+        manifest = _manifest(data, out / "manifest.jsonl", preset.data.clip_seconds, preset)
     if processes and processes.num_processes > 1:
         encode_manifest(manifest, codec, cache, share=(processes.process_index, processes.num_processes))
         processes.wait_for_everyone()
@@ -149,13 +155,13 @@ def demo_folder(name: str, seed: int) -> Path:
 
 def _manifest(data: Path, path: Path, clip_seconds: float, preset: Preset) -> Manifest:
     """The manifest at `path`, built again when the settings, the code or any file's name, size or time has changed."""
-    wanted = {"clip_seconds": clip_seconds, "mode": preset.pair_mode, "seed": preset.data_seed}
+    wanted = {"clip_seconds": clip_seconds, "mode": preset.data.pair_mode, "seed": preset.data.seed}
     stamp = json.dumps(wanted | {"files": _listing_hash(data), "code": code_fingerprint("lib.data.pairs")})
     stamp_path = path.with_suffix(".stamp.json")
     if path.exists() and stamp_path.exists() and stamp_path.read_text() == stamp:
         return read_manifest(path)
     stamp_path.unlink(missing_ok=True)  # a kill before the new one is written must not leave the old one in force
-    manifest = build_manifest(data, path, clip_seconds, mode=preset.pair_mode, seed=preset.data_seed)
+    manifest = build_manifest(data, path, clip_seconds, mode=preset.data.pair_mode, seed=preset.data.seed)
     write_atomic(stamp_path, stamp)
     return manifest
 

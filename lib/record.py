@@ -1,6 +1,6 @@
 """Measure what the README quotes, from one clean commit, and replace outputs/record/ with it as a whole.
 
-    python -m lib.record --preset demo [--data DIR] [--codec NAME|DIR] [--set record_steps=200]
+    python -m lib.record --preset demo [--data DIR] [--codec NAME|DIR] [--set record.steps=200]
 
 The commit is cloned into outputs/recording/, and everything is measured in that clone, on songs and latents that it
 makes itself: what older runs have left in data/ or outputs/ plays no part, and the working tree may change meanwhile.
@@ -38,7 +38,7 @@ from lib.lab.audit import audit_named, disagreements
 from lib.lab.claims import collect, markdown_table, with_untested
 from lib.lab.results import Result, write_record
 from lib.pipeline import NotebookError, add_arguments, parsed_overrides, run_notebooks, say
-from lib.presets import Preset, load_preset
+from lib.presets import Preset, SuperresSettings, load_preset
 from lib.project import RECORD, ROOT, Project, open_project
 from lib.report.quotes import BLOCKS, GAIN, readme_blocks, with_blocks
 from lib.report.report import sections, tables_of
@@ -126,7 +126,7 @@ def replace_record(new: Path, root: Path) -> None:
 def record(preset_name: str, overrides: dict[str, Any], data_dir: str, folder: Path = RECORD) -> None:
     """Measure everything and write it to `folder`, which is emptied first. `UserError` for bad settings, before any
     run. Runs that are there already, of this code, are not made again."""
-    preset = load_preset(preset_name, **overrides)
+    preset = load_preset(preset_name, overrides)
     with_blocks((ROOT / "README.md").read_text(), dict.fromkeys(BLOCKS, ""))  # marks that are missing are seen now
     if preset.name == "full" and not torch.cuda.is_available():
         say("no GPU was found: preset full takes weeks here; PRESET=demo is made for such a machine")
@@ -167,50 +167,59 @@ def record_grid(preset: Preset, data_dir: str, folder: Path) -> None:
     """The ablation grid, and the named settings at full depth."""
     results: list[Result] = []
     for plan in recorded_plans(preset):
-        layers, steps = plan.ablation_layers, plan.ablation_steps
-        say(f"ablation: variants {plan.ablation_variants}, {layers} layers, {steps} steps, {plan.ablation_seeds} seeds")
+        ablation = plan.ablation
+        depth = f"{ablation.layers} layers, {ablation.steps} steps, {ablation.seeds} seeds"
+        say(f"ablation: variants {ablation.variants}, {depth}")
         project = open_project(plan, data_dir)
         results += project.ablation()
     facts = {"preset": preset.name, "codec": project.codec.name}
-    depth = {"steps": preset.record_steps, "changed_by_depth": changed_by_depth(results)}
+    depth = {"steps": preset.record.steps, "changed_by_depth": changed_by_depth(results)}
     write_record(folder / "ablation.json", [result.for_record() for result in results], facts | depth)
 
 
 def record_schedule(preset: Preset, project: Project, folder: Path) -> None:
     """The whole schedule in miniature."""
-    say(f"the whole schedule in miniature: {preset.schedule_epochs} epochs, {preset.schedule_seeds} seeds")
+    say(f"the whole schedule in miniature: {preset.schedule.epochs} epochs, {preset.schedule.seeds} seeds")
     scheduled = project.schedule()
-    facts = {"preset": preset.name, "codec": project.codec.name, "epochs": preset.schedule_epochs}
+    facts = {"preset": preset.name, "codec": project.codec.name, "epochs": preset.schedule.epochs}
     facts |= {"steps": max(result.steps for result in scheduled)}
     write_record(folder / "schedule.json", [result.for_record() for result in scheduled], facts)
 
 
 def record_superres(preset: Preset, project: Project, folder: Path) -> None:
     """Train the super-resolver for as long as the record is worth, and measure it at every cutoff."""
-    plan, steps = preset.recorded_superres, preset.record_superres_steps
-    say(f"super-resolution: {preset.record_superres_vae_steps} and {steps} steps")
+    longer = recorded_superres(preset)
+    plan = longer.training_plan(preset.train.seed)
+    say(f"super-resolution: {longer.vae_steps} and {longer.steps} steps")
     library, source = project.upper_band()
     parts = project.out_dir / "superres_record"
     train_vae(parts, library, plan.vae, plan.vae_training, resume=True)
-    contexts = plan.compare_contexts(parts, library, preset.record_superres_seeds, resume=True)
-    resolver, clips = SuperResolver(parts, diffusion="sequence-0"), preset.superres_clips
-    restoration = Restoration(steps=preset.superres_sampler_steps)
+    contexts = plan.compare_contexts(parts, library, preset.record.superres_seeds, resume=True)
+    resolver, clips = SuperResolver(parts, diffusion="sequence-0"), longer.clips
+    restoration = Restoration(steps=longer.sampler_steps)
     guided = {}  # on songs that it learned from: the others judge it
     for guidance in GUIDANCES:
         settings = dataclasses.replace(restoration, guidance=guidance)
         found = evaluate(resolver, library, settings, clips=clips, cutoffs=(4_000,), split="train")
         guided[guidance] = found.score("model", 4_000).upper
     scores = evaluate(resolver, library, restoration, clips=clips).scores
-    facts = {"preset": preset.name, "vae_steps": preset.record_superres_vae_steps, "steps": steps, "music": source}
+    facts = {"preset": preset.name, "vae_steps": longer.vae_steps, "steps": longer.steps, "music": source}
     facts |= {"sampler_steps": restoration.steps, "guidance": restoration.guidance}
     write_record(folder / "superres.json", scores, facts | {"contexts": contexts, "guided": guided})
 
 
 def recorded_plans(preset: Preset) -> list[Preset]:
     """The grid at the ablation's depth, and the named settings at the full model's, where that is another."""
-    grid = dataclasses.replace(preset, ablation_variants=preset.record_variants, ablation_steps=preset.record_steps)
-    deep = dataclasses.replace(grid, ablation_variants="named", ablation_layers=preset.num_layers)
-    return [grid] if deep.ablation_layers == grid.ablation_layers else [grid, deep]
+    grid = dataclasses.replace(preset.ablation, variants=preset.record.variants, steps=preset.record.steps)
+    deep = dataclasses.replace(grid, variants="named", layers=preset.model.num_layers)
+    plans = [grid] if deep.layers == grid.layers else [grid, deep]
+    return [dataclasses.replace(preset, ablation=plan) for plan in plans]
+
+
+def recorded_superres(preset: Preset) -> SuperresSettings:
+    """The preset's super-resolution, autoencoder and diffusion models trained for as long as the record is worth."""
+    steps = {"vae_steps": preset.record.superres_vae_steps, "steps": preset.record.superres_steps}
+    return dataclasses.replace(preset.superres, **steps)
 
 
 def changed_by_depth(results: list[Result]) -> list[str]:
@@ -228,7 +237,8 @@ class Variation:
     """One run of the preset's notebooks, or of some, on one thread, with something changed."""
 
     name: str
-    overrides: dict[str, int]
+    data_seed: int
+    seed: int  # of training
     only: str = ""  # notebooks; empty: all
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -236,14 +246,13 @@ class Variation:
 def variations(preset: Preset) -> Iterator[Variation]:
     """Every data seed, which draws other songs, with every training seed; the first of them whole, and once more
     without vector instructions. None where the preset has one seed of each."""
-    if preset.record_data_seeds == preset.record_seeds == 1:
+    if preset.record.data_seeds == preset.record.seeds == 1:
         return
-    for songs, seed in itertools.product(range(preset.record_data_seeds), range(preset.record_seeds)):
-        seeds = {"data_seed": preset.data_seed + songs, "seed": preset.train.seed + seed}
-        yield Variation(f"songs-{songs}-seed-{seed}", seeds, "" if songs == seed == 0 else "04,06")
+    for songs, seed in itertools.product(range(preset.record.data_seeds), range(preset.record.seeds)):
+        only = "" if songs == seed == 0 else "04,06"
+        yield Variation(f"songs-{songs}-seed-{seed}", preset.data.seed + songs, preset.train.seed + seed, only)
     if not torch.cuda.is_available():
-        seeds = {"data_seed": preset.data_seed, "seed": preset.train.seed}
-        yield Variation("no-vectors", seeds, environment=NO_VECTORS)
+        yield Variation("no-vectors", preset.data.seed, preset.train.seed, environment=NO_VECTORS)
 
 
 def record_variations(preset: Preset, overrides: dict[str, Any], data_dir: str, out: Path, folder: Path) -> None:
@@ -254,7 +263,8 @@ def record_variations(preset: Preset, overrides: dict[str, Any], data_dir: str, 
     with ThreadPoolExecutor(workers) as pool:
         folders = list(pool.map(lambda v: run_variation(v, preset, overrides, data_dir), done))
     rows = [{"run": "as it is"} | found_in(out)]
-    rows += [{"run": v.name} | v.overrides | found_in(where) for v, where in zip(done, folders, strict=True)]
+    for v, where in zip(done, folders, strict=True):
+        rows.append({"run": v.name, "data_seed": v.data_seed, "seed": v.seed} | found_in(where))
     check_pairs(rows)
     write_atomic(folder / "variations.json", one_row_a_line(rows))
 
@@ -274,7 +284,8 @@ def run_variation(variation: Variation, preset: Preset, overrides: dict[str, Any
     command = [sys.executable, "-m", "lib.pipeline", "--preset", preset.name, "--out", str(out), "--resume"]
     command += ["--data", data_dir] if data_dir else []
     command += ["--only", variation.only] if variation.only else []
-    for name, value in (overrides | variation.overrides).items():
+    seeds = {"data.seed": variation.data_seed, "train.seed": variation.seed}
+    for name, value in (overrides | seeds).items():
         command += ["--set", f"{name}={json.dumps(value)}"]  # JSON is YAML
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variation.environment
     with open(out / "log.txt", "w") as log:

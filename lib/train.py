@@ -1,6 +1,6 @@
 """Train a preset's model: one process, or several by a launcher.
 
-    python -m lib.train --preset full --data DIR --out outputs/full [--resume] [--set epochs=50]
+    python -m lib.train --preset full --data DIR --out outputs/full [--resume] [--set train.epochs=50]
     accelerate launch --num_processes 4 -m lib.train --preset full ...
     torchrun --nproc_per_node 4 -m lib.train --preset full ...
 
@@ -33,8 +33,15 @@ def train_project(
     its own has no way to the notebook's page.
     """
     preset = project.preset
-    listeners = (DemoClips(project.codec, preset.demo_every), TensorBoard())
-    arguments = (project.out_dir, project.latents.index, project.codec, preset.cascade, preset.train, preset.masking)
+    listeners = (DemoClips(project.codec, preset.listening.every), TensorBoard())
+    arguments = (
+        project.out_dir,
+        project.latents.index,
+        project.codec,
+        preset.model.cascade,
+        preset.train,
+        preset.model.masking,
+    )
 
     def start(*callbacks: Callback) -> Run:
         return train(*arguments, resume=resume, callbacks=callbacks)
@@ -58,7 +65,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     options = parser.parse_args()
     with exit_on_user_error():
-        preset = load_preset(options.preset, **parsed_overrides(options))
+        preset = load_preset(options.preset, parsed_overrides(options))
         processes = join_processes()
         project = open_project(preset, options.data, options.out, processes)
         run = train_project(project, resume=options.resume)

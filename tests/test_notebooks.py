@@ -105,7 +105,7 @@ def test_papermill_finds_the_parameters_and_they_are_those_of_the_smoke_preset(p
     assert set(SHARED) <= set(found)
     values = {name: ast.literal_eval(found[name]["default"]) for name in SHARED}
     assert values == {"preset": "smoke", "overrides": {}, "data_dir": "", "out_dir": ""}
-    load_preset(values["preset"], **values["overrides"])
+    load_preset(values["preset"], values["overrides"])
     help_text = found["preset"]["help"]
     assert all(name in help_text for name in PRESETS)
 

@@ -127,7 +127,7 @@ def executed(out: Path, name: str) -> list:
 
 def test_settings_are_read_as_yaml():
     settings = [
-        "max_steps=40",
+        "train.max_steps=40",
         "codec=encodec",
         "clip=null",
         "anti_cheating=0.5",
@@ -135,7 +135,7 @@ def test_settings_are_read_as_yaml():
         "learning_rate=1e-4",
     ]
     assert parse_overrides(settings) == {
-        "max_steps": 40,
+        "train.max_steps": 40,
         "codec": "encodec",
         "clip": None,
         "anti_cheating": 0.5,
@@ -147,7 +147,7 @@ def test_settings_are_read_as_yaml():
 
 
 @pytest.mark.parametrize(
-    "setting", ["max_steps", "=4", "", "codec=[", "codec=!!python/name:os.system", "seed=2020-13-45"]
+    "setting", ["train.max_steps", "=4", "", "codec=[", "codec=!!python/name:os.system", "seed=2020-13-45"]
 )
 def test_a_setting_of_another_form_is_refused(setting):
     with pytest.raises(UserError, match=f"--set {re.escape(setting)}: ") as caught:
@@ -182,7 +182,7 @@ def test_every_mistake_of_the_user_is_known_by_its_name():
 
 def test_every_parameter_that_is_passed_exists_in_its_notebook(tmp_path, project, executions):
     """papermill only warns about an unknown one."""
-    run_notebooks("smoke", {"max_steps": 1}, "", tmp_path / "out")
+    run_notebooks("smoke", {"train.max_steps": 1}, "", tmp_path / "out")
     assert [name for name, _ in executions] == list(EXECUTED)
     for name, parameters in executions:
         declared = papermill.inspect_notebook(str(ROOT / "notebooks" / f"{name}.ipynb"))
@@ -203,7 +203,7 @@ def test_folders_from_the_command_line_are_relative_to_where_it_was_called(tmp_p
 def test_notebooks_are_executed_and_joined_into_a_page(tmp_path, notebooks, project, capsys):
     notebooks(**{"01_encoding": [], "04_training": []})
     out = tmp_path / "a run {é}"  # papermill would take braces for a parameter
-    overrides = {"codec": 'it\'s "odd" {é}', "clip": None, "learning_rate": 1e-4}
+    overrides = {"codec": 'it\'s "odd" {é}', "train.clip": None, "train.learning_rate": 1e-4}
     names = "01_encoding", "04_training"
     page = run_notebooks("smoke", overrides, str(tmp_path), out, names)
     assert page == out / "index.html"
@@ -243,9 +243,9 @@ def test_resume_skips_what_is_done_under_the_same_conditions(
     assert runs_of() == []
     assert "[2/2] 04_training: done before, skipped" in capsys.readouterr().err
     assert runs_of(resume=False, only=names[:1]) == ["01_encoding"]
-    assert runs_of(overrides={"max_steps": 3}, only=names[1:]) == ["04_training"]
+    assert runs_of(overrides={"train.max_steps": 3}, only=names[1:]) == ["04_training"]
     assert executions[0][1]["resume"] is True  # training goes on
-    assert executions[0][1]["overrides"] == {"max_steps": 3}
+    assert executions[0][1]["overrides"] == {"train.max_steps": 3}
     assert runs_of() == ["04_training"]
     notebooks(**{"01_encoding": ["'a new cell'"]})
     assert runs_of() == ["01_encoding"]
@@ -532,11 +532,12 @@ def check_one_line(result: tuple[object, str, str], *words: str) -> None:
     ("options", "words"),
     [
         (["--preset", "big"], ["preset: unknown 'big'; choose one of smoke, demo, full"]),
-        (["--set", "max_step=4"], ["setting: unknown 'max_step'; choose from", "max_steps"]),
-        (["--set", "name=x"], ["setting: unknown 'name'; choose from"]),
-        (["--set", "max_steps"], ["--set max_steps: not of the form name=value; write for example"]),
-        (["--set", "max_steps=many"], ["max_steps='many' is not allowed; use a value of type int"]),
-        (["--set", "batch_size=0"], ["batch_size=0 is not allowed; use a whole number"]),
+        (["--set", "train.max_step=4"], ["setting train.max_step is unknown; did you mean train.max_steps"]),
+        (["--set", "max_steps=4"], ["setting max_steps is now train.max_steps"]),
+        (["--set", "name=x"], ["setting name is unknown; "]),
+        (["--set", "train.max_steps"], ["--set train.max_steps: not of the form name=value; write for example"]),
+        (["--set", "train.max_steps=many"], ["train.max_steps='many' is not allowed; use a value of type int"]),
+        (["--set", "train.batch_size=0"], ["batch_size=0 is not allowed; use a whole number"]),
         (["--only", "04,99"], ["--only 04,99: unknown 99; choose from 01_encoding"]),
         (["--codec", "lpc"], ["codec 'lpc': unknown; choose mdct or encodec"]),
     ],
@@ -609,11 +610,11 @@ def test_the_options_reach_the_notebooks(tmp_path, call, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").mkdir()
     folders = ["--data", "songs", "--out", "there", "--codec", "weights"]
-    settings = ["--set", "max_steps=5", "--set", "clip=null"]
+    settings = ["--set", "train.max_steps=5", "--set", "train.clip=null"]
     assert call("--preset", "demo", *folders, *settings, "--only", "05,04", "--resume")[0] == 0
     assert asked == {
         "preset_name": "demo",
-        "overrides": {"max_steps": 5, "clip": None, "codec": str(tmp_path / "weights")},
+        "overrides": {"train.max_steps": 5, "train.clip": None, "codec": str(tmp_path / "weights")},
         "data_dir": "songs",
         "out_dir": "there",
         "only": ("04_training", "05_listening"),

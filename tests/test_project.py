@@ -15,7 +15,7 @@ from lib.presets import load_preset
 from lib.project import DEMO_SONGS, UPPER_BAND, open_project
 from lib.util.errors import UserError
 
-SMALL = {"clip_seconds": 1.0, "listen_seconds": 2.0, "pair_mode": "both"}
+SMALL = {"data.clip_seconds": 1.0, "listening.seconds": 2.0, "data.pair_mode": "both"}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def builds(monkeypatch) -> list[Path]:
 
 
 def test_a_project_is_made_from_a_folder_of_songs(root):
-    project = open_project(load_preset("smoke", **SMALL), "my songs é", "out/run 1")
+    project = open_project(load_preset("smoke", SMALL), "my songs é", "out/run 1")
     assert project.out_dir == root / "out" / "run 1"
     assert project.manifest.root == (root / "my songs é").resolve()
     assert project.manifest.clip_length == 24_000
@@ -62,10 +62,10 @@ def test_a_project_is_made_from_a_folder_of_songs(root):
 def test_relative_paths_are_taken_from_the_repository_whatever_the_working_directory(root, monkeypatch, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    project = open_project(load_preset("smoke", **SMALL), "my songs é")
+    project = open_project(load_preset("smoke", SMALL), "my songs é")
     assert project.out_dir == root / "outputs" / "smoke"
     assert not list((tmp_path / "elsewhere").iterdir())
-    absolute = open_project(load_preset("smoke", **SMALL), root / "my songs é", tmp_path / "elsewhere" / "run")
+    absolute = open_project(load_preset("smoke", SMALL), root / "my songs é", tmp_path / "elsewhere" / "run")
     assert absolute.out_dir == tmp_path / "elsewhere" / "run"
     assert absolute.manifest.pairs == project.manifest.pairs
 
@@ -79,7 +79,7 @@ def test_without_data_the_demo_songs_are_made_in_the_repository(root, songs, mon
 
     monkeypatch.setattr(lib.project, "make_demo_dataset", copy)
     for seed, name in ((0, "demo"), (3, "demo_seed3")):
-        project = open_project(load_preset("smoke", **SMALL, data_seed=seed))
+        project = open_project(load_preset("smoke", SMALL | {"data.seed": seed}))
         assert asked.pop() == (root / "data" / name, DEMO_SONGS, seed)
         assert project.manifest.root == (root / "data" / name).resolve()
 
@@ -88,7 +88,7 @@ def test_another_data_seed_is_other_music(root, monkeypatch):
     make = lib.project.make_demo_dataset
     monkeypatch.setattr(lib.project, "make_demo_dataset", lambda *args, **options: make(*args, **options, seconds=5))
     monkeypatch.setattr(lib.project, "DEMO_SONGS", 4)
-    first, second = (open_project(load_preset("smoke", **SMALL, data_seed=seed)) for seed in (0, 1))
+    first, second = (open_project(load_preset("smoke", SMALL | {"data.seed": seed})) for seed in (0, 1))
     hashes = [{clip.sha256 for pair in p.manifest.pairs for clip in (pair.input, pair.target)} for p in (first, second)]
     assert not hashes[0] & hashes[1]
     assert first.latents.index != second.latents.index
@@ -96,7 +96,7 @@ def test_another_data_seed_is_other_music(root, monkeypatch):
 
 @pytest.mark.parametrize(("seed", "folder"), [(0, "demo_48k"), (2, "demo_48k_seed2")])
 def test_generated_songs_have_an_upper_band_of_their_own(root, monkeypatch, songs, seed, folder):
-    asked, project = [], open_project(load_preset("smoke", **SMALL, data_seed=seed), "my songs é")
+    asked, project = [], open_project(load_preset("smoke", SMALL | {"data.seed": seed}), "my songs é")
     monkeypatch.setattr(lib.project, "make_demo_dataset", lambda folder, **how: asked.append((folder, how)))
     monkeypatch.setattr(lib.project, "read_library", lambda folder, clip_length: folder)
     assert project.upper_band() == (project.manifest.root, f"the music in {project.manifest.root}")
@@ -112,7 +112,7 @@ def test_generated_songs_have_an_upper_band_of_their_own(root, monkeypatch, song
 
 
 def test_what_is_there_already_is_reused(root, builds):
-    settings = load_preset("smoke", **SMALL)
+    settings = load_preset("smoke", SMALL)
     first = open_project(settings, "my songs é")
     again = open_project(settings, "my songs é")
     assert len(builds) == 1
@@ -144,7 +144,7 @@ def test_the_manifest_is_built_anew_when_the_music_changes(root, builds, change)
     folder, linked = root / "my songs é", root / "linked"
     linked.mkdir()
     (folder / "more").symlink_to(linked)  # music is followed into links
-    settings = load_preset("smoke", **SMALL)
+    settings = load_preset("smoke", SMALL)
     first = open_project(settings, folder).manifest
     CHANGES[change](folder)
     second = open_project(settings, folder).manifest
@@ -152,30 +152,30 @@ def test_the_manifest_is_built_anew_when_the_music_changes(root, builds, change)
     assert second != first
 
 
-@pytest.mark.parametrize("setting", [{"clip_seconds": 1.5}, {"pair_mode": "cross"}, {"data_seed": 1}])
+@pytest.mark.parametrize("setting", [{"data.clip_seconds": 1.5}, {"data.pair_mode": "cross"}, {"data.seed": 1}])
 def test_the_manifest_is_built_anew_when_a_setting_changes(root, builds, setting):
-    first = open_project(load_preset("smoke", **SMALL), "my songs é").manifest
-    second = open_project(load_preset("smoke", **SMALL | setting), "my songs é").manifest
+    first = open_project(load_preset("smoke", SMALL), "my songs é").manifest
+    second = open_project(load_preset("smoke", SMALL | setting), "my songs é").manifest
     assert len(builds) == 2
     assert second != first
-    open_project(load_preset("smoke", **SMALL | {"max_steps": 3, "codec": "mdct"} | setting), "my songs é")
+    open_project(load_preset("smoke", SMALL | {"train.max_steps": 3, "codec": "mdct"} | setting), "my songs é")
     assert len(builds) == 2  # what the pairs do not depend on changes nothing
 
 
 def test_the_manifest_is_built_anew_when_the_code_changes(root, builds, edit_code):
     for count, module in enumerate(("lib.data.pairs", "lib.audio.walk", "lib.audio.files"), start=1):
-        open_project(load_preset("smoke", **SMALL), "my songs é")
+        open_project(load_preset("smoke", SMALL), "my songs é")
         assert len(builds) == count
         edit_code(module)
-    open_project(load_preset("smoke", **SMALL), "my songs é")
+    open_project(load_preset("smoke", SMALL), "my songs é")
     edit_code("lib.data.latents")  # plays no part
-    open_project(load_preset("smoke", **SMALL), "my songs é")
+    open_project(load_preset("smoke", SMALL), "my songs é")
     assert len(builds) == 4
 
 
 def test_a_kill_while_the_manifest_is_built_leaves_no_stale_stamp(root, monkeypatch):
     """Settings A, then B killed once its manifest was written, then A again: A's stamp must not vouch for B's."""
-    first = open_project(load_preset("smoke", **SMALL), "my songs é").manifest
+    first = open_project(load_preset("smoke", SMALL), "my songs é").manifest
 
     def killed(path, text):
         raise KeyboardInterrupt
@@ -183,17 +183,17 @@ def test_a_kill_while_the_manifest_is_built_leaves_no_stale_stamp(root, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(lib.project, "write_atomic", killed)
         with pytest.raises(KeyboardInterrupt):
-            open_project(load_preset("smoke", **SMALL | {"clip_seconds": 1.5}), "my songs é")
-    assert open_project(load_preset("smoke", **SMALL), "my songs é").manifest == first
+            open_project(load_preset("smoke", SMALL | {"data.clip_seconds": 1.5}), "my songs é")
+    assert open_project(load_preset("smoke", SMALL), "my songs é").manifest == first
 
 
 def test_a_loop_of_links_in_the_music_ends(root):
     os.symlink("..", root / "my songs é" / "loop")
-    assert open_project(load_preset("smoke", **SMALL), "my songs é").manifest.pairs
+    assert open_project(load_preset("smoke", SMALL), "my songs é").manifest.pairs
 
 
 def test_listening_has_longer_clips_and_the_same_split(root, builds):
-    project = open_project(load_preset("smoke", **SMALL), "my songs é")
+    project = open_project(load_preset("smoke", SMALL), "my songs é")
     listening = project.listening()
     assert listening.clip_length == 48_000
     for split in ("train", "val"):
@@ -218,28 +218,28 @@ def test_listening_has_longer_clips_and_the_same_split(root, builds):
         ("my songs é", "file/run", {}, "file/run: cannot write here"),
         ("my songs é", "/proc/run", {}, "/proc/run: cannot write here"),
         ("my songs é", "", {"codec": "lpc"}, "codec 'lpc': unknown; choose mdct or encodec"),
-        ("my songs é", "", {"clip_seconds": 1000}, "no usable pair for"),
-        ("my songs é", "", {"pair_mode": "all"}, "mode: unknown 'all'; choose one of"),
+        ("my songs é", "", {"data.clip_seconds": 1000}, "no usable pair for"),
+        ("my songs é", "", {"data.pair_mode": "all"}, "mode: unknown 'all'; choose one of"),
     ],
 )
 def test_what_a_project_cannot_be_made_of(root, data, out, changes, words):
     (root / "file").write_text("x")
     (root / "empty").mkdir()
     with pytest.raises(UserError) as caught:
-        open_project(load_preset("smoke", **SMALL | changes), data, out)
+        open_project(load_preset("smoke", SMALL | changes), data, out)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_an_output_folder_inside_the_music_is_refused(root):
     with pytest.raises(UserError, match="inside the data folder"):
-        open_project(load_preset("smoke", **SMALL), "my songs é", "my songs é/out")
+        open_project(load_preset("smoke", SMALL), "my songs é", "my songs é/out")
     assert not (root / "my songs é" / "out").exists()
 
 
 def test_listening_clips_that_the_music_cannot_give_name_their_setting(root):
-    project = open_project(load_preset("smoke", **(SMALL | {"listen_seconds": 500.0})), "my songs é")
-    with pytest.raises(UserError, match="listen_seconds=500 is too long"):
+    project = open_project(load_preset("smoke", SMALL | {"listening.seconds": 500.0}), "my songs é")
+    with pytest.raises(UserError, match=r"listening\.seconds=500 is too long"):
         project.listening()
 
 

@@ -27,6 +27,7 @@ from lib.record import (
     continue_in_clone,
     found_in,
     recorded_plans,
+    recorded_superres,
     replace_record,
     run_variation,
     variations,
@@ -110,7 +111,7 @@ def test_a_stopped_record_resumes_on_the_same_commit_only(checkout):
 
 def test_a_record_with_other_arguments_is_another(checkout):
     """A short trial of this commit must not be resumed as its record."""
-    first = clone_of(checkout, clean_commit(checkout), ["--preset", "demo", "--set", "record_steps=1"])
+    first = clone_of(checkout, clean_commit(checkout), ["--preset", "demo", "--set", "record.steps=1"])
     (first / "outputs" / "short").write_text("")
     second = clone_of(checkout, clean_commit(checkout), ["--preset", "demo"])
     assert second != first
@@ -166,11 +167,22 @@ def test_the_command_line_makes_paths_absolute_and_hands_settings_on(monkeypatch
     monkeypatch.setattr(lib.record, "continue_in_clone", stop)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").mkdir()
-    given = ["--preset", "demo", "--data", "songs", "--codec", "weights", "--set", "clip=null", "--set", "seed=3"]
+    given = [
+        "--preset",
+        "demo",
+        "--data",
+        "songs",
+        "--codec",
+        "weights",
+        "--set",
+        "train.clip=null",
+        "--set",
+        "train.seed=3",
+    ]
     monkeypatch.setattr(sys, "argv", ["lib.record", *given])
     with pytest.raises(SystemExit):
         lib.record.main()
-    settings = ("--set", "clip=null", "--set", "seed=3", "--set", f'codec="{tmp_path / "weights"}"')
+    settings = ("--set", "train.clip=null", "--set", "train.seed=3", "--set", f'codec="{tmp_path / "weights"}"')
     assert handed == ["--preset", "demo", "--data", str(tmp_path / "songs"), *settings]
 
 
@@ -185,23 +197,23 @@ def test_the_command_does_not_measure_where_it_would_write(monkeypatch, capsys):
 
 
 def test_the_demos_record_has_the_grid_and_the_named_settings_at_full_depth():
-    grid, deep = recorded_plans(load_preset("demo"))
-    assert (grid.ablation_variants, grid.ablation_layers, grid.ablation_steps) == ("all", 2, 100)
-    assert (deep.ablation_variants, deep.ablation_layers, deep.ablation_steps) == ("named", 6, 100)
-    (full,) = recorded_plans(load_preset("full"))
-    assert (full.ablation_variants, full.ablation_layers, full.ablation_seeds) == ("all", 6, 5)
+    grid, deep = (preset.ablation for preset in recorded_plans(load_preset("demo")))
+    assert (grid.variants, grid.layers, grid.steps) == ("all", 2, 100)
+    assert (deep.variants, deep.layers, deep.steps) == ("named", 6, 100)
+    (full,) = (preset.ablation for preset in recorded_plans(load_preset("full")))
+    assert (full.variants, full.layers, full.seeds) == ("all", 6, 5)
 
 
 def test_the_demos_variations_are_three_data_seeds_two_training_seeds_and_no_vectors():
     found = {v.name: v for v in variations(load_preset("demo"))}
     assert len(found) == 7
-    assert found["songs-2-seed-1"].overrides == {"data_seed": 2, "seed": 1}
+    assert (found["songs-2-seed-1"].data_seed, found["songs-2-seed-1"].seed) == (2, 1)
     assert found["songs-2-seed-1"].only == "04,06"
     assert found["songs-0-seed-0"].only == found["no-vectors"].only == ""  # these two are compared as a whole
     assert found["no-vectors"].environment == NO_VECTORS
     assert list(variations(load_preset("full"))) == []
-    others = list(variations(load_preset("demo", data_seed=5, seed=7)))
-    assert others[0].overrides == others[-1].overrides == {"data_seed": 5, "seed": 7}
+    others = list(variations(load_preset("demo", {"data.seed": 5, "train.seed": 7})))
+    assert {(v.data_seed, v.seed) for v in (others[0], others[-1])} == {(5, 7)}
 
 
 def test_the_variations_stand_beside_the_run_as_it_is_in_their_order(monkeypatch, tmp_path):
@@ -235,11 +247,11 @@ def test_a_variation_is_a_pipeline_of_its_own_on_one_thread(monkeypatch, tmp_pat
     monkeypatch.setattr(lib.record.subprocess, "run", call)
     *_, bare = variations(load_preset("demo"))
     code = 0
-    out = run_variation(bare, load_preset("demo"), {"clip": None, "seed": 7}, "songs")
+    out = run_variation(bare, load_preset("demo"), {"train.clip": None, "train.seed": 7}, "songs")
     ((command, env),) = called
     assert command[1:] == [
         *("-m", "lib.pipeline", "--preset", "demo", "--out", str(out), "--resume", "--data", "songs"),
-        *("--set", "clip=null", "--set", "seed=0", "--set", "data_seed=0"),
+        *("--set", "train.clip=null", "--set", "train.seed=0", "--set", "data.seed=0"),
     ]
     assert {name: env[name] for name in ("OMP_NUM_THREADS", *NO_VECTORS)} == {"OMP_NUM_THREADS": "1"} | NO_VECTORS
     code = 1
@@ -296,7 +308,7 @@ def stub(monkeypatch, tmp_path):
             self.codec = type("codec", (), {"name": "mdct"})
 
         def ablation(self):
-            return [r for r in results if r.num_layers == self.preset.ablation_layers]
+            return [r for r in results if r.num_layers == self.preset.ablation.layers]
 
         def schedule(self):
             return scheduled
@@ -360,12 +372,14 @@ def test_the_full_preset_says_what_it_needs(stub, capsys, monkeypatch):
 
 def test_the_super_resolver_is_trained_for_as_long_as_the_record_says(monkeypatch, tmp_path):
     """Plan, library and evaluation are replaced; what goes from one to the next, and into the file, is looked at."""
-    preset = load_preset("demo", record_superres_vae_steps=7, record_superres_steps=9, superres_clips=3)
+    longer = {"record.superres_vae_steps": 7, "record.superres_steps": 9, "superres.clips": 3}
+    preset = load_preset("demo", longer)
+    plan = recorded_superres(preset).training_plan(preset.train.seed)
     trained = []
 
     def train_vae(folder, library, sizes, config, *, resume):
         assert (folder, library, resume) == (tmp_path / "superres_record", "the library", True)
-        assert (sizes, config) == (preset.recorded_superres.vae, preset.recorded_superres.vae_training)
+        assert (sizes, config) == (plan.vae, plan.vae_training)
         trained.append(config.max_steps)
 
     def compare_contexts(plan, folder, library, seeds, *, resume):
@@ -378,7 +392,7 @@ def test_the_super_resolver_is_trained_for_as_long_as_the_record_says(monkeypatc
 
     def evaluate(resolver, library, restoration, *, clips, cutoffs=CUTOFFS, split="val"):
         assert (resolver, library, clips) == (tmp_path / "superres_record", "the library", 3)
-        assert restoration.steps == preset.superres_sampler_steps
+        assert restoration.steps == preset.superres.sampler_steps
         if split == "val":
             assert (restoration, cutoffs) == (Restoration(steps=restoration.steps), CUTOFFS)
             return Evaluation(scores, {})
@@ -430,8 +444,8 @@ def test_the_verdicts_on_depth_follow_from_the_runs():
 
 def test_the_recorded_schedule_ran_its_epochs():
     results, facts = read_record(RECORD / "schedule.json")
-    assert facts["epochs"] == load_preset("demo").schedule_epochs == 200
+    assert facts["epochs"] == load_preset("demo").schedule.epochs == 200
     assert all(r.steps == facts["steps"] or r.non_finite for r in results)
     assert {(r.variant, r.seed) for r in results} == {
-        (v.name, seed) for v in SCHEDULED for seed in range(load_preset("demo").schedule_seeds)
+        (v.name, seed) for v in SCHEDULED for seed in range(load_preset("demo").schedule.seeds)
     }

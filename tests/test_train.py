@@ -39,7 +39,7 @@ from lib.data.latents import LatentPairs, encode_manifest
 from lib.data.pairs import Clip, Manifest, Pair
 from lib.model.cascade import CascadeConfig
 from lib.model.masks import MaskingConfig
-from lib.presets import Preset, load_preset
+from lib.presets import ModelSettings, load_preset
 from lib.project import open_project
 from lib.train import main, train_project
 from lib.training.adversary import AdversaryConfig
@@ -69,7 +69,7 @@ CONFIG = TrainConfig(
 )
 FULL = dataclasses.replace(CONFIG, loss=EVERY_TERM, adversary=ADVERSARY, ema=0.5)
 RANDOM = dataclasses.replace(CONFIG, ema=0.5, curriculum=CurriculumConfig(noise_rate=0.2), epochs=3, max_steps=None)
-SMALL = {"clip_seconds": 1.0, "listen_seconds": 2.0, "pair_mode": "both"}
+SMALL = {"data.clip_seconds": 1.0, "listening.seconds": 2.0, "data.pair_mode": "both"}
 
 
 # --- what every process does ------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def encoded(folder: Path) -> dict:
         patch.setattr(MdctCodec, "encode", counted)
         few = functools.partial(encode_manifest, shard_bytes=4 * 128 * 75 * 3)  # three clips a shard
         patch.setattr(lib.project, "encode_manifest", few)
-        project = open_project(load_preset("smoke", **SMALL), folder / "music", "out", join_processes())
+        project = open_project(load_preset("smoke", SMALL), folder / "music", "out", join_processes())
     index = project.latents.index
     return {"count": count, "index": index.name, "sha256": hashlib.sha256(index.read_bytes()).hexdigest()}
 
@@ -496,8 +496,10 @@ def test_two_processes_encode_every_clip_once(pair):
 
 # --- launchers --------------------------------------------------------------------------------------------------------
 
-SETTINGS = SMALL | {"max_steps": 2, "batch_size": 2, "num_layers": 1, "checkpoint_every": 2, "max_val_pairs": 2}
-SETTINGS |= {"rhythm_weight": 0, "harmony_weight": 0, "adversarial_weight": 0, "discriminator_learning_rate": None}
+NO_DISCRIMINATOR = {"discriminator_learning_rate": None}
+TRAIN = {"max_steps": 2, "batch_size": 2, "checkpoint_every": 2, "max_val_pairs": 2, "adversary": NO_DISCRIMINATOR}
+TRAIN |= {"loss": {"rhythm_weight": 0, "harmony_weight": 0, "adversarial_weight": 0}}
+SETTINGS = SMALL | {"model.num_layers": 1, "train": TRAIN}
 NOTEBOOK = """
 import json, sys
 import torch
@@ -506,7 +508,7 @@ from lib.presets import load_preset
 from lib.project import open_project
 from lib.train import train_project
 
-project = open_project(load_preset("smoke", **json.loads(sys.argv[1])), sys.argv[2], sys.argv[3])
+project = open_project(load_preset("smoke", json.loads(sys.argv[1])), sys.argv[2], sys.argv[3])
 torch.set_num_threads(2)  # OpenMP has its threads, which a fork would wait for,
 weight = torch.randn(1000, 1000, requires_grad=True)
 (weight @ weight).sum().backward()
@@ -553,7 +555,7 @@ def test_in_one_process_those_who_look_on_are_told(tmp_path, monkeypatch):
     project = SimpleNamespace(
         preset=preset, codec=TinyCodec(), out_dir=tmp_path / "out", latents=SimpleNamespace(index=index)
     )
-    monkeypatch.setattr(Preset, "cascade", tiny_cascade(0.1))
+    monkeypatch.setattr(ModelSettings, "cascade", tiny_cascade(0.1))
     told = []
     mine = Callback()
     monkeypatch.setattr(mine, "on_epoch", lambda trainer, epoch: told.append(epoch))
@@ -588,7 +590,7 @@ def test_the_options_reach_the_training(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         lib.train, "train_project", lambda *given, **options: asked.append((given, options)) or Run(tmp_path, {})
     )
-    options = ["--preset", "demo", "--data", "songs", "--out", "there", "--resume", "--set", "max_steps=5"]
+    options = ["--preset", "demo", "--data", "songs", "--out", "there", "--resume", "--set", "train.max_steps=5"]
     monkeypatch.setattr(sys, "argv", ["lib.train", *options])
     main()
     preset, *folders = asked[0]

@@ -48,6 +48,51 @@ def from_fields(cls: type, values: dict[str, Any]) -> Any:
     return cls(**values)
 
 
+def settings(config: Any, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """Every field of a nested config by its address, such as 'train.loss.rhythm_weight'."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value, address = getattr(config, field.name), prefix + field.name
+        found |= settings(value, f"{address}.") if dataclasses.is_dataclass(value) else {address: field}
+    return found
+
+
+def with_settings(config: Any, changes: dict[str, Any], prefix: str = "") -> Any:
+    """A copy of a nested config with the settings at these addresses changed. Values that a setting does not take raise
+    `UserError`."""
+    own: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    types = {field.name: field.type for field in dataclasses.fields(config)}
+    for address, value in changes.items():
+        name, _, rest = address.partition(".")
+        if rest:
+            nested.setdefault(name, {})[rest] = value
+        else:
+            own[name] = _as_type(prefix + name, value, types[name])
+    for name, inner in nested.items():
+        own[name] = with_settings(getattr(config, name), inner, f"{prefix}{name}.")
+    return dataclasses.replace(config, **own)
+
+
+def _as_type(address: str, value: Any, annotation: Any) -> Any:
+    """`value` as the field's type: 1 is a float too, 1e-4 read by YAML as text is a number."""
+    kinds = getattr(annotation, "__args__", (annotation,))
+    if value is None and type(None) in kinds:
+        return None
+    for kind in kinds:
+        if kind is float and not isinstance(value, bool):
+            try:
+                return float(value)
+            except (TypeError, ValueError, OverflowError):
+                continue
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind in (int, str) and isinstance(value, kind) and not isinstance(value, bool):
+            return value
+    wanted = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise UserError(f"setting {address}={value!r} is not allowed; use a value of type {wanted}")
+
+
 def config_differences(a: Any, b: Any) -> list[str]:
     """Fields in which two nested configs differ, as 'train.learning_rate: 0.0001 → 0.001'."""
     return [f"{field}: {of_a!r} → {of_b!r}" for field, of_a, of_b in differing_fields(a, b)]

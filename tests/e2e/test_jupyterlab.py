@@ -101,8 +101,8 @@ def test_training_is_watched_stopped_and_resumed(lab, screenshots):
         client.connect_to_server()
         connections.append(client)
 
-    settings = {"checkpoint_every": 500, "max_train_pairs": 80}  # twenty steps an epoch
-    notebook = lab.open("04_training", relay=relay, out_dir=str(out), overrides={"max_steps": 500, **settings})
+    settings = {"train.checkpoint_every": 500, "train.max_train_pairs": 80}  # twenty steps an epoch
+    notebook = lab.open("04_training", relay=relay, out_dir=str(out), overrides={"train.max_steps": 500, **settings})
     notebook.start("Run All Cells")
     page = notebook.page
     image = page.locator("img.widget-image")
@@ -133,7 +133,7 @@ def test_training_is_watched_stopped_and_resumed(lab, screenshots):
     stopped = json.loads(meta.read_text())["step"]
     assert 0 < stopped < 500
     watcher.page.close()
-    more = {"max_steps": stopped + 60, **settings}
+    more = {"train.max_steps": stopped + 60, **settings}
     notebook = lab.open("04_training", out_dir=str(out), overrides=more, resume=True)
     notebook.start("Run All Cells")
     expect(notebook.page.locator("img.widget-image")).to_be_visible(timeout=120_000)
@@ -142,7 +142,7 @@ def test_training_is_watched_stopped_and_resumed(lab, screenshots):
     again = json.loads(meta.read_text())["step"]
     assert stopped < again < stopped + 60
     notebook.page.close()
-    more = {"max_steps": again + 2, **settings}
+    more = {"train.max_steps": again + 2, **settings}
     notebook = lab.open("04_training", out_dir=str(out), overrides=more, resume=True)
     notebook.run_all(timeout=300)
     expect(notebook.page.get_by_text("finished", exact=True)).to_be_visible()
