@@ -248,7 +248,7 @@ def test_a_record_that_lacks_what_the_notebooks_need_is_named(tmp_path, monkeypa
     path = tmp_path / "ablation.json"
     monkeypatch.setattr(lib.project, "RECORD", tmp_path)
     project = lib.project.Project(load_preset("smoke"), tmp_path, None, None, None)
-    with pytest.raises(UserError, match="no record of the ablation here"):
+    with pytest.raises(UserError, match="no such record"):
         project.grid()
     path.write_text(json.dumps(record))
     results, source = project.grid()
