@@ -14,14 +14,14 @@ import argparse
 import contextlib
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from lib.audio.chunks import chunk_starts, crossfaded, reading
 from lib.audio.files import SAMPLE_RATE, AudioWriter, check_audio, load_audio, save_audio
 from lib.codec.codec import Codec, load_codec
 from lib.listening.render import follow_recipe
@@ -71,19 +71,16 @@ def fuse_files(
     _check_out(out_path, paths)
     with contextlib.closing(prefetch(check_audio, paths, threads=2)) as checks:
         num_samples = min(report.num_samples for report in checks)
-    bounds = chunk_bounds(num_samples)
+    starts = chunk_starts(num_samples, CHUNK, OVERLAP)
 
-    def read(bound: tuple[int, int]) -> list[Tensor]:
-        start, end = bound
-        return [load_audio(path, start, end - start)[None] for path in paths]
+    def read(start: int) -> list[Tensor]:
+        return [load_audio(path, start, min(CHUNK, num_samples - start))[None] for path in paths]
 
-    peak = 0.0
-    with AudioWriter(out_path) as writer, contextlib.closing(prefetch(read, bounds, threads=1)) as chunks:
+    with AudioWriter(out_path) as writer, reading(read, starts, "fusing") as chunks:
         fused = (fuse_clips(*(clip.to(device) for clip in clips), model, codec)[0].cpu() for clips in chunks)
-        for piece in crossfaded(bounds, fused):
-            peak = max(peak, float(piece.abs().max()))
+        for piece in crossfaded(fused, OVERLAP):
             writer.write(piece)
-    return FuseReport(out_path, num_samples, len(bounds), peak)
+    return FuseReport(out_path, num_samples, len(starts), writer.peak)
 
 
 def fuse_and_restore(
@@ -120,29 +117,6 @@ def fuse_clips(input: Tensor, target: Tensor, model: FusionModel, codec: Codec) 
     """Waveforms `[B, 1, N]` twice → fused waveform `[B, 1, N]`."""
     latents = model(*codec.encode(torch.cat([input, target])).chunk(2)).latents
     return codec.decode(latents, length=input.shape[-1])
-
-
-def chunk_bounds(num_samples: int, chunk: int = CHUNK, overlap: int = OVERLAP) -> list[tuple[int, int]]:
-    """Start and end of each chunk. Neighbours share `overlap` samples; the last ends at `num_samples`."""
-    starts = range(0, max(1, num_samples - overlap), chunk - overlap)
-    return [(start, min(start + chunk, num_samples)) for start in starts]
-
-
-def crossfaded(bounds: list[tuple[int, int]], chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The pieces `[1, n]` of one signal, from overlapping chunks `[1, end - start]`, taken one by one.
-
-    The fade is linear in amplitude: both sides of an overlap are renderings of the same seconds, so they add in phase.
-    """
-    tail = None  # what the next chunk's beginning is faded into
-    bar = tqdm(chunks, desc="fusing", unit="chunk", total=len(bounds), disable=len(bounds) < 2)
-    for i, wav in enumerate(bar):
-        if tail is not None:
-            n = tail.shape[1]
-            rise = (torch.arange(n) + 0.5) / n
-            wav = torch.cat([wav[:, :n] * rise + tail * (1 - rise), wav[:, n:]], dim=1)
-        shared = bounds[i][1] - bounds[i + 1][0] if i + 1 < len(bounds) else 0
-        tail = wav[:, wav.shape[1] - shared :]
-        yield wav[:, : wav.shape[1] - shared]
 
 
 def main() -> None:

@@ -1,15 +1,12 @@
 """Fusing two files: seams that cannot be heard, memory that does not grow, lengths to the sample, and the errors."""
 
 import dataclasses
-import itertools
 import json
-import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +20,7 @@ from lib.audio.files import SAMPLE_RATE, AudioError, load_audio
 from lib.codec.encodec import OFFLINE_VARIABLE
 from lib.codec.mdct import MdctCodec
 from lib.data.pairs import Clip
-from lib.fuse import CHUNK, OVERLAP, chunk_bounds, crossfaded, fuse_and_restore, fuse_clips, fuse_files, main
+from lib.fuse import CHUNK, OVERLAP, fuse_and_restore, fuse_clips, fuse_files, main
 from lib.listening.render import Settings, save_with_recipe
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import FusionModel
@@ -79,77 +76,6 @@ def clip(tmp_path):
 
 
 # --- chunks -----------------------------------------------------------------------------------------------------------
-
-
-def test_chunks_cover_every_sample_once_but_for_the_overlaps():
-    for chunk, overlap in ((100, 10), (7, 3), (11, 1)):
-        for num_samples in range(1, 6 * chunk):
-            bounds = chunk_bounds(num_samples, chunk, overlap)
-            assert bounds[0][0] == 0
-            assert bounds[-1][1] == num_samples
-            assert all(0 < end - start <= chunk for start, end in bounds)
-            assert all(end - start == chunk for start, end in bounds[:-1])
-            for (_, end), (start, last) in itertools.pairwise(bounds):
-                assert end - start == overlap
-                assert last > end, "a chunk that adds nothing"
-
-
-@pytest.mark.parametrize("num_samples", [320, OVERLAP, CHUNK - 1, CHUNK, CHUNK + 1, 3600 * SAMPLE_RATE])
-def test_chunks_of_the_real_size(num_samples):
-    bounds = chunk_bounds(num_samples)
-    assert bounds[-1][1] == num_samples
-    assert len(bounds) == max(1, math.ceil((num_samples - OVERLAP) / (CHUNK - OVERLAP)))
-    assert (len(bounds) == 1) == (num_samples <= 16 * SAMPLE_RATE)
-
-
-def joined(signal: torch.Tensor, chunk: int, overlap: int, chunk_at=None) -> torch.Tensor:
-    bounds = chunk_bounds(signal.shape[1], chunk, overlap)
-    chunk_at = chunk_at or (lambda start, end: signal[:, start:end])
-    return torch.cat(list(crossfaded(bounds, itertools.starmap(chunk_at, bounds))), dim=1)
-
-
-@pytest.mark.parametrize("num_samples", [1, 99, 100, 101, 190, 191, 1000, 1003])
-def test_chunks_that_change_nothing_join_without_a_seam(num_samples):
-    torch.manual_seed(0)
-    sine = torch.sin(0.3 * torch.arange(num_samples, dtype=torch.float64))[None]
-    for signal in (sine, torch.randn(1, num_samples, dtype=torch.float64)):
-        original = signal.clone()
-        assert torch.allclose(joined(signal, 100, 10), original, rtol=0, atol=1e-7)  # the fade is in float32
-        assert torch.equal(signal, original)  # and the chunks are not written into
-
-
-def test_the_fade_is_linear_from_one_rendering_to_the_next():
-    values = iter((0.0, 1.0))
-    fade = joined(torch.zeros(1, 190), 100, 10, lambda start, end: torch.full((1, end - start), next(values)))[0]
-    assert fade[:90].eq(0).all()
-    assert fade[100:].eq(1).all()
-    assert fade[90:100].tolist() == pytest.approx([(i + 0.5) / 10 for i in range(10)])
-
-
-def test_chunks_of_inference_mode_can_be_joined():
-    @torch.inference_mode()
-    def chunk_at(start, end):
-        return torch.ones(1, end - start)
-
-    assert torch.allclose(joined(torch.zeros(1, 300), 100, 10, chunk_at), torch.ones(1, 300))
-
-
-def test_at_most_two_chunks_are_alive():
-    alive = weakref.WeakSet()
-
-    class Samples(np.ndarray):
-        __hash__ = object.__hash__
-
-    def chunk_at(start, end):
-        samples = np.zeros((1, end - start), dtype=np.float32).view(Samples)
-        alive.add(samples)
-        return torch.from_numpy(samples)
-
-    most, bounds = 0, chunk_bounds(5000, 100, 10)
-    for piece in crossfaded(bounds, itertools.starmap(chunk_at, bounds)):
-        most = max(most, len(alive))
-        del piece
-    assert most <= 2
 
 
 def test_memory_does_not_grow_with_the_files(tmp_path, run, codec, monkeypatch):

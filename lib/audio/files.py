@@ -167,7 +167,7 @@ class AudioWriter:
         self.path = Path(path)
         self.sample_rate = sample_rate
         self.channels = channels
-        self.num_samples = 0  # written so far
+        self.num_samples, self.peak = 0, 0.0  # written so far
         suffix = self.path.suffix.lower()
         if suffix not in AUDIO_SUFFIXES:
             raise AudioError(path, f"cannot write {suffix or 'a file without suffix'}; use {', '.join(AUDIO_SUFFIXES)}")
@@ -214,6 +214,7 @@ class AudioWriter:
         except (OSError, AssertionError, soundfile.SoundFileError) as error:  # soundfile asserts on a short write
             raise self._cannot_write(error) from error
         self.num_samples += len(samples)
+        self.peak = max(self.peak, peak)
 
     def __exit__(self, error_type: type | None, *_: object) -> None:
         try:

@@ -1,16 +1,14 @@
 """A trained super-resolver: clips in, clips with a restored upper band out, of any length."""
 
-import contextlib
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from lib.audio.chunks import chunk_starts, crossfaded, reading
 from lib.audio.files import AudioError, AudioInfo, AudioWriter, check_audio, load_audio
 from lib.audio.walk import walk_audio
 from lib.superres.degradation import LOWEST
@@ -21,7 +19,6 @@ from lib.superres.vocoder import griffin_lim
 from lib.training.run import Run
 from lib.util.configs import check, check_counts, check_numbers
 from lib.util.errors import UserError
-from lib.util.files import prefetch
 
 VOCODERS = ("griffin-lim", "hifigan")
 MARGIN = 1 / 4  # share of a clip, at its end, that is left to the next: the autoencoder's convolutions pad there
@@ -140,8 +137,16 @@ class SuperResolver:
         noise = drawn(torch.rand, shape, settings or Restoration(), numbers)
         return griffin_lim(mel, low, bin_of(cutoff), noise=noise)
 
+    @property
+    def overlap(self) -> int:
+        return round(OVERLAP * self.clip_length)
+
+    def starts(self, num_samples: int) -> list[int]:
+        """First samples of the overlapping clips that cover a signal."""
+        return chunk_starts(num_samples, self.clip_length, self.overlap)
+
     def restored(self, clips: Iterable[Tensor], cutoff: float, settings: Restoration | None = None) -> Iterator[Tensor]:
-        """Pieces `[C, n]` of a long signal, from overlapping clips `[C, clip_length]` that begin at `clip_starts`.
+        """Pieces `[C, n]` of a long signal, from overlapping clips `[C, clip_length]` that begin at `starts`.
 
         Channels are restored one by one, from the same random numbers, several clips at a time. What was added to a
         clip is faded apart from it: two clips agree on their own band, and the louder that is, the less it tells of
@@ -157,7 +162,8 @@ class SuperResolver:
                 made = self.restore(low.flatten(0, 1)[:, None], cutoff, settings, numbers=numbers).view_as(low)
                 yield from torch.cat([low, heard(low) * (made - low)], dim=1)
 
-        for piece in crossfaded(parts(), round(OVERLAP * self.clip_length), round(MARGIN * self.clip_length)):
+        margin = round(MARGIN * self.clip_length)
+        for piece in crossfaded(parts(), self.overlap, margin=margin, keep_power=True):
             own, added = piece.chunk(2)
             yield own + added
 
@@ -167,7 +173,7 @@ class SuperResolver:
         cutoff = (settings or Restoration()).cutoff or within_reach(band_edge(wav))
         if not 0 < cutoff <= FULL:
             return wav
-        starts = clip_starts(wav.shape[-1], self.clip_length)
+        starts = self.starts(wav.shape[-1])
         padded = torch.nn.functional.pad(wav, (0, starts[-1] + self.clip_length - wav.shape[-1]))
         clips = (padded[:, start : start + self.clip_length] for start in starts)
         return torch.cat(list(self.restored(clips, cutoff, settings)), dim=1)[:, : wav.shape[-1]]
@@ -220,38 +226,6 @@ def heard(low: Tensor) -> Tensor:
     return torch.nn.functional.interpolate(near, low.shape[-1], mode="linear").view_as(low)
 
 
-def clip_starts(num_samples: int, clip: int) -> list[int]:
-    """First samples of overlapping clips that cover `num_samples`; the last may reach beyond the end."""
-    step = clip - round(OVERLAP * clip)
-    return [i * step for i in range(max(1, math.ceil((num_samples - clip) / step) + 1))]
-
-
-def crossfaded(clips: Iterable[Tensor], overlap: int, margin: int = 0) -> Iterator[Tensor]:
-    """The pieces `[C, n]` of one signal, from clips `[C, N]` of which each shares `overlap` samples with the next. Of
-    the last `margin` samples of a clip nothing is kept.
-
-    What two clips made of the same moment is alike where they agree and unrelated where they do not. So the fade keeps
-    the power that their correlation ρ calls for: gains a and b with a² + b² + 2·ρ·a·b = 1, linear for ρ = 1 and of
-    equal power for ρ = 0.
-    """
-    tail = None  # what the next clip's beginning is faded into
-    for clip in clips:
-        if tail is not None:
-            head = clip[:, :overlap]
-            similar = torch.nn.functional.cosine_similarity(tail, head, dim=1).clamp_min(0)[:, None]
-            rise = ((torch.arange(overlap) + 0.5) / (overlap - margin)).clamp(max=1)[None]
-            fade = rise * head + (1 - rise) * tail
-            fade = fade / (rise**2 + (1 - rise) ** 2 + 2 * similar * rise * (1 - rise)).sqrt()
-            clip = torch.cat([fade, clip[:, overlap:]], dim=1)
-        tail = clip[:, -overlap:]
-        yield clip[:, :-overlap]
-    if tail is not None:
-        yield tail
-
-
-# --- files and folders ------------------------------------------------------------------------------------------------
-
-
 BLOCK_SECONDS = 60  # read at once where a file's band is looked for
 
 
@@ -284,22 +258,16 @@ def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, set
     if settings.cutoff and settings.cutoff > info.sample_rate / 2:
         most = f"at {info.sample_rate} Hz nothing above {info.sample_rate / 2000:g} kHz is its own"
         raise AudioError(path, f"cutoff={settings.cutoff:g} is not allowed: {most}; give a lower --cutoff, or none")
-    starts = clip_starts(total, resolver.clip_length)
 
     def read(start: int) -> Tensor:
         wav = load_audio(path, start, resolver.clip_length, SAMPLE_RATE, mix=False)  # [C, n]
         return torch.nn.functional.pad(wav, (0, resolver.clip_length - wav.shape[-1]))
 
-    peak, left = 0.0, total
-    ahead = contextlib.closing(prefetch(read, starts, threads=1))
-    with AudioWriter(out, SAMPLE_RATE, info.channels) as writer, ahead as clips:
-        bar = tqdm(clips, desc=path.name, unit="clip", total=len(starts), disable=len(starts) < 2)
-        for piece in resolver.restored(bar, cutoff, settings):
-            piece = piece[:, :left]
-            left -= piece.shape[1]
-            peak = max([peak, *piece.abs().amax(dim=1).tolist()]) if piece.numel() else peak
-            writer.write(piece)
-    return Restored(out, total, info.channels, cutoff, peak)
+    chunks = reading(read, resolver.starts(total), path.name)
+    with AudioWriter(out, SAMPLE_RATE, info.channels) as writer, chunks as clips:
+        for piece in resolver.restored(clips, cutoff, settings):
+            writer.write(piece[:, : total - writer.num_samples])
+    return Restored(out, total, info.channels, cutoff, writer.peak)
 
 
 def file_band(info: AudioInfo) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import lib.superres.resolver
+from lib.audio.chunks import crossfaded
 from lib.audio.files import AudioError, load_audio, probe_audio, save_audio
 from lib.superres.degradation import Degradation
 from lib.superres.mel import bin_of, log_mel, spectrum
@@ -22,8 +23,6 @@ from lib.superres.resolver import (
     Restored,
     SuperResolver,
     band_edge,
-    clip_starts,
-    crossfaded,
     file_band,
     join_bands,
     restore_file,
@@ -205,72 +204,8 @@ def test_bands_that_lack_nothing_and_silence():
 # --- longer than a clip -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("clip", [16, 7_680, 30_720])
-def test_clips_cover_everything_with_the_same_overlap(clip):
-    overlap = round(OVERLAP * clip)
-    step = clip - overlap
-    for total in (1, overlap, clip - 1, clip, clip + 1, clip + step - 1, clip + step, clip + step + 1, 10 * clip + 3):
-        starts = clip_starts(total, clip)
-        assert starts == [i * step for i in range(len(starts))]
-        assert starts[-1] + clip >= total
-        assert len(starts) == 1 or starts[-2] + clip < total  # none more than needed
-    assert [len(clip_starts(n, clip)) for n in (clip, clip + 1, clip + step, clip + step + 1)] == [1, 2, 2, 3]
-
-
 def cut(wav: Tensor, clip: int, overlap: int) -> list[Tensor]:
     return [wav[:, i : i + clip] for i in range(0, wav.shape[1] - overlap, clip - overlap)]
-
-
-def linear_fade(tail: Tensor, head: Tensor) -> Tensor:
-    rise = (torch.arange(tail.shape[1]) + 0.5) / tail.shape[1]
-    return rise * head + (1 - rise) * tail
-
-
-def test_clips_that_agree_give_the_signal_back():
-    wav = white(1_000 + 4 * 900, channels=2)
-    pieces = list(crossfaded(iter(cut(wav, 1_000, 100)), 100))
-    assert [piece.shape[1] for piece in pieces] == [900] * 5 + [100]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), wav, atol=1e-6, rtol=1e-5)
-    (first, rest) = list(crossfaded([wav], 100))  # one clip
-    assert torch.equal(torch.cat([first, rest], dim=1), wav)
-    assert list(crossfaded([], 100)) == []
-
-
-@pytest.mark.parametrize("alike", [0.0, 0.5, 0.9])
-def test_the_fade_keeps_the_power_of_clips_that_differ(alike):
-    """As much of the overlap is common to both clips; a linear fade of unrelated noise dips by 3 dB in its middle."""
-    common, *own = (white(24_000, seed=seed) for seed in range(3))
-    tail, head = (alike**0.5 * common + (1 - alike) ** 0.5 * noise for noise in own)
-    rest = white(10_000, seed=5)
-    made = torch.cat(list(crossfaded([torch.cat([rest, tail], dim=1), torch.cat([head, rest], dim=1)], 24_000)), dim=1)
-    faded, middle = made[:, 10_000:34_000], slice(10_000, 14_000)
-    for part in (slice(0, 4_000), slice(5_000, 9_000), middle, slice(20_000, 24_000)):
-        assert abs(decibels(faded[:, part], common)) < 0.4
-    dip = decibels(linear_fade(tail, head)[:, middle], common)
-    assert dip == pytest.approx(10 * np.log10((1 + alike) / 2), abs=0.3)
-    if alike == 0:
-        assert dip < -2.7
-    torch.testing.assert_close(made[:, :10_000], rest)
-    torch.testing.assert_close(made[:, 34_000:], rest)
-
-
-def test_channels_fade_by_their_own_likeness():
-    """One channel agrees, the other does not."""
-    same, tail, head = (white(8_000, seed=seed) for seed in range(3))
-    made = torch.cat(list(crossfaded([torch.cat([same, tail]), torch.cat([same, head])], 8_000)), dim=1)
-    torch.testing.assert_close(made[:1], same, atol=1e-6, rtol=1e-5)
-    assert abs(decibels(made[1:, 3_000:5_000], tail)) < 0.4
-
-
-def test_a_sine_stays_a_sine():
-    time = torch.arange(1_000 + 8 * 875) / 48_000
-    sine = 0.5 * torch.sin(2 * torch.pi * 1_000 * time.double()).float()[None]
-    made = torch.cat(list(crossfaded(cut(sine, 1_000, 125), 125)), dim=1)
-    assert decibels(made - sine, sine) < -120
-    clips = cut(sine, 1_000, 125)
-    clips[4] = -clips[4]  # a seam is seen
-    broken = torch.cat(list(crossfaded(clips, 125)), dim=1)
-    assert decibels(broken - sine, sine) > -20
 
 
 def high_levels(wav: Tensor, clip: int, above: float) -> tuple[float, float]:
@@ -294,7 +229,7 @@ def test_what_is_added_keeps_its_level_where_clips_join():
     assert -45 < between < -39  # it is there: an rms of 0.01
     assert decibels(band(inner(made - low), 0, 3_500), low) < -60
     clips = [resolver.restore(clip[None], 4_000, numbers=[i])[0] for i, clip in enumerate(cut(low, 12_000, 4_500))]
-    whole = torch.cat(list(crossfaded(clips, 4_500, 3_000)), dim=1)
+    whole = torch.cat(list(crossfaded(clips, 4_500, margin=3_000, keep_power=True)), dim=1)
     faded, between = high_levels(whole, 12_000, 4_500)
     assert faded < between - 2  # faded as a whole it dips
 

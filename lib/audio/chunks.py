@@ -1,0 +1,52 @@
+"""Long signals in overlapping chunks of one length, crossfaded: fusing and super-resolution read, compute and write a
+chunk at a time, so that memory does not grow with a file. Legend: C channels, N samples."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lib.util.files import prefetch
+
+Chunk = TypeVar("Chunk")
+
+
+def chunk_starts(num_samples: int, chunk: int, overlap: int) -> list[int]:
+    """First samples of the chunks that cover `num_samples`; the last chunk ends there or beyond."""
+    return list(range(0, max(1, num_samples - overlap), chunk - overlap))
+
+
+@contextlib.contextmanager
+def reading(read: Callable[[int], Chunk], starts: Sequence[int], description: str) -> Iterator[Iterable[Chunk]]:
+    """`read(start)` of each chunk, the next one while the last is used, with a progress bar if there are several."""
+    with contextlib.closing(prefetch(read, starts, threads=1)) as chunks:
+        yield tqdm(chunks, desc=description, unit="chunk", total=len(starts), disable=len(starts) < 2)
+
+
+def crossfaded(
+    chunks: Iterable[Tensor], overlap: int, *, margin: int = 0, keep_power: bool = False
+) -> Iterator[Tensor]:
+    """The pieces `[C, n]` of one signal, from chunks `[C, N]` of which each shares `overlap` samples with the next. The
+    last `margin` samples of a chunk are dropped where another follows.
+
+    The fade is linear in amplitude, which suits two renderings of the same sound: they add in phase. With `keep_power`
+    they may differ: the gains a and b keep the power that their correlation ρ calls for, a² + b² + 2·ρ·a·b = 1, which
+    is linear for ρ = 1 and equal power for ρ = 0.
+    """
+    tail = None  # the next chunk's beginning is faded into it
+    for chunk in chunks:
+        if tail is not None:
+            head = chunk[:, :overlap]
+            rise = ((torch.arange(overlap) + 0.5) / (overlap - margin)).clamp(max=1)[None]
+            fade = rise * head + (1 - rise) * tail
+            if keep_power:
+                similar = torch.nn.functional.cosine_similarity(tail, head, dim=1).clamp_min(0)[:, None]
+                fade = fade / (rise**2 + (1 - rise) ** 2 + 2 * similar * rise * (1 - rise)).sqrt()
+            chunk = torch.cat([fade, chunk[:, overlap:]], dim=1)
+        tail = chunk[:, -overlap:]
+        yield chunk[:, :-overlap]
+    if tail is not None:
+        yield tail
