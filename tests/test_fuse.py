@@ -249,7 +249,7 @@ INPUTS = {
     "zero bytes": (lambda folder: (folder / "x.wav", (folder / "x.wav").write_bytes(b""))[0], "empty (0 bytes); copy"),
     "text": (lambda folder: (folder / "x.wav", (folder / "x.wav").write_text("la la"))[0], "not audio.*; use WAV"),
     "NaN": (lambda folder: wrong_samples(folder / "x.wav", np.r_[np.ones(900), np.nan]), "NaN or inf.*; export"),
-    "silence": (lambda folder: wrong_samples(folder / "x.wav", np.zeros(24_000)), "silent all through.*; use a"),
+    "silence": (lambda folder: wrong_samples(folder / "x.wav", np.zeros(24_000)), "silent throughout.*; use a"),
     "too short": (lambda folder: wrong_samples(folder / "x.wav", np.ones(319)), "only 319 samples.*; use a longer"),
 }
 

@@ -1,17 +1,16 @@
-"""Audio files in and out: read, write, resample and validate. soundfile does the I/O, torchaudio the resampling.
+"""Audio files: read, write, resample, validate. soundfile does the I/O, torchaudio the resampling.
 
 Inside the project audio is mono float32 at 24 kHz, shaped `[C, N]` (C channels, N samples). Files may have any rate and
-any number of channels. Whatever is wrong with a file is an `AudioError`: one line with the file, the fault and the fix.
+any number of channels. Everything wrong with a file is an `AudioError`: one line with the file, the fault and the fix.
 """
 
 import contextlib
-import hashlib
 import math
 import os
 import re
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,16 +20,15 @@ import torch
 import torchaudio
 
 from lib.util.errors import UserError
+from lib.util.files import file_sha256, fsync
 
 SAMPLE_RATE = 24_000
-AUDIO_SUFFIXES = (".flac", ".mp3", ".ogg", ".wav")
+SUBTYPES = {".flac": "PCM_24", ".mp3": "MPEG_LAYER_III", ".ogg": "VORBIS", ".wav": "FLOAT"}  # as files are written
+AUDIO_SUFFIXES = tuple(SUBTYPES)
 MIN_SAMPLES = 320  # one codec frame: less than this cannot be encoded
-SILENCE_PEAK = 1e-4  # -80 dBFS: nothing to hear, and an RMS that the cascade would divide by
+SILENCE_PEAK = 1e-4  # -80 dBFS: inaudible, and an RMS that the cascade would divide by
 MIN_RATE, MAX_RATE = 1_000, 1_000_000  # Hz; outside, the header is damaged or the file is no music
 
-_DEFAULT_SUBTYPE = {".wav": "FLOAT", ".flac": "PCM_24"}
-_UNBOUNDED_SUBTYPES = {"FLOAT", "DOUBLE", "VORBIS", "OPUS", "MPEG_LAYER_III"}  # these keep |x| > 1 as it is
-_ADD_PEAK_CHUNK = 0x1050  # libsndfile's SFC_SET_ADD_PEAK_CHUNK, for which soundfile has no name
 _BLOCK = 1 << 16  # frames per read or write; libsndfile's Vorbis encoder overflows its stack on much larger writes
 # libsndfile seeks Vorbis wrongly inside the last Ogg page (255 packets of 1024) and in the first block after a seek:
 # https://github.com/libsndfile/libsndfile/issues/885. Seeking earlier and decoding forward is exact.
@@ -46,38 +44,24 @@ class AudioError(UserError):
 
 
 @dataclass(frozen=True)
-class AudioInfo:
-    """What a file's header says. `num_samples` counts native frames (samples per channel)."""
+class AudioReport:
+    """What `check_audio` found in a good file."""
 
     path: Path
     sample_rate: int
     channels: int
-    num_samples: int
-
-    @property
-    def duration(self) -> float:
-        """Seconds."""
-        return self.num_samples / self.sample_rate
-
-    def samples_at(self, sample_rate: int = SAMPLE_RATE) -> int:
-        """How many samples `load_audio` returns for the whole file at `sample_rate`."""
-        return _resampled_length(self.num_samples, _rate_ratio(self.sample_rate, sample_rate))
-
-
-@dataclass(frozen=True)
-class AudioReport:
-    """What `check_audio` found in a good file: its frames as decoded, and the identity of its bytes."""
-
-    info: AudioInfo
-    num_samples: int  # at 24 kHz
+    num_frames: int  # at the file's own rate, as decoded
     peak: float  # of the mono mix
     sha256: str  # of the file's bytes, hex
 
+    def samples_at(self, sample_rate: int) -> int:
+        """How many samples `load_audio` returns for the whole file at `sample_rate`."""
+        return _resampled_length(self.num_frames, _rate_ratio(self.sample_rate, sample_rate))
 
-def probe_audio(path: str | Path) -> AudioInfo:
-    """Read only the header. Raises `AudioError` if the file is missing, unreadable, empty or not audio."""
-    with _open(path) as file:
-        return _info(path, file)
+    @property
+    def num_samples(self) -> int:
+        """At 24 kHz."""
+        return self.samples_at(SAMPLE_RATE)
 
 
 def load_audio(
@@ -88,65 +72,61 @@ def load_audio(
     *,
     mix: bool = True,
 ) -> torch.Tensor:
-    """Read a window of a file as mono float32 `[1, N]` at `sample_rate`; channels are averaged, or, without `mix`, all
-    are returned `[C, N]`.
+    """Read a window of a file at `sample_rate` as float32 `[1, N]`, the mean of its channels; `[C, N]` without `mix`.
 
-    `offset` and `length` count samples at `sample_rate`. Only that window is read, so memory does not grow with the
-    file, and the result equals the same slice of the whole resampled file. `length=None` reads to the end. A window
-    past the end returns what there is: fewer than `length` samples, possibly none.
+    `offset` and `length` count samples at `sample_rate`; `length=None` reads to the end, and a window past the end
+    returns what there is, possibly nothing. Only that window is read, so memory does not grow with the file, and the
+    result equals the same slice of the whole resampled file.
 
-    Raises `AudioError` for a missing, unreadable or broken file and for NaN or infinite samples in the window.
+    Raises `AudioError` for a missing, unreadable or damaged file and for NaN or infinite samples in the window.
     """
     if offset < 0 or (length is not None and length < 0):
         raise ValueError(f"offset and length must not be negative, got {offset} and {length}")
     with _open(path) as file:
-        ratio = _rate_ratio(file.samplerate, sample_rate)
+        rate, ratio = file.samplerate, _rate_ratio(file.samplerate, sample_rate)
         native, target = ratio.numerator, ratio.denominator  # `native` frames make a block of `target` samples
         total = _resampled_length(file.frames, ratio)
         end = total if length is None else min(offset + length, total)
-        if offset >= end:
-            return torch.zeros(1 if mix else file.channels, 0)
-        # start on a block boundary, where the polyphase filter has the same phase as from the file's start,
-        # with enough blocks on either side for the filter's taps
-        margin = 0 if ratio == 1 else math.ceil(_filter_width(ratio) / native) + 1
+        # start on a block boundary, where the polyphase filter has the same phase as from the file's start, with enough
+        # blocks on either side for the taps: torchaudio's filter has 6 zero crossings and a rolloff of 0.99
+        taps = math.ceil(6 * native / (min(native, target) * 0.99))
+        margin = 0 if ratio == 1 else math.ceil(taps / native) + 1
         first = max(0, offset // target - margin)
         last = math.ceil(end / target) + margin
-        blocks = list(_blocks(path, file, first * native, (last - first) * native, mix=mix))
+        blocks = list(_blocks(path, file, first * native, (last - first) * native, mix=mix)) if offset < end else []
         if not blocks:
             return torch.zeros(1 if mix else file.channels, 0)
-    wav = _resample(torch.from_numpy(np.concatenate(blocks, axis=1)), ratio)
+    wav = resample(torch.from_numpy(np.concatenate(blocks, axis=1)), rate, sample_rate)
     return wav[:, offset - first * target : end - first * target].contiguous()
 
 
 def check_audio(path: str | Path, min_samples: int = MIN_SAMPLES) -> AudioReport:
     """Decode a whole file in constant memory and raise `AudioError` unless every sample of it can be used.
 
-    Refused: a missing, unreadable, zero-byte, non-audio, truncated or damaged file; NaN or infinite samples; digital
-    silence all through (peak below 1e-4); fewer than `min_samples` at 24 kHz: those of one codec frame.
+    Refused: a missing, unreadable, empty, non-audio, truncated or damaged file; NaN or infinite samples; silence
+    throughout (peak below 1e-4); fewer than `min_samples` at 24 kHz, by default one codec frame.
     """
     with _open(path) as file:
-        announced = _announced_frames(path, file)
+        announced = _announced_frames(file)
         decoded, peak = 0, 0.0
         for block in _blocks(path, file, 0, file.frames):
             decoded += block.shape[1]
             peak = max(peak, float(np.abs(block).max()))
-        info = replace(_info(path, file), num_samples=decoded)
+        rate, channels, kind = file.samplerate, file.channels, file.format
     # without a Xing header the frame count of an MP3 is an estimate, off by the tags at the end of the file
-    tolerance = info.sample_rate if file.format == "MP3" else 0
-    if announced - decoded > tolerance or (file.format == "OGG" and not _ogg_is_complete(path)):
-        held = f"{info.duration:.2f} s are left"
+    tolerance = rate if kind == "MP3" else 0
+    if announced - decoded > tolerance or (kind == "OGG" and not _ogg_is_complete(path)):
+        held = f"{decoded / rate:.2f} s are left"
         if announced > decoded:
-            held += f" of the {announced / info.sample_rate:.2f} s that its header announces"
-        raise AudioError(path, f"the file is truncated: {held}; copy it again or export it anew")
-    num_samples = info.samples_at(SAMPLE_RATE)
-    if num_samples < min_samples:
-        fault = f"only {num_samples} samples at 24 kHz, less than one codec frame ({MIN_SAMPLES})"
+            held += f" of the {announced / rate:.2f} s that its header announces"
+        raise AudioError(path, f"the file is truncated: {held}; copy it again or export it again")
+    report = AudioReport(Path(path), rate, channels, decoded, peak, file_sha256(Path(path)))
+    if report.num_samples < min_samples:
+        fault = f"only {report.num_samples} samples at 24 kHz, less than one codec frame ({MIN_SAMPLES})"
         raise AudioError(path, f"{fault}; use a longer recording")
     if peak < SILENCE_PEAK:
-        raise AudioError(path, f"silent all through (mono peak {peak:.1e}); use a recording with sound in it")
-    with open(path, "rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return AudioReport(info=info, num_samples=num_samples, peak=peak, sha256=sha256)
+        raise AudioError(path, f"silent throughout (mono peak {peak:.1e}); use a recording with sound in it")
+    return report
 
 
 class AudioWriter:
@@ -156,40 +136,26 @@ class AudioWriter:
             writer.write(wav)  # [C, N], as often as needed
 
     The pieces go to a hidden temporary file in the same folder, which is synced and renamed when the block ends, or
-    removed if the block raises. `subtype` is libsndfile's name of the sample format; the default is FLOAT for .wav
-    (holds any value), PCM_24 for .flac, the codec's own for .ogg and .mp3.
+    removed if the block raises. Sample formats: 32-bit float for .wav, which holds any value, 24 bits for .flac.
 
-    Raises `AudioError` if the file cannot be written, for non-finite samples, and for |x| > 1 in a PCM format, which
-    would clip: nothing is clipped silently.
+    Raises `AudioError` if the file cannot be written, for non-finite samples, and for |x| > 1 in a .flac, which would
+    clip: nothing is clipped silently.
     """
 
-    def __init__(self, path: str | Path, sample_rate: int = SAMPLE_RATE, channels: int = 1, subtype: str | None = None):
-        self.path = Path(path)
-        self.sample_rate = sample_rate
-        self.channels = channels
+    def __init__(self, path: str | Path, sample_rate: int = SAMPLE_RATE, channels: int = 1):
+        self.path, self.sample_rate, self.channels = Path(path), sample_rate, channels
         self.num_samples, self.peak = 0, 0.0  # written so far
         suffix = self.path.suffix.lower()
-        if suffix not in AUDIO_SUFFIXES:
+        if suffix not in SUBTYPES:
             raise AudioError(path, f"cannot write {suffix or 'a file without suffix'}; use {', '.join(AUDIO_SUFFIXES)}")
-        self.subtype = subtype or _DEFAULT_SUBTYPE.get(suffix) or soundfile.default_subtype(suffix[1:])
-        if not soundfile.check_format(suffix[1:], self.subtype):
-            choices = ", ".join(soundfile.available_subtypes(suffix[1:]))
-            raise AudioError(path, f"{suffix} has no subtype {self.subtype!r}; choose one of {choices}")
+        self.subtype = SUBTYPES[suffix]
         self._temp = self.path.with_name(f".{secrets.token_hex(6)}.tmp")
 
     def __enter__(self) -> "AudioWriter":
         try:
             open(self._temp, "xb").close()  # Python's own error says why a folder cannot be written, libsndfile's not
-            self._file = soundfile.SoundFile(
-                os.fsencode(self._temp),
-                "w",
-                self.sample_rate,
-                self.channels,
-                self.subtype,
-                format=self.path.suffix[1:].upper(),
-            )
-            # no chunk with the peak, which holds the time of writing: equal samples make equal files
-            soundfile._snd.sf_command(self._file._file, _ADD_PEAK_CHUNK, soundfile._ffi.NULL, 0)
+            name, kind = os.fsencode(self._temp), self.path.suffix[1:].upper()
+            self._file = soundfile.SoundFile(name, "w", self.sample_rate, self.channels, self.subtype, format=kind)
         except (OSError, soundfile.SoundFileError) as error:
             with contextlib.suppress(OSError):
                 self._temp.unlink()
@@ -204,8 +170,8 @@ class AudioWriter:
         peak = float(np.abs(samples).max(initial=0.0))
         if not math.isfinite(peak):
             first = self.num_samples + int(np.argmin(np.isfinite(samples).all(axis=1)))
-            raise AudioError(self.path, f"not written: sample {first} is NaN or infinite; mend what computed it")
-        if peak > 1 and self.subtype not in _UNBOUNDED_SUBTYPES:
+            raise AudioError(self.path, f"not written: sample {first} is NaN or infinite; fix what computed it")
+        if peak > 1 and self.subtype.startswith("PCM"):
             fault = f"not written: peak {peak:.3f} would clip in {self.subtype}"
             raise AudioError(self.path, f"{fault}; scale it to at most 1 or write a float .wav")
         try:
@@ -220,8 +186,9 @@ class AudioWriter:
         try:
             self._file.close()
             if error_type is None:
-                with open(self._temp, "r+b") as stream:
-                    os.fsync(stream.fileno())
+                if self.subtype == "FLOAT":
+                    _clear_time(self._temp)
+                fsync(self._temp)
                 os.replace(self._temp, self.path)
         except (OSError, soundfile.SoundFileError) as error:
             raise self._cannot_write(error) from error
@@ -233,12 +200,21 @@ class AudioWriter:
         return AudioError(self.path, f"cannot be written ({reason}); choose an existing folder you may write to")
 
 
-def save_audio(path: str | Path, wav: torch.Tensor, sample_rate: int = SAMPLE_RATE, subtype: str | None = None) -> None:
+def save_audio(path: str | Path, wav: torch.Tensor, sample_rate: int = SAMPLE_RATE) -> None:
     """Write `wav [C, N]` atomically, replacing a file of that name. Formats and errors as in `AudioWriter`."""
     if wav.ndim != 2:
         raise ValueError(f"expected wav [C, N], got {list(wav.shape)}")
-    with AudioWriter(path, sample_rate, channels=wav.shape[0], subtype=subtype) as writer:
+    with AudioWriter(path, sample_rate, channels=wav.shape[0]) as writer:
         writer.write(wav)
+
+
+def _clear_time(path: Path) -> None:
+    """Zero the time of writing in the PEAK chunk of a float .wav, so that equal samples make equal files."""
+    with open(path, "r+b") as stream:
+        place = stream.read(256).find(b"PEAK")
+        if place >= 0:
+            stream.seek(place + 12)  # after the name, the size and the version
+            stream.write(bytes(4))
 
 
 def _open(path: str | Path) -> soundfile.SoundFile:
@@ -265,10 +241,6 @@ def _open(path: str | Path) -> soundfile.SoundFile:
         fault = f"sample rate {file.samplerate} Hz is outside {MIN_RATE} to {MAX_RATE} Hz"
         raise AudioError(path, f"{fault}; convert it to 24000 Hz")
     return file
-
-
-def _info(path: str | Path, file: soundfile.SoundFile) -> AudioInfo:
-    return AudioInfo(Path(path), file.samplerate, file.channels, file.frames)
 
 
 def _blocks(
@@ -298,11 +270,11 @@ def _blocks(
                 yield block
     except soundfile.SoundFileError as error:
         where = f"after {position / file.samplerate:.2f} s"
-        raise AudioError(path, f"truncated or damaged {where}; copy it again or export it anew") from error
+        raise AudioError(path, f"truncated or damaged {where}; copy it again or export it again") from error
 
 
-def _announced_frames(path: str | Path, file: soundfile.SoundFile) -> int:
-    """Frames that the header announces, also where libsndfile has quietly cut them down to what a WAV file holds."""
+def _announced_frames(file: soundfile.SoundFile) -> int:
+    """Frames that the header announces, even where libsndfile has silently reduced them to what a WAV file holds."""
     found = re.search(r"^data *: *(\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
     # recorders that write to a pipe cannot know the size and put the largest one there
     if not found or not int(found[2]) or not int(found[2]) < int(found[1]) < 0x7FFF_F000:
@@ -331,17 +303,9 @@ def _resampled_length(frames: int, ratio: Fraction) -> int:
     return math.ceil(Fraction(frames) / ratio)
 
 
-def _filter_width(ratio: Fraction) -> int:
-    """Native frames that torchaudio's default filter (6 zero crossings, rolloff 0.99) reaches to either side."""
-    return math.ceil(6 * ratio.numerator / (min(ratio.numerator, ratio.denominator) * 0.99))
-
-
 def resample(wav: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
-    """`[C, N]` at another rate: a windowed sinc, as `load_audio` has it."""
-    return _resample(wav, _rate_ratio(from_rate, to_rate))
-
-
-def _resample(wav: torch.Tensor, ratio: Fraction) -> torch.Tensor:
+    """`[C, N]` at another rate, by torchaudio's windowed sinc."""
+    ratio = _rate_ratio(from_rate, to_rate)
     if ratio == 1:
         return wav
     native, target = ratio.numerator, ratio.denominator

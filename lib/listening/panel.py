@@ -252,7 +252,7 @@ class Upload:
         if length < MIN_SAMPLES:
             seconds = report.num_samples / SAMPLE_RATE
             raise UserError(f"{file['name']}: has {seconds:.1f} s only; begin earlier than {self.begin.value:g} s")
-        return Clip(str(report.info.path), offset, length, report.sha256)
+        return Clip(str(report.path), offset, length, report.sha256)
 
 
 def keep_upload(name: str, content: bytes, folder: Path) -> Path:

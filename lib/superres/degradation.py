@@ -104,7 +104,7 @@ def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 
     for path in (folder / name for name in files):
         try:
             report = check_audio(path)
-            rate, length = report.info.sample_rate, report.info.samples_at(SAMPLE_RATE)
+            rate, length = report.sample_rate, report.samples_at(SAMPLE_RATE)
             if rate < LOWEST_RATE:
                 raise AudioError(path, f"its rate is {rate} Hz, which holds no upper band; use 44.1 kHz or more")
             if length < clip_length:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lib.audio.chunks import chunk_starts, crossfaded, reading
-from lib.audio.files import AudioError, AudioInfo, AudioWriter, check_audio, load_audio
+from lib.audio.files import AudioError, AudioReport, AudioWriter, check_audio, load_audio
 from lib.audio.walk import walk_audio
 from lib.superres.degradation import LOWEST
 from lib.superres.diffusion import sample
@@ -249,7 +249,7 @@ def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, set
     path, out = Path(path), Path(out)
     if out.resolve() == path.resolve():
         raise UserError(f"{out}: is the input itself; choose another output file")
-    info = check_audio(path, min_samples=0).info
+    info = check_audio(path, min_samples=0)
     total = info.samples_at(SAMPLE_RATE)
     cutoff = settings.cutoff or within_reach(file_band(info))
     if cutoff > FULL:
@@ -270,11 +270,11 @@ def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, set
     return Restored(out, total, info.channels, cutoff, writer.peak)
 
 
-def file_band(info: AudioInfo) -> float:
+def file_band(info: AudioReport) -> float:
     """Where a file's band ends, in Hz, at its own rate: the highest bin that any minute of it has within 70 dB of the
     loudest minute's loudest."""
     rate, block = info.sample_rate, BLOCK_SECONDS * info.sample_rate
-    starts = (min(start, max(0, info.num_samples - block)) for start in range(0, info.num_samples, block))
+    starts = (min(start, max(0, info.num_frames - block)) for start in range(0, info.num_frames, block))
     clips = (load_audio(info.path, start, block, rate, mix=False) for start in starts)  # the last one is a whole block
     return edge_of(torch.stack([bin_powers(clip) for clip in clips]), rate)
 

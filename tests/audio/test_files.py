@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 import torchaudio
 
 from lib.audio import files as audio
-from lib.audio.files import SAMPLE_RATE, AudioError, AudioWriter, check_audio, load_audio, probe_audio, save_audio
+from lib.audio.files import SAMPLE_RATE, AudioError, AudioWriter, check_audio, load_audio, save_audio
 from lib.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +76,7 @@ def test_six_channels_are_averaged(tmp_path):
 def test_any_rate_gives_the_same_tone_at_24_khz(tmp_path, rate):
     path = write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 440 * np.arange(2 * rate) / rate)[:, None], rate)
     wav = load_audio(path)
-    assert wav.shape[1] == probe_audio(path).samples_at() == pytest.approx(48_000, abs=2)
+    assert wav.shape[1] == check_audio(path).num_samples == pytest.approx(48_000, abs=2)
     expected = 0.5 * torch.sin(2 * torch.pi * 440 * torch.arange(wav.shape[1]) / 24_000)
     assert snr(expected[1000:-1000], wav[0, 1000:-1000]) > 40
 
@@ -99,7 +100,7 @@ def test_the_whole_file_equals_torchaudios_resample(tmp_path):
 def test_the_length_is_exact_past_the_precision_of_float32(tmp_path):
     """torchaudio computes its output length in float32, which has no odd numbers past 2**24 (12 minutes)."""
     path = write(tmp_path / "a.wav", tone(750, 8_000)[:-1], 8_000)
-    assert load_audio(path).shape[1] == probe_audio(path).samples_at() == 3 * 5_999_999
+    assert load_audio(path).shape[1] == check_audio(path).num_samples == 3 * 5_999_999
 
 
 @pytest.mark.parametrize("name", ["a.flac", "a.ogg", "a.mp3"])
@@ -137,12 +138,6 @@ def test_a_name_that_is_not_utf8(tmp_path):
     assert load_audio(path).shape == (1, 24_000)
 
 
-def test_probe_reads_the_header(tmp_path):
-    info = probe_audio(write(tmp_path / "a.wav", tone(2, 44_100, channels=2), 44_100))
-    assert (info.sample_rate, info.channels, info.num_samples, info.duration) == (44_100, 2, 88_200, 2.0)
-    assert info.samples_at() == 48_000
-
-
 # ---- writing
 
 
@@ -152,29 +147,26 @@ def test_float_wav_keeps_what_would_clip(tmp_path):
     assert torch.equal(load_audio(tmp_path / "a.wav"), wav)
 
 
-@pytest.mark.parametrize(
-    ("suffix", "subtype"), [(".wav", "FLOAT"), (".wav", "DOUBLE"), (".wav", "PCM_16"), (".flac", "PCM_24")]
-)
-def test_equal_samples_make_equal_files(tmp_path, suffix, subtype):
-    """libsndfile would put the second of writing into a float WAV file, beside its peak."""
+@pytest.mark.parametrize("suffix", [".wav", ".flac"])
+def test_equal_samples_make_equal_files(tmp_path, suffix):
+    """libsndfile puts the second of writing into a float WAV file, beside its peak."""
     wav = torch.from_numpy(tone(channels=2).T).float()
-    save_audio(tmp_path / f"a{suffix}", wav, subtype=subtype)
-    with AudioWriter(tmp_path / f"b{suffix}", channels=2, subtype=subtype) as writer:
+    save_audio(tmp_path / f"a{suffix}", wav)
+    time.sleep(1.1)
+    with AudioWriter(tmp_path / f"b{suffix}", channels=2) as writer:
         for piece in wav.split(7_001, dim=1):
             writer.write(piece)
     first, second = ((tmp_path / f"{name}{suffix}").read_bytes() for name in "ab")
     assert first == second
-    assert b"PEAK" not in first[:4096]
     torch.testing.assert_close(load_audio(tmp_path / f"a{suffix}"), wav.mean(0, keepdim=True), atol=2**-15, rtol=0)
 
 
-@pytest.mark.parametrize(("name", "subtype"), [("a.wav", "PCM_16"), ("a.wav", "PCM_24"), ("a.flac", None)])
-def test_pcm_refuses_to_clip(tmp_path, name, subtype):
-    save_audio(tmp_path / name, torch.tensor([[1.0, -1.0]]), subtype=subtype)
-    before = (tmp_path / name).read_bytes()
-    with pytest.raises(AudioError, match=r"peak 1\.010 would clip"):
-        save_audio(tmp_path / name, torch.tensor([[1.01, 0.0]]), subtype=subtype)
-    assert (tmp_path / name).read_bytes() == before
+def test_flac_refuses_to_clip(tmp_path):
+    save_audio(tmp_path / "a.flac", torch.tensor([[1.0, -1.0]]))
+    before = (tmp_path / "a.flac").read_bytes()
+    with pytest.raises(AudioError, match=r"peak 1\.010 would clip in PCM_24; scale it to at most 1"):
+        save_audio(tmp_path / "a.flac", torch.tensor([[1.01, 0.0]]))
+    assert (tmp_path / "a.flac").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["a.ogg", "a.mp3"])
@@ -219,16 +211,14 @@ def test_an_interrupted_writer_leaves_the_old_file_and_no_rubbish(tmp_path):
 def test_a_long_ogg_can_be_written_at_once(tmp_path):
     """libsndfile's Vorbis encoder crashes the process on one write of this size."""
     save_audio(tmp_path / "a.ogg", torch.from_numpy(tone(120).T))
-    assert probe_audio(tmp_path / "a.ogg").num_samples == 120 * SAMPLE_RATE
+    assert soundfile.info(tmp_path / "a.ogg").frames == 120 * SAMPLE_RATE
 
 
-def test_wrong_shapes_suffixes_and_subtypes(tmp_path):
+def test_wrong_shapes_and_suffixes(tmp_path):
     with pytest.raises(ValueError, match=r"\[C, N\]"):
         save_audio(tmp_path / "a.wav", torch.zeros(10))
     with pytest.raises(AudioError, match=r"cannot write \.m4a; use \.flac"):
         save_audio(tmp_path / "a.m4a", torch.zeros(1, 10))
-    with pytest.raises(AudioError, match="no subtype 'FLOAT'; choose one of PCM_S8"):
-        save_audio(tmp_path / "a.flac", torch.zeros(1, 10), subtype="FLOAT")
 
 
 def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
@@ -262,7 +252,7 @@ def refusal(path, function=check_audio):
     return message
 
 
-@pytest.mark.parametrize("function", [check_audio, load_audio, probe_audio])
+@pytest.mark.parametrize("function", [check_audio, load_audio])
 def test_files_that_cannot_be_opened(tmp_path, monkeypatch, function):
     assert "no such file" in refusal(tmp_path / "gone.wav", function)
     assert "a folder" in refusal(tmp_path, function)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 
-from lib.audio.files import load_audio, probe_audio, save_audio
+from lib.audio.files import load_audio, save_audio
 from lib.superres import __main__ as command
 from lib.superres.resolver import Restoration, Restored
 from superres.conftest import NoiseResolver, band, white
@@ -54,7 +55,7 @@ def test_a_file_is_one_line(call, clip, trained, tmp_path):
     assert re.fullmatch(
         rf"{re.escape(str(out))}: 0.20 s, 1 channel\(s\), restored above 5\.[01] kHz, peak 0\.\d{{3}}\n", said
     )
-    assert probe_audio(out).num_samples == 9_600
+    assert soundfile.info(out).frames == 9_600
     first = load_audio(out, sample_rate=48_000)
     assert call(clip, "-o", out, "--run", trained, "--steps", 1, "--seed", 1)[0] == 0
     assert not torch.equal(load_audio(out, sample_rate=48_000), first)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lib.superres.resolver
 from lib.audio.chunks import crossfaded
-from lib.audio.files import AudioError, load_audio, probe_audio, save_audio
+from lib.audio.files import AudioError, check_audio, load_audio, save_audio
 from lib.superres.degradation import Degradation
 from lib.superres.mel import bin_of, log_mel, spectrum
 from lib.superres.resolver import (
@@ -374,9 +374,9 @@ def low_file(tmp_path):
 def test_a_file_of_any_rate_becomes_one_at_48_khz(resolver, low_file, tmp_path, rate, edge, channels):
     path, out = low_file("in.wav", 0.3101, edge, rate, channels), tmp_path / "out.wav"
     restored = restore_file(path, out, resolver, ONE_STEP)
-    info, made = probe_audio(out), load_audio(out, sample_rate=48_000, mix=False)
+    info, made = soundfile.info(out), load_audio(out, sample_rate=48_000, mix=False)
     expected = load_audio(path, sample_rate=48_000, mix=False)
-    assert (info.sample_rate, info.channels, info.num_samples) == (48_000, channels, expected.shape[1])
+    assert (info.samplerate, info.channels, info.frames) == (48_000, channels, expected.shape[1])
     assert restored == Restored(out, expected.shape[1], channels, restored.cutoff, made.abs().max().item())
     assert restored.cutoff == pytest.approx(edge, abs=600)
     assert restored.cutoff <= rate / 2
@@ -426,7 +426,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         restored = restore_file(path, tmp_path / "out.wav", resolver, Restoration(cutoff=4_000))
         assert restored.num_samples == minutes * 60 * 48_000
         highest[minutes] = max(peaks)
-        assert probe_audio(tmp_path / "out.wav").num_samples == restored.num_samples
+        assert soundfile.info(tmp_path / "out.wav").frames == restored.num_samples
     assert highest[10] - highest[1] < 150e6
 
 
@@ -435,14 +435,14 @@ def test_the_band_is_looked_for_minute_by_minute(low_file, tmp_path, monkeypatch
     quiet, loud = band(white(96_000), 0, 3_000), band(white(48_000, seed=1), 0, 9_000)
     for wav in (torch.cat([quiet, loud], dim=1), torch.cat([loud, quiet], dim=1)):
         save_audio(tmp_path / "in.wav", wav, 48_000)
-        assert file_band(probe_audio(tmp_path / "in.wav")) == pytest.approx(9_000, abs=200)
+        assert file_band(check_audio(tmp_path / "in.wav")) == pytest.approx(9_000, abs=200)
     # what the rounding to 16 bits leaves of a minute's silence has the whole band, and is no band of the music
     silence = torch.zeros(1, 48_000) + (torch.rand(1, 48_000) < 0.5) / 2**15
     for tail in (silence, quiet[:, :48], quiet[:, :1_000]):  # nor has a last minute that is soon over
         wav = torch.cat([quiet, tail], dim=1)
         save_audio(tmp_path / "in.wav", wav, 48_000)
-        assert file_band(probe_audio(tmp_path / "in.wav")) == pytest.approx(3_000, abs=300)
-    assert file_band(probe_audio(low_file(edge=4_000, rate=8_000))) == 4_000  # the rate holds no more
+        assert file_band(check_audio(tmp_path / "in.wav")) == pytest.approx(3_000, abs=300)
+    assert file_band(check_audio(low_file(edge=4_000, rate=8_000))) == 4_000  # the rate holds no more
 
 
 def test_a_cutoff_that_is_given_is_used(low_file, tmp_path):
@@ -480,7 +480,7 @@ def test_a_file_of_some_samples_is_restored(tmp_path, num_samples):
 
 def test_no_band_edge_is_below_what_models_learn_from(tmp_path):
     time = torch.arange(24_000) / 24_000
-    save_audio(tmp_path / "in.wav", 0.3 * torch.sin(2 * torch.pi * 440 * time)[None], 24_000, subtype="FLOAT")
+    save_audio(tmp_path / "in.wav", 0.3 * torch.sin(2 * torch.pi * 440 * time)[None], 24_000)
     fake = NoiseResolver(12_000)
     assert restore_file(tmp_path / "in.wav", tmp_path / "out.wav", fake, Restoration()).cutoff == 2_000
 
@@ -560,7 +560,7 @@ def folder(low_file, tmp_path):
 def test_a_folder_is_restored_file_by_file(folder, tmp_path):
     done, skipped = restore_folder(folder, tmp_path / "out", NoiseResolver(CLIP), Restoration())
     assert [restored.path.relative_to(tmp_path / "out").as_posix() for restored in done] == ["a.wav", "more/b.wav"]
-    assert all(probe_audio(restored.path).sample_rate == 48_000 for restored in done)
+    assert all(soundfile.info(restored.path).samplerate == 48_000 for restored in done)
     assert [restored.channels for restored in done] == [1, 2]
     assert done[0].cutoff == pytest.approx(3_000, abs=200)  # that of a.flac, the first by name
     reasons = {path.relative_to(folder).as_posix(): reason for path, reason in skipped}
