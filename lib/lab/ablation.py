@@ -1,9 +1,9 @@
-"""Run the variants of the ablation over seeds: in parallel, resumable, every result cached by what made it.
+"""Run the variants of the ablation over seeds: in parallel, resumable, each result cached under a hash of its causes.
 
-    <folder>/<key>/config.json, metrics.jsonl    the run, as every run (lib.training.run)
-    <folder>/<key>/result.json                   its end; a run without one is gone on with
+    <folder>/<key>/config.json, metrics.jsonl    a run directory as every other (lib.training.run)
+    <folder>/<key>/result.json                   the end of the run; a run without one is resumed
 
-A run that meets a non-finite value ends there: that is its result, with the step and the tensor. Runs are float32 and
+A run that meets a non-finite value ends there: the step and the tensor are its result. Runs are float32 and
 deterministic, each on one core or one GPU, so that a result does not depend on how many run at once.
 """
 
@@ -18,7 +18,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,6 @@ from lib.training.batches import evenly_spread
 from lib.training.config import TrainConfig
 from lib.training.nonfinite import NonFiniteError
 from lib.training.trainer import train
-from lib.util.configs import from_fields
 from lib.util.errors import UserError
 from lib.util.files import make_folder, write_atomic
 from lib.util.provenance import code_fingerprint
@@ -56,31 +55,30 @@ class Plan:
     num_layers: int
     seeds: int
     train: TrainConfig  # of the reference; variants change it
-    masking: MaskingConfig = field(default_factory=MaskingConfig)  # with any, results are also judged by ear
+    masking: MaskingConfig = field(default_factory=MaskingConfig)  # with masks, objective metrics are measured too
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run, in values that another process can be given."""
+    """One run, as it is sent to a worker."""
 
-    key: str
-    folder: str
-    index: str
+    folder: Path  # named by the job's key
+    index: Path
     codec: str
-    cascade: dict[str, Any]
-    train: dict[str, Any]
-    masking: dict[str, Any]
+    cascade: CascadeConfig
+    train: TrainConfig
+    masking: MaskingConfig
 
 
 def run_plan(
     plan: Plan, index: Path, codec: str, folder: str | Path, *, workers: int | None = None
 ) -> tuple[Result, ...]:
-    """All results of a plan, variant by variant, seed by seed; what is there already is not run again.
+    """All results of a plan, variant by variant, seed by seed; runs that are finished already are not repeated.
 
-    `index`: latents by `encode_manifest`; `codec`: the name or folder that made them. `workers`: how many at once
-    (default: one a GPU, without any one a core). Ctrl-C stops after the runs have saved; they also save, and end, when
-    this process is killed. `UserError` for bad settings;
-    `RuntimeError` names runs that failed for another reason, after all the others have ended.
+    `index`: latents by `encode_manifest`; `codec`: the name or folder of their codec. `workers`: how many at once
+    (default: one for each GPU or, without one, each core). On Ctrl-C, or when this process is killed, the workers save
+    their runs and end. `UserError` for bad settings; `RuntimeError` names runs that failed for another reason, after
+    all others have ended.
     """
     folder = Path(folder).resolve()
     make_folder(folder)
@@ -88,28 +86,25 @@ def run_plan(
     jobs, order = {}, []
     for variant in plan.variants:
         for seed in range(plan.seeds):
-            config = dataclasses.replace(variant.training(plan.train), seed=seed)
-            cascade = variant.cascade(plan.num_layers).to_dict()
-            masking = dataclasses.asdict(plan.masking)
-            key = job_key(cascade, dataclasses.asdict(config), masking, fingerprint, index.stem)
-            jobs[key] = Job(key, str(folder / key), str(index), codec, cascade, dataclasses.asdict(config), masking)
+            training = dataclasses.replace(variant.training(plan.train), seed=seed)
+            configs = (variant.cascade(plan.num_layers), training, plan.masking)
+            key = job_key(*configs, fingerprint, index.stem)
+            jobs[key] = Job(folder / key, index, codec, *configs)
             order.append((variant.name, seed, key))
-    missing = [job for key, job in jobs.items() if not (folder / key / "result.json").exists()]
+    missing = [job for job in jobs.values() if not (job.folder / "result.json").exists()]
     if missing:
         run_jobs(missing, workers or default_workers())
-    for key in jobs:
-        drop_checkpoints(folder / key)  # a kill may have left them
+    for job in jobs.values():
+        drop_checkpoints(job.folder)  # a kill may have left them
     return tuple(summarize(folder / key, name, seed, plan.num_layers) for name, seed, key in order)
 
 
-def job_key(
-    cascade: dict[str, Any], train_config: dict[str, Any], masking: dict[str, Any], fingerprint: str, data: str
-) -> str:
+def job_key(cascade: CascadeConfig, training: TrainConfig, masking: MaskingConfig, fingerprint: str, data: str) -> str:
     """A hash of everything that a result depends on: configs, codec, data, torch, and the code that computes it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    configs = [json.loads(json.dumps(cascade)), train_config, masking]
-    what = [*configs, fingerprint, data, device, torch.__version__, code_fingerprint("lib.lab.ablation")]
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    configs = [dataclasses.asdict(config) for config in (cascade, training, masking)]
+    parts = [*configs, fingerprint, data, device, torch.__version__, code_fingerprint("lib.lab.ablation")]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def default_workers() -> int:
@@ -120,7 +115,7 @@ def default_workers() -> int:
 
 
 def run_jobs(jobs: Sequence[Job], workers: int) -> None:
-    """Run jobs in processes of their own. The first error that is the user's ends all; others are collected."""
+    """Run jobs in worker processes. The first `UserError` ends all of them; other errors are collected."""
     context = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP does not work
     workers = min(workers, len(jobs))
     devices, pids = context.SimpleQueue(), context.SimpleQueue()
@@ -133,20 +128,17 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
     ):
         started = {pool.submit(work, job): job for job in jobs}
         try:
-            waiting = set(started)
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    progress.update()
-                    error = future.exception()
-                    if isinstance(error, UserError | KeyboardInterrupt):
-                        raise error
-                    if error is not None:
-                        failed.append(f"{started[future].folder}: {type(error).__name__}: {error}")
+            for future in as_completed(started):
+                progress.update()
+                error = future.exception()
+                if isinstance(error, UserError | KeyboardInterrupt):
+                    raise error
+                if error is not None:
+                    failed.append(f"{started[future].folder}: {type(error).__name__}: {error}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             while not pids.empty():
-                terminate(pids.get())  # its trainer saves a checkpoint; leaving `with` waits for that
+                terminate(pids.get())  # its trainer saves a checkpoint, which the end of `with` waits for
             raise
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(jobs)} runs failed, the others are kept: {'; '.join(failed[:4])}")
@@ -209,7 +201,7 @@ def work(job: Job) -> None:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """On a GPU only algorithms that give the same sums each time, which the fast ones do not; a CPU's all do."""
+    """On a GPU, only algorithms whose sums do not depend on the order of threads. A CPU has no others."""
     if not torch.cuda.is_available():
         yield
         return
@@ -224,32 +216,33 @@ def deterministic() -> Iterator[None]:
 
 
 def run_job(job: Job) -> None:
-    """Train, evaluate, write result.json, and drop the checkpoints, which nobody will need."""
-    folder = Path(job.folder)
-    codec, config = load_codec(job.codec), from_fields(TrainConfig, job.train)
+    """Train, evaluate, write result.json, and delete the checkpoints."""
     result: dict[str, Any] = {"non_finite": None, "final": None}
-    with deterministic():
-        try:
-            cascade, masking = CascadeConfig.from_dict(job.cascade), from_fields(MaskingConfig, job.masking)
-            run = train(folder, job.index, codec, cascade, config, masking, resume=True, progress=False)
-            model = run.load_model("last").to("cuda" if torch.cuda.is_available() else "cpu")
-            pairs = LatentPairs(job.index, "val", codec_fingerprint=codec.fingerprint)
-            pairs = Subset(pairs, evenly_spread(len(pairs), config.max_val_pairs).tolist())
-            ceilings = {
-                f"stage{i}/ceiling": stage.config.projection_gain
-                * projection_ceiling(stage.post_norm, stage.output_projection)
-                for i, stage in enumerate(model.cascade.stages)
-            }
-            result["final"] = evaluate_fusion(model, pairs) | ceilings
-            if masking.masking != "none":
-                judged = judge_outputs((pairs[i] for i in range(len(pairs))), codec, {"heard": model})
-                for name in ("heard", "average of latents"):
-                    means = mean_judgement(judged[name])
-                    result["final"] |= {f"{name}/{key}": value for key, value in means.items()}
-        except NonFiniteError as error:
-            result["non_finite"] = {"step": error.step, "stage": error.stage, "tensor": error.tensor}
-    write_atomic(folder / "result.json", json.dumps(result, indent=1))
-    drop_checkpoints(folder)
+    try:
+        with deterministic():
+            result["final"] = train_and_evaluate(job)
+    except NonFiniteError as error:
+        result["non_finite"] = {"step": error.step, "stage": error.stage, "tensor": error.tensor}
+    write_atomic(job.folder / "result.json", json.dumps(result, indent=1))
+    drop_checkpoints(job.folder)
+
+
+def train_and_evaluate(job: Job) -> dict[str, float]:
+    """Metrics of the trained model on the validation pairs, and the RMS ceiling of every stage's projection."""
+    codec = load_codec(job.codec)
+    run = train(job.folder, job.index, codec, job.cascade, job.train, job.masking, resume=True, progress=False)
+    model = run.load_model("last").to("cuda" if torch.cuda.is_available() else "cpu")
+    pairs = LatentPairs(job.index, "val", codec_fingerprint=codec.fingerprint)
+    pairs = Subset(pairs, evenly_spread(len(pairs), job.train.max_val_pairs).tolist())
+    final = evaluate_fusion(model, pairs)
+    for i, stage in enumerate(model.cascade.stages):
+        ceiling = projection_ceiling(stage.post_norm, stage.output_projection)
+        final[f"stage{i}/ceiling"] = stage.config.projection_gain * ceiling
+    if job.masking.masking != "none":
+        judged = judge_outputs((pairs[i] for i in range(len(pairs))), codec, {"model": model})
+        for name in ("model", "average of latents"):
+            final |= {f"{name}/{key}": value for key, value in mean_judgement(judged[name]).items()}
+    return final
 
 
 def drop_checkpoints(folder: Path) -> None:

@@ -15,13 +15,12 @@ from typing import Any
 
 from lib.evaluation.metrics import advantage
 from lib.lab.claims import NOT_TESTED, Verdict, judge
-from lib.lab.results import (
+from lib.lab.measures import (
     HEALTHY_RATIO,
     Groups,
     Measure,
     Runs,
     at_level,
-    by_variant,
     decoded_merit,
     each,
     first_non_finite,
@@ -33,12 +32,12 @@ from lib.lab.results import (
     nearer,
     never_non_finite,
     peak,
-    rising,
     scalar_ratio,
     scalars_against_rest,
     stable,
     within,
 )
+from lib.lab.results import by_variant
 from lib.lab.variants import (
     CREATIVE,
     EXPLODING,
@@ -51,10 +50,9 @@ from lib.lab.variants import (
     RESIDUAL,
     WHOLE,
     WHOLE_3,
-    Variant,
 )
 from lib.training.config import TrainConfig
-from lib.util.stats import describe, difference, factorial_effects
+from lib.util.stats import difference
 
 Rule = Callable[[Sequence[float]], bool]
 
@@ -62,8 +60,8 @@ EPOCH_3_BATCH_205 = 3 * 205  # seed 001 puts the NaN of claim C7 here: at least 
 EPOCHS = 200  # of claim C10
 CONSTANT = 0.2  # an output with less than this share of its clips' movement is called constant
 FEW_PAIRS = 8  # fewer pairs prove nothing about a mean
+AGENT = 1_281_730  # parameters of the creative agent, from the shapes in the original checkpoints
 CONSTANT_MASKS = 0.75  # complementarity of two masks that are 0.5 everywhere
-SUSPECTS = ("3 stages", EXPLODING, "learnable RMS", "anti-modulation log")  # variants with what the seeds blame
 FALLBACKS = {  # variants that claim C14 calls safe
     "stage 1 at 512": "stage 1 at 512 wide is stable",
     "3 stages": "three stages at 1.0× are stable",
@@ -113,6 +111,26 @@ class Said:
     def stability(self, results: Runs) -> Verdict:
         found = f"growth of the gradient norm in {min(r.steps for r in results)} steps; {first_non_finite(results)}"
         return self.judge(stable(results), each(results, growth), found)
+
+
+def audit_parameters(stages: Sequence[int]) -> list[Verdict]:
+    """C3, from the parameters of both stages of the reference."""
+    three, two = stages[0] + 2 * stages[1] + AGENT, sum(stages) + AGENT
+    saved = 1 - two / three
+    both = all(math.isclose(n, said, rel_tol=0.02) for n, said in zip(stages, (6.3e6, 14.2e6), strict=True))
+    totals = {"three stages: 27.4 M": (three, 27.4e6), "two stages: 18.3 M": (two, 18.3e6)}
+    return [
+        Said("C3", "stages of 6.3 M and 14.2 M").judge(
+            both, found="{:.2f} M and {:.2f} M".format(*(n / 1e6 for n in stages))
+        ),
+        *(
+            Said("C3", text).judge(math.isclose(n, said, rel_tol=0.01), found=f"{n / 1e6:.1f} M with the agent")
+            for text, (n, said) in totals.items()
+        ),
+        Said("C3", "two stages instead of three: 33 % fewer").judge(
+            abs(saved - 0.33) < 0.01, found=f"{saved:.0%} fewer"
+        ),
+    ]
 
 
 def audit_named(results: Runs) -> list[Verdict]:
@@ -359,58 +377,3 @@ def disagreements(shallow: Sequence[Verdict], deep: Sequence[Verdict]) -> list[s
         for v, found in pairs
         if NOT_TESTED not in (v.verdict, found) and found != v.verdict
     ]
-
-
-# --- sentences and effects --------------------------------------------------------------------------------------------
-
-
-def effects_in_decades(
-    variants: Mapping[tuple[bool, ...], Variant], factors: Sequence[str], found: Groups, measure: Measure
-) -> dict[str, list[float]]:
-    """Effects of a 2×2×2's factors on log10 of a measure, per seed; none where a run became non-finite."""
-    cells = {levels: each(found[v.name], lambda r: math.log10(measure(r))) for levels, v in variants.items()}
-    if any(math.isinf(value) for values in cells.values() for value in values):
-        return {}
-    return factorial_effects(cells, factors)
-
-
-def findings(groups: Groups) -> list[str]:
-    """What a grid says of the seeds' suspects, of a rise, of clipping and of NaN, a sentence each."""
-    peaks = {name: each(results, peak) for name, results in groups.items()}
-    reference, runs = peaks[REFERENCE], [run for results in groups.values() for run in results]
-    risers = [name for name, results in groups.items() if rising(results)]
-    limit = TrainConfig().clip
-    clipped = [norm > limit for run in runs for norm in run.grad_norm]
-    return [
-        *(
-            f"{name}: largest gradient norm {describe(peaks[name])}, against {describe(reference)} of {REFERENCE}: "
-            f"{difference(peaks[name], reference)}."
-            for name in SUSPECTS
-            if name in groups
-        ),
-        f"The gradient norm rises over training in every seed of: {', '.join(risers) or 'no variant'}.",
-        f"It passes {limit:g}, where clipping acts, in {sum(clipped)} of {len(clipped)} recorded points.",
-        f"Non-finite values end {sum(run.non_finite is not None for run in runs)} of {len(runs)} runs.",
-    ]
-
-
-def weak_residuals(groups: Groups, names: Sequence[str]) -> list[str]:
-    """A line for each way to keep a weak residual, against two stages, and one that names those which leak less at the
-    target level without larger gradients."""
-    measures: dict[str, Measure] = {
-        "leakage": lambda r: (r.final["input_correlation"] + r.final["target_correlation"]) / 2,
-        "gradients": peak,
-        "error": lambda r: r.final["mse"],
-    }
-    lines, winners = [], []
-    for name in (name for name in names if name in groups):
-        values = {  # a run without an end has a gradient norm: an infinite one
-            label: [[of(r) for r in groups[group] if r.final or of is peak] for group in (name, REFERENCE)]
-            for label, of in measures.items()
-        }
-        found = {label: difference(*both) for label, both in values.items()}
-        level = "at" if at_level(groups[name]) else "not at"
-        lines.append(f"{name}: {', '.join(f'{n} {word}' for n, word in found.items())}; {level} the target level")
-        if level == "at" and found["leakage"] == "lower" and found["gradients"] != "higher":
-            winners.append(name)
-    return [*lines, f"less leakage at the target level without larger gradients: {', '.join(winners) or 'none'}"]

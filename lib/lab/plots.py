@@ -1,13 +1,14 @@
-"""The figures of the laboratory: ablation and collapse. Every function returns a figure; none computes a result.
+"""Figures of the ablation and of the collapse.
 
-The settings that the seeds name have one colour and marker throughout (Okabe and Ito's, which colour-blind readers tell
-apart); all else is grey, black, or another of those colours.
+The settings that the seeds name keep one colour and marker in all figures, from the palette of Okabe and Ito, which is
+safe for colour-blind readers.
 """
 
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,20 +16,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.audio.plots import STAGES, STYLE
-from lib.lab.results import Result
+from lib.lab.measures import Groups, Runs, gradient_norms
 from lib.lab.variants import EXPLODING, LEARNABLE, REFERENCE, REPAIR
 
 COLOURS = {REFERENCE: "#0072B2", EXPLODING: "#D55E00", REPAIR: "#E69F00", LEARNABLE: "#CC79A7"}
 MARKERS = {REFERENCE: "o", EXPLODING: "s", REPAIR: "^", LEARNABLE: "D"}
 PARTS = ("input_projection", "input_norm", "layers", "post_norm", "output_projection", "rms_scaling")
 PART_COLOURS = ("#EEEEEE", "#DDDDDD", "#BBBBBB", "#888888", "#444444", "#000000")  # greys: colours are variants
-OTHER = "#666666"  # a variant that no seed names; the figures label its row
+OTHER = "#666666"  # of variants that no seed names
+HATCHES = ("", "//", "..", "xx", "\\\\")  # by stage
 
 
-def gradient_trajectories(groups: Mapping[str, Sequence[Result]], clip: float | None = None) -> Figure:
+@contextmanager
+def panels(titles: Sequence[str], size: tuple[float, float], grid: str = "both") -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure with one panel for each title, side by side on one vertical scale."""
+    with plt.rc_context(STYLE | {"axes.grid.axis": grid}):
+        figure, rows = plt.subplots(1, len(titles), figsize=size, sharey=True, squeeze=False)
+        yield figure, list(rows[0])
+
+
+def trajectories(groups: Groups) -> Figure:
     """Gradient norm before clipping over steps: median over seeds as a line, range as a band, × at a non-finite end."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8, 4))
+    with panels([""], (8, 4)) as (figure, (axes,)):
         for name, results in groups.items():
             finite = [[norm for norm in r.grad_norm if math.isfinite(norm)] for r in results]
             steps = np.linspace(1, max(r.steps for r in results), max(map(len, finite)))
@@ -42,8 +51,6 @@ def gradient_trajectories(groups: Mapping[str, Sequence[Result]], clip: float | 
             for result, own in zip(results, finite, strict=True):
                 if result.non_finite and own:
                     axes.plot(result.steps, own[-1], "x", color=colour, markersize=11)
-        if clip:
-            axes.axhline(clip, color="black", linestyle=":", label=f"clipped above {clip:g}")
         axes.set(xlabel="step", ylabel="gradient norm before clipping", yscale="log")
         axes.legend(fontsize=8)
     return figure
@@ -54,47 +61,47 @@ def on_steps(length: int, norms: Sequence[float], steps: np.ndarray) -> np.ndarr
     return np.interp(steps, np.linspace(1, length, len(norms)), norms, right=np.nan)
 
 
+def draw_range(axes: Axes, y: int, values: Sequence[float], colour: str, marker: str, size: float) -> None:
+    axes.plot([min(values), max(values)], [y, y], color=colour, linewidth=2)
+    axes.plot(values, [y] * len(values), marker, color=colour, markersize=size)
+
+
 def variant_ranges(
-    groups: Mapping[str, Sequence[Result]], panels: Mapping[str, Mapping[str, Sequence[float]]], log: Sequence[str] = ()
+    groups: Groups, measures: Mapping[str, Mapping[str, Sequence[float]]], log: Sequence[str] = ()
 ) -> Figure:
     """One row a variant, one panel a measure: every seed as a point, the range as a line, the reference's as a band.
 
-    `panels`: axis label with its unit → variant → one value a seed. Variants without values (non-finite) get an ×.
+    `measures`: axis label with its unit → variant → one value a seed. `log`: the labels of logarithmic axes. Variants
+    without values are marked as non-finite.
     """
-    names = list(groups)
-    with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
-        size = (4 + 2.9 * len(panels), 1.1 + 0.24 * len(names))
-        figure, rows = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
-        for axes, (label, values) in zip(rows[0], panels.items(), strict=True):
-            if label in log:
-                axes.set_xscale("log")
+    size = (4 + 2.9 * len(measures), 1.1 + 0.24 * len(groups))
+    with panels(list(measures), size, grid="x") as (figure, row):
+        for axes, (label, values) in zip(row, measures.items(), strict=True):
+            axes.set(xlabel=label, xscale="log" if label in log else "linear")
             if values.get(REFERENCE):
                 axes.axvspan(min(values[REFERENCE]), max(values[REFERENCE]), color=COLOURS[REFERENCE], alpha=0.15)
-            for y, name in enumerate(names):
+            for y, name in enumerate(groups):
                 if found := values.get(name):
-                    axes.plot([min(found), max(found)], [y, y], color=COLOURS.get(name, OTHER), linewidth=2)
-                    axes.plot(
-                        found, [y] * len(found), MARKERS.get(name, "o"), color=COLOURS.get(name, OTHER), markersize=4
-                    )
+                    draw_range(axes, y, found, COLOURS.get(name, OTHER), MARKERS.get(name, "o"), 4)
                 else:
                     axes.text(0.5, y, "non-finite", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
-            axes.set(xlabel=label)
-        rows[0, 0].set_yticks(range(len(names)), names, fontsize=8)
-        rows[0, 0].invert_yaxis()
+        row[0].set_yticks(range(len(groups)), list(groups), fontsize=8)
+        row[0].invert_yaxis()
     return figure
 
 
-def gradient_shares(groups: Mapping[str, Sequence[Result]], when: str = "end") -> Figure:
-    """Share of every part in the squared gradient norm (median over seeds), stage by stage, a bar a variant."""
-    with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
-        figure, axes = plt.subplots(figsize=(9, 0.9 + 0.5 * len(groups)))
-        hatches = ("", "//", "..", "xx", "\\\\")
+def gradient_shares(groups: Groups) -> Figure:
+    """Share of every part in the squared gradient norm at the end (median over seeds), stage by stage, a bar a
+    variant."""
+    used = set()
+    with panels([""], (9, 0.9 + 0.5 * len(groups)), grid="x") as (figure, (axes,)):
         for y, results in enumerate(groups.values()):
             left = 0.0
             for stage, part in itertools.product(range(8), PARTS):
-                share = part_share(results, f"grad_norm/stage{stage}/{part}", when)
+                share = part_share(results, f"grad_norm/stage{stage}/{part}")
                 if share > 0:
-                    colour, hatch = PART_COLOURS[PARTS.index(part)], hatches[stage % len(hatches)]
+                    used.add(part)
+                    colour, hatch = PART_COLOURS[PARTS.index(part)], HATCHES[stage % len(HATCHES)]
                     axes.barh(y, share, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
                     if share > 0.08:
                         box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
@@ -103,68 +110,60 @@ def gradient_shares(groups: Mapping[str, Sequence[Result]], when: str = "end") -
         axes.set_yticks(range(len(groups)), list(groups))
         axes.invert_yaxis()
         axes.set(xlabel="share of the squared gradient norm (number: stage)", xlim=(0, 1.02))
-        used = [
-            p
-            for p in PARTS
-            if any(f"grad_norm/stage{i}/{p}" in r.end for rs in groups.values() for r in rs for i in range(8))
-        ]
-        handles = [plt.Rectangle((0, 0), 1, 1, color=PART_COLOURS[PARTS.index(p)]) for p in used]
-        figure.legend(handles, used, loc="outside upper center", ncols=len(used), fontsize=8)
+        shown = [(part, colour) for part, colour in zip(PARTS, PART_COLOURS, strict=True) if part in used]
+        handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for _, colour in shown]
+        names = [part for part, _ in shown]
+        figure.legend(handles, names, loc="outside upper center", ncols=max(1, len(shown)), fontsize=8)
     return figure
 
 
-def part_share(results: Sequence[Result], part: str, when: str = "end") -> float:
-    """Median over seeds of a part's share in the squared gradient norm; 0 where it has none."""
-    shares = []
-    for result in results:
-        norms = {k: v for k, v in getattr(result, when).items() if k.startswith("grad_norm/")}
-        total = sum(value**2 for value in norms.values())
-        shares.append(norms.get(part, 0.0) ** 2 / total if total else 0.0)
+def part_share(results: Runs, part: str) -> float:
+    """Median over seeds of a part's share in the squared gradient norm at the end; 0 where it has none."""
+    norms = [gradient_norms(result.end) for result in results]
+    shares = [found.get(part, 0.0) / sum(found.values()) if found else 0.0 for found in norms]
     return statistics.median(shares) if shares else 0.0
 
 
 def factorial(effects: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Main effects and interactions, a panel a measure: every seed as a point, the range as a line, 0 as 'none'."""
-    with plt.rc_context(STYLE | {"axes.grid.axis": "x"}):
-        figure, rows = plt.subplots(1, len(effects), figsize=(3 + 3.4 * len(effects), 3.2), sharey=True, squeeze=False)
-        for axes, (label, found) in zip(rows[0], effects.items(), strict=True):
+    """Main effects and interactions, a panel a measure: every seed as a point, the range as a line; grey crosses where
+    seeds disagree on the sign."""
+    with panels(list(effects), (3 + 3.4 * len(effects), 3.2), grid="x") as (figure, row):
+        for axes, (label, found) in zip(row, effects.items(), strict=True):
             for y, values in enumerate(found.values()):
                 sure = min(values) > 0 or max(values) < 0
-                colour = "#000000" if sure else "#999999"
-                axes.plot([min(values), max(values)], [y, y], color=colour, linewidth=2)
-                axes.plot(values, [y] * len(values), "o" if sure else "x", color=colour, markersize=5)
+                draw_range(axes, y, values, "#000000" if sure else "#999999", "o" if sure else "x", 5)
             axes.axvline(0, color="black", linewidth=1)
             axes.set(xlabel=label)
-        rows[0, 0].set_yticks(range(len(found)), list(found))
-        rows[0, 0].invert_yaxis()
+        row[0].set_yticks(range(len(found)), list(found))
+        row[0].invert_yaxis()
     return figure
 
 
 def predicted_and_measured(
-    panels: Mapping[str, Mapping[str, np.ndarray]], xlabel: str, ylabel: str, goal: float
+    series: Mapping[str, Mapping[str, np.ndarray]], xlabel: str, ylabel: str, goal: float
 ) -> Figure:
     """Law against measurement, a panel a setting: `x`, `predicted`, `measured` [seeds, x], optional `bound`."""
-    with plt.rc_context(STYLE):
-        figure, rows = plt.subplots(1, len(panels), figsize=(1 + 3.3 * len(panels), 3.4), sharey=True, squeeze=False)
-        for axes, (title, data) in zip(rows[0], panels.items(), strict=True):
+    with panels(list(series), (1 + 3.3 * len(series), 3.4)) as (figure, row):
+        for axes, (title, data) in zip(row, series.items(), strict=True):
             measured = np.asarray(data["measured"])
             axes.fill_between(data["x"], measured.min(0), measured.max(0), color="#000000", alpha=0.25, linewidth=0)
             axes.plot(data["x"], np.median(measured, 0), color="#000000", label="measured, median and range")
             axes.plot(data["x"], data["predicted"], color="#56B4E9", linestyle="--", label="predicted")
             if "bound" in data:
                 axes.plot(data["x"], data["bound"], color="#009E73", linestyle=":", label="bound")
-            axes.axhline(goal, color="#999999", linewidth=0.8, label="wanted")
+            axes.axhline(goal, color="#999999", linewidth=0.8, label="target RMS")
             axes.set(xlabel=xlabel, title=title, ylim=(0, None))
-        rows[0, 0].set_ylabel(ylabel)
-        rows[0, 0].legend(fontsize=8)
+        row[0].set_ylabel(ylabel)
+        row[0].legend(fontsize=8)
     return figure
 
 
-def lines(x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, **scales: str) -> Figure:
-    """Plain curves over one axis, told apart by colour, marker and line style; `scales`: xscale, yscale."""
+def curves(
+    x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, **scales: str
+) -> Figure:
+    """Curves over one axis, each with its own colour, marker and line style; `scales`: xscale, yscale."""
     styles = zip(series.items(), STAGES, ("o", "s", "^", "D", "v"), ("-", "--", "-.", ":", "-"), strict=False)
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 3.4))
+    with panels([""], (7, 3.4)) as (figure, (axes,)):
         for (name, values), colour, marker, style in styles:
             axes.plot(x, values, color=colour, marker=marker, linestyle=style, label=name, markersize=5)
         axes.set(xlabel=xlabel, ylabel=ylabel, **scales)
@@ -173,9 +172,9 @@ def lines(x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str
 
 
 class Waterfall:
-    """RMS through the stages: what projection and weighted residual bring, their sum, and what scaling makes of it.
+    """RMS through the stages: projection, weighted residual, their sum, and the output after scaling.
 
-    Draws into `axes` once; `update` moves the bars, which is several times faster than drawing anew.
+    Draws into `axes` once; `update` moves the bars, which is several times faster than a new drawing.
     """
 
     KINDS = ("projection", "residual", "mixed", "output")
@@ -185,7 +184,7 @@ class Waterfall:
         for offset, (kind, colour) in enumerate(zip(self.KINDS, STAGES, strict=False)):
             x = [i + (offset - 1.5) * 0.2 for i in range(num_stages)]
             self.bars.append(axes.bar(x, [0] * num_stages, width=0.18, color=colour, label=kind))
-        axes.axhline(goal, color="black", linewidth=1, linestyle="--", label="wanted")
+        axes.axhline(goal, color="black", linewidth=1, linestyle="--", label="target RMS")
         above = {"ha": "center", "va": "bottom", "fontsize": 8, "transform": axes.get_xaxis_transform()}
         self.labels = [axes.text(i, 1.02, "", **above) for i in range(num_stages)]
         axes.set_xticks(range(num_stages), [f"stage {i}" for i in range(num_stages)])

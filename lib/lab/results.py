@@ -1,10 +1,10 @@
-"""How the ablation's runs went: a result for each run, the measures that verdicts and figures are made of, and the
-record, one small file of results that the repository keeps."""
+"""How the ablation's runs went: a result for each run, and the record, a small file of results that the repository
+keeps."""
 
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,6 @@ from lib.training.run import Run
 from lib.util.files import naming, read_json, write_atomic
 
 DIGITS, POINTS = 4, 40  # of a number, and gradient norms of a run, in a record
-HEALTHY_RATIO = (0.8, 1.2)  # of output RMS to target RMS, by claim C15
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,6 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
-Runs = Sequence[Result]  # of one variant, one for each seed
-Groups = Mapping[str, Runs]  # by the variant's name
-Measure = Callable[[Result], float]
 Item = TypeVar("Item")
 
 
@@ -75,7 +71,7 @@ def medians(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in values.items() if found}
 
 
-def by_variant(results: Runs) -> dict[str, list[Result]]:
+def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
     """Variant → its results in order of seeds."""
     groups: dict[str, list[Result]] = {}
     for result in results:
@@ -104,108 +100,3 @@ def read_record(path: Path, kind: type[Item] = Result) -> tuple[tuple[Item, ...]
         if not rows:
             raise ValueError("no results")
         return tuple(kind(**row) for row in rows), content["facts"]
-
-
-# --- measures of a run, and of the runs of a variant ------------------------------------------------------------------
-
-
-def each(results: Runs, measure: Measure) -> list[float]:
-    return [measure(result) for result in results]
-
-
-def peak(result: Result) -> float:
-    """Largest gradient norm before clipping; infinite for a run that met a non-finite value."""
-    return max(result.grad_norm, default=math.inf)
-
-
-def growth(result: Result) -> float:
-    """Median gradient norm of the last tenth of the steps over the first; infinite where a value was not finite."""
-    return math.inf if result.non_finite else result.end["grad_norm"] / result.start["grad_norm"]
-
-
-def last_stage(result: Result) -> int:
-    return max(int(key[5]) for key in result.start if key.endswith("/target_scale"))
-
-
-def gradient_norms(part: Mapping[str, float]) -> dict[str, float]:
-    """Squared gradient norm of every part of the model, from a run's `start` or `end`."""
-    return {key: value**2 for key, value in part.items() if key.startswith("grad_norm/")}
-
-
-def last_projection_share(result: Result) -> float:
-    """Share of the last stage's projection in the squared gradient norm at the end; 0 for a run without an end."""
-    norms = gradient_norms(result.end)
-    return norms[f"grad_norm/stage{last_stage(result)}/output_projection"] / sum(norms.values()) if norms else 0.0
-
-
-def largest_factor(result: Result) -> float:
-    """Largest target scale of any stage, at the start, a quarter or the end of training, each a median over a tenth of
-    the steps."""
-    parts = (result.start, result.quarter, result.end)
-    return max((v for part in parts for k, v in part.items() if k.endswith("/target_scale")), default=math.inf)
-
-
-def scalars_against_rest(result: Result) -> float:
-    """Gradient norm of all RMS scalars together over that of all other parameters, at the start."""
-    norms = gradient_norms(result.start)
-    scalars = sum(value for key, value in norms.items() if key.endswith("/rms_scaling"))
-    return math.sqrt(scalars / (sum(norms.values()) - scalars))
-
-
-def scalar_ratio(result: Result) -> float:
-    """Gradient of the RMS scalars over that of all other parameters, both as RMS over elements, at the start."""
-    stages = last_stage(result) + 1
-    count = 0
-    for d in (256, *[384] * (stages - 1)):  # the widths of `learnable scalars`
-        count += result.num_layers * (12 * d * d + 13 * d) + 4 * d + 128 * d + 128
-    return scalars_against_rest(result) * math.sqrt(count / (3 * stages))
-
-
-def nearer(final: Mapping[str, float]) -> float:
-    """Correlation of an output with the source that it is nearer to."""
-    return max(final["input_correlation"], final["target_correlation"])
-
-
-def level(result: Result) -> float:
-    """Output RMS over target RMS on the validation pairs; 0 for a run without an end."""
-    return result.final["rms_ratio"] if result.final else 0.0
-
-
-def decoded_merit(result: Result) -> float:
-    """Figure of merit on the validation pairs after training; 0 for a run that met a non-finite value."""
-    return result.final["heard/merit"] if result.final else 0.0
-
-
-def movement(result: Result) -> float:
-    """Movement of the decoded output over that of its clips; 0 for a run without an end."""
-    return result.final["heard/movement_ratio"] if result.final else 0.0
-
-
-def within(values: Sequence[float], low: float, high: float) -> bool:
-    return all(low <= value <= high for value in values)
-
-
-def never_non_finite(results: Runs) -> bool:
-    return all(result.non_finite is None for result in results)
-
-
-def first_non_finite(results: Runs) -> str:
-    """'no non-finite value in 100 steps', or how many runs met one and when the first did."""
-    steps = [result.non_finite["step"] for result in results if result.non_finite]
-    if not steps:
-        return f"no non-finite value in {min(result.steps for result in results)} steps"
-    return f"non-finite in {len(steps)} of {len(results)} runs, first at step {min(steps)}"
-
-
-def rising(results: Runs) -> bool:
-    """Whether the gradient norm of every seed is larger in the last tenth of the steps than in the first."""
-    return min(each(results, growth)) > 1
-
-
-def stable(results: Runs) -> bool:
-    return never_non_finite(results) and not rising(results)
-
-
-def at_level(results: Runs) -> bool:
-    """Whether every run ended with an output near the target level on the validation pairs."""
-    return never_non_finite(results) and within([r.final["rms_ratio"] for r in results], *HEALTHY_RATIO)

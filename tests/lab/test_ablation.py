@@ -36,12 +36,14 @@ from lib.lab.ablation import (
     run_plan,
     work,
 )
-from lib.lab.results import Result, by_variant, growth, read_record, write_record
+from lib.lab.measures import growth
+from lib.lab.results import Result, by_variant, read_record, write_record
 from lib.lab.variants import Variant
 from lib.model.cascade import CascadeConfig, CollapseWarning
 from lib.model.masks import MaskingConfig
 from lib.training.config import TrainConfig
 from lib.training.curriculum import CurriculumConfig
+from lib.training.losses import LossConfig
 from lib.training.run import Run
 from lib.training.trainer import Trainer
 from lib.util.errors import UserError
@@ -91,7 +93,7 @@ def started(monkeypatch) -> list[str]:
 
     def serially(jobs, workers):
         for job in jobs:
-            keys.append(job.key)
+            keys.append(job.folder.name)
             run_job(job)
 
     monkeypatch.setattr(lib.lab.ablation, "load_codec", lambda name: TinyCodec())
@@ -295,9 +297,9 @@ def test_a_damaged_result_is_named(results, content):
 # --- what makes a result ----------------------------------------------------------------------------------------------
 
 PARTS = (
-    REFERENCE.cascade(1).to_dict(),
-    dataclasses.asdict(CONFIG),
-    dataclasses.asdict(MaskingConfig()),
+    REFERENCE.cascade(1),
+    CONFIG,
+    MaskingConfig(),
     TinyCodec.fingerprint,
     "data",
 )
@@ -306,13 +308,13 @@ PARTS = (
 @pytest.mark.parametrize(
     ("part", "value"),
     [
-        (0, REFERENCE.cascade(2).to_dict()),
-        (0, REFERENCE.cascade(1).with_stage(-1, clamp=None).to_dict()),
-        (1, dataclasses.asdict(dataclasses.replace(CONFIG, seed=1))),
-        (1, dataclasses.asdict(dataclasses.replace(CONFIG, max_steps=7))),
-        (1, dataclasses.asdict(CONFIG) | {"loss": {"input_weight": 0.5}}),
-        (1, dataclasses.asdict(dataclasses.replace(CONFIG, curriculum=CurriculumConfig(noise_rate=0.1)))),
-        (2, dataclasses.asdict(MaskingConfig("learned"))),
+        (0, REFERENCE.cascade(2)),
+        (0, REFERENCE.cascade(1).with_stage(-1, clamp=None)),
+        (1, dataclasses.replace(CONFIG, seed=1)),
+        (1, dataclasses.replace(CONFIG, max_steps=7)),
+        (1, dataclasses.replace(CONFIG, loss=LossConfig(input_weight=0.5))),
+        (1, dataclasses.replace(CONFIG, curriculum=CurriculumConfig(noise_rate=0.1))),
+        (2, MaskingConfig("learned")),
         (3, "0" * 64),
         (4, "other"),
     ],
@@ -344,8 +346,8 @@ def test_the_key_changes_with_the_code_the_version_and_the_device(monkeypatch, e
     assert len(keys) == 8
 
 
-def test_the_key_is_a_name_and_does_not_tell_lists_from_tuples():
-    assert job_key(*PARTS) == job_key(json.loads(json.dumps(PARTS[0])), *PARTS[1:])
+def test_the_key_is_a_name_and_the_same_for_a_config_that_was_read_back():
+    assert job_key(*PARTS) == job_key(CascadeConfig.from_dict(json.loads(json.dumps(PARTS[0].to_dict()))), *PARTS[1:])
     assert job_key(*PARTS).isalnum()
     assert len(job_key(*PARTS)) == 16
 
@@ -379,16 +381,16 @@ def threads(monkeypatch) -> None:
 
 
 def jobs_called(*names: str) -> list[Job]:
-    return [Job(name, f"runs/{name}", "index", "tiny", {}, {}, {}) for name in names]
+    return [Job(Path("runs", name), Path("index"), "tiny", *PARTS[:3]) for name in names]
 
 
 def test_a_failed_run_is_named_after_the_others_have_ended(threads, monkeypatch):
     ended = []
 
     def job(job):
-        if job.key.startswith("bad"):
+        if job.folder.name.startswith("bad"):
             raise OSError("disk full")
-        ended.append(job.key)
+        ended.append(job.folder.name)
 
     monkeypatch.setattr(lib.lab.ablation, "run_job", job)
     with pytest.raises(RuntimeError) as caught:
@@ -403,10 +405,10 @@ def test_an_error_of_the_users_ends_all(threads, monkeypatch):
     ended = []
 
     def job(job):
-        if job.key == "bad":
+        if job.folder.name == "bad":
             raise UserError("the fix")
         time.sleep(0.2)
-        ended.append(job.key)
+        ended.append(job.folder.name)
 
     monkeypatch.setattr(lib.lab.ablation, "run_job", job)
     with pytest.raises(UserError, match="the fix"):
@@ -471,19 +473,19 @@ def test_workers_give_what_one_process_gives(mdct_index, tmp_path, monkeypatch):
     assert all(result.final for result in found)
 
 
-def test_with_masks_results_are_judged_by_ear_too(mdct_index, tmp_path, monkeypatch):
+def test_with_masks_objective_metrics_are_measured_too(mdct_index, tmp_path, monkeypatch):
     monkeypatch.setattr(lib.lab.ablation, "run_jobs", lambda jobs, workers: [run_job(job) for job in jobs])
     variants = (Variant("plain", "named", every={"width": 16, "num_heads": 2, "ffn_mult": 1}),)
     config = TrainConfig(max_steps=2, batch_size=2, checkpoint_every=2)
-    (deaf,) = run_plan(Plan(variants, 1, 1, config), mdct_index, "mdct", tmp_path)
+    (without,) = run_plan(Plan(variants, 1, 1, config), mdct_index, "mdct", tmp_path)
     (result,) = run_plan(Plan(variants, 1, 1, config, MaskingConfig("learned")), mdct_index, "mdct", tmp_path)
-    assert deaf.run != result.run
-    assert set(deaf.final) < set(result.final)
-    judged = set(result.final) - set(deaf.final)
-    for name in ("heard", "average of latents"):
+    assert without.run != result.run
+    assert set(without.final) < set(result.final)
+    judged = set(result.final) - set(without.final)
+    for name in ("model", "average of latents"):
         assert {f"{name}/rhythm", f"{name}/harmony", f"{name}/merit"} <= judged
     assert "complementarity" in judged
-    assert result.final["heard/rhythm"] != result.final["average of latents/rhythm"]
+    assert result.final["model/rhythm"] != result.final["average of latents/rhythm"]
     pairs = LatentPairs(mdct_index, "val")
     average = judge_outputs((pairs[i] for i in range(len(pairs))), MdctCodec(), {})["average of latents"]
     assert result.final["average of latents/merit"] == mean_judgement(average)["merit"]

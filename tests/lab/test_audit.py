@@ -12,20 +12,17 @@ from lib.lab.audit import (
     audit_cures,
     audit_grid,
     audit_named,
+    audit_parameters,
     audit_schedule,
     disagreements,
-    effects_in_decades,
-    findings,
-    weak_residuals,
 )
 from lib.lab.claims import NOT_TESTED, REFUTED, REPRODUCED
-from lib.lab.results import Result, peak
+from lib.lab.results import Result
 from lib.lab.variants import (
     CREATIVE,
     EXPLODING,
     LEARNABLE,
     NOVELTY,
-    PROTECTION_NAMES,
     PROTECTIONS,
     RECONSTRUCTION,
     REFERENCE,
@@ -170,15 +167,6 @@ def test_clipping_can_be_found_to_protect():
     assert {v.said: v.verdict for v in audit_grid(runs)}["clipping alone keeps training stable"] == REPRODUCED
 
 
-def test_effects_are_in_decades():
-    runs: dict[str, list[Result]] = {}
-    for r in grid(lambda norm, clamp, clip: 10 ** (3 - 2 * clamp)):
-        runs.setdefault(r.variant, []).append(r)
-    effects = effects_in_decades(PROTECTIONS, PROTECTION_NAMES, runs, peak)
-    assert all(value == pytest.approx(-2) for value in effects["clamp"])
-    assert all(value == pytest.approx(0, abs=1e-9) for value in effects["norm × clamp"])
-
-
 def test_fallbacks_and_what_was_not_run():
     good = audit_grid(grid(lambda *_: 1.0))
     assert {v.verdict for v in good if v.claim == "C14"} == {REPRODUCED}
@@ -195,93 +183,23 @@ def test_depths_disagree_only_where_both_have_a_verdict():
     assert not any("NaN" in line for line in disagreements(shallow, audit_named(named(weak={"bad_step": 4}))))
 
 
-# --- findings ---------------------------------------------------------------------------------------------------------
-
-
-def grid_of(**norms: tuple[float, float]) -> dict[str, list[Result]]:
-    """Three seeds of the reference and of the variants that `norms` names, in two points each."""
-    names = {"three": "3 stages", "weak": EXPLODING, "scalars": "learnable RMS", "log": "anti-modulation log"}
-    norms = {REFERENCE: (2.0, 1.0)} | {names[key]: pair for key, pair in norms.items()}
-    return {
-        name: [result(name, seed, norms=[n + seed / 10 for n in pair]) for seed in range(3)]
-        for name, pair in norms.items()
+def test_parameters_are_counted_against_what_is_said():
+    found = {v.said: (v.verdict, v.measured) for v in audit_parameters([4_772_480, 10_697_600])}
+    assert found == {
+        "stages of 6.3 M and 14.2 M": (REFUTED, "4.77 M and 10.70 M"),
+        "three stages: 27.4 M": (REPRODUCED, "27.4 M with the agent"),
+        "two stages: 18.3 M": (REFUTED, "16.8 M with the agent"),
+        "two stages instead of three: 33 % fewer": (REFUTED, "39% fewer"),
     }
-
-
-def test_every_suspect_of_the_grid_is_held_against_the_reference():
-    found = findings(grid_of(three=(2.1, 1.0), weak=(4.0, 1.0), scalars=(1.0, 0.5)))
-    against = f"against 2.10 (2.00 to 2.20) of {REFERENCE}"
-    assert found[:3] == [
-        f"3 stages: largest gradient norm 2.20 (2.10 to 2.30), {against}: within seed spread.",
-        f"{EXPLODING}: largest gradient norm 4.10 (4.00 to 4.20), {against}: higher.",
-        f"learnable RMS: largest gradient norm 1.10 (1.00 to 1.20), {against}: lower.",
-    ]
-    assert not any("anti-modulation log" in sentence for sentence in found)
-    assert findings(grid_of(log=(3.0, 1.0)))[0].startswith("anti-modulation log: largest gradient norm 3.10")
-
-
-def test_findings_on_a_rise_on_clipping_and_on_ends():
-    assert findings(grid_of()) == [
-        "The gradient norm rises over training in every seed of: no variant.",
-        "It passes 10, where clipping acts, in 0 of 9 recorded points.",
-        "Non-finite values end 0 of 3 runs.",
-    ]
-    groups = grid_of(weak=(2.0, 20.0), three=(1.0, 1.5))
-    groups[REFERENCE][0] = result(REFERENCE, norms=(2.0, 1.0), bad_step=3)
-    assert findings(groups)[-3:] == [
-        f"The gradient norm rises over training in every seed of: {EXPLODING}, 3 stages.",
-        "It passes 10, where clipping acts, in 7 of 28 recorded points.",  # two of each of three runs, one of another
-        "Non-finite values end 1 of 9 runs.",
-    ]
-
-
-def weak_grid(**changes) -> dict[str, list[Result]]:
-    """The reference and one way to keep a weak residual, three seeds each."""
-    made = {REFERENCE: {}, "weak, RMS-preserving": changes}
-    return {name: [result(name, seed, **given) for seed in range(3)] for name, given in made.items()}
-
-
-@pytest.mark.parametrize(
-    ("changes", "words", "wins"),
-    [
-        (
-            {"leak": 0.2},
-            "leakage lower, gradients within seed spread, error within seed spread; at the target level",
-            True,
-        ),
-        ({"leak": 0.2, "ratio": 0.3}, "leakage lower, {} not at the target level", False),
-        ({"leak": 0.9}, "leakage higher, {} at the target level", False),
-        ({}, "leakage within seed spread, {} at the target level", False),
-        ({"leak": 0.2, "norms": (9.0, 1.0)}, "leakage lower, gradients higher, {} at the target level", False),
-        ({"leak": 0.2, "norms": (0.5, 0.4)}, "leakage lower, gradients lower, {} at the target level", True),
-    ],
-)
-def test_ways_to_keep_a_weak_residual_in_every_wording(changes, words, wins):
-    line, last = weak_residuals(weak_grid(**changes), ["weak, RMS-preserving", "a variant that did not run"])
-    first, _, second = words.partition(" {} ")
-    assert line.startswith(f"weak, RMS-preserving: {first}")
-    assert line.endswith(second)
-    winner = "weak, RMS-preserving" if wins else "none"
-    assert last == f"less leakage at the target level without larger gradients: {winner}"
-
-
-def test_a_weak_residual_that_ends_in_a_non_finite_value_has_larger_gradients():
-    line, last = weak_residuals(
-        weak_grid(leak=0.2) | {"weak, RMS-preserving": broken_seeds()}, ["weak, RMS-preserving"]
-    )
-    assert "gradients higher" in line
-    assert last.endswith(": none")
-
-
-def broken_seeds() -> list[Result]:
-    return [result("weak, RMS-preserving", seed, leak=0.2, bad_step=3 if seed else 5) for seed in range(3)]
+    eight = {v.said: v.verdict for v in audit_parameters([6_352_000, 14_246_528])}
+    assert eight["stages of 6.3 M and 14.2 M"] == REPRODUCED
 
 
 # --- a whole training -------------------------------------------------------------------------------------------------
 
 HEALTHY = {
-    "heard/merit": 0.7,
-    "heard/movement_ratio": 0.9,
+    "model/merit": 0.7,
+    "model/movement_ratio": 0.9,
     "rms_ratio": 1.0,
     "input_correlation": 0.2,
     "target_correlation": 0.1,
@@ -323,7 +241,7 @@ def changed(**changes):
 
 
 def final(**values):
-    return changed(final=HEALTHY | {key.replace("heard_", "heard/"): value for key, value in values.items()})
+    return changed(final=HEALTHY | {key.replace("model_", "model/"): value for key, value in values.items()})
 
 
 @pytest.mark.parametrize(
@@ -333,7 +251,7 @@ def final(**values):
         ("C10", "gradient norm 2 to 5", {"whole": changed(grad_norm=(1.0,) * 40)}),
         ("C11", "above 1.3", {"whole": changed(factor=1.31)}),
         ("C12", "85 %", {"whole": changed(masks=0.84)}),
-        ("C13", "as good as three", {"three": final(heard_merit=0.8)}),
+        ("C13", "as good as three", {"three": final(model_merit=0.8)}),
         ("C15", "gradient norm below 100", {"whole": changed(grad_norm=(3.0, 4.0, 101.0))}),
         ("C15", "keeps the level", {"whole": final(rms_ratio=0.7)}),
         ("C15", "correlation with either source", {"whole": final(target_correlation=0.31)}),
@@ -341,7 +259,7 @@ def final(**values):
     ],
 )
 def test_a_claim_holds_or_falls_by_what_was_measured(claim, said, broken):
-    healthy = {} if broken else {"ill": final(heard_movement_ratio=0.1)}
+    healthy = {} if broken else {"ill": final(model_movement_ratio=0.1)}
     assert verdict_of(audit_schedule(all_results(**healthy), 200), claim, said) == REPRODUCED
     assert verdict_of(audit_schedule(all_results(**broken), 200), claim, said) == REFUTED
 
@@ -364,9 +282,9 @@ def test_a_nan_counts_however_short_the_schedule_was():
 
 @pytest.mark.parametrize("name", CURES)
 def test_a_cure_needs_an_ill_output_and_more_movement(name):
-    ill = [final(heard_movement_ratio=m)(CREATIVE, seed) for seed, m in enumerate((0.10, 0.15))]
-    better = [final(heard_movement_ratio=0.16)(name, seed) for seed in range(2)]
-    same = [final(heard_movement_ratio=0.14)(name, seed) for seed in range(2)]
+    ill = [final(model_movement_ratio=m)(CREATIVE, seed) for seed, m in enumerate((0.10, 0.15))]
+    better = [final(model_movement_ratio=0.16)(name, seed) for seed in range(2)]
+    same = [final(model_movement_ratio=0.14)(name, seed) for seed in range(2)]
     well = [scheduled(CREATIVE, seed) for seed in range(2)]
     of_this = CURES[name]
     assert verdict_of(audit_cures(ill, {name: better}), "C15", of_this) == REPRODUCED
@@ -382,7 +300,7 @@ def test_the_measured_numbers_stand_in_the_verdicts():
 
 def test_a_term_that_never_acts_cures_nothing():
     idle = {"masks/complementarity": 0.75, "loss/novelty": 0.0}
-    ill = [dataclasses.replace(r, start=idle) for r in (final(heard_movement_ratio=0.1)(CREATIVE, s) for s in (0, 1))]
+    ill = [dataclasses.replace(r, start=idle) for r in (final(model_movement_ratio=0.1)(CREATIVE, s) for s in (0, 1))]
     (said, level, cure) = audit_cures(ill, {NOVELTY: [scheduled(NOVELTY, seed) for seed in range(2)]})
     assert (said.verdict, level.verdict, cure.verdict) == (REPRODUCED, REPRODUCED, NOT_TESTED)
     assert "never acted" in cure.why

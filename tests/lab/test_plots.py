@@ -9,12 +9,12 @@ import pytest
 from lib.lab.plots import (
     COLOURS,
     MARKERS,
+    curves,
     factorial,
     gradient_shares,
-    gradient_trajectories,
-    lines,
     part_share,
     predicted_and_measured,
+    trajectories,
     variant_ranges,
     waterfalls,
 )
@@ -53,7 +53,7 @@ def test_every_variant_can_be_told_apart():
 
 
 def test_trajectories_are_medians_with_ranges(groups):
-    figure = gradient_trajectories(groups, clip=10)
+    figure = trajectories(groups)
     (axes,) = figure.axes
     assert axes.get_yscale() == "log"
     assert axes.get_xlabel() == "step"
@@ -69,7 +69,7 @@ def test_trajectories_are_medians_with_ranges(groups):
 
 
 def test_a_run_without_a_step_is_left_out(groups):
-    figure = gradient_trajectories({EXPLODING: [result(EXPLODING, 0, [])]} | groups)
+    figure = trajectories({EXPLODING: [result(EXPLODING, 0, [])]} | groups)
     assert REFERENCE in figure.axes[0].get_legend_handles_labels()[1]
 
 
@@ -113,7 +113,7 @@ def test_the_law_beside_the_measurement():
 
 
 def test_curves_take_their_scales():
-    figure = lines([1, 10], {"a": [1, 2], "b": [2, 3]}, "share", "norm", xscale="log", yscale="log")
+    figure = curves([1, 10], {"a": [1, 2], "b": [2, 3]}, "share", "norm", xscale="log", yscale="log")
     (axes,) = figure.axes
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
