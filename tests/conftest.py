@@ -13,6 +13,7 @@ import soundfile
 import torch
 from torch import Tensor, nn
 
+import lib.data.pairs
 import lib.util.provenance
 from lib.codec.codec import Codec
 from lib.data.latents import encode_manifest
@@ -131,7 +132,7 @@ def tiny_index(tmp_path_factory, tiny_codec):
         cuts = [Clip(f"{split}.wav", i * length, length, sha256) for i in range(clips)]
         pairs += [Pair(f"{split}_{i}", split, "continuation", cuts[i], cuts[i + 1]) for i in range(clips - 1)]
     manifest = Manifest(root, length, tiny_codec.sample_rate, 0, tuple(pairs), ())
-    return encode_manifest(manifest, tiny_codec, root / "cache", workers=1).index
+    return encode_manifest(manifest, tiny_codec, root / "cache").index
 
 
 @pytest.fixture(scope="session")
@@ -159,7 +160,9 @@ def songs(tmp_path_factory) -> Manifest:
         tones = sum(np.sin(2 * np.pi * f * time) for f in 220 * 2 ** (rng.choice(24, 4, replace=False) / 12))
         wav = (0.02 + 0.05 * seed + 0.1 * beat) * tones / 4 + 0.003 * rng.standard_normal(length)
         soundfile.write(root / f"song_{seed}.wav", wav, 24_000, subtype="PCM_24")  # FLOAT would hold the time
-    return build_manifest(root, root.parent / "manifest.jsonl", 0.5, mode="both", cross_per_file=2, workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lib.data.pairs, "CROSS_PER_FILE", 2)
+        return build_manifest(root, root.parent / "manifest.jsonl", 0.5, mode="both")
 
 
 @pytest.fixture(scope="session")

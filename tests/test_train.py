@@ -28,6 +28,7 @@ import torch
 from accelerate import PartialState
 from conftest import FRAMES, TinyCodec, TinyDiscriminator
 
+import lib.data.latents
 import lib.project
 import lib.train
 import lib.training.batches
@@ -230,8 +231,7 @@ def encoded(folder: Path) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lib.project, "ROOT", folder / "project")
         patch.setattr(MdctCodec, "encode", counted)
-        few = functools.partial(encode_manifest, shard_bytes=4 * 128 * 75 * 3)  # three clips a shard
-        patch.setattr(lib.project, "encode_manifest", few)
+        patch.setattr(lib.data.latents, "SHARD_BYTES", 4 * 128 * 75 * 3)  # three clips a shard
         project = open_project(load_preset("smoke", SMALL), folder / "music", "out", join_processes())
     index = project.latents.index
     return {"count": count, "index": index.name, "sha256": hashlib.sha256(index.read_bytes()).hexdigest()}
@@ -276,7 +276,7 @@ def make_data(folder: Path) -> Path:
         cuts = [Clip(path.name, i * length, length, sha256) for i in range(count + 1)]
         pairs += [Pair(f"{split}_{i}", split, "continuation", cuts[i], cuts[i + 1]) for i in range(count)]
     manifest = Manifest(root, length, TinyCodec.sample_rate, 0, tuple(pairs), ())
-    return encode_manifest(manifest, TinyCodec(), root / "cache", workers=1).index
+    return encode_manifest(manifest, TinyCodec(), root / "cache").index
 
 
 def free_port() -> int:

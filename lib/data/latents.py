@@ -1,18 +1,16 @@
 """Encode a manifest's clips once, into checksummed shards on disk; read them back row by row, as pairs.
 
-The cache has one folder for each codec fingerprint, clip length and hash of the code that reads and encodes clips. In
-it every array is a plain `.npy` file named by its own sha256, written to a temporary name, fsynced and renamed: it is
-right, or its name tells that it is not.
+The cache has one folder for each codec fingerprint, clip length and hash of the code that reads and encodes clips.
+Every array in it is a plain `.npy` file, written atomically and named by its own sha256, which reveals damage. JSON
+files hold a checksum of their other fields.
 
     <sha256>.npy    a shard, float32 [rows, D, T]; or an index's table of pairs, uint32 [P, 6]; or its pair ids
     <sha256>.json   beside a shard, written after it: the clip keys of its rows, and each row's own checksum
-    index-*.json    one for each manifest: what the latents are, its shards, and for each split the table and the ids
-
-JSON files carry a checksum of their other fields.
+    index-*.json    one for each manifest: codec and sizes, its shards, and for each split the table and the ids
 
 So a killed run loses at most the shards in flight, a new song adds a shard, a damaged shard is rebuilt alone, and two
-processes that encode at once only do some work twice. Reading checks the row it reads and no other: a pair costs the
-same among a thousand and among a million. Legend: P pairs, D latent channels, T frames.
+processes that encode at once only do some work twice. Reading verifies only the row it reads: a pair costs the same
+among a thousand and among a million. Legend: P pairs, D latent channels, T frames.
 """
 
 import contextlib
@@ -23,8 +21,6 @@ import math
 import os
 import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,17 +35,17 @@ from lib.audio.files import load_audio
 from lib.codec.codec import Codec
 from lib.data.pairs import Clip, Manifest
 from lib.util.errors import UserError
-from lib.util.files import TEMPORARY, file_sha256, read_json, write_atomic
+from lib.util.files import TEMPORARY, file_sha256, prefetch, read_json, write_atomic
 from lib.util.provenance import code_fingerprint
 from lib.util.tensors import torch_threads
 
 SHARD_BYTES = 64 << 20  # about 100 clips of 16 s: few files, and little lost to a kill
 STALE_SECONDS = 24 * 3600  # a temporary file this old was left by a killed run
-AGAIN = "encode the manifest again, which rebuilds just what is missing or damaged"
+AGAIN = "encode the manifest again, which rebuilds only what is missing or damaged"
 
 
 class CorruptShardError(UserError):
-    """A file of the cache that is missing or is not what was written: one line with its name and the fix."""
+    """A file of the cache that is missing or damaged: one line with its name and the fix."""
 
     def __init__(self, path: Path, fault: str):
         super().__init__(f"{path}: {fault}; {AGAIN}")
@@ -57,14 +53,14 @@ class CorruptShardError(UserError):
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What `encode_manifest` did. It counts distinct clips; `dropped` holds (file and offset, reason) of lost ones."""
+    """What `encode_manifest` did, in distinct clips."""
 
     index: Path  # for LatentPairs
-    encoded: int  # were not in the cache
+    encoded: int  # not in the cache before
     reused: int
-    rebuilt: int  # were there in a damaged shard
-    dropped: tuple[tuple[str, str], ...]
-    pairs: dict[str, int]  # split → pairs that are left
+    rebuilt: int  # in a damaged shard before
+    dropped: tuple[tuple[str, str], ...]  # (file and offset, reason)
+    pairs: dict[str, int]  # split → remaining pairs
 
 
 @dataclass(frozen=True)
@@ -81,32 +77,30 @@ def encode_manifest(
     manifest: Manifest,
     codec: Codec,
     cache_dir: str | Path,
-    workers: int | None = None,
-    shard_bytes: int = SHARD_BYTES,
     share: tuple[int, int] = (0, 1),
 ) -> EncodeReport:
     """Bring the latents of every clip into the cache, encoding only what it lacks, and write the manifest's index.
 
-    Clips shorter than `clip_length` are padded with zeros. `workers` threads (default: one a core) read and encode. A
-    clip that cannot be read, or whose file changed since the manifest, is dropped with its pairs. Raises `UserError` if
-    no pair is left, if the codec has another sample rate, or if the cache cannot be written.
+    Clips shorter than `clip_length` are padded with zeros. Threads, one a core, read and encode. A clip that cannot be
+    read, or whose file changed since the manifest, is dropped with its pairs. Raises `UserError` if no pair is left, if
+    the codec has another sample rate, or if the cache cannot be written.
 
-    `share` (i, n): this is the i-th of n processes that encode the same manifest together. Which clips it takes depends
-    on the manifest alone, so that none is left out or done twice, whenever each begins. The index then holds what was
-    there when it was written; once all are done, one more call completes it.
+    `share` (i, n): this is the i-th of n processes that encode the manifest together. Its clips depend on the manifest
+    alone, so that none is left out or done twice, whenever each process begins. The index holds what was there when it
+    was written; after all have finished, one more call completes it.
     """
     if codec.sample_rate != manifest.sample_rate:
         raise UserError(f"codec {codec.name}: takes {codec.sample_rate} Hz, the manifest has {manifest.sample_rate} Hz")
     code = code_fingerprint("lib.data.latents")
     store = Path(cache_dir) / f"{codec.name}-{codec.fingerprint[:12]}-{manifest.clip_length}-{code[:12]}"
     frames = math.ceil(manifest.clip_length / codec.hop)
-    rows_per_shard = max(1, shard_bytes // (4 * codec.dim * frames))
+    rows_per_shard = max(1, SHARD_BYTES // (4 * codec.dim * frames))
     clips = {clip.key: clip for pair in manifest.pairs for clip in (pair.input, pair.target)}
     number, of = share
     mine = {key for place, key in enumerate(clips) if place // rows_per_shard % of == number}
-    pool = ThreadPoolExecutor(workers or os.cpu_count())
+    pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        with torch_threads(1):  # each clip on its own core: faster, and the same bits whatever the machine is doing
+        with torch_threads(1):  # each clip on its own core: faster, and the same bits however busy the machine is
             _prepare(store)
             shards, damaged = _find_shards(store, clips, pool)
             damaged = [shard for shard in damaged if int(shard.sha256[:8], 16) % of == number]
@@ -154,12 +148,12 @@ def _prepare(store: Path) -> None:
 
 
 def _find_shards(store: Path, clips: dict[str, Clip], pool: Executor) -> tuple[list[_Shard], list[_Shard]]:
-    """The shards that hold a wanted clip: intact ones, damaged ones. The checksums are verified in threads."""
+    """The shards that hold one of `clips`: intact ones, damaged ones. The checksums are verified in threads."""
     shards = []
     for path in sorted(store.glob("*.json")):
         if path.name.startswith("index-"):
             continue
-        with contextlib.suppress(UserError):  # where the sidecar is damaged the rows are unknown: they count as missing
+        with contextlib.suppress(UserError):  # the rows of a damaged sidecar are unknown and count as missing
             sidecar = _read_checked(path)
             shard = _Shard(path.stem, tuple(sidecar["keys"]), tuple(sidecar["crc32"]))
             if not clips.keys().isdisjoint(shard.keys):
@@ -198,8 +192,11 @@ def _encode_groups(
             return str(error)
 
     shards, dropped = [], {}
-    with tqdm(total=len(wanted), desc=f"encoding ({codec.name})", unit="clip", disable=not wanted) as progress:
-        for group, results in _two_ahead(groups, encode, pool):
+    # the next group is encoded while one is written; no more, to bound memory
+    encoded = contextlib.closing(prefetch(lambda group: list(pool.map(encode, group)), groups, threads=1))
+    bar = tqdm(total=len(wanted), desc=f"encoding ({codec.name})", unit="clip", disable=not wanted)
+    with bar as progress, encoded as all_results:
+        for group, results in zip(groups, all_results, strict=True):
             rows = {}
             for key, result in zip(group, results, strict=True):
                 progress.update()
@@ -216,18 +213,8 @@ def _encode_groups(
     return shards, dropped
 
 
-def _two_ahead(groups: list[list[str]], encode: Callable, pool: Executor) -> Iterator[tuple[list[str], Iterator]]:
-    """Groups with their results, in order. The next is under way while one is written; no more, to bound memory."""
-    pending = deque()
-    for group in groups:
-        pending.append((group, pool.map(encode, group)))
-        if len(pending) == 2:
-            yield pending.popleft()
-    yield from pending
-
-
 def _write_index(store: Path, manifest: Manifest, shards: list[_Shard], facts: dict) -> tuple[Path, dict[str, int]]:
-    """Returns the index's path and the number of pairs of each split; a pair without both its clips is left out."""
+    """Returns the index's path and the number of pairs of each split. Pairs that lack a clip are left out."""
     shards = sorted(shards, key=lambda shard: shard.sha256)
     place = {
         key: (number, row, crc)
@@ -264,7 +251,7 @@ def write_checked(path: Path, facts: dict) -> None:
 
 
 def _read_checked(path: Path) -> dict:
-    """What `write_checked` wrote; `UserError` where it is missing or something else."""
+    """What `write_checked` wrote; `UserError` if it is missing or damaged."""
     facts = read_json(path, fix=AGAIN)
     if facts.pop("checksum", None) != _checksum(facts):
         raise UserError(f"{path}: damaged (its checksum is wrong); {AGAIN}")
@@ -298,8 +285,8 @@ class LatentPairs(Dataset):
     """The pairs of one split of an index: `pairs[i]` is (input `[D, T]`, target `[D, T]`), float32.
 
     Every row is verified when it is read. Several threads may read at once. Raises `UserError` for a missing or damaged
-    index, an unknown split, or latents of a codec other than `codec_fingerprint`; `CorruptShardError` where a shard is
-    not what was written. It pickles as its arguments.
+    index, an unknown split, or latents of a codec other than `codec_fingerprint`; `CorruptShardError` for a damaged
+    shard. Pickles as its arguments.
     """
 
     def __init__(self, index_path: str | Path, split: str, codec_fingerprint: str | None = None):
@@ -338,19 +325,19 @@ class LatentPairs(Dataset):
         path, rows = self._shards[number]
         latents = np.empty((self.dim, self.frames), dtype=np.float32)
         try:
-            # read, not mapped: a map's page faults cost ten times as much where the page is not in memory yet
+            # read, not mapped: page faults of a map cost ten times as much if the page is not in memory yet
             with open(path, "rb") as file:
                 file.seek(os.fstat(file.fileno()).st_size - (rows - row) * latents.nbytes)
                 file.readinto(latents)
         except (OSError, ValueError) as error:  # ValueError: it is shorter than its rows
             raise CorruptShardError(path, f"cannot be read ({error})") from error
         if zlib.crc32(latents) != crc:
-            raise CorruptShardError(path, f"row {row} is not what was written")
+            raise CorruptShardError(path, f"row {row} is damaged")
         return torch.from_numpy(latents)
 
 
 def _open_array(path: Path, sha256: str) -> np.ndarray:
-    """A memory map of the file, whose checksum is right."""
+    """A memory map of the file, after its checksum was verified."""
     if not _is_intact(path, sha256):
         raise CorruptShardError(path, "its checksum is wrong" if path.exists() else "no such file")
     try:

@@ -1,16 +1,19 @@
 """Folders of music → pairs of clips, split into train and validation by source file, written as a manifest.
 
-A pair is an *input* clip and a *target* clip. Where they come from is the mode:
+A pair is an *input* clip and a *target* clip. The mode says where they come from:
 
 - `named`: `train/` and `val/` hold `pair_XXXX_input.*` and `pair_XXXX_target.*` (or `_output`); the folder is the
-  split. Files longer than a clip give one pair per clip, cut at the same places.
-- `continuation`: a file is cut into consecutive clips, and each clip is the input to the one after it:
-  [0, L) → [L, 2L), [L, 2L) → [2L, 3L), and so on. Neighbouring pairs share a clip, which is encoded once.
+  split. Files longer than a clip give one pair per clip, cut at the same positions.
+- `continuation`: a file is cut into consecutive clips, and each clip is the input for the next one: [0, L) → [L, 2L),
+  [L, 2L) → [2L, 3L), and so on. Neighbouring pairs share a clip, which is encoded once.
 - `cross`: a clip of one file and a clip of another file of the same split, drawn with the seed.
-- `both`: continuation and cross. `auto`: named where that layout is found, else both.
+- `both`: continuation and cross. `auto`: named if that layout is found, else both.
 
-Source files are told apart by the hash of their bytes, so a copy under another name cannot leak from train to val. The
-same recording in another format has other bytes and is not recognised.
+Files are identified by the hash of their bytes, so a copy under another name cannot leak from train to val. The same
+recording in another format has other bytes and is not recognised.
+
+The manifest is JSON Lines: a header with the data folder, the clip length and the seed, then one pair a line. Beside
+it, `<stem>.skipped.json` lists every file that is not used, with the reason.
 """
 
 import hashlib
@@ -37,7 +40,9 @@ MODES = ("auto", "named", "continuation", "cross", "both")
 SPLITS = ("train", "val")
 MANIFEST_VERSION = 1
 AGAIN = "build the manifest again"
-MIN_FILL = 0.9  # a clip with at least this part of its length is used and padded with zeros later
+MIN_FILL = 0.9  # a clip that is filled to at least this fraction is used, and padded with zeros later
+CROSS_PER_FILE = 4
+VAL_FRACTION = 0.2
 
 _NAMED = re.compile(r"(?P<id>pair_.+)_(?P<role>input|target|output)", re.IGNORECASE)
 _PROGRESS_FROM = 8  # files; below that a bar is noise
@@ -83,7 +88,7 @@ class Manifest:
         return tuple(pair for pair in self.pairs if pair.split == name)
 
     def path(self, clip: Clip) -> Path:
-        """Where a clip's file is."""
+        """The clip's file."""
         return self.root / clip.path
 
 
@@ -108,29 +113,24 @@ def build_manifest(
     out_path: str | Path,
     clip_seconds: float = 16.0,
     mode: str = "auto",
-    cross_per_file: int = 4,
-    val_fraction: float = 0.2,
     seed: int = 0,
-    workers: int | None = None,
 ) -> Manifest:
     """Check every file under `data_dir`, make pairs, and write the manifest and its report of skipped files.
 
-    `out_path` gets JSON Lines: a header, then one pair a line. Beside it, `<stem>.skipped.json` lists every skipped
-    file with the reason. The result depends on the files, the options and the seed, not on listing order or `workers`.
+    The result depends on the files, the options and the seed, not on the order of listing. Split, except in mode
+    `named`: distinct contents are ordered by sha256(seed, hash); the first ceil(n / 5) are validation. Each split gets
+    at least one file, with four files or more at least two (a cross pair needs two). The clip length does not affect
+    the split.
 
-    Split, outside mode `named`: distinct contents are ordered by sha256(seed, hash); the first ceil(val_fraction · n)
-    are validation. Each split gets at least one file, from four files on at least two (a cross pair needs two). Clip
-    length plays no part, so manifests of different clip lengths agree on it.
-
-    Raises `UserError` for a folder without one usable pair in each split (`val_fraction=0`: none in val, by choice).
+    Raises `UserError` for a folder without one usable pair in each split.
     """
     root, out_path = Path(data_dir), Path(out_path)
-    clip_length = _check_options(root, clip_seconds, mode, cross_per_file, val_fraction)
+    clip_length = _check_options(root, clip_seconds, mode)
     files, skipped = walk_audio(root, ignore=(out_path, report_path(out_path)))
     if not files:
         others = f" (only {len(skipped)} other files)" if skipped else ""
         raise UserError(f"{root}: no music in this folder{others}; put WAV, FLAC, OGG or MP3 files there")
-    sources = _check_files(root, files, skipped, workers)
+    sources = _check_files(root, files, skipped)
     named = _named_files(sources) if mode in ("auto", "named") else {}
     if mode == "named" and not named:
         layout = "train/ and val/ with pair_XXXX_input.* and pair_XXXX_target.*"
@@ -139,9 +139,9 @@ def build_manifest(
         pairs = _named_pairs(sources, named, clip_length, skipped)
     else:
         kinds = ("continuation", "cross") if mode in ("auto", "both") else (mode,)
-        pairs = _tree_pairs(root, sources, kinds, clip_length, cross_per_file, val_fraction, seed, skipped)
+        pairs = _tree_pairs(root, sources, kinds, clip_length, seed, skipped)
     skipped.sort(key=lambda item: item.path)
-    for split in SPLITS if val_fraction else SPLITS[:1]:
+    for split in SPLITS:
         if not any(pair.split == split for pair in pairs):
             raise UserError(_no_pairs(root, split, files, skipped))
     manifest = Manifest(root.resolve(), clip_length, SAMPLE_RATE, seed, tuple(pairs), tuple(skipped))
@@ -149,25 +149,21 @@ def build_manifest(
     return manifest
 
 
-def _check_options(root: Path, clip_seconds: float, mode: str, cross_per_file: int, val_fraction: float) -> int:
-    """Refuse what makes no sense; return the clip length in samples."""
+def _check_options(root: Path, clip_seconds: float, mode: str) -> int:
+    """Returns the clip length in samples."""
     if mode not in MODES:
         raise UserError(f"mode: unknown {mode!r}; choose one of {', '.join(MODES)}")
     if not math.isfinite(clip_seconds) or round(clip_seconds * SAMPLE_RATE) < MIN_SAMPLES:
         raise UserError(
             f"clip_seconds: {clip_seconds} is shorter than one codec frame; use {MIN_SAMPLES / 24_000:.4f}+"
         )
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"val_fraction: {val_fraction} is outside 0 to 1; use 0.2, or 0 for no validation")
-    if cross_per_file < 1:
-        raise UserError(f"cross_per_file: {cross_per_file} is below 1; use 1 or more, or mode continuation")
     if not root.is_dir():
         fault = "a file, not a folder; name the folder it is in" if root.exists() else "no such folder; check the path"
         raise UserError(f"{root}: {fault}")
     return round(clip_seconds * SAMPLE_RATE)
 
 
-def _check_files(root: Path, files: list[str], skipped: list[Skipped], workers: int | None) -> list[_Source]:
+def _check_files(root: Path, files: list[str], skipped: list[Skipped]) -> list[_Source]:
     """Decode and hash every file, in threads (libsndfile and hashlib release the GIL), keeping the order."""
 
     def check(relative: str) -> _Source | Skipped:
@@ -177,7 +173,7 @@ def _check_files(root: Path, files: list[str], skipped: list[Skipped], workers: 
             return Skipped(relative, error.problem)
         return _Source(relative, report.sha256, report.num_samples)
 
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         hidden = len(files) < _PROGRESS_FROM
         results = list(tqdm(pool.map(check, files), total=len(files), desc="checking audio", disable=hidden))
     skipped.extend(result for result in results if isinstance(result, Skipped))
@@ -185,9 +181,9 @@ def _check_files(root: Path, files: list[str], skipped: list[Skipped], workers: 
 
 
 def _named_files(sources: list[_Source]) -> dict[tuple[str, str], dict[str, _Source]]:
-    """(split, id) → role → file, for the layout with named pairs; empty if that layout is absent."""
+    """(split, id) → role → file; empty if the folder has no named pairs."""
     named = defaultdict(dict)
-    for role in ("input", "target", "output"):  # in this order: a pair that has both keeps its target
+    for role in ("input", "target", "output"):  # in this order: a pair with both keeps its target
         for source in sources:
             split, _, name = source.path.partition("/")
             match = _NAMED.fullmatch(Path(name).stem)
@@ -234,27 +230,25 @@ def _tree_pairs(
     sources: list[_Source],
     kinds: tuple[str, ...],
     clip_length: int,
-    cross_per_file: int,
-    val_fraction: float,
     seed: int,
     skipped: list[Skipped],
 ) -> list[Pair]:
-    """Continuation and cross pairs of any folder tree; every file that ends in no pair is listed as skipped."""
+    """Continuation and cross pairs of any folder tree; every file that is in no pair is listed as skipped."""
     distinct: dict[str, _Source] = {}
     for source in sources:
         first = distinct.setdefault(source.sha256, source)
         if first is not source:
             skipped.append(Skipped(source.path, f"same content as {first.path}, which is used; remove one of them"))
-    if len(distinct) == 1 and val_fraction:
-        fault = f"only one usable file ({sources[0].path}), and validation needs another"
-        raise UserError(f"{root}: {fault}; add a second file, or use val_fraction=0")
-    split_of = _split_by_content(distinct, val_fraction, seed)
+    if len(distinct) == 1:
+        raise UserError(f"{root}: only one usable file ({sources[0].path}), and validation needs another; add a file")
+    split_of = _split_by_content(distinct, seed)
     pairs, used = [], set()
     for split in SPLITS:
         files = [source for source in distinct.values() if split_of[source.sha256] == split]
         clips = [source.clips(clip_length) for source in files]
         for kind in kinds:
-            couples = _continuations(clips) if kind == "continuation" else _crossings(clips, cross_per_file, seed)
+            consecutive = itertools.chain.from_iterable(map(itertools.pairwise, clips))
+            couples = consecutive if kind == "continuation" else _crossings(clips, seed)
             for number, (source, target) in enumerate(couples):
                 pairs.append(Pair(f"{split}_{kind}_{number:05d}", split, kind, source, target))
                 used |= {source.path, target.path}
@@ -265,27 +259,22 @@ def _tree_pairs(
         if source.clips(clip_length):
             needs = {"continuation": "a second clip in the same file", "cross": "a second file in the same split"}
             reason = f"no partner: it needs {' or '.join(needs[kind] for kind in kinds)}; "
-            reason += "add files, shorten the clips or change val_fraction"
+            reason += "add files or shorten the clips"
         skipped.append(Skipped(source.path, reason))
     return pairs
 
 
-def _split_by_content(hashes: Iterable[str], val_fraction: float, seed: int) -> dict[str, str]:
-    """Hash → split. The order is by a hash of the seed and the content: names and listing order play no part."""
+def _split_by_content(hashes: Iterable[str], seed: int) -> dict[str, str]:
+    """Hash → split. Ordered by a hash of the seed and the content, not by names or listing."""
     ordered = sorted(hashes, key=lambda sha256: hashlib.sha256(f"{seed}:{sha256}".encode()).hexdigest())
     total = len(ordered)
     least = min(2, total // 2)
-    num_val = min(max(math.ceil(val_fraction * total), least), total - least) if val_fraction else 0
+    num_val = min(max(math.ceil(VAL_FRACTION * total), least), total - least)
     return {sha256: "val" if index < num_val else "train" for index, sha256 in enumerate(ordered)}
 
 
-def _continuations(clips: list[list[Clip]]) -> Iterator[tuple[Clip, Clip]]:
-    for pieces in clips:
-        yield from itertools.pairwise(pieces)
-
-
-def _crossings(clips: list[list[Clip]], per_file: int, seed: int) -> Iterator[tuple[Clip, Clip]]:
-    """For each file, up to `per_file` distinct pairs of one of its clips with a clip of another file."""
+def _crossings(clips: list[list[Clip]], seed: int) -> Iterator[tuple[Clip, Clip]]:
+    """For each file, up to four distinct pairs of one of its clips with a clip of another file."""
     usable = [pieces for pieces in clips if pieces]
     if len(usable) < 2:
         return
@@ -293,8 +282,8 @@ def _crossings(clips: list[list[Clip]], per_file: int, seed: int) -> Iterator[tu
         # seeded and sorted by content, so that the draw does not depend on what the files are called
         rng = random.Random(f"{seed}:{pieces[0].sha256}")
         others = sorted((other for other in usable if other is not pieces), key=lambda other: other[0].sha256)
-        rng.shuffle(others)  # partners in turn, so that a long file is not drawn more often than a short one
-        partners = itertools.islice(itertools.cycle(others), per_file)
+        rng.shuffle(others)  # one partner after another: a long file is not drawn more often than a short one
+        partners = itertools.islice(itertools.cycle(others), CROSS_PER_FILE)
         yield from dict.fromkeys((rng.choice(pieces), rng.choice(partner)) for partner in partners)
 
 
@@ -313,7 +302,7 @@ def _no_pairs(root: Path, split: str, files: list[str], skipped: list[Skipped]) 
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Read what `build_manifest` wrote. Raises `UserError` with file and line if it is missing or damaged."""
+    """Read a manifest; `UserError` with file and line if it is missing or damaged."""
     path = Path(path)
     header, *rows = read_json_lines(path, fix=AGAIN, errors="surrogateescape") or [{}]
     pairs = []
@@ -345,7 +334,7 @@ def write_manifest(manifest: Manifest, path: Path, mode: str) -> None:
         "clip_length": manifest.clip_length,
         "mode": mode,
         "seed": manifest.seed,
-        "num_pairs": len(manifest.pairs),  # tells a manifest that was cut off at the end of a line
+        "num_pairs": len(manifest.pairs),  # to notice a file that was cut off at the end of a line
     }
     lines = [json.dumps(line, ensure_ascii=False) for line in (header, *map(asdict, manifest.pairs))]
     report = json.dumps([asdict(item) for item in manifest.skipped], ensure_ascii=False, indent=1)

@@ -114,14 +114,14 @@ def test_continuation_pairs_are_consecutive_clips_of_one_file(tmp_path):
 
 
 def test_cross_pairs_join_two_files_of_one_split(tmp_path):
-    manifest = build(tree(tmp_path / "data"), mode="cross", cross_per_file=3)
+    manifest = build(tree(tmp_path / "data"), mode="cross")
     for split, files in (("train", 4), ("val", 2)):
         chosen = manifest.split(split)
-        assert files <= len(chosen) <= 3 * files
+        assert files <= len(chosen) <= 4 * files
         assert len({(pair.input, pair.target) for pair in chosen}) == len(chosen)
         assert len({pair.input.path for pair in chosen}) == files
         assert all(pair.input.sha256 != pair.target.sha256 for pair in chosen)
-    other = build(tree(tmp_path / "data"), mode="cross", cross_per_file=3, seed=1)
+    other = build(tree(tmp_path / "data"), mode="cross", seed=1)
     assert {(p.input, p.target) for p in other.pairs} != {(p.input, p.target) for p in manifest.pairs}
 
 
@@ -147,16 +147,16 @@ def test_every_source_format_and_rate_can_be_paired(tmp_path):
 
 
 def test_a_last_clip_may_be_a_tenth_short(tmp_path):
-    root = tree(tmp_path / "data", count=2, seconds=0.38)
+    root = tree(tmp_path / "data", count=4, seconds=0.38)
     song(root / "long enough.wav", 0.5)
-    found = build(root, mode="continuation", val_fraction=0).pairs
-    assert sorted(pair.target.length for pair in found) == [4_320, 4_320, 4_800]
+    found = build(root, mode="continuation").pairs
+    assert sorted(pair.target.length for pair in found) == [4_320, 4_320, 4_320, 4_320, 4_800]
     song(root / "too short.wav", 0.379)
-    manifest = build(root, mode="continuation", val_fraction=0)
-    assert len(manifest.pairs) == 3
+    manifest = build(root, mode="continuation")
+    assert len(manifest.pairs) == 5
     assert "needs a second clip in the same file" in reasons(manifest)["too short.wav"]
     song(root / "far too short.wav", 0.1)
-    found = reasons(build(root, val_fraction=0))
+    found = reasons(build(root))
     assert found == {"far too short.wav": found["far too short.wav"]}  # a cross pair takes the other one
     assert re.match(r"too short: 0\.10 s, a clip needs 0\.18 s; use", found["far too short.wav"])
 
@@ -207,11 +207,9 @@ def test_a_copy_counts_once(tmp_path):
     assert reasons(after) == {"z copy.wav": "same content as jazz/song 0.wav, which is used; remove one of them"}
 
 
-@pytest.mark.parametrize(
-    ("count", "fraction", "val"), [(2, 0.2, 1), (3, 0.2, 1), (4, 0.2, 2), (8, 0.3, 3), (8, 0.95, 6), (5, 0, 0)]
-)
-def test_size_of_the_split(tmp_path, count, fraction, val):
-    manifest = build(tree(tmp_path / "data", count), mode="continuation", val_fraction=fraction)
+@pytest.mark.parametrize(("count", "val"), [(2, 1), (3, 1), (4, 2), (5, 2), (8, 2), (11, 3)])
+def test_size_of_the_split(tmp_path, count, val):
+    manifest = build(tree(tmp_path / "data", count), mode="continuation")
     assert len({clip.path for clip in clips(manifest, "val")}) == val
     assert len({clip.path for clip in clips(manifest, "train")}) == count - val
 
@@ -223,17 +221,18 @@ def test_the_split_depends_on_content_and_seed_only(tmp_path):
         return {clip.sha256 for clip in clips(build(root, **options), "val")}
 
     expected = validation()
-    assert validation(clip_seconds=0.4) == validation(mode="continuation") == validation(workers=1) == expected
+    assert validation(clip_seconds=0.4) == validation(mode="continuation") == expected
     assert len({frozenset(validation(seed=seed)) for seed in range(6)}) > 1
     for index, path in enumerate(sorted(root.rglob("*.wav"))):
         path.rename(root / f"{index * 3 % 8} renamed.wav")
     assert validation() == expected
 
 
-def test_same_bytes_for_any_number_of_workers_and_listing_order(tmp_path, monkeypatch):
+def test_same_bytes_for_any_number_of_cores_and_listing_order(tmp_path, monkeypatch):
     root, out = tree(tmp_path / "data", count=10), tmp_path / "pairs.jsonl"
     (root / "bad.wav").write_text("no music")
-    build(root, out, workers=1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    build(root, out)
     first = out.read_bytes(), (tmp_path / "pairs.skipped.json").read_bytes()
     walk = os.walk
 
@@ -243,7 +242,8 @@ def test_same_bytes_for_any_number_of_workers_and_listing_order(tmp_path, monkey
             yield folder, folders, files[::-1]
 
     monkeypatch.setattr(os, "walk", backwards)
-    build(root, out, workers=8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    build(root, out)
     assert (out.read_bytes(), (tmp_path / "pairs.skipped.json").read_bytes()) == first
 
 
@@ -305,11 +305,8 @@ def test_no_good_pair_tells_how_many_files_and_why(tmp_path):
 def test_one_file_cannot_be_split(tmp_path):
     song(tmp_path / "data/a.wav")
     (tmp_path / "data/b.wav").write_bytes(b"")
-    with pytest.raises(UserError, match=r"only one usable file \(a\.wav\).* add a second file, or use val_fraction=0"):
+    with pytest.raises(UserError, match=r"only one usable file \(a\.wav\).* needs another; add a file"):
         build(tmp_path / "data")
-    manifest = build(tmp_path / "data", val_fraction=0)
-    assert len(manifest.split("train")) == 4
-    assert manifest.split("val") == ()
 
 
 def test_cross_pairs_need_two_files_in_each_split(tmp_path):
@@ -321,7 +318,6 @@ def test_named_layout_without_val(tmp_path):
     root = named(tmp_path / "data", val=())
     with pytest.raises(UserError, match="no usable pair for val"):
         build(root)
-    assert len(build(root, val_fraction=0).pairs) == 2
     with pytest.raises(UserError, match="no usable train/ and val/ with pair_XXXX"):
         build(tree(tmp_path / "tree"), mode="named")
 
@@ -332,9 +328,6 @@ def test_named_layout_without_val(tmp_path):
         ({"mode": "random"}, "mode: unknown 'random'; choose one of auto, named, continuation, cross, both"),
         ({"clip_seconds": 0}, "clip_seconds: 0 is shorter"),
         ({"clip_seconds": float("nan")}, "clip_seconds: nan"),
-        ({"val_fraction": 1.0}, "val_fraction: 1.0 is outside"),
-        ({"val_fraction": -0.1}, "val_fraction"),
-        ({"cross_per_file": 0}, "cross_per_file: 0 is below 1"),
     ],
 )
 def test_options_that_make_no_sense(tmp_path, options, message):
