@@ -31,7 +31,7 @@ from jupyter_core.utils import run_sync
 from papermill.exceptions import PapermillExecutionError
 
 from lib.audio.files import AudioError
-from lib.codec.codec import CODEC_NAMES
+from lib.codec.codec import CODECS
 from lib.data.latents import CorruptShardError
 from lib.presets import PRESETS, Preset, load_preset
 from lib.project import RECORD, ROOT, open_project
@@ -306,7 +306,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
     """What every command that runs notebooks takes. `out`: where to, too."""
     parser.add_argument("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--data", default="", help="folder of music (default: generated demo songs)")
-    parser.add_argument("--codec", help=f"{', '.join(CODEC_NAMES)} or a directory of EnCodec weights")
+    parser.add_argument("--codec", help=f"{', '.join(CODECS)} or a directory of EnCodec weights")
     if out:
         parser.add_argument("--out", default="", help="output folder (default: outputs/<preset>)")
     parser.add_argument(

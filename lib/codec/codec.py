@@ -1,5 +1,10 @@
-"""The protocol of every codec, and `load_codec`, which takes a name or a directory of weights."""
+"""The protocol of every codec, and `load_codec`.
 
+To add a codec: write a class with the attributes and methods of `Codec` in a module of its own, and give it a name in
+`CODECS`. `load_codec`, `--codec` and the presets then know it, and latents, runs and metrics carry its fingerprint.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -9,11 +14,9 @@ from lib.codec.encodec import WEIGHTS_FILE, EncodecCodec
 from lib.codec.mdct import MdctCodec
 from lib.util.errors import UserError
 
-CODEC_NAMES = ("mdct", "encodec")
-
 
 class Codec(Protocol):
-    """What every codec gives. It is frozen: `encode` carries no gradient, `decode` carries one to the latents."""
+    """What every codec offers. It is frozen: `encode` carries no gradient, `decode` carries one to the latents."""
 
     sample_rate: int  # Hz
     hop: int  # samples per frame
@@ -28,15 +31,16 @@ class Codec(Protocol):
         """`[B, dim, T]` → `[B, 1, T * hop]`, or the first `length` samples of it."""
 
 
-def load_codec(name_or_path: str | Path) -> "Codec":
-    """`"mdct"`, `"encodec"` (cached or downloaded weights), or a directory that holds EnCodec's weights."""
-    if name_or_path == "mdct":
-        return MdctCodec()
-    if name_or_path == "encodec":
-        return EncodecCodec.from_hub()
+CODECS: dict[str, Callable[[], Codec]] = {"mdct": MdctCodec, "encodec": EncodecCodec.from_hub}
+
+
+def load_codec(name_or_path: str | Path) -> Codec:
+    """`"mdct"`, `"encodec"` (cached or downloaded weights), or a directory with EnCodec's weights."""
+    if name_or_path in CODECS:
+        return CODECS[str(name_or_path)]()
     if Path(name_or_path).is_dir():
         return EncodecCodec.from_directory(name_or_path)
     raise UserError(
-        f"codec {str(name_or_path)!r}: unknown; choose {' or '.join(CODEC_NAMES)}, or the path of a directory "
+        f"codec {str(name_or_path)!r}: unknown; choose {' or '.join(CODECS)}, or the path of a directory "
         f"that holds EnCodec's weights ({WEIGHTS_FILE})"
     )

@@ -1,16 +1,10 @@
-"""Waveform ⇄ latents. Legend: B batch, N samples, T frames (75 Hz), D latent channels (128), H hop (320 samples).
-
-`MdctCodec` is the embedded default: a fixed transform, no weights. `EncodecCodec` is Meta's 24 kHz model along its
-continuous path (encoder and decoder without the quantiser). `load_codec` takes a name or a directory of weights.
-"""
+"""Meta's EnCodec at 24 kHz as a codec: encoder and decoder without the quantiser, weights from a directory or the hub.
+Legend as in `lib.codec`."""
 
 import hashlib
-import io
 import os
-import pickle
 import re
 import socket
-import textwrap
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,16 +15,17 @@ from torch import Tensor, nn
 
 from lib.codec.mdct import DIM, HOP, SAMPLE_RATE, checked, trimmed
 from lib.util.errors import UserError
-from lib.util.tensors import torch_threads
+from lib.util.files import file_sha256
+from lib.util.tensors import check_tensors, safe_torch_load, torch_threads
 
-OFFLINE_VARIABLE = "ENCODEC_OFFLINE"  # set to anything but 0: EnCodec's weights are never downloaded
+OFFLINE_VARIABLE = "ENCODEC_OFFLINE"  # if set, and not to 0, the weights are never downloaded
 WEIGHTS_FILE = "encodec_24khz-d7cc33bc.th"  # the public file; the digits begin its sha256
 
 
 class EncodecCodec(nn.Module):
-    """Meta's EnCodec at 24 kHz (Défossez et al. 2022), continuous: its encoder and decoder without the quantiser.
+    """EnCodec at 24 kHz (Défossez et al. 2022) along its continuous path.
 
-    It computes in float32 on its own device, whatever the input's device and whatever autocast says.
+    It computes in float32 on its own device, regardless of the input's device and of autocast.
     """
 
     sample_rate, hop, dim, name = SAMPLE_RATE, HOP, DIM, "encodec"
@@ -38,7 +33,7 @@ class EncodecCodec(nn.Module):
     def __init__(self, model: encodec.model.EncodecModel, weights_sha256: str):
         super().__init__()
         self.encoder, self.decoder = model.encoder, model.decoder
-        for module in self.modules():  # folded: the old weight norm writes module.weight in each forward, threads race
+        for module in self.modules():  # folded: the old weight norm sets module.weight in each forward: a race
             if hasattr(module, "weight_g"):
                 nn.utils.remove_weight_norm(module)
         self.requires_grad_(False).train()
@@ -46,7 +41,7 @@ class EncodecCodec(nn.Module):
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "EncodecCodec":
-        """Load the one `encodec_24khz-<8 hex digits>.th` there; the digits begin its sha256. `UserError` if not so."""
+        """Load the one `encodec_24khz-<8 hex digits>.th` there; the digits begin its sha256, or `UserError`."""
         directory = Path(directory)
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; name the one that holds {WEIGHTS_FILE}")
@@ -58,7 +53,7 @@ class EncodecCodec(nn.Module):
 
     @classmethod
     def from_hub(cls) -> "EncodecCodec":
-        """The public weights from torch.hub's cache; else downloaded into it, unless `ENCODEC_OFFLINE` is set."""
+        """The public weights from torch.hub's cache, downloaded into it first unless `ENCODEC_OFFLINE` is set."""
         file = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_FILE)
         if not file.exists():
             try:
@@ -73,27 +68,21 @@ class EncodecCodec(nn.Module):
     @classmethod
     def _from_file(cls, file: Path) -> "EncodecCodec":
         try:
-            content = file.read_bytes()
+            sha256 = file_sha256(file)
         except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-        sha256 = hashlib.sha256(content).hexdigest()
+            raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
         if not sha256.startswith(file.stem[-8:]):
-            raise UserError(f"{file}: its checksum begins {sha256[:8]}, not as its name says: download it again")
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # its random weights are about to go
+            raise UserError(f"{file}: its checksum begins with {sha256[:8]}, unlike its name; download it again")
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # the initial weights are replaced below
             warnings.filterwarnings("ignore", message=r".*weight_norm.* is deprecated", category=FutureWarning)
             model = encodec.model.EncodecModel.encodec_model_24khz(pretrained=False)
-        try:
-            model.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
-        except pickle.UnpicklingError as error:
-            reason = "loading it would run code" if "Unsupported" in str(error) else "not a checkpoint of torch.save"
-            raise UserError(f"{file}: refused, {reason}; download the file again") from error
-        except (RuntimeError, EOFError, TypeError, AttributeError) as error:  # truncated archive, or other weights
-            reason = textwrap.shorten(str(error), 200)
-            raise UserError(f"{file}: not a whole checkpoint of EnCodec's 24 kHz model ({reason})") from error
+        weights = safe_torch_load(file)
+        check_tensors(file, weights, model.state_dict(), fix="download it again")
+        model.load_state_dict(weights)
         return cls(model, sha256)
 
     def train(self, mode: bool = True) -> "EncodecCodec":
-        """Stays in eval mode, whatever `mode`, but for the LSTMs: cuDNN has no backward pass for them in eval mode."""
+        """Stays in eval mode, except for the LSTMs: cuDNN has no backward pass for them in eval mode."""
         super().train(False)
         for module in self.modules():
             if isinstance(module, nn.LSTM):
@@ -102,10 +91,10 @@ class EncodecCodec(nn.Module):
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:
-        """`[B, 1, N]` → `[B, 128, T]`, T = ceil(N / 320): the model pads by itself."""
+        """`[B, 1, N]` → `[B, 128, T]`, T = ceil(N / 320): the model pads."""
         latents = self._run(self.encoder, checked(wav, channels=1))
         if not torch.isfinite(latents).all():
-            raise ValueError("wav holds NaN or infinite samples: validate it on loading")
+            raise ValueError("wav holds NaN or infinite samples; check the audio on loading")
         return latents
 
     def decode(self, latents: Tensor, length: int | None = None) -> Tensor:
@@ -125,7 +114,7 @@ class EncodecCodec(nn.Module):
 
 @torch_threads(1)
 def _clip_by_clip(network: nn.Module, x: Tensor, threads: int) -> Tensor:
-    """Each clip of a batch on a core of its own: close to twice as fast on two, as convolutions share one badly."""
+    """Each clip of a batch on its own core: almost twice as fast on two cores, since convolutions scale badly."""
     inference = torch.is_inference_mode_enabled()
 
     def run(clip: Tensor) -> Tensor:  # a thread begins with gradients on

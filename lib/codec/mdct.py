@@ -1,4 +1,4 @@
-"""The embedded codec: a fixed lapped transform, no weights. Legend as in `lib.codec`, and H hop (320 samples)."""
+"""The embedded codec: a fixed lapped transform without weights. Legend as in `lib.codec`; H hop (320 samples)."""
 
 import math
 
@@ -9,44 +9,44 @@ from lib.util.provenance import code_fingerprint
 from lib.util.tensors import cached_table, torch_threads
 
 SAMPLE_RATE, HOP, DIM = 24_000, 320, 128
-BAND = 4_500.0  # Hz, reconstructed to over 60 dB; the 128 kept bins reach up to 4800 Hz
-KAISER_ALPHA = 4.0  # rejects to 88 dB in the band, where the sine window stops at 62 dB
+BAND = 4_500.0  # Hz, reconstructed to over 60 dB; the 128 bins reach up to 4800 Hz
+KAISER_ALPHA = 4.0  # 88 dB of rejection in the band, where the sine window has 62 dB
 ROOT = 3  # latents are cube roots: kurtosis 5 on the demo music instead of 60, and the inverse is smooth at zero
 GAIN = 14.5  # brings the demo music to RMS 5.7, the level of EnCodec's latents
-ROLL_OFF = 80.0 / 300.0  # dB per Hz above the band, of the sound for which the clip's edges are optimal
+ROLL_OFF = 80.0 / 300.0  # dB per Hz above the band, in the sound for which the clip's edges are optimal
 FLOOR = -120.0  # dB
 CONTEXT = 480  # samples from which the padding is predicted
-PADDING_NOISE = 1e-2  # white noise allowed for there: less reconstructs better, more keeps the padding from clicks
+PADDING_NOISE = 1e-2  # white noise assumed in it: less reconstructs better, more avoids clicks in the padding
 MAX_COEFFICIENT = 1e4  # a full-scale waveform stays below sqrt(640) = 25; decode clamps here to stay finite
 
 
 class MdctCodec(nn.Module):
-    """The 128 lowest of 320 lapped-cosine bins (0 to 4.8 kHz), companded by a power law so that tails are light.
+    """The 128 lowest of 320 lapped cosine bins (0 to 4.8 kHz), companded by a power law for light tails.
 
-    A TDAC transform (Princen, Johnson, Bradley 1987) as butterflies across the T - 1 inner block boundaries and an
-    orthonormal DCT-IV of each block. That takes exactly T frames for T·H samples, where the usual form takes T + 1.
-    The first and the last block have one edge without a neighbour, where a cosine series would bend the waveform and
-    lose 30 dB; their functions are the orthonormal ones that best hold band-limited sound, turned towards the cosines.
-    It has no weights: it computes on the device of its input, in float64 for float64 and in float32 for the rest.
+    A TDAC transform (Princen, Johnson, Bradley 1987): butterflies across the T - 1 inner block boundaries and an
+    orthonormal DCT-IV of each block. It has exactly T frames for T·H samples, where the usual form has T + 1. The
+    first and the last block have one edge without a neighbour, where a cosine series would distort the waveform and
+    lose 30 dB. Their functions are the orthonormal ones that best capture band-limited sound, rotated towards the
+    cosines. It computes on the device of its input, in float64 for float64 and in float32 otherwise.
     """
 
     sample_rate, hop, dim, name = SAMPLE_RATE, HOP, DIM, "mdct"
 
     @property
     def fingerprint(self) -> str:
-        """Hash of this code, not of packages: a run can be used where another build of torch is installed."""
+        """Hash of this code, not of packages, so that a run can be used with another build of torch."""
         return code_fingerprint("lib.codec.mdct", packages=False)
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:
-        """`[B, 1, N]` → `[B, 128, T]`. The last frame's padding continues the sound, so that its end is no edge."""
+        """`[B, 1, N]` → `[B, 128, T]`. The padding of the last frame continues the sound, to avoid an abrupt end."""
         wav = checked(wav, channels=1)
         with torch.autocast(wav.device.type, enabled=False):
             blocks = _continue(wav[:, 0]).unflatten(1, (-1, HOP))  # [B, T, H]
             coefficients = _transform(_butterfly(blocks), inverse=False)  # [B, T, D]
         latents = GAIN * coefficients.sign() * coefficients.abs().pow(1 / ROOT)
         if not torch.isfinite(latents).all():
-            raise ValueError("wav holds NaN or infinite samples, or is too loud for its dtype: validate it on loading")
+            raise ValueError("wav holds NaN or infinite samples, or overflows its dtype; check the audio on loading")
         return latents.transpose(1, 2)
 
     def decode(self, latents: Tensor, length: int | None = None) -> Tensor:
@@ -95,7 +95,7 @@ def _transform(x: Tensor, inverse: bool) -> Tensor:
 
 
 def _continue(wav: Tensor) -> Tensor:
-    """Pad `[B, N]` to whole frames by the linear prediction of band-limited sound: a cut would lose 30 dB there."""
+    """Pad `[B, N]` to whole frames by linear prediction of band-limited sound; an abrupt end would lose 30 dB there."""
     padding, known = -wav.shape[-1] % HOP, min(wav.shape[-1], CONTEXT)
     if not padding:
         return wav
@@ -118,7 +118,7 @@ def _design() -> dict[str, Tensor]:
     cosines = math.sqrt(2 / HOP) * torch.cos(math.pi / HOP * (k + 0.5) * n)  # even to the left, odd to the right
 
     eye = torch.eye(2 * HOP, dtype=torch.float64)
-    fold = _rotate(eye.unflatten(1, (2, HOP)), window)  # [2H, 2, H]: what two neighbours make of each input sample
+    fold = _rotate(eye.unflatten(1, (2, HOP)), window)  # [2H, 2, H]: sample → place in two neighbours
     return {
         "window": window,
         "inner": cosines,
@@ -129,8 +129,8 @@ def _design() -> dict[str, Tensor]:
 
 
 def _edge_functions(fold: Tensor, cosines: Tensor) -> Tensor:
-    """`[D, H]` orthonormal: most of a folded block's energy for band-limited sound (Slepian's optimum, by the
-    eigenvectors of its covariance), rotated to lie nearest to the cosines (orthogonal Procrustes)."""
+    """`[D, H]`, orthonormal: the functions that capture most of a folded block's energy for band-limited sound
+    (Slepian; eigenvectors of its covariance), rotated closest to the cosines (orthogonal Procrustes)."""
     covariance = fold.T @ _autocovariance(fold.shape[0]) @ fold
     subspace = torch.linalg.eigh(covariance).eigenvectors[:, -DIM:]  # [H, D]
     u, _, vh = torch.linalg.svd(cosines @ subspace)
@@ -139,7 +139,7 @@ def _edge_functions(fold: Tensor, cosines: Tensor) -> Tensor:
 
 @cached_table
 def _prediction(known: int, padding: int) -> Tensor:
-    """`[known, padding]` weights of the best linear prediction of the samples that follow (Wiener)."""
+    """`[known, padding]`: weights of the optimal linear prediction of the samples that follow (Wiener)."""
     covariance = _autocovariance(known + padding)
     noise = PADDING_NOISE * torch.eye(known, dtype=torch.float64)
     return torch.linalg.solve(covariance[:known, :known] + noise, covariance[:known, known:])

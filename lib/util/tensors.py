@@ -38,7 +38,7 @@ def cached_table(function: Function) -> Function:
 
 
 def safe_torch_load(path: str | Path, allowed: Iterable[type] = ()) -> Any:
-    """`torch.load` on the CPU that never runs code from the file; `UserError` says why a file is refused."""
+    """`torch.load` to the CPU that never runs code from the file; `UserError` says why a file is refused."""
     path = Path(path)
     try:
         with torch.serialization.safe_globals(list(allowed)):
@@ -60,7 +60,7 @@ def safe_torch_load(path: str | Path, allowed: Iterable[type] = ()) -> Any:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into `model`, every tensor in its place; `UserError` lists what does not fit."""
+    """Load a safetensors file into `model`; `UserError` lists the tensors that do not fit."""
     try:
         weights = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
@@ -76,6 +76,8 @@ def check_tensors(
     fix: str = "use the config that the file was trained with",
 ) -> None:
     """`UserError` that lists missing and unknown tensors and wrong shapes."""
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds a {type(found).__name__} instead of named tensors; {fix}")
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unknown {name}" for name in found if name not in wanted]
     problems += [
