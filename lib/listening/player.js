@@ -1,14 +1,14 @@
-// The listening panel. It takes over what lib/listening/player.py has written (`.players`, with plain audio elements that work
-// without it): one transport for all clips, so that switching keeps the position, levels as they are or at equal
-// loudness, a cursor in every picture, and a blind ABX test. Used as an anywidget in notebooks, inlined in the page.
+// The listening panel. It takes over the HTML that lib/listening/player.py writes (`.players`, plain audio elements that
+// also work without scripts): one transport for all clips, so that switching keeps the position; true levels or equal
+// loudness; a cursor in every picture; a blind ABX test. An anywidget in notebooks, inlined in the page.
 
-const FADE = 0.008; // seconds in which a switch of clips fades: no click
+const FADE = 0.008; // seconds of crossfade when clips are switched, so that nothing clicks
 const shared = (globalThis.latentFusionSound ??= { context: null, audible: null }); // one panel plays at a time
 
 function element(tag, properties = {}, children = []) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
+  const node = Object.assign(document.createElement(tag), properties);
+  node.append(...children);
+  return node;
 }
 
 function clock(seconds) {
@@ -19,7 +19,7 @@ function bytes(dataUri) {
   return Uint8Array.from(atob(dataUri.slice(dataUri.indexOf(",") + 1)), (c) => c.charCodeAt(0)).buffer;
 }
 
-/** A labelled group of radio buttons; `choose(value)` is called with the value of the one that was picked. */
+/** A labelled group of radio buttons; `choose(i)` is called with the number of the selected one. */
 function choice(legend, values, chosen, choose) {
   const name = `choice-${Math.random().toString(36).slice(2)}`;
   const inputs = values.map((label, value) => {
@@ -31,35 +31,35 @@ function choice(legend, values, chosen, choose) {
 }
 
 class Panel {
-  /** `state`: where another panel was, so that this one goes on from there. */
-  constructor(root, { position = 0, name = "", equal = false, told = "" } = {}) {
+  /** `state`: of the panel that this one replaces. */
+  constructor(root, { position = 0, name = "", equal = false, message = "" } = {}) {
     this.root = root;
     this.clips = [...root.querySelectorAll(".player")].map((figure) => ({
       figure,
       name: figure.dataset.name,
       audio: figure.querySelector("audio"),
-      gain: Number(figure.dataset.gain), // what makes it as loud as the others, linear
+      gain: Number(figure.dataset.gain), // linear; makes it as loud as the others
     }));
     Object.assign(this, { position, equal, blind: false });
     this.current = Math.max(0, this.clips.findIndex((clip) => clip.name === name));
     this.note = root.querySelector(".note");
-    this.sources = []; // one a clip while it plays, all running together: a switch only moves their gains
+    this.sources = []; // one for each clip while playing, all in sync: switching only changes gains
     this.duration = Number(root.dataset.seconds);
     this.position = Math.min(position, this.duration);
     this.build();
-    this.problem.textContent = told;
+    this.problem.textContent = message;
     this.show();
   }
 
-  /** What the panel that takes this one's place goes on from. */
+  /** What a panel that replaces this one keeps. */
   get state() {
-    const { name } = this.clips[this.blind ? this.before : this.current]; // X stays unknown
-    const ended = "The clips have changed, which has ended the blind test. ";
-    const told = this.blind ? ended + this.score.textContent : this.problem.textContent;
-    return { position: this.now(), name, equal: this.equal, told };
+    const { name } = this.clips[this.blind ? this.before : this.current]; // X stays secret
+    const ended = "The clips changed, which ended the blind test. ";
+    const message = this.blind ? ended + this.score.textContent : this.problem.textContent;
+    return { position: this.now(), name, equal: this.equal, message };
   }
 
-  // --- what is seen ---
+  // --- display ---
 
   build() {
     this.button = element("button", { type: "button", className: "play", textContent: "▶ Play" });
@@ -116,7 +116,7 @@ class Panel {
     requestAnimationFrame(() => this.follow());
   }
 
-  // --- what is heard ---
+  // --- sound ---
 
   get playing() {
     return this.sources.length > 0;
@@ -138,7 +138,7 @@ class Panel {
   }
 
   async play() {
-    this.wanted = true; // until paused, which may be before the clips are loaded
+    this.wanted = true; // until paused, perhaps before the clips are loaded
     if (shared.audible && shared.audible !== this) shared.audible.pause();
     shared.audible = this;
     try {
@@ -147,7 +147,7 @@ class Panel {
       this.problem.textContent = `This browser cannot play the clips: ${error.message}`;
       return;
     }
-    if (this.playing || !this.wanted || shared.audible !== this) return; // meanwhile started, paused, or another was
+    if (this.playing || !this.wanted || shared.audible !== this) return; // started, paused or stopped by another panel
     if (this.position >= this.duration) this.position = 0;
     this.began = this.context.currentTime;
     this.sources = this.clips.map((clip, i) => {
@@ -197,9 +197,9 @@ class Panel {
     this.show();
   }
 
-  // --- blind ---
+  // --- blind test ---
 
-  /** Chance of at least `right` of `trials` by guessing: the upper tail of a binomial with p = 1/2. */
+  /** Probability of at least `right` of `trials` by guessing: the upper tail of a binomial with p = 1/2. */
   static guessing(right, trials) {
     let term = 1, tail = 0, all = 0;
     for (let i = 0; i <= trials; i++) {
@@ -218,12 +218,12 @@ class Panel {
       select.addEventListener("change", () => this.newTest());
       return [select, element("label", {}, [`${label} is `, select])];
     };
-    const made = this.clips.flatMap(({ name }, i) => (["input", "target", "plain average"].includes(name) ? [] : [i]));
-    const [first, second] = made.length > 1 ? made : [0, made[0] || 1]; // two outputs, else the output against the input
+    const outputs = this.clips.flatMap(({ name }, i) => (["input", "target", "plain average"].includes(name) ? [] : [i]));
+    const [first, second] = outputs.length > 1 ? outputs : [0, outputs[0] || 1]; // two outputs, else input against output
     const [a, labelA] = pick("A", first);
     const [b, labelB] = pick("B", second);
     this.picks = [a, b];
-    this.heard = choice("Listen to", ["A", "B", "X"], -1, (i) => this.listenTo(i));
+    this.listen = choice("Listen to", ["A", "B", "X"], -1, (i) => this.listenTo(i));
     this.guesses = ["X is A", "X is B"].map((textContent, i) => {
       const button = element("button", { type: "button", textContent });
       button.addEventListener("click", () => this.answer(i));
@@ -233,9 +233,9 @@ class Panel {
     this.score.setAttribute("aria-live", "polite");
     const test = element("details", { className: "abx" }, [
       element("summary", { textContent: "Blind test (ABX)" }),
-      element("p", { textContent: "X is A or B, drawn anew each round; all at equal loudness. Can you hear which?" }),
+      element("p", { textContent: "X is A or B, chosen at random every round; all play equally loud. Can you hear which?" }),
       element("div", {}, [labelA, " ", labelB]),
-      this.heard,
+      this.listen,
       element("div", {}, this.guesses),
       this.score,
     ]);
@@ -246,22 +246,22 @@ class Panel {
   beginTest() {
     this.before = this.current;
     this.problem.textContent = "";
-    if (this.trials) this.draw(); // the score goes on
+    if (this.trials) this.draw(); // the score continues
     else this.newTest();
   }
 
   newTest() {
     this.right = this.trials = 0;
     const [a, b] = this.picks.map((pick) => pick.value);
-    this.heard.disabled = a === b;
+    this.listen.disabled = a === b;
     this.score.textContent = a === b ? "A and B are the same clip; choose another for one of them." : "";
     this.draw();
   }
 
   draw() {
     this.x = crypto.getRandomValues(new Uint8Array(1))[0] & 1;
-    for (const input of this.heard.querySelectorAll("input")) input.checked = false;
-    for (const button of this.guesses) button.disabled = true; // until X has been heard
+    for (const input of this.listen.querySelectorAll("input")) input.checked = false;
+    for (const button of this.guesses) button.disabled = true; // until X has played
   }
 
   listenTo(i) {
@@ -278,8 +278,8 @@ class Panel {
     this.right += Number(right);
     const chance = Panel.guessing(this.right, this.trials);
     this.score.textContent = `${right ? "Right" : "Wrong"}, X was ${"AB"[this.x]}. ${this.right} of ${this.trials} right, ` +
-      `p = ${chance.toFixed(chance < 0.1 ? 3 : 2)} (the chance of so many by guessing). X has been drawn anew.`;
-    this.heard.querySelectorAll("input")[2].focus();
+      `p = ${chance.toFixed(chance < 0.1 ? 3 : 2)} (the probability of that many by guessing). X was chosen again.`;
+    this.listen.querySelectorAll("input")[2].focus();
     this.draw();
   }
 

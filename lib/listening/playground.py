@@ -1,11 +1,10 @@
-"""The fuse playground: one input, several targets, and what the model makes of them when its settings move.
+"""The playground: one input fused with several targets, while sliders change the model's settings.
 
-A favourite is saved as a WAV with the recipe that makes it again (`python -m lib.fuse --recipe`). Where the front end
-shows no widgets, `Playground.settings_side_by_side` has a few settings of one pair instead.
+A favourite is saved as a WAV with a recipe that renders it again (`python -m lib.fuse --recipe`). Where the front end
+shows no widgets, `Playground.settings_side_by_side` shows a few settings of one pair instead.
 """
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,71 +12,57 @@ import ipywidgets
 from matplotlib.figure import Figure
 
 from lib.audio.plots import waveforms_and_mels
-from lib.codec.codec import Codec
-from lib.data.pairs import Manifest
-from lib.listening.panel import SLIDER, Message, Models, describe_clip, plain_name, uploaded_clips, whole_clip
+from lib.listening.panel import Listening
 from lib.listening.player import Players, PlayerWidget
 from lib.listening.render import Settings, load_pair, render, save_with_recipe
+from lib.listening.widgets import CONTROL, SLIDER, Message, observe, plain_name, uploaded_clips
 from lib.training.run import Run
 from lib.util.errors import UserError
 from lib.util.files import make_folder
 
 
 class Playground:
-    """Settings of a run's rendition, over the clips of the validation pairs."""
+    """The clips of the validation pairs and all uploaded files, fused by any run with any settings."""
 
-    def __init__(
-        self,
-        codec: Codec,
-        manifest: Manifest,
-        runs: Mapping[str, Run],
-        favourites: str | Path,
-        uploads: str | Path | None = None,
-    ):
-        """`runs`: name → run, the first one is chosen at the start. `favourites`: folder for what is saved. `uploads`:
-        folder of the listening panel's uploaded files, which are offered as well."""
-        self.codec, self.runs, self.favourites = codec, dict(runs), Path(favourites)
-        pairs = manifest.split("val")
-        clips = [clip for pair in pairs for clip in (pair.input, pair.target)]
-        self.clips = {describe_clip(clip): whole_clip(manifest, clip) for clip in clips}
-        if uploads is not None:
-            self.clips |= uploaded_clips(uploads, manifest.clip_length)
-        self.first = (describe_clip(pairs[0].input), describe_clip(pairs[0].target))
-        self.model = Models(self.runs, codec)
+    def __init__(self, listening: Listening, favourites: str | Path):
+        """`favourites`: the folder that fusions are saved in."""
+        self.listening, self.favourites = listening, Path(favourites)
+        self.clips = listening.clips | uploaded_clips(listening.uploads, listening.clip_length)
+        self.first = tuple(self.clips)[:2]  # names of the first pair's input and target
 
     def fuse(self, run: str, input: str, targets: tuple[str, ...], settings: Settings) -> Players:
-        """The input, and its fusion with each target, by the clips' names."""
+        """The input and its fusion with each target, all given by the names of their clips."""
         wavs = {}
         for target in targets:
             pair = load_pair(self.clips[input], self.clips[target])
             wavs.setdefault("input", pair[0])
-            wavs[f"with {target}"] = render(self.model(run), self.codec, *pair, settings).wav
+            wavs[f"with {target}"] = render(self.listening.model(run), self.listening.codec, *pair, settings).wav
         return Players(wavs)
 
     def save(self, name: str, run: str, input: str, target: str, settings: Settings) -> Path:
-        """Save one fusion as favourites/<name>.wav with its recipe, whose path is returned. A name that is taken gets a
-        number: nothing is overwritten."""
+        """Save a fusion as favourites/<name>.wav with its recipe; returns the recipe's path. A name that is taken gets
+        a number, so nothing is overwritten."""
         stem = plain_name(name).strip("._") or "favourite"
         make_folder(self.favourites)
         path, number = self.favourites / f"{stem}.wav", 1
         while path.exists() or path.with_suffix(".json").exists():
             number += 1
             path = self.favourites / f"{stem}_{number}.wav"
-        clips = self.clips[input], self.clips[target]
-        return save_with_recipe(path, Run.open(self.runs[run].path), self.codec, *clips, settings)
+        opened = Run.open(self.listening.runs[run].path)  # another training may have replaced it
+        return save_with_recipe(path, opened, self.listening.codec, self.clips[input], self.clips[target], settings)
 
     def settings_side_by_side(self) -> Figure:
-        """The first pair, rendered with one setting moved at a time."""
-        model = self.model(next(iter(self.runs)))
-        moved = {"as trained": Settings(), "half noise": Settings(noise=0.5)}
+        """The first pair, rendered with one setting changed at a time."""
+        model = self.listening.model(next(iter(self.listening.runs)))
+        changed = {"as trained": Settings(), "half noise": Settings(noise=0.5)}
         if len(model.cascade.stages) > 1:
-            moved["one stage"] = Settings(stages=1)
-        moved["last residual 0.1"] = Settings(residual_weight=0.1)
+            changed["one stage"] = Settings(stages=1)
+        changed["last residual 0.1"] = Settings(residual_weight=0.1)
         if model.masking.masking != "none":
-            moved["all-or-nothing masks"] = Settings(mask_hardness=100.0)
+            changed["all-or-nothing masks"] = Settings(mask_hardness=100.0)
         pair = load_pair(*(self.clips[name] for name in self.first))
         return waveforms_and_mels(
-            {name: render(model, self.codec, *pair, settings).wav for name, settings in moved.items()}
+            {name: render(model, self.listening.codec, *pair, settings).wav for name, settings in changed.items()}
         )
 
     def panel(self) -> ipywidgets.Widget:
@@ -86,57 +71,53 @@ class Playground:
 
 
 class _Panel:
-    """The widgets of a playground and what moves them."""
+    """The widgets of a playground and what they do."""
 
     def __init__(self, playground: Playground):
-        self.playground = playground
+        self.playground, self.model = playground, playground.listening.model
         names = list(playground.clips)
-        slider = {"continuous_update": False, **SLIDER}
         input, target = playground.first
-        self.run = ipywidgets.Dropdown(options=list(playground.runs), description="run", **SLIDER)
-        self.input = ipywidgets.Dropdown(options=names, value=input, description="input", **SLIDER)
+        self.run = ipywidgets.Dropdown(options=list(playground.listening.runs), description="run", **CONTROL)
+        self.input = ipywidgets.Dropdown(options=names, value=input, description="input", **CONTROL)
         self.targets = ipywidgets.SelectMultiple(
-            options=names, value=(target,), rows=5, description="targets (one or more)", **SLIDER
+            options=names, value=(target,), rows=5, description="targets (one or more)", **CONTROL
         )
-        self.stages = ipywidgets.IntSlider(1, min=1, max=1, description="stages to apply", **slider)
-        self.weight = ipywidgets.FloatSlider(
-            1, min=0, max=2, step=0.05, description="residual of the last one", **slider
-        )
-        self.noise = ipywidgets.FloatSlider(0, min=0, max=1, step=0.05, description="noise share", **slider)
-        self.seed = ipywidgets.BoundedIntText(0, min=0, max=2**31 - 1, description="seed of the noise", **SLIDER)
+        self.stages = ipywidgets.IntSlider(1, min=1, max=1, description="stages to apply", **SLIDER)
+        self.weight = ipywidgets.FloatSlider(1, min=0, max=2, step=0.05, description="last residual weight", **SLIDER)
+        self.noise = ipywidgets.FloatSlider(0, min=0, max=1, step=0.05, description="noise share", **SLIDER)
+        self.seed = ipywidgets.BoundedIntText(0, min=0, max=2**31 - 1, description="seed of the noise", **CONTROL)
         self.hardness = ipywidgets.FloatLogSlider(
-            1, base=10, min=-2, max=2, step=0.1, description="mask hardness", **slider
+            1, base=10, min=-2, max=2, step=0.1, description="mask hardness", **SLIDER
         )
         self.message, self.players = Message(), PlayerWidget()
-        self.shown: Any = None  # what the players play: two sliders that move together redraw once
-        self.favourite = ipywidgets.Dropdown(description="save the fusion with", **SLIDER)
-        self.name = ipywidgets.Text("favourite", description="as", **SLIDER)
+        self.shown: Any = None  # what the players hold: two sliders that change together redraw once
+        self.favourite = ipywidgets.Dropdown(description="save the fusion with", **CONTROL)
+        self.name = ipywidgets.Text("favourite", description="as", **CONTROL)
         self.button = ipywidgets.Button(description="Save WAV and recipe", icon="save", layout={"width": "14rem"})
         self.button.on_click(self.save)
-        self.moving = (self.stages, self.weight, self.noise, self.seed, self.hardness)
         choices = (self.run, self.input, self.targets)
-        saving = (self.favourite, self.name, self.button, self.message.html)
-        self.box = ipywidgets.VBox([*choices, *self.moving, self.players, *saving])
+        choices += (self.stages, self.weight, self.noise, self.seed, self.hardness)
+        saving = (self.favourite, self.name, self.button, self.message)
+        self.box = ipywidgets.VBox([*choices, self.players, *saving])
         self.fit_to_run()
-        self.run.observe(self.fit_to_run, names="value")
-        self.stages.observe(self.fit_weight, names="value")
-        for control in (self.run, self.input, self.targets, *self.moving):
-            control.observe(self.redraw, names="value")
+        observe([self.run], self.fit_to_run)
+        observe([self.stages], self.fit_weight)
+        observe(choices, self.redraw)
         self.redraw()
 
     def fit_to_run(self, change: Any = None) -> None:
-        """As many stages as the run has, and the masks' slider only where there are masks."""
-        with self.message.telling_errors():
-            model = self.playground.model(self.run.value)
+        """Offer as many stages as the run has, and the hardness of masks only where there are masks."""
+        with self.message.show_errors():
+            model = self.model(self.run.value)
             self.stages.max = self.stages.value = len(model.cascade.stages)
             self.hardness.disabled = model.masking.masking == "none"
             self.fit_weight()
 
     def fit_weight(self, change: Any = None) -> None:
-        with self.message.telling_errors():
-            stage = self.playground.model(self.run.value).cascade.stages[self.stages.value - 1]
-            self.weight.max = max(2.0, stage.config.residual_weight)
-            self.weight.value = stage.config.residual_weight
+        with self.message.show_errors():
+            weight = self.model(self.run.value).cascade.stages[self.stages.value - 1].config.residual_weight
+            self.weight.max = max(2.0, weight)
+            self.weight.value = weight
 
     def settings(self) -> Settings:
         return Settings(
@@ -148,20 +129,21 @@ class _Panel:
         )
 
     def redraw(self, change: Any = None) -> None:
-        with self.message.telling_errors():
-            if not self.targets.value:
-                raise UserError("targets: none is chosen; click one, or several with Ctrl")
-            asked = (self.run.value, self.input.value, self.targets.value, self.settings())
-            if asked == self.shown:
+        with self.message.show_errors():
+            targets = self.targets.value
+            if not targets:
+                raise UserError("targets: none is selected; click one, or several with Ctrl")
+            wanted = (self.run.value, self.input.value, targets, self.settings())
+            if wanted == self.shown:
                 return
-            self.players.html = self.playground.fuse(*asked)._repr_html_()
-            self.shown = asked
+            self.players.html = self.playground.fuse(*wanted)._repr_html_()
+            self.shown = wanted
             kept = self.favourite.value
-            self.favourite.options = self.targets.value
-            self.favourite.value = kept if kept in self.targets.value else self.targets.value[0]
+            self.favourite.options = targets
+            self.favourite.value = kept if kept in targets else targets[0]
 
     def save(self, button: Any) -> None:
-        with self.message.telling_errors():
+        with self.message.show_errors():
             if self.favourite.value is None:
                 raise UserError("save the fusion with: nothing to save yet; choose a target that plays")
             recipe = self.playground.save(
@@ -169,5 +151,5 @@ class _Panel:
             )
             self.message.say(
                 f"Saved {recipe.with_suffix('.wav').name} in {recipe.parent}. "
-                f"The same again: python -m lib.fuse --recipe {shlex.quote(str(recipe))} -o again.wav"
+                f"Render it again: python -m lib.fuse --recipe {shlex.quote(str(recipe))} -o again.wav"
             )

@@ -1,4 +1,4 @@
-"""HTML pages that need nothing but themselves: styles, pictures and players inside, no request to anywhere."""
+"""Self-contained HTML pages: styles, pictures and players are inside, and nothing is requested from anywhere."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from lib.listening.player import STYLE as PLAYER_STYLE
 from lib.util.files import write_atomic
 
 FOLDER = Path(__file__).with_name("templates")
-FORMULA = re.compile(  # code is found first, for its $ are its own
+FORMULA = re.compile(  # code comes first: a $ in it begins no formula
     r"(?P<code>(?P<ticks>`+).+?(?P=ticks))|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL
 )
 TEMPLATES = jinja2.Environment(
@@ -25,7 +25,7 @@ TEMPLATES = jinja2.Environment(
 
 
 def write_page(path: Path, title: str, body: Markup, style: str = "") -> Path:
-    """Write a page around `body`, whose `.players` become panels; returns its path."""
+    """Write a page with this `body`, whose players become panels; returns its path."""
     styles = (FOLDER / "page.css").read_text() + PLAYER_STYLE.read_text() + style
     page = render("page.html.j2", title=title, body=body, style=Markup(styles), script=Markup(SCRIPT.read_text()))
     write_atomic(path, str(page))
@@ -33,20 +33,21 @@ def write_page(path: Path, title: str, body: Markup, style: str = "") -> Path:
 
 
 def render(template: str, **values: Any) -> Markup:
-    """A template of this folder, everything escaped that is not markup already."""
+    """A template of this folder, with all values escaped that are not markup already."""
     return Markup(TEMPLATES.get_template(template).render(**values))
 
 
 def write_notebook_page(notebook: Path) -> Path:
-    """An executed notebook as a page beside it, its formulas as MathML; returns its path."""
+    """Write an executed notebook as a page beside it, with formulas as MathML; returns its path."""
     content = nbformat.read(notebook, as_version=4)
     formulas: list[str] = []
 
     def keep(match: re.Match[str]) -> str:
         if match["code"]:
             return match[0]
-        formulas.append(latex2mathml.converter.convert(**_as_arguments(match)))
-        return f"formula{len(formulas) - 1}elumrof"  # what Markdown leaves as it is
+        display = "block" if match["block"] else "inline"
+        formulas.append(latex2mathml.converter.convert(match[display], display=display))
+        return f"formula{len(formulas) - 1}elumrof"  # Markdown leaves this word alone
 
     for cell in content.cells:
         if cell.cell_type == "markdown":
@@ -57,7 +58,3 @@ def write_notebook_page(notebook: Path) -> Path:
     dark = HtmlFormatter(style="monokai").get_style_defs(".highlight")
     style = f"{colours}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n.highlight {{ background: none; }}"
     return write_page(notebook.with_suffix(".html"), notebook.stem, Markup(f'<main id="main">{body}</main>'), style)
-
-
-def _as_arguments(match: re.Match[str]) -> dict[str, str]:
-    return {"latex": match["block"], "display": "block"} if match["block"] else {"latex": match["inline"]}

@@ -230,7 +230,7 @@ def test_a_screen_reader_finds_names(page):
     ):
         expect(page.get_by_role(role, name=re.compile(name)).first).to_be_visible()
     images = page.locator(".picture img")
-    assert images.first.get_attribute("alt") == "outline and mel picture of input"
+    assert images.first.get_attribute("alt") == "waveform and mel spectrogram of input"
     assert page.locator("html").get_attribute("lang") == "en"
 
 

@@ -1,4 +1,4 @@
-"""Training under one's eyes: what is shown is what the run's folder holds, and the button stops as a signal does."""
+"""The dashboard shows what the run's folder holds, and its button stops the training as a signal does."""
 
 import asyncio
 import dataclasses
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import ipykernel.comm.comm
 import ipywidgets
 import matplotlib.pyplot as plt
 import pytest
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 
 import lib.listening.dashboard
 from lib.audio.files import save_audio
-from lib.listening.dashboard import Dashboard, Metrics, Panel, curves, duration, progress, watch
+from lib.listening.dashboard import Dashboard, Metrics, Panel, curves, leave_subshell_to_front_end, watch
 from lib.training.callbacks import DemoClips
 from lib.training.config import TrainConfig
 from lib.training.run import Run
@@ -96,18 +97,17 @@ class FrontEnd:
 
 @pytest.fixture
 def front_end(monkeypatch) -> FrontEnd:
-    front_end, show = FrontEnd(), Panel.show
+    front_end, update = FrontEnd(), Panel.update
 
-    def shown(panel: Panel, status: str) -> None:
-        front_end.statuses.append(status)
-        show(panel, status)
-        assert panel.status.value == status
+    def updated(panel: Panel, status: str = "") -> None:
+        update(panel, status)
+        front_end.statuses.append(panel.status.value)
         assert bytes(panel.picture.value) == b"a picture"
 
     monkeypatch.setattr(lib.listening.dashboard, "can_show_widgets", lambda: True)
     monkeypatch.setattr(lib.listening.dashboard, "display", front_end.boxes.append)
     monkeypatch.setattr(lib.listening.dashboard, "figure_png", front_end.picture)
-    monkeypatch.setattr(Panel, "show", shown)
+    monkeypatch.setattr(Panel, "update", updated)
     return front_end
 
 
@@ -151,7 +151,12 @@ def test_the_status_tells_step_epoch_and_the_time_left(start, front_end, monkeyp
 
     start([Clock(), dashboard := Dashboard(seconds=1)])
     assert front_end.statuses == [
-        *(f"step {n} of 12, epoch {n // 3}, about {(12 - n) / 2:.1f} min left" for n in range(1, 13)),
+        "step 1 of 12, epoch 0",
+        *(
+            f"step {n} of 12, epoch {(n - 1) // 3}, {(12 - n) // 2:02d}:{(12 - n) % 2 * 30:02d} left"
+            for n in range(2, 12)
+        ),
+        "step 12 of 12, epoch 3, finished",
         "finished",
     ]
     assert dashboard.panel.button.disabled
@@ -180,18 +185,16 @@ def test_a_failed_training_leaves_its_last_curves(start, front_end):
     with pytest.raises(Stop):
         start([dashboard := Dashboard(seconds=1000), Kill(6)])
     assert front_end.pictures[-1] == [6, 1]
-    assert front_end.statuses[-1] == "ended at step 6; resume = True goes on"
+    assert front_end.statuses[-1] == "ended at step 6; resume = True continues"
     assert dashboard.panel.button.disabled
 
 
-def test_a_resumed_run_shows_what_came_before_and_tells_the_time_of_what_is_left(start, front_end, monkeypatch):
+def test_a_resumed_run_shows_what_came_before(start, front_end):
     with pytest.raises(Stop):
         start([Dashboard(seconds=1000), Kill(6)])
-    clock = iter([0.0, 0.0, 60.0, 60.0])  # a minute for the step after the checkpoint of step 4
-    monkeypatch.setattr(lib.listening.dashboard, "time", SimpleNamespace(monotonic=lambda: next(clock, 61.0)))
     start([Dashboard(seconds=1000)], resume=True)
     assert front_end.pictures[-2:] == [[5, 1], [12, 3]]  # the steps up to the checkpoint, and those since
-    assert re.fullmatch(r"step 5 of 12, epoch 1, about 7\.\d min left", front_end.statuses[-2])
+    assert front_end.statuses[-2:] == ["step 5 of 12, epoch 1", "finished"]
 
 
 def test_the_button_saves_and_stops_after_the_step(start, front_end, tmp_path):
@@ -202,7 +205,7 @@ def test_the_button_saves_and_stops_after_the_step(start, front_end, tmp_path):
     stopped = Run.open(tmp_path / "run")
     assert os.readlink(stopped.path / "last").endswith("step_00000006")
     assert not stopped.stop_file.exists()
-    assert front_end.statuses[-1] == "ended at step 6; resume = True goes on"
+    assert front_end.statuses[-1] == "ended at step 6; resume = True continues"
     resumed = start([Dashboard(seconds=1000)], resume=True)
     assert resumed.metrics() == whole.metrics()
     models = [run.load_model("last").state_dict() for run in (whole, resumed)]
@@ -275,14 +278,14 @@ def test_every_line_is_read_once(run, metrics, parsed):
     assert len(parsed) == 6
     assert steps(metrics) == [1, 2, 3, 4, 5]
     assert steps(metrics, "val") == [3]
-    assert metrics.last_step == 5
+    assert metrics.newest["step"] == 5
 
 
 def test_only_what_the_curves_need_is_kept(run, metrics):
     run.log(row(1) | {"grad_norm/stage0/layers": 1.0, "loss/input_mse": 2.0})
     metrics.read()
     stages = {f"stage{i}/{name}" for i in range(2) for name in ("output_rms", "target_scale", "rms_before_scaling")}
-    assert metrics.rows["train"][0].keys() == {"step", "loss", "grad_norm"} | stages
+    assert metrics.rows["train"][0].keys() == {"step", "epoch", "loss", "grad_norm"} | stages
     for name in metrics.rows["train"][0]:
         assert metrics.rows["train"][0][name] == row(1)[name]
 
@@ -357,7 +360,7 @@ def test_a_file_that_was_cut_off_is_read_again(run, metrics):
 def test_without_a_file_there_is_nothing_to_show(run, metrics):
     metrics.read()
     assert metrics.rows == {"train": [], "val": []}
-    assert metrics.last_step == 0
+    assert metrics.newest["step"] == 0
     plt.close(curves(run, metrics))
     run.log(row(1))
     metrics.read()
@@ -436,26 +439,26 @@ def test_in_a_front_end_a_run_is_followed(run, front_end):
         assert watch(run.path, seconds=0.02) is None
         (box,) = front_end.boxes
         button, status = box.children[0].children
-        await until(lambda: front_end.statuses == ["reading"])
+        await until(lambda: front_end.statuses == ["step 0 of 40, epoch 0"])
         run.log(row(8))
-        await until(lambda: status.value == "step 8 of 40")
+        await until(lambda: re.fullmatch(r"step 8 of 40, epoch 0, 00:0\d left", status.value))
         run.log(row(12))
-        await until(lambda: re.fullmatch(r"step 12 of 40, about 0\.\d min left", status.value))
+        await until(lambda: re.fullmatch(r"step 12 of 40, epoch 0, 00:0\d left", status.value))
         assert front_end.pictures[-1] == [2, 0]
         button.click()
         assert run.stop_file.exists()
-        await until(lambda: status.value == "step 12 of 40, stopping after this step")
+        await until(lambda: status.value == "step 12 of 40, epoch 0, stopping after this step")
         (run.path / "last").mkdir(exist_ok=True)
         (run.path / "last" / "meta.json").write_text('{"step": 12}')
         run.stop_file.unlink()
-        await until(lambda: status.value == "stopped at step 12, saved")
+        await until(lambda: status.value == "step 12 of 40, epoch 0, saved; no step since")
         run.log(row(13))
         (run.path / "audio").mkdir(exist_ok=True)
         (run.path / "audio" / "pair_0_last.wav").write_bytes(b"half written")
         await until(lambda: status.value.startswith("cannot be shown now: AudioError: "))
         (run.path / "audio" / "pair_0_last.wav").unlink()
         run.log(row(40))
-        await until(lambda: status.value == "step 40 of 40, finished")
+        await until(lambda: status.value == "step 40 of 40, epoch 0, finished")
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
 
@@ -471,42 +474,60 @@ async def until(true: Callable[[], object]) -> None:
     raise AssertionError("not within 5 s")
 
 
+def progress(panel: Panel, seen: Sequence[tuple[float, int]]) -> str:
+    panel.seen, panel.metrics.newest = list(seen), {"step": seen[-1][1], "epoch": 3}
+    return panel.progress()
+
+
 @pytest.mark.parametrize(
     ("seen", "total", "wanted"),
     [
-        ([(0.0, 0)], 600, "step 0 of 600"),
-        ([(0.0, 100), (10.0, 100)], 600, "step 100 of 600"),  # nothing happens
-        ([(0.0, 100), (5.0, 110), (30.0, 120)], 600, "step 120 of 600, about 12.0 min left"),
-        ([(0.0, 0), (60.0, 1)], 601, "step 1 of 601, about 10.0 h left"),
-        ([(0.0, 590), (10.0, 600)], 600, "step 600 of 600, finished"),
-        ([(0.0, 100), (10.0, 120)], None, "step 120"),
-        ([(0.0, 100), (10.0, 20)], 600, "step 20 of 600"),  # a new training in the same place
+        ([(0.0, 0)], 600, "step 0 of 600, epoch 3"),
+        ([(0.0, 100), (10.0, 100)], 600, "step 100 of 600, epoch 3"),  # nothing happens
+        ([(0.0, 100), (5.0, 110), (30.0, 120)], 600, "step 120 of 600, epoch 3, 12:00 left"),
+        ([(0.0, 0), (60.0, 1)], 601, "step 1 of 601, epoch 3, 10:00:00 left"),
+        ([(0.0, 590), (10.0, 600)], 600, "step 600 of 600, epoch 3, finished"),
+        ([(0.0, 100), (10.0, 120)], None, "step 120, epoch 3"),
+        ([(0.0, 100), (10.0, 20)], 600, "step 20 of 600, epoch 3"),  # a new training in the same place
     ],
 )
-def test_progress(tmp_path, seen, total, wanted):
-    run = Run(tmp_path, {})
+def test_progress(run, seen, total, wanted):
     if total:
         run.plan(total)
-    assert progress(seen, run) == wanted
+    assert progress(Panel(run), seen) == wanted
 
 
-def test_progress_of_a_run_that_was_asked_to_stop_or_stands_still(tmp_path):
-    run = Run(tmp_path, {})
+def test_progress_of_a_run_that_stops_or_stands_still(run):
     run.plan(600)
-    still = [(float(i), 120) for i in range(7)]
-    assert progress(still, run) == "step 120 of 600"
-    (tmp_path / "last").mkdir()
-    (tmp_path / "last" / "meta.json").write_text('{"step": 120}')
-    assert progress(still, run) == "step 120 of 600, saved there, and nothing since: stopped, or ended early"
-    assert progress(still[:6], run) == "step 120 of 600"  # too early to say
-    assert "min left" in progress([(0.0, 119), *still[1:]], run)
-    run.stop_file.touch()
-    assert progress(still, run) == "step 120 of 600, stopping after this step"
+    panel, still = Panel(run), [(float(i), 120) for i in range(7)]
+    assert progress(panel, still) == "step 120 of 600, epoch 3"
+    (run.path / "last").mkdir()
+    (run.path / "last" / "meta.json").write_text('{"step": 120}')
+    assert progress(panel, still) == "step 120 of 600, epoch 3, saved; no step since"
+    assert progress(panel, still[:6]) == "step 120 of 600, epoch 3"  # too early to say
+    assert "left" in progress(panel, [(0.0, 119), *still[1:]])
+    panel.button.click()
+    assert progress(panel, still) == "step 120 of 600, epoch 3, stopping after this step"
+    run.stop_file.unlink()  # as training does once it has stopped
+    assert progress(panel, still[:2]) == "step 120 of 600, epoch 3, saved; no step since"
 
 
-@pytest.mark.parametrize(
-    ("seconds", "wanted"),
-    [(0, "about 0.0 min"), (270, "about 4.5 min"), (3600, "about 1.0 h"), (11_520, "about 3.2 h")],
-)
-def test_duration(seconds, wanted):
-    assert duration(seconds) == wanted
+# --- subshells --------------------------------------------------------------------------------------------------------
+
+
+def test_the_buttons_messages_go_to_the_subshell_that_the_front_end_names(monkeypatch):
+    """With ipykernel's own comm, opened while a cell of the main shell runs."""
+    kernel = SimpleNamespace(
+        session=SimpleNamespace(send=lambda *_, **__: None), iopub_socket=None, get_parent=lambda: {"header": {"a": 1}}
+    )
+    monkeypatch.setattr(ipykernel.comm.comm.Kernel, "initialized", lambda: True)
+    monkeypatch.setattr(ipykernel.comm.comm.BaseComm, "kernel", kernel)
+    comm = ipykernel.comm.comm.BaseComm(target_name="jupyter.widget")
+    assert "_reply_subshell_id" in vars(comm), (
+        "ipykernel no longer keeps _reply_subshell_id: see lib.listening.dashboard.leave_subshell_to_front_end"
+    )
+    assert comm._reply_subshell_for({}, "the front end's") is None  # the main shell, which is busy
+    leave_subshell_to_front_end(SimpleNamespace(comm=comm))
+    assert comm._reply_subshell_for({}, "the front end's") == "the front end's"
+    leave_subshell_to_front_end(SimpleNamespace(comm=comm))  # a second time does no harm
+    leave_subshell_to_front_end(SimpleNamespace(comm=None))

@@ -1,4 +1,4 @@
-"""Players: what is embedded is the clip at its own level, and what is said beside it is how loud that is."""
+"""Players embed a clip at its own level and state that level beside it."""
 
 import base64
 import io
@@ -66,7 +66,7 @@ def test_a_quiet_clip_stays_quiet(embedded):
     (quiet, _), (loud, _) = embedded(players)
     assert quiet.abs().max() == pytest.approx(0.001, abs=2**-15)
     assert loud.abs().max() == pytest.approx(0.9, abs=1e-3)
-    alone = embedded(Players({"quiet": tone(0.001)}))[0][0]  # nor is it raised for want of a louder one
+    alone = embedded(Players({"quiet": tone(0.001)}))[0][0]  # nor is a single quiet clip raised
     assert torch.equal(alone, quiet)
     assert "turned down" not in players._repr_html_()
 
@@ -95,13 +95,13 @@ def test_levels_are_of_the_waveform_before_the_gain():
     half = torch.tensor([[0.5, -0.5, 0.0, 0.0]]).repeat(1, RATE // 4)
     players = Players({"square": square, "half": half})
     loud = [f"{loudness(wav):.1f}" for wav in (square, half)]
-    assert players.levels() == [
-        {"clip": "square", "RMS": "2.0000", "peak": "2.000", "LUFS": loud[0]},
-        {"clip": "half", "RMS": "0.3536", "peak": "0.500", "LUFS": loud[1]},
-    ]
-    assert f"RMS 0.3536, peak 0.500, {loud[1]} LUFS" in players._repr_html_()
-    lines = [f"square: RMS 2.0000, peak 2.000, {loud[0]} LUFS", f"half: RMS 0.3536, peak 0.500, {loud[1]} LUFS"]
-    assert repr(players) == "\n".join(lines)
+    levels = {
+        "square": f"RMS 2.0000, peak 2.000, {loud[0]} LUFS",
+        "half": f"RMS 0.3536, peak 0.500, {loud[1]} LUFS",
+    }
+    assert players.levels() == levels
+    assert levels["half"] in players._repr_html_()
+    assert repr(players) == "\n".join(f"{name}: {level}" for name, level in levels.items())
 
 
 # --- loudness ---------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ UNLIKE = {
 
 @pytest.mark.parametrize("wavs", UNLIKE.values(), ids=UNLIKE)
 def test_with_their_gains_all_clips_are_equally_loud_and_none_passes_full_scale(embedded, figures, wavs):
-    """What is heard: the embedded audio times the gain beside it."""
+    """Of what plays: the embedded audio times the gain beside it."""
     players = Players(wavs)
     gains = [float(figure["data-gain"]) for figure in figures(players)]
     heard = [gain * wav[None] for (wav, _), gain in zip(embedded(players), gains, strict=True)]
@@ -237,7 +237,7 @@ def test_names_are_escaped_and_every_player_is_labelled(parse):
     assert name in page.text
     assert [audio["aria-label"] for audio in page.all("audio")] == [name, "plain"]
     assert [figure["data-name"] for figure in page.all("figure")] == [name, "plain"]
-    assert page.all("img")[0]["alt"] == f"outline and mel picture of {name}"
+    assert page.all("img")[0]["alt"] == f"waveform and mel spectrogram of {name}"
 
 
 def test_the_players_work_where_no_script_runs(parse):

@@ -22,9 +22,10 @@ import lib.listening.playground
 from lib.audio.files import load_audio, save_audio
 from lib.codec.mdct import MdctCodec
 from lib.data.pairs import read_manifest
-from lib.listening.panel import describe_clip
+from lib.listening.panel import Listening
 from lib.listening.playground import Playground, _Panel
 from lib.listening.render import Settings, follow_recipe, load_pair, render
+from lib.listening.widgets import describe_clip
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import FusionModel
 from lib.training.run import Run
@@ -62,9 +63,15 @@ def models(runs) -> dict[str, FusionModel]:
     return {name: run.load_model() for name, run in runs.items()}
 
 
+def make(codec, songs, runs, favourites: Path) -> Playground:
+    """A playground whose uploaded files are beside its favourites."""
+    listening = Listening(codec, songs, runs, favourites.parent / "uploads", favourites.parent / "superres")
+    return Playground(listening, favourites)
+
+
 @pytest.fixture
 def playground(tmp_path, codec, songs, runs) -> Playground:
-    return Playground(codec, songs, runs, tmp_path / "my favourites")
+    return make(codec, songs, runs, tmp_path / "my favourites")
 
 
 @pytest.fixture
@@ -126,7 +133,7 @@ def test_it_begins_with_the_first_pair_as_trained(panel, songs, rendered):
     assert panel.settings() == AS_TRAINED
     assert torch.equal(rendered(AS_TRAINED), rendered(Settings()))
     assert sounds_like(output(panel), rendered(Settings()))
-    assert panel.message.html.value == ""
+    assert panel.message.value == ""
 
 
 def test_every_clip_of_the_validation_pairs_can_be_chosen_and_no_other(panel, songs):
@@ -232,11 +239,11 @@ def test_every_target_plays_and_can_be_saved(panel, playground, rendered):
 def test_without_a_target_the_former_players_stay_and_the_fix_is_told(panel):
     before, targets = panel.players.html, panel.targets.value
     panel.targets.value = ()
-    assert "targets: none is chosen; click one" in panel.message.html.value
-    assert 'role="alert"' in panel.message.html.value
+    assert "targets: none is selected; click one" in panel.message.value
+    assert 'role="alert"' in panel.message.value
     assert panel.players.html == before
     panel.targets.value = targets
-    assert panel.message.html.value == ""
+    assert panel.message.value == ""
 
 
 # --- favourites -------------------------------------------------------------------------------------------------------
@@ -260,7 +267,7 @@ def test_what_is_saved_is_what_was_heard_and_its_recipe_gives_it_again(panel, pl
     assert torch.equal(made.wav, saved)
     clips = [playground.clips[name] for name in (playground.first[0], targets[1])]
     assert made.files == tuple(Path(clip.path) for clip in clips)
-    told = html.unescape(panel.message.html.value)
+    told = html.unescape(panel.message.value)
     assert f"Saved mine.wav in {playground.favourites}. " in told
     assert f"python -m lib.fuse --recipe '{recipe}' -o again.wav" in told  # the folder's name has a space
 
@@ -271,13 +278,13 @@ def test_nothing_is_overwritten(panel, playground):
         panel.seed.value = number
         panel.noise.value = 0.5
         panel.button.click()
-        assert f"Saved {name}.wav" in panel.message.html.value
+        assert f"Saved {name}.wav" in panel.message.value
         assert all((playground.favourites / f"{stem}.wav").read_bytes() == wav for stem, wav in contents.items())
         contents[name] = (playground.favourites / f"{name}.wav").read_bytes()
     assert len(set(contents.values())) == 3
     (playground.favourites / "favourite_4.json").write_text("mine")
     panel.button.click()
-    assert "Saved favourite_5.wav" in panel.message.html.value
+    assert "Saved favourite_5.wav" in panel.message.value
     assert (playground.favourites / "favourite_4.json").read_text() == "mine"
 
 
@@ -306,7 +313,7 @@ def test_any_name_becomes_a_file_in_the_folder(playground, name, wanted):
 def test_what_cannot_be_saved_is_told(panel, playground):
     playground.favourites.write_text("a file")
     panel.button.click()
-    assert "my favourites: cannot write here" in panel.message.html.value
+    assert "my favourites: cannot write here" in panel.message.value
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -326,51 +333,51 @@ def spoil(path: Path, num_samples: int) -> None:
 
 
 def test_a_file_that_has_become_shorter_or_is_gone_is_told(own_songs, codec, runs):
-    panel = _Panel(Playground(codec, read_manifest(own_songs / "manifest.jsonl"), runs, own_songs / "favourites"))
+    panel = _Panel(make(codec, read_manifest(own_songs / "manifest.jsonl"), runs, own_songs / "favourites"))
     before = panel.players.html
     path = Path(panel.playground.clips[panel.input.value].path)
     content = path.read_bytes()
     spoil(path, 400)
     panel.noise.value = 0.5
-    assert re.search(r"song_\d\.wav: ends before sample \d+; restore the file", panel.message.html.value)
+    assert re.search(r"song_\d\.wav: ends before sample \d+; restore the file", panel.message.value)
     path.unlink()
     panel.noise.value = 0.6
-    assert re.search(r"song_\d\.wav: no such file; check the path", panel.message.html.value)
+    assert re.search(r"song_\d\.wav: no such file; check the path", panel.message.value)
     assert panel.players.html == before
     path.write_bytes(content)
     panel.noise.value = 0.7
-    assert panel.message.html.value == ""
+    assert panel.message.value == ""
     assert panel.players.html != before
 
 
 def test_another_file_of_the_same_name_is_not_saved(own_songs, codec, runs):
-    panel = _Panel(Playground(codec, read_manifest(own_songs / "manifest.jsonl"), runs, own_songs / "favourites"))
+    panel = _Panel(make(codec, read_manifest(own_songs / "manifest.jsonl"), runs, own_songs / "favourites"))
     spoil(Path(panel.playground.clips[panel.favourite.value].path), 42_000)
     panel.button.click()
-    assert re.search(r"song_\d\.wav: not the file that the pair was made of", panel.message.html.value)
+    assert re.search(r"song_\d\.wav: not the file that the pair was made of", panel.message.value)
     assert list((own_songs / "favourites").iterdir()) == []
 
 
 def test_what_never_played_cannot_be_saved(own_songs, codec, runs):
     manifest = read_manifest(own_songs / "manifest.jsonl")
     shutil.rmtree(own_songs / "songs")
-    panel = _Panel(Playground(codec, manifest, runs, own_songs / "favourites"))
-    assert "no such file" in panel.message.html.value
+    panel = _Panel(make(codec, manifest, runs, own_songs / "favourites"))
+    assert "no such file" in panel.message.value
     panel.button.click()
-    assert "nothing to save yet" in panel.message.html.value
+    assert "nothing to save yet" in panel.message.value
     assert not (own_songs / "favourites").exists()
 
 
 def test_a_damaged_run_is_told_and_another_can_be_chosen(tmp_path, codec, songs, runs, save_run):
     bad = save_run(tmp_path / "bad", codec, CascadeConfig.reference(3, num_layers=1))
     (bad.path / "best" / "model.safetensors").write_bytes(b"damaged")
-    panel = _Panel(Playground(codec, songs, {"two": runs["two"], "bad": bad}, tmp_path / "favourites"))
+    panel = _Panel(make(codec, songs, {"two": runs["two"], "bad": bad}, tmp_path / "favourites"))
     before = panel.players.html
     panel.run.value = "bad"
-    assert "model.safetensors: truncated or changed" in panel.message.html.value
+    assert "model.safetensors: truncated or changed" in panel.message.value
     assert panel.players.html == before
     panel.run.value = "two"
-    assert panel.message.html.value == ""
+    assert panel.message.value == ""
 
 
 # --- without a front end ----------------------------------------------------------------------------------------------
@@ -390,7 +397,7 @@ def test_settings_side_by_side_are_those_that_the_run_has(
     tmp_path, codec, songs, runs, monkeypatch, rendered, run, left_out
 ):
     monkeypatch.setattr(lib.listening.playground, "waveforms_and_mels", lambda wavs: wavs)
-    drawn = Playground(codec, songs, {run: runs[run]}, tmp_path).settings_side_by_side()
+    drawn = make(codec, songs, {run: runs[run]}, tmp_path / "favourites").settings_side_by_side()
     assert list(drawn) == [name for name in SHOWN if name not in left_out]
     for name, wav in drawn.items():
         assert torch.equal(wav, rendered(SHOWN[name], run))
@@ -417,7 +424,7 @@ def test_uploaded_files_are_offered_and_saved_with_a_recipe(playground, songs, t
     uploads.mkdir()
     save_audio(uploads / "0123456789ab_my song.wav", torch.rand(1, 9000) - 0.5)
     (uploads / "broken.wav").write_bytes(b"RIFF")
-    with_uploads = Playground(codec, songs, runs, tmp_path / "favourites", uploads)
+    with_uploads = make(codec, songs, runs, tmp_path / "favourites")
     (offered,) = with_uploads.clips.keys() - playground.clips.keys()
     assert offered == "my song.wav 0–0.375 s"
     recipe = with_uploads.save("mine", next(iter(runs)), with_uploads.first[0], offered, Settings())

@@ -1,4 +1,4 @@
-"""Whether anybody is watching: a browser's cell is told from one that a headless run sent."""
+"""What panels share: a browser's cell against a headless run's, messages, pictures, and uploaded files."""
 
 import io
 
@@ -10,11 +10,25 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import soundfile
 from jupyter_client.session import Session
 from PIL import Image
 
 import lib.listening.widgets
-from lib.listening.widgets import can_show_widgets, figure_png, show
+from lib.audio.files import AudioError, load_audio
+from lib.data.pairs import Clip
+from lib.listening.widgets import (
+    Message,
+    can_show_widgets,
+    describe_clip,
+    figure_png,
+    keep_upload,
+    plain_name,
+    show,
+)
+from lib.util.errors import UserError
+
+HALF = 12_000  # samples of a clip
 
 
 class Shell:
@@ -34,7 +48,7 @@ class Shell:
         ("", False),
     ],
 )
-def test_a_browser_is_told_from_a_headless_run(monkeypatch, message_id, live):
+def test_a_browser_is_distinguished_from_a_headless_run(monkeypatch, message_id, live):
     monkeypatch.setattr(lib.listening.widgets, "get_ipython", lambda: Shell(message_id))
     assert can_show_widgets() is live
 
@@ -86,3 +100,104 @@ def test_a_figure_becomes_a_picture_and_is_closed():
     assert tuple(np.asarray(picture.convert("RGB"))[25, 50]) == (0, 255, 0)
     assert plt.get_fignums() == sorted(set(bystanders))
     plt.close(bystanders[0])
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def test_messages_escape_markup():
+    message = Message()
+    message.say("<img src=x onerror=alert(1)> & more")
+    assert "&lt;img src=x onerror=alert(1)&gt; &amp; more" in message.value
+    assert "<img" not in message.value
+
+
+def test_mistakes_are_shown_and_defects_are_raised():
+    message = Message()
+    with message.show_errors():
+        raise UserError("a.wav: gone; put it back")
+    assert "a.wav: gone; put it back" in message.value
+    with message.show_errors():
+        assert message.value == ""
+    with pytest.raises(RuntimeError), message.show_errors():
+        raise RuntimeError
+
+
+# --- uploaded files ---------------------------------------------------------------------------------------------------
+
+
+def audio(num_samples: int = HALF, seed: int = 0, rate: int = 24_000, format: str = "WAV") -> bytes:
+    wav = 0.1 * np.random.default_rng(seed).standard_normal(num_samples)
+    file = io.BytesIO()
+    soundfile.write(file, wav, rate, format=format, subtype="FLOAT" if format == "WAV" else None)
+    return file.getvalue()
+
+
+BROKEN = {
+    "empty": (b"", "empty"),
+    "text": (b"not a sound", "not audio"),
+    "truncated": (audio()[:-8_000], "truncated"),
+    "silent": (b"RIFF", "not audio"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_no_broken_file_is_kept(tmp_path, fault):
+    content, told = BROKEN[fault]
+    with pytest.raises(AudioError, match=rf"^my\.wav: .*{told}"):
+        keep_upload("my.wav", content, tmp_path / "uploads")
+    assert list((tmp_path / "uploads").iterdir()) == []
+
+
+def test_the_same_content_again_leaves_its_file_alone(tmp_path):
+    content = audio()
+    path = keep_upload("a.wav", content, tmp_path).path
+    before = path.stat()
+    assert keep_upload("a.wav", content, tmp_path).path == path
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    other = keep_upload("b.wav", content, tmp_path).path
+    with pytest.raises(AudioError):
+        keep_upload("a.wav", content[:-100], tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted({path, other})
+    assert path.read_bytes() == other.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../etc/passwd.wav",
+        "/absolute.wav",
+        r"C:\music\a b.wav",
+        "Übung – 1/été.wav",
+        "x" * 400 + ".wav",
+        "音楽" * 150 + ".wav",
+        "a\x00b\nc.wav",
+        "\ud800.wav",
+        "",
+        "..",
+        ".hidden",
+    ],
+    ids=lambda name: ascii(name[-12:]),
+)
+def test_any_name_becomes_a_file_in_the_folder(tmp_path, name):
+    content = audio()
+    path = keep_upload(name, content, tmp_path / "uploads").path
+    assert path.parent == tmp_path / "uploads"
+    assert [path] == list((tmp_path / "uploads").iterdir())
+    assert path.read_bytes() == content
+    assert path.suffix == ".wav" or not name.endswith(".wav")
+    assert load_audio(path).shape == (1, HALF)
+
+
+def test_plain_names_keep_what_reads_well():
+    assert plain_name("été_1-b.WAV") == "été_1-b.WAV"
+    assert plain_name("a  b/c:d.wav") == "a_b_c_d.wav"
+    assert plain_name("é" * 80, 99) == "é" * 49  # no half letter
+    assert len(plain_name("音" * 400).encode()) == 99
+
+
+def test_clips_are_named_by_file_and_seconds():
+    clip = Clip("rock/song_04.wav", 96_000, 96_000, "0" * 64)
+    assert describe_clip(clip) == "rock/song_04.wav 4–8 s"
+    other = Clip("b.wav", 12_000, 11_000, "0" * 64)
+    assert describe_clip(other) == "b.wav 0.5–0.9583 s"

@@ -160,7 +160,9 @@ def test_opening_a_section_anew_forgets_what_it_held(out, write):
     page = write(out)
     assert "Encoding again" in page.text
     assert "What a clip becomes." not in page.text
-    assert [image["alt"] for image in page.all("img") if "outline" not in image["alt"]] == ["Outlines"]  # the other's
+    assert [image["alt"] for image in page.all("img") if "mel spectrogram" not in image["alt"]] == [
+        "Outlines"
+    ]  # the other's
 
 
 # --- page -------------------------------------------------------------------------------------------------------------
@@ -347,8 +349,8 @@ def sections_of(figure: int, table: int, *sizes: int) -> list[dict]:
     first = [{"kind": "figure", "data": "f" * figure, "caption": "figure"}, {"kind": "text", "text": "x" * 500}]
     table = {"kind": "table", "html": "t" * table, "caption": "table"}
     return [
-        {"name": "01", "notebook": "01", "items": [*first, *items[::2]]},
-        {"name": "02", "notebook": None, "items": [table, *items[1::2]]},
+        {"name": "01", "executed": True, "items": [*first, *items[::2]]},
+        {"name": "02", "executed": False, "items": [table, *items[1::2]]},
     ]
 
 
