@@ -177,7 +177,7 @@ def summary_of(sections: Sequence[dict[str, Any]], verdicts: Sequence[Mapping[st
     if verdicts:
         found = Counter(verdict["verdict"] for verdict in verdicts)
         counts = ", ".join(f"{found[verdict]} {verdict}" for verdict in VERDICTS)
-        rows.append({"what": "claims of the seeds", "found": counts, "section": "Claims"})
+        rows.append({"what": "claims of the seed documents", "found": counts, "section": "Claims"})
     return rows
 
 

@@ -275,7 +275,7 @@ def test_the_summary_has_every_key_figure_with_its_section(tmp_path, parse):
         *("RMS of the input", "5.66", "Encoding"),
         *("validation loss", "from 9 to 7", "Training"),
         *("time", "3 min", "Training"),
-        *("claims of the seeds", "2 reproduced, 1 refuted, 1 not tested here", "Claims"),
+        *("claims of the seed documents", "2 reproduced, 1 refuted, 1 not tested here", "Claims"),
     ]
     assert "Key figures of every notebook" in summary
     for name in ("01", "02"):  # not once more in their sections
