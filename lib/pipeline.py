@@ -11,6 +11,7 @@ notebooks that finished under the same settings and code, and lets training resu
 import argparse
 import ast
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -19,7 +20,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from lib.training.run import Run
 from lib.util.errors import UserError, exit_on_user_error
 from lib.util.files import file_sha256, make_folder, read_json, write_atomic
 from lib.util.provenance import code_fingerprint
+from lib.util.signals import StopSignals
 
 NOTEBOOKS = (
     "01_encoding",
@@ -155,11 +156,11 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
     )  # its own: two runs at once would talk to each other's kernel
     kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets.name}/kernel")
     paths = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook_path(name), executed))
-    asked: list[str] = []
+    stop = StopSignals(functools.partial(interrupt, kernel))
     try:
-        with stop_signals_go_to(kernel) as asked:
+        with stop:
             papermill.execute_notebook(*paths, parameters, cwd=ROOT, km=kernel, stderr_file=sys.stderr)
-        if asked:  # between two cells, where no code saw it
+        if stop.asked:  # between two cells, where no code saw it
             raise KeyboardInterrupt("stopped; resume with --resume")
     except PapermillExecutionError as error:
         if error.ename == "KeyboardInterrupt":
@@ -172,7 +173,7 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
             f"{error.filename or executed}: cannot be written ({error.strerror}); make room there"
         ) from None
     except RuntimeError as error:  # the kernel died, or never started
-        if asked:
+        if stop.asked:
             raise KeyboardInterrupt("stopped; resume with --resume") from None
         raise NotebookError(name, f"{error}; the executed notebook is {executed}") from None
     finally:
@@ -194,33 +195,12 @@ def failed_statement(traceback: list[str], cell: str) -> str:
     return "no message"
 
 
-@contextlib.contextmanager
-def stop_signals_go_to(kernel: AsyncKernelManager) -> Iterator[list[str]]:
-    """The first Ctrl-C or SIGTERM interrupts the kernel, which lets training save; a second one acts at once.
-
-    Yields a list, empty until a signal came.
-    """
-    asked: list[str] = []
-    earlier = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-    def interrupt(number: int, frame: Any) -> None:
-        restore()
-        if kernel.provisioner is None or kernel.provisioner.pid is None:
-            raise KeyboardInterrupt
-        asked.append(signal.Signals(number).name)
-        say(f"{asked[0]}: asking the notebook to save and stop; again to stop at once")
-        os.kill(kernel.provisioner.pid, signal.SIGINT)
-
-    for number in earlier:
-        signal.signal(number, interrupt)
-    try:
-        yield asked
-    finally:
-        restore()
+def interrupt(kernel: AsyncKernelManager, signal_name: str) -> None:
+    """Pass a stop signal on to the notebook's kernel, which lets training save."""
+    if kernel.provisioner is None or kernel.provisioner.pid is None:
+        raise KeyboardInterrupt
+    say(f"{signal_name}: asking the notebook to save and stop; again to stop at once")
+    os.kill(kernel.provisioner.pid, signal.SIGINT)
 
 
 def facts(preset: Preset, out: Path, train: int, val: int) -> dict[str, str]:

@@ -16,9 +16,7 @@ from lib.model.cascade import CascadeConfig
 from lib.model.masks import MaskingConfig
 from lib.superres.training import FULL_PLAN, SMALL_PLAN
 from lib.superres.training import Plan as SuperresPlan
-from lib.training.adversary import AdversaryConfig
-from lib.training.config import TrainConfig
-from lib.training.curriculum import CurriculumConfig
+from lib.training.config import AdversaryConfig, CurriculumConfig, TrainConfig
 from lib.training.losses import LossConfig
 from lib.util.configs import check, check_counts, check_numbers, settings, with_settings
 from lib.util.errors import UserError

@@ -17,10 +17,11 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from lib.pipeline import add_arguments, parsed_overrides
 from lib.presets import load_preset
 from lib.project import Project, open_project
-from lib.training.callbacks import Callback, DemoClips, TensorBoard
+from lib.training.callbacks import DemoClips, TensorBoard
 from lib.training.distributed import join_processes
+from lib.training.fusion_learner import train
 from lib.training.run import Run
-from lib.training.trainer import train
+from lib.training.trainer import Callback
 from lib.util.errors import UserError, exit_on_user_error
 
 
@@ -54,7 +55,8 @@ def train_project(
         return start(*listeners, *callbacks)
     if torch.cuda.is_initialized():
         raise UserError(f"num_processes={num_processes}: this kernel has used a GPU already; restart it, train first")
-    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier training's, or each would think itself alone
+    # Private: the launcher refuses a kernel with a state, such as an earlier training's, and no public call clears it.
+    AcceleratorState._reset_state(reset_partial_state=True)
     notebook_launcher(start_forked, num_processes=num_processes, use_port=str(get_free_port()))
     return Run.open(project.out_dir)
 

@@ -130,7 +130,7 @@ def test_a_setting_given_twice_is_refused():
         ("hard_masks", "model.masking.hard_masks"),
         ("rhythm_weight", "train.loss.rhythm_weight"),
         ("noise_rate", "train.curriculum.noise_rate"),
-        ("gradient_penalty", "train.adversary.gradient_penalty"),
+        ("discriminator_warmup", "train.adversary.discriminator_warmup"),
         ("schedule", "train.schedule"),  # a section has its name now
         ("schedule_epochs", "schedule.epochs"),
         ("ablation_clip_seconds", "ablation.clip_seconds"),
@@ -217,8 +217,7 @@ def test_numbers_are_taken_as_yaml_writes_them():
         ("model.masking.hard_masks", 1, "type bool"),
         ("train.curriculum.noise_ceiling", 1.5, "at most 1"),
         ("train.curriculum.target_shuffling", -0.1, "0 or more"),
-        ("train.adversary.gradient_penalty", "inf", "finite number"),
-        ("train.adversary.discriminator_every", 0, "whole number, 1 or more"),
+        ("train.adversary.discriminator_warmup", -1, "whole number, 0 or more"),
         ("train.adversary.discriminator_learning_rate", None, "adversarial_weight=0.05 needs a discriminator"),
         ("listening.every", 0, "1 or more"),
         ("evaluation.pairs", 0, "1 or more"),

@@ -40,11 +40,12 @@ from lib.model.masks import MaskingConfig
 from lib.model.projection import projection_ceiling
 from lib.training.batches import evenly_spread
 from lib.training.config import TrainConfig
+from lib.training.fusion_learner import train
 from lib.training.nonfinite import NonFiniteError
-from lib.training.trainer import train
 from lib.util.errors import UserError
 from lib.util.files import make_folder, write_atomic
 from lib.util.provenance import code_fingerprint
+from lib.util.signals import StopSignals
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def terminate(pid: int) -> None:
         os.kill(pid, signal.SIGTERM)
 
 
-worker = SimpleNamespace(busy=False, stopped=False)  # of this process, where it is a worker
+worker = SimpleNamespace(busy=False, stopped=False)  # the state of this process, if it is a worker
 
 
 def start_worker(devices: Any, pids: Any) -> None:
@@ -159,16 +160,16 @@ def start_worker(devices: Any, pids: Any) -> None:
     the process: the pool would then kill the other workers while they save.
     """
     os.setpgrp()
-    signal.signal(signal.SIGTERM, stop_worker)
+    StopSignals(stop_worker, second_acts=False).__enter__()  # for as long as the process lives
     os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get()) if torch.cuda.device_count() else ""
     warnings.simplefilter("ignore", CollapseWarning)  # the variants break the design rule on purpose ...
-    logging.getLogger("lib.training.trainer").setLevel(logging.ERROR)  # ... and want large factors
+    logging.getLogger("lib.training").setLevel(logging.ERROR)  # ... and want large factors
     torch.set_num_threads(1)
     pids.put(os.getpid())
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def stop_worker(number: int, frame: Any) -> None:
+def stop_worker(signal_name: str) -> None:
     worker.stopped = True
     if worker.busy:
         raise KeyboardInterrupt

@@ -28,8 +28,7 @@ from lib.listening.widgets import PICTURE, can_show_widgets, figure_png
 from lib.model.cascade import CascadeConfig
 from lib.training import plots
 from lib.training.run import Run
-from lib.training.telemetry import Callback
-from lib.training.trainer import Trainer
+from lib.training.trainer import Callback, Trainer
 
 SECONDS = 5.0  # between updates, each of which takes about a quarter of a second
 

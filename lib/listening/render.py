@@ -23,7 +23,7 @@ from lib.data.pairs import Clip
 from lib.model.cascade import Stage, StageTrace
 from lib.model.fusion import FusionModel
 from lib.model.masks import Masks
-from lib.training.curriculum import mix_noise
+from lib.training.batches import mix_noise
 from lib.training.run import Run
 from lib.util.configs import check, check_counts, check_numbers, from_fields
 from lib.util.errors import UserError

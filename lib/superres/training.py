@@ -30,12 +30,13 @@ from lib.superres.vocoder import (
     generator_loss,
     judge_both,
 )
-from lib.training.adversary import Adversary, AdversaryConfig
-from lib.training.config import LENGTH, WITHOUT_EFFECT, LoopConfig, resolved_precision
-from lib.training.learner import Batch, Learner, Moment
+from lib.training.adversary import Adversary
+from lib.training.batches import Batch
+from lib.training.config import LENGTH, WITHOUT_EFFECT, AdversaryConfig, LoopConfig, resolved_precision
+from lib.training.distributed import open_accelerator
+from lib.training.learner import Learner, StepInfo
 from lib.training.run import Run
-from lib.training.telemetry import Callback
-from lib.training.trainer import Trainer, open_accelerator
+from lib.training.trainer import Callback, Trainer
 from lib.util.configs import check, check_counts, check_numbers, from_fields
 from lib.util.errors import UserError
 from lib.util.provenance import code_fingerprint
@@ -120,7 +121,7 @@ class VaeLearner(Learner):
     def parts(self, model: MelVae) -> dict[str, nn.Module]:
         return {"encoder": model.autoencoder.encoder, "decoder": model.autoencoder.decoder}
 
-    def loss(self, model: nn.Module, batch: Batch, moment: Moment | None = None) -> tuple[Tensor, dict, None]:
+    def loss(self, model: nn.Module, batch: Batch, moment: StepInfo | None = None) -> tuple[Tensor, dict, None]:
         mel = log_mel(torch.cat(batch))
         with self.autocast():
             # in validation the posterior's mean: no random number, and what the diffusion model will be given
@@ -138,7 +139,7 @@ class DiffusionLearner(Learner):
         model = Denoiser(sizes)
         super().__init__(config, model, all_parameters(config, model), accelerator)
 
-    def loss(self, model: nn.Module, batch: Batch, moment: Moment | None = None) -> tuple[Tensor, dict, None]:
+    def loss(self, model: nn.Module, batch: Batch, moment: StepInfo | None = None) -> tuple[Tensor, dict, None]:
         high, low = batch[0].chunk(2, dim=1)
         clips, device = len(high), high.device
         # in validation the same noise for the same batch, and timesteps all over the schedule
@@ -177,7 +178,7 @@ class VocoderLearner(Learner):
         super().__init__(config, model, all_parameters(config, model), accelerator, adversary)
 
     def loss(
-        self, model: nn.Module, batch: Batch, moment: Moment | None = None
+        self, model: nn.Module, batch: Batch, moment: StepInfo | None = None
     ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
         real = batch[0]
         mel = log_mel(real)

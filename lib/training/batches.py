@@ -1,6 +1,7 @@
-"""Which pairs a step takes, and how they come from disk.
+"""Which pairs a step takes, how they come from disk, and the noise that is mixed into them.
 
-The order depends on the seed and the epoch alone, never on the number of processes. Legend: P pairs, B batch.
+The order depends on the seed and the epoch alone, never on the number of processes. Legend: P pairs, B batch, D latent
+channels, T frames.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,9 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lib.model.cascade import rms
 from lib.training.config import LoopConfig
-from lib.training.learner import Batch
 from lib.util.files import prefetch
+
+Batch = tuple[Tensor, Tensor]  # the first and the second of its pairs, [B, …] each
 
 
 class Pairs(Protocol):
@@ -27,18 +30,18 @@ class Pairs(Protocol):
 
 
 def epoch_order(num_pairs: int, epoch: int, seed: int, shuffled: float = 0.0) -> Tensor:
-    """The pairs of an epoch, `[P, 2]`: whose input, and whose target comes with it. The share `shuffled` of the targets
-    change places."""
+    """The pairs of an epoch, `[P, 2]`: the pair that gives the input, and the one that gives the target. The share
+    `shuffled` of the targets change places."""
     generator = torch.Generator().manual_seed(seed + epoch * 1_000_003)
     inputs = torch.randperm(num_pairs, generator=generator)
     targets = inputs.clone()
     chosen = torch.randperm(num_pairs, generator=generator)[: round(shuffled * num_pairs)]
-    targets[chosen] = inputs[chosen.roll(1)]  # round a circle: each of them gets another's
+    targets[chosen] = inputs[chosen.roll(1)]  # in a circle: each of them gets another's
     return torch.stack([inputs, targets], dim=1)
 
 
 def process_share(order: Tensor, batch_size: int, accumulate: int, rank: int, processes: int) -> Iterator[list[Tensor]]:
-    """What one of several processes takes of an order `[P, 2]`: for each step, its batches `[≤ batch_size, 2]`.
+    """One process's share of an order `[P, 2]`: for each step, its batches `[≤ batch_size, 2]`.
 
     A step takes `batch_size · accumulate · processes` pairs, and every process the same number of them; of the last,
     smaller step up to `processes − 1` pairs are left out.
@@ -51,15 +54,15 @@ def process_share(order: Tensor, batch_size: int, accumulate: int, rank: int, pr
 
 
 class TrainingOrder:
-    """Where training is in its data: which epoch, and how many of its pairs have been taken. Those two go into a
-    checkpoint; everything else follows from the config and the number of processes, which may change in between."""
+    """The position of a training in its data: the epoch, and how many of its pairs have been taken. A checkpoint holds
+    these two; everything else follows from the config and the number of processes, which may differ after a resume."""
 
     def __init__(self, num_pairs: int, config: LoopConfig, rank: int = 0, processes: int = 1):
         self.num_pairs, self.config, self.rank, self.processes = num_pairs, config, rank, processes
         self.epoch = self.position = 0
 
     def steps(self) -> Iterator[list[Tensor]]:
-        """Every step that is left: the batches of this process, as places in the data. The iterator may run ahead of
+        """Every step that is left: the batches of this process, as indices of pairs. The iterator may run ahead of
         `advance`, which must be called for every step that is taken."""
         if self.num_pairs - self.position < self.processes:  # fewer processes had left too few pairs for one of these
             self.epoch, self.position = self.epoch + 1, 0
@@ -103,13 +106,13 @@ def evenly_spread(count: int, most: int | None) -> Tensor:
     return torch.arange(most) * count // most
 
 
-def read_ahead(
+def prefetch_batches(
     pairs: Pairs, chosen: Tensor, steps: Iterable[list[Tensor]], *, threads: int, pin_memory: bool
 ) -> Iterator[list[Batch]]:
     """The batches of every step, in order, while as many threads read the steps that follow.
 
-    A step is a list of batches `[≤ B, 2]`: places among the `chosen` pairs of the data, whose input and whose target.
-    With `pin_memory` they lie where a GPU can fetch them while it computes.
+    A step is a list of batches `[≤ B, 2]`: places among the `chosen` pairs, one for the input and one for the target.
+    `pin_memory`: in memory that a GPU can fetch while it computes.
     """
 
     def read(step: list[Tensor]) -> list[Batch]:
@@ -122,3 +125,11 @@ def read_ahead(
         return tuple(x.pin_memory() for x in batch) if pin_memory else batch
 
     return prefetch(read, steps, threads=threads)
+
+
+def mix_noise(latents: Tensor, share: float) -> Tensor:
+    """√(1 − α²) · latents + α · noise of the same RMS, `[B, D, T]`: a clip keeps its level at every share α."""
+    if share == 0:
+        return latents
+    noise = torch.randn_like(latents) * rms(latents)[:, None, None]
+    return (1 - share**2) ** 0.5 * latents + share * noise

@@ -11,8 +11,7 @@ from lib.audio.files import save_audio
 from lib.codec.codec import Codec
 from lib.training.batches import evenly_spread
 from lib.training.learner import evaluating
-from lib.training.telemetry import Callback
-from lib.training.trainer import Trainer
+from lib.training.trainer import Callback, Trainer
 
 
 class DemoClips(Callback):
@@ -41,7 +40,7 @@ class DemoClips(Callback):
             folder.mkdir(exist_ok=True)
         for number, place in enumerate(evenly_spread(len(pairs), self.count).tolist()):
             latents = [clip[None].to(trainer.accelerator.device) for clip in pairs[place]]
-            with torch.inference_mode(), evaluating(trainer.learner.kept_model) as model:
+            with torch.inference_mode(), evaluating(trainer.learner.eval_model) as model:
                 outputs = (*latents, model(*latents).latents.float())
                 sounds = (self.codec.decode(x)[0].cpu() for x in outputs)
                 wavs = dict(zip(("input", "target", "output"), sounds, strict=True))

@@ -1,48 +1,44 @@
-"""How to train: every setting of the loop, its reason beside its default."""
+"""Every setting of a training, with the reason beside its default; those of the objective are in `losses`."""
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from lib.model.masks import MaskingConfig
-from lib.training.adversary import AdversaryConfig
-from lib.training.curriculum import CurriculumConfig
 from lib.training.losses import MASK_TERMS, LossConfig
 from lib.util.configs import check, check_counts, check_numbers, is_finite
 from lib.util.errors import UserError
 
 PRECISIONS = ("fp32", "bf16", "auto")
 SCHEDULES = ("constant", "cosine")
-LENGTH = ("epochs", "max_steps", "patience")  # a resumed run may be made longer or shorter
-WITHOUT_EFFECT = ("num_workers", "cpu_threads", "gather_every")  # on what a run computes: may change as well
-NESTED = {"loss": LossConfig, "curriculum": CurriculumConfig, "adversary": AdversaryConfig}
+LENGTH = ("epochs", "max_steps", "patience")  # may change on resuming: the run becomes longer or shorter
+WITHOUT_EFFECT = ("num_workers", "cpu_threads", "gather_every")  # on what a run computes, so these may change too
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What every training has, whatever it trains. It ends after `epochs`, `max_steps` or for lack of `patience`,
-    whichever comes first."""
+    """Settings of every training, whatever its model. It ends after `epochs`, after `max_steps` or when `patience` runs
+    out, whichever comes first."""
 
     epochs: int = 200
     max_steps: int | None = None
-    patience: int | None = None  # validations in a row without a lower loss, after which training ends; None: never
+    patience: int | None = None  # validations in a row without a new lowest loss that end training; None: never
     batch_size: int = 8  # pairs in each process's batch
-    accumulate: int = 1  # batches of each process to one step: a larger batch in the same memory
+    accumulate: int = 1  # batches of each process in one step: a larger batch in the same memory
     learning_rate: float = 1e-4
-    warmup_steps: int = 0  # in which the learning rate rises from 0
+    warmup_steps: int = 0  # during which the learning rate rises from 0
     schedule: str = "constant"  # 'cosine': down to 0 at the end of training
     weight_decay: float = 0.01
     clip: float | None = 10.0  # gradient norm above which gradients are scaled down; None: never
-    ema: float = 0.0  # decay of the averaged weights that are validated and kept; 0: no average
-    precision: str = "fp32"  # 'bf16': autocast; 'auto': that where the hardware computes in it, else fp32
+    ema: float = 0.0  # decay of the EMA weights, which are validated and saved; 0: no EMA
+    precision: str = "fp32"  # 'bf16': autocast; 'auto': bf16 if the hardware computes in it, else fp32
     checkpoint_every: int = 100  # steps between validations, each of which writes a checkpoint
-    max_train_pairs: int | None = None  # train on so many pairs at most, spread evenly over all; None: on all
-    max_val_pairs: int | None = None  # validate on so many pairs at most, spread likewise
-    num_workers: int = 1  # threads that read the data of the next steps; a fast GPU needs more than one
-    cpu_threads: int | None = None  # of torch where it computes on a CPU; None: its own choice. Small steps like one
-    gather_every: int = 1  # steps, or fewer where an epoch ends, between transfers of the metrics: a GPU waits in each
+    max_train_pairs: int | None = None  # train on at most this many pairs, spread evenly over all; None: on all
+    max_val_pairs: int | None = None  # validate on at most this many pairs, spread likewise
+    num_workers: int = 1  # threads that prefetch batches; a fast GPU needs more than one
+    cpu_threads: int | None = None  # of torch on a CPU; None: its own choice. Small steps are fastest with one
+    gather_every: int = 1  # steps between transfers of the metrics, for each of which a GPU waits
     compile: bool = False  # torch.compile: minutes at the start; measured slower on a CPU
     seed: int = 0
 
@@ -62,7 +58,7 @@ class LoopConfig:
 
     @property
     def max_norm(self) -> float:
-        """What gradients are clipped to; infinite where they never are."""
+        """The norm that gradients are clipped to; infinite if they never are."""
         return self.clip if self.clip is not None else math.inf
 
     @property
@@ -71,7 +67,7 @@ class LoopConfig:
         return 0.0
 
     def check_sizes(self, pairs: dict[str, int], processes: int = 1) -> None:
-        """`UserError` where there are too few pairs, by split, for one step of so many processes."""
+        """`UserError` if a split has no pairs, or too few for one step of so many processes."""
         for split, count in pairs.items():
             if count == 0:
                 raise UserError(f"the {split} split has no pairs; add music, or lower the clip length")
@@ -83,7 +79,7 @@ class LoopConfig:
             raise UserError(f"{parts} is more than the {available} training pairs; lower it")
 
     def memory_advice(self, clip_seconds: float) -> str:
-        """What to lower where memory runs out: batch, precision or clip length."""
+        """What to lower when memory runs out: batch, precision or clip length."""
         advice = []
         if self.batch_size > 1:
             half = math.ceil(self.batch_size / 2)
@@ -95,19 +91,47 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class CurriculumConfig:
+    """What makes the task harder over the epochs: growing noise, and targets taken from other pairs."""
+
+    noise_rate: float = 0.0  # growth of the noise share an epoch; 0: no noise
+    noise_ceiling: float = 0.3  # the share at which it stops growing
+    noise_start: int = 0  # epoch in which it is still 0
+    target_shuffling: float = 0.0  # share of the pairs of an epoch whose targets change places
+
+    def __post_init__(self):
+        check_numbers(self, "noise_rate")
+        check_numbers(self, "noise_ceiling", "target_shuffling", most=1)
+        check_counts(self, "noise_start", least=0)
+
+    def noise_share(self, epoch: float) -> float:
+        """α = min(ceiling, rate · epochs since the start), 0 before it."""
+        return min(self.noise_ceiling, self.noise_rate * max(0.0, epoch - self.noise_start))
+
+
+@dataclass(frozen=True)
+class AdversaryConfig:
+    """How the discriminator is trained. Without a learning rate there is none."""
+
+    discriminator_learning_rate: float | None = None
+    discriminator_warmup: int = 0  # steps in which it is trained, but the model's loss does not use it yet
+
+    def __post_init__(self):
+        if self.discriminator_learning_rate is not None:
+            check_numbers(self, "discriminator_learning_rate", above=0)
+        check_counts(self, "discriminator_warmup", least=0)
+
+
+@dataclass(frozen=True)
 class TrainConfig(LoopConfig):
     """How to train the fusion model."""
 
-    agent_learning_rate: float | None = None  # of the mask generator, which has no residual to start from; None: same
+    agent_learning_rate: float | None = None  # of the mask generator, without a residual to start from; None: the same
     loss: LossConfig = field(default_factory=LossConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
 
     def __post_init__(self):
-        for name, cls in NESTED.items():
-            value = getattr(self, name)
-            if isinstance(value, dict):
-                object.__setattr__(self, name, _partly(cls, name, value))
         super().__post_init__()
         if self.agent_learning_rate is not None:
             check_numbers(self, "agent_learning_rate", above=0)
@@ -122,24 +146,15 @@ class TrainConfig(LoopConfig):
         return self.curriculum.target_shuffling
 
     def check_masking(self, masking: MaskingConfig) -> None:
-        """`UserError` where a term on masks has a weight and there are no masks."""
+        """`UserError` if a term on masks has a weight and there are no masks."""
         if masking.masking == "none" and (terms := self.loss.weighted(MASK_TERMS)):
             raise UserError(f"{terms[0]}_weight needs masks: set masking='learned', or the weight to 0")
 
 
-def _partly(cls: type, name: str, values: dict[str, Any]) -> Any:
-    try:
-        return cls(**values)
-    except TypeError:
-        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
-        known = ", ".join(cls.__dataclass_fields__)
-        raise UserError(f"{name}: unknown {', '.join(unknown)}; choose from {known}") from None
-
-
 def resolved_precision(precision: str) -> str:
-    """'fp32' or 'bf16'; for 'auto' what this machine's matrix products are fast in."""
+    """'fp32' or 'bf16'; for 'auto' the one in which this machine multiplies matrices fast."""
     if precision != "auto":
         return precision
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+    return "bf16" if torch.cpu.get_capabilities().get("amx_tile") else "fp32"

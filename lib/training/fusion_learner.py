@@ -1,31 +1,44 @@
-"""What is learned of fusing: the model's loss, noise and discriminator, and what a step reports of its stages.
+"""Training the fusion model: its loss, noise and discriminator, the metrics of its stages, and `train`.
 
 Legend: B batch, D latent channels, T frames.
 """
 
 import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lib.codec.codec import Codec
+from lib.data.latents import LatentPairs
 from lib.model.cascade import CascadeConfig
 from lib.model.discriminator import Discriminator
 from lib.model.fusion import Fusion, FusionModel
 from lib.model.masks import MaskingConfig, complementarity
 from lib.training.adversary import Adversary
-from lib.training.config import TrainConfig
-from lib.training.curriculum import mix_noise, noise_share
-from lib.training.learner import Batch, Learner, Moment
+from lib.training.batches import Batch, Pairs, mix_noise
+from lib.training.config import LENGTH, WITHOUT_EFFECT, TrainConfig, resolved_precision
+from lib.training.distributed import open_accelerator
+from lib.training.learner import Learner, Losses, StepInfo
 from lib.training.losses import Decode, total_loss
+from lib.training.run import Run
+from lib.training.trainer import Callback, Trainer
+from lib.util.configs import from_fields
+from lib.util.errors import UserError
+from lib.util.provenance import code_fingerprint
 
-FACTOR_WARNING = 1.3  # seed 001 calls a scale factor above it a warning sign
+logger = logging.getLogger(__name__)
+
+SCALE_WARNING = 1.3  # seed 001 calls a scale above it a warning sign
 
 
 class FusionLearner(Learner):
-    """The fusion model in training, on batches of (input, target) latents `[B, D, T]`. Its discriminator takes the
-    clean latents of both clips for real."""
+    """The fusion model in training, on batches of (input, target) latents `[B, D, T]`. To its discriminator the clean
+    latents of both clips are real."""
 
     batch_names = ("input latents", "target latents")
 
@@ -41,17 +54,14 @@ class FusionLearner(Learner):
         model = FusionModel(cascade, masking)
         adversary = None
         if config.adversary.discriminator_learning_rate is not None:
-            spectral_norm = config.adversary.discriminator_spectral_norm
-            discriminator = Discriminator(cascade.latent_dim, spectral_norm=spectral_norm)
+            discriminator = Discriminator(cascade.latent_dim)
             adversary = Adversary(config.adversary, discriminator, config.max_norm, accelerator)
         super().__init__(config, model, parameter_groups(model, config), accelerator, adversary)
 
-    def loss(
-        self, model: nn.Module, batch: Batch, moment: Moment | None = None
-    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]:
+    def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
         input, target = batch
-        noise = noise_share(moment.epoch, self.config.curriculum) if moment else 0.0
-        critic = self.adversary.critic(moment.step) if moment and self.adversary else None
+        noise = self.config.curriculum.noise_share(info.epoch) if info else 0.0
+        critic = self.adversary.critic(info.step) if info and self.adversary else None
         with self.autocast():
             fusion: Fusion = model(mix_noise(input, noise), mix_noise(target, noise))
         output = fusion.latents.float()
@@ -65,8 +75,8 @@ class FusionLearner(Learner):
             critic=critic,
             random_window=model.training,
         )
-        told_apart = (output, torch.cat([input, target])) if self.adversary else None
-        return loss, step_metrics(terms, fusion), told_apart
+        fake_and_real = (output, torch.cat([input, target])) if self.adversary else None
+        return loss, step_metrics(terms, fusion), fake_and_real
 
     def parts(self, model: FusionModel) -> dict[str, nn.Module]:
         """'stage1/output_projection' and the like, and the mask generator."""
@@ -76,17 +86,18 @@ class FusionLearner(Learner):
             parts["mask_generator"] = model.mask_generator
         return parts
 
-    def facts(self, moment: Moment) -> dict[str, Any]:
+    def facts(self, info: StepInfo) -> dict[str, Any]:
         curriculum = self.config.curriculum
-        return {"noise_share": noise_share(moment.epoch, curriculum)} if curriculum.noise_rate else {}
+        return {"noise_share": curriculum.noise_share(info.epoch)} if curriculum.noise_rate else {}
 
     def warnings(self, row: dict[str, Any]) -> dict[int, str]:
-        """A message for every stage that wants a large factor."""
-        wanted = {stage: row[f"stage{stage}/target_scale"] for stage in range(len(self.plain_model.cascade.stages))}
+        """A message for every stage with a large target scale."""
+        stages = range(len(self.unwrapped_model.cascade.stages))
+        scales = {stage: row[f"stage{stage}/target_scale"] for stage in stages}
         return {
-            stage: f"stage {stage} wants the factor {factor:.2f}, above {FACTOR_WARNING}"
-            for stage, factor in wanted.items()
-            if factor > FACTOR_WARNING
+            stage: f"stage {stage} has a target scale of {scale:.2f}, above {SCALE_WARNING}"
+            for stage, scale in scales.items()
+            if scale > SCALE_WARNING
         }
 
 
@@ -101,8 +112,8 @@ def parameter_groups(model: FusionModel, config: TrainConfig) -> list[dict[str, 
 
 @torch.no_grad()
 def step_metrics(terms: dict[str, Tensor], fusion: Fusion) -> dict[str, Tensor]:
-    """The loss terms, the masks' complementarity, and the batch means of every stage's trace, by the names that
-    metrics.jsonl uses."""
+    """The loss terms, the masks' complementarity, and the batch means of every stage's trace, by their names in
+    metrics.jsonl."""
     metrics = {f"loss/{name}": value for name, value in terms.items()}
     if fusion.masks is not None:
         metrics["masks/complementarity"] = complementarity(fusion.masks).mean()
@@ -110,3 +121,75 @@ def step_metrics(terms: dict[str, Tensor], fusion: Fusion) -> dict[str, Tensor]:
         for trace_field in dataclasses.fields(trace):
             metrics[f"stage{stage}/{trace_field.name}"] = getattr(trace, trace_field.name).mean()
     return metrics
+
+
+# --- a whole training ------------------------------------------------------------------------------------------------
+
+
+def train(
+    out_dir: str | Path,
+    index: str | Path,
+    codec: Codec,
+    cascade: CascadeConfig,
+    config: TrainConfig,
+    masking: MaskingConfig | None = None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+) -> Run:
+    """Train a fusion model on the latents of `index` and return its run directory.
+
+    With `resume`, a run in `out_dir` resumes from its last checkpoint, bit for bit on a CPU. Only its length, the
+    number of processes, and how data are read and metrics gathered may have changed; another config or other data is
+    refused, and a run that other code finished is trained again. Without `resume` a new run starts. Ctrl-C and SIGTERM
+    save a checkpoint and raise `KeyboardInterrupt`. Under a launcher every process calls this, and all return.
+    """
+    masking = masking or MaskingConfig()
+    config = dataclasses.replace(config, precision=resolved_precision(config.precision))
+    settings = {
+        "cascade": cascade.to_dict(),
+        "masking": dataclasses.asdict(masking),
+        "train": dataclasses.asdict(config),
+        "codec": {"name": codec.name, "fingerprint": codec.fingerprint},
+        "data": Path(index).stem,  # names the pairs by their content
+    }
+    config.check_masking(masking)
+    if config.loss.anti_modulation == "log" and config.loss.anti_modulation_weight:
+        logger.warning("anti_modulation='log' has no bound: it is infinite where an output's envelope is a source's")
+    pairs = {split: LatentPairs(index, split, codec_fingerprint=codec.fingerprint) for split in ("train", "val")}
+    accelerator = open_accelerator()
+    config.check_sizes({split: len(found) for split, found in pairs.items()}, accelerator.num_processes)
+    if cascade.latent_dim != codec.dim:
+        raise UserError(f"latent_dim={cascade.latent_dim} does not fit codec {codec.name}; use {codec.dim}")
+    with accelerator.main_process_first():  # it creates the run that the others open
+        run = Run.start(
+            out_dir,
+            settings,
+            resume=resume or not accelerator.is_main_process,
+            free={"train": LENGTH + WITHOUT_EFFECT},
+            code=[code_fingerprint("lib.training.fusion_learner")[:16]],
+        )
+    if isinstance(codec, nn.Module):  # a codec with weights decodes on the training's device
+        codec.to(accelerator.device)
+    try:
+        fusion_trainer(run, pairs, codec.decode, callbacks).run_to_end(progress=progress)
+    finally:
+        if isinstance(codec, nn.Module):
+            codec.to("cpu")
+    accelerator.wait_for_everyone()
+    return run
+
+
+def fusion_trainer(
+    run: Run, pairs: dict[str, Pairs], decode: Decode | None = None, callbacks: Sequence[Callback] = ()
+) -> Trainer:
+    """The trainer of the fusion model that a run's config describes."""
+    config = from_fields(TrainConfig, run.config["train"])
+
+    def make_learner(accelerator: Accelerator) -> FusionLearner:
+        cascade = CascadeConfig.from_dict(run.config["cascade"])
+        masking = from_fields(MaskingConfig, run.config["masking"])
+        return FusionLearner(config, cascade, masking, accelerator, decode)
+
+    return Trainer(run, config, pairs, make_learner, callbacks)

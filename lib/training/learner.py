@@ -1,44 +1,58 @@
-"""One optimizer step, from a batch to new weights, that never waits for what a tensor holds.
+"""One training step of any model, from its batches to its new weights.
 
-A GPU is busy as long as the host runs ahead of it. So a step's metrics stay tensors until somebody gathers them, and a
-loss or gradient that is not finite holds the weights still by a flag that the fused optimizer reads on the device.
+    train_step(batches):
+        for batch in batches:
+            loss, metrics, (fake, real) = self.loss(model, batch)    # FusionLearner: noise, forward pass, all terms
+            backward(loss · the batch's share of the step)           # processes sum their gradients in the last one
+        clip the gradients
+        failed |= loss or gradient is not finite, in any process
+        optimizer.step(), which skips the update if failed
+        update_ema(ema_model, model)
+        adversary.train_step(all (fake, real), failed)               # its own loss, gradients and optimizer
+
+A GPU is busy as long as the host runs ahead of it, so a step never waits for the value of a tensor: its metrics stay on
+the device until the trainer gathers them, and so does `failed`, which the fused optimizer reads there.
 """
 
 import contextlib
 import copy
-from collections.abc import Hashable, Iterator, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from lib.training.adversary import Adversary
+from lib.training.batches import Batch
 from lib.training.config import LoopConfig
 from lib.training.nonfinite import not_finite
-from lib.training.optimization import learning_rate_factor, move_average
-from lib.training.telemetry import gradient_norms
 
-Batch = tuple[Tensor, Tensor]  # the first and the second of its pairs, [B, …] each
+if TYPE_CHECKING:  # it builds on the functions below
+    from lib.training.adversary import Adversary
+
+Losses = tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]  # loss, metrics, (fake, real)
 
 
 @dataclass(frozen=True)
-class Moment:
-    """When in a training a step is taken."""
+class StepInfo:
+    """Where in a training a step is."""
 
     step: int  # from 0
-    epoch: int  # from 0
+    epoch: int = 0  # from 0
+    progress: float = 0.0  # how much of the training is done, 0 to 1
 
 
 class Learner:
-    """A model in training with all that learns beside it: optimizer, averaged weights, discriminator.
+    """A model in training with its optimizer, EMA weights and discriminator.
 
-    A subclass says what is learned: `loss`, and what is particular about its reports. `groups` are the optimizer's
-    parameter groups, each with its full learning rate as 'full_lr'.
+    A subclass defines `loss`, and what its reports contain. `groups` are the optimizer's parameter groups, each with
+    its full learning rate as 'full_lr'.
     """
 
-    batch_names: tuple[str, ...] = ("input", "target")  # of a batch's tensors, where one of them is not finite
+    batch_names: tuple[str, ...] = ("input", "target")  # of a batch's tensors, for the report of a non-finite one
 
     def __init__(
         self,
@@ -46,26 +60,23 @@ class Learner:
         model: nn.Module,
         groups: list[dict[str, Any]],
         accelerator: Accelerator,
-        adversary: Adversary | None = None,
+        adversary: "Adversary | None" = None,
     ):
         self.config, self.accelerator, self.adversary = config, accelerator, adversary
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-        self.average = copy.deepcopy(model).to(accelerator.device) if config.ema else None
+        self.ema_model = copy.deepcopy(model).to(accelerator.device) if config.ema else None
         if config.compile:
             model.compile(fullgraph=True)  # a part that cannot be compiled is an error, not a slow step
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.failed = torch.zeros((), device=accelerator.device)  # 1 from the first step on that was not finite
+        self.failed = torch.zeros((), device=accelerator.device)  # 1 from the first non-finite step on
 
-    # --- what a subclass says ------------------------------------------------------------------------------------
+    # --- defined by subclasses -----------------------------------------------------------------------------------
 
-    def loss(
-        self, model: nn.Module, batch: Batch, moment: Moment | None = None
-    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]:
-        """Loss and metrics of a batch on the device, and what the discriminator is to tell apart: (made, real), or None
-        where it is not to learn from it.
+    def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
+        """Loss and metrics of a batch on the device, and the discriminator's samples: (fake, real), or None.
 
-        `model` may be what a launcher wraps the model in: it is to be called, and none of its parts. `moment` is that
-        of the step; None in validation, which must not depend on it: no noise, no critic.
+        `model` may be wrapped by a launcher, so call it and use none of its parts. `info` is None in validation, which
+        must not depend on the step: no noise, no critic.
         """
         raise NotImplementedError
 
@@ -73,67 +84,129 @@ class Learner:
         """The parts of the model whose gradient norms are reported, by name."""
         return {name: part for name, part in model.named_children() if any(True for _ in part.parameters())}
 
-    def facts(self, moment: Moment) -> dict[str, Any]:
-        """What the host knows of a step before it is taken, for its row."""
+    def facts(self, info: StepInfo) -> dict[str, Any]:
+        """Values for a step's row that are known before the step."""
         return {}
 
     def warnings(self, row: dict[str, Any]) -> dict[Hashable, str]:
-        """Signs of trouble in a step's row. Of each key, the first message of a training is logged."""
+        """Signs of trouble in a step's row. For each key, only a training's first message is logged."""
         return {}
 
-    # --- what is the same for all --------------------------------------------------------------------------------
+    # --- the same for all ----------------------------------------------------------------------------------------
 
     @property
-    def plain_model(self) -> nn.Module:
-        """The model in training, out of what the launcher wraps it in."""
+    def unwrapped_model(self) -> nn.Module:
+        """The model in training, without the launcher's wrapper."""
         return self.accelerator.unwrap_model(self.model)
 
     @property
-    def kept_model(self) -> nn.Module:
-        """The one that is validated and kept: the averaged weights where there are any."""
-        return self.plain_model if self.average is None else self.average
+    def eval_model(self) -> nn.Module:
+        """The model to evaluate and to save: with the EMA weights, if there are any."""
+        return self.unwrapped_model if self.ema_model is None else self.ema_model
 
     def autocast(self) -> torch.autocast:
-        """bf16 where the config says so: for a model's pass, not for its loss."""
+        """bf16 where the config says so: for a model's forward pass, not for its loss."""
         enabled = self.config.precision == "bf16"
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
 
-    def learn(self, step: int, batches: Sequence[Batch], *, progress: float, epoch: int = 0) -> dict[str, Tensor]:
-        """Optimizer step number `step` (from 0) on one batch or several, of a training that is done to `progress`.
+    def train_step(self, batches: Sequence[Batch], info: StepInfo) -> dict[str, Tensor]:
+        """One optimizer step on one batch or several. Returns its metrics as scalars on the device.
 
-        Returns its metrics as scalars on the device. Where loss or gradient is not finite, in whichever process, model
-        and discriminator keep their weights, in this step and in all that follow.
+        From the first step on whose loss or gradient is not finite, in any process, model and discriminator skip every
+        update.
         """
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = group["full_lr"] * learning_rate_factor(step, progress, self.config)
+            group["lr"] = group["full_lr"] * learning_rate_factor(info, self.config)
+        samples = []  # (fake, real) of each batch
+
+        def loss_and_metrics(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, metrics, fake_and_real = self.loss(self.model, batch, info)
+            if fake_and_real is not None:
+                samples.append(tuple(x.detach() for x in fake_and_real))
+            return loss, {"loss": loss} | metrics
+
         self.optimizer.zero_grad(set_to_none=True)
-        moment = Moment(step, epoch)
-        sums: dict[str, Tensor] = {}
-        pairs = []
-        for i, batch in enumerate(batches):
-            weight = len(batch[0]) / sum(len(b[0]) for b in batches)
-            with self.accelerator.no_sync(self.model) if i + 1 < len(batches) else contextlib.nullcontext():
-                loss, terms, told_apart = self.loss(self.model, batch, moment)
-                self.accelerator.backward(loss * weight if weight < 1 else loss)
-            for name, value in ({"loss": loss} | terms).items():
-                sums[name] = sums.get(name, 0) + weight * value.detach()
-            if told_apart is not None:
-                pairs.append(tuple(samples.detach() for samples in told_apart))
-        shares = gradient_norms(self.parts(self.plain_model))
+        means = accumulate_gradients(self.accelerator, self.model, batches, loss_and_metrics)
+        part_norms = gradient_norms(self.parts(self.unwrapped_model))
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_norm)
-        metrics = {"loss": sums.pop("loss"), "grad_norm": grad_norm} | shares | sums
+        metrics = {"loss": means.pop("loss"), "grad_norm": grad_norm} | part_norms | means
         bad = torch.maximum(not_finite(metrics["loss"]), not_finite(grad_norm))
-        if self.accelerator.num_processes > 1:  # all hold still or none
-            bad = self.accelerator.reduce(bad, "sum").clamp(max=1)
+        bad = self.accelerator.reduce(bad, "sum").clamp(max=1)  # all processes skip the update, or none
         self.failed = torch.maximum(self.failed, bad)
-        self.optimizer.optimizer.found_inf = self.failed  # what a gradient scaler would set: 1 leaves the weights alone
-        self.optimizer.step()
-        if self.average is not None:
-            move_average(self.average, self.plain_model, self.config.ema, step)
-        if self.adversary is not None and pairs:
-            metrics |= self.adversary.learn(step, pairs, self.failed)
+        step_unless(self.failed, self.optimizer)
+        if self.ema_model is not None:
+            update_ema(self.ema_model, self.unwrapped_model, self.config.ema, info.step)
+        if self.adversary is not None and samples:
+            metrics |= self.adversary.train_step(samples, self.failed)
         return metrics
+
+
+# --- parts of a step -------------------------------------------------------------------------------------------------
+
+
+def learning_rate_factor(info: StepInfo, config: LoopConfig) -> float:
+    """Share of the full learning rate: warm-up times schedule. A function of the step, so resuming restores nothing."""
+    factor = min(1.0, (info.step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    return factor * (1 + math.cos(math.pi * info.progress)) / 2 if config.schedule == "cosine" else factor
+
+
+def accumulate_gradients(
+    accelerator: Accelerator,
+    model: nn.Module,
+    batches: Sequence[tuple[Tensor, ...]],
+    loss_and_metrics: Callable[[tuple[Tensor, ...]], tuple[Tensor, dict[str, Tensor]]],
+) -> dict[str, Tensor]:
+    """Add the gradients of the mean loss over all clips of the batches; returns the metrics' means over them."""
+    total = sum(len(batch[0]) for batch in batches)
+    means: dict[str, Tensor] = {}
+    for i, batch in enumerate(batches):
+        share = len(batch[0]) / total
+        with accelerator.no_sync(model) if i + 1 < len(batches) else contextlib.nullcontext():
+            loss, metrics = loss_and_metrics(batch)
+            accelerator.backward(loss * share)
+        for name, value in metrics.items():
+            means[name] = means.get(name, 0) + share * value.detach()
+    return means
+
+
+@torch.no_grad()
+def gradient_norms(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Gradient norm of every part of a model before clipping, as 'grad_norm/stage1/output_projection'."""
+    norms = {}
+    for name, part in parts.items():
+        if grads := [p.grad for p in part.parameters() if p.grad is not None]:
+            norms[f"grad_norm/{name}"] = torch.nn.utils.get_total_norm(grads)
+    return norms
+
+
+def step_unless(failed: Tensor, optimizer: Any) -> None:
+    """Step a fused optimizer, as accelerate wraps it; it skips the update where `failed` is 1."""
+    # Private, set by torch's GradScaler. No public API skips an update without the host waiting for the flag.
+    optimizer.optimizer.found_inf = failed
+    optimizer.step()
+
+
+@torch.no_grad()
+def update_ema(ema_model: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move the EMA weights towards the model's. The decay is smaller in the first steps, or the initial weights would
+    dominate for long. Statistics of batch norms are averages already, and are copied."""
+    decay = min(decay, (1 + step) / (10 + step))
+    get_ema_multi_avg_fn(decay)(list(ema_model.parameters()), list(model.parameters()), step)
+    for ema_module, module in zip(ema_model.modules(), model.modules(), strict=True):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            for averaged, current in zip(ema_module.buffers(), module.buffers(), strict=True):
+                averaged.copy_(current)
+
+
+def to_floats(values: dict[Hashable, Tensor], accelerator: Accelerator | None = None) -> dict[Hashable, float]:
+    """Scalars on the host, in one transfer; with an accelerator, their means over its processes."""
+    if not values:
+        return {}
+    stacked = torch.stack([value.detach().float() for value in values.values()])
+    if accelerator is not None:
+        stacked = accelerator.reduce(stacked, "mean")
+    return dict(zip(values, stacked.tolist(), strict=True))
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from lib.util.configs import check, is_finite
 from lib.util.errors import UserError
 
 ANTI_MODULATIONS = ("squared", "log")
-NOVELTY_THRESHOLD = 0.7  # cosine above which an output is called a copy
+NOVELTY_THRESHOLD = 0.7  # cosine above which an output counts as a copy
 SHORTEST_WINDOW = 0.1  # seconds: 8 frames, more than half of the longest window of the terms on sound
 STFT_SIZES = (512, 1024, 2048)  # samples
 OUTLIER_DEVIATIONS = 3.0  # above a band's mean in the sources, in its standard deviations
@@ -31,24 +31,24 @@ Critic = Callable[[Tensor], Tensor]  # latents [B, D, T] → logits [B], positiv
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the terms; 0 leaves a term out, and with it what only that term needs."""
+    """Weights of the terms. A term with weight 0 is not computed, nor is anything that only it needs."""
 
     # on latents
     input_weight: float = 0.3  # pulls the output towards the input latents ...
-    target_weight: float = 0.3  # ... and as strongly towards the target's: neither source is to win by default
+    target_weight: float = 0.3  # ... and as strongly towards the target's: neither source should win by default
     input_rms_weight: float = 0.0  # the same two pulls by the root of the squared error, whose gradient does not grow
     target_rms_weight: float = 0.0  # with the error
     novelty_weight: float = 0.0  # against an output whose cosine with a source is above 0.7
-    adversarial_weight: float = 0.0  # towards what the discriminator takes for music
-    # on sound: these decode
+    adversarial_weight: float = 0.0  # towards latents that the discriminator takes for real
+    # on decoded sound
     stft_weight: float = 0.0  # distance to both sources' spectra, in several resolutions
     mel_weight: float = 0.0  # the same on the mel scale
     rhythm_weight: float = 0.0  # the input's onsets ...
     harmony_weight: float = 0.0  # ... with the target's pitch classes
-    anti_modulation_weight: float = 0.0  # against an output that takes over the sources' loudness curve
-    anti_modulation: str = "squared"  # 'log' has no bound: value and gradient grow without end towards |corr| = 1
-    outlier_weight: float = 0.0  # against mel bands far louder than either source ever has them
-    window_seconds: float | None = 2.0  # of every clip is decoded, at random in training; None: all of it
+    anti_modulation_weight: float = 0.0  # against an output that copies the sources' loudness curve
+    anti_modulation: str = "squared"  # 'log' has no bound: value and gradient grow without limit towards |corr| = 1
+    outlier_weight: float = 0.0  # against mel bands far louder than in either source
+    window_seconds: float | None = 2.0  # part of every clip that is decoded, at random in training; None: all of it
     # on masks
     overlap_weight: float = 0.0
     coverage_weight: float = 0.0
@@ -69,17 +69,13 @@ class LossConfig:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weights by their fields' names."""
+        """The weights by the names of their fields."""
         names = (field.name for field in dataclasses.fields(self))
         return {name: getattr(self, name) for name in names if name.endswith("_weight")}
 
     def weighted(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of the terms whose weight is not 0."""
+        """The terms among `names` whose weight is not 0."""
         return tuple(name for name in names if getattr(self, f"{name}_weight"))
-
-
-SOUND_TERMS = ("stft", "mel", "rhythm", "harmony", "anti_modulation", "outlier")
-MASK_TERMS = ("overlap", "coverage", "balance", "temporal_diversity")
 
 
 # --- latents ---------------------------------------------------------------------------------------------------------
@@ -93,7 +89,7 @@ def latent_mse(output: Tensor, reference: Tensor) -> Tensor:
 def rms_error(output: Tensor, reference: Tensor) -> Tensor:
     """Root of each clip's mean squared error over (D, T), `[B, D, T]` twice → mean over clips, in latent units.
 
-    Its gradient has the same length however large the error is; that of `latent_mse` grows with the error.
+    Its gradient has the same length for errors of every size, while the gradient of `latent_mse` grows with the error.
     """
     return ((output - reference).square().mean(dim=(1, 2)) + 1e-8).sqrt().mean()
 
@@ -108,9 +104,9 @@ def adversarial(logits: Tensor) -> Tensor:
     return -logits.mean()
 
 
-def discriminator_hinge(real: Tensor, made: Tensor) -> Tensor:
-    """The discriminator's side: it wants logits `[B]` above 1 for music and below −1 for what was made."""
-    return F.relu(1 - real).mean() + F.relu(1 + made).mean()
+def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's side: it wants logits `[B]` above 1 for real samples and below −1 for fake ones."""
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
 # --- sound -----------------------------------------------------------------------------------------------------------
@@ -121,9 +117,9 @@ def stft_distance(output: Sound, source: Sound) -> Tensor:
     (Yamamoto et al. 2020, arXiv 1910.11480), and over clips. More than 1024 samples."""
     distances = []
     for size in STFT_SIZES:
-        made, wanted = output.magnitudes(size), source.magnitudes(size)  # [B, bins, F]
-        convergence = torch.linalg.matrix_norm(made - wanted) / torch.linalg.matrix_norm(wanted)
-        distances.append(convergence.mean() + (made.log() - wanted.log()).abs().mean())
+        x, y = output.magnitudes(size), source.magnitudes(size)  # [B, bins, F]
+        convergence = torch.linalg.matrix_norm(x - y) / torch.linalg.matrix_norm(y)
+        distances.append(convergence.mean() + (x.log() - y.log()).abs().mean())
     return sum(distances) / len(distances)
 
 
@@ -166,27 +162,43 @@ def spectral_outliers(output: Sound, input: Sound, target: Sound) -> Tensor:
 
 
 def overlap(masks: Masks) -> Tensor:
-    """Mean of m_in · m_tgt: 0 where no place is taken from both, 0.25 for two masks of 0.5. 1 − complementarity."""
+    """Mean of m_in · m_tgt, 1 − complementarity: 0 if nothing is taken from both clips, 0.25 for two masks of 0.5."""
     return (masks.input * masks.target).mean()
 
 
 def coverage(masks: Masks) -> Tensor:
-    """Mean square of what both masks together lack of 1: 0 where every place has a source."""
+    """Mean square of the amount by which both masks together stay below 1: 0 if every place has a source."""
     return (1 - masks.input - masks.target).relu().square().mean()
 
 
 def balance(masks: Masks) -> Tensor:
-    """Squared distance of each mask's mean over (D, T) from 0.5, summed, mean over clips: neither clip is to win."""
+    """Squared distance of each mask's mean over (D, T) from 0.5, summed, mean over clips: neither clip should win."""
     return sum((mask.mean(dim=(1, 2)) - 0.5).square().mean() for mask in masks)
 
 
 def temporal_diversity(masks: Masks) -> Tensor:
-    """1 − twice the deviation of each channel's mask over time, mean over channels and both masks: 1 for masks that
-    stand still, 0 for masks that are 0 half of the time and 1 in the other."""
+    """1 − twice the standard deviation of each channel's mask over time, mean over channels and both masks: 1 for
+    constant masks, 0 for masks that are 0 half of the time and 1 the other half."""
     return 1 - sum((mask.var(dim=2, correction=0) + 1e-8).sqrt().mean() for mask in masks)
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------
+
+ON_SOUND: dict[str, Callable[[Sound, Sound, Sound, LossConfig], Tensor]] = {  # of output, input and target
+    "stft": lambda y, a, b, config: (stft_distance(y, a) + stft_distance(y, b)) / 2,
+    "mel": lambda y, a, b, config: (mel_distance(y, a) + mel_distance(y, b)) / 2,
+    "rhythm": lambda y, a, b, config: rhythm(y, a),
+    "harmony": lambda y, a, b, config: harmony(y, b),
+    "anti_modulation": lambda y, a, b, config: sum(anti_modulation(y, x, config.anti_modulation) for x in (a, b)),
+    "outlier": lambda y, a, b, config: spectral_outliers(y, a, b),
+}
+ON_MASKS = {
+    "overlap": overlap,
+    "coverage": coverage,
+    "balance": balance,
+    "temporal_diversity": temporal_diversity,
+}
+SOUND_TERMS, MASK_TERMS = tuple(ON_SOUND), tuple(ON_MASKS)
 
 
 def total_loss(
@@ -202,58 +214,37 @@ def total_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum for latents `[B, D, T]`, and every term before weighting, by name.
 
-    The two squared errors are always among the terms: runs of different objectives compare by them. Terms on sound need
-    `decode`, those on masks `masks` (`ValueError` without); the adversarial term is left out as long as there is no
-    `critic`. The window that is decoded is drawn from torch's generator if `random_window`, else it is the middle.
+    The two squared errors are always among the terms, so that runs with different objectives can be compared. Terms on
+    sound need `decode`, terms on masks `masks` (`ValueError` without); without a `critic` the adversarial term is left
+    out. The decoded window is drawn from torch's generator with `random_window`, otherwise it is the middle.
     """
     terms = {"input_mse": latent_mse(output, input), "target_mse": latent_mse(output, target)}
     weights = {"input_mse": config.input_weight, "target_mse": config.target_weight}
-    both = (("input", input), ("target", target))
-    for name, source in both:
-        if getattr(config, f"{name}_rms_weight"):
-            terms[f"{name}_rms"] = rms_error(output, source)
+    if config.input_rms_weight:
+        terms["input_rms"] = rms_error(output, input)
+    if config.target_rms_weight:
+        terms["target_rms"] = rms_error(output, target)
     if config.novelty_weight:
-        terms["novelty"] = sum(novelty(output, source) for _, source in both)
+        terms["novelty"] = novelty(output, input) + novelty(output, target)
     if config.adversarial_weight and critic is not None:
         terms["adversarial"] = adversarial(critic(output))
-    terms |= _sound_terms(output, input, target, config, decode, random_window)
-    for name in config.weighted(MASK_TERMS):
+    if on_sound := config.weighted(SOUND_TERMS):
+        if decode is None:
+            raise ValueError(f"{on_sound[0]}_weight needs sound: give total_loss the codec's decode")
+        start, end = _window(output.shape[2], config.window_seconds, random_window)
+        sounds = [Sound(decode(x[..., start:end])) for x in (output, input.detach(), target.detach())]
+        terms |= {name: ON_SOUND[name](*sounds, config) for name in on_sound}
+    if on_masks := config.weighted(MASK_TERMS):
         if masks is None:
-            raise ValueError(f"{name}_weight needs masks: give the model a masking")
-        terms[name] = {
-            "overlap": overlap,
-            "coverage": coverage,
-            "balance": balance,
-            "temporal_diversity": temporal_diversity,
-        }[name](masks)
+            raise ValueError(f"{on_masks[0]}_weight needs masks: give the model a masking")
+        terms |= {name: ON_MASKS[name](masks) for name in on_masks}
     weights |= {name: getattr(config, f"{name}_weight") for name in terms if name not in weights}
     return sum(weights[name] * term for name, term in terms.items()), terms
 
 
-def _sound_terms(
-    output: Tensor, input: Tensor, target: Tensor, config: LossConfig, decode: Decode | None, random_window: bool
-) -> dict[str, Tensor]:
-    names = config.weighted(SOUND_TERMS)
-    if not names:
-        return {}
-    if decode is None:
-        raise ValueError(f"{names[0]}_weight needs sound: give total_loss the codec's decode")
-    start, end = _window(output.shape[2], config.window_seconds, random_window)
-    output, input, target = (Sound(decode(x[..., start:end])) for x in (output, input.detach(), target.detach()))
-    terms = {
-        "stft": lambda: (stft_distance(output, input) + stft_distance(output, target)) / 2,
-        "mel": lambda: (mel_distance(output, input) + mel_distance(output, target)) / 2,
-        "rhythm": lambda: rhythm(output, input),
-        "harmony": lambda: harmony(output, target),
-        "anti_modulation": lambda: sum(anti_modulation(output, x, config.anti_modulation) for x in (input, target)),
-        "outlier": lambda: spectral_outliers(output, input, target),
-    }
-    return {name: terms[name]() for name in names}
-
-
 def _window(frames: int, seconds: float | None, random: bool) -> tuple[int, int]:
-    """First and last frame of the window to decode."""
+    """Start and end frame of the window to decode."""
     length = frames if seconds is None else min(frames, max(1, round(seconds * SAMPLE_RATE / HOP)))
-    room = frames - length
-    start = int(torch.randint(room + 1, ())) if random and room else room // 2
+    latest = frames - length
+    start = int(torch.randint(latest + 1, ())) if random and latest else latest // 2
     return start, start + length

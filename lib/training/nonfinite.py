@@ -1,7 +1,7 @@
-"""Where a NaN or an infinity appeared first: what a training that must stop has to say."""
+"""Where a NaN or an infinity appeared first: the report of a training that must stop."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +21,56 @@ class NonFiniteError(RuntimeError):
         super().__init__(f"non-finite value at step {step}, {where}, first in {tensor}; {kept}")
 
 
-def find_non_finite(
-    model: nn.Module, tensors: Mapping[str, Tensor], forward: Callable[[], Tensor]
-) -> tuple[int | None, str]:
-    """The stage (None: outside the stages) and the first tensor that is not finite, in the order of computation.
+def not_finite(x: Tensor) -> Tensor:
+    """1 for each element that is NaN or infinite, else 0; stays on the device."""
+    return (~x.isfinite()).float()
 
-    Looks at the batch's tensors by name, at the parameters, then repeats the pass: `forward()` must return the loss,
-    under the same random numbers each time it is called. Gradients are watched as the backward pass makes them.
+
+def find_non_finite(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, ...]],
+    names: Sequence[str],
+    forward: Callable[[tuple[Tensor, ...]], Tensor],
+) -> tuple[int | None, str] | None:
+    """The stage (None: outside the stages) and the first tensor of a step that is not finite, in the order of
+    computation; None without batches. `names` are those of a batch's tensors.
+
+    `forward(batch)` must return the loss, under the same random numbers each time it is called.
     """
+    found = None
+    for batch in batches:
+        found = _find_in_batch(model, dict(zip(names, batch, strict=True)), lambda batch=batch: forward(batch))
+        if found[1] != NORM:
+            break
+    return found
+
+
+def _find_in_batch(
+    model: nn.Module, tensors: dict[str, Tensor], forward: Callable[[], Tensor]
+) -> tuple[int | None, str]:
+    """Checks the batch's tensors and the parameters, then repeats the forward and the backward pass under hooks."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             return None, name
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return stage_of(name), f"parameter {name}"
-    found: list[tuple[str, str]] = []  # kind of tensor and name of its module or parameter, the first one first
+    found: list[tuple[str, str]] = []  # kind of tensor and name of its module or parameter, in order
+
+    def check(kind: str, name: str, values: Any) -> None:
+        values = values if isinstance(values, tuple) else (values,)
+        if not all(value.isfinite().all() for value in values if isinstance(value, Tensor)):
+            found.append((kind, name))
 
     def watch(name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple, outputs: Any) -> None:
-            for kind, values in (("input", inputs), ("output", outputs)):
-                for value in values if isinstance(values, tuple) else (values,):
-                    if isinstance(value, Tensor) and not value.isfinite().all():
-                        found.append((kind, name))
+            check("input", name, inputs)
+            check("output", name, outputs)
 
         return hook
 
     def watch_gradient(name: str) -> Callable:
-        def hook(parameter: Tensor) -> None:
-            if not parameter.grad.isfinite().all():
-                found.append(("gradient", name))
-
-        return hook
+        return lambda parameter: check("gradient", name, parameter.grad)
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     hooks += [p.register_post_accumulate_grad_hook(watch_gradient(name)) for name, p in model.named_parameters()]
@@ -60,7 +79,7 @@ def find_non_finite(
             loss = forward()
         if not found and not loss.isfinite():
             return None, "loss"
-        if not found:  # once more with gradients: clipping has overwritten those of the step
+        if not found:  # again with gradients: clipping has overwritten those of the step
             model.zero_grad(set_to_none=True)
             with torch.enable_grad():
                 forward().backward()
@@ -71,28 +90,6 @@ def find_non_finite(
         return None, NORM
     kind, name = found[0]
     return stage_of(name), f"{kind} of {name}"
-
-
-def find_in_batches(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, ...]],
-    names: Sequence[str],
-    forward: Callable[[tuple[Tensor, ...]], Tensor],
-) -> tuple[int | None, str] | None:
-    """The same for the batches of one step, each by itself, with the names of a batch's tensors; None where there are
-    none."""
-    found = None
-    for batch in batches:
-        tensors = dict(zip(names, batch, strict=True))
-        found = find_non_finite(model, tensors, lambda batch=batch: forward(batch))
-        if found[1] != NORM:
-            break
-    return found
-
-
-def not_finite(x: Tensor) -> Tensor:
-    """1 for each element that is NaN or infinite, else 0: for a device to read without its host."""
-    return (~x.isfinite()).float()
 
 
 def stage_of(name: str) -> int | None:

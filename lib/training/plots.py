@@ -1,172 +1,170 @@
-"""Figures of a training: losses, gradients, stages, masks. Each function returns a matplotlib figure."""
+"""Figures of a training: losses, gradients, stages, masks. Each function returns a matplotlib figure.
 
+Rows are those of metrics.jsonl; a value that was not finite is null there and leaves a gap.
+"""
+
+import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.audio.plots import AVERAGE, INPUT, OUTPUT, STAGES, STYLE
 
+Rows = Sequence[Mapping[str, Any]]
+
+EACH_STEP, VALIDATION = {"color": AVERAGE, "linewidth": 0.8}, {"color": OUTPUT, "marker": "o"}
 HEALTHY = {"color": "#009E73", "alpha": 0.08, "linewidth": 0}  # the bands of claim C15
 
 
-def loss_curve(train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, Any]]) -> Figure:
+def loss_curve(train: Rows, val: Rows) -> Figure:
     """Training and validation loss over steps."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 3.2))
-        axes.plot(*_series(train, "loss"), color=AVERAGE, linewidth=0.8, label="training, each batch")
-        axes.plot(*_series(val, "loss"), color=OUTPUT, marker="o", label="validation")
-        axes.set(xlabel="step", ylabel="loss")
-        axes.legend()
-    return figure
+    curves = {"training, each batch": (train, "loss", EACH_STEP), "validation": (val, "loss", VALIDATION)}
+    return _curves(curves, ylabel="loss")
 
 
-def gradient_curve(train: Sequence[Mapping[str, Any]], clip: float | None) -> Figure:
+def gradient_curve(train: Rows, clip: float | None) -> Figure:
     """Gradient norm before clipping over steps."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 3.2))
-        axes.plot(*_series(train, "grad_norm"), color=INPUT, linewidth=1, label="gradient norm before clipping")
-        if clip:
-            axes.axhline(clip, color="black", linestyle=":", label=f"clipped above {clip:g}")
-        axes.set(xlabel="step", ylabel="gradient norm", yscale="log")
-        axes.legend()
-    return figure
+    curves = {"gradient norm before clipping": (train, "grad_norm", {"color": INPUT, "linewidth": 1})}
+    return _curves(curves, {f"clipped above {clip:g}": clip} if clip else {}, ylabel="gradient norm", yscale="log")
 
 
-def stage_curves(train: Sequence[Mapping[str, Any]], num_stages: int, clamp: tuple[float, float] | None) -> Figure:
-    """Per stage over steps: RMS of projection and output, wanted and applied factor, clamped share."""
-    with plt.rc_context(STYLE):
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6))
-        for stage in range(num_stages):
-            colour = STAGES[stage % len(STAGES)]
-            key = f"stage{stage}"
-            left.plot(*_series(train, f"{key}/output_rms"), color=colour, label=f"stage {stage} output")
-            left.plot(
-                *_series(train, f"{key}/projection_rms"), color=colour, ls="--", label=f"stage {stage} projection"
-            )
-            middle.plot(*_series(train, f"{key}/target_scale"), color=colour, ls="--", label=f"stage {stage} wanted")
-            middle.plot(*_series(train, f"{key}/applied_scale"), color=colour, label=f"stage {stage} applied")
-            right.plot(*_series(train, f"{key}/clamped"), color=colour, label=f"stage {stage}")
-        middle.axhline(1.3, color="black", linestyle=":", label="warning at 1.3")
+def discriminator_curve(train: Rows) -> Figure:
+    """Mean logits of the discriminator over steps, for real latents and for fusions; hinge wants them beyond ±1."""
+    curves = {
+        "real: the clips' own latents": (train, "discriminator/real", {"color": INPUT}),
+        "fake: fusions": (train, "discriminator/fake", {"color": OUTPUT}),
+    }
+    return _curves(curves, {"hinge: above 1 and below −1": 1, "_": -1}, ylabel="mean logit")
+
+
+def complementarity_curve(train: Rows, val: Rows) -> Figure:
+    """Complementarity of the masks over steps, beside that of two constant masks of 0.5."""
+    key = "masks/complementarity"
+    curves = {"training, each step": (train, key, EACH_STEP), "validation": (val, key, VALIDATION)}
+    return _curves(curves, {"constant masks of 0.5": 0.75}, ylabel="1 − mean(m_in · m_tgt)")
+
+
+def stage_curves(train: Rows, num_stages: int, clamp: tuple[float, float] | None) -> Figure:
+    """Over steps, for each stage: RMS of projection and output, target and applied scale, share of clamped clips."""
+    with _over_steps(1, 3, (13, 3.6)) as (figure, (levels, scales, clamped)):
+        for i, colour in zip(range(num_stages), itertools.cycle(STAGES), strict=False):
+            for axes, key, name, style in (
+                (levels, "output_rms", " output", "-"),
+                (levels, "projection_rms", " projection", "--"),
+                (scales, "target_scale", " target", "--"),
+                (scales, "applied_scale", " applied", "-"),
+                (clamped, "clamped", "", "-"),
+            ):
+                _plot(axes, train, f"stage{i}/{key}", color=colour, linestyle=style, label=f"stage {i}{name}")
+        scales.axhline(1.3, color="black", linestyle=":", label="warning at 1.3")
         if clamp:
-            middle.axhspan(*clamp, color="black", alpha=0.05, label="clamp range")
-        left.set(xlabel="step", ylabel="RMS (latent units)", ylim=(0, None))
-        middle.set(xlabel="step", ylabel="RMS factor")
-        right.set(xlabel="step", ylabel="share of clips clamped", ylim=(-0.05, 1.05))
-        for axes in (left, middle, right):
-            axes.legend(fontsize=8)
-    return figure
-
-
-def discriminator_curve(train: Sequence[Mapping[str, Any]]) -> Figure:
-    """Mean logits of the discriminator for music and for fusions, over steps; hinge wants them beyond ±1."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 3.2))
-        axes.plot(*_series(train, "discriminator/real"), color=INPUT, label="the clips' own latents")
-        axes.plot(*_series(train, "discriminator/made"), color=OUTPUT, label="fusions")
-        for limit in (-1, 1):
-            axes.axhline(limit, color="black", linestyle=":", linewidth=1)
-        axes.set(xlabel="step", ylabel="mean logit")
-        axes.legend()
-    return figure
-
-
-def complementarity_curve(train: Sequence[Mapping[str, Any]], val: Sequence[Mapping[str, Any]]) -> Figure:
-    """Complementarity of the masks over steps, above that of two constant masks of 0.5."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 3.2))
-        axes.plot(*_series(train, "masks/complementarity"), color=AVERAGE, linewidth=0.8, label="training, each step")
-        axes.plot(*_series(val, "masks/complementarity"), color=OUTPUT, marker="o", label="validation")
-        axes.axhline(0.75, color="black", linestyle=":", label="constant masks of 0.5")
-        axes.set(xlabel="step", ylabel="1 − mean(m_in · m_tgt)")
-        axes.legend()
+            scales.axhspan(*clamp, color="black", alpha=0.05, label="clamp range")
+        levels.set(ylabel="RMS (latent units)", ylim=(0, None))
+        scales.set(ylabel="RMS scale")
+        clamped.set(ylabel="share of clips clamped", ylim=(-0.05, 1.05))
     return figure
 
 
 def mask_pictures(input_mask: Tensor, target_mask: Tensor, frame_rate: float) -> Figure:
-    """What is taken from each clip, masks `[D, T]`: over channels and time, 0 dark, 1 bright."""
+    """Both masks `[D, T]` over channels and time: dark where nothing is taken from a clip, bright where all is."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), sharex=True, sharey=True)
+        extent = (0, input_mask.shape[1] / frame_rate, 0, input_mask.shape[0])
         for ax, mask, name in zip(axes, (input_mask, target_mask), ("input", "target"), strict=True):
-            extent = (0, mask.shape[1] / frame_rate, 0, mask.shape[0])
-            picture = ax.imshow(
-                mask.numpy(), origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1, extent=extent
-            )
+            image = ax.imshow(mask.numpy(), origin="lower", aspect="auto", vmin=0, vmax=1, extent=extent)
             ax.set(title=f"taken from the {name}", xlabel="time (s)")
             ax.grid(False)
         axes[0].set_ylabel("latent channel")
-        figure.colorbar(picture, ax=axes, label="mask")
+        figure.colorbar(image, ax=axes, label="mask")
     return figure
 
 
-def training_dashboard(
-    train: Sequence[Mapping[str, Any]],
-    val: Sequence[Mapping[str, Any]],
-    clamps: Sequence[tuple[float, float] | None],
-) -> Figure:
-    """A training at a glance, over steps: loss, gradient norm, RMS and factor of every stage.
+def training_dashboard(train: Rows, val: Rows, clamps: Sequence[tuple[float, float] | None]) -> Figure:
+    """A training at a glance: loss, gradient norm, and every stage's RMS and target scale over steps.
 
-    Shaded is what claim C15 calls healthy: a gradient norm below 100, a level of 0.8 to 1.2 of the wanted one. A stage
-    keeps to that while the wanted factor is within its clamp, or beyond it by no more: lo / 1.2 to hi / 0.8.
-    `clamps`: of each stage.
+    Claim C15's healthy ranges are shaded: a gradient norm below 100, and an RMS of 0.8 to 1.2 of its target. A stage
+    stays there while its target scale is within its clamp, or not far beyond: from lo / 1.2 to hi / 0.8. `clamps`: one
+    for each stage.
     """
-    with plt.rc_context(STYLE):
-        figure, ((top, norms), (levels, factors)) = plt.subplots(2, 2, figsize=(11, 6), sharex=True)
-        top.plot(*_series(train, "loss"), color=AVERAGE, linewidth=0.8, label="training, each step")
-        top.plot(*_series(val, "loss"), color=OUTPUT, marker="o", label="validation")
-        steps, sizes = _series(train, "grad_norm")
-        norms.plot(steps, sizes, color=INPUT, linewidth=1, label="before clipping")
-        for stage in range(len(clamps)):
-            colour = STAGES[stage % len(STAGES)]
-            levels.plot(*_series(train, f"stage{stage}/output_rms"), color=colour, label=f"stage {stage} output")
-            factors.plot(*_series(train, f"stage{stage}/target_scale"), color=colour, label=f"stage {stage} wanted")
-        goals = [
-            row["stage0/target_scale"] * row["stage0/rms_before_scaling"]
-            for row in train
-            if row.get("stage0/rms_before_scaling")
-        ]
-        if goals:
-            goal = float(np.median(goals))
-            levels.axhspan(0.8 * goal, 1.2 * goal, **HEALTHY, label="0.8 to 1.2 of the wanted RMS")
-        clamped = [clamp for clamp in clamps if clamp is not None]
-        if clamped:
+    with _over_steps(2, 2, (11, 6), sharex=True) as (figure, ((losses, norms), (levels, scales))):
+        _plot(losses, train, "loss", **EACH_STEP, label="training, each step")
+        _plot(losses, val, "loss", **VALIDATION, label="validation")
+        _plot(norms, train, "grad_norm", color=INPUT, linewidth=1, label="before clipping")
+        for i, colour in zip(range(len(clamps)), itertools.cycle(STAGES), strict=False):
+            _plot(levels, train, f"stage{i}/output_rms", color=colour, label=f"stage {i} output")
+            _plot(scales, train, f"stage{i}/target_scale", color=colour, label=f"stage {i} target")
+        before, scale = "stage0/rms_before_scaling", "stage0/target_scale"
+        if targets := [row[before] * row[scale] for row in train if row.get(before)]:
+            target = float(np.median(targets))
+            levels.axhspan(0.8 * target, 1.2 * target, **HEALTHY, label="0.8 to 1.2 of the target RMS")
+        if clamped := [clamp for clamp in clamps if clamp is not None]:
             least, most = max(low for low, _ in clamped), min(high for _, high in clamped)
-            factors.axhspan(least / 1.2, most / 0.8, **HEALTHY, label="level stays within 0.8 to 1.2")
-        norms.axhspan(min((s for s in sizes if 0 < s < 100), default=3) / 3, 100, **HEALTHY, label="below 100")
-        top.set(ylabel="loss")
-        norms.set(ylabel="gradient norm", yscale="log")
-        levels.set(ylabel="RMS (latent units)", xlabel="step", ylim=(0, None))
-        factors.set(ylabel="RMS factor", xlabel="step", ylim=(0, None))
-        for axes in (top, norms, levels, factors):
-            axes.legend(fontsize=8)
+            scales.axhspan(least / 1.2, most / 0.8, **HEALTHY, label="RMS stays within 0.8 to 1.2")
+        small = (norm for norm in _series(train, "grad_norm")[1] if 0 < norm < 100)
+        norms.axhspan(min(small, default=3) / 3, 100, **HEALTHY, label="below 100")
+        losses.set(xlabel="", ylabel="loss")
+        norms.set(xlabel="", ylabel="gradient norm", yscale="log")
+        levels.set(ylabel="RMS (latent units)", ylim=(0, None))
+        scales.set(ylabel="RMS scale", ylim=(0, None))
     return figure
 
 
-def runs_side_by_side(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
+def runs_side_by_side(runs: Mapping[str, Mapping[str, Rows]]) -> Figure:
     """Validation loss, gradient norm and the last stage's level over steps; `runs`: name → split → rows."""
-    with plt.rc_context(STYLE):
-        figure, (losses, norms, levels) = plt.subplots(1, 3, figsize=(13, 3.6))
+    with _over_steps(1, 3, (13, 3.6)) as (figure, (losses, norms, levels)):
         for (name, rows), colour in zip(runs.items(), itertools.cycle(STAGES), strict=False):
-            losses.plot(*_series(rows["val"], "loss"), color=colour, marker="o", label=name)
-            norms.plot(*_series(rows["train"], "grad_norm"), color=colour, linewidth=1, label=name)
+            _plot(losses, rows["val"], "loss", color=colour, marker="o", label=name)
+            _plot(norms, rows["train"], "grad_norm", color=colour, linewidth=1, label=name)
             stages = [key for key in (rows["train"] or [{}])[0] if key.endswith("/applied_scale")]
             if stages:
-                applied, wanted = max(stages), max(stages).replace("applied", "target")
-                found = [(row["step"], row[applied] / row[wanted]) for row in rows["train"] if row.get(wanted)]
+                applied, target = max(stages), max(stages).replace("applied", "target")
+                found = [(row["step"], row[applied] / row[target]) for row in rows["train"] if row.get(target)]
                 levels.plot(*zip(*found, strict=True), color=colour, label=name)
         levels.axhspan(0.8, 1.2, **HEALTHY, label="0.8 to 1.2")
-        losses.set(xlabel="step", ylabel="validation loss")
-        norms.set(xlabel="step", ylabel="gradient norm", yscale="log")
-        levels.set(xlabel="step", ylabel="output / wanted RMS, last stage", ylim=(0, None))
-        for axes in (losses, norms, levels):
-            axes.legend(fontsize=8)
+        losses.set_ylabel("validation loss")
+        norms.set(ylabel="gradient norm", yscale="log")
+        levels.set(ylabel="output / target RMS, last stage", ylim=(0, None))
     return figure
 
 
-def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+def _curves(
+    curves: Mapping[str, tuple[Rows, str, dict[str, Any]]], lines: Mapping[str, float] | None = None, **axis: Any
+) -> Figure:
+    """One plot over steps: label → rows, key and style of each curve; label → height of each dotted line."""
+    with _over_steps() as (figure, axes):
+        for label, (rows, key, style) in curves.items():
+            _plot(axes, rows, key, label=label, **style)
+        for label, height in (lines or {}).items():
+            axes.axhline(height, color="black", linestyle=":", label=label)
+        axes.set(**axis)
+    return figure
+
+
+@contextlib.contextmanager
+def _over_steps(
+    rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 3.2), **options: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """A figure and its axes, over steps, with a legend each when they are drawn."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, columns, figsize=size, **options)
+        for ax in figure.axes:
+            ax.set_xlabel("step")
+        yield figure, axes
+        for ax in figure.axes:
+            ax.legend(fontsize=8 if len(figure.axes) > 1 else None)
+
+
+def _plot(axes: Axes, rows: Rows, key: str, **style: Any) -> None:
+    axes.plot(*_series(rows, key), **style)
+
+
+def _series(rows: Rows, key: str) -> tuple[list[int], list[float]]:
+    """Steps and values, without those that were not finite."""
     found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     return [step for step, _ in found], [value for _, value in found]

@@ -39,13 +39,18 @@ def check_numbers(config: Any, *names: str, above: float | None = None, most: fl
 
 
 def from_fields(cls: type, values: dict[str, Any]) -> Any:
-    """A config from all of its fields; unknown or missing ones raise `UserError`."""
-    known = {field.name for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - known):
+    """A config from all of its fields, nested ones as dicts; unknown or missing ones raise `UserError`."""
+    known = {field.name: field.type for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(known)):
         raise UserError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
-    if missing := sorted(known - set(values)):
+    if missing := sorted(set(known) - set(values)):
         raise UserError(f"{cls.__name__} lacks the field {', '.join(missing)}; restore the config that was written")
-    return cls(**values)
+    parts = {
+        name: from_fields(known[name], value)
+        for name, value in values.items()
+        if dataclasses.is_dataclass(known[name]) and isinstance(value, dict)
+    }
+    return cls(**values | parts)
 
 
 def settings(config: Any, prefix: str = "") -> dict[str, dataclasses.Field]:

@@ -32,7 +32,7 @@ from lib.data.pairs import build_manifest
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import FusionModel
 from lib.model.masks import MaskingConfig
-from lib.training.batches import TrainingOrder, read_ahead
+from lib.training.batches import TrainingOrder, prefetch_batches
 from lib.training.config import TrainConfig
 from lib.training.run import Run
 
@@ -222,7 +222,7 @@ def waits(pairs: LatentPairs, config: TrainConfig, steps: int, busy: float) -> l
     """Seconds that each step waits for its batch, the first few left out, while a step computes for `busy` seconds."""
     chosen, x = torch.arange(len(pairs)), torch.randn(512, 512, device=device())
     order = TrainingOrder(len(pairs), config).steps()
-    batches = read_ahead(pairs, chosen, order, threads=config.num_workers, pin_memory=torch.cuda.is_available())
+    batches = prefetch_batches(pairs, chosen, order, threads=config.num_workers, pin_memory=torch.cuda.is_available())
     found = []
     for _ in range(steps):
         started = time.perf_counter()

@@ -26,13 +26,11 @@ from lib.data.latents import LatentPairs
 from lib.model.cascade import Cascade, CascadeConfig
 from lib.model.masks import MaskingConfig, Masks
 from lib.presets import OBJECTIVE, load_preset
-from lib.training.adversary import AdversaryConfig
-from lib.training.config import TrainConfig
-from lib.training.curriculum import CurriculumConfig
-from lib.training.fusion_learner import FusionLearner
+from lib.training.config import AdversaryConfig, CurriculumConfig, TrainConfig
+from lib.training.fusion_learner import FusionLearner, fusion_trainer
+from lib.training.learner import StepInfo
 from lib.training.losses import MASK_TERMS, SOUND_TERMS, total_loss
 from lib.training.run import Run
-from lib.training.trainer import fusion_trainer
 
 CASCADE = CascadeConfig.reference(anti_cheating=0.1)
 
@@ -61,7 +59,7 @@ def objective(B: int = 4, T: int = 1200) -> dict[str, Any]:
     """Seconds of every part of a step with everything on, forward and backward. A term on sound is what a step without
     it saves, since terms share the decoding and features; every other part is measured by itself."""
     whole, batch, decode = learner(), clips(B, T), MdctCodec().decode
-    model = whole.plain_model.train()
+    model = whole.unwrapped_model.train()
     output = torch.randn(B, 128, T, device=device(), requires_grad=True)
     masks = [torch.rand_like(output, requires_grad=True) for _ in range(2)]
 
@@ -87,8 +85,8 @@ def objective(B: int = 4, T: int = 1200) -> dict[str, Any]:
             decode(batch[0][..., :frames]), decode(batch[1][..., :frames])
 
     of_latents = ("novelty", "adversarial", *MASK_TERMS)
-    learn = functools.partial(whole.learn, 0, [batch], progress=0.0, epoch=1)
-    discriminate = functools.partial(whole.adversary.learn, 0, [(output.detach(), torch.cat(batch))])
+    learn = functools.partial(whole.train_step, [batch], StepInfo(0, epoch=1))
+    discriminate = functools.partial(whole.adversary.train_step, [(output.detach(), torch.cat(batch))])
     total, alone, masked, discriminator, optimizer = alternate(
         learn, cascade, with_masks, discriminate, whole.optimizer.step
     )
@@ -137,13 +135,13 @@ def kernels(B: int = 2, T: int = 1200) -> dict[str, float]:
     """Share of a whole step's time on the device, by kind of kernel."""
     whole, batch = learner(), [clips(B, T)]
     for _ in range(2):
-        whole.learn(1, batch, progress=0.0, epoch=1)
+        whole.train_step(batch, StepInfo(1, epoch=1))
     activities = [torch.profiler.ProfilerActivity.CPU]
     on_gpu = device().type == "cuda"
     if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
-        whole.learn(2, batch, progress=0.0, epoch=1)
+        whole.train_step(batch, StepInfo(2, epoch=1))
         if on_gpu:
             torch.cuda.synchronize()
     spent: dict[str, float] = defaultdict(float)
@@ -228,14 +226,14 @@ def full_training(pairs: int = 1000) -> dict[str, float]:
     config = dataclasses.replace(config, precision=precision())
     whole = FusionLearner(config, CascadeConfig.reference(), MaskingConfig("learned"), accelerator, codec.decode)
     batch = clips(config.batch_size, 1200)
-    (seconds,) = alternate(lambda: whole.learn(5000, [batch], progress=0.5, epoch=1))
+    (seconds,) = alternate(lambda: whole.train_step([batch], StepInfo(5000, 1, 0.5)))
     steps = config.epochs * -(-pairs // config.batch_size)
     return {"full_step_s": seconds, "full_batch": config.batch_size, "full_training_hours": steps * seconds / 3600}
 
 
 def no_wait() -> None:
     """Raises where a whole step of a training with everything on makes the host wait for the GPU."""
-    adversary = AdversaryConfig(1e-4, gradient_penalty=1.0, discriminator_spectral_norm=True)
+    adversary = AdversaryConfig(1e-4)
     config = dataclasses.replace(training_config(), ema=0.99, adversary=adversary, batch_size=8, num_workers=4)
     with tempfile.TemporaryDirectory() as name:
         codec, index = MdctCodec(), simulated_index(Path(name, "latents"), 64)

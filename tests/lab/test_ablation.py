@@ -41,8 +41,7 @@ from lib.lab.results import Result, by_variant, read_record, write_record
 from lib.lab.variants import Variant
 from lib.model.cascade import CascadeConfig, CollapseWarning
 from lib.model.masks import MaskingConfig
-from lib.training.config import TrainConfig
-from lib.training.curriculum import CurriculumConfig
+from lib.training.config import CurriculumConfig, TrainConfig
 from lib.training.losses import LossConfig
 from lib.training.run import Run
 from lib.training.trainer import Trainer

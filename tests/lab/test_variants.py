@@ -27,8 +27,8 @@ from lib.lab.variants import (
 from lib.model.cascade import Cascade, CascadeConfig, CollapseWarning
 from lib.model.projection import rms_ceiling
 from lib.model.rms_law import LATENT_RMS
+from lib.training.config import TrainConfig
 from lib.training.losses import total_loss
-from lib.training.trainer import TrainConfig
 from lib.util.configs import config_differences
 from lib.util.errors import UserError
 

@@ -21,9 +21,9 @@ from lib.audio.files import save_audio
 from lib.listening.dashboard import Dashboard, Metrics, Panel, curves, leave_subshell_to_front_end, watch
 from lib.training.callbacks import DemoClips
 from lib.training.config import TrainConfig
+from lib.training.fusion_learner import train
 from lib.training.run import Run
-from lib.training.telemetry import Callback
-from lib.training.trainer import Trainer, train
+from lib.training.trainer import Callback, Trainer
 from lib.util.errors import UserError
 from lib.util.files import write_atomic
 

@@ -35,7 +35,7 @@ from lib.listening.render import save_with_recipe as save
 from lib.model.cascade import CascadeConfig, StageTrace
 from lib.model.fusion import FusionModel
 from lib.model.masks import FIXED_MASKINGS, MaskingConfig, Masks
-from lib.training.curriculum import mix_noise
+from lib.training.batches import mix_noise
 from lib.training.run import Run
 from lib.util.errors import UserError
 from lib.util.files import file_sha256

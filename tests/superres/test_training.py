@@ -40,12 +40,11 @@ from lib.superres.training import (
 )
 from lib.superres.unet import Denoiser
 from lib.superres.vae import MelVae
-from lib.training.adversary import AdversaryConfig
-from lib.training.learner import Moment
+from lib.training.config import AdversaryConfig
+from lib.training.learner import StepInfo
 from lib.training.nonfinite import NonFiniteError
 from lib.training.run import Run
-from lib.training.telemetry import Callback
-from lib.training.trainer import Trainer, TrainingOrder, open_accelerator
+from lib.training.trainer import Callback, Trainer, TrainingOrder, open_accelerator
 from lib.util.errors import UserError
 from lib.util.tensors import safe_torch_load
 from superres.conftest import CLIP, DENOISER, JUDGES, LOOP, VAE, VOCODER, changed, write_music
@@ -244,7 +243,7 @@ def test_a_part_is_rebuilt_from_its_run(straight, part):
     trainer = straight(part)
     found = load_part(Run.open(trainer.run.path), part, "last")  # its config as JSON has it
     assert not found.training
-    kept = trainer.learner.kept_model.eval()
+    kept = trainer.learner.eval_model.eval()
     assert found.config == kept.config
     inputs = {
         "vae": (torch.randn(1, 1, 256, 16),),
@@ -299,7 +298,7 @@ def test_impossible_settings_are_refused(kind, fields, words):
 
 
 def test_settings_come_back_from_json():
-    config = VocoderTraining(adversary=AdversaryConfig(discriminator_learning_rate=2e-4, discriminator_every=2))
+    config = VocoderTraining(adversary=AdversaryConfig(discriminator_learning_rate=2e-4, discriminator_warmup=2))
     assert VocoderTraining(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
     assert [VaeTraining(clip_seconds=0.16 * k).clip_length for k in (1, 4, 64)] == [7_680, 30_720, 491_520]
 
@@ -389,25 +388,25 @@ def test_the_loss_of_the_autoencoder(library):
     batch = tuple(
         torch.stack(wavs) for wavs in zip(*(Examples(library, "train", 2, CLIP)[i] for i in range(2)), strict=True)
     )
-    loss, terms, told_apart = learner.loss(learner.plain_model, batch)
+    loss, terms, told_apart = learner.loss(learner.unwrapped_model, batch)
     mel = log_mel(torch.cat(batch))
-    made, divergence = learner.plain_model(mel, sampled=False)
+    made, divergence = learner.unwrapped_model(mel, sampled=False)
     assert terms["loss/mel"].item() == pytest.approx((made - mel).abs().mean().item(), rel=1e-5)
     assert loss.item() == pytest.approx((terms["loss/mel"] + 0.5 * divergence.mean()).item(), rel=1e-5)
     assert told_apart is None
-    first, second = (learner.loss(learner.plain_model, batch, Moment(0, 0))[0].item() for _ in range(2))
+    first, second = (learner.loss(learner.unwrapped_model, batch, StepInfo(0, 0))[0].item() for _ in range(2))
     assert first != second  # a sample of the posterior in training, its mean in validation
     for changed_one in (0, 1):  # both clips count
         other = [wav.clone() for wav in batch]
         other[changed_one] *= 0.5
-        assert learner.loss(learner.plain_model, tuple(other))[0].item() != pytest.approx(loss.item(), rel=1e-3)
+        assert learner.loss(learner.unwrapped_model, tuple(other))[0].item() != pytest.approx(loss.item(), rel=1e-3)
 
 
 def test_the_loss_of_the_vocoder(straight, library):
     config = VocoderTraining(**HARD | JUDGES, mel_weight=3.0, feature_weight=0.7)
     learner = make_learner(VocoderLearner, config, VOCODER)
     clips = torch.stack([Examples(library, "train", 2, CLIP)[i][0] for i in range(2)])
-    loss, terms, (made, real) = learner.loss(learner.plain_model, (clips, 0 * clips), Moment(0, 0))
+    loss, terms, (made, real) = learner.loss(learner.unwrapped_model, (clips, 0 * clips), StepInfo(0, 0))
     assert torch.equal(real, clips)  # what is degraded plays no part
     assert made.shape == clips.shape
     assert terms["loss/mel"].item() == pytest.approx((log_mel(made) - log_mel(clips)).abs().mean().item(), rel=1e-5)
@@ -415,8 +414,8 @@ def test_the_loss_of_the_vocoder(straight, library):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
     assert all(p.grad is None for p in learner.adversary.model.parameters())  # it is the judges' turn later
-    assert all(p.grad is not None for p in learner.plain_model.parameters() if p.requires_grad)
-    loss, terms, _ = learner.loss(learner.plain_model, (clips, clips))
+    assert all(p.grad is not None for p in learner.unwrapped_model.parameters() if p.requires_grad)
+    loss, terms, _ = learner.loss(learner.unwrapped_model, (clips, clips))
     assert set(terms) == {"loss/mel"}
     assert loss.item() == pytest.approx(3.0 * terms["loss/mel"].item(), rel=1e-5)
     rows = straight("vocoder").run.metrics("train")
@@ -440,7 +439,7 @@ def test_conditions_are_left_out_as_often_as_the_config_says():
     learner = make_learner(DiffusionLearner, DiffusionTraining(**LOOP, condition_dropout=0.2), DENOISER)
     model, clips = Noted(), 20_000
     batch = torch.zeros(clips, 4, 1, 1), torch.zeros(clips, 1, 1, 1)
-    learner.loss(model, batch, Moment(0, 0))
+    learner.loss(model, batch, StepInfo(0, 0))
     _, timesteps, _, _, keeps_low, keeps_context = model.calls[0]
     assert (~keeps_low).float().mean().item() == pytest.approx(0.2, abs=0.015)  # no condition at all
     assert not keeps_context[~keeps_low].any()
@@ -462,7 +461,7 @@ def test_validation_takes_the_same_noise_and_timesteps_all_over_the_schedule():
     assert torch.equal(torch.get_rng_state(), before)
     assert model.calls[0][1].tolist() == [62, 187, 312, 437, 562, 687, 812, 937]
     assert torch.equal(model.calls[0][0], model.calls[1][0])
-    training_losses = [learner.loss(model, batch, Moment(0, 0))[0] for _ in range(2)]
+    training_losses = [learner.loss(model, batch, StepInfo(0, 0))[0] for _ in range(2)]
     assert not torch.equal(*training_losses)
 
 
@@ -488,11 +487,11 @@ def predictions(learner: DiffusionLearner, batch: tuple[Tensor, Tensor]) -> tupl
     def model(noisy: Tensor, *inputs: Tensor, **keeps: Tensor) -> Tensor:
         if noisy.requires_grad:
             noisy.retain_grad()
-        found.append((noisy, learner.plain_model.eval()(noisy, *inputs, **keeps)))
+        found.append((noisy, learner.unwrapped_model.eval()(noisy, *inputs, **keeps)))
         return found[0][1]
 
     torch.manual_seed(7)
-    learner.loss(model, batch, Moment(0, 0))
+    learner.loss(model, batch, StepInfo(0, 0))
     return found[0]
 
 
@@ -535,7 +534,7 @@ def test_averaged_weights_have_the_statistics_of_training(straight):
     learner = straight("diffusion").learner
     norms = [
         [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        for model in (learner.average, learner.plain_model)
+        for model in (learner.ema_model, learner.unwrapped_model)
     ]
     assert len(norms[0]) == 3
     for averaged, trained_one in zip(*norms, strict=True):

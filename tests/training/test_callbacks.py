@@ -18,9 +18,9 @@ from lib.listening.dashboard import Dashboard
 from lib.training.callbacks import DemoClips, TensorBoard
 from lib.training.config import TrainConfig
 from lib.training.distributed import rng_state
+from lib.training.fusion_learner import train
 from lib.training.run import Run
-from lib.training.telemetry import Callback
-from lib.training.trainer import Trainer, train
+from lib.training.trainer import Callback, Trainer
 
 # Three steps an epoch, so that checkpoints fall within epochs.
 CONFIG = TrainConfig(epochs=4, batch_size=2, checkpoint_every=4, learning_rate=1e-2, seed=2)
@@ -69,10 +69,13 @@ class Keep(Callback):
 
 def state(trainer: Trainer) -> list:
     """All that training goes on from: weights of both models, modes, gradients, random numbers."""
-    models = [trainer.learner.plain_model, *([trainer.learner.average] if trainer.learner.average is not None else [])]
+    models = [
+        trainer.learner.unwrapped_model,
+        *([trainer.learner.ema_model] if trainer.learner.ema_model is not None else []),
+    ]
     kept = [value.clone() for model in models for value in model.parameters()]
     modes = [module.training for model in models for module in model.modules()]
-    gradients = [p.grad.clone() for p in trainer.learner.plain_model.parameters() if p.grad is not None]
+    gradients = [p.grad.clone() for p in trainer.learner.unwrapped_model.parameters() if p.grad is not None]
     return [*kept, *gradients, rng_state()["rng"], torch.tensor(modes), torch.tensor(torch.is_grad_enabled())]
 
 
@@ -126,7 +129,7 @@ def test_outputs_are_those_of_the_model_that_is_kept(start, tiny_codec, tiny_ind
     with torch.no_grad():
         kept = run.load_model("last")(input, target).latents
         torch.testing.assert_close(found, tiny_codec.decode(kept)[0], rtol=1e-4, atol=1e-6)
-        in_training = keep.trainer.learner.plain_model.eval()(input, target).latents
+        in_training = keep.trainer.learner.unwrapped_model.eval()(input, target).latents
     difference = (tiny_codec.decode(in_training)[0] - found).abs().max()
     assert (difference > 1e-4) == (ema > 0)
     assert found.square().mean().sqrt() > 0.01

@@ -1,5 +1,5 @@
-"""A step of the fusion model: it never waits for the device, holds its weights still where a value is not finite,
-compiles whole, and reports by the names that metrics.jsonl and the figures use."""
+"""A step of the fusion model: it never waits for the device, skips the update if a value is not finite, compiles whole,
+and reports by the names that metrics.jsonl and the figures use."""
 
 import dataclasses
 import math
@@ -17,13 +17,10 @@ from lib.model.cascade import StageTrace
 from lib.model.fusion import Fusion, FusionModel
 from lib.model.masks import MaskingConfig, Masks
 from lib.presets import OBJECTIVE
-from lib.training.adversary import AdversaryConfig
-from lib.training.config import TrainConfig
-from lib.training.curriculum import CurriculumConfig
+from lib.training.config import AdversaryConfig, CurriculumConfig, TrainConfig
 from lib.training.fusion_learner import FusionLearner, parameter_groups, step_metrics
-from lib.training.learner import Moment
+from lib.training.learner import StepInfo, gradient_norms, to_floats
 from lib.training.losses import LossConfig
-from lib.training.telemetry import gradient_norms, to_floats
 
 CONFIG = TrainConfig(learning_rate=0.01, clip=1.0)
 TRACE = [field.name for field in dataclasses.fields(StageTrace)]
@@ -50,7 +47,7 @@ def build(monkeypatch, tiny_cascade):
 
 
 def weights(learner):
-    return {name: value.detach().clone() for name, value in learner.plain_model.named_parameters()}
+    return {name: value.detach().clone() for name, value in learner.unwrapped_model.named_parameters()}
 
 
 # --- no wait ----------------------------------------------------------------------------------------------------------
@@ -73,9 +70,7 @@ class WaitsForbidden(TorchDispatchMode):
 def test_a_step_with_everything_on_never_asks_what_a_tensor_holds(build, precision, monkeypatch):
     monkeypatch.setattr(lib.training.losses, "_window", lambda frames, seconds, random: (3, 18))  # drawn on the host
     loss = dataclasses.replace(OBJECTIVE, input_rms_weight=0.1, target_rms_weight=0.1, window_seconds=0.2)
-    adversary = AdversaryConfig(
-        discriminator_learning_rate=1e-3, gradient_penalty=1.0, discriminator_spectral_norm=True
-    )
+    adversary = AdversaryConfig(discriminator_learning_rate=1e-3)
     learner = build(
         dim=128,
         decode=MdctCodec().decode,
@@ -87,9 +82,9 @@ def test_a_step_with_everything_on_never_asks_what_a_tensor_holds(build, precisi
         warmup_steps=3,
     )
     batches = [clips(seed, D=128, T=20) for seed in (0, 1)]
-    learner.learn(0, batches, progress=0.0, epoch=1)  # fills the caches
+    learner.train_step(batches, StepInfo(0, 1))  # fills the caches
     with WaitsForbidden():
-        metrics = learner.learn(1, batches, progress=0.5, epoch=1)
+        metrics = learner.train_step(batches, StepInfo(1, 1, progress=0.5))
     assert {"loss", "grad_norm", "loss/stft", "discriminator/loss", "masks/complementarity"} <= metrics.keys()
     assert all(isinstance(value, torch.Tensor) and value.numel() == 1 for value in metrics.values())
 
@@ -105,15 +100,15 @@ def test_the_guard_notices_a_wait():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_from_a_bad_step_on_the_weights_keep_their_values(build, bad):
+def test_from_a_bad_step_on_every_update_is_skipped(build, bad):
     learner = build()
-    learner.learn(0, [clips()], progress=0.0)
+    learner.train_step([clips()], StepInfo(0))
     before, steps = weights(learner), optimizer_steps(learner)
     input, target = clips(1)
     input[0, 0, 0] = bad
-    metrics = learner.learn(1, [(input, target)], progress=0.0)
+    metrics = learner.train_step([(input, target)], StepInfo(1))
     assert not metrics["loss"].isfinite()
-    metrics = learner.learn(2, [clips(2)], progress=0.0)  # a good one that follows
+    metrics = learner.train_step([clips(2)], StepInfo(2))  # a good one that follows
     assert metrics["loss"].isfinite()
     assert metrics["grad_norm"] > 0
     for name, value in weights(learner).items():
@@ -125,7 +120,7 @@ def test_good_steps_change_every_weight(build):
     """What the test above must be able to tell."""
     learner = build()
     before = weights(learner)
-    learner.learn(0, [clips()], progress=0.0)
+    learner.train_step([clips()], StepInfo(0))
     assert all(not torch.equal(value, before[name]) for name, value in weights(learner).items())
     assert optimizer_steps(learner) == {1.0}
 
@@ -134,24 +129,24 @@ def test_a_discriminator_with_a_bad_gradient_keeps_its_weights(build):
     learner = build(adversary=AdversaryConfig(discriminator_learning_rate=1e-2))
     model = learner.adversary.model
     before = [p.detach().clone() for p in model.parameters()]
-    made, real = torch.randn(2, 3, 8, 12)
-    made[0, 0, 0] = math.nan
-    assert not learner.adversary.learn(0, [(made, real)])["discriminator/loss"].isfinite()
+    fake, real = torch.randn(2, 3, 8, 12)
+    fake[0, 0, 0] = math.nan
+    assert not learner.adversary.train_step([(fake, real)])["discriminator/loss"].isfinite()
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
-    learner.adversary.learn(1, [(made.nan_to_num(), real)])  # its own next step is taken again
+    learner.adversary.train_step([(fake.nan_to_num(), real)])  # its own next step is taken again
     assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
-def test_a_bad_loss_holds_the_discriminator_that_it_came_from(build):
-    """The outputs are finite: by its own gradient the discriminator would have learned, and the search for the cause,
-    which comes later, would hear another one."""
+def test_after_a_bad_loss_the_discriminator_skips_its_update_too(build):
+    """The outputs are finite, so by its own gradient the discriminator would have learned, and the later search for the
+    cause would use another one."""
     loss = LossConfig(adversarial_weight=1.0)
     learner = build(loss=loss, adversary=AdversaryConfig(discriminator_learning_rate=1e-2))
     model = learner.adversary.model
     critic = learner.adversary.critic
     learner.adversary.critic = lambda step: lambda latents: critic(step)(latents) * math.inf
     before = [p.detach().clone() for p in model.parameters()]
-    metrics = learner.learn(0, [clips()], progress=0.0)
+    metrics = learner.train_step([clips()], StepInfo(0))
     assert not metrics["loss"].isfinite()
     assert metrics["discriminator/grad_norm"].isfinite()
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
@@ -181,13 +176,13 @@ def test_a_compiled_model_has_no_graph_break_and_takes_the_same_steps(build, com
     for learner in learners:
         torch.manual_seed(1)
         batches = [clips(seed, B=B) for seed, B in ((0, 3), (1, 3), (2, 2))]  # an epoch ends with a smaller batch
-        metrics.append([learner.learn(i, [batch], progress=0.0, epoch=2) for i, batch in enumerate(batches)])
+        metrics.append([learner.train_step([batch], StepInfo(i, 2)) for i, batch in enumerate(batches)])
     for plain, compiled in zip(*metrics, strict=True):
         for name, value in plain.items():
             torch.testing.assert_close(compiled[name], value, rtol=1e-5, atol=1e-6, msg=name)
     for name, value in weights(learners[0]).items():
         torch.testing.assert_close(weights(learners[1])[name], value, rtol=1e-4, atol=1e-5)
-    assert learners[1].plain_model.state_dict().keys() == learners[0].plain_model.state_dict().keys()
+    assert learners[1].unwrapped_model.state_dict().keys() == learners[0].unwrapped_model.state_dict().keys()
 
 
 def test_a_graph_break_would_be_an_error(build, compiled_without_a_compiler, monkeypatch):
@@ -198,16 +193,16 @@ def test_a_graph_break_would_be_an_error(build, compiled_without_a_compiler, mon
 
     monkeypatch.setattr(FusionModel, "forward", with_a_wait)
     with pytest.raises(torch._dynamo.exc.Unsupported):
-        build(compile=True).learn(0, [clips()], progress=0.0)
+        build(compile=True).train_step([clips()], StepInfo(0))
 
 
-def test_the_averaged_weights_are_a_model_of_their_own(build):
+def test_the_ema_weights_are_a_model_of_their_own(build):
     learner = build(ema=0.5, loss=LossConfig())
-    assert learner.kept_model is learner.average is not learner.plain_model
-    assert build().kept_model is not None
-    learner.learn(0, [clips()], progress=0.0)
-    moved = dict(learner.average.named_parameters())
-    assert any(not torch.equal(value, moved[name]) for name, value in weights(learner).items())
+    assert learner.eval_model is learner.ema_model is not learner.unwrapped_model
+    assert build().eval_model is not None
+    learner.train_step([clips()], StepInfo(0))
+    averaged = dict(learner.ema_model.named_parameters())
+    assert any(not torch.equal(value, averaged[name]) for name, value in weights(learner).items())
 
 
 # --- parameter groups -------------------------------------------------------------------------------------------------
@@ -264,7 +259,7 @@ def test_metrics_keep_no_graph():
 
 
 def norms(learner) -> dict[str, float]:
-    return to_floats(gradient_norms(learner.parts(learner.plain_model)))
+    return to_floats(gradient_norms(learner.parts(learner.unwrapped_model)))
 
 
 def test_gradient_norms_of_every_part(build, tiny_cascade):
@@ -272,7 +267,7 @@ def test_gradient_norms_of_every_part(build, tiny_cascade):
     learner.model(*torch.randn(2, 2, 8, 6)).latents.square().sum().backward()
     found = norms(learner)
     squares: dict[str, float] = {}
-    for name, parameter in learner.plain_model.named_parameters():
+    for name, parameter in learner.unwrapped_model.named_parameters():
         parts = name.split(".")
         part = f"stage{parts[2]}/{parts[3]}" if parts[0] == "cascade" else parts[0]
         squares[part] = squares.get(part, 0.0) + parameter.grad.double().square().sum().item()
@@ -281,39 +276,39 @@ def test_gradient_norms_of_every_part(build, tiny_cascade):
     names = ("input_projection", "input_norm", "layers", "post_norm", "output_projection")
     wide = {f"grad_norm/stage{i}/{name}" for i in range(2) for name in names}
     assert wide | {"grad_norm/mask_generator"} == set(found)
-    total = math.sqrt(sum(p.grad.double().square().sum().item() for p in learner.plain_model.parameters()))
+    total = math.sqrt(sum(p.grad.double().square().sum().item() for p in learner.unwrapped_model.parameters()))
     assert math.sqrt(sum(norm**2 for norm in found.values())) == pytest.approx(total, rel=1e-5)  # nothing is left out
 
 
 def test_parts_without_gradients_are_left_out(build):
     learner = build(masking="none")
     assert norms(learner) == {}
-    learner.plain_model.cascade.stages[1].post_norm.bias.grad = torch.full((24,), 2.0)
+    learner.unwrapped_model.cascade.stages[1].post_norm.bias.grad = torch.full((24,), 2.0)
     assert norms(learner) == pytest.approx({"grad_norm/stage1/post_norm": math.sqrt(24 * 4)})
 
 
 def test_the_share_of_noise_is_told_where_there_can_be_noise(build):
     noisy = build(curriculum=CurriculumConfig(noise_rate=0.1, noise_start=2))
-    assert [noisy.facts(Moment(9, epoch)) for epoch in (2, 4, 9)] == [{"noise_share": x} for x in (0.0, 0.2, 0.3)]
-    assert build().facts(Moment(9, 9)) == {}
+    assert [noisy.facts(StepInfo(9, epoch)) for epoch in (2, 4, 9)] == [{"noise_share": x} for x in (0.0, 0.2, 0.3)]
+    assert build().facts(StepInfo(9, 9)) == {}
 
 
-def test_every_stage_that_wants_a_large_factor_is_warned_of(build):
+def test_every_stage_with_a_large_target_scale_is_warned_of(build):
     row = {"stage0/target_scale": 1.31, "stage1/target_scale": 1.3}
-    assert build().warnings(row) == {0: "stage 0 wants the factor 1.31, above 1.3"}
+    assert build().warnings(row) == {0: "stage 0 has a target scale of 1.31, above 1.3"}
     assert list(build().warnings(dict.fromkeys(row, 2.0))) == [0, 1]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_told_apart_is_what_was_made_and_the_clean_latents_of_both_clips(build, precision):
+def test_the_output_is_fake_and_the_clean_latents_of_both_clips_are_real(build, precision):
     learner = build(
         adversary=AdversaryConfig(discriminator_learning_rate=1e-2),
         curriculum=CurriculumConfig(noise_rate=0.2),
         precision=precision,
     )
     input, target = batch = clips()
-    _, _, (made, real) = learner.loss(learner.model, batch, Moment(0, 1))
-    assert made.shape == input.shape
-    assert made.dtype == torch.float32
+    _, _, (fake, real) = learner.loss(learner.model, batch, StepInfo(0, 1))
+    assert fake.shape == input.shape
+    assert fake.dtype == torch.float32
     assert torch.equal(real, torch.cat([input, target]))
-    assert build().loss(learner.model, batch, Moment(0, 1))[2] is None  # nobody to tell them apart
+    assert build().loss(learner.model, batch, StepInfo(0, 1))[2] is None  # without a discriminator

@@ -1,4 +1,4 @@
-"""A step of any model: what it computes, that it holds still where a value is not finite, and what it reports."""
+"""A step of any model: what it computes and reports, and that it skips the update if a value is not finite."""
 
 import copy
 import dataclasses
@@ -9,38 +9,47 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lib.training.adversary import Adversary, AdversaryConfig
-from lib.training.config import LoopConfig
-from lib.training.learner import Learner, Moment, evaluating
+from lib.training.adversary import Adversary
+from lib.training.config import AdversaryConfig, LoopConfig
+from lib.training.learner import (
+    Learner,
+    StepInfo,
+    evaluating,
+    gradient_norms,
+    learning_rate_factor,
+    step_unless,
+    to_floats,
+    update_ema,
+)
 
 CONFIG = LoopConfig(learning_rate=0.01, clip=1.0)
 
 
 class Regression(Learner):
-    """Two layers that are to make the second of a pair from the first; notes the moments that it is told."""
+    """Two layers that learn the second of a pair from the first; notes where in a training each loss was asked for."""
 
     def __init__(self, config: LoopConfig, adversary: AdversaryConfig | None = None):
         torch.manual_seed(0)
         accelerator = Accelerator(mixed_precision="no")
         model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
         discriminator = nn.Sequential(nn.Linear(3, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1), nn.Flatten(0))
-        told = adversary and Adversary(adversary, discriminator, config.max_norm, accelerator)
+        adversary = adversary and Adversary(adversary, discriminator, config.max_norm, accelerator)
         groups = [
             {"params": list(model[0].parameters()), "full_lr": config.learning_rate},
             {"params": list(model[2].parameters()), "full_lr": config.learning_rate / 10},
         ]
-        super().__init__(config, model, groups, accelerator, told)
-        self.moments: list[Moment | None] = []
+        super().__init__(config, model, groups, accelerator, adversary)
+        self.infos: list[StepInfo | None] = []
 
-    def loss(self, model, batch, moment=None):
-        self.moments.append(moment)
+    def loss(self, model, batch, info=None):
+        self.infos.append(info)
         with self.autocast():
-            made = model(batch[0])
-        made, real = made.float(), batch[1]
-        mse = (made - real).square().mean()
-        critic = self.adversary.critic(moment.step) if self.adversary and moment else None
-        loss = mse if critic is None else mse - 0.1 * critic(made).mean()
-        return loss, {"mse": mse}, (made, real)
+            fake = model(batch[0])
+        fake, real = fake.float(), batch[1]
+        mse = (fake - real).square().mean()
+        critic = self.adversary.critic(info.step) if self.adversary and info else None
+        loss = mse if critic is None else mse - 0.1 * critic(fake).mean()
+        return loss, {"mse": mse}, (fake, real)
 
 
 def build(adversary: AdversaryConfig | None = None, **changes) -> Regression:
@@ -67,16 +76,16 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_it_learns(precision):
     learner = build(precision=precision, clip=None, learning_rate=0.05)
-    losses = [learner.learn(step, [batch(step)], progress=0.0)["loss"].item() for step in range(400)]
+    losses = [learner.train_step([batch(step)], StepInfo(step))["loss"].item() for step in range(400)]
     assert losses[-1] < 0.2 * losses[0]
-    assert all(p.dtype == torch.float32 for p in learner.plain_model.parameters())
+    assert all(p.dtype == torch.float32 for p in learner.unwrapped_model.parameters())
 
 
 def test_one_step_is_adamw_with_the_rate_of_each_group():
     learner = build(weight_decay=0.5, clip=None, warmup_steps=2)
-    before = weights(learner.plain_model)
-    learner.learn(0, [batch()], progress=0.0)
-    for name, new in learner.plain_model.named_parameters():
+    before = weights(learner.unwrapped_model)
+    learner.train_step([batch()], StepInfo(0))
+    for name, new in learner.unwrapped_model.named_parameters():
         rate = 0.01 / 2 / (1 if name.startswith("0.") else 10)  # half of the warm-up
         step = new.grad / (new.grad.abs() + 1e-8)  # Adam's first step: m̂ / (√v̂ + ε)
         torch.testing.assert_close(new.detach(), before[name] * (1 - rate * 0.5) - rate * step, rtol=1e-4, atol=1e-6)
@@ -86,35 +95,121 @@ def test_accumulated_batches_of_unlike_sizes_are_one_batch():
     whole = batch(B=7)
     parts = list(zip(*(x.split((4, 3)) for x in whole), strict=True))
     learners = [build(clip=None) for _ in range(2)]
-    rows = [learner.learn(0, steps, progress=0.0) for learner, steps in zip(learners, ([whole], parts), strict=True)]
+    rows = [learner.train_step(steps, StepInfo(0)) for learner, steps in zip(learners, ([whole], parts), strict=True)]
     assert rows[1].keys() == rows[0].keys()
     for name, value in rows[0].items():
         torch.testing.assert_close(rows[1][name], value, rtol=1e-5, atol=1e-7)
-    for x, y in zip(*(learner.plain_model.parameters() for learner in learners), strict=True):
+    for x, y in zip(*(learner.unwrapped_model.parameters() for learner in learners), strict=True):
         torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-7)
     assert not torch.allclose(rows[0]["loss"], (sum(build().loss(learners[0].model, p)[0] for p in parts)) / 2)
 
 
-def test_the_average_follows_as_its_decay_says():
+def test_the_ema_follows_its_decay():
     learner = build(ema=0.5)
-    assert learner.kept_model is learner.average is not learner.plain_model
-    assert build().kept_model is not None
-    wanted = weights(learner.plain_model)
+    assert learner.eval_model is learner.ema_model is not learner.unwrapped_model
+    assert build().eval_model is not None
+    wanted = weights(learner.unwrapped_model)
     for step in range(3):
-        learner.learn(step, [batch(step)], progress=0.0)
+        learner.train_step([batch(step)], StepInfo(step))
         decay = min(0.5, (1 + step) / (10 + step))
-        now = weights(learner.plain_model)
+        now = weights(learner.unwrapped_model)
         wanted = {name: decay * value + (1 - decay) * now[name] for name, value in wanted.items()}
-    for name, value in weights(learner.kept_model).items():
+    for name, value in weights(learner.eval_model).items():
         torch.testing.assert_close(value, wanted[name])
         assert not torch.allclose(value, now[name], rtol=1e-4)
 
 
-def test_a_step_tells_the_loss_when_it_is():
+def test_the_loss_is_told_the_step_in_training_alone():
     learner = build()
-    learner.learn(7, [batch(0), batch(1)], progress=0.5, epoch=2)
-    learner.loss(learner.plain_model, batch())  # as in validation
-    assert learner.moments == [Moment(step=7, epoch=2)] * 2 + [None]
+    learner.train_step([batch(0), batch(1)], StepInfo(7, 2, progress=0.5))
+    learner.loss(learner.unwrapped_model, batch())  # as in validation
+    assert learner.infos == [StepInfo(step=7, epoch=2, progress=0.5)] * 2 + [None]
+
+
+# --- learning rates ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "progress", "warmup", "schedule", "expected"),
+    [
+        (0, 0.0, 0, "constant", 1.0),
+        (500, 0.9, 0, "constant", 1.0),
+        (0, 0.0, 10, "constant", 0.1),  # never 0, or the first step would do nothing
+        (4, 0.0, 10, "constant", 0.5),
+        (9, 0.0, 10, "constant", 1.0),
+        (10, 0.9, 10, "constant", 1.0),
+        (0, 0.0, 0, "cosine", 1.0),
+        (7, 0.5, 0, "cosine", 0.5),
+        (7, 0.25, 0, "cosine", (1 + math.sqrt(0.5)) / 2),
+        (9, 1.0, 0, "cosine", 0.0),
+        (4, 0.5, 10, "cosine", 0.25),  # both
+        (99, 1 / 3, 10, "cosine", 0.75),
+    ],
+)
+def test_learning_rate_factor_by_hand(step, progress, warmup, schedule, expected):
+    config = LoopConfig(warmup_steps=warmup, schedule=schedule)
+    assert learning_rate_factor(StepInfo(step, progress=progress), config) == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_schedule_falls_and_the_warm_up_rises():
+    config = LoopConfig(schedule="cosine")
+    falling = [learning_rate_factor(StepInfo(0, progress=k / 100), config) for k in range(101)]
+    assert falling == sorted(falling, reverse=True)
+    assert (falling[0], falling[-1]) == (1, 0)
+    rising = [learning_rate_factor(StepInfo(step), LoopConfig(warmup_steps=50)) for step in range(60)]
+    assert rising == sorted(rising)
+    assert max(rising) == 1
+
+
+# --- EMA --------------------------------------------------------------------------------------------------------------
+
+
+def linear(value: float) -> nn.Module:
+    module = nn.Linear(3, 2)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(value)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("decay", "step", "used"),
+    [(0.999, 0, 0.1), (0.999, 8, 0.5), (0.999, 90, 0.91), (0.999, 10**6, 0.999), (0.05, 0, 0.05), (0.5, 100, 0.5)],
+)
+def test_one_update_of_the_ema(decay, step, used):
+    """decay · EMA + (1 − decay) · weights, with a decay of at most (1 + step)/(10 + step)."""
+    ema_model, model = linear(2.0), linear(5.0)
+    update_ema(ema_model, model, decay, step)
+    for parameter in ema_model.parameters():
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, used * 2.0 + (1 - used) * 5.0))
+    assert all((parameter == 5).all() for parameter in model.parameters())
+
+
+def test_the_initial_weights_are_forgotten():
+    """After 100 steps nothing is left of them, though a constant decay of 0.999 would keep 90 %."""
+    ema_model, model = linear(1000.0), linear(1.0)
+    for step in range(100):
+        update_ema(ema_model, model, 0.999, step)
+    assert (ema_model.weight - 1).abs().max() < 1e-3
+
+
+def test_statistics_of_batch_norms_are_copied():
+    """Or the EMA model would use a mean of 0 in eval mode, for ever."""
+    ema_model, model = nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.BatchNorm1d(3))
+    model(5 + torch.randn(8, 3))
+    update_ema(ema_model, model, 0.999, 0)
+    assert model[0].running_mean.abs().min() > 0.1
+    for averaged, current in zip(ema_model.buffers(), model.buffers(), strict=True):
+        assert torch.equal(averaged, current)
+        assert averaged is not current
+
+
+def test_weights_and_ema_share_no_memory():
+    ema_model, model = linear(0.0), linear(1.0)
+    update_ema(ema_model, model, 0.5, 100)
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+    assert (ema_model.weight == 0.5).all()
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------
@@ -122,30 +217,59 @@ def test_a_step_tells_the_loss_when_it_is():
 
 def test_a_row_has_loss_gradient_norms_of_the_parts_and_the_subclass_own_metrics():
     learner = build(clip=1e-3)
-    row = learner.learn(0, [batch()], progress=0.0)
+    row = learner.train_step([batch()], StepInfo(0))
     assert list(row) == ["loss", "grad_norm", "grad_norm/0", "grad_norm/2", "mse"]  # the tanh has no parameters
     assert all(isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad for value in row.values())
     assert row["grad_norm/0"].square() + row["grad_norm/2"].square() == pytest.approx(row["grad_norm"].item() ** 2)
     assert row["grad_norm"] > 0.1  # before clipping
-    clipped = torch.nn.utils.get_total_norm([p.grad for p in learner.plain_model.parameters()])
+    clipped = torch.nn.utils.get_total_norm([p.grad for p in learner.unwrapped_model.parameters()])
     assert clipped.item() == pytest.approx(1e-3, rel=1e-3)
-    assert learner.facts(Moment(0, 0)) == learner.warnings(row) == {}
+    assert learner.facts(StepInfo(0, 0)) == learner.warnings(row) == {}
 
 
-# --- values that are not finite ---------------------------------------------------------------------------------------
+def test_gradient_norms_of_the_parts():
+    parts = {"first": nn.Linear(3, 2), "frozen": nn.Linear(3, 2).requires_grad_(False), "last/of two": nn.Linear(2, 1)}
+    for name in ("first", "last/of two"):
+        parts[name].weight.grad = torch.full_like(parts[name].weight, 2.0)
+    parts["first"].bias.grad = torch.full((2,), 3.0)
+    expected = {"grad_norm/first": math.sqrt(6 * 4 + 2 * 9), "grad_norm/last/of two": math.sqrt(2 * 4)}
+    assert to_floats(gradient_norms(parts)) == pytest.approx(expected)  # no entry for a part without gradients
+
+
+def test_to_floats_keeps_names_values_and_order():
+    values = {"b": torch.tensor(1.5, dtype=torch.float64), "a": torch.tensor(2), "c": torch.tensor(math.inf)}
+    found = to_floats(values | {"d": torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True)})
+    assert list(found.items()) == [("b", 1.5), ("a", 2.0), ("c", math.inf), ("d", 0.5)]
+    assert to_floats({}) == {}
+    assert math.isnan(to_floats({"x": torch.tensor(math.nan)})["x"])
+    assert to_floats(values, Accelerator()) == to_floats(values)
+
+
+# --- non-finite values ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_from_a_bad_batch_on_everything_holds_still(bad):
+def test_from_a_bad_batch_on_every_update_is_skipped(bad):
     learner = build(AdversaryConfig(discriminator_learning_rate=1e-2))
-    learner.learn(0, [batch()], progress=0.0)
-    models = learner.plain_model, learner.adversary.model
+    learner.train_step([batch()], StepInfo(0))
+    models = learner.unwrapped_model, learner.adversary.model
     before = [weights(model) for model in models]
     first, second = batch(1)
     second[0, 0] = bad
-    assert not learner.learn(1, [batch(2), (first, second)], progress=0.0)["loss"].isfinite()
-    assert learner.learn(2, [batch(2)], progress=0.0)["loss"].isfinite()  # a good one that follows
+    assert not learner.train_step([batch(2), (first, second)], StepInfo(1))["loss"].isfinite()
+    assert learner.train_step([batch(2)], StepInfo(2))["loss"].isfinite()  # a good one that follows
     assert all(same(old, weights(model)) for old, model in zip(before, models, strict=True))
+
+
+@pytest.mark.parametrize("failed", [0.0, 1.0])
+def test_a_fused_optimizer_still_reads_the_private_found_inf(failed):
+    """If this fails after an upgrade of torch or accelerate, `step_unless` needs another way to skip an update."""
+    model = linear(1.0)
+    optimizer = Accelerator().prepare(torch.optim.AdamW(model.parameters(), lr=0.1, fused=True))
+    model(torch.ones(1, 3)).sum().backward()
+    step_unless(torch.tensor(failed), optimizer)
+    message = "torch.optim.AdamW(fused=True) no longer reads the attribute `found_inf`"
+    assert torch.equal(model.weight, torch.ones(2, 3)) == bool(failed), message
 
 
 # --- the discriminator ------------------------------------------------------------------------------------------------
@@ -154,24 +278,24 @@ def test_from_a_bad_batch_on_everything_holds_still(bad):
 def test_the_discriminator_learns_from_what_the_loss_gives_it():
     learner = build(AdversaryConfig(discriminator_learning_rate=1e-2))
     alone = copy.deepcopy(learner.adversary)
-    given = [learner.loss(learner.plain_model, batch(seed))[2] for seed in (0, 1)]
-    row = learner.learn(0, [batch(0), batch(1)], progress=0.0)
-    assert row["loss"] != row["mse"]  # the model hears it
-    wanted = alone.learn(0, [(made.detach(), real) for made, real in given])
+    given = [learner.loss(learner.unwrapped_model, batch(seed))[2] for seed in (0, 1)]
+    row = learner.train_step([batch(0), batch(1)], StepInfo(0))
+    assert row["loss"] != row["mse"]  # the critic is part of the loss
+    wanted = alone.train_step([(fake.detach(), real) for fake, real in given])
     assert {name: row[name].item() for name in wanted} == {name: value.item() for name, value in wanted.items()}
     assert same(weights(alone.model), weights(learner.adversary.model))
     assert {"discriminator/loss", "discriminator/grad_norm"} <= wanted.keys()
     before = weights(learner.adversary.model)
-    learner.learn(1, [batch(2)], progress=0.0)
+    learner.train_step([batch(2)], StepInfo(1))
     assert not same(before, weights(learner.adversary.model))
 
 
-def test_without_anything_to_tell_apart_it_does_not_learn(monkeypatch):
+def test_without_samples_the_discriminator_does_not_learn(monkeypatch):
     learner = build(AdversaryConfig(discriminator_learning_rate=1e-2))
     loss = learner.loss
     monkeypatch.setattr(learner, "loss", lambda *given: (*loss(*given)[:2], None))
     before = weights(learner.adversary.model)
-    assert "discriminator/loss" not in learner.learn(0, [batch()], progress=0.0)
+    assert "discriminator/loss" not in learner.train_step([batch()], StepInfo(0))
     assert same(before, weights(learner.adversary.model))
 
 

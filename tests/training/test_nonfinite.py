@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.training.nonfinite import NORM, NonFiniteError, find_in_batches, find_non_finite, stage_of
+from lib.training.nonfinite import NORM, NonFiniteError, find_non_finite, stage_of
 
 NAMES = ("input", "target")
 
@@ -24,10 +24,16 @@ def forward(model, x, factor=1.0):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_latents_come_first_then_parameters_then_the_forward_pass(model, poison):
     x = torch.randn(2, 4)
-    assert find_non_finite(model, {"input latents": x * poison}, lambda: forward(model, x)) == (None, "input latents")
-    assert find_non_finite(model, {"input latents": x}, lambda: forward(model, x * poison))[1] == "input of stages.0"
+    assert find_non_finite(model, [(x * poison,)], ["input latents"], lambda batch: forward(model, x)) == (
+        None,
+        "input latents",
+    )
+    assert (
+        find_non_finite(model, [(x,)], ["input latents"], lambda batch: forward(model, x * poison))[1]
+        == "input of stages.0"
+    )
     model["stages"][1].bias.data[2] = poison
-    found = find_non_finite(model, {"input latents": x}, lambda: forward(model, x))
+    found = find_non_finite(model, [(x,)], ["input latents"], lambda batch: forward(model, x))
     assert found == (1, "parameter stages.1.bias")
 
 
@@ -35,20 +41,20 @@ def test_an_overflow_is_named_where_it_happens(model):
     for stage in model["stages"]:
         stage.weight.data.fill_(1e18)
     x = torch.ones(2, 4)
-    assert find_non_finite(model, {"x": x}, lambda: forward(model, x)) == (2, "output of stages.2")
+    assert find_non_finite(model, [(x,)], ["x"], lambda batch: forward(model, x)) == (2, "output of stages.2")
 
 
 def test_a_loss_or_a_gradient_alone(model):
     x = torch.randn(2, 4)
-    assert find_non_finite(model, {"x": x}, lambda: forward(model, x, factor=1e30)) == (None, "loss")
+    assert find_non_finite(model, [(x,)], ["x"], lambda batch: forward(model, x, factor=1e30)) == (None, "loss")
     root = lambda: (forward(model, x) * 0).sqrt()  # noqa: E731  finite, with an infinite slope
-    stage, tensor = find_non_finite(model, {"x": x}, root)
+    stage, tensor = find_non_finite(model, [(x,)], ["x"], lambda batch: root())
     assert (stage, tensor.split(".")[0]) == (2, "gradient of stages")  # backward reaches the last stage first
 
 
 def test_nothing_is_left_on_a_healthy_model(model):
     x = torch.randn(2, 4)
-    assert find_non_finite(model, {"x": x}, lambda: forward(model, x)) == (None, "norm of the gradients")
+    assert find_non_finite(model, [(x,)], ["x"], lambda batch: forward(model, x)) == (None, "norm of the gradients")
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -63,14 +69,14 @@ def test_the_batch_that_is_not_finite_is_found_among_those_of_a_step(model, bad,
         seen.append(batch)
         return forward(model, batch[0] + batch[1])
 
-    assert find_in_batches(model, batches, NAMES, loss_of) == (None, NAMES[which])
+    assert find_non_finite(model, batches, NAMES, loss_of) == (None, NAMES[which])
     assert len(seen) == 2 * bad  # each batch before: a pass without gradients, one with them; none after
 
 
 def test_batches_that_are_finite_each_by_itself(model):
     batches = [tuple(torch.randn(2, 2, 4)) for _ in range(2)]
-    assert find_in_batches(model, batches, NAMES, lambda batch: forward(model, sum(batch))) == (None, NORM)
-    assert find_in_batches(model, [], NAMES, lambda batch: forward(model, sum(batch))) is None  # a process without any
+    assert find_non_finite(model, batches, NAMES, lambda batch: forward(model, sum(batch))) == (None, NORM)
+    assert find_non_finite(model, [], NAMES, lambda batch: forward(model, sum(batch))) is None  # a process without any
 
 
 def test_stage_and_message():

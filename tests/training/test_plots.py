@@ -14,7 +14,7 @@ def training_rows(num_stages: int = 2) -> list[dict]:
     rows = []
     for step in (1, 2, 5):
         row = {"step": step, "loss": 10.0 / step, "grad_norm": 2.0 * step, "masks/complementarity": 0.7 + 0.01 * step}
-        row |= {"discriminator/real": 0.1 * step, "discriminator/made": -0.2 * step}
+        row |= {"discriminator/real": 0.1 * step, "discriminator/fake": -0.2 * step}
         for stage in range(num_stages):
             row |= {f"stage{stage}/{name}": 0.1 * i + 0.01 * step + 0.002 * stage for i, name in enumerate(names)}
         rows.append(row)
@@ -92,7 +92,7 @@ def test_stage_curves_plots_the_rows_given():
     for axes, label, key in (
         (left, "stage 1 output", "stage1/output_rms"),
         (left, "stage 1 projection", "stage1/projection_rms"),
-        (middle, "stage 0 wanted", "stage0/target_scale"),
+        (middle, "stage 0 target", "stage0/target_scale"),
         (middle, "stage 1 applied", "stage1/applied_scale"),
         (right, "stage 0", "stage0/clamped"),
     ):
@@ -125,8 +125,8 @@ def test_gradient_curve_marks_the_clip(clip, lines):
 
 def test_the_discriminator_curve_shows_both_logits():
     (axes,) = plots.discriminator_curve(training_rows()).axes
-    assert curve(axes, "the clips' own latents") == ([1, 2, 5], [0.1, 0.2, 0.5])
-    assert curve(axes, "fusions") == ([1, 2, 5], [-0.2, -0.4, -1.0])
+    assert curve(axes, "real: the clips' own latents") == ([1, 2, 5], [0.1, 0.2, 0.5])
+    assert curve(axes, "fake: fusions") == ([1, 2, 5], [-0.2, -0.4, -1.0])
 
 
 def test_complementarity_stands_above_its_baseline():
@@ -146,13 +146,13 @@ def test_mask_pictures_share_one_scale_from_0_to_1():
 
 def test_the_dashboard_holds_every_stage():
     rows = training_rows(3)
-    top, norms, levels, factors = plots.training_dashboard(rows, val_rows(), [(0.7, 1.5)] * 3).axes
+    top, norms, levels, scales = plots.training_dashboard(rows, val_rows(), [(0.7, 1.5)] * 3).axes
     assert curve(top, "training, each step") == ([1, 2, 5], [10.0, 5.0, 2.0])
     assert curve(top, "validation") == ([2, 5], [7.0, 6.0])
     assert curve(norms, "before clipping") == ([1, 2, 5], [2.0, 4.0, 10.0])
     for stage in range(3):
         assert curve(levels, f"stage {stage} output")[1] == [row[f"stage{stage}/output_rms"] for row in rows]
-        assert curve(factors, f"stage {stage} wanted")[1] == [row[f"stage{stage}/target_scale"] for row in rows]
+        assert curve(scales, f"stage {stage} target")[1] == [row[f"stage{stage}/target_scale"] for row in rows]
 
 
 def test_the_dashboards_bands_are_what_the_claim_calls_healthy():
@@ -161,24 +161,24 @@ def test_the_dashboards_bands_are_what_the_claim_calls_healthy():
         for step, wanted, mixed in ((1, 2.0, 2.5), (2, 1.25, 4.0), (3, 4.0, 10.0))  # goals 5, 5 and an odd one of 40
     ]
     clamps = [(0.7, 1.5), None, (0.6, 1.8)]
-    _, norms, levels, factors = plots.training_dashboard(rows, [], clamps).axes
+    _, norms, levels, scales = plots.training_dashboard(rows, [], clamps).axes
     assert band(norms) == pytest.approx([3.0, 100.0])  # from below all of it: a log axis has no zero
     assert band(levels) == pytest.approx([4.0, 6.0])
-    assert band(factors) == pytest.approx([0.7 / 1.2, 1.5 / 0.8])  # of the narrowest clamp
+    assert band(scales) == pytest.approx([0.7 / 1.2, 1.5 / 0.8])  # of the narrowest clamp
 
 
 @pytest.mark.parametrize("lo_hi", [(0.7, 1.5), (0.5, 1.1)])
-def test_within_the_band_of_factors_the_level_stays_within_its_own(lo_hi):
-    """At the band's edges the clamped factor leaves exactly 1.2 and 0.8 of the wanted level."""
+def test_within_the_band_of_scales_the_level_stays_within_its_own(lo_hi):
+    """At the band's edges the clamped scale leaves exactly 1.2 and 0.8 of the target level."""
     low, high = band(plots.training_dashboard([], [], [lo_hi]).axes[3])
     assert [np.clip(wanted, *lo_hi) / wanted for wanted in (low, high)] == pytest.approx([1.2, 0.8])
 
 
 def test_the_dashboard_needs_no_rows_and_shows_no_band_without_a_clamp():
     figure = plots.training_dashboard([], [], [None, None])
-    _, norms, levels, factors = figure.axes
+    _, norms, levels, scales = figure.axes
     assert not levels.patches
-    assert not factors.patches
+    assert not scales.patches
     assert band(norms)[1] == pytest.approx(100)
     figure.canvas.draw()
 

@@ -31,17 +31,15 @@ from lib.model.cascade import Cascade, CascadeConfig
 from lib.model.fusion import FusionModel
 from lib.model.masks import MASKINGS, MaskingConfig
 from lib.model.projection import spectral_sigma
-from lib.training.adversary import AdversaryConfig
 from lib.training.batches import epoch_order
-from lib.training.config import LoopConfig, TrainConfig
-from lib.training.curriculum import CurriculumConfig
+from lib.training.config import AdversaryConfig, CurriculumConfig, LoopConfig, TrainConfig
 from lib.training.distributed import rng_state
-from lib.training.learner import Learner, Moment
+from lib.training.fusion_learner import fusion_trainer, train
+from lib.training.learner import Learner, StepInfo
 from lib.training.losses import LossConfig
 from lib.training.nonfinite import NonFiniteError
 from lib.training.run import Run
-from lib.training.telemetry import Callback
-from lib.training.trainer import Trainer, fusion_trainer, train
+from lib.training.trainer import Callback, Trainer
 from lib.util.errors import UserError, exit_on_user_error
 from lib.util.tensors import safe_torch_load
 
@@ -63,13 +61,7 @@ EVERYTHING = {
         novelty_weight=0.5, adversarial_weight=0.5, anti_modulation_weight=0.5, overlap_weight=1.0, window_seconds=0.1
     ),
     "curriculum": CurriculumConfig(noise_rate=0.1, target_shuffling=0.4),
-    "adversary": AdversaryConfig(
-        discriminator_learning_rate=1e-2,
-        discriminator_every=2,
-        discriminator_warmup=2,
-        gradient_penalty=1.0,
-        discriminator_spectral_norm=True,
-    ),
+    "adversary": AdversaryConfig(discriminator_learning_rate=1e-2, discriminator_warmup=2),
 }
 HARD = MaskingConfig("learned", hard_masks=True)
 
@@ -194,7 +186,7 @@ def test_gradient_norm_is_measured_before_clipping_and_clipping_takes_place(new_
     trainer = new_trainer(tiny_cascade(dropout=0.0), clip=1e-3)
     ((input, target),) = batches = next(trainer.steps())
     manual = FusionModel(tiny_cascade(dropout=0.0))
-    manual.load_state_dict(trainer.learner.plain_model.state_dict())
+    manual.load_state_dict(trainer.learner.unwrapped_model.state_dict())
     output, traces, _ = manual(input, target)
     (0.3 * (output - input).pow(2).mean() + 0.3 * (output - target).pow(2).mean()).backward()
     norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in manual.parameters()))
@@ -259,7 +251,7 @@ def test_best_is_the_lowest_validation_loss(start, monkeypatch):
     assert sorted(os.listdir(run.path / "checkpoints")) == ["step_00000004", "step_00000008"]
 
 
-def test_warns_once_a_stage_when_a_factor_passes_1_3(start, tiny_cascade, caplog, monkeypatch):
+def test_warns_once_a_stage_when_a_target_scale_passes_1_3(start, tiny_cascade, caplog, monkeypatch):
     weak = tiny_cascade(2, residual_weight=2.0).with_stage(1, residual_weight=0.1)  # the seeds' broken stage
     log = Run.log
 
@@ -274,7 +266,7 @@ def test_warns_once_a_stage_when_a_factor_passes_1_3(start, tiny_cascade, caplog
             start(cascade=weak)
     warnings = [record.getMessage() for record in caplog.records if record.name == "lib.training.trainer"]
     assert len(warnings) == 1
-    assert warnings[0].startswith("step 1: stage 1 wants the factor ")
+    assert warnings[0].startswith("step 1: stage 1 has a target scale of ")
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         run = start(cascade=weak, resume=True)
@@ -376,8 +368,8 @@ def die_while_writing(call: int) -> None:
 
 
 KILLS = {
-    "before anything is written": lambda: die_before(lib.training.trainer.Run, "create", 1),
-    "after config.json": lambda: die_before(lib.training.trainer.Run, "forget_metrics_after", 1),
+    "before anything is written": lambda: die_before(lib.training.run.Run, "create", 1),
+    "after config.json": lambda: die_before(lib.training.run.Run, "forget_metrics_after", 1),
     "step 1": lambda: die_at_step(1),
     "step 2, half a row": lambda: die_at_step(2, half_a_line=True),
     "step 5, in the second epoch": lambda: die_at_step(5),
@@ -570,7 +562,7 @@ def test_the_warning_names_the_step_it_came_from(start, tiny_cascade, caplog):
     quiet = tiny_cascade(2).with_stage(1, projection_gain=0.01, residual_weight=0.5)
     for every in (1, 100):
         start(str(every), gather_every=every, checkpoint_every=8, batch_size=1, cascade=quiet)
-    steps = [record.message.split(":")[0] for record in caplog.records if "wants the factor" in record.message]
+    steps = [record.message.split(":")[0] for record in caplog.records if "has a target scale of" in record.message]
     assert len(steps) >= 2
     assert steps[: len(steps) // 2] == steps[len(steps) // 2 :]
 
@@ -621,7 +613,7 @@ def everything(tmp_path_factory, tiny_index, tiny_codec, tiny_cascade) -> Run:
         run = train(folder, tiny_index, tiny_codec, tiny_cascade(anti_cheating=0.1), config, HARD)
     rows = run.metrics("train")
     assert len(rows) == 9
-    terms = {"loss/adversarial", "loss/overlap", "loss/anti_modulation", "discriminator/penalty", "noise_share"}
+    terms = {"loss/adversarial", "loss/overlap", "loss/anti_modulation", "discriminator/fake", "noise_share"}
     assert terms <= {name for row in rows for name in row}
     assert os.readlink(run.path / "best") != os.readlink(run.path / "last")
     return run
@@ -651,7 +643,7 @@ def test_with_everything_on_a_signal_in_any_step_changes_nothing(
             start(masking=HARD, **EVERYTHING)
     run = Run.open(tmp_path / "run")
     assert os.readlink(run.path / "last").endswith(f"step_{step:08d}")
-    for stage in run.load_model("last").cascade.stages:  # the averaged weights, with their own σ
+    for stage in run.load_model("last").cascade.stages:  # the EMA weights, with their own σ
         assert spectral_sigma(stage.output_projection) == pytest.approx(1, abs=1e-5)
     torch.manual_seed(99)
     assert_same_run(start(masking=HARD, resume=True, **EVERYTHING), everything)
@@ -693,10 +685,11 @@ import json, signal, sys, time
 import torch
 from conftest import TinyCodec
 from lib.model.cascade import CascadeConfig
+from lib.util.configs import from_fields
 from lib.util.errors import exit_on_user_error
 from lib.training.run import Run
 from lib.training.config import TrainConfig
-from lib.training.trainer import train
+from lib.training.fusion_learner import train
 
 log = Run.log
 
@@ -712,7 +705,8 @@ Run.log = wait_after_step_4
 config, index, out = sys.argv[1:]
 config = json.load(open(config))
 with exit_on_user_error():
-    train(out, index, TinyCodec(), CascadeConfig.from_dict(config["cascade"]), TrainConfig(**config["train"]))
+    cascade, settings = CascadeConfig.from_dict(config["cascade"]), from_fields(TrainConfig, config["train"])
+    train(out, index, TinyCodec(), cascade, settings)
 """
 
 
@@ -792,7 +786,7 @@ def poison_before(monkeypatch, step: int, poison: Callable[[Cascade], None]) -> 
 
     def hook(trainer: Trainer, batches):
         if trainer.step + 1 == step:
-            poison(trainer.learner.plain_model.cascade)
+            poison(trainer.learner.unwrapped_model.cascade)
         return train_step(trainer, batches)
 
     monkeypatch.setattr(Trainer, "train_step", hook)
@@ -885,7 +879,7 @@ def test_a_fault_of_eval_mode_alone_is_named(start, monkeypatch, ema):
     validate = Trainer.validate
 
     def broken(trainer):
-        stage = trainer.learner.kept_model.cascade.stages[1]
+        stage = trainer.learner.eval_model.cascade.stages[1]
         stage.post_norm = nn.Sequential(stage.post_norm, EvalOnly())
         return validate(trainer)
 
@@ -897,15 +891,15 @@ def test_a_fault_of_eval_mode_alone_is_named(start, monkeypatch, ema):
 
 
 def test_a_non_finite_discriminator_is_named(start, tmp_path, monkeypatch, tiny_discriminator):
-    made = []
+    built = []
 
-    def break_at_4(latent_dim, **options):
-        made.append(TinyDiscriminator(latent_dim, **options))
-        return made[0]
+    def break_at_4(latent_dim):
+        built.append(TinyDiscriminator(latent_dim))
+        return built[0]
 
     def poison(cascade):
         with torch.no_grad():
-            made[0].conv.weight[0, 0, 0] = math.nan
+            built[0].conv.weight[0, 0, 0] = math.nan
 
     monkeypatch.setattr(lib.training.fusion_learner, "Discriminator", break_at_4)
     poison_before(monkeypatch, 4, poison)
@@ -943,7 +937,7 @@ def test_a_non_finite_validation_writes_no_checkpoint(start, tmp_path, monkeypat
 
     def broken(trainer):
         if trainer.step == 6:
-            poison_parameter(trainer.learner.plain_model.cascade)
+            poison_parameter(trainer.learner.unwrapped_model.cascade)
         return validate(trainer)
 
     monkeypatch.setattr(Trainer, "validate", broken)
@@ -1047,7 +1041,7 @@ def test_the_parts_gradient_norms_add_up_to_the_whole(start, tiny_cascade, chang
 def test_a_parts_gradient_norm_is_that_of_its_parameters(new_trainer, tiny_cascade):
     trainer = new_trainer(tiny_cascade(rms_scaling="learnable", clamp=None), clip=None)
     row = take(trainer, next(trainer.steps()))
-    for i, stage in enumerate(trainer.learner.plain_model.cascade.stages):
+    for i, stage in enumerate(trainer.learner.unwrapped_model.cascade.stages):
         for name in ("input_norm", "layers", "post_norm", "output_projection", "rms_scaling"):
             squares = sum(p.grad.double().square().sum().item() for p in getattr(stage, name).parameters())
             assert row[f"grad_norm/stage{i}/{name}"] == pytest.approx(math.sqrt(squares), rel=1e-5)
@@ -1089,11 +1083,11 @@ def test_the_trainer_gives_the_loss_its_codecs_sound(start, tiny_codec, monkeypa
     assert row["loss"] == pytest.approx(sum_of_squares + 0.5 * row["loss/anti_modulation"], rel=1e-5)
 
 
-# --- accumulated batches, averaged weights, rates ---------------------------------------------------------------------
+# --- accumulated batches, EMA, rates ----------------------------------------------------------------------------------
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad for name, parameter in trainer.learner.plain_model.named_parameters()}
+    return {name: parameter.grad for name, parameter in trainer.learner.unwrapped_model.named_parameters()}
 
 
 def test_accumulated_batches_equal_one(new_trainer, tiny_cascade):
@@ -1112,7 +1106,7 @@ def test_accumulated_batches_equal_one(new_trainer, tiny_cascade):
         torch.testing.assert_close(gradients(apart)[name], gradient, rtol=1e-4, atol=1e-6)
 
     model, sums = FusionModel(tiny_cascade(dropout=0.0), masks), 0.0
-    model.load_state_dict(new_trainer(tiny_cascade(dropout=0.0), masks).learner.plain_model.state_dict())
+    model.load_state_dict(new_trainer(tiny_cascade(dropout=0.0), masks).learner.unwrapped_model.state_dict())
     for input, target in batches:
         output = model(input, target).latents
         sums += (0.3 * (output - input).square().mean() + 0.3 * (output - target).square().mean()).item() / 3
@@ -1121,10 +1115,10 @@ def test_accumulated_batches_equal_one(new_trainer, tiny_cascade):
 
 
 def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in trainer.learner.plain_model.named_parameters()}
+    return {name: value.detach().clone() for name, value in trainer.learner.unwrapped_model.named_parameters()}
 
 
-def test_the_averaged_weights_follow_their_formula_and_are_kept(start, new_trainer, tiny_index):
+def test_the_ema_weights_follow_their_formula_and_are_saved(start, new_trainer, tiny_index):
     average, recorder = parameters(new_trainer(ema=0.3)), Recorder(parameters)
     run = start("averaged", ema=0.3, callbacks=(recorder,), max_steps=6)
     for step, values in enumerate(recorder.seen):
@@ -1213,7 +1207,7 @@ def test_a_run_that_other_code_finished_is_trained_again(start, whole, tmp_path,
     edit_code("lib.presets")  # plays no part
     start(resume=True)
     assert not (tmp_path / "run" / "replaced").exists()
-    for module in ("lib.training.trainer", "lib.training.losses", "lib.data.latents", "lib.codec.encodec"):
+    for module in ("lib.training.fusion_learner", "lib.training.losses", "lib.data.latents", "lib.codec.encodec"):
         edit_code(module)
         assert_same_run(start(resume=True), whole)  # the same, where it does the same
         assert (tmp_path / "run" / "replaced").exists(), module
@@ -1284,36 +1278,37 @@ def rms(x: torch.Tensor) -> float:
 
 
 def test_the_discriminators_steps_are_its_own(start, monkeypatch, tiny_discriminator):
-    """It learns from the first step, every second one, from clean latents of both kinds; the model hears it later."""
-    learned, learn = [], lib.training.adversary.Adversary.learn
+    """It learns from the first step on; the model's loss uses it later."""
+    learned, train_step = [], lib.training.adversary.Adversary.train_step
 
-    def watched(adversary, step, batches, failed):
-        learned.append((step, batches, [p.detach().clone() for p in adversary.model.parameters()]))
-        metrics = learn(adversary, step, batches, failed)
-        learned[-1] += ([p.detach().clone() for p in adversary.model.parameters()],)
+    def watched(adversary, batches, failed):
+        before = [p.detach().clone() for p in adversary.model.parameters()]
+        metrics = train_step(adversary, batches, failed)
+        learned.append((before, [p.detach().clone() for p in adversary.model.parameters()]))
         return metrics
 
-    monkeypatch.setattr(lib.training.adversary.Adversary, "learn", watched)
-    adversary = AdversaryConfig(discriminator_learning_rate=1e-2, discriminator_every=2, discriminator_warmup=3)
+    monkeypatch.setattr(lib.training.adversary.Adversary, "train_step", watched)
+    adversary = AdversaryConfig(discriminator_learning_rate=1e-2, discriminator_warmup=3)
     loss = LossConfig(adversarial_weight=0.5)
     run = start(adversary=adversary, loss=loss, curriculum=CurriculumConfig(noise_rate=0.2), max_steps=6)
     rows = run.metrics("train")
     assert ["loss/adversarial" in row for row in rows] == [False] * 3 + [True] * 3
-    assert ["discriminator/loss" in row for row in rows] == [True, False] * 3
+    assert all("discriminator/loss" in row for row in rows)
     assert all("loss/adversarial" not in row for row in run.metrics("val"))  # the losses of validation stay comparable
     for row in rows[3:]:
         squares = 0.3 * row["loss/input_mse"] + 0.3 * row["loss/target_mse"]
         assert row["loss"] == pytest.approx(squares + 0.5 * row["loss/adversarial"], rel=1e-5)
-    for (step, _, before, after), (_, _, following, _) in zip(learned, [*learned[1:], learned[-1]], strict=True):
-        assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) == (step % 2 == 0)
-        if step < 5:  # between its steps nothing else moves it
-            assert all(torch.equal(a, b) for a, b in zip(after, following, strict=True))
+    assert len(learned) == 6
+    for before, after in learned:
+        assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    for (_, after), (following, _) in itertools.pairwise(learned):  # between its steps nothing else moves it
+        assert all(torch.equal(a, b) for a, b in zip(after, following, strict=True))
 
 
-def test_the_discriminator_judges_clean_latents_beside_what_was_made(
+def test_the_discriminators_real_samples_are_clean_latents_and_its_fake_ones_the_outputs(
     start, tiny_index, monkeypatch, tiny_discriminator
 ):
-    batches, learn = [], lib.training.adversary.Adversary.learn
+    batches, train_step = [], lib.training.adversary.Adversary.train_step
     outputs, forward = [], FusionModel.forward
 
     def watched_forward(model, input, target):
@@ -1325,19 +1320,19 @@ def test_the_discriminator_judges_clean_latents_beside_what_was_made(
     monkeypatch.setattr(FusionModel, "forward", watched_forward)
     monkeypatch.setattr(
         lib.training.adversary.Adversary,
-        "learn",
-        lambda a, step, given, failed: batches.extend(given) or learn(a, step, given),
+        "train_step",
+        lambda a, given, failed: batches.extend(given) or train_step(a, given),
     )
     pairs = LatentPairs(tiny_index, "train")
     clips = [{pairs[i][side].sum().item() for i in range(5)} for side in (0, 1)]
     adversary = AdversaryConfig(discriminator_learning_rate=1e-2)
     start(adversary=adversary, curriculum=CurriculumConfig(noise_rate=0.2), batch_size=1, accumulate=2, max_steps=6)
     assert len(batches) == 10  # two epochs
-    for (made, real), output in zip(batches, outputs, strict=True):
-        assert torch.equal(made, output)
-        assert not made.requires_grad
+    for (fake, real), output in zip(batches, outputs, strict=True):
+        assert torch.equal(fake, output)
+        assert not fake.requires_grad
         input, target = real.chunk(2)
-        assert made.shape == input.shape == target.shape
+        assert fake.shape == input.shape == target.shape
         assert input.sum().item() in clips[0]
         assert target.sum().item() in clips[1]
 
@@ -1345,22 +1340,22 @@ def test_the_discriminator_judges_clean_latents_beside_what_was_made(
 def test_the_discriminator_is_no_part_of_the_models_optimizer(new_trainer, tiny_discriminator):
     adversary = AdversaryConfig(discriminator_learning_rate=1e-4)
     trainer = new_trainer(adversary=adversary, loss=LossConfig(adversarial_weight=1.0), masking=HARD)
-    own = {id(p) for p in trainer.learner.plain_model.parameters()}
+    own = {id(p) for p in trainer.learner.unwrapped_model.parameters()}
     optimized = [p for group in trainer.learner.optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in optimized} == own
     assert len(optimized) == len(own)
     trainer.learner.adversary.optimizer.zero_grad()
     learner = trainer.learner
-    loss, terms, _ = learner.loss(learner.model.train(), next(trainer.steps())[0], Moment(0, 0))
+    loss, terms, _ = learner.loss(learner.model.train(), next(trainer.steps())[0], StepInfo(0, 0))
     loss.backward()
     assert "adversarial" in "".join(terms)
     assert all(
         p.grad is None for p in trainer.learner.adversary.model.parameters()
     )  # its weights are frozen in the loss
-    assert all(p.grad is not None for p in trainer.learner.plain_model.parameters())
+    assert all(p.grad is not None for p in trainer.learner.unwrapped_model.parameters())
 
 
-# --- who looks on -----------------------------------------------------------------------------------------------------
+# --- callbacks --------------------------------------------------------------------------------------------------------
 
 
 def test_callbacks_are_called_in_order(start):
@@ -1397,7 +1392,7 @@ def test_callbacks_are_told_of_the_end_whatever_ends_it(start, monkeypatch, erro
     assert first.calls.count(("end", 3)) == 1
 
 
-def test_looking_on_changes_nothing(start, whole):
+def test_a_callback_that_watches_changes_nothing(start, whole):
     assert_same_run(start(callbacks=(Recorder(parameters),)), whole)
 
 
@@ -1514,14 +1509,14 @@ class Regression(Learner):
         groups = [{"params": list(model.parameters()), "full_lr": config.learning_rate}]
         super().__init__(config, model, groups, accelerator, adversary)
 
-    def loss(self, model, batch, moment=None):
-        noise = 0.1 * torch.randn_like(batch[0]) if moment else 0.0
-        made = model(batch[0] + noise)
-        loss = (made - batch[1]).square().mean()
-        return loss, {"loss/mse": loss}, (made, batch[1])
+    def loss(self, model, batch, info=None):
+        noise = 0.1 * torch.randn_like(batch[0]) if info else 0.0
+        fake = model(batch[0] + noise)
+        loss = (fake - batch[1]).square().mean()
+        return loss, {"loss/mse": loss}, (fake, batch[1])
 
-    def facts(self, moment):
-        return {"half_epochs": 2 * moment.epoch}
+    def facts(self, info):
+        return {"half_epochs": 2 * info.epoch}
 
     def warnings(self, row):
         return {"deep": f"the loss is {row['loss']:.3f}"} if row["step"] >= 3 else {}
@@ -1531,7 +1526,7 @@ REGRESSION = LoopConfig(epochs=4, batch_size=2, accumulate=2, checkpoint_every=2
 
 
 def regress(folder: Path, data: Points | None = None, callbacks: tuple[Callback, ...] = ()) -> Run:
-    """Start it, or go on with it."""
+    """Start it, or resume it."""
     config = {"train": dataclasses.asdict(REGRESSION)}
     run = Run.start(folder, config, resume=True, free={}, code=["regression"])
     pairs = {"train": data or Points(), "val": Points()}
@@ -1545,7 +1540,7 @@ def test_a_learner_of_another_kind_trains(tmp_path, caplog):
     rows = run.metrics("train")
     assert [(row["step"], row["half_epochs"]) for row in rows] == [(k + 1, 2 * (k // 3)) for k in range(12)]
     parts = {"grad_norm", "grad_norm/0", "grad_norm/3"}
-    judged = {f"discriminator/{name}" for name in ("loss", "real", "made", "grad_norm")}
+    judged = {f"discriminator/{name}" for name in ("loss", "real", "fake", "grad_norm")}
     assert set(rows[0]) == {"split", "step", "epoch", "half_epochs", "loss", "loss/mse"} | parts | judged
     losses = [row["loss"] for row in run.metrics("val")]
     assert len(losses) == 6
@@ -1560,7 +1555,7 @@ def test_a_learner_of_another_kind_trains(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("step", [1, 4, 5, 12])
-def test_a_learner_of_another_kind_is_killed_and_goes_on(tmp_path, step):
+def test_a_learner_of_another_kind_is_killed_and_resumes(tmp_path, step):
     whole = regress(tmp_path / "whole")
 
     def child():

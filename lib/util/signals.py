@@ -1,0 +1,61 @@
+"""Ctrl-C and SIGTERM: the first asks for a stop, so that work can be saved; the second stops at once."""
+
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopSignals:
+    """As a context: the first stop signal is noted in `asked` and passed to `on_stop` by its name; then the earlier
+    handlers are back, so that a second one acts at once.
+
+    Without `second_acts` the later ones are noted and passed on as well: among a launcher's processes, which pass on a
+    Ctrl-C that all have had, or in a process that must not end while another one saves. A file of the name `file` asks
+    for a stop too, so that a dashboard can write it in another process; it is removed on entering and leaving.
+    """
+
+    def __init__(
+        self,
+        on_stop: Callable[[str], None] = lambda name: None,
+        *,
+        file: Path | None = None,
+        second_acts: bool = True,
+    ):
+        self.on_stop, self.file, self.second_acts = on_stop, file, second_acts
+        self.signal: str | None = None  # its name
+        self.earlier: dict[int, Any] = {}  # handlers by signal
+
+    @property
+    def asked(self) -> str | None:
+        """Who asked for a stop, if anybody did."""
+        if self.signal is None and self.file is not None and self.file.exists():
+            return "the stop button"
+        return self.signal
+
+    def __enter__(self) -> "StopSignals":
+        self.remove_file()
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            self.earlier = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
+        return self
+
+    def handle(self, number: int, frame: Any) -> None:
+        if self.second_acts:
+            self.restore()
+        self.signal = signal.Signals(number).name
+        self.on_stop(self.signal)
+
+    def restore(self) -> None:
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception: Any) -> None:
+        self.restore()
+        self.remove_file()
+
+    def remove_file(self) -> None:
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
