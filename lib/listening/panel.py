@@ -57,11 +57,6 @@ class Listening:
             self.models[run] = written, Run.open(path).load_model("best", codec_fingerprint=self.codec.fingerprint)
         return self.models[run][1]
 
-    @property
-    def can_restore(self) -> bool:
-        """Whether there is a super-resolver."""
-        return (self.superres / "diffusion" / "best").exists()
-
     def compare(
         self, input: Clip, target: Clip, runs: Sequence[str], settings: Settings | None = None, restored: bool = False
     ) -> tuple[Players, dict[str, tuple[Tensor, Tensor]]]:
@@ -138,11 +133,10 @@ class _Panel:
         )
         self.blend = ipywidgets.FloatSlider(0, min=0, max=1, step=0.05, description="blend masks with 0.5", **SLIDER)
         upper_band = "restore the outputs' upper band (48 kHz)"
-        if not listening.can_restore:
+        can_restore = (listening.superres / "diffusion" / "best").exists()
+        if not can_restore:
             upper_band += ": needs notebook 06, which trains the super-resolver"
-        self.restored = ipywidgets.Checkbox(
-            False, description=upper_band, disabled=not listening.can_restore, **CONTROL
-        )
+        self.restored = ipywidgets.Checkbox(False, description=upper_band, disabled=not can_restore, **CONTROL)
         self.message = Message()
         self.uploads = ipywidgets.VBox([file.box for file in self.files.values()])
         self.playing = ipywidgets.Label()  # which pair the players hold

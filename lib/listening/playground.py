@@ -82,51 +82,49 @@ class _Panel:
         self.targets = ipywidgets.SelectMultiple(
             options=names, value=(target,), rows=5, description="targets (one or more)", **CONTROL
         )
-        self.stages = ipywidgets.IntSlider(1, min=1, max=1, description="stages to apply", **SLIDER)
-        self.weight = ipywidgets.FloatSlider(1, min=0, max=2, step=0.05, description="last residual weight", **SLIDER)
-        self.noise = ipywidgets.FloatSlider(0, min=0, max=1, step=0.05, description="noise share", **SLIDER)
-        self.seed = ipywidgets.BoundedIntText(0, min=0, max=2**31 - 1, description="seed of the noise", **CONTROL)
-        self.hardness = ipywidgets.FloatLogSlider(
-            1, base=10, min=-2, max=2, step=0.1, description="mask hardness", **SLIDER
-        )
+        self.controls = {  # by the settings that they set
+            "stages": ipywidgets.IntSlider(1, min=1, max=1, description="stages to apply", **SLIDER),
+            "residual_weight": ipywidgets.FloatSlider(
+                1, min=0, max=2, step=0.05, description="last residual weight", **SLIDER
+            ),
+            "noise": ipywidgets.FloatSlider(0, min=0, max=1, step=0.05, description="noise share", **SLIDER),
+            "seed": ipywidgets.BoundedIntText(0, min=0, max=2**31 - 1, description="seed of the noise", **CONTROL),
+            "mask_hardness": ipywidgets.FloatLogSlider(
+                1, base=10, min=-2, max=2, step=0.1, description="mask hardness", **SLIDER
+            ),
+        }
         self.message, self.players = Message(), PlayerWidget()
         self.shown: Any = None  # what the players hold: two sliders that change together redraw once
         self.favourite = ipywidgets.Dropdown(description="save the fusion with", **CONTROL)
         self.name = ipywidgets.Text("favourite", description="as", **CONTROL)
         self.button = ipywidgets.Button(description="Save WAV and recipe", icon="save", layout={"width": "14rem"})
         self.button.on_click(self.save)
-        choices = (self.run, self.input, self.targets)
-        choices += (self.stages, self.weight, self.noise, self.seed, self.hardness)
+        choices = (self.run, self.input, self.targets, *self.controls.values())
         saving = (self.favourite, self.name, self.button, self.message)
         self.box = ipywidgets.VBox([*choices, self.players, *saving])
         self.fit_to_run()
         observe([self.run], self.fit_to_run)
-        observe([self.stages], self.fit_weight)
+        observe([self.controls["stages"]], self.fit_weight)
         observe(choices, self.redraw)
         self.redraw()
 
     def fit_to_run(self, change: Any = None) -> None:
         """Offer as many stages as the run has, and the hardness of masks only where there are masks."""
         with self.message.show_errors():
-            model = self.model(self.run.value)
-            self.stages.max = self.stages.value = len(model.cascade.stages)
-            self.hardness.disabled = model.masking.masking == "none"
+            model, stages = self.model(self.run.value), self.controls["stages"]
+            stages.max = stages.value = len(model.cascade.stages)
+            self.controls["mask_hardness"].disabled = model.masking.masking == "none"
             self.fit_weight()
 
     def fit_weight(self, change: Any = None) -> None:
         with self.message.show_errors():
-            weight = self.model(self.run.value).cascade.stages[self.stages.value - 1].config.residual_weight
-            self.weight.max = max(2.0, weight)
-            self.weight.value = weight
+            stage = self.model(self.run.value).cascade.stages[self.controls["stages"].value - 1]
+            weight = self.controls["residual_weight"]
+            weight.max = max(2.0, stage.config.residual_weight)
+            weight.value = stage.config.residual_weight
 
     def settings(self) -> Settings:
-        return Settings(
-            stages=self.stages.value,
-            residual_weight=self.weight.value,
-            noise=self.noise.value,
-            mask_hardness=self.hardness.value,
-            seed=self.seed.value,
-        )
+        return Settings(**{name: control.value for name, control in self.controls.items()})
 
     def redraw(self, change: Any = None) -> None:
         with self.message.show_errors():

@@ -44,8 +44,8 @@ def seconds(page: Page, panel: int = 0) -> float:
     return 60 * float(minutes) + float(rest)
 
 
-def heard(page: Page) -> list[float]:
-    """Peak of what each clip of the first panel sends to the loudspeaker, over a moment."""
+def audible_gains(page: Page) -> list[float]:
+    """The gain at which each clip of the first panel plays, after the fade."""
     return page.evaluate(
         """async () => {
             const panel = document.querySelector(".players").panel;
@@ -72,14 +72,14 @@ def test_players_load_and_time_advances(page):
     assert seconds(page) == at
 
 
-def test_switching_clips_keeps_the_position_and_only_one_is_heard(page):
+def test_switching_clips_keeps_the_position_and_only_one_is_audible(page):
     page.get_by_role("button", name="Play").first.click()
     page.wait_for_function("() => document.querySelector('.position').value > 0.5")
-    assert heard(page) == pytest.approx([1, 0, 0], abs=0.01)
+    assert audible_gains(page) == pytest.approx([1, 0, 0], abs=0.01)
     before = seconds(page)
     page.get_by_role("radio", name="target").first.check()
     assert seconds(page) >= before
-    assert heard(page) == pytest.approx([0, 1, 0], abs=0.01)
+    assert audible_gains(page) == pytest.approx([0, 1, 0], abs=0.01)
     expect(page.locator(".player.current").first).to_have_attribute("data-name", "target")
 
 
@@ -87,11 +87,11 @@ def test_equal_loudness_turns_the_quiet_clip_up_and_says_so(page):
     page.get_by_role("radio", name="target").first.check()
     page.get_by_role("button", name="Play").first.click()
     page.wait_for_function("() => document.querySelector('.position').value > 0.1")
-    assert heard(page)[1] == pytest.approx(1, abs=0.01)
+    assert audible_gains(page)[1] == pytest.approx(1, abs=0.01)
     page.get_by_role("radio", name="equal loudness").first.check()
     gains = [float(figure.get_attribute("data-gain")) for figure in page.locator(".player").all()[:3]]
     assert gains[1] / gains[0] == pytest.approx(10, rel=0.1)
-    assert heard(page)[1] == pytest.approx(gains[1], rel=0.02)
+    assert audible_gains(page)[1] == pytest.approx(gains[1], rel=0.02)
     shown = page.locator(".player").nth(1).locator(".shift").inner_text()
     assert shown == f"played +{20 * math.log10(gains[1]):.1f} dB"
 
@@ -114,7 +114,7 @@ def test_the_end_is_the_end(page):
     assert seconds(page) == 0
 
 
-def test_a_blind_test_keeps_score_and_tells_the_chance(page):
+def test_a_blind_test_keeps_score_and_shows_the_probability(page):
     """Ten rounds answered right, by looking at what a listener cannot see."""
     page.get_by_text("Blind test (ABX)").first.click()
     panel = "document.querySelector('.players').panel"
@@ -130,7 +130,7 @@ def test_a_blind_test_keeps_score_and_tells_the_chance(page):
     expect(page.locator(".score").first).to_contain_text("10 of 11 right, p = 0.006")  # 12/2048
 
 
-def test_an_answer_needs_x_heard_and_two_clips(page):
+def test_an_answer_needs_x_played_and_two_clips(page):
     page.get_by_text("Blind test (ABX)").first.click()
     guess = page.get_by_role("button", name="X is A").first
     expect(guess).to_be_disabled()
@@ -150,10 +150,10 @@ def test_after_a_blind_test_the_clip_of_before_is_back(page):
     expect(page.get_by_role("radio", name="output").first).to_be_disabled()
     page.get_by_text("Blind test (ABX)").first.click()
     expect(page.locator(".player.current").first).to_have_attribute("data-name", "target")
-    assert heard(page) == pytest.approx([0, 1, 0], abs=0.01)
+    assert audible_gains(page) == pytest.approx([0, 1, 0], abs=0.01)
 
 
-def test_blind_all_is_labelled_as_what_is_heard(page):
+def test_in_a_blind_test_the_labels_match_what_plays(page):
     page.get_by_text("Blind test (ABX)").first.click()
     page.get_by_role("radio", name="X", exact=True).first.check()
     expect(page.get_by_role("radio", name="equal loudness").first).to_be_checked()
@@ -181,7 +181,7 @@ def test_a_pause_before_the_clips_are_loaded_holds(page):
     assert seconds(page) == 0
 
 
-def test_x_is_drawn_anew(page):
+def test_x_is_random_in_every_round(page):
     page.get_by_text("Blind test (ABX)").first.click()
     drawn = page.evaluate(
         "() => { const panel = document.querySelector('.players').panel;"

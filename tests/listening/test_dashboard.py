@@ -114,7 +114,7 @@ def front_end(monkeypatch) -> FrontEnd:
 # --- while training ---------------------------------------------------------------------------------------------------
 
 
-def test_headless_nothing_is_drawn_and_no_widget_made(start, monkeypatch):
+def test_headless_nothing_is_drawn_and_no_widget_is_created(start, monkeypatch):
     def unwanted(*_, **__):
         raise AssertionError("drawn")
 
@@ -139,7 +139,7 @@ def test_a_front_end_sees_the_curves_grow(start, front_end):
     assert plt.get_fignums() == []
 
 
-def test_the_status_tells_step_epoch_and_the_time_left(start, front_end, monkeypatch):
+def test_the_status_has_step_epoch_and_the_time_left(start, front_end, monkeypatch):
     """With a clock that moves by half a minute a step."""
     now = 1e6
     monkeypatch.setattr(lib.listening.dashboard, "time", SimpleNamespace(monotonic=lambda: now))
@@ -332,7 +332,7 @@ def test_a_damaged_line_is_passed_over(run, metrics, line):
     plt.close(curves(run, metrics))
 
 
-def test_a_resumed_training_writes_the_file_anew(run, metrics):
+def test_a_file_that_a_resumed_training_replaced_is_read_again(run, metrics):
     for step in (1, 2, 3):
         run.log(row(step))
     metrics.read()
@@ -427,7 +427,7 @@ def test_a_headless_run_gets_the_curves_as_they_are(run, monkeypatch):
     plt.close(figure)
 
 
-def test_a_place_without_a_run_is_told(tmp_path):
+def test_a_place_without_a_run_is_reported(tmp_path):
     with pytest.raises(UserError, match="no run here"):
         watch(tmp_path)
 

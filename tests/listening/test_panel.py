@@ -1,4 +1,4 @@
-"""The listening panel: what plays and is seen is what the runs make of the clips, and every mistake is told."""
+"""The listening panel: what it plays and shows is what the runs render, and every mistake is reported."""
 
 import base64
 import datetime
@@ -112,7 +112,7 @@ def sounds_like(heard: Tensor, wanted: Tensor) -> bool:
     return heard.shape == wanted.shape and torch.allclose(heard, wanted, rtol=0, atol=1e-4)
 
 
-# --- what is heard ----------------------------------------------------------------------------------------------------
+# --- what plays -------------------------------------------------------------------------------------------------------
 
 
 def test_input_and_target_are_untouched_and_the_average_has_been_through_the_codec(compare, codec, models, pair):
@@ -153,7 +153,7 @@ def test_a_model_is_loaded_again_once_another_training_has_replaced_it(tmp_path,
     assert not all(torch.equal(x, y) for x, y in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_what_is_taken_is_heard_where_its_mask_is_open(codec, pair):
+def test_what_is_taken_has_energy_where_its_mask_is_open(codec, pair):
     """The input for the first half, the target throughout: the powers are those of the clips' own sound."""
     latents = tuple(codec.encode(wav[None]) for wav in pair)
     frames = latents[0].shape[-1]
@@ -241,7 +241,7 @@ def test_several_runs_play_and_show_their_masks(panel, monkeypatch, codec, model
     assert titles == [["taken by a", "taken by b"]]
 
 
-def test_without_a_run_the_former_players_stay_and_the_fix_is_told(panel):
+def test_without_a_run_the_players_stay_and_the_message_says_what_to_do(panel):
     before = panel.players.html
     panel.runs.value = ()
     assert 'role="alert"' in panel.message.value
@@ -270,7 +270,7 @@ def test_the_slider_blends_the_masks_of_what_plays_and_is_seen(panel, codec, mod
     assert bytes(panel.masks.value) != picture
 
 
-def test_a_damaged_run_is_told(tmp_path, codec, songs, save_run, runs):
+def test_a_damaged_run_is_reported(tmp_path, codec, songs, save_run, runs):
     bad = save_run(tmp_path / "bad", codec, CascadeConfig.reference(1, num_layers=1))
     (bad.path / "best" / "model.safetensors").write_bytes(b"damaged")
     panel = _Panel(Listening(codec, songs, {"a": runs["a"], "bad": bad}, tmp_path / "uploads", tmp_path))
@@ -296,7 +296,7 @@ def uploading(panel) -> _Panel:
     return panel
 
 
-def test_the_buttons_show_where_files_are_asked_for(panel):
+def test_the_upload_buttons_show_only_where_they_are_needed(panel):
     assert panel.uploads.layout.display == "none"
     before = panel.players.html
     panel.pair.value = UPLOADED
@@ -338,7 +338,7 @@ def test_a_clip_of_a_file_names_the_file_for_a_recipe(uploading, listening):
     assert Path(clip.path).read_bytes() == content
 
 
-def test_a_file_is_heard_from_its_second_on(uploading):
+def test_a_file_plays_from_the_chosen_second(uploading):
     content = audio(3 * HALF)
     upload(uploading, "input", "a.wav", content)
     upload(uploading, "target", "b.wav", audio(3 * HALF, seed=1))
@@ -358,7 +358,7 @@ def test_a_clip_is_as_long_as_what_is_left_of_the_shorter_file(uploading):
     assert {wav.shape for wav in played(uploading.players.html).values()} == {(1, 8_000)}
 
 
-def test_a_beginning_past_the_end_is_told(uploading):
+def test_a_start_past_the_end_is_reported(uploading):
     upload(uploading, "input", "a song.wav", audio(24_000))
     upload(uploading, "target", "b.wav", audio(24_000, seed=1))
     before = uploading.players.html
@@ -371,7 +371,7 @@ def test_a_beginning_past_the_end_is_told(uploading):
     assert uploading.message.value == ""
 
 
-def test_a_broken_file_is_told_by_its_own_name_and_removed(uploading, listening):
+def test_a_broken_file_is_reported_under_its_own_name_and_removed(uploading, listening):
     upload(uploading, "input", "good.wav", audio())
     upload(uploading, "target", "other.wav", audio(seed=1))
     before = uploading.players.html
@@ -386,7 +386,7 @@ def test_a_broken_file_is_told_by_its_own_name_and_removed(uploading, listening)
     assert uploading.players.html != before
 
 
-def test_a_folder_that_cannot_be_written_is_told(uploading, listening, tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(uploading, listening, tmp_path):
     (tmp_path / "uploads").write_text("a file")
     upload(uploading, "input", "a.wav", audio())
     assert "uploads: cannot write here" in uploading.message.value
@@ -398,7 +398,7 @@ def test_a_files_name_is_no_markup(uploading):
     assert "<b>" not in uploading.message.value
 
 
-def test_the_players_are_those_of_the_clips_that_are_heard(panel, listening, songs):
+def test_the_players_are_those_of_the_compared_clips(panel, listening, songs):
     """To the letter: levels, gains and pictures as well."""
     first = next(iter(listening.pairs.values()))
     assert panel.players.html == listening.compare(*first, ["a"])[0]._repr_html_()
@@ -407,8 +407,7 @@ def test_the_players_are_those_of_the_clips_that_are_heard(panel, listening, son
 # --- with an upper band -----------------------------------------------------------------------------------------------
 
 
-def test_without_a_super_resolver_the_box_cannot_be_checked(panel, listening):
-    assert not listening.can_restore
+def test_without_a_super_resolver_the_box_cannot_be_checked(panel):
     assert panel.restored.disabled
     assert "notebook 06" in panel.restored.description
 

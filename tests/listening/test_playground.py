@@ -1,4 +1,4 @@
-"""The playground: what plays is what its controls say, and what is saved is what was heard, with the way back to it."""
+"""The playground: it plays what its controls say, and saves what it played with a recipe for it."""
 
 import base64
 import html
@@ -142,28 +142,23 @@ def test_every_clip_of_the_validation_pairs_can_be_chosen_and_no_other(panel, so
     assert len(panel.input.options) == len(wanted) < len(songs.pairs)
 
 
-CONTROLS = {
-    "weight": ("residual_weight", 1.2),
-    "noise": ("noise", 0.4),
-    "hardness": ("mask_hardness", 10.0),
-}
+CHANGED = {"residual_weight": 1.2, "noise": 0.4, "mask_hardness": 10.0}
 
 
-@pytest.mark.parametrize("control", CONTROLS)
-def test_every_slider_reaches_the_sound(panel, rendered, control):
-    field, value = CONTROLS[control]
+@pytest.mark.parametrize("field", CHANGED)
+def test_every_slider_reaches_the_sound(panel, rendered, field):
     before = output(panel)
-    getattr(panel, control).value = value
-    settings = replace(AS_TRAINED, **{field: value})
+    panel.controls[field].value = CHANGED[field]
+    settings = replace(AS_TRAINED, **{field: CHANGED[field]})
     assert panel.settings() == settings
     assert sounds_like(output(panel), rendered(settings))
     assert not sounds_like(output(panel), before)
 
 
 def test_the_seed_chooses_the_noise(panel, rendered):
-    panel.noise.value = 0.5
+    panel.controls["noise"].value = 0.5
     before = output(panel)
-    panel.seed.value = 12
+    panel.controls["seed"].value = 12
     settings = replace(AS_TRAINED, noise=0.5, seed=12)
     assert panel.settings() == settings
     assert sounds_like(output(panel), rendered(settings))
@@ -172,10 +167,8 @@ def test_the_seed_chooses_the_noise(panel, rendered):
 
 def test_all_sliders_at_once(panel, rendered):
     wanted = Settings(stages=1, residual_weight=0.45, noise=0.2, mask_hardness=0.1, seed=3)
-    panel.stages.value = wanted.stages
-    for name in ("noise", "seed"):
-        getattr(panel, name).value = getattr(wanted, name)
-    panel.weight.value, panel.hardness.value = wanted.residual_weight, wanted.mask_hardness
+    for name, control in panel.controls.items():
+        control.value = getattr(wanted, name)
     assert panel.settings() == wanted
     assert sounds_like(output(panel), rendered(wanted))
 
@@ -189,30 +182,39 @@ def test_another_input_plays(panel, codec, models, playground):
 
 
 def test_fewer_stages_bring_that_stages_own_weight_and_are_rendered_once(panel, rendered, renderings):
-    assert (panel.stages.min, panel.stages.max, panel.stages.value, panel.weight.value) == (1, 2, 2, 0.3)
-    panel.stages.value = 1
-    assert panel.weight.value == 0.7
+    assert (
+        panel.controls["stages"].min,
+        panel.controls["stages"].max,
+        panel.controls["stages"].value,
+        panel.controls["residual_weight"].value,
+    ) == (1, 2, 2, 0.3)
+    panel.controls["stages"].value = 1
+    assert panel.controls["residual_weight"].value == 0.7
     assert renderings == [Settings(stages=1, residual_weight=0.7)]
     assert sounds_like(output(panel), rendered(Settings(stages=1)))
-    panel.stages.value = 2
-    assert panel.weight.value == 0.3
+    panel.controls["stages"].value = 2
+    assert panel.controls["residual_weight"].value == 0.3
     assert renderings[1:] == [AS_TRAINED]
 
 
 def test_the_sliders_fit_another_run(panel, rendered, renderings):
     panel.run.value = "one"
-    assert (panel.stages.value, panel.stages.max) == (1, 1)
-    assert (panel.weight.value, panel.hardness.disabled) == (2.5, True)
+    assert (panel.controls["stages"].value, panel.controls["stages"].max) == (1, 1)
+    assert (panel.controls["residual_weight"].value, panel.controls["mask_hardness"].disabled) == (2.5, True)
     assert sounds_like(output(panel), rendered(Settings(), "one"))
     assert renderings[-1] == Settings(stages=1, residual_weight=2.5)
     panel.run.value = "two"
-    assert (panel.stages.value, panel.stages.max) == (2, 2)
-    assert (panel.weight.value, panel.weight.max, panel.hardness.disabled) == (0.3, 2.0, False)
+    assert (panel.controls["stages"].value, panel.controls["stages"].max) == (2, 2)
+    assert (
+        panel.controls["residual_weight"].value,
+        panel.controls["residual_weight"].max,
+        panel.controls["mask_hardness"].disabled,
+    ) == (0.3, 2.0, False)
     assert sounds_like(output(panel), rendered())
 
 
 def test_nothing_is_rendered_twice_in_a_row(panel, renderings):
-    panel.seed.value = 1
+    panel.controls["seed"].value = 1
     panel.redraw()
     panel.redraw()
     assert renderings == [replace(AS_TRAINED, seed=1)]
@@ -236,7 +238,7 @@ def test_every_target_plays_and_can_be_saved(panel, playground, rendered):
     assert panel.favourite.value == targets[2]
 
 
-def test_without_a_target_the_former_players_stay_and_the_fix_is_told(panel):
+def test_without_a_target_the_players_stay_and_the_message_says_what_to_do(panel):
     before, targets = panel.players.html, panel.targets.value
     panel.targets.value = ()
     assert "targets: none is selected; click one" in panel.message.value
@@ -249,11 +251,16 @@ def test_without_a_target_the_former_players_stay_and_the_fix_is_told(panel):
 # --- favourites -------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_saved_is_what_was_heard_and_its_recipe_gives_it_again(panel, playground, songs, rendered):
+def test_what_is_saved_is_what_played_and_its_recipe_renders_it_again(panel, playground, songs, rendered):
     targets = tuple(playground.clips)[1:4]
     panel.targets.value = targets
     panel.favourite.value = targets[1]
-    panel.noise.value, panel.seed.value, panel.hardness.value, panel.stages.value = 0.3, 7, 4.0, 1
+    (
+        panel.controls["noise"].value,
+        panel.controls["seed"].value,
+        panel.controls["mask_hardness"].value,
+        panel.controls["stages"].value,
+    ) = 0.3, 7, 4.0, 1
     heard = played(panel.players.html)[f"with {targets[1]}"]
     panel.name.value = "mine"
     panel.button.click()
@@ -275,8 +282,8 @@ def test_what_is_saved_is_what_was_heard_and_its_recipe_gives_it_again(panel, pl
 def test_nothing_is_overwritten(panel, playground):
     contents = {}
     for number, name in enumerate(("favourite", "favourite_2", "favourite_3")):
-        panel.seed.value = number
-        panel.noise.value = 0.5
+        panel.controls["seed"].value = number
+        panel.controls["noise"].value = 0.5
         panel.button.click()
         assert f"Saved {name}.wav" in panel.message.value
         assert all((playground.favourites / f"{stem}.wav").read_bytes() == wav for stem, wav in contents.items())
@@ -310,7 +317,7 @@ def test_any_name_becomes_a_file_in_the_folder(playground, name, wanted):
     assert follow_recipe(recipe).equal
 
 
-def test_what_cannot_be_saved_is_told(panel, playground):
+def test_what_cannot_be_saved_is_reported(panel, playground):
     playground.favourites.write_text("a file")
     panel.button.click()
     assert "my favourites: cannot write here" in panel.message.value
@@ -332,20 +339,20 @@ def spoil(path: Path, num_samples: int) -> None:
     soundfile.write(path, wav, 24_000, subtype="PCM_24")
 
 
-def test_a_file_that_has_become_shorter_or_is_gone_is_told(own_songs, codec, runs):
+def test_a_file_that_is_shorter_now_or_gone_is_reported(own_songs, codec, runs):
     panel = _Panel(make(codec, read_manifest(own_songs / "manifest.jsonl"), runs, own_songs / "favourites"))
     before = panel.players.html
     path = Path(panel.playground.clips[panel.input.value].path)
     content = path.read_bytes()
     spoil(path, 400)
-    panel.noise.value = 0.5
+    panel.controls["noise"].value = 0.5
     assert re.search(r"song_\d\.wav: ends before sample \d+; restore the file", panel.message.value)
     path.unlink()
-    panel.noise.value = 0.6
+    panel.controls["noise"].value = 0.6
     assert re.search(r"song_\d\.wav: no such file; check the path", panel.message.value)
     assert panel.players.html == before
     path.write_bytes(content)
-    panel.noise.value = 0.7
+    panel.controls["noise"].value = 0.7
     assert panel.message.value == ""
     assert panel.players.html != before
 
@@ -368,7 +375,7 @@ def test_what_never_played_cannot_be_saved(own_songs, codec, runs):
     assert not (own_songs / "favourites").exists()
 
 
-def test_a_damaged_run_is_told_and_another_can_be_chosen(tmp_path, codec, songs, runs, save_run):
+def test_a_damaged_run_is_reported_and_another_can_be_selected(tmp_path, codec, songs, runs, save_run):
     bad = save_run(tmp_path / "bad", codec, CascadeConfig.reference(3, num_layers=1))
     (bad.path / "best" / "model.safetensors").write_bytes(b"damaged")
     panel = _Panel(make(codec, songs, {"two": runs["two"], "bad": bad}, tmp_path / "favourites"))

@@ -77,7 +77,7 @@ def test_a_front_end_gets_the_panel(monkeypatch):
     assert shown == [panel]
 
 
-def test_a_headless_run_gets_what_stands_for_the_panel_which_is_not_even_built(monkeypatch):
+def test_a_headless_run_gets_the_alternative_and_builds_no_panel(monkeypatch):
     monkeypatch.setattr(lib.listening.widgets, "can_show_widgets", lambda: False)
     monkeypatch.setattr(lib.listening.widgets, "display", pytest.fail)
     assert show(lambda: pytest.fail("built"), "still") == "still"

@@ -155,7 +155,7 @@ def test_claims_are_shown_where_they_are_judged_and_found_again(tmp_path):
     assert [row["claim"] for row in collect(sections(tmp_path))] == ["C1", "C2", "C10"]
 
 
-def test_opening_a_section_anew_forgets_what_it_held(out, write):
+def test_opening_a_section_again_discards_what_it_held(out, write):
     Section(out, "01_encoding", "Encoding again")
     page = write(out)
     assert "Encoding again" in page.text
