@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from markupsafe import escape
 
 import lib.compare
 from lib.audio.files import load_audio
@@ -132,7 +133,7 @@ def test_the_metrics_are_those_of_the_sounds(page, runs, codec, songs, new_pairs
     assert rows["a"]["input mel"] != rows["b run"]["input mel"]
     songs_of_pairs = [(pair.input.sha256, pair.target.sha256) for pair in new_pairs]
     said = advantage(everything, "a", "b run", songs_of_pairs).in_words("b run")
-    assert f"{said} on {len(new_pairs)} pair(s) ({html.escape(TEST)})" in page[0]
+    assert f"{said} on {len(new_pairs)} pair(s) ({escape(TEST)})" in page[0]
 
 
 def test_both_runs_play_the_same_pair(page, runs, codec, songs, new_pairs):
