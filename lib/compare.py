@@ -18,7 +18,7 @@ from lib.evaluation.metrics import advantage, hear, judge_fusion, mean_judgement
 from lib.listening.panel import describe_pair, whole_clip
 from lib.listening.player import Players
 from lib.listening.render import load_pair, render
-from lib.model.fusion import FusionModel
+from lib.model.fusion import FusionModel, load_model
 from lib.project import ROOT
 from lib.report.report import Section, Table, write_report
 from lib.training import plots
@@ -44,7 +44,7 @@ class Compared:
     def __init__(self, name: str, run: Run, codec_folder: str | None):
         self.name, self.run = name, run
         self.codec = codec_of(run, codec_folder)
-        self.model: FusionModel = run.load_model("best", codec_fingerprint=self.codec.fingerprint)
+        self.model: FusionModel = load_model(run, "best", codec_fingerprint=self.codec.fingerprint)
 
 
 def compare_runs(

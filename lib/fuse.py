@@ -25,7 +25,7 @@ from lib.audio.chunks import chunk_starts, crossfaded, reading
 from lib.audio.files import SAMPLE_RATE, AudioWriter, check_audio, load_audio, save_audio
 from lib.codec.codec import Codec, load_codec
 from lib.listening.render import follow_recipe
-from lib.model.fusion import FusionModel
+from lib.model.fusion import FusionModel, load_model
 from lib.superres import mel
 from lib.superres.resolver import Restoration, Restored, SuperResolver, restore_file
 from lib.training.run import Run
@@ -61,7 +61,7 @@ def fuse_files(
     A .wav is written as 32-bit float and may pass full scale; other formats are refused above it (`AudioError`).
     Raises `UserError` for unusable files and for a run that was trained on another codec's latents.
     """
-    model = run.load_model(which, codec_fingerprint=codec.fingerprint)
+    model = load_model(run, which, codec_fingerprint=codec.fingerprint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     if isinstance(codec, torch.nn.Module):

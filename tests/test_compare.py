@@ -25,6 +25,7 @@ from lib.data.pairs import Manifest, Pair, write_manifest
 from lib.evaluation.metrics import advantage, hear, judge_fusion
 from lib.fuse import fuse_clips
 from lib.model.cascade import CascadeConfig
+from lib.model.fusion import load_model
 from lib.training.run import Run
 from lib.util.errors import UserError
 from lib.util.stats import TEST
@@ -118,7 +119,7 @@ def test_the_metrics_are_those_of_the_sounds(page, runs, codec, songs, new_pairs
     assert list(rows) == ["a", "b run"]
     everything = {}
     for run, steps, loss in zip(runs, (3, 1), ("1.500", "1.250"), strict=True):
-        model, judged = run.load_model(), []
+        model, judged = load_model(run), []
         for pair in new_pairs:
             wavs = [load_audio(songs.path(c), c.offset, c.length) for c in (pair.input, pair.target)]
             output = fuse_clips(*(wav[None] for wav in wavs), model, codec)[0]
@@ -143,7 +144,7 @@ def test_both_runs_play_the_same_pair(page, runs, codec, songs, new_pairs):
     wavs = [load_audio(songs.path(c), c.offset, c.length) for c in (new_pairs[0].input, new_pairs[0].target)]
     wanted = {"input": wavs[0], "target": wavs[1]}
     for run in runs:
-        wanted[run.path.name] = fuse_clips(*(wav[None] for wav in wavs), run.load_model(), codec)[0]
+        wanted[run.path.name] = fuse_clips(*(wav[None] for wav in wavs), load_model(run), codec)[0]
     for name, wav in wanted.items():
         assert torch.allclose(heard[name].float(), wav[0], rtol=0, atol=1e-4), name
 

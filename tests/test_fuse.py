@@ -23,7 +23,7 @@ from lib.data.pairs import Clip
 from lib.fuse import CHUNK, OVERLAP, fuse_and_restore, fuse_clips, fuse_files, main
 from lib.listening.render import Settings, save_with_recipe
 from lib.model.cascade import CascadeConfig
-from lib.model.fusion import FusionModel
+from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import MaskingConfig
 from lib.superres.resolver import SuperResolver
 from lib.training.run import Run
@@ -106,7 +106,7 @@ def test_memory_does_not_grow_with_the_files(tmp_path, run, codec, monkeypatch):
 def test_a_short_file_gives_what_fuse_clips_gives(tmp_path, clip, run, codec):
     paths = clip("a.wav", 12_345, subtype="FLOAT"), clip("b.wav", 12_345, seed=1, subtype="FLOAT")
     report = fuse_files(*paths, tmp_path / "out.wav", run, codec)
-    wanted = fuse_clips(*(load_audio(path)[None] for path in paths), run.load_model("best"), codec)[0]
+    wanted = fuse_clips(*(load_audio(path)[None] for path in paths), load_model(run, "best"), codec)[0]
     written = load_audio(report.path)
     assert torch.equal(written, wanted)
     assert (report.num_samples, report.chunks) == (12_345, 1)
@@ -116,7 +116,7 @@ def test_a_short_file_gives_what_fuse_clips_gives(tmp_path, clip, run, codec):
 
 
 def test_fuse_clips_is_encode_model_decode(run, codec):
-    model = run.load_model("best")
+    model = load_model(run, "best")
     input, target = (torch.from_numpy(music(1000, seed=seed).T[None]).float() for seed in (0, 1))  # [1, 1, N]
     with torch.no_grad():
         latents = model(codec.encode(input), codec.encode(target)).latents
@@ -141,7 +141,7 @@ def test_a_long_file_is_fused_chunk_by_chunk(tmp_path, clip, run, codec):
     report = fuse_files(a, b, tmp_path / "out.wav", run, codec)
     written = load_audio(report.path)
     assert (report.num_samples, report.chunks, written.shape) == (num_samples, 2, (1, num_samples))
-    model = run.load_model("best")
+    model = load_model(run, "best")
 
     def chunk(start, end):
         return fuse_clips(*(load_audio(path, start, end - start)[None] for path in (a, b)), model, codec)[0]

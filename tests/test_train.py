@@ -40,6 +40,7 @@ from lib.codec.mdct import MdctCodec
 from lib.data.latents import LatentPairs, encode_manifest
 from lib.data.pairs import Clip, Manifest, Pair
 from lib.model.cascade import CascadeConfig
+from lib.model.fusion import load_model
 from lib.model.masks import MaskingConfig
 from lib.presets import ModelSettings, load_preset
 from lib.project import open_project
@@ -52,8 +53,6 @@ from lib.training.nonfinite import NonFiniteError
 from lib.training.run import Run
 from lib.training.trainer import Callback, Trainer
 from lib.util.errors import UserError
-
-pytestmark = pytest.mark.filterwarnings("ignore::lib.model.cascade.CollapseWarning")
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN_PAIRS, VAL_PAIRS = 13, 3  # 12 for whole steps, and one more; an odd number, so that processes differ in theirs
@@ -567,7 +566,7 @@ def test_in_one_process_those_who_look_on_are_told(tmp_path, monkeypatch):
     assert told == [1]
     assert (run.path / "audio" / "pair_0_epoch_0001.wav").exists()
     assert list((run.path / "tensorboard").iterdir())
-    assert run.load_model("last").masking == MaskingConfig("learned")
+    assert load_model(run, "last").masking == MaskingConfig("learned")
 
 
 @pytest.mark.parametrize(

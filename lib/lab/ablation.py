@@ -16,7 +16,6 @@ import os
 import shutil
 import signal
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
@@ -35,7 +34,8 @@ from lib.data.latents import LatentPairs
 from lib.evaluation.metrics import evaluate_fusion, judge_outputs, mean_judgement
 from lib.lab.results import Result, summarize
 from lib.lab.variants import Variant
-from lib.model.cascade import CascadeConfig, CollapseWarning
+from lib.model.cascade import CascadeConfig
+from lib.model.fusion import load_model
 from lib.model.masks import MaskingConfig
 from lib.model.projection import projection_ceiling
 from lib.training.batches import evenly_spread
@@ -162,8 +162,7 @@ def start_worker(devices: Any, pids: Any) -> None:
     os.setpgrp()
     StopSignals(stop_worker, second_acts=False).__enter__()  # for as long as the process lives
     os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get()) if torch.cuda.device_count() else ""
-    warnings.simplefilter("ignore", CollapseWarning)  # the variants break the design rule on purpose ...
-    logging.getLogger("lib.training").setLevel(logging.ERROR)  # ... and want large factors
+    logging.getLogger("lib.training").setLevel(logging.ERROR)  # variants collapse on purpose
     torch.set_num_threads(1)
     pids.put(os.getpid())
     threading.Thread(target=follow_parent, daemon=True).start()
@@ -232,7 +231,7 @@ def train_and_evaluate(job: Job) -> dict[str, float]:
     """Metrics of the trained model on the validation pairs, and the RMS ceiling of every stage's projection."""
     codec = load_codec(job.codec)
     run = train(job.folder, job.index, codec, job.cascade, job.train, job.masking, resume=True, progress=False)
-    model = run.load_model("last").to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(run, "last").to("cuda" if torch.cuda.is_available() else "cpu")
     pairs = LatentPairs(job.index, "val", codec_fingerprint=codec.fingerprint)
     pairs = Subset(pairs, evenly_spread(len(pairs), job.train.max_val_pairs).tolist())
     final = evaluate_fusion(model, pairs)

@@ -1,9 +1,8 @@
-"""What notebook 03 measures of a cascade: traces over weights, gains of the scaling, Jacobian norms.
+"""What notebook 03 measures on a cascade: traces over residual weights, gains of RMS scaling, Jacobian norms.
 
 Legend: B batch, D latent channels, T frames.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -13,41 +12,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lib.model.cascade import Cascade, RmsScaling, StageTrace
 
 
-def set_last_stage(cascade: Cascade, **changes: object) -> None:
-    """Change settings of the last stage that no tensor depends on: residual weight and source, mixing, clamp."""
-    last = cascade.stages[-1]
-    last.config = dataclasses.replace(last.config, **changes)
-    last.rms_scaling.clamp = last.config.clamp
-
-
 @torch.no_grad()
 def last_stage_over_weights(cascade: Cascade, weights: list[float], input: Tensor, target: Tensor) -> list[StageTrace]:
-    """The last stage's trace in an eval pass with each residual weight; the cascade is left as it was."""
-    last, seen = cascade.stages[-1], []
-    training, before = cascade.training, last.config.residual_weight
-    hook = last.register_forward_pre_hook(lambda stage, arguments: seen.append(dict(arguments[0])))
+    """The last stage's trace at each residual weight, in eval mode; the cascade is left as it was."""
+    last, training = cascade.stages[-1], cascade.training
     cascade.eval()
-    cascade(input, target)  # the stages before see no difference
-    hook.remove()
+    signals, _ = cascade.run_stages(input, target, len(cascade.stages) - 1)
     traces = []
     for weight in weights:
-        set_last_stage(cascade, residual_weight=weight)
-        traces.append(last(seen[0])[1])
-    set_last_stage(cascade, residual_weight=before)
+        with last.override(residual_weight=weight):
+            traces.append(last(signals)[1])
     cascade.train(training)
     return traces
 
 
 def scaling_gains(scaling: RmsScaling, x: Tensor, goal: Tensor) -> tuple[float, float]:
-    """How much RMS scaling stretches a gradient along its input `x [1, D, T]`, and across it, by autograd.
+    """The gain of RMS scaling on a gradient parallel to its input `x [1, D, T]`, and on an orthogonal one, by autograd.
 
-    Unclamped, x ↦ g·x/rms(x) does not change when x grows: 0 along x, the factor g/rms(x) across. Through a clamped
-    factor it is the linear map x ↦ c·x: c in both. `goal`: the wanted RMS, `[1]`.
+    Unclamped, x ↦ g·x/rms(x) does not change when x grows: the gain is 0 along x, and g/rms(x) across. A clamped scale
+    c makes it the linear map x ↦ c·x, whose gain is c in both directions. `goal`: the RMS of both clips, `[1]`.
     """
     x = x.detach().requires_grad_()
     output = scaling(x, goal, goal)[0]
     along = x.detach() / x.detach().norm()
-    generator = torch.Generator().manual_seed(271_828)  # not what made x, or nothing would be left across it
+    generator = torch.Generator().manual_seed(271_828)  # not the seed of x, or nothing would be left across it
     across = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     across = across - (across * along).sum() * along
     across = across / across.norm()
@@ -61,7 +49,7 @@ def scaling_gains(scaling: RmsScaling, x: Tensor, goal: Tensor) -> tuple[float, 
 def jacobian_norm(function: Callable[[Tensor], Tensor], x: Tensor, *, iterations: int = 20, seed: int = 0) -> float:
     """Largest singular value of the Jacobian of `function` at `x`: its local Lipschitz constant there.
 
-    Power iteration on JᵀJ, whose value grows towards the true one from below. `function` must not be random.
+    Power iteration on JᵀJ, which approaches the true value from below. `function` must be deterministic.
     """
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype).to(x.device)
     sigma = 0.0

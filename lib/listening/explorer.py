@@ -1,6 +1,6 @@
-"""Sliders over a real cascade: residual weight, clamp, similarity of the clips and spectral norm redraw its RMS.
+"""Sliders over a real cascade: residual weight, clamp, similarity of the clips, spectral norm; its RMS is redrawn.
 
-Where the front end shows no widgets, `RmsExplorer.grid` has a few settings side by side instead.
+Where the front end shows no widgets, `RmsExplorer.grid` shows a few settings side by side.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from lib.audio.plots import STYLE
 from lib.lab.plots import Waterfall, waterfalls
-from lib.lab.probes import set_last_stage
 from lib.lab.variants import EXPLODING, VARIANTS
 from lib.model.cascade import Cascade, StageTrace, rms
+from lib.model.rms_law import pair_rms
 
 CLAMP = (0.7, 1.5)
 GRID = {  # what a headless run shows
@@ -36,13 +36,13 @@ GRID = {  # what a headless run shows
 
 
 class RmsExplorer:
-    """The three-stage cascade of the seeds on a pair of clips `[1, D, T]`; its last stage is what the sliders move."""
+    """The exploding three-stage cascade on a pair of latents `[1, D, T]`; the sliders change its last stage."""
 
     def __init__(self, input: Tensor, target: Tensor, num_layers: int, seed: int = 0):
         self.input = input
         direction = input / input.norm()
         across = target - (target * direction).sum() * direction
-        self.across = across / across.norm() * target.norm()  # unlike the input, at the target's RMS
+        self.across = across / across.norm() * target.norm()  # orthogonal to the input, at the target's RMS
         self.along = direction * target.norm()
         variant = next(variant for variant in VARIANTS if variant.name == EXPLODING)
         self.cascades = {}
@@ -50,24 +50,22 @@ class RmsExplorer:
             torch.manual_seed(seed)
             config = dataclasses.replace(variant, every={"spectral_norm": spectral_norm}).cascade(num_layers)
             self.cascades[spectral_norm] = Cascade(config).eval()
-        self.figure: Figure | None = None  # drawn once, then moved
+        self.figure: Figure | None = None  # drawn once, then updated
         self.before_last = functools.lru_cache(maxsize=8)(self._before_last)
 
     @torch.inference_mode()
     def traces(
         self, weight: float = 0.1, clamp: bool = True, similarity: float = 0.0, spectral_norm: bool = True
     ) -> tuple[list[dict[str, float]], float]:
-        """RMS through the stages as `Waterfall.update` takes it, and the wanted RMS.
+        """RMS through the stages in the form of `Waterfall.update`, and the RMS of both clips.
 
-        `similarity`: cosine between input and target, 0 to 1. `clamp`: of the last stage's factor.
+        `similarity`: cosine between input and target, 0 to 1. `clamp`: of the last stage's scale.
         """
-        cascade = self.cascades[spectral_norm]
-        sources, traces = self.before_last(similarity, spectral_norm)
-        set_last_stage(cascade, residual_weight=weight, clamp=CLAMP if clamp else None)
-        traces = (*traces, cascade.stages[-1](sources)[1])
-        rows = []
-        for stage, trace in zip(cascade.stages, traces, strict=True):
-            rows.append(
+        stages = self.cascades[spectral_norm].stages
+        signals, traces = self.before_last(similarity, spectral_norm)
+        with stages[-1].override(residual_weight=weight, clamp=CLAMP if clamp else None):
+            traces = (*traces, stages[-1](signals)[1])
+            rows = [
                 {
                     "projection": trace.projection_rms.item(),
                     "residual": stage.config.residual_weight * trace.residual_rms.item(),
@@ -76,23 +74,19 @@ class RmsExplorer:
                     "target_scale": trace.target_scale.item(),
                     "applied_scale": trace.applied_scale.item(),
                 }
-            )
-        goal = ((rms(self.input).square() + rms(sources["target"]).square()) / 2).sqrt().item()
-        return rows, goal
+                for stage, trace in zip(stages, traces, strict=True)
+            ]
+        return rows, pair_rms(rms(self.input), rms(signals["target"])).item()
 
     @torch.inference_mode()
     def _before_last(self, similarity: float, spectral_norm: bool) -> tuple[dict[str, Tensor], tuple[StageTrace, ...]]:
-        """What the last stage is given, and the traces of the stages before it."""
+        """What the last stage reads, and the traces of the stages before it."""
         target = similarity * self.along + (1 - similarity**2) ** 0.5 * self.across
-        sources = {"input": self.input, "noisy_input": self.input, "target": target, "noisy_target": target}
-        traces = []
-        for stage in self.cascades[spectral_norm].stages[:-1]:
-            sources["previous"], trace = stage(sources)
-            traces.append(trace)
-        return sources, tuple(traces)
+        cascade = self.cascades[spectral_norm]
+        return cascade.run_stages(self.input, target, len(cascade.stages) - 1)
 
     def png(self, **settings: Any) -> bytes:
-        """The waterfall of one setting as a picture: what a slider redraws, in well under 200 ms."""
+        """The waterfall of one setting as a PNG: what a slider redraws, in well under 200 ms."""
         rows, goal = self.traces(**settings)
         if self.figure is None:
             with plt.rc_context(STYLE | {"axes.grid.axis": "y", "figure.constrained_layout.use": False}):

@@ -20,7 +20,7 @@ from lib.data.pairs import Clip, Manifest
 from lib.listening.player import Players, PlayerWidget
 from lib.listening.render import Rendition, Settings, load_pair, render
 from lib.listening.widgets import CONTROL, PICTURE, SLIDER, Message, Upload, describe_clip, figure_png, observe
-from lib.model.fusion import FusionModel
+from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import apply_mask
 from lib.superres import mel
 from lib.superres.resolver import Restoration, SuperResolver, band_edge
@@ -54,7 +54,8 @@ class Listening:
         meta = path / "best" / "meta.json"
         written = meta.stat().st_mtime_ns if meta.exists() else 0  # without one, loading says what is wrong
         if self.models.get(run, (None,))[0] != written:
-            self.models[run] = written, Run.open(path).load_model("best", codec_fingerprint=self.codec.fingerprint)
+            model = load_model(Run.open(path), "best", codec_fingerprint=self.codec.fingerprint)
+            self.models[run] = written, model
         return self.models[run][1]
 
     def compare(

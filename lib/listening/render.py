@@ -4,12 +4,10 @@ Everything here is computed on the CPU in float32, one pair at a time, so that a
 Legend: D latent channels, T frames, N samples.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +18,8 @@ from torch import Tensor
 from lib.audio.files import load_audio, save_audio
 from lib.codec.codec import Codec, load_codec
 from lib.data.pairs import Clip
-from lib.model.cascade import Stage, StageTrace
-from lib.model.fusion import FusionModel
+from lib.model.cascade import StageTrace
+from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import Masks
 from lib.training.batches import mix_noise
 from lib.training.run import Run
@@ -83,7 +81,8 @@ def render(
     masks = model.make_masks(*latents)
     if masks is not None:
         masks = Masks(*(adjusted(mask, settings) for mask in masks))
-    with residual_weight(stages[-1], settings.residual_weight):
+    last, weight = stages[-1], settings.residual_weight
+    with last.override(residual_weight=last.config.residual_weight if weight is None else weight):
         fusion = model(*latents, masks=masks, stages=len(stages))
     return Rendition(codec.decode(fusion.latents, length=input.shape[-1])[0], latents, masks, fusion.traces)
 
@@ -93,18 +92,6 @@ def adjusted(mask: Tensor, settings: Settings) -> Tensor:
     if settings.mask_hardness != 1:
         mask = (mask.clamp(UNDECIDED, 1 - UNDECIDED).logit() * settings.mask_hardness).sigmoid()
     return torch.lerp(mask, torch.full_like(mask, 0.5), settings.mask_blend)
-
-
-@contextlib.contextmanager
-def residual_weight(stage: Stage, weight: float | None) -> Iterator[None]:
-    """The stage with another residual weight, for a while."""
-    config = stage.config
-    if weight is not None:
-        stage.config = dataclasses.replace(config, residual_weight=weight)
-    try:
-        yield
-    finally:
-        stage.config = config
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -144,7 +131,7 @@ def save_with_recipe(
     input, target = cut_to_shorter(input, target)
     for clip in (input, target):
         _check_file(clip, "the pair", "restore that file, or make the pairs again")
-    model = run.load_model(which, codec_fingerprint=codec.fingerprint)
+    model = load_model(run, which, codec_fingerprint=codec.fingerprint)
     rendition = render(model, codec, load_clip(input), load_clip(target), settings)
     save_audio(path, rendition.wav)
     folder, root = path.parent.resolve(), run.path.resolve()
@@ -201,7 +188,7 @@ def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str
     if not run and not (place / "config.json").is_file():
         raise UserError(f"{path}: its run {place} is not there; say where it is now, by --run")
     found = Run.open(place)
-    model = found.load_model(recipe["checkpoint"], codec_fingerprint=recipe["codec"]["fingerprint"])
+    model = load_model(found, recipe["checkpoint"], codec_fingerprint=recipe["codec"]["fingerprint"])
     if found.weights_sha256(recipe["checkpoint"]) != recipe["weights_sha256"]:
         raise UserError(f"{found.path}: its weights are not those of {path}; name the run that has them, by --run")
     loaded = load_codec(codec or recipe["codec"]["name"])

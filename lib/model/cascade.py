@@ -1,13 +1,17 @@
-"""The cascade: stages of transformers that fuse two latents into one, each ending in a spectral-norm projection,
-a residual and RMS scaling (seed 000 describes the two-stage reference).
+"""The cascade: transformer stages that fuse two latents into one (seed 000 describes the two-stage reference).
 
-Legend: B batch, D latent channels (128), T frames (75 a second), d width of a stage, S stages.
+Read it top to bottom: parts (positions, dropout, transformer layer, RMS scaling), stage, configs, cascade.
+
+Legend: B batch, D latent channels (128), T frames (75 a second), d width of a stage's transformer.
+    a clip's latents   [B, D, T]
+    inside a stage     [B, T, D · sources] → [B, T, d] → [B, T, D]
+    an RMS or a scale  [B]
 """
 
+import contextlib
 import dataclasses
 import math
-import sys
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.model.dropout import Dropout
 from lib.model.projection import SpectralLinear
-from lib.model.rms_law import (
-    INPUT,
-    LATENT_RMS,
-    TARGET,
-    Clips,
-    StagePrediction,
-    mean_of,
-    predict_stage,
-    preserving_weight,
-)
+from lib.model.rms_law import INPUT, TARGET, Clips, StagePrediction, mean_of, pair_rms, predict_stage, preserving_weight
 from lib.util.configs import check, from_fields
 from lib.util.errors import UserError
 from lib.util.tensors import cached_table
@@ -36,33 +30,203 @@ SOURCES = ("input", "noisy_input", "target", "noisy_target", "previous")
 RESIDUAL_SOURCES = ("mean", "previous")
 RMS_SCALINGS = ("fixed", "learnable", "off")
 MIXINGS = ("add", "preserving")
+DRAWS = 2**16  # resolution of a dropout probability: it is met to within 8e-6
 
 
-class CollapseWarning(UserWarning):
-    """A stage whose RMS collapses by design: the law says that it must be amplified beyond its clamp."""
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def rms(x: Tensor) -> Tensor:
+    """Root mean square per sample, `[B, D, T] → [B]`, float32 or wider, with 1e-8 under the root."""
+    return (x.to(torch.promote_types(x.dtype, torch.float32)).square().mean(dim=(1, 2)) + 1e-8).sqrt()
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Cosine of two signals as vectors, per sample, two `[B, D, T]` → `[B]`; 0 where one is silent."""
+    return F.cosine_similarity(x.flatten(1).float(), y.flatten(1).float(), dim=1)
+
+
+@cached_table
+def sinusoidal_positions(T: int, d: int, device: torch.device) -> Tensor:
+    """Sinusoidal positions `[T, d]`, even channels sine, odd cosine (Vaswani et al. 2017, arXiv 1706.03762)."""
+    frames = torch.arange(T, dtype=torch.float32, device=device).unsqueeze(1)  # [T, 1]
+    rates = torch.exp(torch.arange(0, d, 2, dtype=torch.float32, device=device) * (-math.log(10_000.0) / d))  # [d/2]
+    return torch.stack([(frames * rates).sin(), (frames * rates).cos()], dim=2).flatten(1)  # [T, d/2, 2] → [T, d]
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout`; on a CPU, where that took a fifth of a training step, from 16 random bits an element.
+
+    Kept values are divided by the share that is really kept, so the expectation is exact.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return F.dropout(x, self.p, self.training)
+        words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,))  # 64 random bits each
+        draws = words.view(torch.int16)[: x.numel()].view(x.shape)
+        dropped = min(round(self.p * DRAWS), DRAWS - 1)
+        return (x * (draws >= dropped - DRAWS // 2)).mul_(DRAWS / (DRAWS - dropped))
+
+
+class TransformerLayer(nn.Module):
+    """One post-norm encoder layer, `[B, T, d] → [B, T, d]`: `nn.TransformerEncoderLayer` with exact GELU, but without
+    dropout on the attention weights, which would leave the fused path and take several times as long."""
+
+    def __init__(self, d: int, num_heads: int, ffn_mult: int, dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(d, 3 * d)
+        self.attention_out = nn.Linear(d, d)
+        self.ffn_in = nn.Linear(d, ffn_mult * d)
+        self.ffn_out = nn.Linear(ffn_mult * d, d)
+        self.norm1 = nn.LayerNorm(d)
+        self.norm2 = nn.LayerNorm(d)
+        self.dropout = Dropout(dropout)
+        # initialised as nn.MultiheadAttention is: the RMS at the start is part of what this project measures
+        nn.init.xavier_uniform_(self.qkv.weight)
+        nn.init.zeros_(self.qkv.bias)
+        nn.init.zeros_(self.attention_out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(x + self.dropout(self.attend(x)))
+        return self.norm2(x + self.dropout(self.ffn_out(self.dropout(F.gelu(self.ffn_in(x))))))
+
+    def attend(self, x: Tensor) -> Tensor:
+        B, T, d = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, d // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, d / heads]
+        attended = F.scaled_dot_product_attention(q, k, v)  # [B, heads, T, d / heads]
+        return self.attention_out(attended.transpose(1, 2).reshape(B, T, d))
+
+
+class RmsScaling(nn.Module):
+    """Scale a stage's output towards the RMS of its two clips.
+
+    fixed: target scale √((rms_in² + rms_tgt²)/2) / rms. learnable (seed 003): two learned weights average the clips'
+    RMS values, and a learned log-scale multiplies the result. off: the target scale is measured but not applied.
+    """
+
+    def __init__(self, config: "StageConfig"):
+        super().__init__()
+        self.config = config
+        if config.rms_scaling == "learnable":
+            self.log_scale = nn.Parameter(torch.zeros(()))
+            self.input_weight = nn.Parameter(torch.tensor(0.5))
+            self.target_weight = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor, input_rms: Tensor, target_rms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`x [B, D, T]` and the clips' RMS `[B]` → scaled x; RMS before scaling, target and applied scale, `[B]`."""
+        before = rms(x)
+        if self.config.rms_scaling == "learnable":
+            w_in, w_tgt = self.input_weight.abs(), self.target_weight.abs()
+            goal = (w_in * input_rms + w_tgt * target_rms) / (w_in + w_tgt + 1e-8) * self.log_scale.exp()
+        else:
+            goal = pair_rms(input_rms, target_rms)
+        target_scale = goal / (before + 1e-8)
+        if self.config.rms_scaling == "off":
+            return x, before, target_scale, torch.ones_like(target_scale)
+        applied = target_scale if self.config.clamp is None else target_scale.clamp(*self.config.clamp)
+        return x * applied[:, None, None], before, target_scale, applied
+
+
+# --- a stage ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """What one stage did to the RMS, per sample: tensors `[B]`, detached, on the model's device."""
+
+    projection_rms: Tensor  # of the projection alone, its gain included
+    residual_rms: Tensor  # of the residual, before its weight
+    alignment: Tensor  # cosine of projection and residual, −1 to 1
+    rms_before_scaling: Tensor  # of projection and weighted residual together
+    output_rms: Tensor  # after scaling
+    target_scale: Tensor  # would bring the output to the RMS of both clips
+    applied_scale: Tensor  # after the clamp; 1 where scaling is off
+    clamped: Tensor  # 1.0 where the clamp changed the scale, else 0.0
+
+
+class Stage(nn.Module):
+    """One stage: concat → positions → transformer → projection → + w · residual → RMS scaling."""
+
+    OVERRIDABLE = ("residual_weight", "residual_source", "mixing", "projection_gain", "clamp")  # read at every pass
+
+    def __init__(self, config: "StageConfig", width: int, latent_dim: int):
+        super().__init__()
+        self.config = config
+        concat = latent_dim * len(config.sources)
+        self.input_projection = nn.Identity() if width == concat else nn.Linear(concat, width)
+        self.dropout = Dropout(config.dropout)
+        self.input_norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(
+            TransformerLayer(width, config.num_heads, config.ffn_mult, config.dropout) for _ in range(config.num_layers)
+        )
+        self.post_norm = nn.LayerNorm(width)
+        linear = SpectralLinear if config.spectral_norm else nn.Linear
+        self.output_projection = linear(width, latent_dim)
+        self.rms_scaling = RmsScaling(config)
+
+    def forward(self, signals: dict[str, Tensor]) -> tuple[Tensor, StageTrace]:
+        """`signals`: name → `[B, D, T]`, every name of `SOURCES` that this stage uses, noisy and clean."""
+        config = self.config
+        x = torch.cat([signals[name] for name in config.sources], dim=1).transpose(1, 2)  # [B, T, D · sources]
+        x = self.input_projection(x)  # [B, T, d]
+        x = self.dropout(x + sinusoidal_positions(x.shape[1], x.shape[2], x.device).to(x.dtype))
+        x = self.input_norm(x)
+        for layer in self.layers:
+            x = layer(x)
+        projection = self.output_projection(self.post_norm(x)).transpose(1, 2)  # [B, D, T]
+        if config.projection_gain != 1:
+            projection = config.projection_gain * projection
+        residual = sum(signals[name] for name in config.residual_names) / len(config.residual_names)
+        weighted = projection
+        if config.mixing == "preserving":
+            weighted = preserving_weight(config.residual_weight) * projection
+        mixed = weighted + config.residual_weight * residual
+        clips_rms = rms(signals["input"]), rms(signals["target"])
+        output, before, target_scale, applied = self.rms_scaling(mixed, *clips_rms)
+        with torch.no_grad():
+            clamped = (target_scale != applied).float() if config.rms_scaling != "off" else torch.zeros_like(applied)
+            own = (rms(projection), rms(residual), cosine(projection, residual))
+            measured = (*own, before, rms(output), target_scale, applied, clamped)
+        return output, StageTrace(*(value.detach() for value in measured))
+
+    @contextlib.contextmanager
+    def override(self, **changes: Any) -> Iterator[None]:
+        """Change settings of `OVERRIDABLE`, on which no tensor depends, while the context lasts."""
+        assert set(changes) <= set(self.OVERRIDABLE), (changes, self.OVERRIDABLE)
+        config = self.config
+        self.config = self.rms_scaling.config = dataclasses.replace(config, **changes)
+        try:
+            yield
+        finally:
+            self.config = self.rms_scaling.config = config
+
+
+# --- configs ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class StageConfig:
     """One stage. Every mechanism that the ablation varies is a field here."""
 
-    sources: tuple[str, ...] = ("noisy_input", "target")  # concatenated in this order; 'previous' is the stage before
+    sources: tuple[str, ...] = ("noisy_input", "target")  # concatenated in this order; 'previous': the stage before
     width: int | None = None  # None: D · number of sources; another width gets an input projection
     num_layers: int = 6
     num_heads: int = 8
     ffn_mult: int = 4
     dropout: float = 0.1
-    attention_dropout: float = 0.0  # above 0 attention leaves the fused path and is several times slower
-    residual_weight: float = 1.0  # 0.1 on a third stage is what collapses the RMS
+    residual_weight: float = 1.0  # 0.1 in a third stage collapses the RMS
     residual_source: str = "mean"  # mean of the clean sources, or the previous stage's output
     mixing: str = "add"  # projection + w · residual, or RMS-'preserving': √(1 − w²) · projection + w · residual
-    projection_gain: float = 1.0  # multiplies the projection, whose σ is then no longer 1 but this
+    projection_gain: float = 1.0  # multiplies the projection: the σ that it then has
     spectral_norm: bool = True
     rms_scaling: str = "fixed"  # 'learnable' is the model of seed 003
-    clamp: tuple[float, float] | None = (0.7, 1.5)  # range of the RMS factor; None: unlimited
+    clamp: tuple[float, float] | None = (0.7, 1.5)  # range of the applied scale; None: unlimited
 
     def __post_init__(self):
-        # JSON has lists only; a config read back must equal the one that was written
+        # JSON knows only lists; a config read back must equal the one that was written
         object.__setattr__(self, "sources", tuple(self.sources))
         if self.clamp is not None:
             object.__setattr__(self, "clamp", tuple(self.clamp))
@@ -78,8 +242,7 @@ class StageConfig:
         check(fits, "residual_weight", self.residual_weight, "0 to 1 where mixing is 'preserving'")
         gain_is_positive = math.isfinite(self.projection_gain) and self.projection_gain > 0
         check(gain_is_positive, "projection_gain", self.projection_gain, "a finite number above 0")
-        for name in ("dropout", "attention_dropout"):
-            check(0 <= getattr(self, name) < 1, name, getattr(self, name), "a share from 0 to below 1")
+        check(0 <= self.dropout < 1, "dropout", self.dropout, "a probability from 0 to below 1")
         clamp_is_range = self.clamp is None or (len(self.clamp) == 2 and 0 < self.clamp[0] <= self.clamp[1])
         check(clamp_is_range, "clamp", self.clamp, "None or (low, high) with 0 < low ≤ high")
 
@@ -93,16 +256,11 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class CascadeConfig:
-    """A cascade: its stages, from the first to the last, and what they share.
-
-    Warns with `CollapseWarning` where the law of `rms_law` predicts that a stage wants more amplification than its
-    clamp allows (1.5 without a clamp), for two unlike clips of RMS `latent_rms`.
-    """
+    """A cascade: its stages from first to last, and what they share. `rms_law.check_collapse` judges its weights."""
 
     stages: tuple[StageConfig, ...]
     latent_dim: int = LATENT_DIM
     anti_cheating: float = 0.0  # noise level, in standard deviations of the clip, added in training only
-    latent_rms: float = LATENT_RMS  # of the codec's latents; only the design rule reads it
 
     def __post_init__(self):
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -117,45 +275,16 @@ class CascadeConfig:
             rule = f"a multiple of num_heads ({stage.num_heads}), and even"
             fits = stage.num_heads >= 1 and width % stage.num_heads == 0 and width % 2 == 0
             check(fits, f"stages[{i}].width", width, rule)
-        check(0 < self.latent_rms < math.inf, "latent_rms", self.latent_rms, "a finite number above 0")
-        self._warn_of_collapse()
-
-    def _warn_of_collapse(self) -> None:
-        for i, (stage, found) in enumerate(zip(self.stages, self.predict_rms(), strict=True)):
-            if found.target_scale > found.safe_factor * (1 + 1e-9):
-                weight = found.smallest_safe_weight
-                if weight > stage.residual_weight:
-                    safe = "no weight is safe"
-                    if math.isfinite(weight):  # rounded up, or the weight that the message names would warn again
-                        safe = f"the smallest safe weight is {math.ceil(100 * weight) / 100:.2f}"
-                else:
-                    safe = "a smaller weight is safe"
-                warnings.warn(
-                    f"stage {i}: residual_weight={stage.residual_weight:g} lets the RMS collapse: predicted "
-                    f"{found.rms_before_scaling:.2f} before scaling, of {self.latent_rms:.2f} wanted, needs the factor "
-                    f"{found.target_scale:.1f}; {safe} at width {self.width(i)}",
-                    CollapseWarning,
-                    stacklevel=_frames_to_caller(),
-                )
 
     def predict_rms(self, clips: Clips | None = None) -> tuple[StagePrediction, ...]:
-        """The RMS of every stage of an untrained cascade by the law of `rms_law`; `clips`: unlike ones by default."""
-        clips = clips or Clips(self.latent_rms, self.latent_rms)
+        """The RMS of every stage of an untrained cascade by the law of `rms_law`; of two unlike clips by default."""
+        clips = clips or Clips()
         signals, predictions = {"input": INPUT, "target": TARGET}, []
         for i, stage in enumerate(self.stages):
-            prediction, signals["previous"] = predict_stage(
-                mean_of([signals[name] for name in stage.residual_names]),
-                clips,
-                d=self.width(i),
-                D=self.latent_dim,
-                weight=stage.residual_weight,
-                gain=stage.projection_gain,
-                spectral_norm=stage.spectral_norm,
-                preserving=stage.mixing == "preserving",
-                clamp=stage.clamp,
-                scaling=stage.rms_scaling,
-            )
+            residual = mean_of([signals[name] for name in stage.residual_names])
+            prediction, output = predict_stage(stage, residual, clips, d=self.width(i), D=self.latent_dim)
             predictions.append(prediction)
+            signals["previous"] = output
         return tuple(predictions)
 
     @classmethod
@@ -194,153 +323,11 @@ class CascadeConfig:
             raise UserError(f"cascade config: damaged ({error}); restore the config that was written") from None
 
 
-def _frames_to_caller() -> int:
-    """How far up the code is that asked for a config: `with_stage` and `dataclasses.replace` lie between."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__") in (__name__, "dataclasses", "lib.util.configs"):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-@dataclass(frozen=True)
-class StageTrace:
-    """What one stage did to the RMS, per sample: tensors `[B]`, detached, on the model's device."""
-
-    projection_rms: Tensor  # of the projection alone, its gain included
-    residual_rms: Tensor  # of the residual, before its weight
-    alignment: Tensor  # cosine between projection and residual, -1 to 1
-    rms_before_scaling: Tensor  # after the residual, before scaling
-    output_rms: Tensor  # after scaling
-    target_scale: Tensor  # what would bring the RMS to the wanted one
-    applied_scale: Tensor  # after the clamp; 1 where scaling is off
-    clamped: Tensor  # 1.0 where the clamp changed the factor, else 0.0
-
-
-def rms(x: Tensor) -> Tensor:
-    """Root mean square per sample, `[B, D, T] → [B]`, float32 or wider, with 1e-8 under the root."""
-    return (x.to(torch.promote_types(x.dtype, torch.float32)).square().mean(dim=(1, 2)) + 1e-8).sqrt()
-
-
-def cosine(x: Tensor, y: Tensor) -> Tensor:
-    """Cosine between two signals as vectors, per sample, `[B, D, T]` twice → `[B]`; 0 where one is silent."""
-    return F.cosine_similarity(x.flatten(1).float(), y.flatten(1).float(), dim=1)
-
-
-@cached_table
-def sinusoidal_positions(T: int, d: int, device: torch.device) -> Tensor:
-    """Sinusoidal positions `[T, d]`, even channels sine, odd cosine (Vaswani et al. 2017, arXiv 1706.03762)."""
-    frames = torch.arange(T, dtype=torch.float32, device=device).unsqueeze(1)  # [T, 1]
-    rates = torch.exp(torch.arange(0, d, 2, dtype=torch.float32, device=device) * (-math.log(10_000.0) / d))  # [d/2]
-    return torch.stack([(frames * rates).sin(), (frames * rates).cos()], dim=2).flatten(1)  # [T, d/2, 2] → [T, d]
-
-
-class TransformerLayer(nn.Module):
-    """One post-norm encoder layer, `[B, T, d] → [B, T, d]`: the arithmetic of `nn.TransformerEncoderLayer` with exact
-    GELU, but with attention dropout as a switch of its own, so that by default attention runs on the fused path."""
-
-    def __init__(self, d: int, config: StageConfig):
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.attention_dropout = config.attention_dropout
-        self.qkv = nn.Linear(d, 3 * d)
-        self.attention_out = nn.Linear(d, d)
-        self.ffn_in = nn.Linear(d, config.ffn_mult * d)
-        self.ffn_out = nn.Linear(config.ffn_mult * d, d)
-        self.norm1 = nn.LayerNorm(d)
-        self.norm2 = nn.LayerNorm(d)
-        self.dropout = Dropout(config.dropout)
-        # as nn.MultiheadAttention starts: the RMS at initialisation is part of what this project measures
-        nn.init.xavier_uniform_(self.qkv.weight)
-        nn.init.zeros_(self.qkv.bias)
-        nn.init.zeros_(self.attention_out.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm1(x + self.dropout(self.attend(x)))
-        return self.norm2(x + self.dropout(self.ffn_out(self.dropout(F.gelu(self.ffn_in(x))))))
-
-    def attend(self, x: Tensor) -> Tensor:
-        B, T, d = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.num_heads, d // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, d / heads]
-        dropout = self.attention_dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        return self.attention_out(attended.transpose(1, 2).reshape(B, T, d))
-
-
-class RmsScaling(nn.Module):
-    """Bring a stage's output towards the RMS of its two clips.
-
-    fixed: √((rms_in² + rms_tgt²)/2) / rms_out. learnable (seed 003): two learned weights mix the RMS values and a
-    learned log-scale multiplies the factor. off: the factor is measured but not applied.
-    """
-
-    def __init__(self, config: StageConfig):
-        super().__init__()
-        self.mode = config.rms_scaling
-        self.clamp = config.clamp
-        if self.mode == "learnable":
-            self.log_scale = nn.Parameter(torch.zeros(()))
-            self.input_weight = nn.Parameter(torch.tensor(0.5))
-            self.target_weight = nn.Parameter(torch.tensor(0.5))
-
-    def forward(self, x: Tensor, input_rms: Tensor, target_rms: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`x [B, D, T]` and both RMS `[B]` → scaled x, its RMS before, the wanted and the applied factor, `[B]`."""
-        rms_before_scaling = rms(x)
-        if self.mode == "learnable":
-            w_in, w_tgt = self.input_weight.abs(), self.target_weight.abs()
-            goal = (w_in * input_rms + w_tgt * target_rms) / (w_in + w_tgt + 1e-8) * self.log_scale.exp()
-        else:
-            goal = ((input_rms.square() + target_rms.square()) / 2).sqrt()
-        wanted = goal / (rms_before_scaling + 1e-8)
-        if self.mode == "off":
-            return x, rms_before_scaling, wanted, torch.ones_like(wanted)
-        applied = wanted if self.clamp is None else wanted.clamp(*self.clamp)
-        return x * applied[:, None, None], rms_before_scaling, wanted, applied
-
-
-class Stage(nn.Module):
-    """One stage: concat → positions → transformer → projection → + w · residual → RMS scaling."""
-
-    def __init__(self, config: StageConfig, width: int, latent_dim: int):
-        super().__init__()
-        self.config = config
-        concat = latent_dim * len(config.sources)
-        self.input_projection = nn.Identity() if width == concat else nn.Linear(concat, width)
-        self.dropout = Dropout(config.dropout)
-        self.input_norm = nn.LayerNorm(width)
-        self.layers = nn.ModuleList(TransformerLayer(width, config) for _ in range(config.num_layers))
-        self.post_norm = nn.LayerNorm(width)
-        linear = SpectralLinear if config.spectral_norm else nn.Linear
-        self.output_projection = linear(width, latent_dim)
-        self.rms_scaling = RmsScaling(config)
-
-    def forward(self, sources: dict[str, Tensor]) -> tuple[Tensor, StageTrace]:
-        """`sources`: name → `[B, D, T]`, every name of `SOURCES` that this stage uses, noisy and clean."""
-        x = torch.cat([sources[name] for name in self.config.sources], dim=1).transpose(1, 2)  # [B, T, concat]
-        x = self.input_projection(x)  # [B, T, d]
-        x = self.dropout(x + sinusoidal_positions(x.shape[1], x.shape[2], x.device).to(x.dtype))
-        x = self.input_norm(x)
-        for layer in self.layers:
-            x = layer(x)
-        projected = self.output_projection(self.post_norm(x)).transpose(1, 2)  # [B, D, T]
-        if self.config.projection_gain != 1:
-            projected = self.config.projection_gain * projected
-        residual = sum(sources[name] for name in self.config.residual_names) / len(self.config.residual_names)
-        weight = self.config.residual_weight
-        mixed = (
-            projected if self.config.mixing == "add" else preserving_weight(weight) * projected
-        ) + weight * residual
-        scaling = self.rms_scaling(mixed, rms(sources["input"]), rms(sources["target"]))
-        output, rms_before_scaling, wanted, applied = scaling
-        with torch.no_grad():
-            clamped = (wanted != applied).float() if self.config.rms_scaling != "off" else torch.zeros_like(wanted)
-            own = (rms(projected), rms(residual), cosine(projected, residual))
-            measured = (*own, rms_before_scaling, rms(output), wanted, applied, clamped)
-        return output, StageTrace(*(value.detach() for value in measured))
+# --- the cascade ------------------------------------------------------------------------------------------------------
 
 
 class Cascade(nn.Module):
-    """Fuse two latents into one. The reference has 4,772,480 + 10,697,600 parameters."""
+    """Fuse two latents into one. The reference has 4,772,480 + 10,697,600 parameters in its two stages."""
 
     def __init__(self, config: CascadeConfig | None = None):
         super().__init__()
@@ -354,16 +341,23 @@ class Cascade(nn.Module):
     ) -> tuple[Tensor, tuple[StageTrace, ...]]:
         """`input`, `target` `[B, D, T]`, any T ≥ 1 → fused latents `[B, D, T]` and one trace per stage.
 
-        `stages`: apply only so many, from the first; None: all."""
-        self.check_shapes(input, target)
+        `stages`: apply only that many, from the first; None: all."""
         assert stages is None or 1 <= stages <= len(self.stages), (stages, len(self.stages))
-        sources = {"input": input, "target": target}
-        sources["noisy_input"], sources["noisy_target"] = self.add_noise(input), self.add_noise(target)
+        signals, traces = self.run_stages(input, target, stages)
+        return signals["previous"], traces
+
+    def run_stages(
+        self, input: Tensor, target: Tensor, stages: int | None = None
+    ) -> tuple[dict[str, Tensor], tuple[StageTrace, ...]]:
+        """All signals by the names of `SOURCES`, `[B, D, T]`, as the next stage reads them, and one trace per stage."""
+        self.check_shapes(input, target)
+        signals = {"input": input, "target": target}
+        signals["noisy_input"], signals["noisy_target"] = self.add_noise(input), self.add_noise(target)
         traces = []
         for stage in self.stages[:stages]:
-            sources["previous"], trace = stage(sources)
+            signals["previous"], trace = stage(signals)
             traces.append(trace)
-        return sources["previous"], tuple(traces)
+        return signals, tuple(traces)
 
     def check_shapes(self, input: Tensor, target: Tensor) -> None:
         """`ValueError` unless both are latents that this cascade can fuse."""
@@ -373,8 +367,8 @@ class Cascade(nn.Module):
             raise ValueError(f"input and target must both be [B, {D}, T] with T ≥ 1, got {shapes}")
 
     def add_noise(self, x: Tensor) -> Tensor:
-        """Anti-cheating noise, `level · std · randn` in training. The std is the clip's own, so that a sample's noise
-        does not depend on its neighbours in the batch (seed 000 takes it over the batch)."""
+        """Anti-cheating noise, `level · std · randn`, in training only. The std is each clip's own, so that a sample's
+        noise does not depend on its batch (seed 000 takes it over the batch)."""
         if not self.training or self.config.anti_cheating == 0:
             return x
         return x + self.config.anti_cheating * x.std(dim=(1, 2), keepdim=True) * torch.randn_like(x)

@@ -6,11 +6,11 @@ from lib.model.cascade import LATENT_DIM
 
 
 class Discriminator(nn.Module):
-    """Tells music's latents from made ones, `[B, D, T]` → one logit a clip `[B]`, positive for music.
+    """Tells real latents from generated ones: `[B, D, T]` → one logit a clip `[B]`, positive for real.
 
     3,802,881 parameters, named as in the original checkpoints: four convolutions, mean over time, two linear layers.
     With `spectral_norm` the weight of every layer is divided by its largest singular value (Miyato et al. 2018, arXiv
-    1802.05957). Clips of any length.
+    1802.05957). Clips may have any length.
     """
 
     def __init__(self, latent_dim: int = LATENT_DIM, *, spectral_norm: bool = False):

@@ -1,29 +1,32 @@
-"""The whole model: the creative agent's masks, then the cascade.
+"""The whole model, masks and cascade; and the model of a trained run.
 
 Legend: B batch, D latent channels, T frames.
 """
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from lib.model.cascade import Cascade, CascadeConfig, StageTrace
-from lib.model.masks import MaskGenerator, MaskingConfig, Masks, apply_mask, fixed_masks, harden
+from lib.model.masks import MaskGenerator, MaskingConfig, Masks, apply_mask, fixed_masks
+from lib.util.configs import from_fields
+from lib.util.errors import UserError
 
 
 class Fusion(NamedTuple):
     """What the model returns."""
 
     latents: Tensor  # [B, D, T]
-    traces: tuple[StageTrace, ...]  # one a stage
-    masks: Masks | None  # None without an agent
+    traces: tuple[StageTrace, ...]  # one per stage
+    masks: Masks | None  # None without masking
 
 
 class FusionModel(nn.Module):
-    """Fuse two latents into one. With the learned masks and the two-stage reference: 16,553,984 parameters.
+    """Fuse two latents into one. With learned masks and the two-stage reference: 16,553,984 parameters.
 
-    The masks are computed once a pass; everything after them, residuals and the wanted RMS included, sees the masked
-    latents, each brought back to the RMS of its clip (as in the original).
+    The masks are computed once per forward pass. Everything after them, residuals and RMS scaling included, sees the
+    masked latents, each rescaled to the RMS of its clip (as in the original).
     """
 
     def __init__(self, cascade: CascadeConfig | None = None, masking: MaskingConfig | None = None):
@@ -34,7 +37,7 @@ class FusionModel(nn.Module):
         self.mask_generator = MaskGenerator(self.cascade.config.latent_dim) if learned else None
 
     def forward(self, input: Tensor, target: Tensor, masks: Masks | None = None, stages: int | None = None) -> Fusion:
-        """`input`, `target` `[B, D, T]`, any T ≥ 1; `masks` of their shape replace those that the model would make.
+        """`input`, `target` `[B, D, T]`, any T ≥ 1; `masks` of their shape replace the model's own.
 
         `stages`: how many of the cascade's stages to apply, from the first; None: all."""
         self.cascade.check_shapes(input, target)  # before the masks, whose own errors would name no cause
@@ -45,8 +48,36 @@ class FusionModel(nn.Module):
         return Fusion(latents, traces, masks)
 
     def make_masks(self, input: Tensor, target: Tensor) -> Masks | None:
-        """What is taken of each clip; None without masking."""
+        """What is taken from each clip; None without masking."""
         if self.mask_generator is not None:
-            masks = Masks(*(mask.float() for mask in self.mask_generator(input, target)))
-            return harden(masks) if self.masking.hard_masks else masks
+            return Masks(*(mask.float() for mask in self.mask_generator(input, target)))
         return None if self.masking.masking == "none" else fixed_masks(self.masking.masking, input, target)
+
+
+class TrainedRun(Protocol):
+    """What `load_model` needs of a `lib.training.run.Run`."""
+
+    path: Path
+    config: dict[str, Any]
+
+    def check_codec(self, fingerprint: str | None) -> None: ...
+    def load_weights(self, model: nn.Module, which: str = "best") -> None: ...
+
+
+def load_model(run: TrainedRun, which: str = "best", *, codec_fingerprint: str | None = None) -> FusionModel:
+    """The model of a trained run, in eval mode, on the CPU: `load_model(Run.open("outputs/demo/run"))`.
+
+    `which`: 'best' or 'last' checkpoint. With `codec_fingerprint`, `UserError` if the run was trained on the latents of
+    another codec.
+    """
+    if not {"cascade", "masking"} <= set(run.config):
+        raise UserError(f"{run.path / 'config.json'}: describes no model; give a run that this project trained")
+    run.check_codec(codec_fingerprint)
+    try:
+        cascade = CascadeConfig.from_dict(run.config["cascade"])
+        masking = from_fields(MaskingConfig, run.config["masking"])
+    except UserError as error:  # a damaged config, or that of a run by other code
+        raise UserError(f"{run.path / 'config.json'}: {error}") from None
+    model = FusionModel(cascade, masking)
+    run.load_weights(model, which)
+    return model

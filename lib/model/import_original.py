@@ -23,7 +23,7 @@ from lib.util.tensors import check_tensors, safe_torch_load
 
 logger = logging.getLogger(__name__)
 
-NAMES = {  # part of our name → the original's; the mask generator's modules and the discriminator's are named alike
+NAMES = {  # part of our name → the original's; those of the mask generator's modules and the discriminator's are equal
     r"^cascade\.stages\.": "cascade_stages.",
     r"^mask_generator\.": "creative_agent.mask_generator.",
     r"\.layers\.": ".transformer.layers.",
@@ -43,7 +43,7 @@ class OriginalCheckpoint:
     """What `import_original_checkpoint` found in the file."""
 
     model: FusionModel  # in eval mode; its outputs and masks equal the original's
-    discriminator: Discriminator | None  # in eval mode, where the file is of adversarial training
+    discriminator: Discriminator | None  # in eval mode; None unless the file is from adversarial training
     epoch: int | None
     best_val_loss: float | None
     ignored: tuple[str, ...]  # parts of the file that this import does not use
@@ -53,9 +53,9 @@ def import_original_checkpoint(path: str | Path, *, last_residual_weight: float 
     """Read a file that the original implementation wrote with `torch.save`.
 
     Widths, layers, stages and the creative agent are inferred from the tensors. The residual weight of a third stage
-    is not in the file: with three stages or more `last_residual_weight` must say it (seed 001: 0.1, its repair 0.3);
-    the last stage's residual is then the previous stage's output, as in seed 002. Raises `UserError` that lists
-    unknown, missing and misshaped tensors by the names that they have in the file.
+    is not in the file: with three or more stages, pass it as `last_residual_weight` (seed 001: 0.1, its repair 0.3);
+    the last stage's residual is then the previous stage's output, as in seed 002. Raises a `UserError` that lists
+    unknown, missing and misshapen tensors by their names in the file.
     """
     path = Path(path)
     content = safe_torch_load(path, allowed=(argparse.Namespace,))  # its `args` holds numbers and strings only
@@ -85,7 +85,7 @@ def import_original_checkpoint(path: str | Path, *, last_residual_weight: float 
 def _tensors(path: Path, content: dict[str, Any], part: str) -> dict[str, Tensor]:
     """One state dict of the file, without the prefix that parallel training leaves."""
     if not isinstance(content[part], dict):
-        raise UserError(f"{path}: {part} is no dict of tensors; give a checkpoint of the original training script")
+        raise UserError(f"{path}: {part} is not a dict of tensors; give a checkpoint of the original training script")
     tensors = {str(name).removeprefix("module."): value for name, value in content[part].items()}
     if others := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
         raise UserError(f"{path}: {part} holds what is not a tensor: {', '.join(others[:8])}; export it again")
@@ -116,7 +116,7 @@ def _original_config(path: Path, tensors: dict[str, Tensor], last_residual_weigh
 
 
 def _positions(tensors: dict[str, Tensor], config: CascadeConfig) -> dict[str, Tensor]:
-    """Our positions under the names that the original keeps its own by, `[1, T, d]`, as many frames as the file has."""
+    """Our positions `[1, T, d]` under the original's names, with as many frames as the file has."""
     positions = {}
     for i in range(len(config.stages)):
         name = f"cascade_stages.{i}.pos_encoding.pe"
@@ -126,12 +126,11 @@ def _positions(tensors: dict[str, Tensor], config: CascadeConfig) -> dict[str, T
 
 
 def _load(path: Path | str, module: nn.Module, tensors: dict[str, Tensor], besides: dict[str, Tensor] | None = None):
-    """Load every tensor of the file but those `besides`, all of which it must have too."""
+    """Load every tensor of the file except those `besides`, which it must have too. The file's u and v are kept."""
     own = module.state_dict()
     names = {_original_name(name): name for name in own}
     wanted = {original: own[name] for original, name in names.items()} | (besides or {})
     check_tensors(path, tensors, wanted, fix="give a file that the original training script wrote")
-    # in eval mode first: a switch to it afterwards would replace the file's u and v
     module.eval().load_state_dict({name: tensors[original] for original, name in names.items()})
 
 

@@ -1,38 +1,50 @@
 """The law of the RMS collapse: the RMS of every stage, predicted from widths, weights and clips before any training.
 
-Derived in notebook 03. A stage adds w · residual to a projection. LayerNorm fixes the length of what the projection
-reads and its σ is 1, so its RMS has a start and a ceiling that follow from d and D: what residual and projection
-together lack of the clips' RMS, RMS scaling must amplify.
+Derived in notebook 03. A stage adds w · residual to a projection. LayerNorm fixes the norm of what the projection
+reads, and the projection's σ is 1, so its RMS starts at a value, and stays below a ceiling, that follow from d and D.
+Whatever the sum lacks of the clips' RMS, RMS scaling has to amplify.
 
-Legend: d width of the stage, D latent channels, w residual weight, L RMS of the latents.
+Legend: d width of the stage, D latent channels, w residual weight, p and r RMS of projection and residual.
 """
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import Tensor
 
 from lib.model.projection import rms_ceiling
 
-LATENT_RMS = 5.7  # seed 000 (claim C1); the mdct codec is normalised to it
-SAFE_FACTOR = 1.5  # the upper end of the reference's clamp: what a stage may amplify and still reach the wanted RMS
+if TYPE_CHECKING:
+    from lib.model.cascade import CascadeConfig, StageConfig
+
+LATENT_RMS = 5.7  # of latents of music (seed 000, claim C1); the mdct codec is normalised to it
+SAFE_SCALE = 1.5  # upper end of the reference's clamp: what a stage without a clamp may amplify by
+
+Value = TypeVar("Value", float, Tensor)
+
+
+def pair_rms(input_rms: Value, target_rms: Value) -> Value:
+    """The RMS that scaling aims at, which is that of both clips together: √((rms_in² + rms_tgt²)/2)."""
+    mean_square = (input_rms**2 + target_rms**2) / 2
+    return mean_square.sqrt() if isinstance(mean_square, Tensor) else math.sqrt(mean_square)
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Clips:
-    """What the law needs to know of a pair: both RMS, and the cosine between the two latents as vectors."""
+    """What the law needs to know of a pair: the RMS of both latents, and their cosine as vectors."""
 
     input_rms: float = LATENT_RMS
     target_rms: float = LATENT_RMS
-    similarity: float = 0.0  # two unlike clips are close to orthogonal
-
-    @property
-    def goal(self) -> float:
-        """The RMS that scaling aims at: √((in² + tgt²)/2)."""
-        return math.sqrt((self.input_rms**2 + self.target_rms**2) / 2)
+    similarity: float = 0.0  # two unlike clips are nearly orthogonal
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """A signal as `input` · input + `target` · target + something orthogonal to both of RMS `other`."""
+    """The signal `input` · input + `target` · target + a part orthogonal to both clips, of RMS `other`."""
 
     input: float
     target: float
@@ -51,34 +63,20 @@ INPUT, TARGET = Mixture(1.0, 0.0), Mixture(0.0, 1.0)
 
 
 def mean_of(signals: list[Mixture]) -> Mixture:
-    """The mean of signals whose `other` parts have one origin at most, as those of one stage's sources have."""
+    """The mean of a stage's signals, of which only one, the previous stage's output, may have an `other` part."""
     k = len(signals)
     return Mixture(*(sum(getattr(s, name) for s in signals) / k for name in ("input", "target", "other")))
 
 
-@dataclass(frozen=True)
-class StagePrediction:
-    """Predicted RMS of one stage, in latent units. Names as in `StageTrace`."""
-
-    projection_rms: float
-    residual_rms: float  # before its weight
-    rms_before_scaling: float
-    target_scale: float
-    applied_scale: float
-    output_rms: float
-    highest_rms_before_scaling: (
-        float  # projection at its ceiling and along w · r: passed only as γ leaves 1, or biases 0
-    )
-    smallest_safe_weight: float  # the smallest at which `target_scale` is at most `safe_factor`; inf: none is
-    safe_factor: float
+# --- formulas ---------------------------------------------------------------------------------------------------------
 
 
 def initial_projection_rms(d: int, D: int, *, spectral_norm: bool = True) -> float:
     """RMS of an untrained projection `d → D` of LayerNorm's output with γ = 1, before its bias.
 
-    A random matrix with entries of variance v gives a vector of norm √d the RMS √(d·v). `nn.Linear` starts with
-    v = 1/(3d), so RMS √(1/3) at any width. Spectral norm divides it by the largest singular value: near √v·(√d + √D),
-    for finite sizes the Tracy-Widom mean below that (Johnstone 2001, Annals of Statistics 29(2)).
+    A random matrix with entries of variance v maps a vector of norm √d to one of RMS √(d·v). `nn.Linear` starts with
+    v = 1/(3d), so at RMS √(1/3) whatever the width. Spectral norm divides by the largest singular value: about
+    √v·(√d + √D), less the Tracy-Widom mean at finite sizes (Johnstone 2001, Annals of Statistics 29(2)).
     """
     if not spectral_norm:
         return math.sqrt(1 / 3)
@@ -94,14 +92,14 @@ def rms_before_scaling(projection: float, residual: float, weight: float, alignm
 
 
 def preserving_weight(weight: float) -> float:
-    """What RMS-preserving mixing gives the projection beside a residual of weight w: √(1 − w²)."""
+    """Weight of the projection beside a residual of weight w in RMS-preserving mixing: √(1 − w²)."""
     return math.sqrt(1 - weight**2)
 
 
 def smallest_safe_weight(projection: float, residual: float, needed: float, *, preserving: bool = False) -> float:
-    """Smallest w whose mixed RMS reaches `needed`, the projection orthogonal to the residual; inf where none does.
+    """Smallest w at which the RMS before scaling reaches `needed`, for a projection orthogonal to the residual.
 
-    From p² + w²r² ≥ needed², or (1 − w²)·p² + w²r² ≥ needed² with RMS-preserving mixing (then w ≤ 1).
+    From p² + w²r² ≥ needed², or (1 − w²)·p² + w²r² ≥ needed² in RMS-preserving mixing, where w ≤ 1; inf: there is none.
     """
     lacking = needed**2 - projection**2
     if lacking <= 0:
@@ -111,44 +109,76 @@ def smallest_safe_weight(projection: float, residual: float, needed: float, *, p
     return math.inf if preserving and weight > 1 else weight
 
 
-def predict_stage(
-    residual: Mixture,
-    clips: Clips,
-    *,
-    d: int,
-    D: int,
-    weight: float,
-    gain: float = 1.0,
-    spectral_norm: bool = True,
-    preserving: bool = False,
-    clamp: tuple[float, float] | None = (0.7, 1.5),
-    scaling: str = "fixed",
-) -> tuple[StagePrediction, Mixture]:
-    """One stage at initialisation: its prediction, and its output as a mixture for the stage after it.
+# --- predictions ------------------------------------------------------------------------------------------------------
 
-    The projection of a random stage is taken as orthogonal to both clips. `scaling`: as `StageConfig.rms_scaling`;
-    'learnable' starts at the mean of both RMS where 'fixed' takes the root mean square.
+
+@dataclass(frozen=True)
+class StagePrediction:
+    """Predicted RMS of one stage, in latent units. Names as in `StageTrace`."""
+
+    projection_rms: float
+    residual_rms: float  # before its weight
+    rms_before_scaling: float
+    target_scale: float
+    applied_scale: float
+    output_rms: float
+    highest_rms_before_scaling: float  # projection at its ceiling and parallel to w · r, with γ = 1 and no biases
+    smallest_safe_weight: float  # the smallest that keeps `target_scale` at or below `safe_scale`; inf: there is none
+    safe_scale: float  # upper end of the clamp
+
+
+def predict_stage(
+    stage: "StageConfig", residual: Mixture, clips: Clips, *, d: int, D: int
+) -> tuple[StagePrediction, Mixture]:
+    """One stage at initialisation: its prediction, and its output as a mixture for the next stage.
+
+    The projection of a random stage is taken as orthogonal to both clips. Learnable RMS scaling starts at the mean of
+    both RMS values, where fixed scaling aims at `pair_rms`.
     """
+    weight, gain, preserving = stage.residual_weight, stage.projection_gain, stage.mixing == "preserving"
     share = preserving_weight(weight) if preserving else 1.0
-    projection, r = gain * initial_projection_rms(d, D, spectral_norm=spectral_norm), residual.rms(clips)
-    mixed = Mixture(
-        weight * residual.input, weight * residual.target, math.hypot(weight * residual.other, share * projection)
-    )
-    m = mixed.rms(clips)
-    goal = (clips.input_rms + clips.target_rms) / 2 if scaling == "learnable" else clips.goal
-    wanted = goal / (m + 1e-8)
-    applied = wanted if clamp is None else min(max(wanted, clamp[0]), clamp[1])
-    applied = 1.0 if scaling == "off" else applied
-    safe = clamp[1] if clamp is not None else SAFE_FACTOR
+    p, r = gain * initial_projection_rms(d, D, spectral_norm=stage.spectral_norm), residual.rms(clips)
+    mixed = Mixture(weight * residual.input, weight * residual.target, math.hypot(weight * residual.other, share * p))
+    before = mixed.rms(clips)
+    learnable = stage.rms_scaling == "learnable"
+    goal = (clips.input_rms + clips.target_rms) / 2 if learnable else pair_rms(clips.input_rms, clips.target_rms)
+    target_scale = goal / (before + 1e-8)
+    applied = target_scale if stage.clamp is None else min(max(target_scale, stage.clamp[0]), stage.clamp[1])
+    applied = 1.0 if stage.rms_scaling == "off" else applied
+    highest = share * gain * rms_ceiling(d, D) + abs(weight) * r
+    safe = stage.clamp[1] if stage.clamp is not None else SAFE_SCALE
     prediction = StagePrediction(
-        projection_rms=projection,
+        projection_rms=p,
         residual_rms=r,
-        rms_before_scaling=m,
-        target_scale=wanted,
+        rms_before_scaling=before,
+        target_scale=target_scale,
         applied_scale=applied,
-        output_rms=applied * m,
-        highest_rms_before_scaling=share * gain * rms_ceiling(d, D) + abs(weight) * r if spectral_norm else math.inf,
-        smallest_safe_weight=smallest_safe_weight(projection, r, goal / safe, preserving=preserving),
-        safe_factor=safe,
+        output_rms=applied * before,
+        highest_rms_before_scaling=highest if stage.spectral_norm else math.inf,
+        smallest_safe_weight=smallest_safe_weight(p, r, goal / safe, preserving=preserving),
+        safe_scale=safe,
     )
     return prediction, mixed.scaled(applied)
+
+
+def check_collapse(config: "CascadeConfig") -> list[str]:
+    """A message for each stage whose RMS collapses by design, naming the smallest safe weight; none for a sound config.
+
+    A stage collapses where, for two unlike clips, the law predicts a target scale above what its clamp allows (1.5
+    without a clamp). Training logs the messages when it starts.
+    """
+    messages = []
+    for i, (stage, found) in enumerate(zip(config.stages, config.predict_rms(), strict=True)):
+        if found.target_scale <= found.safe_scale * (1 + 1e-9):
+            continue
+        advice = "no weight is safe"
+        if found.smallest_safe_weight <= stage.residual_weight:
+            advice = "a smaller weight is safe"
+        elif math.isfinite(found.smallest_safe_weight):  # rounded up, or the weight in the message would not be safe
+            advice = f"the smallest safe weight is {math.ceil(100 * found.smallest_safe_weight) / 100:.2f}"
+        messages.append(
+            f"stage {i}: residual_weight={stage.residual_weight:g} lets the RMS collapse: the predicted RMS before "
+            f"scaling is {found.rms_before_scaling:.2f}, so the target scale is {found.target_scale:.1f}, above "
+            f"{found.safe_scale:g}; {advice} at width {config.width(i)}"
+        )
+    return messages

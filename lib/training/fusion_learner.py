@@ -19,6 +19,7 @@ from lib.model.cascade import CascadeConfig
 from lib.model.discriminator import Discriminator
 from lib.model.fusion import Fusion, FusionModel
 from lib.model.masks import MaskingConfig, complementarity
+from lib.model.rms_law import check_collapse
 from lib.training.adversary import Adversary
 from lib.training.batches import Batch, Pairs, mix_noise
 from lib.training.config import LENGTH, WITHOUT_EFFECT, TrainConfig, resolved_precision
@@ -157,6 +158,8 @@ def train(
     config.check_masking(masking)
     if config.loss.anti_modulation == "log" and config.loss.anti_modulation_weight:
         logger.warning("anti_modulation='log' has no bound: it is infinite where an output's envelope is a source's")
+    for message in check_collapse(cascade):
+        logger.warning(message)
     pairs = {split: LatentPairs(index, split, codec_fingerprint=codec.fingerprint) for split in ("train", "val")}
     accelerator = open_accelerator()
     config.check_sizes({split: len(found) for split, found in pairs.items()}, accelerator.num_processes)

@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from lib.model.projection import realign_projections
 from lib.training.batches import Batch
 from lib.training.config import LoopConfig
 from lib.training.nonfinite import not_finite
@@ -211,10 +212,10 @@ def to_floats(values: dict[Hashable, Tensor], accelerator: Accelerator | None = 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in eval mode, whatever it was in before. Leaving training is what aligns spectral norms with their
-    weights, so a model already in eval, whose weights may have moved, passes through training first."""
+    """The model in eval mode, its projections realigned with weights that may have moved since its last forward."""
     training = model.training
+    realign_projections(model)
     try:
-        yield model.train().eval()
+        yield model.eval()
     finally:
         model.train(training)

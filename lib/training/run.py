@@ -25,10 +25,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lib.model.cascade import CascadeConfig
-from lib.model.fusion import FusionModel
-from lib.model.masks import MaskingConfig
-from lib.util.configs import config_differences, differing_fields, from_fields
+from lib.util.configs import config_differences, differing_fields
 from lib.util.errors import UserError
 from lib.util.files import file_sha256, fsync, make_folder, naming, read_json, read_json_lines, write_atomic
 from lib.util.provenance import versions
@@ -208,19 +205,6 @@ class Run:
 
     def has_checkpoint(self) -> bool:
         return (self.path / "last").exists()
-
-    def load_model(self, which: str = "best", *, codec_fingerprint: str | None = None) -> FusionModel:
-        """The trained model in eval mode, on the CPU. `which`: 'best' or 'last'.
-
-        With `codec_fingerprint`, a run trained on another codec's latents is refused.
-        """
-        if not {"cascade", "masking"} <= set(self.config):
-            raise UserError(f"{self.path / 'config.json'}: describes no model; give a run that this project trained")
-        self.check_codec(codec_fingerprint)
-        masking = from_fields(MaskingConfig, self.config["masking"])
-        model = FusionModel(CascadeConfig.from_dict(self.config["cascade"]), masking)
-        self.load_weights(model, which)
-        return model
 
     def load_weights(self, model: nn.Module, which: str = "best") -> None:
         """Load a checkpoint's weights into `model`, whatever it is, and leave it in eval mode."""

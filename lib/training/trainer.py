@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from lib.model.projection import realign_projections
 from lib.training.batches import Batch, Pairs, TrainingOrder, evenly_spread, prefetch_batches
 from lib.training.config import LoopConfig
 from lib.training.distributed import (
@@ -273,7 +274,8 @@ class Trainer:
 
     def save(self, *, is_best: bool) -> None:
         random = gather_object([rng_state()])  # one of each process
-        model = self.learner.eval_model.train().eval()  # aligns the projections' σ with the weights of this step
+        model = self.learner.eval_model
+        realign_projections(model)  # with the weights of this step
         if not self.accelerator.is_main_process:
             return
         training = {

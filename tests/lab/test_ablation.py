@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,7 +38,8 @@ from lib.lab.ablation import (
 from lib.lab.measures import growth
 from lib.lab.results import Result, by_variant, read_record, write_record
 from lib.lab.variants import Variant
-from lib.model.cascade import CascadeConfig, CollapseWarning
+from lib.model.cascade import CascadeConfig
+from lib.model.fusion import load_model
 from lib.model.masks import MaskingConfig
 from lib.training.config import CurriculumConfig, TrainConfig
 from lib.training.losses import LossConfig
@@ -47,8 +47,6 @@ from lib.training.run import Run
 from lib.training.trainer import Trainer
 from lib.util.errors import UserError
 from lib.util.files import file_sha256
-
-pytestmark = pytest.mark.filterwarnings("ignore::lib.model.cascade.CollapseWarning")
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = TrainConfig(max_steps=6, batch_size=2, checkpoint_every=2, learning_rate=1e-2, max_val_pairs=4)
@@ -59,12 +57,10 @@ class Tiny(Variant):
     """A variant of a cascade with 8 latent channels and small layers."""
 
     def cascade(self, num_layers: int) -> CascadeConfig:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CollapseWarning)
-            config = dataclasses.replace(super().cascade(num_layers), latent_dim=8)
-            for i in range(self.stages):
-                config = config.with_stage(i, num_heads=2, ffn_mult=2)
-            return config
+        config = dataclasses.replace(super().cascade(num_layers), latent_dim=8)
+        for i in range(self.stages):
+            config = config.with_stage(i, num_heads=2, ffn_mult=2)
+        return config
 
 
 REFERENCE = Tiny("reference", "named")
@@ -166,7 +162,7 @@ def test_the_final_metrics_are_those_of_the_last_checkpoint_on_the_chosen_pairs(
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: None)
     (result,) = results(tiny_plan(WEAK, seeds=1))
     monkeypatch.undo()
-    model, pairs = Run.open(result.run).load_model("last"), LatentPairs(tiny_index, "val")
+    model, pairs = load_model(Run.open(result.run), "last"), LatentPairs(tiny_index, "val")
     wanted = evaluate_fusion(model, [pairs[i] for i in (0, 2, 4, 6)])
     assert {name: value for name, value in result.final.items() if not name.endswith("/ceiling")} == wanted
     assert evaluate_fusion(model, pairs)["mse"] != wanted["mse"]

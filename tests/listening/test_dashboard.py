@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 import lib.listening.dashboard
 from lib.audio.files import save_audio
 from lib.listening.dashboard import Dashboard, Metrics, Panel, curves, leave_subshell_to_front_end, watch
+from lib.model.fusion import load_model
 from lib.training.callbacks import DemoClips
 from lib.training.config import TrainConfig
 from lib.training.fusion_learner import train
@@ -208,7 +209,7 @@ def test_the_button_saves_and_stops_after_the_step(start, front_end, tmp_path):
     assert front_end.statuses[-1] == "ended at step 6; resume = True continues"
     resumed = start([Dashboard(seconds=1000)], resume=True)
     assert resumed.metrics() == whole.metrics()
-    models = [run.load_model("last").state_dict() for run in (whole, resumed)]
+    models = [load_model(run, "last").state_dict() for run in (whole, resumed)]
     assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
 

@@ -27,7 +27,7 @@ from lib.fuse import fuse_clips
 from lib.listening.panel import BLENDS, UPLOADED, Listening, _Panel, describe_pair, taken
 from lib.listening.render import Rendition, Settings, render
 from lib.model.cascade import CascadeConfig
-from lib.model.fusion import FusionModel
+from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import Masks
 from lib.training.run import Run
 from listening.test_widgets import audio
@@ -56,7 +56,7 @@ def runs(tmp_path_factory, codec, save_run) -> dict[str, Run]:
 
 @pytest.fixture(scope="module")
 def models(runs) -> dict[str, FusionModel]:
-    return {name: run.load_model() for name, run in runs.items()}
+    return {name: load_model(run) for name, run in runs.items()}
 
 
 @pytest.fixture

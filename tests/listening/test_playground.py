@@ -27,12 +27,9 @@ from lib.listening.playground import Playground, _Panel
 from lib.listening.render import Settings, follow_recipe, load_pair, render
 from lib.listening.widgets import describe_clip
 from lib.model.cascade import CascadeConfig
-from lib.model.fusion import FusionModel
+from lib.model.fusion import FusionModel, load_model
 from lib.training.run import Run
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::lib.model.cascade.CollapseWarning"
-)  # two of the runs collapse by design
 AS_TRAINED = Settings(stages=2, residual_weight=0.3)
 
 
@@ -60,7 +57,7 @@ def runs(tmp_path_factory, codec, save_run) -> dict[str, Run]:
 
 @pytest.fixture(scope="module")
 def models(runs) -> dict[str, FusionModel]:
-    return {name: run.load_model() for name, run in runs.items()}
+    return {name: load_model(run) for name, run in runs.items()}
 
 
 def make(codec, songs, runs, favourites: Path) -> Playground:

@@ -15,7 +15,6 @@ from lib.model.masks import (
     apply_mask,
     complementarity,
     fixed_masks,
-    harden,
 )
 from lib.util.errors import UserError
 
@@ -106,13 +105,7 @@ def test_energy_judges_every_sample_by_itself_and_by_its_own_clips():
     assert fixed_masks("energy", 1e-3 * input, target).target.all()
 
 
-def test_constant_takes_half_of_both():
-    input, target = clips()
-    for mask in fixed_masks("constant", input, target):
-        assert torch.equal(mask, torch.full_like(input, 0.5))
-
-
-@pytest.mark.parametrize("kind", ["constant", *FIXED_MASKINGS])
+@pytest.mark.parametrize("kind", FIXED_MASKINGS)
 def test_fixed_masks_carry_no_gradient_and_work_at_any_length(kind):
     for T in (1, 2, 4, 25, 26):
         input, target = clips(T=T)
@@ -129,7 +122,7 @@ def test_a_short_clip_is_halved_between_the_two():
 
 @pytest.mark.parametrize("kind", ["none", "learned", "spectral", None])
 def test_no_rule_by_this_name(kind):
-    with pytest.raises(UserError, match=rf"^masking={kind!r} is not allowed; use one of constant, temporal, .*hybrid$"):
+    with pytest.raises(UserError, match=rf"^masking={kind!r} is not allowed; use one of temporal, .*hybrid$"):
         fixed_masks(kind, *clips())
 
 
@@ -184,31 +177,6 @@ def test_untrained_masks_are_near_a_half(seed):
     assert ((complementarity(masks) - 0.75).abs() < 0.01).all()
     for mask in masks:
         assert 1e-3 < mask.std() < 0.05
-
-
-# --- hard masks -------------------------------------------------------------------------------------------------------
-
-
-def test_hard_masks_are_0_or_1_with_the_soft_masks_gradient():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 3, 8, 400, generator=generator, requires_grad=True)
-    weights = torch.randn(2, 3, 8, 400, generator=generator)
-    soft = Masks(*logits.sigmoid())
-    hard = harden(soft)
-    for before, after in zip(soft, hard, strict=True):
-        assert torch.equal(after, (before > 0.5).float())  # exactly, not to rounding
-        assert 0.4 < after.mean() < 0.6
-
-    def gradient(masks: Masks) -> torch.Tensor:
-        return torch.autograd.grad((torch.stack(masks) * weights).sum(), logits, retain_graph=True)[0]
-
-    assert torch.equal(gradient(hard), gradient(soft))
-    torch.testing.assert_close(gradient(hard), weights * logits.sigmoid() * (1 - logits.sigmoid()))
-
-
-def test_a_mask_of_one_half_is_hardened_to_nothing():
-    half = torch.full((1, 2, 3), 0.5)
-    assert not any(mask.any() for mask in harden(Masks(half, half)))
 
 
 # --- masks applied ----------------------------------------------------------------------------------------------------
@@ -275,9 +243,8 @@ def test_complementarity_by_hand():
 
 @pytest.mark.parametrize(
     ("values", "field", "use"),
-    [({"masking": "soft"}, "masking='soft'", "one of none, constant,"), ({"masking": None}, "masking=None", "one of"),
-     ({"masking": ""}, "masking=''", "one of"), ({"hard_masks": True}, "hard_masks=True", "masking='learned' with it"),
-     ({"masking": "energy", "hard_masks": True}, "hard_masks=True", "masking='learned' with it")],
+    [({"masking": "soft"}, "masking='soft'", "one of none, temporal,"), ({"masking": None}, "masking=None", "one of"),
+     ({"masking": ""}, "masking=''", "one of")],
 )  # fmt: skip
 def test_bad_masking_values_name_the_field(values, field, use):
     with pytest.raises(UserError, match=f"^{field} is not allowed; use {use}"):
@@ -285,12 +252,11 @@ def test_bad_masking_values_name_the_field(values, field, use):
 
 
 def test_every_masking_is_a_config():
-    assert MASKINGS == ("none", "constant", "temporal", "frequency", "channel", "energy", "hybrid", "learned")
+    assert MASKINGS == ("none", "temporal", "frequency", "channel", "energy", "hybrid", "learned")
     assert FIXED_MASKINGS == ("temporal", "frequency", "channel", "energy", "hybrid")
-    assert MaskingConfig() == MaskingConfig("none", hard_masks=False)
+    assert MaskingConfig() == MaskingConfig("none")
     for masking in MASKINGS:
         assert MaskingConfig(masking).masking == masking
-    assert MaskingConfig("learned", hard_masks=True).hard_masks
 
 
 # --- the discriminator ------------------------------------------------------------------------------------------------

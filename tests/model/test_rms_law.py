@@ -7,24 +7,24 @@ import pytest
 import torch
 from torch import nn
 
-from lib.model.cascade import Cascade, CascadeConfig, StageConfig
+from lib.model.cascade import MIXINGS, RESIDUAL_SOURCES, Cascade, CascadeConfig, StageConfig, rms
 from lib.model.projection import SpectralLinear, rms_ceiling
 from lib.model.rms_law import (
     INPUT,
     LATENT_RMS,
-    SAFE_FACTOR,
+    SAFE_SCALE,
     TARGET,
     Clips,
     Mixture,
+    check_collapse,
     initial_projection_rms,
     mean_of,
+    pair_rms,
     predict_stage,
     preserving_weight,
     rms_before_scaling,
     smallest_safe_weight,
 )
-
-pytestmark = pytest.mark.filterwarnings("ignore::lib.model.cascade.CollapseWarning")  # many here collapse by design
 
 WEAK = {"residual_weight": 0.1, "residual_source": "previous"}
 MEASURED = ("projection_rms", "residual_rms", "rms_before_scaling", "target_scale", "applied_scale", "output_rms")
@@ -98,10 +98,11 @@ def test_opposite_signals_of_equal_length_leave_nothing():
     assert rms_before_scaling(0.3, 3.0, 0.1, -1.0) == pytest.approx(0.0, abs=1e-8)
 
 
-def test_goal_is_the_root_mean_square_of_both():
-    assert Clips().goal == pytest.approx(LATENT_RMS)
-    assert Clips(7.0, 1.0).goal == pytest.approx(5.0)  # not 4, their mean
-    assert Clips(7.0, 1.0, similarity=0.9).goal == Clips(7.0, 1.0).goal
+def test_the_rms_of_a_pair_is_the_root_mean_square_of_both():
+    assert pair_rms(LATENT_RMS, LATENT_RMS) == pytest.approx(LATENT_RMS)
+    assert pair_rms(7.0, 1.0) == 5.0  # not 4, their mean
+    found = pair_rms(torch.tensor([7.0, 3.0]), torch.tensor([1.0, 3.0]))
+    assert torch.equal(found, torch.tensor([5.0, 3.0]))
 
 
 @pytest.mark.parametrize("clips", [Clips(), Clips(5.7, 5.7, 0.8), Clips(3.0, 8.0, -0.3), Clips(4.0, 4.0, -1.0)])
@@ -185,21 +186,21 @@ RESIDUAL = Mixture(0.5, 0.5, 0.4)
 
 
 def last_stage(weight: float, **changes):
-    return predict_stage(RESIDUAL, SIMILAR, d=384, D=128, weight=weight, **changes)[0]
+    return predict_stage(StageConfig(residual_weight=weight, **changes), RESIDUAL, SIMILAR, d=384, D=128)[0]
 
 
-@pytest.mark.parametrize("preserving", [False, True])
+@pytest.mark.parametrize("mixing", MIXINGS)
 @pytest.mark.parametrize("clamp", [(0.7, 1.5), (0.5, 1.2), None])
 @pytest.mark.parametrize("gain", [1.0, 3.0])
-def test_at_the_smallest_safe_weight_the_target_scale_is_the_safe_one(preserving, clamp, gain):
-    settings = {"preserving": preserving, "clamp": clamp, "gain": gain}
+def test_at_the_smallest_safe_weight_the_target_scale_is_the_safe_one(mixing, clamp, gain):
+    settings = {"mixing": mixing, "clamp": clamp, "projection_gain": gain}
     safe = last_stage(0.1, **settings).smallest_safe_weight
     assert 0.1 < safe < 1
     at = last_stage(safe, **settings)
-    assert at.safe_factor == (clamp[1] if clamp else SAFE_FACTOR)
-    assert at.target_scale == pytest.approx(at.safe_factor, rel=1e-6)
-    assert last_stage(safe - 1e-3, **settings).target_scale > at.safe_factor * (1 + 1e-4)
-    assert last_stage(safe + 1e-3, **settings).target_scale < at.safe_factor * (1 - 1e-4)
+    assert at.safe_scale == (clamp[1] if clamp else SAFE_SCALE)
+    assert at.target_scale == pytest.approx(at.safe_scale, rel=1e-6)
+    assert last_stage(safe - 1e-3, **settings).target_scale > at.safe_scale * (1 + 1e-4)
+    assert last_stage(safe + 1e-3, **settings).target_scale < at.safe_scale * (1 - 1e-4)
 
 
 def test_the_smallest_safe_weight_does_not_depend_on_the_weight():
@@ -261,7 +262,7 @@ def test_the_highest_rms_before_scaling_is_reached_and_not_passed(changes, weigh
         ("random", torch.randn(128, 384)),
     ):
         last.output_projection.parametrizations.weight.original.copy_(matrix)
-        last.train().eval()
+        last.output_projection.realign()
         mixed[name] = cascade(input, target)[1][-1].rms_before_scaling.item()
     assert mixed["aligned"] == pytest.approx(highest, rel=1e-3)
     assert all(value < 0.99 * highest for name, value in mixed.items() if name != "aligned")
@@ -270,3 +271,98 @@ def test_the_highest_rms_before_scaling_is_reached_and_not_passed(changes, weigh
 def test_without_spectral_norm_nothing_bounds_the_projection():
     assert last_stage(0.1, spectral_norm=False).highest_rms_before_scaling == math.inf
     assert last_stage(0.1).highest_rms_before_scaling < math.inf
+
+
+# --- the design rule --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 5])
+def test_the_reference_warns_of_nothing(num_stages):
+    assert check_collapse(CascadeConfig.reference(num_stages)) == []
+    for changes in ({"clamp": None}, {"rms_scaling": "off"}, {"rms_scaling": "learnable"}, {"spectral_norm": False}):
+        assert check_collapse(CascadeConfig.reference(num_stages, **changes)) == []
+
+
+@pytest.mark.parametrize("source", RESIDUAL_SOURCES)
+@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize("changes", [{}, {"clamp": (0.5, 1.2)}, {"clamp": None}, {"mixing": "preserving"}])
+def test_both_sides_of_the_line(source, num_stages, changes):
+    base = CascadeConfig.reference(num_stages).with_stage(-1, residual_source=source, **changes)
+    safe = base.predict_rms()[-1].smallest_safe_weight
+    assert 0.3 < safe < 1.1
+    (message,) = check_collapse(base.with_stage(-1, residual_weight=0.999 * safe))
+    assert message.startswith(f"stage {num_stages - 1}: ")
+    for weight in (safe, 1.001 * safe):
+        assert check_collapse(base.with_stage(-1, residual_weight=weight)) == []
+
+
+def test_the_line_of_a_weak_last_stage():
+    """√((5.7/1.5)² − 0.641²)/5.7 for the previous output; the mean of three clips is quieter, so it needs more."""
+    base = CascadeConfig.reference(3)
+    previous = base.with_stage(-1, residual_source="previous").predict_rms()[-1].smallest_safe_weight
+    assert previous == pytest.approx(math.sqrt((5.7 / 1.5) ** 2 - 0.641**2) / 5.7, abs=1e-4)
+    assert base.predict_rms()[-1].smallest_safe_weight > previous + 0.1
+
+
+def test_the_message_tells_stage_weight_predicted_rms_and_the_safe_weight():
+    config = CascadeConfig.reference(3).with_stage(-1, residual_weight=0.1, residual_source="previous")
+    (message,) = check_collapse(config)
+    found = config.predict_rms()[-1]
+    assert found.rms_before_scaling == pytest.approx(math.hypot(0.641, 0.57), abs=1e-3)
+    assert "stage 2: residual_weight=0.1 " in message
+    assert "the predicted RMS before scaling is 0.86, so the target scale is 6.6, above 1.5" in message
+    assert "the smallest safe weight is 0.66 at width 384" in message
+
+
+def test_every_stage_below_the_line_is_named():
+    messages = check_collapse(CascadeConfig((StageConfig(residual_weight=0.3),)))
+    assert [message.split(":")[0] for message in messages] == ["stage 0"]
+    messages = check_collapse(CascadeConfig.reference(3, residual_weight=0.3))
+    assert [message.split(":")[0] for message in messages] == ["stage 0", "stage 1", "stage 2"]
+
+
+def test_a_stage_that_no_weight_can_save():
+    first = StageConfig(residual_weight=0.0, rms_scaling="off")  # leaves its projection alone, of RMS 0.6
+    last = StageConfig(sources=("input", "previous"), residual_source="previous", mixing="preserving")
+    messages = check_collapse(CascadeConfig((first, last)))
+    assert "no weight is safe" in messages[1]
+
+
+def test_the_latents_own_rms_moves_the_line():
+    def safe_weight(latent_rms: float) -> float:
+        last = StageConfig(("input", "previous", "target"), residual_source="previous")
+        return CascadeConfig((StageConfig(), last)).predict_rms(Clips(latent_rms, latent_rms))[-1].smallest_safe_weight
+
+    assert safe_weight(1.0) < 0.5 < safe_weight(5.7) < 0.66  # the projection is nearly loud enough for quiet latents
+    assert safe_weight(20.0) > 0.66  # beside which the projection is negligible
+
+
+@pytest.mark.parametrize("share", [0.8, 1.2])
+def test_training_does_not_cross_the_line(share):
+    """Below the safe weight every clip stays clamped and too quiet, above it none does: from first to last step."""
+    base = CascadeConfig.reference(2, num_layers=1).with_stage(-1, residual_source="previous")
+    weight = share * base.predict_rms()[-1].smallest_safe_weight
+    config = base.with_stage(-1, residual_weight=weight)
+    assert bool(check_collapse(config)) == (share < 1)
+    torch.manual_seed(0)
+    cascade = Cascade(config)
+    optimizer = torch.optim.AdamW(cascade.parameters(), lr=1e-4)
+    input, target = LATENT_RMS * torch.randn(2, 4, 128, 20)
+    input, target = (LATENT_RMS * x / rms(x)[:, None, None] for x in (input, target))
+    losses = []
+    for _ in range(40):
+        output, traces = cascade(input, target)
+        last = traces[-1]
+        if share < 1:
+            assert (last.clamped == 1).all()
+            assert (last.applied_scale == 1.5).all()
+            assert (last.output_rms < 0.9 * LATENT_RMS).all()
+        else:
+            assert (last.clamped == 0).all()
+            torch.testing.assert_close(last.output_rms, torch.full((4,), LATENT_RMS), rtol=1e-4, atol=0)
+        loss = (output - input).square().mean() + (output - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1  # it did train

@@ -15,6 +15,7 @@ import lib.listening.dashboard
 from lib.audio.files import load_audio
 from lib.data.latents import LatentPairs
 from lib.listening.dashboard import Dashboard
+from lib.model.fusion import load_model
 from lib.training.callbacks import DemoClips, TensorBoard
 from lib.training.config import TrainConfig
 from lib.training.distributed import rng_state
@@ -127,7 +128,7 @@ def test_outputs_are_those_of_the_model_that_is_kept(start, tiny_codec, tiny_ind
     input, target = (clip[None] for clip in LatentPairs(tiny_index, "val")[0])
     found = load_audio(run.path / "audio" / "pair_0_epoch_0004.wav")
     with torch.no_grad():
-        kept = run.load_model("last")(input, target).latents
+        kept = load_model(run, "last")(input, target).latents
         torch.testing.assert_close(found, tiny_codec.decode(kept)[0], rtol=1e-4, atol=1e-6)
         in_training = keep.trainer.learner.unwrapped_model.eval()(input, target).latents
     difference = (tiny_codec.decode(in_training)[0] - found).abs().max()
@@ -167,7 +168,7 @@ def test_callbacks_do_not_disturb_training(start, tiny_codec, monkeypatch, ema):
     assert all(watcher.times == 1 + 6 + 2 + 2 + 1 for watcher in watchers)
     assert watched.metrics() == alone.metrics()
     for which in ("last", "best"):
-        models = [run.load_model(which).state_dict() for run in (alone, watched)]
+        models = [load_model(run, which).state_dict() for run in (alone, watched)]
         assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
 
 

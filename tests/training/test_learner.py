@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lib.model.projection import SpectralLinear
 from lib.training.adversary import Adversary
 from lib.training.config import AdversaryConfig, LoopConfig
 from lib.training.learner import (
@@ -303,14 +304,12 @@ def test_without_samples_the_discriminator_does_not_learn(monkeypatch):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_evaluating_passes_through_training_and_gives_the_mode_back(training):
-    modes = []
-    model = nn.Linear(2, 2)
-    model.train(training)
-    train = model.train
-    model.train = lambda mode=True: modes.append(mode) or train(mode)
+def test_evaluating_realigns_projections_and_restores_the_mode(training):
+    model = nn.Sequential(SpectralLinear(6, 4)).train(training)
+    with torch.no_grad():
+        model[0].parametrizations.weight.original.add_(torch.randn(4, 6))
     with evaluating(model) as same_model:
         assert same_model is model
         assert not model.training
+        assert torch.linalg.svdvals(model[0].weight.detach())[0].item() == pytest.approx(1, abs=1e-3)
     assert model.training == training
-    assert modes == [True, False, training]

@@ -28,7 +28,7 @@ import lib.training.run
 import lib.training.trainer
 from lib.data.latents import LatentPairs
 from lib.model.cascade import Cascade, CascadeConfig
-from lib.model.fusion import FusionModel
+from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import MASKINGS, MaskingConfig
 from lib.model.projection import spectral_sigma
 from lib.training.batches import epoch_order
@@ -50,6 +50,7 @@ CONFIG = TrainConfig(max_steps=8, batch_size=2, checkpoint_every=2, learning_rat
 EVERYTHING = {
     "epochs": 3,
     "max_steps": None,
+    "seed": 3,  # with which the last checkpoint is not the best, either
     "patience": 99,
     "batch_size": 1,
     "accumulate": 2,
@@ -63,7 +64,7 @@ EVERYTHING = {
     "curriculum": CurriculumConfig(noise_rate=0.1, target_shuffling=0.4),
     "adversary": AdversaryConfig(discriminator_learning_rate=1e-2, discriminator_warmup=2),
 }
-HARD = MaskingConfig("learned", hard_masks=True)
+LEARNED = MaskingConfig("learned")
 
 
 @pytest.fixture
@@ -226,7 +227,7 @@ def test_an_epoch_takes_every_pair_once_in_an_order_of_its_own(new_trainer):
 
 def test_validation_is_the_mean_over_pairs_in_eval_mode(start, tiny_index):
     run = start(max_steps=2)  # nine pairs: a batch of eight and one of one
-    model = run.load_model("last")
+    model = load_model(run, "last")
     pairs = LatentPairs(tiny_index, "val")
     losses, factors = [], []
     with torch.no_grad():
@@ -264,13 +265,15 @@ def test_warns_once_a_stage_when_a_target_scale_passes_1_3(start, tiny_cascade, 
         patch.setattr(Run, "log", stop_at_5)
         with pytest.raises(RuntimeError, match="as if killed"):
             start(cascade=weak)
-    warnings = [record.getMessage() for record in caplog.records if record.name == "lib.training.trainer"]
-    assert len(warnings) == 1
-    assert warnings[0].startswith("step 1: stage 1 has a target scale of ")
+    records = [record for record in caplog.records if record.name.startswith("lib.training")]
+    collapse, warning = [record.getMessage() for record in records]
+    assert collapse.startswith("stage 1: residual_weight=0.1 lets the RMS collapse")
+    assert warning.startswith("step 1: stage 1 has a target scale of ")
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         run = start(cascade=weak, resume=True)
-    assert not [record for record in caplog.records if record.name == "lib.training.trainer"]  # it remembers
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("lib.training")]
+    assert messages == [collapse]  # every start checks the config; of the step it remembers to have warned
     rows = run.metrics("train")
     assert all(row["stage1/target_scale"] > 1.3 for row in rows)
     assert all(row["stage0/target_scale"] < 1.3 for row in rows)
@@ -286,7 +289,7 @@ def test_same_seed_same_run_and_another_seed_another(start):
 def test_bf16_trains_and_keeps_fp32_weights(start):
     run = start(precision="bf16")
     assert all(math.isfinite(row["loss"]) for row in run.metrics())
-    assert all(p.dtype == torch.float32 for p in run.load_model().parameters())
+    assert all(p.dtype == torch.float32 for p in load_model(run).parameters())
     assert run.metrics("train")[0]["loss"] != start("fp32").metrics("train")[0]["loss"]  # it did autocast
     assert run.metrics("train")[0]["loss"] == pytest.approx(start("f").metrics("train")[0]["loss"], rel=0.02)
 
@@ -610,7 +613,7 @@ def everything(tmp_path_factory, tiny_index, tiny_codec, tiny_cascade) -> Run:
     config, folder = dataclasses.replace(CONFIG, **EVERYTHING), tmp_path_factory.mktemp("everything")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lib.training.fusion_learner, "Discriminator", TinyDiscriminator)
-        run = train(folder, tiny_index, tiny_codec, tiny_cascade(anti_cheating=0.1), config, HARD)
+        run = train(folder, tiny_index, tiny_codec, tiny_cascade(anti_cheating=0.1), config, LEARNED)
     rows = run.metrics("train")
     assert len(rows) == 9
     terms = {"loss/adversarial", "loss/overlap", "loss/anti_modulation", "discriminator/fake", "noise_share"}
@@ -625,11 +628,11 @@ def test_with_everything_on_a_kill_after_any_step_changes_nothing(
 ):
     def child():
         die_at_step(step)
-        start(masking=HARD, **EVERYTHING)
+        start(masking=LEARNED, **EVERYTHING)
 
     assert os.WIFSIGNALED(in_child(child, tmp_path / "output.txt")), (tmp_path / "output.txt").read_text()
     torch.manual_seed(99)
-    assert_same_run(start(masking=HARD, resume=True, **EVERYTHING), everything)
+    assert_same_run(start(masking=LEARNED, resume=True, **EVERYTHING), everything)
 
 
 @pytest.mark.parametrize("step", range(1, 9))
@@ -640,13 +643,13 @@ def test_with_everything_on_a_signal_in_any_step_changes_nothing(
         patch.setattr(Trainer, "train_step", Trainer.train_step)  # put back afterwards
         signal_myself_in(step, signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt, match=f"stopped by SIGTERM; step {step} is saved"):
-            start(masking=HARD, **EVERYTHING)
+            start(masking=LEARNED, **EVERYTHING)
     run = Run.open(tmp_path / "run")
     assert os.readlink(run.path / "last").endswith(f"step_{step:08d}")
-    for stage in run.load_model("last").cascade.stages:  # the EMA weights, with their own σ
+    for stage in load_model(run, "last").cascade.stages:  # the EMA weights, with their own σ
         assert spectral_sigma(stage.output_projection) == pytest.approx(1, abs=1e-5)
     torch.manual_seed(99)
-    assert_same_run(start(masking=HARD, resume=True, **EVERYTHING), everything)
+    assert_same_run(start(masking=LEARNED, resume=True, **EVERYTHING), everything)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -666,7 +669,7 @@ def test_signals_save_and_exit_cleanly(start, whole, tmp_path, number, step):
     assert last == f"error: stopped by {number.name}; step {step} is saved in {tmp_path / 'run'}"
     run = Run.open(tmp_path / "run")
     assert os.readlink(run.path / "last").endswith(f"step_{step:08d}")
-    for stage in run.load_model("last").cascade.stages:  # saved with the σ of this step's weights
+    for stage in load_model(run, "last").cascade.stages:  # saved with the σ of this step's weights
         assert spectral_sigma(stage.output_projection) == pytest.approx(1, abs=1e-5)
     assert_same_run(start(resume=True), whole)
 
@@ -861,7 +864,7 @@ def test_a_non_finite_value_is_named_and_leaves_the_last_good_checkpoint(
     }  # fmt: skip
     assert run.metrics("train")[-2]["step"] == 4  # the bad step was not taken
     assert os.readlink(run.path / "last").endswith("step_00000004")
-    assert all(value.isfinite().all() for value in run.load_model("last").state_dict().values())
+    assert all(value.isfinite().all() for value in load_model(run, "last").state_dict().values())
     monkeypatch.undo()
     if clip == CONFIG.clip:  # without the fault it goes on from there
         assert_same_run(start(resume=True), whole)
@@ -947,7 +950,7 @@ def test_a_non_finite_validation_writes_no_checkpoint(start, tmp_path, monkeypat
     assert error.value.tensor == "parameter cascade.stages.1.layers.0.ffn_in.weight"
     run = Run.open(tmp_path / "run")
     assert os.readlink(run.path / "last").endswith("step_00000004")
-    assert all(value.isfinite().all() for value in run.load_model("last").state_dict().values())
+    assert all(value.isfinite().all() for value in load_model(run, "last").state_dict().values())
     row = run.metrics()[-1]
     assert (row["split"], row["step"], row["event"], row["stage"]) == ("val", 6, "non_finite", 1)
 
@@ -1049,7 +1052,7 @@ def test_a_parts_gradient_norm_is_that_of_its_parameters(new_trainer, tiny_casca
 
 def test_validation_of_some_pairs_is_the_mean_over_those(start, tiny_index):
     run = start(max_steps=2, max_val_pairs=4)
-    model, pairs = run.load_model("last"), LatentPairs(tiny_index, "val")
+    model, pairs = load_model(run, "last"), LatentPairs(tiny_index, "val")
     losses = []
     with torch.no_grad():
         for input, target in (pairs[i] for i in range(9)):
@@ -1124,7 +1127,7 @@ def test_the_ema_weights_follow_their_formula_and_are_saved(start, new_trainer, 
     for step, values in enumerate(recorder.seen):
         decay = min(0.3, (1 + step) / (10 + step))
         average = {name: decay * average[name] + (1 - decay) * value for name, value in values.items()}
-    kept = run.load_model("last")
+    kept = load_model(run, "last")
     for name, value in kept.named_parameters():
         torch.testing.assert_close(value.detach(), average[name], rtol=1e-5, atol=1e-6)
     difference = max((value - recorder.seen[-1][name]).abs().max().item() for name, value in kept.named_parameters())
@@ -1148,7 +1151,7 @@ def rates(trainer: Trainer) -> list[float]:
 
 @pytest.mark.parametrize("length", [{"epochs": 3, "max_steps": None}, {"max_steps": 9}])
 def test_the_rates_that_are_set(start, length, monkeypatch):
-    settings = {"warmup_steps": 4, "schedule": "cosine", "agent_learning_rate": 2e-2, "masking": HARD} | length
+    settings = {"warmup_steps": 4, "schedule": "cosine", "agent_learning_rate": 2e-2, "masking": LEARNED} | length
     recorder = Recorder(rates)
     start("whole", callbacks=(recorder,), **settings)
     done = [0, 0.4, 0.8, 1, 1.4, 1.8, 2, 2.4, 2.8] if length["max_steps"] is None else range(9)  # 2, 2 and 1 of 5 pairs
@@ -1339,7 +1342,7 @@ def test_the_discriminators_real_samples_are_clean_latents_and_its_fake_ones_the
 
 def test_the_discriminator_is_no_part_of_the_models_optimizer(new_trainer, tiny_discriminator):
     adversary = AdversaryConfig(discriminator_learning_rate=1e-4)
-    trainer = new_trainer(adversary=adversary, loss=LossConfig(adversarial_weight=1.0), masking=HARD)
+    trainer = new_trainer(adversary=adversary, loss=LossConfig(adversarial_weight=1.0), masking=LEARNED)
     own = {id(p) for p in trainer.learner.unwrapped_model.parameters()}
     optimized = [p for group in trainer.learner.optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in optimized} == own
@@ -1433,7 +1436,7 @@ def test_another_error_of_the_allocators_kind_is_not_taken_for_it(start, monkeyp
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("masking", [*(MaskingConfig(name) for name in MASKINGS), HARD], ids=lambda m: m.masking)
+@pytest.mark.parametrize("masking", [MaskingConfig(name) for name in MASKINGS], ids=lambda m: m.masking)
 def test_every_masking_trains(start, masking):
     loss = LossConfig(overlap_weight=1.0 if masking.masking != "none" else 0.0)
     run = start(masking=masking, loss=loss, max_steps=2)
@@ -1441,7 +1444,7 @@ def test_every_masking_trains(start, masking):
     assert all(math.isfinite(row["loss"]) for row in rows)
     assert all(("masks/complementarity" in row) == (masking.masking != "none") for row in rows)
     assert all(("grad_norm/mask_generator" in row) == (masking.masking == "learned") for row in run.metrics("train"))
-    assert run.load_model("last").masking == masking
+    assert load_model(run, "last").masking == masking
 
 
 def test_a_term_on_masks_without_masks_is_refused(start, tmp_path):
@@ -1546,7 +1549,7 @@ def test_a_learner_of_another_kind_trains(tmp_path, caplog):
     assert len(losses) == 6
     assert losses[-1] < losses[0]
     assert recorder.calls[-1] == ("end", 12)
-    messages = [record.getMessage() for record in caplog.records if record.name == "lib.training.trainer"]
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("lib.training")]
     assert messages == [f"step 3: the loss is {rows[2]['loss']:.3f}"]  # once
     model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 2))
     run.load_weights(model, "last")
