@@ -4,10 +4,10 @@
     python -m lib.fuse INPUT TARGET -o OUT.wav --run outputs/demo --superres outputs/demo/superres
     python -m lib.fuse --recipe FAVOURITE.json -o OUT.wav
 
-Files of any length: they are read, fused and written in chunks of 16 s that overlap by a second and are crossfaded, so
-memory does not grow with the length. The output is exactly as long as the shorter file, mono, 24 kHz; with a trained
-super-resolver, 48 kHz with the upper band restored.
-A recipe, which the playground of notebook 05 writes beside a favourite, gives the same samples again, bit for bit.
+Files may have any length: they are read, fused and written in chunks of 16 s that overlap by a second and are
+crossfaded. The output is exactly as long as the shorter file, mono, 24 kHz; with a trained super-resolver, 48 kHz with
+the upper band restored. A recipe, which the playground of notebook 05 writes beside a favourite, reproduces its samples
+bit for bit.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from lib.util.errors import UserError, exit_on_user_error
 from lib.util.files import prefetch
 from lib.util.provenance import versions
 
-CHUNK = 16 * SAMPLE_RATE  # samples: the clip length that the seeds' system works on
+CHUNK = 16 * SAMPLE_RATE  # samples: the clip length of the full preset
 OVERLAP = 1 * SAMPLE_RATE
 
 
@@ -56,10 +56,10 @@ def fuse_files(
     *,
     which: str = "best",
 ) -> FuseReport:
-    """Fuse two audio files; writes `out_path` when all of it is done.
+    """Fuse two audio files; `out_path` appears when it is complete.
 
-    A .wav is written as 32-bit float and may pass full scale; other formats are refused above it (`AudioError`).
-    Raises `UserError` for unusable files and for a run that was trained on another codec's latents.
+    A .wav is written as 32-bit float and may exceed full scale; a .flac may not (`AudioError`). Raises `UserError` for
+    unusable files and for a run that was trained on the latents of another codec.
     """
     model = load_model(run, which, codec_fingerprint=codec.fingerprint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.fuse", description="Fuse two audio files with a trained run.")
     parser.add_argument("input", nargs="?", help="audio file: WAV, FLAC, OGG or MP3")
     parser.add_argument("target", nargs="?", help="audio file to fuse it with")
-    parser.add_argument("--recipe", help="JSON beside a saved favourite, instead of the two files: makes it again")
+    parser.add_argument("--recipe", help="JSON beside a saved favourite, instead of the two files: reproduces it")
     parser.add_argument("-o", "--out", required=True, help="output file; .wav holds any level")
     parser.add_argument("--run", help="run directory, such as outputs/demo (default: the recipe's)")
     parser.add_argument("--superres", help="trained super-resolver, such as outputs/demo/superres: 48 kHz")
@@ -132,7 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.recipe:
         if options.input or options.checkpoint or options.superres:
-            parser.error("--recipe makes the same samples again; leave out the files, --checkpoint and --superres")
+            parser.error("--recipe reproduces a favourite; leave out the files, --checkpoint and --superres")
     elif not (options.target and options.run):
         parser.error("give INPUT, TARGET and --run, or --recipe")
     with exit_on_user_error():
@@ -160,7 +160,7 @@ def fuse(options: argparse.Namespace) -> int:
 
 
 def remake(options: argparse.Namespace) -> int:
-    """Exit code 1 where the samples are not those that the recipe was written for."""
+    """Returns the exit code: 1 if the samples differ from the recipe's output."""
     if Path(options.out).suffix.lower() != ".wav":
         raise UserError(f"{options.out}: only a .wav holds the samples as they are; choose a name that ends in .wav")
     made = follow_recipe(options.recipe, run=options.run, codec=options.codec)

@@ -1,4 +1,4 @@
-"""What a waveform says of spectrum, rhythm, harmony and loudness: differentiable features, in batches, on its device.
+"""Differentiable features of a waveform: spectrum, rhythm, harmony and loudness, in batches, on its device.
 
 Legend: B batch, N samples, M mel bands, F feature frames (hop 320: 75 a second).
 """
@@ -15,13 +15,13 @@ from lib.util.tensors import cached_table
 
 HOP = 320
 SEGMENTS = 250  # of an envelope
-MEL_FFT, MEL_BANDS = 1024, 64  # a window short enough to place an onset
-CHROMA_FFT = 4096  # 5.9 Hz a bin: semitones apart from 100 Hz up
-FLOOR = 1e-8  # of a power: far below any music, and no logarithm of zero
+MEL_FFT, MEL_BANDS = 1024, 64  # a window short enough to locate an onset
+CHROMA_FFT = 4096  # 5.9 Hz a bin: resolves semitones from 100 Hz up
+FLOOR = 1e-8  # of a power: far below any music, and avoids the logarithm of zero
 
 
 class Sound:
-    """A waveform `[B, 1, N]` with its features, each computed when it is first asked for and never again."""
+    """A waveform `[B, 1, N]` with its features, each computed once, on first use."""
 
     def __init__(self, wav: Tensor):
         self.wav = wav
@@ -50,14 +50,13 @@ class Sound:
 
 
 def magnitudes(wav: Tensor, size: int) -> Tensor:
-    """Magnitudes of the Fourier transforms of windows of `size` samples, a quarter of that apart: `[B, 1, N] →
-    [B, size / 2 + 1, F]`. N above `size / 2`."""
+    """STFT magnitudes, window `size`, hop a quarter of it: `[B, 1, N] → [B, size / 2 + 1, F]`. N above `size / 2`."""
     spectrum = torch.stft(wav[:, 0], size, size // 4, window=_hann(size, wav.device), return_complex=True)
     return (spectrum.real.square() + spectrum.imag.square()).clamp_min(FLOOR).sqrt()
 
 
 def envelope(wav: Tensor) -> Tensor:
-    """Loudness curve: RMS of each of 250 equal segments, `[B, 1, N] → [B, 250]`. N below 250 raises `ValueError`."""
+    """RMS of each of 250 equal segments, `[B, 1, N] → [B, 250]`. N below 250 raises `ValueError`."""
     length = wav.shape[-1] // SEGMENTS
     if length < 1:
         raise ValueError(f"an envelope needs at least {SEGMENTS} samples, got {wav.shape[-1]}")
@@ -66,26 +65,24 @@ def envelope(wav: Tensor) -> Tensor:
 
 
 def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's correlation along the last axis, `[B, n]` twice → `[B]`; 0 where one of them is constant."""
+    """Pearson's correlation along the last axis, `[B, n]` twice → `[B]`; 0 if one is constant."""
     x, y = x - x.mean(dim=-1, keepdim=True), y - y.mean(dim=-1, keepdim=True)
     return torch.nn.functional.cosine_similarity(x, y, dim=-1)
 
 
 def log_mel(wav: Tensor) -> Tensor:
-    """Natural logarithm of the mel power, `[B, 1, N] → [B, M, F]`."""
+    """Natural logarithm of the mel power spectrogram, `[B, 1, N] → [B, M, F]`."""
     return (_mel(wav.device)(wav[:, 0]) + FLOOR).log()
 
 
 def onset_envelope(levels: Tensor) -> Tensor:
-    """How much every band of `log_mel` rises from frame to frame, averaged: `[B, M, F] → [B, F − 1]`, 0 or more.
-
-    The spectral flux of Böck and Widmer (DAFx 2013) without its maximum filter.
-    """
+    """Mean rise of the bands of `log_mel` from frame to frame, `[B, M, F] → [B, F − 1]`, 0 or more: the spectral flux
+    of Böck and Widmer (DAFx 2013) without its maximum filter."""
     return levels.diff(dim=2).relu().mean(dim=1)
 
 
 def chroma(wav: Tensor) -> Tensor:
-    """Power of the twelve pitch classes, from C up, each frame divided by its sum: `[B, 1, N] → [B, 12, F]`."""
+    """Power of the twelve pitch classes, from C, normalised to sum 1 in each frame: `[B, 1, N] → [B, 12, F]`."""
     window = _hann(CHROMA_FFT, wav.device)
     spectrum = torch.stft(wav[:, 0], CHROMA_FFT, HOP * 4, window=window, pad_mode="constant", return_complex=True)
     power = spectrum.real.square() + spectrum.imag.square()  # [B, CHROMA_FFT / 2 + 1, F]
@@ -94,7 +91,7 @@ def chroma(wav: Tensor) -> Tensor:
 
 
 def harmony_similarity(x: Sound, y: Sound) -> Tensor:
-    """Cosine of two clips' chroma around their mean of 1/12, over all frames, → `[B]`."""
+    """Cosine similarity of two clips' chroma minus its mean of 1/12, over all frames, → `[B]`."""
     x, y = (sound.chroma.flatten(1) - 1 / 12 for sound in (x, y))
     return torch.nn.functional.cosine_similarity(x, y, dim=1)
 
@@ -119,5 +116,5 @@ def _mel(device: torch.device) -> torchaudio.transforms.MelSpectrogram:
 
 @cached_table
 def _chroma_bank(device: torch.device) -> Tensor:
-    """`[12, CHROMA_FFT / 2 + 1]`: which pitch classes a bin belongs to."""
+    """`[12, CHROMA_FFT / 2 + 1]`: pitch classes of the bins."""
     return torch.from_numpy(librosa.filters.chroma(sr=SAMPLE_RATE, n_fft=CHROMA_FFT)).to(device)

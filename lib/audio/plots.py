@@ -1,7 +1,6 @@
-"""The figures. Every function returns a matplotlib figure with labelled axes and units; none computes a result.
+"""Figures of sound. Functions return matplotlib figures with labelled axes and units; none computes a result.
 
-Colours are Okabe and Ito's, which colour-blind readers tell apart and which print well. Legend: N samples, D latent
-channels, T frames.
+Colours are Okabe and Ito's, which colour-blind readers can distinguish. Legend: N samples, D latent channels, T frames.
 """
 
 import functools
@@ -21,11 +20,11 @@ from torch import Tensor
 
 from lib.audio.files import SAMPLE_RATE
 
-logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it names every font that it did not need
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it lists every font that it did not use
 
 INPUT, TARGET, OUTPUT, AVERAGE = "#0072B2", "#E69F00", "#009E73", "#777777"
 STAGES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
-SHADES = 48  # of a small mel picture: steps of 1.7 dB
+SHADES = 48  # of a small mel spectrogram: steps of 1.7 dB
 STYLE = {
     "figure.dpi": 80,
     "savefig.dpi": 110,
@@ -40,7 +39,7 @@ STYLE = {
 
 
 def mel_power(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> Tensor:
-    """Power in 80 mel bands of `[1, N]`: `[80, frames]`, hop 256 samples."""
+    """Mel power spectrogram of `[1, N]`: `[80, frames]`, hop 256 samples."""
     n_fft = 1024
     if wav.shape[-1] < n_fft:
         wav = torch.nn.functional.pad(wav, (0, n_fft - wav.shape[-1]))
@@ -48,7 +47,7 @@ def mel_power(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> Tensor:
 
 
 def decibels_below_peak(power: Tensor) -> Tensor:
-    """A picture of powers in dB relative to its own maximum, floor -80; silence is all floor."""
+    """Powers in dB relative to their maximum, floor -80; silence is all floor."""
     if power.max() <= 1e-10:
         return torch.full_like(power, -80.0)
     decibels = torchaudio.functional.amplitude_to_DB(power, 10.0, 1e-10, 0.0, top_db=80.0)
@@ -56,13 +55,13 @@ def decibels_below_peak(power: Tensor) -> Tensor:
 
 
 def mel_db(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> Tensor:
-    """Log-mel picture of `[1, N]` in dB relative to its own maximum, floor -80: `[80, frames]`, hop 256 samples."""
+    """Mel spectrogram of `[1, N]` in dB relative to its maximum, floor -80: `[80, frames]`, hop 256 samples."""
     return decibels_below_peak(mel_power(wav, sample_rate))
 
 
 def clip_picture(wav: Tensor, colour: str = INPUT, sample_rate: int = SAMPLE_RATE) -> bytes:
-    """The outline of `[1, N]` (full height: full scale) above its mel picture, as a PNG as wide as the clip is long:
-    no axes, for players whose cursor moves over it."""
+    """The waveform of `[1, N]` (full height: full scale) above its mel spectrogram, as a PNG without axes: a player's
+    cursor moves over it."""
     width, height = 480, 60
     levels = ((mel_db(wav, sample_rate).flip(0) + 80) * ((SHADES - 1) / 80)).round().byte()  # [80, frames]
     mel = Image.fromarray(levels.numpy()).resize((width, len(levels)), Image.Resampling.BOX)
@@ -71,7 +70,7 @@ def clip_picture(wav: Tensor, colour: str = INPUT, sample_rate: int = SAMPLE_RAT
     slices = [samples[a : max(a + 1, b)] for a, b in itertools.pairwise(edges)]
     low, high = np.array([s.min() for s in slices]), np.array([s.max() for s in slices])
     rows = 1 - 2 * (np.arange(height)[:, None] + 0.5) / height  # amplitude of each row, 1 to -1
-    reach = 1.01 / height  # half a row, and a little for what lies between two
+    reach = 1.01 / height  # half a row, and a little more
     outline = (rows <= high + reach) & (rows >= low - reach)
     picture = Image.fromarray(np.concatenate([np.where(outline, SHADES, SHADES + 1), np.asarray(mel)]).astype(np.uint8))
     picture.putpalette(_clip_palette(colour))
@@ -82,13 +81,13 @@ def clip_picture(wav: Tensor, colour: str = INPUT, sample_rate: int = SAMPLE_RAT
 
 @functools.cache
 def _clip_palette(colour: str) -> bytes:
-    """The shades of the mel picture, the colour of the outline, and what is transparent."""
+    """The shades of the mel spectrogram, the colour of the waveform, and the transparent background."""
     shades = (plt.get_cmap("magma", SHADES)(np.arange(SHADES))[:, :3] * 255).astype(np.uint8)
     return shades.tobytes() + bytes.fromhex(colour.removeprefix("#")) + b"\xff\xff\xff"
 
 
 def waveform_and_latents(wav: Tensor, latents: Tensor, title: str, sample_rate: int = SAMPLE_RATE) -> Figure:
-    """One clip three ways: waveform `[1, N]`, mel picture, latents `[D, T]`."""
+    """A clip as waveform `[1, N]`, mel spectrogram and latents `[D, T]`."""
     seconds = wav.shape[-1] / sample_rate
     with plt.rc_context(STYLE):
         figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(9, 6.5), height_ratios=(1, 1.5, 1.5), sharex=True)
@@ -107,7 +106,7 @@ def waveform_and_latents(wav: Tensor, latents: Tensor, title: str, sample_rate: 
 
 
 def latent_histogram(latents: Mapping[str, Tensor]) -> Figure:
-    """Distribution of latent values by name, on a log scale, beside a normal one of the same RMS."""
+    """Distribution of latent values by name, on a log scale, beside a normal distribution of the same RMS."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 3.2))
         for (name, values), colour in zip(latents.items(), (INPUT, TARGET), strict=False):
@@ -124,7 +123,7 @@ def latent_histogram(latents: Mapping[str, Tensor]) -> Figure:
 
 
 def spectra(wavs: Mapping[str, Tensor], band_edge: float | None = None, sample_rate: int = SAMPLE_RATE) -> Figure:
-    """Mean power spectra of `[1, N]` clips in dB, with the upper edge of the codec's band."""
+    """Mean power spectra of `[1, N]` clips in dB, and the upper edge of the codec's band."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 3.2))
         for (name, wav), colour in zip(wavs.items(), (INPUT, OUTPUT, TARGET), strict=False):
@@ -141,8 +140,8 @@ def spectra(wavs: Mapping[str, Tensor], band_edge: float | None = None, sample_r
 
 
 def taken_pictures(taken: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -> Figure:
-    """Which clip what is heard comes from, over time and mel bands `[80, frames]`, by name: powers of what was taken
-    from the input and from the target. Blue: all input, orange: all target, grey: both; the paler, the quieter."""
+    """Where a mixture comes from, over time and mel bands, by name: mel powers `[80, frames]` taken from the input and
+    from the target. Blue: input only, orange: target only, grey: both; paler is quieter."""
     colours = LinearSegmentedColormap.from_list("taken", (TARGET, "#BBBBBB", INPUT))
     with plt.rc_context(STYLE):
         columns = min(3, len(taken))
@@ -168,7 +167,7 @@ def taken_pictures(taken: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -
 
 
 def waveforms_and_mels(wavs: Mapping[str, Tensor], sample_rate: int = SAMPLE_RATE) -> Figure:
-    """Clips `[1, N]` side by side on one scale: waveform above, mel picture below."""
+    """Clips `[1, N]` side by side on the same scale: waveform above, mel spectrogram below."""
     colours = dict(zip(wavs, itertools.cycle((INPUT, TARGET, OUTPUT, AVERAGE)), strict=False))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
@@ -186,7 +185,7 @@ def waveforms_and_mels(wavs: Mapping[str, Tensor], sample_rate: int = SAMPLE_RAT
 
 
 def _draw_waveform(axes: plt.Axes, wav: Tensor, sample_rate: int, colour: str) -> None:
-    """Minimum and maximum of each of about 1,000 slices: what an ear would call the outline."""
+    """Minimum and maximum of each of about 1,000 slices."""
     samples = wav[0].numpy()
     width = max(1, len(samples) // 1000)
     slices = samples[: len(samples) // width * width].reshape(-1, width)

@@ -1,10 +1,9 @@
-"""A seeded generator of demo music: drums, bass, chords and melody in one key and one tempo per song.
+"""A seeded generator of demo songs: drums, bass, chords and melody, in one key and one tempo per song.
 
-Real enough to hear whether two clips were fused: songs differ in key, tempo, timbre, rhythm and arrangement. At 24 kHz
-most of their energy lies below 4.8 kHz, the band that the embedded codec keeps; at 48 kHz tones and drums reach up to
-20 kHz, for super-resolution. A song depends on (seed, index), its rate and its length alone, and is the same to the bit
-on every processor: which songs are for validation is decided by a hash of their bytes. Sounds are arrays
-`[num_samples]`, float64.
+Songs differ in key, tempo, timbre, rhythm and arrangement, enough to hear whether two clips were fused. At 24 kHz most
+of their energy lies below 4.8 kHz, the band that the embedded codec keeps; at 48 kHz tones and drums reach up to
+20 kHz, for super-resolution. A song depends only on (seed, index), its rate and its length, and is identical to the bit
+on every processor, because a hash of its bytes decides the split. Sounds are arrays `[num_samples]`, float64.
 """
 
 import io
@@ -25,15 +24,15 @@ from lib.util.files import write_atomic
 from lib.util.provenance import code_fingerprint
 
 PEAK = 0.8
-HIGHEST_TONE = {24_000: 4_500, 48_000: 20_000}  # sample rate → Hz, above which tones have no harmonics
+HIGHEST_TONE = {24_000: 4_500, 48_000: 20_000}  # sample rate → Hz, the limit of harmonics
 SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}  # semitones above the tonic
 
-# scale degrees of the triads, one a bar
+# scale degrees of the triads, one per bar
 _PROGRESSIONS = {
     "major": ((0, 4, 5, 3), (0, 5, 3, 4), (5, 3, 0, 4), (0, 3, 0, 4), (0, 2, 3, 4)),
     "minor": ((0, 5, 2, 6), (0, 3, 5, 6), (0, 6, 5, 6), (0, 3, 0, 4), (0, 5, 3, 4)),
 }
-# amplitudes of the harmonics, seconds until a struck note falls to 1/e, seconds of attack
+# amplitudes of the harmonics, decay to 1/e in seconds, attack in seconds
 _TIMBRES = {
     "organ": ((1.0, 0.5, 0.35, 0.2, 0.05, 0.1), 30.0, 0.02),
     "piano": ((1.0, 0.6, 0.3, 0.2, 0.12, 0.08, 0.05), 0.7, 0.004),
@@ -42,7 +41,7 @@ _TIMBRES = {
     "reed": ((1.0, 0.1, 0.6, 0.1, 0.4, 0.05, 0.2), 4.0, 0.02),
     "string": ((1.0, 0.55, 0.4, 0.3, 0.22, 0.16, 0.12, 0.09), 30.0, 0.12),
 }
-# which of (drums, bass, chords, melody) play, a letter each, section by section
+# the parts that play in each section: drums, bass, chords, melody
 _ARRANGEMENTS = (
     ("dbc", "dbcm", "cm", "dbcm", "dbc"),
     ("bc", "dbcm", "dbc", "bcm", "dbcm"),
@@ -56,9 +55,9 @@ _MELODIES = ((0, 2, 3, 4, 6), (0, 1, 2, 4, 6, 7), (0, 3, 4, 6), (0, 2, 4, 5, 6, 
 
 @dataclass(frozen=True)
 class Song:
-    """What a song is drawn from. Everything that `render` needs besides its random generator."""
+    """Everything that defines a song except its random generator."""
 
-    tempo: int  # beats a minute
+    tempo: int  # beats per minute
     tonic: int  # MIDI note, 48 to 59
     scale: str
     progression: tuple[int, ...]
@@ -74,7 +73,7 @@ class Song:
         return 30 / self.tempo * self.sample_rate
 
     def note(self, degree: int) -> int:
-        """MIDI note of a scale degree counted from the tonic; 7 is the octave."""
+        """MIDI note of a scale degree above the tonic; 7 is the octave."""
         octave, index = divmod(degree, 7)
         return self.tonic + 12 * octave + SCALES[self.scale][index]
 
@@ -82,11 +81,11 @@ class Song:
 def make_demo_dataset(
     root: str | Path, num_songs: int = 12, seconds: float = 40.0, seed: int = 0, sample_rate: int = SAMPLE_RATE
 ) -> list[Path]:
-    """Write `song_00.wav`, ... (mono, 16 bit) under `root`; return their paths. Songs already there are kept.
+    """Write `song_00.wav`, ... (mono, 16 bit) under `root`; return their paths.
 
-    A song is kept if it has the right length and `.songs.json` beside it names this seed and rate, and this code.
-    Raises `UserError` if a number makes no sense, the folder cannot be written, or it holds songs that came from
-    elsewhere under these names: those are never overwritten.
+    A song that is there is kept if it has the right length and `.songs.json` names this seed, rate and code. Raises
+    `UserError` for impossible numbers, for a folder that cannot be written, and for one that holds songs from elsewhere
+    under these names: those are never overwritten.
     """
     if num_songs < 1 or not 1 <= seconds <= 600:
         raise UserError(f"num_songs {num_songs}, seconds {seconds}: use at least one song of 1 to 600 seconds")
@@ -108,7 +107,7 @@ def make_demo_dataset(
 
 
 def _claim_folder(root: Path, recipe: dict) -> None:
-    """Mark `root` as holding songs of `recipe`. Those of another one are removed first: a kill leaves its mark."""
+    """Mark `root` as holding songs of `recipe`. Songs of another recipe are removed before the mark is replaced."""
     marker, text = root / ".songs.json", json.dumps(recipe)
     songs = sorted(path for path in root.glob("song_*.wav") if path.stem.removeprefix("song_").isdigit())
     if songs and not marker.exists():
@@ -120,7 +119,7 @@ def _claim_folder(root: Path, recipe: dict) -> None:
 
 
 def _wav_file(sound: np.ndarray, sample_rate: int) -> bytes:
-    """A mono file of 16 bits."""
+    """A mono file, 16 bit."""
     content = io.BytesIO()
     with wave.open(content, "wb") as file:
         file.setparams((1, 2, sample_rate, 0, "NONE", ""))
@@ -153,7 +152,7 @@ def render_song(seed: int, index: int, num_samples: int, sample_rate: int = SAMP
     num_bars = int(np.ceil(num_samples / bar))
     bars_per_section = 4 if num_bars >= 12 else 2
     parts = {"d": _drums, "b": _bass, "c": _chords, "m": _melody}
-    mix = np.zeros(int((num_bars + 1) * bar) + 2 * sample_rate)  # room for the last notes to ring
+    mix = np.zeros(int((num_bars + 1) * bar) + 2 * sample_rate)  # the last notes ring out
     for letter, play in parts.items():
         place = play(song, rng)
         for number in range(num_bars):
@@ -163,20 +162,20 @@ def render_song(seed: int, index: int, num_samples: int, sample_rate: int = SAMP
                 for step, sound in place(number, chord):
                     start = round(number * bar + step * song.step)
                     mix[start : start + len(sound)] += sound[: len(mix) - start]
-    mix = _tanh(1.2 * mix[:num_samples])  # glues the parts together and tames coinciding peaks
+    mix = _tanh(1.2 * mix[:num_samples])  # compresses the mix
     fade = min(num_samples, sample_rate // 2)
     mix[-fade:] *= np.linspace(1, 0, fade)
     return PEAK * mix / np.abs(mix).max()
 
 
-# A part takes the song and the generator, draws its pattern, and returns this: (bar number, chord) → [(step, sound)]
+# A part draws its pattern for a song and returns: (bar number, chord) → [(step, sound)]
 Part = Callable[[int, int], list[tuple[float, np.ndarray]]]
 
 
 def _drums(song: Song, rng: np.random.Generator) -> Part:
     kicks = _KICKS[rng.integers(len(_KICKS))]
     hats = range(8) if rng.random() < 0.6 else range(0, 8, 2)
-    tuning = _frequency(song.tonic)  # drums in the song's key do not muddy it
+    tuning = _frequency(song.tonic)  # drums in the song's key
     rate = song.sample_rate
     kick, snare, hat = _kick(tuning / 4, rate), _snare(tuning, rng, rate), _hat(rng, rate)
 
@@ -220,7 +219,7 @@ def _chords(song: Song, rng: np.random.Generator) -> Part:
 
 
 def _melody(song: Song, rng: np.random.Generator) -> Part:
-    """A motif of two bars, repeated over the harmony: the ear knows it again, the notes follow the chord."""
+    """A motif of two bars, repeated; its notes follow the chord."""
     rhythm = [_MELODIES[rng.integers(len(_MELODIES))] for _ in range(2)]
     moves = [np.cumsum(rng.choice([-2, -1, -1, 0, 1, 1, 2], size=len(steps))) for steps in rhythm]
     echo = round(3 * song.step)  # dotted quarter
@@ -243,9 +242,9 @@ def _melody(song: Song, rng: np.random.Generator) -> Part:
     return play
 
 
-@lru_cache(maxsize=256)  # a song plays the same few notes again and again
+@lru_cache(maxsize=256)  # a song repeats few notes
 def _tone(timbre: str, note: int, num_samples: int, sample_rate: int) -> np.ndarray:
-    """A note `[num_samples]` as a sum of harmonics; higher ones are weaker and die sooner."""
+    """A note `[num_samples]` as a sum of harmonics; higher ones are weaker and decay faster."""
     amplitudes, decay, attack = _TIMBRES[timbre]
     frequency, seconds = _frequency(note), np.arange(num_samples) / sample_rate
     turns = frequency * seconds
@@ -256,7 +255,7 @@ def _tone(timbre: str, note: int, num_samples: int, sample_rate: int) -> np.ndar
     for number, amplitude in enumerate(amplitudes, start=1):
         if number * frequency < highest:
             sound += amplitude * _sin(number * turns) * _exp(-_power(number, "0.7") / decay * seconds)
-    if sample_rate > SAMPLE_RATE:  # beyond those that the timbre names, half as strong an octave up
+    if sample_rate > SAMPLE_RATE:  # more harmonics than the timbre has, -6 dB per octave
         named = len(amplitudes)
         upper = _harmonics(turns, named + 1, int(highest / frequency))
         sound += amplitudes[-1] * named * upper * _exp(-_power(2 * named, "0.7") / decay * seconds)
@@ -268,7 +267,7 @@ def _tone(timbre: str, note: int, num_samples: int, sample_rate: int) -> np.ndar
 
 def _harmonics(turns: np.ndarray, first: int, last: int) -> np.ndarray:
     """Σ sin(n·x)/n for n from `first` to `last`, by sin((n+1)x) = 2·cos(x)·sin(n·x) − sin((n−1)x): hundreds of
-    harmonics for the price of three sines."""
+    harmonics for the cost of three sines."""
     twice, before, now = 2 * _sin(turns + 0.25), _sin((first - 1) * turns), _sin(first * turns)
     total = np.zeros(len(turns))
     for number in range(first, last + 1):
@@ -279,13 +278,13 @@ def _harmonics(turns: np.ndarray, first: int, last: int) -> np.ndarray:
 
 def _kick(frequency: float, sample_rate: int) -> np.ndarray:
     seconds = np.arange(round(0.3 * sample_rate)) / sample_rate
-    sweep = frequency * seconds - 4 * _exp(-30 * seconds)  # falls to `frequency` within a tenth of a second
+    sweep = frequency * seconds - 4 * _exp(-30 * seconds)  # reaches `frequency` within 0.1 s
     return _sin(sweep) * _exp(-12 * seconds)
 
 
 def _snare(frequency: float, rng: np.random.Generator, sample_rate: int) -> np.ndarray:
     seconds = np.arange(round(0.2 * sample_rate)) / sample_rate
-    # a Hann window makes it dull: below 4 kHz or so at 24 kHz, twice that at 48 kHz
+    # smoothed by a Hann window: below about 4 kHz at 24 kHz, twice that at 48 kHz
     padded = np.pad(_noise(rng, len(seconds)), 3)
     slope = math.sqrt(0.125)
     window = (0.5 - slope, 0.5, 0.5 + slope, 1, 0.5 + slope, 0.5, 0.5 - slope)
@@ -299,12 +298,12 @@ def _hat(rng: np.random.Generator, sample_rate: int) -> np.ndarray:
 
 
 # --- the same bits everywhere -----------------------------------------------------------------------------------------
-# NumPy and the C library choose their sin, exp, tanh, pow and log by the processor, and the last bits differ. What
-# follows uses only what IEEE 754 fixes: sums, products and quotients of pairs, roundings, powers of two.
+# NumPy and the C library choose sin, exp, tanh, pow and log by the processor, and the last bits differ. The functions
+# below use only what IEEE 754 defines exactly: sums, products and quotients of pairs, rounding, powers of two.
 
 
 def _sin(turns: np.ndarray) -> np.ndarray:
-    """sin(2π·turns), within 1e-12: Taylor's series on the quarter turn around zero."""
+    """sin(2π·turns), within 1e-12: Taylor series on the quarter turn around zero."""
     shifted = turns - 0.25
     shifted -= np.rint(shifted)
     x = 0.25 - np.abs(shifted)
@@ -312,7 +311,7 @@ def _sin(turns: np.ndarray) -> np.ndarray:
 
 
 def _exp(x: np.ndarray) -> np.ndarray:
-    """Within 1e-12 of itself: 2^k·exp(r), |r| ≤ ln(2)/2, the latter by Taylor's series."""
+    """Relative error below 1e-12: 2^k·exp(r), |r| ≤ ln(2)/2, exp(r) by its Taylor series."""
     exponent = np.rint(x / math.log(2))
     return np.ldexp(_polynomial(x - exponent * math.log(2), _EXPONENTIAL), exponent.astype(np.int32))
 
@@ -322,7 +321,7 @@ def _tanh(x: np.ndarray) -> np.ndarray:
 
 
 def _polynomial(x: np.ndarray, coefficients: list[float]) -> np.ndarray:
-    """By Horner's rule; the highest power's coefficient comes first."""
+    """Horner's rule; highest power first."""
     total = np.full(len(x), coefficients[0])
     for coefficient in coefficients[1:]:
         total *= x
@@ -339,7 +338,7 @@ def _power(base: int, exponent: str) -> float:
 
 
 def _noise(rng: np.random.Generator, num_samples: int) -> np.ndarray:
-    """White noise of variance 1; rounded, because its rare large values come from a logarithm."""
+    """White noise of variance 1, rounded, because NumPy computes its rare large values by a logarithm."""
     return np.rint(rng.standard_normal(num_samples) * 2**20) / 2**20
 
 

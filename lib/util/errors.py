@@ -1,8 +1,8 @@
-"""What a user can get wrong, told in one line.
+"""Mistakes of the user, reported in one line.
 
 Everything that a user can put right (a file, an option, a folder) raises `UserError`: its message names the file or
-field, says what is wrong and how to fix it. Command-line programs turn it into that line and exit code 2; any other
-exception is a defect of ours and keeps its traceback.
+field, says what is wrong and how to fix it. Commands print that line and exit with code 2; any other exception is a bug
+and keeps its traceback.
 """
 
 import contextlib
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """A mistake the user can put right. The message is one line: where, what, how to fix it."""
+    """A mistake that the user can put right. The message is one line: where, what, how to fix it."""
 
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Run a command-line program's body: `UserError` → one line on stderr and exit code 2, Ctrl-C → exit code 130."""
+    """Around the body of a command: `UserError` → one line on stderr and exit code 2, Ctrl-C → exit code 130."""
     try:
         yield
     except UserError as error:

@@ -1,21 +1,21 @@
-"""Statistics over seeds and songs: medians with ranges, errors, and what may be called a difference."""
+"""Statistics over seeds and songs: medians with ranges, standard errors, tests of a difference."""
 
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import scipy.special
 
-TEST = "Student's t, 5 %, standard errors clustered by song"  # to be named once beside what `in_words` says
+TEST = "Student's t, 5 %, standard errors clustered by song"  # to be named beside the words below
 WORDS = {1: "better than", -1: "worse than", 0: "no statistically significant difference to"}  # by verdict
 COUNTED = {verdict: words + " {count} of {total} ({names})" for verdict, words in WORDS.items()}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A mean advantage, its standard error (infinite for one draw), and how many independent draws, such as songs."""
+    """A mean advantage, its standard error (infinite for one draw), the number of independent draws, such as songs."""
 
     mean: float
     error: float
@@ -23,8 +23,8 @@ class Comparison:
 
     @property
     def verdict(self) -> int:
-        """The sign of a mean that differs from 0 by Student's t, two-sided at 5 %, draws − 1 degrees of freedom, or
-        0. Without any spread every mean but 0 differs."""
+        """The sign of the mean if it differs from 0 by Student's t, two-sided at 5 %, draws − 1 degrees of freedom;
+        otherwise 0. Without spread every mean except 0 differs."""
         least = scipy.special.stdtrit(self.draws - 1, 0.975) * self.error if self.draws > 1 else math.inf
         return int(self.mean > least) - int(self.mean < -least)
 
@@ -36,7 +36,7 @@ class Comparison:
 
 
 def in_words(comparisons: Mapping[str, Comparison], wordings: Mapping[int, str] = COUNTED) -> str:
-    """All names under the wordings of their verdicts: 'better than 2 of 3 (a, b); worse than 1 of 3 (c)'."""
+    """Names grouped by verdict: 'better than 2 of 3 (a, b); worse than 1 of 3 (c)'."""
     parts = []
     for verdict in (1, -1, 0):
         names = [name for name, comparison in comparisons.items() if comparison.verdict == verdict]
@@ -46,7 +46,7 @@ def in_words(comparisons: Mapping[str, Comparison], wordings: Mapping[int, str] 
 
 
 def describe(values: Sequence[float], digits: int = 3) -> str:
-    """Median and range as '2.4 (2.1 to 2.9)', with so many significant digits; 'none' without values."""
+    """Median and range as '2.4 (2.1 to 2.9)', with `digits` significant digits; 'none' without values."""
     if not values:
         return "none"
     numbers = [f(values) for f in (statistics.median, min, max)]
@@ -55,10 +55,10 @@ def describe(values: Sequence[float], digits: int = 3) -> str:
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> str:
-    """'higher' or 'lower' where the ranges of both do not overlap, else 'within seed spread'.
+    """'higher' or 'lower' if the two ranges do not overlap, else 'within seed spread'.
 
-    With n seeds a side, chance alone separates the ranges 2 times in (2n choose n): with three seeds one time in ten.
-    NaN raises `ValueError`: it compares with nothing.
+    With n seeds on each side, chance alone separates the ranges 2 times in (2n choose n): with three seeds, one time in
+    ten. NaN raises `ValueError`.
     """
     if any(math.isnan(value) for value in (*values, *others)):
         raise ValueError(f"cannot compare NaN: {list(values)} and {list(others)}")
@@ -76,8 +76,8 @@ def factorial_effects(
 ) -> dict[str, list[float]]:
     """Main effects and interactions of a full two-level factorial, per seed.
 
-    `cells`: levels → one value a seed, seeds in one order. The effect of a set of factors is the mean over the cells in
-    which an even number of them is off, minus the mean over the others (Box, Hunter and Hunter, Statistics for
+    `cells`: levels → one value a seed, in the same order of seeds. The effect of a set of factors is the mean over the
+    cells in which an even number of them is off, minus the mean over the others (Box, Hunter and Hunter, Statistics for
     Experimenters, chapter 5). Returns 'norm', 'norm × clamp', … → one value a seed.
     """
     seeds_of = sorted({len(values) for values in cells.values()})
@@ -88,23 +88,17 @@ def factorial_effects(
     effects = {}
     for size in range(1, len(factors) + 1):
         for chosen in itertools.combinations(range(len(factors)), size):
-            sign = _sign_of(chosen)
-            name = " × ".join(factors[i] for i in chosen)
-            effects[name] = [
-                sum(sign(levels) * values[seed] for levels, values in cells.items()) / (len(cells) / 2)
+            signs = {levels: (-1) ** sum(not levels[i] for i in chosen) for levels in cells}
+            effects[" × ".join(factors[i] for i in chosen)] = [
+                sum(signs[levels] * values[seed] for levels, values in cells.items()) / (len(cells) / 2)
                 for seed in seeds
             ]
     return effects
 
 
-def _sign_of(chosen: Sequence[int]) -> Callable[[tuple[bool, ...]], int]:
-    return lambda levels: -1 if sum(not levels[i] for i in chosen) % 2 else 1
-
-
 def mean_and_error(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> tuple[float, float]:
-    """Mean and its standard error. Values of one group, such as clips of one song, are not independent: the error is
-    that of as many draws as there are groups (Liang and Zeger 1986, doi 10.1093/biomet/73.1.13), and infinite for one.
-    """
+    """Mean and standard error, clustered by `groups`, such as the songs of clips; infinite for a single group (Liang
+    and Zeger 1986, doi 10.1093/biomet/73.1.13)."""
     mean, count = statistics.fmean(values), len(values)
     sums: dict[Hashable, float] = {}
     for group, value in zip(range(count) if groups is None else groups, values, strict=True):
@@ -115,11 +109,11 @@ def mean_and_error(values: Sequence[float], groups: Sequence[Hashable] | None = 
 
 
 def paired_comparison(values: Sequence[float], first: Sequence[Hashable], second: Sequence[Hashable]) -> Comparison:
-    """Mean of paired differences; its error is clustered two ways, as by the input's and the target's song of a pair.
+    """Mean of paired differences, with a standard error clustered two ways, as by a pair's input song and target song.
 
-    V = V₁ + V₂ − V₁₂, and at least that of independent differences; the fewer clusters count as draws (Cameron, Gelbach
-    and Miller 2011, doi 10.1198/jbes.2010.07136). A song that is the input of one pair and the target of another counts
-    as two.
+    V = V₁ + V₂ − V₁₂, but at least the variance of independent differences; the smaller number of clusters counts as
+    draws (Cameron, Gelbach and Miller 2011, doi 10.1198/jbes.2010.07136). A song that is the input of one pair and the
+    target of another counts as two.
     """
     draws = min(len(set(first)), len(set(second)))
     if draws < 2:
