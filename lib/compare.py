@@ -157,12 +157,8 @@ def pairs_new_to_both(first: Path, second: Path) -> Pairs:
     """Validation pairs of the first run, to listen to where it has those, of files that neither run trained on."""
     longer = first / "listening.jsonl"
     manifest = read_manifest(longer if longer.exists() else first / "manifest.jsonl")
-    trained_on = {
-        clip.sha256
-        for run in (first, second)
-        for pair in read_manifest(run / "manifest.jsonl").split("train")
-        for clip in (pair.input, pair.target)
-    }
+    first_songs, second_songs = (read_manifest(run / "manifest.jsonl").songs("train") for run in (first, second))
+    trained_on = first_songs | second_songs
     pairs = {
         describe_pair(pair.input, pair.target): (whole_clip(manifest, pair.input), whole_clip(manifest, pair.target))
         for pair in manifest.split("val")

@@ -87,6 +87,10 @@ class Manifest:
             raise ValueError(f"unknown split {name!r}; choose one of {', '.join(SPLITS)}")
         return tuple(pair for pair in self.pairs if pair.split == name)
 
+    def songs(self, split: str) -> set[str]:
+        """Hashes of the files that the clips of a split are from."""
+        return {clip.sha256 for pair in self.split(split) for clip in (pair.input, pair.target)}
+
     def path(self, clip: Clip) -> Path:
         """The clip's file."""
         return self.root / clip.path

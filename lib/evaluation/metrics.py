@@ -45,6 +45,15 @@ def band_snr(
     return ratios
 
 
+def band_rows(ratios: Sequence[float], edges: Sequence[float]) -> list[dict[str, str]]:
+    """What `band_snr` measured, as rows of a table."""
+    named = zip(itertools.pairwise(edges), ratios, strict=True)
+    return [
+        {"band (Hz)": f"{low} to {high}", "SNR (dB)": "no signal" if math.isnan(ratio) else f"{ratio:.0f}"}
+        for (low, high), ratio in named
+    ]
+
+
 def survival(ratios: Sequence[float], design: float | None = None) -> str:
     """What the worst of some bands' ratios (dB, NaN for an empty band) says of a round trip, against a design's."""
     present = [ratio for ratio in ratios if not math.isnan(ratio)]
