@@ -1,4 +1,4 @@
-"""Fusing two files: seams that cannot be heard, memory that does not grow, lengths to the sample, and the errors."""
+"""Fusing two files: seams that cannot be measured, memory that does not grow, lengths to the sample, and the errors."""
 
 import dataclasses
 import json
@@ -103,7 +103,7 @@ def test_memory_does_not_grow_with_the_files(tmp_path, run, codec, monkeypatch):
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_short_file_gives_what_fuse_clips_gives(tmp_path, clip, run, codec):
+def test_a_short_file_equals_fuse_clips(tmp_path, clip, run, codec):
     paths = clip("a.wav", 12_345, subtype="FLOAT"), clip("b.wav", 12_345, seed=1, subtype="FLOAT")
     report = fuse_files(*paths, tmp_path / "out.wav", run, codec)
     wanted = fuse_clips(*(load_audio(path)[None] for path in paths), load_model(run, "best"), codec)[0]
@@ -183,7 +183,7 @@ def test_best_and_last_are_different_checkpoints(tmp_path, clip, codec):
     assert not torch.allclose(wavs["best"], wavs["last"], atol=1e-3)
 
 
-def test_nothing_is_left_behind_when_the_output_would_clip(tmp_path, clip, run, codec, monkeypatch):
+def test_no_file_is_left_when_the_output_would_clip(tmp_path, clip, run, codec, monkeypatch):
     monkeypatch.setattr(lib.fuse, "fuse_clips", lambda input, target, model, codec: 50 * input)
     a, b = clip("a.wav"), clip("b.wav")
     with pytest.raises(AudioError, match="would clip"):
@@ -355,7 +355,7 @@ def recipe(clip, run, codec, tmp_path) -> Path:
     return save_with_recipe(tmp_path / "kept é" / "1.wav", run, codec, *cuts, settings)
 
 
-def test_a_recipe_gives_the_same_samples_in_another_process(tmp_path, recipe):
+def test_a_recipe_reproduces_its_samples_in_another_process(tmp_path, recipe):
     """One that starts with a thread a core, without this one's caches and random state."""
     out = tmp_path / "again.wav"
     program = [sys.executable, "-m", "lib.fuse", "--recipe", recipe, "-o", out]
@@ -506,7 +506,7 @@ def test_a_super_resolver_takes_the_fusion_to_48_khz(tmp_path, clip, run, tiny_s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "b.wav", "plain.wav", "restored.wav"]
 
 
-def test_nothing_is_left_where_the_super_resolver_cannot_be_used(tmp_path, clip, run, tiny_superres, codec):
+def test_no_file_is_left_when_the_super_resolver_cannot_be_used(tmp_path, clip, run, tiny_superres, codec):
     paths = [clip(name) for name in ("a.wav", "b.wav")]
     resolver = SuperResolver(tiny_superres)
     with pytest.raises(UserError, match=r"missing/out\.wav: cannot be written"):

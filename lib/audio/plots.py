@@ -59,7 +59,7 @@ def mel_db(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> Tensor:
     return decibels_below_peak(mel_power(wav, sample_rate))
 
 
-def clip_picture(wav: Tensor, colour: str = INPUT, sample_rate: int = SAMPLE_RATE) -> bytes:
+def clip_image(wav: Tensor, colour: str = INPUT, sample_rate: int = SAMPLE_RATE) -> bytes:
     """The waveform of `[1, N]` (full height: full scale) above its mel spectrogram, as a PNG without axes: a player's
     cursor moves over it."""
     width, height = 480, 60
@@ -139,7 +139,7 @@ def spectra(wavs: Mapping[str, Tensor], band_edge: float | None = None, sample_r
     return figure
 
 
-def taken_pictures(taken: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -> Figure:
+def mixing_maps(taken: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -> Figure:
     """Where a mixture comes from, over time and mel bands, by name: mel powers `[80, frames]` taken from the input and
     from the target. Blue: input only, orange: target only, grey: both; paler is quieter."""
     colours = LinearSegmentedColormap.from_list("taken", (TARGET, "#BBBBBB", INPUT))

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.audio.files import SAMPLE_RATE, resample
-from lib.audio.plots import mel_power, taken_pictures
+from lib.audio.plots import mel_power, mixing_maps
 from lib.codec.codec import Codec
 from lib.data.pairs import Clip, Manifest
 from lib.listening.player import Players, PlayerWidget
@@ -98,7 +98,7 @@ class Listening:
             rendition = render(model, self.codec, *pair, Settings(mask_blend=blend))
             if rendition.masks is not None:
                 shown[title] = taken(self.codec, rendition)
-        return taken_pictures(shown, pair[0].shape[-1] / SAMPLE_RATE) if shown else None
+        return mixing_maps(shown, pair[0].shape[-1] / SAMPLE_RATE) if shown else None
 
     def panel(self) -> ipywidgets.Widget:
         """The live panel."""
@@ -176,5 +176,5 @@ class _Panel:
             self.masks.layout.display = None if parts else "none"
             if parts:
                 titles = {f"taken by {run}": powers for run, powers in parts.items()}
-                self.masks.value = figure_png(taken_pictures(titles, players.seconds))
+                self.masks.value = figure_png(mixing_maps(titles, players.seconds))
         return None

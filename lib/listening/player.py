@@ -18,7 +18,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from lib.audio.files import SAMPLE_RATE
-from lib.audio.plots import AVERAGE, INPUT, OUTPUT, STAGES, TARGET, clip_picture
+from lib.audio.plots import AVERAGE, INPUT, OUTPUT, STAGES, TARGET, clip_image
 from lib.listening.widgets import can_show_widgets
 
 HEADROOM = 0.99  # of full scale: the peak that too loud clips are turned down to
@@ -103,7 +103,7 @@ class Players:
                 name=name,
                 gain=gains[name],
                 levels=levels[name],
-                picture=data_uri("image/png", clip_picture(wav, colours[name], self.sample_rate)),
+                picture=data_uri("image/png", clip_image(wav, colours[name], self.sample_rate)),
                 width=per_sample * wav.shape[-1],
                 sound=data_uri("audio/flac", self._flac(wav)),
             )

@@ -58,7 +58,7 @@ def test_the_fade_is_linear_from_one_rendering_to_the_next():
     assert fade[90:100].tolist() == pytest.approx([(i + 0.5) / 10 for i in range(10)])
 
 
-def test_of_the_margin_nothing_is_kept_where_another_chunk_follows():
+def test_the_margin_is_dropped_where_another_chunk_follows():
     chunks = [torch.zeros(1, 100), torch.ones(1, 100)]
     fade = torch.cat(list(crossfaded(chunks, 20, margin=8)), dim=1)[0]
     assert fade[80:92].tolist() == pytest.approx([(i + 0.5) / 12 for i in range(12)])
@@ -90,7 +90,7 @@ def test_at_most_two_chunks_are_alive():
     assert most <= 2
 
 
-def test_reading_is_one_chunk_ahead_in_order_and_ends_with_the_block():
+def test_reading_prefetches_one_chunk_in_order():
     seen = []
     with reading(lambda start: seen.append(start) or start, [0, 90, 180, 270], "fusing") as chunks:
         assert next(iter(chunks)) == 0

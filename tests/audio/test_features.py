@@ -64,7 +64,7 @@ def test_envelope_is_the_rms_of_250_equal_segments():
     torch.testing.assert_close(envelope(wav), wanted, rtol=1e-6, atol=2e-5)
 
 
-def test_an_envelope_needs_a_sample_a_segment():
+def test_an_envelope_needs_a_sample_per_segment():
     assert torch.equal(envelope(torch.full((1, 1, 250), 2.0)), torch.full((1, 250), 2.0))
     with pytest.raises(ValueError, match="at least 250 samples, got 249"):
         envelope(torch.ones(1, 1, 249))
@@ -210,7 +210,7 @@ def chords(semitones: float) -> Tensor:
     return torch.cat([sum(tone(frequency, 1.0, 0.1) for frequency in triad) for triad in triads], dim=2)
 
 
-def test_a_transposed_clip_is_less_like_the_clip_than_the_clip_itself():
+def test_a_transposed_clip_is_less_similar():
     """An octave up the pitch classes are the same; a fifth shares some of them, a tritone none."""
     found = {n: harmony_similarity(chords(0), chords(n)).item() for n in (0, 12, 7, 6)}
     assert found[0] == pytest.approx(1, abs=1e-6)
@@ -219,7 +219,7 @@ def test_a_transposed_clip_is_less_like_the_clip_than_the_clip_itself():
     assert found[6] < -0.2
 
 
-def test_chords_in_another_order_are_another_harmony():
+def test_chords_in_another_order_are_less_similar():
     """The similarity compares frame by frame, not what a clip has on the whole."""
     backwards = torch.cat(chords(0).chunk(3, dim=2)[::-1], dim=2)
     assert harmony_similarity(chords(0), backwards).item() < 0.7
@@ -229,7 +229,7 @@ def test_chords_in_another_order_are_another_harmony():
 
 
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda f: f.__name__)
-def test_clips_of_a_batch_do_not_see_each_other(wavs, feature):
+def test_clips_of_a_batch_are_independent(wavs, feature):
     whole = feature(wavs)
     for i in range(len(wavs)):
         torch.testing.assert_close(feature(wavs[i : i + 1])[0], whole[i], rtol=1e-4, atol=1e-5)
@@ -264,7 +264,7 @@ def test_gradients_are_finite(wavs, feature, kind):
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES, ids=lambda f: f.__name__)
-def test_silence_is_like_nothing(wavs, similarity):
+def test_silence_is_similar_to_nothing(wavs, similarity):
     silence = torch.zeros_like(wavs)
     assert similarity(silence, wavs).abs().max() < 1e-4
     assert similarity(silence, silence).abs().max() < 1e-4
@@ -281,7 +281,7 @@ def test_first_used_in_inference_mode_they_still_train_later(feature):
     assert wav.grad.abs().max() > 0
 
 
-def test_a_sound_computes_each_feature_once_and_only_when_it_is_asked_for(wavs, monkeypatch):
+def test_a_sound_computes_each_feature_once_on_first_use(wavs, monkeypatch):
     calls = []
     for name in ("envelope", "log_mel", "onset_envelope", "chroma", "magnitudes"):
         feature = getattr(lib.audio.features, name)

@@ -194,7 +194,7 @@ def test_the_writer_joins_pieces_and_shows_the_file_only_when_complete(tmp_path)
     assert np.array_equal(soundfile.read(tmp_path / "a.wav", dtype="float32")[0].T, wav.numpy())
 
 
-def test_an_interrupted_writer_leaves_the_old_file_and_no_rubbish(tmp_path):
+def test_an_interrupted_writer_leaves_the_old_file_and_no_temporary_one(tmp_path):
     save_audio(tmp_path / "a.wav", torch.full((1, 10), 0.5))
 
     def interrupted():
@@ -303,7 +303,7 @@ def test_a_wav_from_a_pipe_announces_an_unknown_size_and_is_good(tmp_path):
     assert check_audio(path).num_samples == 24_000
 
 
-def test_tags_after_the_samples_are_no_truncation(tmp_path):
+def test_tags_after_the_samples_do_not_count_as_truncation(tmp_path):
     for name in ("a.wav", "a.mp3"):
         path = write(tmp_path / name, tone(3))
         with open(path, "ab") as stream:

@@ -32,7 +32,7 @@ FIGURES = {
     "waveform_and_latents": lambda: plots.waveform_and_latents(sine(440), LATENTS, "a song"),
     "latent_histogram": lambda: plots.latent_histogram({"input": LATENTS, "target": 2 * LATENTS}),
     "spectra": lambda: plots.spectra({"original": sine(440), "decoded": sine(880)}, 4800.0),
-    "taken_pictures": lambda: plots.taken_pictures({str(i): (POWER, POWER.flip(1)) for i in range(5)}, 0.5),
+    "mixing_maps": lambda: plots.mixing_maps({str(i): (POWER, POWER.flip(1)) for i in range(5)}, 0.5),
     "waveforms_and_mels": lambda: plots.waveforms_and_mels({"input": sine(440), "output": sine(880)}),
 }
 
@@ -44,7 +44,7 @@ def close_figures():
 
 
 def decoded(png: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """A clip's picture: what is drawn of the outline `[60, 480]`, and the mel picture's colours `[80, 480, 4]`."""
+    """The drawn pixels of the waveform `[60, 480]`, and the colours of the mel spectrogram `[80, 480, 4]`."""
     picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
     assert picture.shape == (140, 480, 4)
     return picture[:60, :, 3] > 0, picture[60:]
@@ -54,7 +54,7 @@ def test_every_figure_of_the_module_is_tested():
     public = {
         name for name, f in vars(plots).items() if getattr(f, "__module__", "") == "lib.audio.plots" and name[0] != "_"
     }
-    assert public - {"mel_db", "mel_power", "decibels_below_peak", "clip_picture"} == set(FIGURES)
+    assert public - {"mel_db", "mel_power", "decibels_below_peak", "clip_image"} == set(FIGURES)
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -104,7 +104,7 @@ def test_spectra_peak_at_the_clips_frequency():
     assert curve(axes, "codec's edge, 4.8 kHz")[0] == [4.8, 4.8]
 
 
-def test_latent_histogram_says_the_rms_and_draws_a_normal_one_beside_it():
+def test_latent_histogram_has_the_rms_and_a_normal_distribution():
     torch.manual_seed(0)
     values = torch.randn(20_000)
     values = 3 + 4 * (values - values.mean()) / values.std()  # RMS 5, standard deviation 4
@@ -137,7 +137,7 @@ def test_latents_are_drawn_bottom_up_over_the_clips_seconds():
 
 
 @pytest.mark.parametrize("count", [1, 4, 7])
-def test_waveforms_and_mels_puts_clips_on_one_scale(count):
+def test_waveforms_and_mels_share_a_scale(count):
     wavs = {f"clip {i}": sine(440, amplitude=0.2 * (i + 1)) for i in range(count)}
     figure = plots.waveforms_and_mels(wavs)
     tops = [axes for axes in figure.axes if axes.get_title()]
@@ -148,7 +148,7 @@ def test_waveforms_and_mels_puts_clips_on_one_scale(count):
     assert found == [to_rgb(colour) for colour in wanted[:count]]
 
 
-# --- pictures of clips ------------------------------------------------------------------------------------------------
+# --- images of clips --------------------------------------------------------------------------------------------------
 
 
 def test_mel_power_is_a_power_and_decibels_are_below_its_peak():
@@ -169,7 +169,7 @@ def test_silence_is_not_bright(level):
 @pytest.mark.parametrize("level", [0.51, -0.27, 0.98, -0.98])
 def test_the_outline_is_at_the_height_of_the_waveform(level):
     """Sixty rows from full scale at the top to full scale at the bottom."""
-    outline, _ = decoded(plots.clip_picture(torch.full((1, 4800), level)))
+    outline, _ = decoded(plots.clip_image(torch.full((1, 4800), level)))
     row = int((1 - level) / 2 * 60)
     drawn = np.flatnonzero(outline[:, 0])
     assert row in drawn
@@ -183,7 +183,7 @@ def test_the_outline_spans_minimum_to_maximum_of_each_column():
     wav[0, 12_000:24_000:2] = 0.75
     wav[0, 12_001:24_000:2] = -0.25
     wav[0, 36_050] = 3.0  # beyond full scale
-    outline, _ = decoded(plots.clip_picture(wav))
+    outline, _ = decoded(plots.clip_image(wav))
     heights = outline.sum(0)
     assert heights[0] == heights[479] == 2  # silence is a line in the middle
     assert outline[29:31, 0].all()
@@ -195,8 +195,8 @@ def test_the_outline_spans_minimum_to_maximum_of_each_column():
     assert outline[:30, 360].all()
 
 
-def test_a_clips_picture_has_its_colour_on_nothing():
-    content = plots.clip_picture(sine(440), plots.TARGET)
+def test_a_clips_image_has_its_colour_on_a_transparent_background():
+    content = plots.clip_image(sine(440), plots.TARGET)
     picture = Image.open(io.BytesIO(content))
     assert picture.format == "PNG"
     assert len(picture.getpalette()) == 3 * 50  # few, for a small file
@@ -208,14 +208,14 @@ def test_a_clips_picture_has_its_colour_on_nothing():
     assert (pixels[60:, :, 3] == 255).all()
 
 
-def test_a_clips_mel_picture_is_bright_where_it_sounds():
+def test_a_clips_mel_spectrogram_is_bright_where_it_sounds():
     """Low bands at the bottom, and time from left to right."""
     wav = torch.cat([torch.zeros(1, RATE), sine(200, 1.0)], 1)
-    _, mel = decoded(plots.clip_picture(wav))
+    _, mel = decoded(plots.clip_image(wav))
     brightness = mel[..., :3].sum(2)
     assert brightness[:, 300:].mean(1).argmax() >= 70
     assert (brightness[:, :200] == brightness.min()).all()
-    _, high = decoded(plots.clip_picture(sine(9000, 1.0)))
+    _, high = decoded(plots.clip_image(sine(9000, 1.0)))
     assert high[..., :3].sum(2).mean(1).argmax() <= 20
     magma = (np.array(plt.get_cmap("magma", plots.SHADES)([0, plots.SHADES - 1])) * 255).astype(np.uint8)
     assert (mel[0, 0] == magma[0]).all()
@@ -223,8 +223,8 @@ def test_a_clips_mel_picture_is_bright_where_it_sounds():
 
 
 @pytest.mark.parametrize("num_samples", [1, 4, 479, 481])
-def test_a_clip_of_few_samples_has_a_picture_too(num_samples):
-    outline, _ = decoded(plots.clip_picture(torch.linspace(0.9, -0.9, num_samples)[None]))
+def test_a_clip_of_few_samples_has_an_image_too(num_samples):
+    outline, _ = decoded(plots.clip_image(torch.linspace(0.9, -0.9, num_samples)[None]))
     assert outline.any(0).all()
     assert outline[3, 0]
     assert num_samples == 1 or outline[56, 479]
@@ -232,14 +232,14 @@ def test_a_clip_of_few_samples_has_a_picture_too(num_samples):
 
 def test_a_column_of_one_sample_shows_that_one():
     wav = torch.tensor([0.8, -0.8]).repeat(240)[None]
-    outline, _ = decoded(plots.clip_picture(wav))
+    outline, _ = decoded(plots.clip_image(wav))
     assert not outline[30:, ::2].any()
     assert not outline[:30, 1::2].any()
     assert outline.any(0).all()
 
 
-def test_a_silent_clips_picture_is_dark():
-    outline, mel = decoded(plots.clip_picture(torch.zeros(1, 4800)))
+def test_a_silent_clips_image_is_dark():
+    outline, mel = decoded(plots.clip_image(torch.zeros(1, 4800)))
     assert (outline.sum(0) == 2).all()
     assert (mel[..., :3].sum(2) < 20).all()
 
@@ -247,12 +247,12 @@ def test_a_silent_clips_picture_is_dark():
 # --- what is taken from which clip ------------------------------------------------------------------------------------
 
 
-def test_taken_pictures_tell_input_from_target_and_pale_what_is_quiet():
+def test_mixing_maps_distinguish_input_and_target_and_fade_with_level():
     of_input, of_target = torch.zeros(2, 80, 8)
     of_input[:, 0], of_target[:, 1] = 1.0, 1.0
     of_input[:, 2], of_target[:, 2] = 0.5, 0.5
     of_input[:, 3], of_input[:, 4], of_target[:, 5] = 1e-3, 1e-6, 1e-8  # 30, 60 and 80 dB below; then silence
-    axes, bar = plots.taken_pictures({"a": (of_input, of_target)}, 2.5).axes
+    axes, bar = plots.mixing_maps({"a": (of_input, of_target)}, 2.5).axes
     picture = np.asarray(axes.images[0].get_array())
     assert picture.shape == (80, 8, 4)
     assert picture[40, 0] == pytest.approx((*to_rgb(plots.INPUT), 1), abs=0.01)
@@ -266,8 +266,8 @@ def test_taken_pictures_tell_input_from_target_and_pale_what_is_quiet():
 
 
 @pytest.mark.parametrize(("count", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 3))])
-def test_taken_pictures_are_three_a_row_and_the_rest_is_empty(count, shape):
-    figure = plots.taken_pictures({f"clip {i}": (POWER, POWER) for i in range(count)}, 1.0)
+def test_mixing_maps_are_three_in_a_row_and_the_rest_is_empty(count, shape):
+    figure = plots.mixing_maps({f"clip {i}": (POWER, POWER) for i in range(count)}, 1.0)
     pictures = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
     assert figure.axes[0].get_gridspec().get_geometry() == shape
     assert [axes.get_title() for axes in pictures if axes.get_visible()] == [f"clip {i}" for i in range(count)]
@@ -275,5 +275,5 @@ def test_taken_pictures_are_three_a_row_and_the_rest_is_empty(count, shape):
 
 def test_a_fusion_of_silence_is_empty():
     silence = torch.zeros(80, 8)
-    picture = plots.taken_pictures({"a": (silence, silence)}, 1.0).axes[0].images[0].get_array()
+    picture = plots.mixing_maps({"a": (silence, silence)}, 1.0).axes[0].images[0].get_array()
     assert (picture[..., 3] == 0).all()

@@ -109,7 +109,7 @@ def test_drums_drop_out_in_some_section():
     assert any("d" in section for section in song.arrangement)
 
 
-def test_same_bytes_whatever_the_number_of_songs(tmp_path):
+def test_same_bytes_for_any_number_of_songs(tmp_path):
     few = make_demo_dataset(tmp_path / "few", num_songs=2, seconds=3)
     many = make_demo_dataset(tmp_path / "many ü", num_songs=4, seconds=3)
     assert [path.name for path in many] == ["song_00.wav", "song_01.wav", "song_02.wav", "song_03.wav"]
@@ -118,7 +118,7 @@ def test_same_bytes_whatever_the_number_of_songs(tmp_path):
     assert (info.samplerate, info.channels, info.subtype, info.frames) == (24_000, 1, "PCM_16", 72_000)
 
 
-def test_songs_already_there_are_kept_and_broken_ones_made_again(tmp_path):
+def test_songs_already_there_are_kept_and_broken_ones_replaced(tmp_path):
     paths = make_demo_dataset(tmp_path, num_songs=3, seconds=2)
     before = [path.read_bytes() for path in paths]
     times = [path.stat().st_mtime_ns for path in paths]
@@ -145,7 +145,7 @@ def mark_songs(paths):
         path.write_bytes(content[:44] + bytes(len(content) - 44))
 
 
-def test_songs_are_made_again_where_the_code_is_another(tmp_path, edit_code):
+def test_songs_of_other_code_are_replaced(tmp_path, edit_code):
     paths = make_demo_dataset(tmp_path, num_songs=2, seconds=1)
     before = [path.read_bytes() for path in paths]
     mark_songs(paths)
@@ -163,7 +163,7 @@ def test_songs_are_made_again_where_the_code_is_another(tmp_path, edit_code):
 
 
 @pytest.mark.parametrize("where", ["unlink", "render_song"])
-def test_no_song_of_other_code_survives_a_stop_on_the_way(tmp_path, edit_code, monkeypatch, where):
+def test_no_song_of_other_code_survives_an_interruption(tmp_path, edit_code, monkeypatch, where):
     paths = make_demo_dataset(tmp_path, num_songs=3, seconds=1)
     before = [path.read_bytes() for path in paths]
     mark_songs(paths)
@@ -194,12 +194,12 @@ def test_songs_from_elsewhere_are_never_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize("numbers", [{"num_songs": 0}, {"seconds": 0.5}, {"seconds": float("nan")}])
-def test_numbers_that_make_no_sense(tmp_path, numbers):
+def test_impossible_numbers_are_refused(tmp_path, numbers):
     with pytest.raises(UserError, match="at least one song of 1 to 600 seconds"):
         make_demo_dataset(tmp_path, **numbers)
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="choose another folder"):
         make_demo_dataset(tmp_path / "file" / "demo", num_songs=1, seconds=2)
@@ -225,7 +225,7 @@ def test_songs_are_the_same_to_the_bit_without_the_processors_extensions():
 
 
 def test_the_demo_songs_and_their_pairs_are_these(tmp_path):
-    """Whoever changes the synthesiser, the split or the pairs on purpose pins what is found here anew."""
+    """After an intended change of the synthesiser, the split or the pairs, pin the new hashes."""
     first, *_ = make_demo_dataset(tmp_path / "demo", num_songs=DEMO_SONGS)
     assert file_sha256(first) == "1d0df6e7ce792a00e95ff2fc89e8484ae3a3eef53929fd91ad463f8041cbc855"
     (upper,) = make_demo_dataset(tmp_path / "demo_48k", **UPPER_BAND | {"num_songs": 1})
@@ -278,7 +278,7 @@ def test_a_series_of_harmonics_is_their_sum():
     assert not _harmonics(phase, 9, 8).any()
 
 
-def test_songs_of_another_rate_are_made_anew(tmp_path):
+def test_songs_of_another_rate_are_replaced(tmp_path):
     (path,) = make_demo_dataset(tmp_path, num_songs=1, seconds=1.0)
     assert soundfile.info(path).samplerate == SAMPLE_RATE
     make_demo_dataset(tmp_path, num_songs=1, seconds=1.0, sample_rate=48_000)

@@ -51,7 +51,7 @@ def encodec_codec(weights_dir):
     return load_codec(weights_dir)
 
 
-def test_encodec_16_seconds_are_1200_frames_and_come_back_whole(encodec_codec):
+def test_encodec_16_seconds_are_1200_frames_and_back(encodec_codec):
     latents = encodec_codec.encode(0.1 * torch.randn(1, 1, 384_000))
     assert latents.shape == (1, DIM, 1200)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_encodec_ignores_autocast_and_input_precision(encodec_codec):
         encodec_codec.encode(torch.full((1, 1, 1600), float("nan")))
 
 
-def test_encodec_loading_leaves_the_random_numbers_alone_and_warns_of_nothing(weights_dir, recwarn):
+def test_encodec_loading_leaves_the_random_state_alone_and_does_not_warn(weights_dir, recwarn):
     state = torch.get_rng_state()
     EncodecCodec.from_directory(weights_dir)
     assert torch.equal(torch.get_rng_state(), state)

@@ -39,7 +39,7 @@ def music(tmp_path_factory):
 
 
 @pytest.mark.parametrize("num_samples", [1, 319, 320, 321, 640, 9_601, 384_000])
-def test_mdct_takes_exactly_the_frames_of_any_length(num_samples):
+def test_mdct_has_the_exact_number_of_frames_for_any_length(num_samples):
     codec = MdctCodec()
     latents = codec.encode(torch.randn(2, 1, num_samples))
     frames = math.ceil(num_samples / HOP)
@@ -62,7 +62,7 @@ def test_mdct_reconstructs_tones(frequency):
     assert snr(wav, codec.decode(codec.encode(wav.float()), 48_123)) > 65
 
 
-def test_mdct_reconstructs_low_passed_music_and_loses_what_lies_above_the_band(music):
+def test_mdct_reconstructs_low_passed_music_and_loses_the_band_above(music):
     codec = MdctCodec()
     for wav in music:
         low = low_passed(wav).float()
@@ -189,7 +189,7 @@ def test_mdct_latents_match_their_recorded_values():
     assert torch.allclose(latents[0, ::32], recorded, rtol=1e-3)
 
 
-def test_mdct_fingerprint_is_that_of_its_code_alone(edit_code, monkeypatch):
+def test_mdct_fingerprint_depends_on_its_code_alone(edit_code, monkeypatch):
     before = MdctCodec().fingerprint
     edit_code("lib.codec.encodec")
     monkeypatch.setattr(lib.util.provenance, "_version", lambda package: "0.1")  # of torch

@@ -128,7 +128,7 @@ def test_every_pair_comes_back_in_order_with_its_latents(songs, cache):
     assert latent_pairs.fingerprint == MdctCodec().fingerprint
 
 
-def test_shards_have_the_asked_size_and_are_named_by_their_checksum(songs, cache):
+def test_shards_have_the_right_size_and_are_named_by_their_checksum(songs, cache):
     files = shard_files(encode(make_manifest(songs), cache))
     assert sorted(len(np.load(file)) for file in files) == [2, 4, 4, 4]
     for file in files:
@@ -203,7 +203,7 @@ def test_a_killed_run_resumes_with_what_is_missing(songs, cache, die_at, monkeyp
     assert_right(report, manifest)
 
 
-def test_two_processes_that_encode_at_once_do_no_harm(songs, cache):
+def test_two_processes_may_encode_at_once(songs, cache):
     manifest = make_manifest(songs)
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=encode, args=(manifest, cache)) for _ in range(3)]
@@ -309,8 +309,8 @@ def test_a_damaged_shard_that_another_manifest_shares_is_replaced(songs, cache):
     wanted = {clip.key for pair in manifest.pairs for clip in (pair.input, pair.target)}
     sidecars = {path for path in report.index.parent.glob("*.json") if not path.name.startswith("index-")}
     mine = {path for path in sidecars if not wanted.isdisjoint(json.loads(path.read_text())["keys"])}
-    assert len(sidecars - mine) == 1  # four clips of the song that is gone: not this manifest's to check or rebuild
-    for file in (path.with_suffix(".npy") for path in mine):  # the damaged are gone
+    assert len(sidecars - mine) == 1  # four clips of the removed song: not this manifest's to check or rebuild
+    for file in (path.with_suffix(".npy") for path in mine):  # the damaged files are removed
         assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem
 
 
@@ -361,7 +361,7 @@ def test_one_bad_clip_costs_only_its_own_pairs(songs, cache):
     assert [ids.pair_id(i) for i in range(len(ids))] == ["a_0", "a_3", "a_4", "b_0", "b_1", "b_2", "b_3"]
 
 
-def test_nothing_left_is_one_line(songs, cache):
+def test_no_pair_left_is_one_line(songs, cache):
     manifest = make_manifest(songs)
     for song in songs.iterdir():
         song.unlink()
@@ -386,7 +386,7 @@ def test_a_cache_folder_that_cannot_be_written_is_one_line(songs, cache, monkeyp
     assert not list(cache.rglob("*.tmp"))
 
 
-def test_only_old_temporary_files_are_swept_away(songs, cache):
+def test_only_old_temporary_files_are_deleted(songs, cache):
     folder = encode(make_manifest(songs), cache).index.parent
     old, young = folder / ".x.npy.1.tmp", folder / ".y.npy.2.tmp"
     for path in (old, young):
@@ -436,7 +436,7 @@ def test_a_missing_or_damaged_index_or_table_is_named(songs, cache):
             LatentPairs(report.index, "train")
 
 
-def test_reading_keeps_no_file_open_and_reads_its_own_row_alone(songs, cache, monkeypatch):
+def test_reading_keeps_no_file_open_and_reads_only_its_row(songs, cache, monkeypatch):
     latent_pairs = LatentPairs(encode(make_manifest(songs), cache).index, "train")
     monkeypatch.setattr(lib.data.latents, "_is_intact", None)  # which would read a whole shard
     open_before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None

@@ -293,7 +293,7 @@ def test_folders_without_music(tmp_path):
         build(path)
 
 
-def test_no_good_pair_tells_how_many_files_and_why(tmp_path):
+def test_no_usable_pair_is_explained(tmp_path):
     for index in range(5):
         (tmp_path / f"{index}.wav").write_bytes(b"")
     with pytest.raises(
@@ -330,7 +330,7 @@ def test_named_layout_without_val(tmp_path):
         ({"clip_seconds": float("nan")}, "clip_seconds: nan"),
     ],
 )
-def test_options_that_make_no_sense(tmp_path, options, message):
+def test_impossible_options_are_refused(tmp_path, options, message):
     with pytest.raises(UserError, match=re.escape(message)):
         build(tree(tmp_path / "data"), **options)
 
@@ -365,7 +365,7 @@ def test_data_and_manifest_can_be_moved_together(tmp_path):
     assert all(manifest.path(pair.input).is_file() for pair in manifest.pairs)
 
 
-def test_key_tells_contents_apart_and_not_names():
+def test_the_key_depends_on_content_and_not_on_names():
     clip = Clip("a.wav", 0, 100, "0" * 64)
     assert replace(clip, path="b.wav").key == clip.key
     changed = [replace(clip, offset=1), replace(clip, length=99), replace(clip, sha256="1" * 64)]

@@ -21,7 +21,7 @@ from matplotlib.image import imread
 from torch import Tensor
 
 import lib.listening.panel
-from lib.audio.plots import mel_power, taken_pictures
+from lib.audio.plots import mel_power, mixing_maps
 from lib.codec.mdct import MdctCodec
 from lib.fuse import fuse_clips
 from lib.listening.panel import BLENDS, UPLOADED, Listening, _Panel, describe_pair, taken
@@ -176,7 +176,7 @@ def test_blends_go_from_the_masks_to_one_half(listening, codec, models, pair):
     for title, blend in BLENDS.items():
         rendition = render(models["a"], codec, *pair, Settings(mask_blend=blend))
         shown[title] = taken(codec, rendition)
-    wanted = taken_pictures(shown, 0.5)
+    wanted = mixing_maps(shown, 0.5)
     for axes, expected in zip(figure.axes[:3], wanted.axes[:3], strict=True):
         assert axes.get_title() == expected.get_title()
         (image,), (other,) = axes.images, expected.images
@@ -230,8 +230,8 @@ def test_several_runs_play_and_show_their_masks(panel, monkeypatch, codec, model
     titles = []
     monkeypatch.setattr(
         lib.listening.panel,
-        "taken_pictures",
-        lambda found, seconds: titles.append(list(found)) or taken_pictures(found, 0.5),
+        "mixing_maps",
+        lambda found, seconds: titles.append(list(found)) or mixing_maps(found, 0.5),
     )
     panel.runs.value = ("a", "plain", "b")
     heard = played(panel.players.html)

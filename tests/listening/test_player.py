@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import lib.listening.player
-from lib.audio.plots import clip_picture
+from lib.audio.plots import clip_image
 from lib.listening.player import COLOURS, HEADROOM, OTHERS, SCRIPT, STYLE, Players, PlayerWidget, loudness
 
 RATE = 24_000
@@ -221,7 +221,7 @@ def test_pictures_are_embedded_in_the_colour_of_the_clip(parse):
         kind, data = image["src"].split(",")
         assert kind == "data:image/png;base64"
         content = base64.b64decode(data, validate=True)
-        assert content == clip_picture(wavs[name], colour)
+        assert content == clip_image(wavs[name], colour)
         assert Image.open(io.BytesIO(content)).size == (480, 140)
 
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong ends in one line and an exit code; what is our fault keeps its traceback."""
+"""A user's mistake ends in one line and an exit code; a bug keeps its traceback."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def test_any_other_exception_passes_through(capsys, error):
     assert capsys.readouterr().err == ""
 
 
-def test_a_good_end_says_nothing(capsys):
+def test_success_prints_nothing(capsys):
     with exit_on_user_error():
         pass
     assert capsys.readouterr() == ("", "")

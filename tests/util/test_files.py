@@ -45,7 +45,7 @@ def test_a_failure_while_writing_leaves_the_old_file_alone(tmp_path, monkeypatch
     assert os.listdir(tmp_path) == ["a.json"]  # and no temporary file
 
 
-def test_the_new_text_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_the_new_text_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     order = []
     monkeypatch.setattr(os, "fsync", lambda handle: order.append("fsync"))
     replace = os.replace
@@ -57,7 +57,7 @@ def test_the_new_text_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 def test_make_folder(tmp_path):
     make_folder(tmp_path / "a b" / "ç")
     make_folder(tmp_path / "a b" / "ç")  # twice is no error
-    assert os.listdir(tmp_path / "a b" / "ç") == []  # the probe is gone
+    assert os.listdir(tmp_path / "a b" / "ç") == []  # the probe is removed
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file: cannot write here .*choose another"):
         make_folder(tmp_path / "file")
@@ -66,7 +66,7 @@ def test_make_folder(tmp_path):
 
 
 def test_make_folder_proves_that_it_can_write(tmp_path, monkeypatch):
-    """A folder that exists but is read-only (root ignores modes, so the refusal is made here)."""
+    """A folder that exists but is read-only (root ignores modes, so the refusal is simulated)."""
 
     def refuse(self, *args, **kwargs):
         raise PermissionError(errno.EROFS, "Read-only file system")
@@ -109,7 +109,7 @@ def test_read_json_names_file_fault_and_fix(tmp_path, content, fault):
         read_json(tmp_path / "a.json", {"steps": int, "name": str}, fix="train again")
 
 
-def test_read_json_tells_missing_from_unreadable(tmp_path):
+def test_read_json_distinguishes_missing_from_unreadable(tmp_path):
     with pytest.raises(UserError, match=r"a\.json: no such file; restore it$"):
         read_json(tmp_path / "a.json")
     with pytest.raises(UserError, match=r"^folder: no run here; train one$"):
@@ -131,7 +131,7 @@ def test_read_json_lines_leaves_out_a_half_written_last_line(tmp_path):
     assert read_json_lines(path, errors="surrogateescape") == [{"name": "\udcff"}]
 
 
-def test_naming_keeps_the_fix_of_a_user_error_and_passes_defects_on(tmp_path):
+def test_naming_keeps_the_fix_of_a_user_error_and_lets_bugs_through(tmp_path):
     with pytest.raises(UserError, match=r"^a\.json: steps=0 is not allowed; use 1$"), naming("a.json", "restore it"):
         raise UserError("steps=0 is not allowed; use 1")
     with (
@@ -179,7 +179,7 @@ def test_the_next_results_are_computed_while_one_is_used(threads):
     assert threading.current_thread().name not in function.threads
 
 
-def test_items_are_asked_for_as_they_are_needed():
+def test_items_are_taken_only_as_needed():
     results = prefetch(Watched(), itertools.count(100), threads=2)
     assert [next(results) for _ in range(5)] == [1000, 1010, 1020, 1030, 1040]
     results.close()
@@ -192,7 +192,7 @@ def test_an_error_is_raised_in_its_own_place():
         next(results)
 
 
-def test_nothing_gives_nothing():
+def test_no_items_give_no_results():
     assert list(prefetch(Watched(), [], threads=2)) == []
 
 

@@ -42,7 +42,7 @@ def forget():
 
 @pytest.fixture
 def fingerprint():
-    """`code_fingerprint` of the files as they are now, in the next process so to speak."""
+    """`code_fingerprint` of the files as they are now, as a new process would compute it."""
     yield lambda *modules, **options: (forget(), code_fingerprint(*modules, **options))[1]
     forget()
 
@@ -66,7 +66,7 @@ def test_a_package_counts_where_a_name_is_imported_from_it(tree, fingerprint):
         assert (fingerprint("lib.other") != before) == counts, name
 
 
-def test_comments_docstrings_and_layout_play_no_part(tree, fingerprint):
+def test_comments_docstrings_and_layout_do_not_count(tree, fingerprint):
     before = fingerprint("lib.tone")
     (tree / "tone.py").write_text(
         '"""Sound."""\n# why\ndef sine(x):\n  "y"\n  import lib.table\n  return lib.table.VALUES [x]'
@@ -98,7 +98,7 @@ def test_similar_code_has_different_hashes(tree, fingerprint, code, other):
     assert len(found) == 2
 
 
-def test_versions_of_the_packages_that_the_code_imports_belong_to_it(tree, fingerprint, monkeypatch):
+def test_versions_of_imported_packages_count(tree, fingerprint, monkeypatch):
     version = metadata.version
     changed = {"numpy": "0.1", "scipy": "0.1"}
     before, without = fingerprint("lib.song"), fingerprint("lib.song", packages=False)
@@ -124,7 +124,7 @@ def test_what_cannot_be_followed_is_refused(tree, fingerprint):
         fingerprint("lib.other")
 
 
-def test_every_import_of_the_library_can_be_followed_and_quickly(fingerprint):
+def test_every_import_of_the_library_is_followed_quickly(fingerprint):
     names = [path.relative_to(lib.util.provenance.SOURCE) for path in Path(lib.__file__).parent.rglob("*.py")]
     for name in names:
         fingerprint(".".join(name.with_suffix("").parts).removesuffix(".__init__"))

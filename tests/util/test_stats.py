@@ -1,4 +1,4 @@
-"""Statistics over seeds against values worked out by hand, and a factorial against the model that made it."""
+"""Statistics over seeds against values computed by hand, and a factorial against a known model."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ def test_describe(values, text):
     assert describe(values) == text
 
 
-def test_describe_rounds_to_the_digits_asked_for():
+def test_describe_rounds_to_significant_digits():
     assert describe([math.pi, math.e, 5.0], digits=2) == "3.1 (2.7 to 5.0)"
     assert describe([math.pi], digits=5) == "3.1416"
 
@@ -62,7 +62,7 @@ def test_difference(values, others, verdict):
 
 
 @pytest.mark.parametrize(("seeds", "chance"), [(3, 2 / 20), (5, 1 / 126)])
-def test_how_often_chance_alone_makes_a_difference(seeds, chance):
+def test_how_often_chance_alone_separates_the_ranges(seeds, chance):
     """All ways to deal equal ranks to two sides: the share that is called a difference."""
     ranks = set(range(2 * seeds))
     sides = [(side, ranks - set(side)) for side in itertools.combinations(ranks, seeds)]
@@ -98,7 +98,7 @@ def full_factorial() -> dict[tuple[bool, ...], list[float]]:
     return {levels: [model(levels, 0), model(levels, 1)] for levels in itertools.product((False, True), repeat=3)}
 
 
-def test_effects_of_a_model_that_is_known():
+def test_effects_of_a_known_model():
     effects = factorial_effects(full_factorial(), FACTORS)
     assert list(effects) == list(EFFECTS)
     for name, effect in EFFECTS.items():
@@ -140,7 +140,7 @@ def test_a_mean_and_its_error():
     assert mean_and_error([1.0, 2.0, 3.0, 6.0], "abcd") == mean_and_error([1.0, 2.0, 3.0, 6.0])
 
 
-def test_values_of_one_group_are_one_draw():
+def test_values_of_one_group_are_clustered():
     """Groups of one size: the error is that of their means. Of several: the sums of what their values are off."""
     assert mean_and_error([1.0, 3.0, 4.0, 8.0, 0.0, 2.0], "aabbcc") == pytest.approx(mean_and_error([2.0, 6.0, 1.0]))
     assert mean_and_error([1.0, 1.0, 1.0, 5.0], "aaab") == pytest.approx((2.0, math.sqrt((9 + 9) * 2 / 1) / 4))
@@ -170,7 +170,7 @@ def test_values_of_one_group_are_one_draw():
         (-0.1, 0.0, 6, -1),
     ],
 )
-def test_a_difference_is_called_one_by_students_t(mean, error, draws, verdict):
+def test_the_verdict_is_students_t_test(mean, error, draws, verdict):
     """Two-sided, at 5 %: 2.571 with five degrees of freedom, 12.706 with one."""
     assert Comparison(mean, error, draws).verdict == verdict
 
@@ -187,7 +187,7 @@ def test_a_comparison_in_words():
     assert str(UNKNOWN) == "+3.000"
 
 
-def test_several_comparisons_are_all_accounted_for():
+def test_several_comparisons_are_grouped_by_verdict():
     found = {"a": WORSE, "b": BETTER, "c": UNKNOWN, "d": BETTER}
     said = "better than 2 of 4 (b, d); worse than 1 of 4 (a); no statistically significant difference to 1 of 4 (c)"
     assert in_words(found) == said
@@ -208,7 +208,7 @@ def test_two_ways_of_clustering_by_hand():
     assert swapped.error == pytest.approx(found.error)
 
 
-def test_clustering_never_makes_the_error_smaller_than_that_of_independent_pairs():
+def test_the_clustered_error_is_at_least_the_independent_one():
     values = [1.0, -1.0, -1.0, 1.0]  # sums to nothing over every song
     assert mean_and_error(values, "aabb")[1] == mean_and_error(values, "xyxy")[1] == 0
     found = paired_comparison(values, "aabb", "xyxy")
@@ -220,7 +220,7 @@ def test_pairs_within_one_song_are_clustered_one_way():
     assert paired_comparison(values, "aabbcc", "aabbcc").error == pytest.approx(mean_and_error(values, "aabbcc")[1])
 
 
-def test_one_song_on_either_side_tells_nothing():
+def test_one_song_on_either_side_gives_an_infinite_error():
     for first, second in (("aaa", "xyz"), ("xyz", "aaa")):
         assert paired_comparison([1.0, 2.0, 3.0], first, second) == Comparison(2.0, math.inf, 1)
     with pytest.raises(ValueError, match="zip"):

@@ -12,7 +12,7 @@ from lib.util.errors import UserError
 from lib.util.tensors import cached_table, safe_torch_load, torch_threads
 
 
-def test_the_number_holds_inside_and_the_one_before_comes_back():
+def test_the_number_of_threads_is_restored():
     before = torch.get_num_threads()
     with torch_threads(before + 1):
         assert torch.get_num_threads() == before + 1
@@ -24,7 +24,7 @@ def test_the_number_holds_inside_and_the_one_before_comes_back():
     assert torch.get_num_threads() == before
 
 
-def test_a_cached_table_is_computed_once_and_trains_though_first_used_in_inference_mode():
+def test_a_cached_table_is_computed_once_and_takes_part_in_a_backward_pass():
     calls = []
 
     @cached_table
@@ -112,7 +112,7 @@ def test_damaged_files_raise_user_error_and_nothing_else(tmp_path, zipped):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello\n", b"RIFF....WAVE"])
-def test_what_is_no_checkpoint_is_named(tmp_path, content):
+def test_other_files_are_named(tmp_path, content):
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.pt: .*not a torch checkpoint"):
         safe_torch_load(tmp_path / "x.pt")
