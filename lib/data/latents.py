@@ -56,9 +56,8 @@ class EncodeReport:
     """What `encode_manifest` did, in distinct clips."""
 
     index: Path  # for LatentPairs
-    encoded: int  # not in the cache before
+    encoded: int  # not in the cache before, or in a damaged shard
     reused: int
-    rebuilt: int  # in a damaged shard before
     dropped: tuple[tuple[str, str], ...]  # (file and offset, reason)
     pairs: dict[str, int]  # split → remaining pairs
 
@@ -74,10 +73,7 @@ class _Shard:
 
 
 def encode_manifest(
-    manifest: Manifest,
-    codec: Codec,
-    cache_dir: str | Path,
-    share: tuple[int, int] = (0, 1),
+    manifest: Manifest, codec: Codec, cache_dir: str | Path, share: tuple[int, int] = (0, 1)
 ) -> EncodeReport:
     """Bring the latents of every clip into the cache, encoding only what it lacks, and write the manifest's index.
 
@@ -106,8 +102,8 @@ def encode_manifest(
             damaged = [shard for shard in damaged if int(shard.sha256[:8], 16) % of == number]
             cached = {key for shard in shards for key in shard.keys}
             lost = [[key for key in shard.keys if key in clips and key not in cached] for shard in damaged]
-            rebuilt = {key for keys in lost for key in keys}
-            missing = [key for key in clips if key in mine and key not in cached | rebuilt]
+            mine -= cached.union(*lost)
+            missing = [key for key in clips if key in mine]
             groups = [keys for keys in lost if keys]
             groups += [missing[i : i + rows_per_shard] for i in range(0, len(missing), rows_per_shard)]
             new_shards, dropped = _encode_groups(groups, manifest, clips, codec, store, pool)
@@ -128,15 +124,8 @@ def encode_manifest(
     if not pairs and of == 1:
         first = "; ".join(f"{name}: {reason}" for name, reason in list(dropped.values())[:3])
         raise UserError(f"{manifest.root}: no pair of the manifest can be encoded; first reasons: {first}")
-    done = {key for shard in new_shards for key in shard.keys}
-    return EncodeReport(
-        index=index,
-        encoded=len(done - rebuilt),
-        reused=len(cached & clips.keys()),
-        rebuilt=len(done & rebuilt),
-        dropped=tuple(dropped.values()),
-        pairs=pairs,
-    )
+    encoded = len({key for shard in new_shards for key in shard.keys})
+    return EncodeReport(index, encoded, len(cached & clips.keys()), tuple(dropped.values()), pairs)
 
 
 def _prepare(store: Path) -> None:
@@ -167,12 +156,7 @@ def _find_shards(store: Path, clips: dict[str, Clip], pool: Executor) -> tuple[l
 
 
 def _encode_groups(
-    groups: list[list[str]],
-    manifest: Manifest,
-    clips: dict[str, Clip],
-    codec: Codec,
-    store: Path,
-    pool: Executor,
+    groups: list[list[str]], manifest: Manifest, clips: dict[str, Clip], codec: Codec, store: Path, pool: Executor
 ) -> tuple[list[_Shard], dict[str, tuple[str, str]]]:
     """Each group of keys becomes a shard. Returns the shards, and key → (clip, reason) of the clips dropped."""
     wanted = [clips[key] for group in groups for key in group]

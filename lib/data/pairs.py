@@ -113,11 +113,7 @@ class _Source:
 
 
 def build_manifest(
-    data_dir: str | Path,
-    out_path: str | Path,
-    clip_seconds: float = 16.0,
-    mode: str = "auto",
-    seed: int = 0,
+    data_dir: str | Path, out_path: str | Path, clip_seconds: float = 16.0, mode: str = "auto", seed: int = 0
 ) -> Manifest:
     """Check every file under `data_dir`, make pairs, and write the manifest and its report of skipped files.
 
@@ -147,7 +143,9 @@ def build_manifest(
     skipped.sort(key=lambda item: item.path)
     for split in SPLITS:
         if not any(pair.split == split for pair in pairs):
-            raise UserError(_no_pairs(root, split, files, skipped))
+            reasons = "; ".join([f"{item.path}: {item.reason}" for item in skipped if item.path in set(files)][:3])
+            found = f"no usable pair for {split} among {len(files)} music files"
+            raise UserError(f"{root}: {found}; first reasons: {reasons or 'too few files'}")
     manifest = Manifest(root.resolve(), clip_length, SAMPLE_RATE, seed, tuple(pairs), tuple(skipped))
     write_manifest(manifest, out_path, mode)
     return manifest
@@ -197,10 +195,7 @@ def _named_files(sources: list[_Source]) -> dict[tuple[str, str], dict[str, _Sou
 
 
 def _named_pairs(
-    sources: list[_Source],
-    named: dict[tuple[str, str], dict[str, _Source]],
-    clip_length: int,
-    skipped: list[Skipped],
+    sources: list[_Source], named: dict[tuple[str, str], dict[str, _Source]], clip_length: int, skipped: list[Skipped]
 ) -> list[Pair]:
     validation = {file.sha256 for (split, _), files in named.items() if split == "val" for file in files.values()}
     pairs, reasons = [], {}
@@ -230,12 +225,7 @@ def _named_pairs(
 
 
 def _tree_pairs(
-    root: Path,
-    sources: list[_Source],
-    kinds: tuple[str, ...],
-    clip_length: int,
-    seed: int,
-    skipped: list[Skipped],
+    root: Path, sources: list[_Source], kinds: tuple[str, ...], clip_length: int, seed: int, skipped: list[Skipped]
 ) -> list[Pair]:
     """Continuation and cross pairs of any folder tree; every file that is in no pair is listed as skipped."""
     distinct: dict[str, _Source] = {}
@@ -296,12 +286,6 @@ def _too_short(source: _Source, clip_length: int) -> str:
     return f"too short: {has:.2f} s, a clip needs {needs:.2f} s; use a longer recording or a smaller clip_seconds"
 
 
-def _no_pairs(root: Path, split: str, files: list[str], skipped: list[Skipped]) -> str:
-    reasons = [f"{item.path}: {item.reason}" for item in skipped if item.path in set(files)]
-    first = "; ".join(reasons[:3]) or "too few files"
-    return f"{root}: no usable pair for {split} among {len(files)} music files; first reasons: {first}"
-
-
 # --- the file of a manifest -------------------------------------------------------------------------------------------
 
 
@@ -322,7 +306,11 @@ def read_manifest(path: str | Path) -> Manifest:
         root = Path(os.path.normpath(path.resolve().parent / header["root"]))
         if header["num_pairs"] != len(pairs):
             raise ValueError(f"the file ends after {len(pairs)} pairs of {header['num_pairs']}")
-    return Manifest(root=root, pairs=tuple(pairs), skipped=_read_report(report_path(path)), **fields)
+    report = report_path(path)
+    with naming(report, AGAIN):
+        items = read_json(report, list, fix=AGAIN, errors="surrogateescape") if report.exists() else []
+        skipped = tuple(Skipped(**item) for item in items)
+    return Manifest(root=root, pairs=tuple(pairs), skipped=skipped, **fields)
 
 
 def report_path(manifest_path: Path) -> Path:
@@ -348,13 +336,6 @@ def write_manifest(manifest: Manifest, path: Path, mode: str) -> None:
         write_atomic(path, "\n".join(lines) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose a folder you may write to") from error
-
-
-def _read_report(path: Path) -> tuple[Skipped, ...]:
-    if not path.exists():
-        return ()
-    with naming(path, AGAIN):
-        return tuple(Skipped(**item) for item in read_json(path, list, fix=AGAIN, errors="surrogateescape"))
 
 
 def _pair_from_json(fields: dict) -> Pair:
