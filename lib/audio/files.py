@@ -65,12 +65,7 @@ class AudioReport:
 
 
 def load_audio(
-    path: str | Path,
-    offset: int = 0,
-    length: int | None = None,
-    sample_rate: int = SAMPLE_RATE,
-    *,
-    mix: bool = True,
+    path: str | Path, offset: int = 0, length: int | None = None, sample_rate: int = SAMPLE_RATE, *, mix: bool = True
 ) -> torch.Tensor:
     """Read a window of a file at `sample_rate` as float32 `[1, N]`, the mean of its channels; `[C, N]` without `mix`.
 
