@@ -90,7 +90,6 @@ def fuse_and_restore(
     run: Run,
     codec: Codec,
     resolver: SuperResolver,
-    settings: Restoration | None = None,
     *,
     which: str = "best",
 ) -> Restored:
@@ -104,7 +103,7 @@ def fuse_and_restore(
         raise UserError(f"{out_path}: {reason}") from None
     with folder as name:
         fused = fuse_files(input_path, target_path, Path(name) / "fusion.wav", run, codec, which=which)
-        return restore_file(fused.path, out_path, resolver, settings or Restoration())
+        return restore_file(fused.path, out_path, resolver, Restoration())
 
 
 def _check_out(out_path: str | Path, clips: Iterable[str | Path]) -> None:
@@ -136,7 +135,7 @@ def main() -> None:
     elif not (options.target and options.run):
         parser.error("give INPUT, TARGET and --run, or --recipe")
     with exit_on_user_error():
-        sys.exit(remake(options) if options.recipe else fuse(options))
+        sys.exit(fuse_recipe(options) if options.recipe else fuse(options))
 
 
 def fuse(options: argparse.Namespace) -> int:
@@ -159,22 +158,21 @@ def fuse(options: argparse.Namespace) -> int:
     return 0
 
 
-def remake(options: argparse.Namespace) -> int:
+def fuse_recipe(options: argparse.Namespace) -> int:
     """Returns the exit code: 1 if the samples differ from the recipe's output."""
     if Path(options.out).suffix.lower() != ".wav":
         raise UserError(f"{options.out}: only a .wav holds the samples as they are; choose a name that ends in .wav")
-    made = follow_recipe(options.recipe, run=options.run, codec=options.codec)
-    _check_out(options.out, made.files)
-    save_audio(options.out, made.wav)
-    print(f"{options.out}: {made.wav.shape[-1] / SAMPLE_RATE:.2f} s, ", end="")
-    if made.equal:
+    result = follow_recipe(options.recipe, run=options.run, codec=options.codec)
+    _check_out(options.out, result.files)
+    save_audio(options.out, result.wav)
+    print(f"{options.out}: {result.wav.shape[-1] / SAMPLE_RATE:.2f} s, ", end="")
+    if result.equal:
         print("equal to the recipe's output bit for bit")
         return 0
-    here = versions()
+    there, here = (f"torch {v.get('torch')}, commit {v.get('commit')}" for v in (result.made_by, versions()))
     print(
-        f"NOT equal to the recipe's output: that was made by torch {made.made_by.get('torch')}, commit "
-        f"{made.made_by.get('commit')}, this by torch {here['torch']}, commit {here['commit']}, or on another "
-        "processor, or the recipe was edited"
+        f"NOT equal to the recipe's output: it is from {there}, this from {here}; or the processor differs, or the "
+        "recipe was edited"
     )
     return 1
 

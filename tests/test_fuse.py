@@ -378,13 +378,13 @@ def test_other_samples_than_the_recipes_are_exit_code_1_and_still_written(tmp_pa
     code, said, errors = call("--recipe", recipe, "-o", tmp_path / "again.wav")
     assert (code, errors) == (1, "")
     assert said == (
-        f"{tmp_path / 'again.wav'}: 0.21 s, NOT equal to the recipe's output: that was made by torch 1.0.0, commit "
-        "abc1234, this by torch 2.0.0, commit def5678+, or on another processor, or the recipe was edited\n"
+        f"{tmp_path / 'again.wav'}: 0.21 s, NOT equal to the recipe's output: it is from torch 1.0.0, commit "
+        "abc1234, this from torch 2.0.0, commit def5678+; or the processor differs, or the recipe was edited\n"
     )
     assert torch.equal(load_audio(tmp_path / "again.wav"), load_audio(recipe.with_suffix(".wav")))
     values["versions"] = {}
     recipe.write_text(json.dumps(values))
-    assert "made by torch None, commit None" in call("--recipe", recipe, "-o", tmp_path / "again.wav")[1]
+    assert "from torch None, commit None" in call("--recipe", recipe, "-o", tmp_path / "again.wav")[1]
 
 
 def test_a_recipe_takes_run_and_codec_from_the_options(tmp_path, run, recipe, call):
