@@ -144,13 +144,15 @@ class SuperresSettings:
     plan: str = "small"  # sizes of its parts, in PLANS
     vae_steps: int = 140
     steps: int = 280  # of the diffusion model
-    vocoder_steps: int = 10
+    vocoder_steps: int = 0  # of HiFi-GAN; 0: Griffin-Lim, which needs no training
     sampler_steps: int = 10
     clips: int = 16  # at each cutoff, on which methods are compared
 
     def __post_init__(self):
         check(self.plan in PLANS, "plan", self.plan, f"one of {', '.join(PLANS)}")
-        check_counts(self, *(field.name for field in dataclasses.fields(self) if field.type is int))
+        check_counts(self, "vae_steps", "steps", "sampler_steps", "clips")
+        check_counts(self, "vocoder_steps", least=0)
+        self.training_plan(seed=0)  # refuses steps of a vocoder that the plan does not train
 
     def training_plan(self, seed: int) -> SuperresPlan:
         return PLANS[self.plan].lasting(self.vae_steps, self.steps, self.vocoder_steps, seed=seed)
@@ -234,7 +236,7 @@ PRESETS = {
         evaluation=EvaluationSettings(pairs=4),
         ablation=AblationSettings(layers=1, steps=10, seeds=2, val_pairs=8),
         schedule=ScheduleSettings(epochs=2, seeds=1, val_pairs=8),
-        superres=SuperresSettings(vae_steps=4, steps=4, vocoder_steps=2, sampler_steps=3, clips=2),
+        superres=SuperresSettings(vae_steps=4, steps=4, sampler_steps=3, clips=2),
         record=RecordSettings(
             variants="named",
             steps=10,

@@ -40,9 +40,9 @@ from lib.lab.results import Result, write_record
 from lib.pipeline import NotebookError, add_arguments, parsed_overrides, run_notebooks, say
 from lib.presets import Preset, SuperresSettings, load_preset
 from lib.project import RECORD, ROOT, Project, open_project
-from lib.report.quotes import BLOCKS, GAIN, readme_blocks, with_blocks
+from lib.report.quotes import BLOCKS, readme_blocks, with_blocks
 from lib.report.report import sections, tables_of
-from lib.superres.evaluation import evaluate
+from lib.superres.evaluation import GAIN, evaluate
 from lib.superres.resolver import Restoration, SuperResolver
 from lib.superres.training import train_vae
 from lib.util.errors import UserError, exit_on_user_error

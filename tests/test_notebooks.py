@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from lib.presets import PRESETS, load_preset
-from lib.report.quotes import GAIN
+from lib.superres.evaluation import GAIN
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

@@ -63,7 +63,8 @@ def leaves(config, prefix=""):
             yield prefix + field.name, value
 
 
-ADDRESSES = [address for address, _ in leaves(PRESETS["smoke"]) if address != "name"]
+ONLY_FULL = "superres.vocoder_steps"  # refused by the other presets
+ADDRESSES = [address for address, _ in leaves(PRESETS["smoke"]) if address not in ("name", ONLY_FULL)]
 OTHER = {  # values that the smoke preset does not have, where the type does not tell one
     "codec": "encodec",
     "data.pair_mode": "cross",
@@ -311,8 +312,18 @@ def test_a_bad_setting_of_the_ablation_is_named(setting, value, words):
 
 def test_super_resolution_is_trained_with_the_seed_it_is_given():
     plan = load_preset("smoke").superres.training_plan(5)
-    assert {c.seed for c in (plan.vae_training, plan.training, plan.vocoder_training)} == {5}
-    assert (plan.vae_training.max_steps, plan.training.max_steps, plan.vocoder_training.max_steps) == (4, 4, 2)
+    assert {c.seed for c in (plan.vae_training, plan.training)} == {5}
+    assert (plan.vae_training.max_steps, plan.training.max_steps, plan.vocoder_training) == (4, 4, None)
+
+
+def test_only_the_full_preset_trains_a_vocoder():
+    assert [load_preset(name).superres.vocoder_steps > 0 for name in ("smoke", "demo", "full")] == [False, False, True]
+    assert load_preset("full", {ONLY_FULL: 0}).superres.training_plan(0).vocoder_training is None
+    assert load_preset("full", {ONLY_FULL: 3}).superres.training_plan(0).vocoder_training.max_steps == 3
+    with pytest.raises(UserError, match="vocoder_steps=5 is not allowed; use 0, or a plan that trains a vocoder"):
+        load_preset("demo", {ONLY_FULL: 5})
+    with pytest.raises(UserError, match="vocoder_steps=-1 is not allowed"):
+        load_preset("full", {ONLY_FULL: -1})
 
 
 def test_the_schedule_takes_the_objective_and_its_own_sizes():

@@ -32,9 +32,9 @@ from lib.record import (
     run_variation,
     variations,
 )
-from lib.report.quotes import BLOCKS, GAIN, MARKS
+from lib.report.quotes import BLOCKS, MARKS
 from lib.report.report import Section
-from lib.superres.evaluation import CUTOFFS, Evaluation, Score
+from lib.superres.evaluation import CUTOFFS, GAIN, Evaluation, Score
 from lib.superres.resolver import Restoration
 from lib.util.errors import UserError
 

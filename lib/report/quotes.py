@@ -12,7 +12,6 @@ from lib.util.files import read_json
 
 BLOCKS = ("results", "speed", "distances")
 MARKS = "<!-- {}: written by make record -->", "<!-- end of {} -->"
-GAIN = "LSD less than the envelope's"  # a column of notebook 06
 DIFFERENT = "mixed against"
 
 
@@ -116,9 +115,9 @@ def distances_table(scores: Sequence[Score]) -> str:
     """LSD above the cutoff, a row a method, a column a cutoff."""
     cutoffs = sorted({score.cutoff for score in scores})
     lines = [["method", *(f"{cutoff / 1000:g} kHz" for cutoff in cutoffs)], ["---"] * (len(cutoffs) + 1)]
-    for method, text in METHODS.items():
+    for method in dict.fromkeys(score.method for score in scores):
         own = {score.cutoff: score.upper for score in scores if score.method == method}
-        lines.append([f"{method}: {text}", *("{:.2f} ± {:.2f}".format(*own[cutoff]) for cutoff in cutoffs)])
+        lines.append([f"{method}: {METHODS[method]}", *("{:.2f} ± {:.2f}".format(*own[cutoff]) for cutoff in cutoffs)])
     return as_markdown(lines)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lib.superres.mel import SAMPLE_RATE
-from lib.superres.resolver import VOCODERS, Restoration, Restored, SuperResolver, restore_file, restore_folder
+from lib.superres.resolver import DEFAULTS, VOCODERS, Restoration, Restored, SuperResolver, restore_file, restore_folder
 from lib.util.errors import exit_on_user_error
 
 
@@ -19,22 +19,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m lib.superres", description="Restore the upper band of audio files at 48 kHz."
     )
-    parser.add_argument("input", help="audio file of any rate, length and number of channels, or a folder of them")
-    parser.add_argument("-o", "--out", required=True, help="output file; .wav holds any level. For a folder: a folder")
-    parser.add_argument("--run", required=True, help="trained super-resolver, such as outputs/demo/superres")
-    parser.add_argument("--steps", type=int, default=Restoration.steps, help="of the sampler (default: 50)")
+    parser.add_argument("input", help="audio file of any sample rate, length and number of channels, or a folder")
+    parser.add_argument("-o", "--out", required=True, help="output file (.wav holds any level), or folder for a folder")
+    parser.add_argument("--run", required=True, help="folder of a trained super-resolver, e.g. outputs/demo/superres")
+    parser.add_argument("--steps", type=int, default=DEFAULTS.steps, help="of the sampler (default: %(default)s)")
     parser.add_argument(
-        "--guidance", type=float, default=Restoration.guidance, help="towards the condition; 1: none (default: 1.5)"
+        "--guidance",
+        type=float,
+        default=DEFAULTS.guidance,
+        help="towards the condition; 1: none (default: %(default)s)",
     )
-    parser.add_argument("--vocoder", choices=VOCODERS, default=VOCODERS[0], help=f"default: {VOCODERS[0]}, untrained")
-    parser.add_argument("--seed", type=int, default=Restoration.seed)
-    parser.add_argument("--cutoff", type=float, help="Hz, where the files' own band ends (default: found in each)")
+    parser.add_argument("--vocoder", choices=VOCODERS, help="default: hifigan where the run has trained it")
+    parser.add_argument("--seed", type=int, default=DEFAULTS.seed, help="default: %(default)s")
+    parser.add_argument("--cutoff", type=float, help="Hz, where the files' own band ends (default: measured in each)")
     options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with exit_on_user_error():
         settings = Restoration(options.steps, options.guidance, options.seed, options.cutoff)
-        resolver = SuperResolver(
-            options.run, vocoder=options.vocoder, device="cuda" if torch.cuda.is_available() else "cpu"
-        )
+        resolver = SuperResolver(options.run, vocoder=options.vocoder, device=device)
         if not Path(options.input).is_dir():
             report(restore_file(options.input, options.out, resolver, settings))
             return

@@ -3,9 +3,9 @@
 
     python -m lib.superres.audiosr basic.pth -o outputs/audiosr
 
-They become the runs `vae` and `vocoder` of a folder, on which a diffusion model can then be trained. Their own
-diffusion model is another one, without a global encoder, and is left out. Their pictures lie on their side,
-`[B, 1, T, F]` instead of `[B, 1, F, T]`, so every kernel of the autoencoder is turned.
+They become the runs `vae` and `hifigan` of a folder, in which a diffusion model can then be trained. AudioSR's own
+diffusion model has another architecture, without a global encoder, and is left out. AudioSR's spectrograms are
+transposed, `[B, 1, T, F]` instead of `[B, 1, F, T]`, so every kernel of the autoencoder is transposed.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import dataclasses
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from lib.superres.vae import MelVae, VaeConfig
@@ -25,11 +24,29 @@ from lib.util.tensors import check_tensors, safe_torch_load
 
 PREFIX = "first_stage_model."
 FIX = "give a checkpoint that AudioSR released, such as basic.pth"
+ATTENTION = re.compile(r"\.attn_1\.(q|k|v|proj_out)\.weight$")
+# endings of the names of magnitude and direction, in torch's older and newer form of weight normalisation
+WEIGHT_NORM = ((".weight_g", ".weight_v"), (".parametrizations.weight.original0", ".parametrizations.weight.original1"))
+OURS = ("mean", "scale")  # of a normalisation that transformers' class has and does not use
+# patterns of diffusers' names → the file's
+VAE_NAMES = {
+    r"\.conv_norm_out\.": ".norm_out.",
+    r"\.mid_block\.resnets\.0\.": ".mid.block_1.",
+    r"\.mid_block\.resnets\.1\.": ".mid.block_2.",
+    r"\.mid_block\.attentions\.0\.group_norm\.": ".mid.attn_1.norm.",
+    r"\.mid_block\.attentions\.0\.to_([qkv])\.": r".mid.attn_1.\1.",
+    r"\.mid_block\.attentions\.0\.to_out\.0\.": ".mid.attn_1.proj_out.",
+    r"\.down_blocks\.(\d+)\.resnets\.(\d+)\.": r".down.\1.block.\2.",
+    r"\.down_blocks\.(\d+)\.downsamplers\.0\.": r".down.\1.downsample.",
+    r"\.up_blocks\.(\d+)\.resnets\.(\d+)\.": r".up.\1.block.\2.",
+    r"\.up_blocks\.(\d+)\.upsamplers\.0\.": r".up.\1.upsample.",
+    r"\.conv_shortcut\.": ".nin_shortcut.",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class ImportReport:
-    """What was imported, and how many tensors of the file belong to other parts."""
+    """The imported runs, and how many tensors of the file belong to other parts."""
 
     vae: Run
     vocoder: Run
@@ -42,9 +59,9 @@ def import_audiosr(
     vae_config: VaeConfig | None = None,
     vocoder_config: VocoderConfig | None = None,
 ) -> ImportReport:
-    """Read a checkpoint and write the runs `folder/vae` and `folder/vocoder`.
+    """Read a checkpoint and write the runs `folder/vae` and `folder/hifigan`.
 
-    Nothing of the file is run. `UserError` lists tensors that are missing, unknown or of another shape; weight
+    No code of the file is run. `UserError` lists tensors that are missing, unknown or of another shape; weight
     normalisation, in torch's older or newer form or none, becomes plain weights.
     """
     path, folder = Path(path), Path(folder)
@@ -65,10 +82,10 @@ def import_audiosr(
             layer.weight.data = layer.weight.data.mT.contiguous()
     generator = vocoder.generator
     fill(path, generator, of_vocoder, {name: vocoder_name(name) for name in generator.state_dict() if name not in OURS})
-    generator.apply_weight_norm()  # in which form training goes on
+    generator.apply_weight_norm()  # the form in which runs keep it
     source = {"imported": {"file": path.name, "sha256": file_sha256(path)}}
     runs = []
-    for name, model in (("vae", vae), ("vocoder", vocoder)):
+    for name, model in (("vae", vae), ("hifigan", vocoder)):
         runs.append(Run.create(folder / name, {"sizes": dataclasses.asdict(model.config)} | source))
         runs[-1].save(0, model, {}, is_best=True)
     return ImportReport(*runs, sum(not name.startswith(PREFIX) for name in tensors))
@@ -78,36 +95,12 @@ def fill(path: Path, model: nn.Module, tensors: dict[str, Tensor], names: dict[s
     """Load every tensor into its place in the model. `names`: the model's name → the file's, without the prefix."""
     own = model.state_dict()
     # attention is a matrix here, a convolution with a kernel of one in the file
-    found = {name: x[..., 0, 0] if is_matrix(name, x) else x for name, x in tensors.items()}
-    wanted = {PREFIX + theirs: own[ours] for ours, theirs in names.items()}
-    check_tensors(path, {PREFIX + name: tensor for name, tensor in found.items()}, wanted, fix=FIX)
-    model.load_state_dict({name: own[name] for name in own} | {ours: found[theirs] for ours, theirs in names.items()})
-
-
-def is_matrix(name: str, tensor: Tensor) -> bool:
-    return ATTENTION.search(name) is not None and tensor.shape[2:] == (1, 1)
-
-
-# --- names ------------------------------------------------------------------------------------------------------------
-
-ATTENTION = re.compile(r"\.attn_1\.(q|k|v|proj_out)\.weight$")
-# the ends of the names of length and direction
-WEIGHT_NORM = ((".weight_g", ".weight_v"), (".parametrizations.weight.original0", ".parametrizations.weight.original1"))
-OURS = ("mean", "scale")  # of a normalisation that the vocoder's class has and does not use
-# patterns of names here → what they are in the file
-VAE_NAMES = {
-    r"\.conv_norm_out\.": ".norm_out.",
-    r"\.mid_block\.resnets\.0\.": ".mid.block_1.",
-    r"\.mid_block\.resnets\.1\.": ".mid.block_2.",
-    r"\.mid_block\.attentions\.0\.group_norm\.": ".mid.attn_1.norm.",
-    r"\.mid_block\.attentions\.0\.to_([qkv])\.": r".mid.attn_1.\1.",
-    r"\.mid_block\.attentions\.0\.to_out\.0\.": ".mid.attn_1.proj_out.",
-    r"\.down_blocks\.(\d+)\.resnets\.(\d+)\.": r".down.\1.block.\2.",
-    r"\.down_blocks\.(\d+)\.downsamplers\.0\.": r".down.\1.downsample.",
-    r"\.up_blocks\.(\d+)\.resnets\.(\d+)\.": r".up.\1.block.\2.",
-    r"\.up_blocks\.(\d+)\.upsamplers\.0\.": r".up.\1.upsample.",
-    r"\.conv_shortcut\.": ".nin_shortcut.",
-}
+    found = {
+        name: x[..., 0, 0] if ATTENTION.search(name) and x.shape[2:] == (1, 1) else x for name, x in tensors.items()
+    }
+    expected = {PREFIX + theirs: own[ours] for ours, theirs in names.items()}
+    check_tensors(path, {PREFIX + name: tensor for name, tensor in found.items()}, expected, fix=FIX)
+    model.load_state_dict(own | {ours: found[theirs] for ours, theirs in names.items()})
 
 
 def vae_name(name: str, levels: int) -> str:
@@ -122,24 +115,20 @@ def vocoder_name(name: str) -> str:
 
 
 def without_weight_norm(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, with one weight g · v / ‖v‖ in place of each length g and direction v (Salimans and Kingma
-    2016, arXiv 1602.07868), in the older or the newer form of torch."""
-    plain = {}
-    for name, tensor in tensors.items():
-        stem, form = name, None
-        for length, direction in WEIGHT_NORM:
-            for ending in (length, direction):
-                if name.endswith(ending):
-                    stem, form = name.removesuffix(ending), (length, direction)
-        if form is None:
-            plain[name] = tensor
-        elif missing := [stem + ending for ending in form if stem + ending not in tensors]:
-            raise UserError(f"{path}: {PREFIX}{name} is there without {PREFIX}{missing[0]}; {FIX}")
-        elif name.endswith(form[1]):
-            g = tensors[stem + form[0]]
-            if g.shape != (len(tensor),) + (1,) * (tensor.ndim - 1):
-                raise UserError(f"{path}: {PREFIX}{stem}{form[0]} is {list(g.shape)}, no length for each output; {FIX}")
-            plain[f"{stem}.weight"] = torch._weight_norm(tensor, g, 0)
+    """The same tensors, with one weight g · v / ‖v‖ in place of each magnitude g and direction v (Salimans and Kingma
+    2016, arXiv 1602.07868)."""
+    plain = dict(tensors)
+    for endings in WEIGHT_NORM:
+        stems = [name.removesuffix(ending) for name in tensors for ending in endings if name.endswith(ending)]
+        for stem in dict.fromkeys(stems):
+            names = [stem + ending for ending in endings]
+            if missing := [name for name in names if name not in tensors]:
+                (there,) = set(names) - set(missing)
+                raise UserError(f"{path}: {PREFIX}{there} is there without {PREFIX}{missing[0]}; {FIX}")
+            g, v = (plain.pop(name) for name in names)
+            if g.shape != (len(v),) + (1,) * (v.ndim - 1):
+                raise UserError(f"{path}: {PREFIX}{names[0]} is {list(g.shape)}, not one magnitude an output; {FIX}")
+            plain[f"{stem}.weight"] = g * v / v.flatten(1).norm(dim=1).view_as(g)
     return plain
 
 
@@ -148,7 +137,7 @@ def main() -> None:
         prog="python -m lib.superres.audiosr", description="Import autoencoder and vocoder of an AudioSR checkpoint."
     )
     parser.add_argument("checkpoint", help="basic.pth or speech.pth")
-    parser.add_argument("-o", "--out", required=True, help="folder for the runs vae and vocoder")
+    parser.add_argument("-o", "--out", required=True, help="folder for the runs vae and hifigan")
     options = parser.parse_args()
     with exit_on_user_error():
         report = import_audiosr(options.checkpoint, options.out)

@@ -21,15 +21,15 @@ from lib.util.configs import check
 from lib.util.errors import UserError
 
 KINDS = ("butter", "cheby1", "ellip", "bessel")
-ORDERS = (2, 10)  # of one pass; it goes forth and back, which doubles it and leaves no delay
+ORDERS = (2, 10)  # of one pass; filtering forwards and backwards doubles it and leaves no delay
 LOWEST, HIGHEST = 2_000, 16_000  # Hz
-GRID = 250  # Hz between cutoffs: rates whose ratio to 48 kHz has small terms
-RIPPLE, STOP = 0.05, 40.0  # dB, in the pass band and below it, where the kind of filter has them
+GRID = 250  # Hz between cutoffs: the ratios of such sample rates to 48 kHz have small terms
+RIPPLE, STOP = 0.05, 40.0  # dB, pass-band ripple and stop-band attenuation, where the kind of filter has them
 
 
 @dataclass(frozen=True)
 class Degradation:
-    """One way to lose the upper band. Without a `kind` the clip is resampled only, with a sharp filter (sinc)."""
+    """A way to remove the upper band. Without a `kind` the clip is only resampled, with a sharp filter (sinc)."""
 
     cutoff: int  # Hz
     kind: str | None = None
@@ -43,12 +43,12 @@ class Degradation:
 
     @classmethod
     def draw(cls, generator: np.random.Generator) -> "Degradation":
-        """Any kind, order and cutoff, each as likely as the others."""
+        """A random kind, order and cutoff, uniformly."""
         cutoff = GRID * int(generator.integers(LOWEST // GRID, HIGHEST // GRID + 1))
         return cls(cutoff, KINDS[generator.integers(len(KINDS))], int(generator.integers(ORDERS[0], ORDERS[1] + 1)))
 
     def __call__(self, wav: Tensor) -> Tensor:
-        """A clip `[1, N]` at 48 kHz, without what lies above the cutoff, at 48 kHz still and as long."""
+        """A clip `[1, N]` at 48 kHz without the band above the cutoff, at the same rate and length."""
         samples = wav.numpy()
         if self.kind is not None and self.cutoff < SAMPLE_RATE // 2:
             limits = {"cheby1": {"rp": RIPPLE}, "ellip": {"rp": RIPPLE, "rs": STOP}, "bessel": {}, "butter": {}}
@@ -64,12 +64,12 @@ class Degradation:
 # --- training pairs ---------------------------------------------------------------------------------------------------
 
 
-LOWEST_RATE = 44_100  # Hz: below, a file has no upper band to learn from
+LOWEST_RATE = 44_100  # Hz: files below it have no upper band to learn from
 
 
 @dataclass(frozen=True)
 class Song:
-    """A file of good music. `length`: samples at 48 kHz."""
+    """A usable file. `length`: samples at 48 kHz."""
 
     path: Path
     length: int
@@ -78,14 +78,14 @@ class Song:
 
 @dataclass(frozen=True)
 class Library:
-    """The songs of a folder, split by file. `skipped`: file and reason of those that cannot be used."""
+    """The songs of a folder, split by file. `skipped`: path and reason of unusable files."""
 
     songs: dict[str, tuple[Song, ...]]  # 'train' and 'val'
     skipped: tuple[tuple[Path, str], ...]
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what the songs hold and how they are split."""
+        """Hash of the songs' content and split."""
         content = {split: [song.sha256 for song in songs] for split, songs in self.songs.items()}
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -93,7 +93,7 @@ class Library:
 def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 0.25) -> Library:
     """Every usable song below `folder`, at least `clip_length` samples at 48 kHz long.
 
-    At least one song is for validation, and one for training; which ones depends on the files' content alone. Raises
+    At least one song is for validation and one for training; the split depends on the files' content alone.
     `UserError` where fewer than two songs can be used.
     """
     folder = Path(folder)
@@ -123,10 +123,10 @@ def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 
 
 
 class Examples(Dataset):
-    """`examples[i]` is (clip `[1, N]`, the clip degraded `[1, N]`) at 48 kHz, float32.
+    """`examples[i]` is (clip `[1, N]`, degraded clip `[1, N]`) at 48 kHz, float32.
 
-    Song, place and degradation are drawn from `seed`, split and `i` alone: an epoch in any order, or training that goes
-    on after a stop, sees the same. With `degradation` all clips get that one.
+    Song, offset and degradation are drawn from `seed`, split and `i` alone: an epoch in another order and a resumed
+    training see the same. With `degradation` all clips get that one.
     """
 
     sample_rate = SAMPLE_RATE
@@ -142,8 +142,8 @@ class Examples(Dataset):
     ):
         self.songs, self.count, self.clip_length, self.seed = library.songs[split], count, clip_length, seed
         self.split, self.degradation = split, degradation
-        places = np.array([song.length - clip_length + 1 for song in self.songs], dtype=float)
-        self.shares = places / places.sum()  # every place in the music is as likely
+        offsets = np.array([song.length - clip_length + 1 for song in self.songs], dtype=float)
+        self.shares = offsets / offsets.sum()  # every offset in the music is equally likely
 
     def __len__(self) -> int:
         return self.count
@@ -156,11 +156,11 @@ class Examples(Dataset):
         return clip, (self.degradation or degradation)(clip)
 
     def song(self, i: int) -> Song:
-        """Where `examples[i]` is from."""
+        """The song of `examples[i]`."""
         return self._draw(i)[0]
 
     def _draw(self, i: int) -> tuple[Song, np.random.Generator]:
-        """The song, and the generator for what is drawn after it."""
+        """The song, and the generator that draws the rest."""
         if not 0 <= i < self.count:
             raise IndexError(f"example {i} of {self.count}")
         generator = np.random.default_rng([self.seed, self.split == "val", i])

@@ -2,8 +2,8 @@
 Dhariwal 2021, arXiv 2102.09672), and deterministic sampling (DDIM, Song et al. 2021, arXiv 2010.02502) with
 classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598).
 
-The schedule is diffusers'. Its sampler's step does not lead to the next timestep where their number does not divide
-1000, so it is written out here.
+The schedule is diffusers'. Its sampler misses the next timestep where the number of steps does not divide 1000, so the
+step is written out here.
 """
 
 import functools
@@ -18,7 +18,7 @@ TIMESTEPS = 1000
 
 
 def make_scheduler() -> Any:
-    from diffusers import DDIMScheduler  # seconds, which only those pay who use one
+    from diffusers import DDIMScheduler  # seconds to import
 
     return DDIMScheduler(
         num_train_timesteps=TIMESTEPS,
@@ -27,20 +27,20 @@ def make_scheduler() -> Any:
     )
 
 
-schedule = functools.cache(make_scheduler)  # for its tables; sampling takes one of its own, whose timesteps it sets
+schedule = functools.cache(make_scheduler)  # for its tables; sampling sets the timesteps of one of its own
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """Noisy latents and the velocity to be predicted, `[B, Z, H, W]` each, at `timesteps [B]`, 0 to 999."""
+    """Noisy latents and the velocity to predict, `[B, Z, H, W]` each, at `timesteps [B]`, 0 to 999."""
     noisy = schedule().add_noise(latents, noise, timesteps)
     return noisy, schedule().get_velocity(latents, noise, timesteps)
 
 
 def sampled_timesteps(steps: int) -> Tensor:
-    """So many timesteps, 1 to 1000, evenly from 999 down: `[steps]`."""
+    """`steps` timesteps (1 to 1000 of them), evenly from 999 down: `[steps]`."""
     scheduler = make_scheduler()
     scheduler.set_timesteps(steps)
-    return scheduler.timesteps[:steps]  # rounding gives some numbers of steps one more, at -1
+    return scheduler.timesteps[:steps]  # rounding adds one at -1 for some numbers of steps
 
 
 @torch.no_grad()
@@ -52,18 +52,16 @@ def sample(
     *,
     steps: int = 50,
     guidance: float = 1.0,
-    keeps_low: Tensor | None = None,
-    keeps_context: Tensor | None = None,
+    **keeps: Tensor,
 ) -> Tensor:
-    """Latents of the full band `[B, Z, H, W]`, from those of the low band, its mel `[B, 1, 256, T]` and a unit normal.
+    """Latents of the full band `[B, Z, H, W]`, from the low band's latents, its mel `[B, 1, 256, T]` and unit normal
+    noise.
 
-    `guidance` moves every step away from what the model predicts without any condition: v = v₀ + g·(v − v₀); 1 leaves
-    it alone and takes half the time, 0 is the model without a condition. `keeps_low`, `keeps_context` as in `Denoiser`.
+    `guidance` g moves each velocity away from the unconditional one: v = v₀ + g·(v − v₀). 1 is the plain model in half
+    the time, 0 the model without a condition. `keeps_low`, `keeps_context` as in `Denoiser`.
     """
     timesteps = sampled_timesteps(steps)
-    context = denoiser.context(mel, keeps_context)
-    if keeps_low is not None:
-        low = low * keeps_low[:, None, None, None]
+    low, context = denoiser.conditions(low, mel, **keeps)
     if guidance != 1:
         low = torch.cat([torch.zeros_like(low), low])
         context = torch.cat([denoiser.null_context.expand_as(context), context])

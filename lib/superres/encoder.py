@@ -1,4 +1,4 @@
-"""The global encoder: what a low-resolution clip sounds like, as one vector and as a sequence."""
+"""The global encoder: context from a low-resolution clip's mel spectrogram, as one vector and as a sequence."""
 
 from dataclasses import dataclass
 
@@ -21,17 +21,16 @@ class EncoderConfig:
     num_heads: int = 8
     ffn_dim: int = 512
     context_dim: int = 128
-    positions: int = 1024  # learned; a clip of another length interpolates between them
+    positions: int = 1024  # learned; interpolated for clips of another length
     dropout: float = 0.1
 
 
 class GlobalAudioEncoder(nn.Module):
     """Log mel `[B, 1, 256, T]` → pooled context `[B, context_dim]` and context sequence `[B, T, context_dim]`.
 
-    The convolutions leave time as it is and take the 256 bands to 16 with the seed's kernels and strides, not to the 8
-    that its table gives; the mean of every two makes them 8. The seed makes the projection of a frame's 256 · 8 values
-    during the first forward pass, when the optimizer has its parameters already: it would never learn. Here it is a
-    layer like any other.
+    The seed's kernels and strides reduce the 256 bands to 16, not to the 8 of its table, so neighbours are averaged.
+    The seed creates the projection of a frame's 256 · 8 values in the first forward pass, after the optimizer got its
+    parameters, so that it would never learn. Here it is a layer like any other.
     """
 
     def __init__(self, config: EncoderConfig | None = None):
@@ -64,7 +63,7 @@ class GlobalAudioEncoder(nn.Module):
         return self.global_projection(sequence.mean(dim=1)), sequence
 
     def positions_for(self, length: int) -> Tensor:
-        """`[1, length, hidden_dim]`, by straight lines between the learned ones."""
+        """`[1, length, hidden_dim]`, interpolated linearly between the learned ones."""
         if length == self.positions.shape[1]:
             return self.positions
         return nn.functional.interpolate(self.positions.mT, length, mode="linear", align_corners=True).mT

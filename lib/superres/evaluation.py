@@ -1,10 +1,10 @@
-"""How near a restored clip comes to the original: log-spectral distance, against what needs no model.
+"""How near a restored clip comes to the original: log-spectral distance, beside baselines without a model.
 
 LSD = mean over frames of √(mean over bins of (log₁₀ |X|² − log₁₀ |Y|²)²), windows of 2048 samples 512 apart at 48 kHz
-(Gray and Markel 1976; in this form in Wang and Wang 2021, doi 10.1109/TASLP.2021.3054302, and in AudioSR). Powers below
-what the rounding to 16 bits leaves count as that much, or the depth of a digital silence would decide. Energy-matched:
-the estimate is first scaled to the reference's mean magnitude in the lowest tenth of the bins, as AudioSR's authors
-advise, so that a mere difference of level does not count.
+(Gray and Markel 1976; in this form in Wang and Wang 2021, doi 10.1109/TASLP.2021.3054302, and in AudioSR). Powers are
+floored at the rounding noise of 16 bits, or the depth of digital silence would decide. Energy-matched: the estimate is
+first scaled to the reference's mean magnitude in the lowest tenth of the bins, as AudioSR's authors advise, so that a
+mere difference of level does not count.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from lib.superres.degradation import Degradation, Examples, Library
 from lib.superres.mel import N_FFT, bin_of, log_mel
-from lib.superres.resolver import Restoration, SuperResolver, join_bands
+from lib.superres.resolver import DEFAULTS, Restoration, SuperResolver, join_bands
 from lib.util.stats import Comparison, in_words, mean_and_error
 
 CUTOFFS = (2_000, 4_000, 8_000, 12_000, 16_000)  # Hz
 LSD_HOP = 512
-SEED = 2**31 - 1  # of the clips that are drawn
+SEED = 2**31 - 1  # of the clips
 FLOOR = 2**-30 / 12 * 0.375 * N_FFT  # power of a bin: rounding to 16 bits, through a Hann window
 LOWEST_TENTH = (N_FFT // 2 + 1) // 10
 
@@ -33,12 +33,15 @@ METHODS = {
     "model": "the model",
     "autoencoder": "the original's mel through autoencoder and vocoder: a bound",
     "vocoder": "the original's mel through the vocoder: a bound",
+    "griffin-lim": "the original's mel through Griffin-Lim, beside a trained vocoder: a bound",
 }
+BOUNDS = ("autoencoder", "vocoder", "griffin-lim")
+GAIN = "LSD less than the envelope's"  # a column of the table of gains, which the record reads
 
 
 def lsd(estimate: Tensor, reference: Tensor, *, above: float = 0.0, matched: bool = False) -> Tensor:
-    """Log-spectral distance of waveforms `[B, 1, N]` at 48 kHz, in decades of power: `[B]`. `above`: in the bins from
-    this frequency (Hz) up only. `matched`: after matching energies."""
+    """Log-spectral distance of waveforms `[B, 1, N]` at 48 kHz, in decades of power: `[B]`. `above`: only in the bins
+    from this frequency (Hz) up. `matched`: after matching energies."""
     first, second = (_magnitudes(wav) for wav in (estimate, reference))
     if matched:
         levels = [x[:, :LOWEST_TENTH].mean(dim=(1, 2), keepdim=True) for x in (first, second)]
@@ -54,8 +57,8 @@ def _magnitudes(wav: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Score:
-    """One method at one cutoff, over the same clips as the others. Distances are (mean, standard error): clips of one
-    song count as one draw."""
+    """One method at one cutoff, over the same clips as the others. Distances are (mean, standard error clustered by
+    song)."""
 
     method: str
     cutoff: int  # Hz
@@ -65,16 +68,16 @@ class Score:
     lsd_matched: tuple[float, float]
     upper: tuple[float, float]  # of the part above the cutoff
     upper_matched: tuple[float, float]
-    gain: tuple[float, float]  # how much smaller `upper` is than that of 'envelope', clip by clip
+    gain: tuple[float, float]  # how much smaller `upper` is than the envelope's, clip by clip
 
     @property
     def comparison(self) -> Comparison:
-        """With the mean envelope: positive where this method is nearer to the original."""
+        """With the mean envelope: positive where this method is closer to the original."""
         return Comparison(*self.gain, self.songs)
 
 
 def gains_in_words(scores: Sequence[Score]) -> str:
-    """How the model fares against the mean envelope, every cutoff accounted for."""
+    """How the model compares with the mean envelope, at every cutoff."""
     wordings = {
         1: "beats the mean envelope at {names} kHz",
         -1: "loses to the mean envelope at {names} kHz",
@@ -85,7 +88,7 @@ def gains_in_words(scores: Sequence[Score]) -> str:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`scores` in order of cutoffs, then methods; `sounds`: cutoff → method → waveforms `[B, 1, N]`, 'original' too."""
+    """`scores` by cutoff, then method; `sounds`: cutoff → method, or 'original' → waveforms `[B, 1, N]`."""
 
     scores: tuple[Score, ...]
     sounds: dict[int, dict[str, Tensor]]
@@ -97,16 +100,16 @@ class Evaluation:
 def evaluate(
     resolver: SuperResolver,
     library: Library,
-    settings: Restoration | None = None,
+    settings: Restoration = DEFAULTS,
     *,
     clips: int = 16,
     cutoffs: Sequence[int] = CUTOFFS,
     split: str = "val",
 ) -> Evaluation:
-    """Every method on the same clips, of songs for validation unless `split` is 'train', resampled to twice each cutoff
-    and back. The clips are others than those whose loss chose a training's best checkpoint, if its seed was not `SEED`.
+    """Score every method on the same clips, resampled to twice each cutoff and back.
+
+    The clips are not those whose validation loss chose the best checkpoint, unless `SEED` was the training's seed.
     """
-    settings = settings or Restoration()
     whole = Examples(library, split, clips, resolver.clip_length, SEED)
     songs = [whole.song(i).sha256 for i in range(clips)]
     original = torch.stack([whole[i][0] for i in range(clips)])
@@ -115,19 +118,19 @@ def evaluate(
     for cutoff in cutoffs:
         examples = Examples(library, split, clips, resolver.clip_length, SEED, Degradation(cutoff))
         low = torch.stack([examples[i][1] for i in range(clips)])
-        made = restored_by_all(resolver, low, cutoff, known, settings)
-        scores += [score(method, cutoff, made, original, songs) for method in METHODS]
-        sounds[cutoff] = {"original": original} | made
+        restored = restored_by_all(resolver, low, cutoff, known, settings)
+        scores += [score(method, cutoff, restored, original, songs) for method in METHODS if method in restored]
+        sounds[cutoff] = {"original": original} | restored
     return Evaluation(tuple(scores), sounds)
 
 
 def mels_of_any_cutoff(
     resolver: SuperResolver, original: Tensor, envelope: Tensor, settings: Restoration
 ) -> dict[str, Tensor]:
-    """Method → log mels `[B, 1, 256, T]`, of the methods that know nothing of the low band."""
+    """Method → log mels `[B, 1, 256, T]`, for the methods that do not see the low band."""
     mel = log_mel(original)
     none = torch.zeros(len(original), dtype=torch.bool, device=resolver.device)
-    settings = dataclasses.replace(settings, guidance=1.0)  # away from itself is nowhere
+    settings = dataclasses.replace(settings, guidance=1.0)  # without a condition there is nothing to guide to
     with torch.inference_mode():
         coded = resolver.vae.decode(resolver.vae.encode(mel.to(resolver.device))).to(mel.device)
     return {
@@ -141,31 +144,33 @@ def mels_of_any_cutoff(
 def restored_by_all(
     resolver: SuperResolver, low: Tensor, cutoff: int, known: Mapping[str, Tensor], settings: Restoration
 ) -> dict[str, Tensor]:
-    """Method → waveforms `[B, 1, N]`. All but 'sinc' differ in the mel alone that the vocoder is given; `known`: what
-    `mels_of_any_cutoff` gave."""
+    """Method → waveforms `[B, 1, N]`. All but 'sinc' and 'griffin-lim' share the vocoder and differ in their mels
+    alone. `known`: the result of `mels_of_any_cutoff`."""
     none = torch.zeros(len(low), dtype=torch.bool, device=resolver.device)
     mels = {
         **known,
         "no context": resolver.predict_mel(low, settings, keeps_context=none),
         "model": resolver.predict_mel(low, settings),
     }
-    made = {name: join_bands(low, resolver.vocode(m, low, cutoff, settings), cutoff) for name, m in mels.items()}
-    return {"sinc": low} | made
+    full = {name: resolver.vocode(mel, low, cutoff, settings) for name, mel in mels.items()}
+    if resolver.vocoder is not None:
+        full["griffin-lim"] = resolver.vocode(known["vocoder"], low, cutoff, settings, trained=False)
+    return {"sinc": low} | {name: join_bands(low, wav, cutoff) for name, wav in full.items()}
 
 
 def mean_envelope(library: Library, clip_length: int, clips: int = 64) -> Tensor:
-    """The training set's mean log mel, `[256]`, over frames of as many clips."""
+    """The training set's mean log mel, `[256]`, over the frames of so many clips."""
     examples = Examples(library, "train", clips, clip_length)
     return torch.stack([log_mel(examples[i][0][None]).mean(dim=(0, 1, 3)) for i in range(clips)]).mean(dim=0)
 
 
-def score(method: str, cutoff: int, made: Mapping[str, Tensor], original: Tensor, songs: Sequence[str]) -> Score:
-    """A method's waveforms `[B, 1, N]` against the original's; `songs`: what each clip is from."""
-    wavs = made[method]
+def score(method: str, cutoff: int, restored: Mapping[str, Tensor], original: Tensor, songs: Sequence[str]) -> Score:
+    """A method's waveforms `[B, 1, N]` against the original's; `songs`: the song of each clip."""
+    wavs = restored[method]
     distances = [
         lsd(wavs, original, above=above, matched=matched) for above in (0, cutoff) for matched in (False, True)
     ]
-    distances.append(lsd(made["envelope"], original, above=cutoff) - distances[2])
+    distances.append(lsd(restored["envelope"], original, above=cutoff) - distances[2])
     return Score(
         method, cutoff, len(original), len(set(songs)), *(mean_and_error(d.tolist(), songs) for d in distances)
     )

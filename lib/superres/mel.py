@@ -1,4 +1,4 @@
-"""The mel front end, one function for training and inference, and its way back to magnitudes.
+"""The mel spectrogram, one function for training and inference, and its approximate inverse.
 
 48 kHz, windows of 2048 samples 480 apart, 256 bands from 20 Hz to 24 kHz, natural logarithm of magnitudes: what
 the public AudioSR checkpoints were trained on (Liu et al. 2023, arXiv 2309.07314). A clip of 10.24 s becomes
@@ -15,7 +15,7 @@ SAMPLE_RATE = 48_000
 N_FFT, HOP, MELS = 2048, 480, 256
 LOWEST, HIGHEST = 20.0, 24_000.0  # Hz
 FLOOR = 1e-5  # of a magnitude
-SILENCE = -11.5129  # its logarithm: what a band without sound holds
+SILENCE = -11.5129  # its logarithm: the value of a silent band
 PAD = (N_FFT - HOP) // 2  # on either side: frame t is centred on samples t · HOP to (t + 1) · HOP
 
 
@@ -44,7 +44,7 @@ def _overlap_add(frames: Tensor) -> Tensor:
 
 
 def log_mel(wav: Tensor) -> Tensor:
-    """Log-mel picture of waveforms at 48 kHz: `[B, 1, N] → [B, 1, 256, N / 480]`."""
+    """Log-mel spectrogram of waveforms at 48 kHz: `[B, 1, N] → [B, 1, 256, N / 480]`."""
     return log_mel_of(spectrum(wav).abs())[:, None]
 
 
@@ -54,10 +54,10 @@ def log_mel_of(magnitudes: Tensor) -> Tensor:
 
 
 def magnitudes_of(mel: Tensor) -> Tensor:
-    """Magnitudes whose mel picture is about `mel [B, 1, 256, T]`: `→ [B, N_FFT / 2 + 1, T]`, not negative.
+    """Magnitudes whose mel spectrogram is about `mel [B, 1, 256, T]`: `→ [B, N_FFT / 2 + 1, T]`, not negative.
 
-    A band's mean magnitude at its centre, and straight lines between the centres: smooth, where the filters'
-    pseudo-inverse swings below zero between narrow bands.
+    A band's mean magnitude at its centre, linear interpolation between the centres. The filters' pseudo-inverse would
+    swing below zero between narrow bands.
     """
     return interpolation(mel.device) @ mel[:, 0].exp()
 
@@ -80,14 +80,14 @@ def _weight(frames: int, device: torch.device) -> Tensor:
 
 @cached_table
 def filters(device: torch.device) -> Tensor:
-    """Slaney's triangles with area one, `[256, N_FFT / 2 + 1]`; the lowest hold one bin or two, none is empty."""
+    """Slaney's triangles with area one, `[256, N_FFT / 2 + 1]`; the lowest cover one bin or two, none is empty."""
     bank = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=N_FFT, n_mels=MELS, fmin=LOWEST, fmax=HIGHEST)
     return torch.from_numpy(bank).to(device)
 
 
 @cached_table
 def interpolation(device: torch.device) -> Tensor:
-    """`[N_FFT / 2 + 1, 256]`: magnitudes from mel values, straight lines between the centres of the bands."""
+    """`[N_FFT / 2 + 1, 256]`: magnitudes from mel values, by linear interpolation between the bands' centres."""
     bank = filters(torch.device("cpu")).double()
     centres = torch.from_numpy(librosa.mel_frequencies(MELS + 2, fmin=LOWEST, fmax=HIGHEST))[1:-1]
     bins = torch.arange(N_FFT // 2 + 1) * SAMPLE_RATE / N_FFT

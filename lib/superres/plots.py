@@ -1,8 +1,7 @@
-"""The figures of super-resolution. Every function returns a figure; none computes a result."""
+"""The figures and tables of super-resolution. A table is a list of rows, column → text; none computes a result."""
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,8 +9,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.audio.plots import STAGES, STYLE
-from lib.superres.evaluation import Score
+from lib.superres.audit import Count
+from lib.superres.evaluation import BOUNDS, GAIN, METHODS, Score
 from lib.superres.mel import HOP, SAMPLE_RATE, SILENCE
+from lib.training.run import Run
+from lib.util.stats import describe
 
 METHOD_COLOURS = {
     "sinc": "#BBBBBB",
@@ -21,11 +23,17 @@ METHOD_COLOURS = {
     "model": "#D55E00",
     "autoencoder": "#009E73",
     "vocoder": "#000000",
+    "griffin-lim": "#E69F00",
 }
 LOUDEST = 2.5  # of a log mel, about
+LOSSES = {
+    "vae": "autoencoder: loss, mostly the log mel's mean error",
+    "diffusion": "diffusion: squared error of the velocity",
+    "hifigan": "HiFi-GAN: mel distance, adversarial and feature losses",
+}
 
 
-def mel_pictures(mels: Mapping[str, Tensor]) -> Figure:
+def mel_spectrograms(mels: Mapping[str, Tensor]) -> Figure:
     """Log mels `[256, T]` side by side on one scale, three in a row."""
     columns = min(3, len(mels))
     rows = -(-len(mels) // columns)
@@ -48,7 +56,7 @@ def mel_pictures(mels: Mapping[str, Tensor]) -> Figure:
 
 
 def filter_responses(responses: Mapping[str, Tensor], cutoff: float) -> Figure:
-    """Gain over frequency of several ways to lose the upper band: name → `[bins]`, linear, 0 to 24 kHz."""
+    """Gain over frequency of several degradations: name → `[bins]`, linear, 0 to 24 kHz."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 3.2))
         for (name, gain), colour in zip(responses.items(), itertools.cycle((*STAGES, "black")), strict=False):
@@ -61,27 +69,28 @@ def filter_responses(responses: Mapping[str, Tensor], cutoff: float) -> Figure:
 
 
 def received_by_place(received: Mapping[str, Tensor]) -> Figure:
-    """What each place of a map receives of the context, as its distance from the places' mean: name → `[H, W]`, on one
+    """How far what each place of a map receives is from the mean over places: name → received `[C, H, W]`, on one
     scale."""
+    distances = {name: (x - x.mean(dim=(1, 2), keepdim=True)).norm(dim=0) for name, x in received.items()}
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = plt.subplots(1, len(received), figsize=(4.2 * len(received), 3), squeeze=False)
-        top = max(float(values.max()) for values in received.values())
-        for axis, (name, values) in zip(axes.flat, received.items(), strict=True):
+        top = max(float(values.max()) for values in distances.values())
+        for axis, (name, values) in zip(axes.flat, distances.items(), strict=True):
             picture = axis.imshow(values, origin="lower", aspect="auto", vmin=0, vmax=top, cmap="viridis")
             axis.set(title=name, xlabel="place in time", ylabel="place in frequency")
         figure.colorbar(picture, ax=axes, label="distance from the mean over all places")
     return figure
 
 
-def loss_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Losses over steps, trainings side by side: title → rows of metrics of both splits."""
+def loss_curves(runs: Mapping[str, Run]) -> Figure:
+    """Losses over steps of both splits, the parts side by side: part → run."""
     with plt.rc_context(STYLE):
-        figure, row = plt.subplots(1, len(curves), figsize=(4.6 * len(curves), 3.2), squeeze=False)
-        for axes, (title, rows) in zip(row.flat, curves.items(), strict=True):
+        figure, row = plt.subplots(1, len(runs), figsize=(4.6 * len(runs), 3.2), squeeze=False)
+        for axes, (part, run) in zip(row.flat, runs.items(), strict=True):
             for split, style in (("train", {"linewidth": 1}), ("val", {"marker": "o"})):
-                own = [r for r in rows if r["split"] == split]
-                axes.plot([r["step"] for r in own], [r["loss"] for r in own], label=split, **style)
-            axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
+                rows = run.metrics(split)
+                axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], label=split, **style)
+            axes.set(title=LOSSES[part], xlabel="step", ylabel="loss", yscale="log")
             axes.legend()
     return figure
 
@@ -93,7 +102,7 @@ def distances(scores: Sequence[Score]) -> Figure:
         figure, axes = plt.subplots(figsize=(8.5, 4))
         for method in methods:
             own = [score for score in scores if score.method == method]
-            bound = method in ("autoencoder", "vocoder")
+            bound = method in BOUNDS
             axes.errorbar(
                 [score.cutoff / 1000 for score in own],
                 [score.upper[0] for score in own],
@@ -107,3 +116,73 @@ def distances(scores: Sequence[Score]) -> Figure:
         axes.set(xlabel="cutoff (kHz)", ylabel="LSD above the cutoff", ylim=(0, None))
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+Rows = list[dict[str, str]]
+
+
+def size_rows(sizes: Sequence[Count]) -> Rows:
+    return [
+        {"part": s.what, "counted": f"{s.counted:,}", "seed": f"{s.claimed:,}", "ratio": f"{s.counted / s.claimed:.2f}"}
+        for s in sizes
+    ]
+
+
+def cost_rows(costs: Sequence[Count]) -> Rows:
+    (step,) = (c.counted for c in costs if c.what == "UNet, one step")
+    return [
+        {"one pass over 10.24 s": c.what, "counted (GMACs)": f"{c.counted / 1e9:,.1f}"}
+        | {"seed": f"{c.claimed / 1e9:,.2f}", "in UNet steps": f"{c.counted / step:.1f}"}
+        for c in costs
+    ]
+
+
+def method_rows(scores: Sequence[Score]) -> Rows:
+    return [{"method": name, "what it is": METHODS[name]} for name in dict.fromkeys(s.method for s in scores)]
+
+
+def upper_rows(scores: Sequence[Score]) -> Rows:
+    """LSD above the cutoff: a row for each method, a column for each cutoff."""
+    rows: dict[str, dict[str, str]] = {}
+    for s in scores:
+        rows.setdefault(s.method, {"method": s.method})[kilohertz(s)] = plus_minus(s.upper)
+    return list(rows.values())
+
+
+def distance_rows(scores: Sequence[Score]) -> Rows:
+    return [
+        {"cutoff": kilohertz(s), "method": s.method}
+        | {"LSD": plus_minus(s.lsd), "energy-matched": plus_minus(s.lsd_matched)}
+        | {"above the cutoff": plus_minus(s.upper), "energy-matched, above": plus_minus(s.upper_matched)}
+        for s in scores
+    ]
+
+
+def gain_rows(scores: Sequence[Score]) -> Rows:
+    """The model's gain on the mean envelope, which `lib.record` reads."""
+    return [
+        {"cutoff": kilohertz(s), GAIN: plus_minus(s.gain), "verdict": s.comparison.in_words("the envelope")}
+        for s in scores
+        if s.method == "model"
+    ]
+
+
+def context_rows(losses: Mapping[str, Sequence[float]]) -> Rows:
+    return [
+        {"context": name, "validation losses": ", ".join(f"{v:.4f}" for v in values), "median": describe(values)}
+        for name, values in losses.items()
+    ]
+
+
+def guidance_rows(guided: Mapping[str, tuple[float, float]]) -> Rows:
+    return [{"guidance": value, "LSD above 4 kHz": plus_minus(upper)} for value, upper in guided.items()]
+
+
+def kilohertz(score: Score) -> str:
+    return f"{score.cutoff / 1000:g} kHz"
+
+
+def plus_minus(pair: tuple[float, float]) -> str:
+    return "{:.2f} ± {:.2f}".format(*pair)

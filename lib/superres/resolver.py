@@ -24,10 +24,11 @@ VOCODERS = ("griffin-lim", "hifigan")
 MARGIN = 1 / 4  # share of a clip, at its end, that is left to the next: the autoencoder's convolutions pad there
 OVERLAP = 3 / 8  # share of a clip that it has in common with the next: a fade, and the margin
 TRANSITION = 12  # bins from the clip's own band to the restored one: 280 Hz
-FULL = 0.9 * SAMPLE_RATE / 2  # Hz: a band that reaches so far lacks nothing
-EDGE = 70.0  # dB below the loudest bin: where a clip's own band ends, and rounding to 16 bits is all that is left
-SILENT = 2**-16  # of a sample: what rounding to 16 bits makes 0
-AT_ONCE = 16  # seconds of clips that are restored together
+FULL = 0.9 * SAMPLE_RATE / 2  # Hz: a band that ends above is complete
+EDGE = 70.0  # dB below the loudest bin: where a clip's own band ends, and only rounding to 16 bits is left
+SILENT = 2**-16  # a sample below it is rounded to 0 in 16 bits
+BATCH_SECONDS = 16  # of clips that are restored together
+BLOCK_SECONDS = 60  # read at once to find where a file's band ends
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,24 @@ class Restoration:
             check_numbers(self, "cutoff", above=100, most=FULL)
 
 
+DEFAULTS = Restoration()
+
+
 class SuperResolver:
-    """The parts of one folder that belong together: `vae`, a diffusion model, and with the vocoder 'hifigan' the run
-    `vocoder`; 'griffin-lim' has no parameters. Parts are on `device`, in eval mode."""
+    """The trained parts of one folder, on `device`, in eval mode: the runs `vae`, `diffusion` and, for the vocoder
+    'hifigan', `hifigan`; 'griffin-lim' has no parameters. Without a choice, HiFi-GAN is used where it was trained."""
 
     def __init__(
         self,
         folder: str | Path,
         *,
         diffusion: str = "diffusion",
-        vocoder: str = VOCODERS[0],
+        vocoder: str | None = None,
         device: str | torch.device = "cpu",
     ):
-        check(vocoder in VOCODERS, "vocoder", vocoder, f"one of {', '.join(VOCODERS)}")
         folder = Path(folder)
+        vocoder = vocoder or VOCODERS[(folder / "hifigan" / "best").exists()]
+        check(vocoder in VOCODERS, "vocoder", vocoder, f"one of {', '.join(VOCODERS)}")
         runs = {name: Run.open(folder / name) for name in ("vae", diffusion)}
         config = runs[diffusion].config
         self.folder, self.device = folder, torch.device(device)
@@ -81,44 +86,41 @@ class SuperResolver:
             raise UserError(f"{folder / diffusion / 'config.json'}: damaged ({error!r}); restore it") from None
         self.vocoder = None
         if vocoder == "hifigan":
-            self.vocoder = load_part(Run.open(folder / "vocoder"), "vocoder").to(device)
+            self.vocoder = load_part(Run.open(folder / "hifigan"), "hifigan").to(device)
 
     @torch.inference_mode()
     def restore(
         self,
         low: Tensor,
         cutoff: float,
-        settings: Restoration | None = None,
+        settings: Restoration = DEFAULTS,
         *,
         numbers: Sequence[int] | None = None,
-        **keeps: Tensor,
     ) -> Tensor:
         """Clips `[B, 1, N]` at 48 kHz whose band ends at `cutoff` Hz, with a band above it: `[B, 1, N]`.
 
         N: `clip_length`, or any other multiple of eight mel frames. Below the cutoff the result is the clip itself.
-        `numbers`: clips of one number have the same random numbers; 0 to B − 1 unless given. `keeps_low`,
-        `keeps_context`: as in `Denoiser`.
+        `numbers`: one for each clip, 0 to B − 1 by default; the seed and the clip's number decide its random numbers.
         """
-        numbers = range(len(low)) if numbers is None else numbers
-        mel = self.predict_mel(low, settings, numbers=numbers, **keeps)
+        mel = self.predict_mel(low, settings, numbers=numbers)
         return join_bands(low, self.vocode(mel, low, cutoff, settings, numbers=numbers), cutoff)
 
     @torch.inference_mode()
     def predict_mel(
         self,
         low: Tensor,
-        settings: Restoration | None = None,
+        settings: Restoration = DEFAULTS,
         *,
         numbers: Sequence[int] | None = None,
         **keeps: Tensor,
     ) -> Tensor:
-        """Log mel `[B, 1, 256, T]` of the whole band, sampled from what the model has learned of such clips."""
-        settings = settings or Restoration()
+        """Log mel `[B, 1, 256, T]` of the whole band, sampled from the model. `keeps_low`, `keeps_context`: as in
+        `Denoiser`."""
         mel = log_mel(low.to(self.device))
         latents = self.latent_scale * self.vae.encode(mel)
         noise = drawn(torch.randn, latents.shape, settings, numbers).to(self.device)
-        made = sample(self.denoiser, latents, mel, noise, steps=settings.steps, guidance=settings.guidance, **keeps)
-        return self.vae.decode(made / self.latent_scale).to(low.device)
+        full = sample(self.denoiser, latents, mel, noise, steps=settings.steps, guidance=settings.guidance, **keeps)
+        return self.vae.decode(full / self.latent_scale).to(low.device)
 
     @torch.inference_mode()
     def vocode(
@@ -126,15 +128,16 @@ class SuperResolver:
         mel: Tensor,
         low: Tensor,
         cutoff: float,
-        settings: Restoration | None = None,
+        settings: Restoration = DEFAULTS,
         *,
         numbers: Sequence[int] | None = None,
+        trained: bool = True,
     ) -> Tensor:
-        """A waveform `[B, 1, N]` for a log mel. What lies below the cutoff is known from `low [B, 1, N]`."""
-        if self.vocoder is not None:
+        """A waveform `[B, 1, N]` for a log mel, by HiFi-GAN where it is loaded and `trained`, or by Griffin-Lim, which
+        keeps the band of `low [B, 1, N]` below the cutoff."""
+        if trained and self.vocoder is not None:
             return self.vocoder(mel.to(self.device)).to(low.device)
-        shape = (len(mel), N_FFT // 2 + 1, mel.shape[-1])
-        noise = drawn(torch.rand, shape, settings or Restoration(), numbers)
+        noise = drawn(torch.rand, (len(mel), N_FFT // 2 + 1, mel.shape[-1]), settings, numbers)
         return griffin_lim(mel, low, bin_of(cutoff), noise=noise)
 
     @property
@@ -145,32 +148,31 @@ class SuperResolver:
         """First samples of the overlapping clips that cover a signal."""
         return chunk_starts(num_samples, self.clip_length, self.overlap)
 
-    def restored(self, clips: Iterable[Tensor], cutoff: float, settings: Restoration | None = None) -> Iterator[Tensor]:
+    def restored(self, clips: Iterable[Tensor], cutoff: float, settings: Restoration = DEFAULTS) -> Iterator[Tensor]:
         """Pieces `[C, n]` of a long signal, from overlapping clips `[C, clip_length]` that begin at `starts`.
 
-        Channels are restored one by one, from the same random numbers, several clips at a time. What was added to a
-        clip is faded apart from it: two clips agree on their own band, and the louder that is, the less it tells of
-        the other.
+        Channels are restored one by one, from the same random numbers, several clips at a time. The crossfade weighs
+        the added band alone: neighbouring clips agree on their own band, which would hide how much the rest differs.
         """
-        at_once = max(1, round(AT_ONCE * SAMPLE_RATE / self.clip_length))
+        at_once = max(1, round(BATCH_SECONDS * SAMPLE_RATE / self.clip_length))
 
         def parts() -> Iterator[Tensor]:
             numbered = enumerate(clips)
             while batch := list(itertools.islice(numbered, at_once)):
                 low = torch.stack([clip for _, clip in batch])  # [B, C, N]
                 numbers = [number for number, clip in batch for _ in clip]
-                made = self.restore(low.flatten(0, 1)[:, None], cutoff, settings, numbers=numbers).view_as(low)
-                yield from torch.cat([low, heard(low) * (made - low)], dim=1)
+                full = self.restore(low.flatten(0, 1)[:, None], cutoff, settings, numbers=numbers).view_as(low)
+                yield from torch.cat([low, audible(low) * (full - low)], dim=1)
 
         margin = round(MARGIN * self.clip_length)
         for piece in crossfaded(parts(), self.overlap, margin=margin, keep_power=True):
             own, added = piece.chunk(2)
             yield own + added
 
-    def restore_signal(self, wav: Tensor, settings: Restoration | None = None) -> Tensor:
-        """A signal `[C, N]` at 48 kHz of any length with a restored upper band, `[C, N]`; as it is where nothing is
-        missing or nothing is heard. For one that was resampled, give the cutoff: `band_edge` of what it was before."""
-        cutoff = (settings or Restoration()).cutoff or within_reach(band_edge(wav))
+    def restore_signal(self, wav: Tensor, settings: Restoration = DEFAULTS) -> Tensor:
+        """A signal `[C, N]` at 48 kHz of any length with a restored upper band, `[C, N]`; unchanged where it is silent
+        or its band complete. For a resampled signal give the cutoff: `band_edge` of it before resampling."""
+        cutoff = settings.cutoff or at_least_lowest(band_edge(wav))
         if not 0 < cutoff <= FULL:
             return wav
         starts = self.starts(wav.shape[-1])
@@ -186,78 +188,79 @@ def drawn(draw: Callable, shape: Sequence[int], settings: Restoration, numbers: 
     return torch.stack([draw(*shape[1:], generator=generator) for generator in generators])
 
 
-def join_bands(low: Tensor, made: Tensor, cutoff: float) -> Tensor:
-    """`low [B, 1, N]` below the cutoff (Hz), `made [B, 1, N]` above it: the shares of both in a bin add up to 1."""
+def join_bands(low: Tensor, high: Tensor, cutoff: float) -> Tensor:
+    """`low [B, 1, N]` below the cutoff (Hz), `high [B, 1, N]` above it: the shares of both in a bin add up to 1."""
     bins = torch.arange(N_FFT // 2 + 1)
     share = ((bins - bin_of(cutoff) + TRANSITION) / TRANSITION).clamp(0, 1)[:, None]
-    return low + inverse_spectrum(share * spectrum(made - low))
+    return low + inverse_spectrum(share * spectrum(high - low))
 
 
 def band_edge(wav: Tensor, rate: int = SAMPLE_RATE) -> float:
-    """Where the band of a clip `[C, N]` ends, in Hz: the highest bin within 70 dB of the loudest, each at the moment
-    when it is loudest. 0 for silence. `rate`: the clip's own; resampling would leave faint images above the band."""
+    """Where the band of a clip `[C, N]` ends, in Hz: the highest bin whose peak over time is within 70 dB of the
+    loudest bin's. 0 for silence. `rate`: the clip's own; resampling would leave faint images above the band."""
     return edge_of(bin_powers(wav), rate) if wav.numel() else 0.0
 
 
 def bin_powers(wav: Tensor) -> Tensor:
-    """The largest power of a clip `[C, N]` in each bin, `[N_FFT / 2 + 1]`, of the frames that lie inside, since a frame
-    with an end of the clip in it has power everywhere. A shorter clip is one frame."""
+    """The peak power of each bin `[N_FFT / 2 + 1]` over the frames inside a clip `[C, N]`: a frame across one of its
+    ends would have power everywhere. A shorter clip is one frame."""
     size = min(N_FFT, wav.shape[-1])
-    # Kaiser's window: what leaks to bins further than five away is 100 dB down
+    # Kaiser's window: leakage to bins more than five away is 100 dB down
     frames = wav.unfold(-1, size, HOP) * torch.kaiser_window(size, periodic=True, beta=14.0)  # [C, T, size]
     return torch.fft.rfft(frames, N_FFT).abs().square().amax(dim=(0, 1))
 
 
 def edge_of(powers: Tensor, rate: int = SAMPLE_RATE) -> float:
     """The highest bin, in Hz, within 70 dB of the loudest in powers `[…, N_FFT / 2 + 1]` at a sample rate."""
-    heard = (powers > powers.max() * 10 ** (-EDGE / 10)).nonzero()
-    return float(heard[:, -1].max()) * rate / N_FFT if len(heard) else 0.0
+    within = (powers > powers.max() * 10 ** (-EDGE / 10)).nonzero()
+    return float(within[:, -1].max()) * rate / N_FFT if len(within) else 0.0
 
 
-def within_reach(edge: float) -> float:
-    """A band edge that was found, in Hz, but none below those that a model learns from: 0 stays 0."""
+def at_least_lowest(edge: float) -> float:
+    """A measured band edge in Hz, raised to the lowest that models are trained on; 0 stays 0."""
     return max(edge, LOWEST) if edge else edge
 
 
-def heard(low: Tensor) -> Tensor:
-    """Where clips `[..., N]` hold more than digital silence: 1, and 0 from some frames away on, `[..., N]`."""
+def audible(low: Tensor) -> Tensor:
+    """1 where clips `[..., N]` hold more than digital silence, falling to 0 within some frames: `[..., N]`."""
     frames = (low.abs() > SILENT).float().unflatten(-1, (-1, HOP)).amax(dim=-1).flatten(0, -2)[:, None]
     near = torch.nn.functional.max_pool1d(frames, 5, stride=1, padding=2)
     return torch.nn.functional.interpolate(near, low.shape[-1], mode="linear").view_as(low)
 
 
-BLOCK_SECONDS = 60  # read at once where a file's band is looked for
+# --- files and folders ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What was written: the file, its length in samples and channels, where its own band ended (Hz), its peak."""
+    """A file that was written."""
 
     path: Path
     num_samples: int
     channels: int
-    cutoff: float
+    cutoff: float  # Hz, where its own band ends
     peak: float
 
 
 def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, settings: Restoration) -> Restored:
-    """Restore the upper band of a file; writes `out` (48 kHz, as many channels) when all of it is done.
+    """Restore the upper band of a file; `out` (48 kHz, as many channels) appears when all of it is done.
 
-    Clips overlap and are crossfaded; only what lies above the file's own band is the model's, the rest is
-    the file, resampled. Raises `AudioError` for a file that cannot be read or written, and where its band is full.
+    Memory does not grow with the file: overlapping clips are read, restored and crossfaded one after the other. Below
+    the cutoff the result is the resampled file. `AudioError` where a file cannot be read or written, or its band is
+    complete.
     """
     path, out = Path(path), Path(out)
     if out.resolve() == path.resolve():
         raise UserError(f"{out}: is the input itself; choose another output file")
     info = check_audio(path, min_samples=0)
     total = info.samples_at(SAMPLE_RATE)
-    cutoff = settings.cutoff or within_reach(file_band(info))
+    cutoff = settings.cutoff or at_least_lowest(file_band(info))
     if cutoff > FULL:
         fault = f"its band, or what a resampler left of its images, reaches {cutoff / 1000:.1f} kHz already"
         raise AudioError(path, f"{fault}; leave it as it is, or give --cutoff")
-    if settings.cutoff and settings.cutoff > info.sample_rate / 2:
-        most = f"at {info.sample_rate} Hz nothing above {info.sample_rate / 2000:g} kHz is its own"
-        raise AudioError(path, f"cutoff={settings.cutoff:g} is not allowed: {most}; give a lower --cutoff, or none")
+    if settings.cutoff and cutoff > info.sample_rate / 2:
+        most = f"at {info.sample_rate} Hz it holds nothing above {info.sample_rate / 2000:g} kHz"
+        raise AudioError(path, f"cutoff={cutoff:g} is not allowed: {most}; give a lower --cutoff, or none")
 
     def read(start: int) -> Tensor:
         wav = load_audio(path, start, resolver.clip_length, SAMPLE_RATE, mix=False)  # [C, n]
@@ -271,11 +274,10 @@ def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, set
 
 
 def file_band(info: AudioReport) -> float:
-    """Where a file's band ends, in Hz, at its own rate: the highest bin that any minute of it has within 70 dB of the
-    loudest minute's loudest."""
+    """Where a file's band ends, in Hz, at its own sample rate: `band_edge` of the whole file, read minute by minute."""
     rate, block = info.sample_rate, BLOCK_SECONDS * info.sample_rate
     starts = (min(start, max(0, info.num_frames - block)) for start in range(0, info.num_frames, block))
-    clips = (load_audio(info.path, start, block, rate, mix=False) for start in starts)  # the last one is a whole block
+    clips = (load_audio(info.path, start, block, rate, mix=False) for start in starts)  # the last one is a full block
     return edge_of(torch.stack([bin_powers(clip) for clip in clips]), rate)
 
 
@@ -288,8 +290,8 @@ def restore_folder(
 ) -> tuple[list[Restored], list[tuple[Path, str]]]:
     """Restore every audio file below `folder` into `out`, under the same names, as .wav.
 
-    Returns what was written, of which `report` is told at once, and file and reason of what was skipped. `UserError`
-    where no file can be used, and where a result would lie among the files.
+    Returns the files that were written, each passed to `report` at once, and path and reason of those skipped.
+    `UserError` where no file can be used, and where a result would lie among the inputs.
     """
     folder, out = Path(folder), Path(out)
     files, others = walk_audio(folder)

@@ -1,7 +1,7 @@
-"""The denoiser: a UNet over mel latents that listens to the low-resolution clip in two ways.
+"""The denoiser: a UNet over mel latents that is conditioned on the low-resolution clip in two ways.
 
-Its latents come in beside the noisy ones, channel by channel; the global encoder's context comes in by cross-attention.
-Resnet blocks, sampling and skip connections are diffusers' `UNet2DConditionModel`, its transformers are replaced.
+The clip's latents are concatenated to the noisy ones, and the global encoder's context enters by cross-attention.
+Resnet blocks, sampling and skip connections are diffusers' `UNet2DConditionModel`; its transformers are replaced.
 """
 
 from dataclasses import dataclass, field
@@ -24,9 +24,9 @@ class DenoiserConfig:
     attention: tuple[bool, ...] = (False, True, True, True)  # levels at 1/2, 1/4 and 1/8 have transformers
     num_res_blocks: int = 2
     head_channels: int = 32
-    transformers: int = 2  # at each place that has them
+    transformers: int = 2  # in each stack
     norm_groups: int = 32
-    context: str = "sequence"  # what cross-attention sees: 'pooled' is the seed's one vector
+    context: str = "sequence"  # of cross-attention: 'pooled' is the seed's one vector
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
     def __post_init__(self):
@@ -37,14 +37,14 @@ class DenoiserConfig:
 
 
 class GlobalTransformer(nn.Module):
-    """Cross-attention of every place of a map to the global context, then the ordinary transformer block.
+    """Cross-attention from every place of a map to the global context, then an ordinary transformer block.
 
-    Seed 004's `GlobalConditionedSpatialTransformer`: the context is projected to the map's channels, what the places
-    attend to is added to them, and self-attention and feed-forward layers follow.
+    Seed 004's `GlobalConditionedSpatialTransformer`: the context is projected to the map's channels, the result of the
+    attention is added to the map, and self-attention and feed-forward layers follow.
     """
 
     def __init__(self, channels: int, head_channels: int, context_dim: int, norm_groups: int):
-        from diffusers import Transformer2DModel  # seconds, which only those pay who build one
+        from diffusers import Transformer2DModel  # seconds to import
 
         super().__init__()
         heads = channels // head_channels
@@ -56,12 +56,11 @@ class GlobalTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """`x [B, C, H, W]`, `context [B, L, context_dim]` → `[B, C, H, W]`."""
-        x = x + self.attend(x, context)
-        return self.block(x, return_dict=False)[0]
+        return self.block(x + self.attend(x, context), return_dict=False)[0]
 
     def attend(self, x: Tensor, context: Tensor) -> Tensor:
-        """What each place receives of the context, `[B, C, H, W]`. With L = 1 the softmax is over one key: its weight
-        is 1 wherever the question comes from, and every place receives the same."""
+        """What each place receives from the context, `[B, C, H, W]`. With L = 1 the softmax is over one key: its
+        weight is 1 whatever the query, and every place receives the same."""
         keys = self.global_projection(context)  # [B, L, C]
         places = x.flatten(2).transpose(1, 2)  # [B, H·W, C]
         received, _ = self.global_attention(places, keys, keys, need_weights=False)
@@ -69,7 +68,7 @@ class GlobalTransformer(nn.Module):
 
 
 class TransformerStack(nn.Sequential):
-    """Global transformers one after the other, called the way diffusers' blocks call theirs."""
+    """Global transformers in a row, with the signature that diffusers' blocks call."""
 
     def forward(self, x: Tensor, encoder_hidden_states: Tensor, **_: object) -> tuple[Tensor]:
         for transformer in self:
@@ -102,7 +101,7 @@ def make_unet(config: DenoiserConfig) -> nn.Module:
 
 
 class Denoiser(nn.Module):
-    """Encoder and UNet, which learn together, and what stands for a condition that is left out."""
+    """Encoder and UNet, which are trained together, and a learned context that replaces one that is left out."""
 
     def __init__(self, config: DenoiserConfig | None = None):
         super().__init__()
@@ -121,23 +120,24 @@ class Denoiser(nn.Module):
         keeps_low: Tensor | None = None,
         keeps_context: Tensor | None = None,
     ) -> Tensor:
-        """Predicted velocity `[B, Z, H, W]`, of noisy latents and low-resolution latents of that shape, and the
+        """Predicted velocity `[B, Z, H, W]`, from noisy latents and low-resolution latents of that shape, and the
         low-resolution mel `[B, 1, 256, T]`. `keeps_low`, `keeps_context`: `[B]`, false where that is left out."""
-        context = self.context(mel, keeps_context)
-        if keeps_low is not None:
-            low = low * keeps_low[:, None, None, None]
-        return self.denoise(noisy, timesteps, low, context)
+        return self.denoise(noisy, timesteps, *self.conditions(low, mel, keeps_low, keeps_context))
 
-    def context(self, mel: Tensor, keeps: Tensor | None = None) -> Tensor:
-        """`[B, L, context_dim]`: with 'sequence' one for each mel frame and the pooled one before them, with 'pooled'
-        that alone. Where `keeps [B]` is false, all of them are the learned stand-in."""
+    def conditions(
+        self, low: Tensor, mel: Tensor, keeps_low: Tensor | None = None, keeps_context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The low-resolution latents, and the context `[B, L, context_dim]`: the pooled vector, followed with
+        'sequence' by one vector for each mel frame. Zeros and the learned context where they are left out."""
         pooled, sequence = self.encoder(mel)
         context = pooled[:, None]
         if self.config.context == "sequence":
             context = torch.cat([context, sequence], dim=1)
-        if keeps is None:
-            return context
-        return torch.where(keeps[:, None, None], context, self.null_context)
+        if keeps_low is not None:
+            low = low * keeps_low[:, None, None, None]
+        if keeps_context is not None:
+            context = torch.where(keeps_context[:, None, None], context, self.null_context)
+        return low, context
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, low: Tensor, context: Tensor) -> Tensor:
         return self.unet(torch.cat([noisy, low], dim=1), timesteps, context, return_dict=False)[0]

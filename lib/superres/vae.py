@@ -1,4 +1,4 @@
-"""The KL autoencoder of log-mel pictures: diffusers' `AutoencoderKL`, which is the architecture of the seed's."""
+"""The KL autoencoder of log-mel spectrograms: diffusers' `AutoencoderKL`, the architecture that seed 004 names."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """Sizes; the defaults are seed 004's. Each level but the last halves both sides of the picture."""
+    """Sizes; the defaults are seed 004's. Each level but the last halves the number of bands and of frames."""
 
     channels: tuple[int, ...] = (128, 256, 512, 1024)
     num_res_blocks: int = 2
     latent_channels: int = 16
     norm_groups: int = 32
-    mel_mean: float = 0.0  # of the training set's log mel, taken out before the first layer
+    mel_mean: float = 0.0  # of the training set's log mel, which is normalised before the first layer
     mel_std: float = 1.0
 
 
@@ -21,7 +21,7 @@ class MelVae(nn.Module):
     """Log mel `[B, 1, 256, T]` ⇄ latents `[B, Z, 32, T / 8]` (with four levels)."""
 
     def __init__(self, config: VaeConfig | None = None):
-        from diffusers import AutoencoderKL  # seconds, which only those pay who build one
+        from diffusers import AutoencoderKL  # seconds to import
 
         super().__init__()
         config = config or VaeConfig()
@@ -40,11 +40,11 @@ class MelVae(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Mel frames, and bands, to one place of the latent map."""
+        """Mel frames, and bands, per place of the latent map."""
         return 2 ** (len(self.config.channels) - 1)
 
     def encode(self, mel: Tensor) -> Tensor:
-        """The posterior's mean, which needs no random numbers."""
+        """The posterior's mean."""
         return self._posterior(mel).mode()
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -52,8 +52,8 @@ class MelVae(nn.Module):
         return normal * self.config.mel_std + self.config.mel_mean
 
     def forward(self, mel: Tensor, *, sampled: bool = True) -> tuple[Tensor, Tensor]:
-        """Reconstruction `[B, 1, 256, T]` of a sample of the posterior, or of its mean, and the divergence from a unit
-        normal `[B]`, a mean over the latents, in nats."""
+        """Reconstruction `[B, 1, 256, T]` from a sample of the posterior, or from its mean, and the KL divergence from
+        a unit normal `[B]`, in nats per latent value."""
         posterior = self._posterior(mel)
         latents = posterior.sample() if sampled else posterior.mode()
         return self.decode(latents), posterior.kl() / latents[0].numel()

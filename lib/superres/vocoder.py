@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lib.superres.mel import HOP, MELS, inverse_spectrum, magnitudes_of, spectrum
 
-ITERATIONS = 32  # of Griffin and Lim
+ITERATIONS = 32  # of Griffin-Lim
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Vocoder(nn.Module):
     """Log mel `[B, 1, 256, T]` → waveform `[B, 1, 480 · T]`."""
 
     def __init__(self, config: VocoderConfig | None = None, *, weight_norm: bool = False):
-        from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig  # a second, which only those pay who build one
+        from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig  # slow to import
 
         super().__init__()
         config = config or VocoderConfig()
@@ -52,11 +52,11 @@ class Vocoder(nn.Module):
             self.generator.apply_weight_norm()
 
     def forward(self, mel: Tensor) -> Tensor:
-        # a stage whose kernel and rate differ by an odd number makes one sample more than its share
+        # a stage whose kernel and rate differ by an odd number adds a sample
         return self.generator(mel[:, 0].mT)[:, None, : mel.shape[-1] * HOP]
 
     def fold_weight_norm(self) -> None:
-        """Each weight as one tensor again: the same function, one multiplication less."""
+        """Plain weights again: the same function, one multiplication less."""
         for layer in self.modules():
             if parametrize.is_parametrized(layer, "weight"):
                 parametrize.remove_parametrizations(layer, "weight")
@@ -66,8 +66,8 @@ def griffin_lim(mel: Tensor, known: Tensor, bins: int, *, noise: Tensor, iterati
     """A waveform `[B, 1, N]` for a log mel `[B, 1, 256, N / 480]`, without parameters.
 
     The first `bins` bins of the spectrum are those of the waveform `known [B, 1, N]`, magnitude and phase. The others
-    have the mel's magnitudes, with the phases that agree best with their neighbours in time and frequency (Griffin and
-    Lim 1984), found from the start `noise [B, N_FFT / 2 + 1, N / 480]`, in turns.
+    have the mel's magnitudes, and phases that start from `noise [B, N_FFT / 2 + 1, N / 480]` and are made consistent by
+    going to the waveform and back (Griffin and Lim 1984).
     """
     low, magnitudes = spectrum(known)[:, :bins], magnitudes_of(mel)[:, bins:]
     phases = torch.polar(torch.ones_like(noise), 2 * torch.pi * noise)[:, bins:]
@@ -77,16 +77,17 @@ def griffin_lim(mel: Tensor, known: Tensor, bins: int, *, noise: Tensor, iterati
     return inverse_spectrum(torch.cat([low, magnitudes * phases], dim=1))
 
 
-# --- what HiFi-GAN is trained against ---------------------------------------------------------------------------------
+# --- discriminators --------------------------------------------------------------------------------------------------
 
+# of Kong et al., and of Kumar et al. 2019, arXiv 1910.06711, at the papers' sizes
 
-Judgement = tuple[Tensor, list[Tensor]]
+Output = tuple[Tensor, list[Tensor]]  # logits, and the feature maps that they come from
 PERIODS = (2, 3, 5, 7, 11)
 SLOPE = 0.1
 
 
 class PeriodDiscriminator(nn.Module):
-    """Sees every `period`-th sample beside its neighbours in time: `[B, 1, N]` → logits `[B, n]`."""
+    """Sees the waveform folded into columns of every `period`-th sample: `[B, 1, N]` → logits `[B, n]`."""
 
     def __init__(self, period: int, channels: int = 32):
         super().__init__()
@@ -98,13 +99,13 @@ class PeriodDiscriminator(nn.Module):
         )
         self.last = weight_norm(nn.Conv2d(widths[-1], 1, (3, 1), 1, (1, 0)))
 
-    def forward(self, wav: Tensor) -> Judgement:
+    def forward(self, wav: Tensor) -> Output:
         x = nn.functional.pad(wav, (0, -wav.shape[-1] % self.period), mode="reflect")
-        return judge(x.unflatten(2, (-1, self.period)), self.layers, self.last)
+        return with_features(x.unflatten(2, (-1, self.period)), self.layers, self.last)
 
 
 class ScaleDiscriminator(nn.Module):
-    """Sees the waveform, or a slower copy of it, in long windows: `[B, 1, N]` → logits `[B, n]`."""
+    """Sees long windows of the waveform, or of a downsampled copy: `[B, 1, N]` → logits `[B, n]`."""
 
     def __init__(self, norm, channels: int = 128):
         super().__init__()
@@ -123,12 +124,12 @@ class ScaleDiscriminator(nn.Module):
         )
         self.last = norm(nn.Conv1d(8 * c, 1, 3, 1, 1))
 
-    def forward(self, wav: Tensor) -> Judgement:
-        return judge(wav, self.layers, self.last)
+    def forward(self, wav: Tensor) -> Output:
+        return with_features(wav, self.layers, self.last)
 
 
 class Discriminators(nn.Module):
-    """Five periods and three scales, each half as fast as the one before: `[B, 1, N]` → eight judgements."""
+    """Five periods, and three scales at the full, half and quarter sample rate: `[B, 1, N]` → eight outputs."""
 
     def __init__(self, period_channels: int = 32, scale_channels: int = 128):
         super().__init__()
@@ -137,15 +138,15 @@ class Discriminators(nn.Module):
         self.scales = nn.ModuleList(ScaleDiscriminator(norm, scale_channels) for norm in norms)
         self.slower = nn.AvgPool1d(4, 2, padding=2)
 
-    def forward(self, wav: Tensor) -> list[Judgement]:
-        judgements = [discriminator(wav) for discriminator in self.periods]
+    def forward(self, wav: Tensor) -> list[Output]:
+        outputs = [discriminator(wav) for discriminator in self.periods]
         for i, discriminator in enumerate(self.scales):
             wav = self.slower(wav) if i else wav
-            judgements.append(discriminator(wav))
-        return judgements
+            outputs.append(discriminator(wav))
+        return outputs
 
 
-def judge(x: Tensor, layers: nn.ModuleList, last: nn.Module) -> Judgement:
+def with_features(x: Tensor, layers: nn.ModuleList, last: nn.Module) -> Output:
     features = []
     for layer in layers:
         x = nn.functional.leaky_relu(layer(x), SLOPE)
@@ -153,24 +154,24 @@ def judge(x: Tensor, layers: nn.ModuleList, last: nn.Module) -> Judgement:
     return last(x).flatten(1), features
 
 
-def discriminator_loss(of_real: list[Judgement], of_made: list[Judgement]) -> Tensor:
-    """Least squares, 1 for real and 0 for made, summed over the discriminators."""
-    return sum((1 - r).square().mean() + m.square().mean() for (r, _), (m, _) in zip(of_real, of_made, strict=True))
+def discriminator_loss(of_real: list[Output], of_fake: list[Output]) -> Tensor:
+    """Least squares, to 1 for real and 0 for fake, summed over the discriminators."""
+    return sum((1 - r).square().mean() + f.square().mean() for (r, _), (f, _) in zip(of_real, of_fake, strict=True))
 
 
-def generator_loss(of_made: list[Judgement]) -> Tensor:
+def generator_loss(of_fake: list[Output]) -> Tensor:
     """Least squares to 1, summed over the discriminators."""
-    return sum((1 - logits).square().mean() for logits, _ in of_made)
+    return sum((1 - logits).square().mean() for logits, _ in of_fake)
 
 
-def feature_distance(of_real: list[Judgement], of_made: list[Judgement]) -> Tensor:
+def feature_distance(of_real: list[Output], of_fake: list[Output]) -> Tensor:
     """Mean absolute difference of the feature maps, summed over layers and discriminators."""
-    pairs = zip(of_real, of_made, strict=True)
-    return sum((r - m).abs().mean() for (_, rs), (_, ms) in pairs for r, m in zip(rs, ms, strict=True))
+    pairs = zip(of_real, of_fake, strict=True)
+    return sum((r - f).abs().mean() for (_, rs), (_, fs) in pairs for r, f in zip(rs, fs, strict=True))
 
 
-def judge_both(discriminators: nn.Module, real: Tensor, made: Tensor) -> tuple[list[Judgement], list[Judgement]]:
-    """Judgements of real and made waveforms, `[B, 1, N]` each, in one pass."""
-    both = discriminators(torch.cat([real, made]))
+def outputs_of_both(discriminators: nn.Module, real: Tensor, fake: Tensor) -> tuple[list[Output], list[Output]]:
+    """Outputs for real and fake waveforms, `[B, 1, N]` each, in one pass."""
+    both = discriminators(torch.cat([real, fake]))
     first, second = slice(len(real)), slice(len(real), None)
     return tuple([(logits[part], [f[part] for f in features]) for logits, features in both] for part in (first, second))

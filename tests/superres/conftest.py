@@ -14,7 +14,7 @@ from lib.superres.degradation import Library, read_library
 from lib.superres.encoder import EncoderConfig
 from lib.superres.mel import SAMPLE_RATE
 from lib.superres.resolver import SuperResolver
-from lib.superres.training import DiffusionTraining, VaeTraining, train_diffusion, train_vae
+from lib.superres.training import PartConfig, VaeTraining, train_diffusion, train_vae
 from lib.superres.unet import DenoiserConfig
 from lib.superres.vae import VaeConfig
 from lib.superres.vocoder import VocoderConfig
@@ -37,7 +37,7 @@ DENOISER = DenoiserConfig(
 VOCODER = VocoderConfig(channels=32, resblock_kernels=(3,), dilations=(1,))
 LOOP = {"clip_seconds": 0.16, "examples": 6, "val_examples": 3, "batch_size": 2, "learning_rate": 3e-3}
 LOOP |= {"max_steps": 4, "checkpoint_every": 4, "clip": 1.0}
-JUDGES = {"period_channels": 1, "scale_channels": 16, "batch_size": 1, "examples": 2, "val_examples": 1}
+DISCRIMINATORS = {"period_channels": 1, "scale_channels": 16, "batch_size": 1, "examples": 2, "val_examples": 1}
 
 
 def white(num_samples: int, seed: int = 0, channels: int = 1, rms: float = 0.1) -> Tensor:
@@ -47,7 +47,7 @@ def white(num_samples: int, seed: int = 0, channels: int = 1, rms: float = 0.1) 
 
 
 def band(wav: Tensor, lowest: float = 0.0, highest: float = SAMPLE_RATE / 2, rate: int = SAMPLE_RATE) -> Tensor:
-    """What a signal `[..., N]` has from one frequency to the other, and nothing else of it."""
+    """A signal `[..., N]` without the frequencies outside a band."""
     spectrum = torch.fft.rfft(wav.double())
     frequencies = torch.fft.rfftfreq(wav.shape[-1], 1 / rate)
     return torch.fft.irfft(spectrum * ((frequencies >= lowest) & (frequencies <= highest)), wav.shape[-1]).float()
@@ -93,7 +93,7 @@ def trained(tmp_path_factory, library) -> Path:
     """A folder with `vae` and `diffusion`, not to be written to."""
     folder = tmp_path_factory.mktemp("superres")
     train_vae(folder, library, VAE, VaeTraining(**LOOP), progress=False)
-    train_diffusion(folder, library, DENOISER, DiffusionTraining(**LOOP), progress=False)
+    train_diffusion(folder, library, DENOISER, PartConfig(**LOOP), progress=False)
     return folder
 
 
@@ -107,12 +107,12 @@ def changed(config: Any, **fields: Any) -> Any:
 
 
 class NoiseResolver(SuperResolver):
-    """Adds noise above the cutoff, another in each clip, as loud as `rms` says; no model."""
+    """Adds noise of this RMS above the cutoff, different in each clip; no model."""
 
     def __init__(self, clip_length: int, rms: float = 0.01):
         self.clip_length, self.rms, self.seen = clip_length, rms, []
 
-    def restore(self, low: Tensor, cutoff: float, settings=None, *, numbers=(), **keeps: Tensor) -> Tensor:
+    def restore(self, low: Tensor, cutoff: float, settings=None, *, numbers=()) -> Tensor:
         self.seen.append((tuple(low.shape), cutoff, list(numbers)))
         if not self.rms:
             return low

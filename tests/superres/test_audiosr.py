@@ -226,7 +226,7 @@ def error_of(folder: Path, content: object) -> str:
     return message
 
 
-def pictures(F: int = 256, T: int = 24) -> Tensor:
+def mels(F: int = 256, T: int = 24) -> Tensor:
     return 2 * torch.randn(2, 1, F, T, generator=torch.Generator().manual_seed(1)) - 4
 
 
@@ -240,7 +240,7 @@ def imported(original, tmp_path_factory):
 
 
 def test_autoencoder_is_the_original_turned(original, imported):
-    vae, mel = load_part(Run.open(imported.vae.path), "vae"), pictures(F=32)
+    vae, mel = load_part(Run.open(imported.vae.path), "vae"), mels(F=32)
     with torch.no_grad():
         latents = original.encode(mel.mT)
         assert latents.shape == (2, 3, 3, 4)  # [B, Z, T / 8, F / 8]
@@ -255,7 +255,7 @@ def test_autoencoder_is_the_original_turned(original, imported):
 
 
 def test_vocoder_is_the_original(original, imported):
-    vocoder, mel = load_part(Run.open(imported.vocoder.path), "vocoder"), pictures(T=5)
+    vocoder, mel = load_part(Run.open(imported.vocoder.path), "hifigan"), mels(T=5)
     with torch.no_grad():
         wav = original.vocoder(mel[:, 0])
         assert wav.shape == (2, 1, 480 * 5 + 16)
@@ -266,7 +266,7 @@ def test_vocoder_is_the_original(original, imported):
 
 def test_report_and_runs_say_what_was_imported(original, imported):
     assert imported.ignored == 3  # of the diffusion model, of CLAP, and the scale
-    for run, name in ((imported.vae, "vae"), (imported.vocoder, "vocoder")):
+    for run, name in ((imported.vae, "vae"), (imported.vocoder, "hifigan")):
         assert run.path.name == name
         assert run.config["imported"]["file"] == "basic.pth"
         assert len(run.config["imported"]["sha256"]) == 64
@@ -300,10 +300,10 @@ def test_weight_norm_of_every_form_is_the_same_function(original, imported, form
     tensors = content(forms(original)[form])
     endings = {"weight_g": ("weight_g", "weight_v"), "parametrizations": ("weight.original0", "weight.original1")}[form]
     assert sum(name.endswith(endings) for name in tensors["state_dict"]) == 2 * (2 + 5 + 5 * 2 * 4)
-    report, mel = small_import(write(tmp_path, tensors), tmp_path / "out"), pictures(T=3)
+    report, mel = small_import(write(tmp_path, tensors), tmp_path / "out"), mels(T=3)
     assert report.ignored == imported.ignored
     with torch.no_grad():
-        made, folded = (load_part(Run.open(r.vocoder.path), "vocoder")(mel) for r in (report, imported))
+        made, folded = (load_part(Run.open(r.vocoder.path), "hifigan")(mel) for r in (report, imported))
         torch.testing.assert_close(made, folded, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(made, original.vocoder(mel[:, 0])[..., : 480 * 3], atol=1e-4, rtol=1e-4)
 
@@ -355,7 +355,7 @@ def test_half_precision_is_read(original, tmp_path):
                 "vocoder__conv_pre__weight_v": torch.ones(32, 256, 7),
                 "vocoder__conv_pre__weight": None,
             },
-            "first_stage_model.vocoder.conv_pre.weight_g is [1, 256, 1], no length for each output",
+            "first_stage_model.vocoder.conv_pre.weight_g is [1, 256, 1], not one magnitude an output",
         ),
         (
             {
@@ -363,7 +363,7 @@ def test_half_precision_is_read(original, tmp_path):
                 "vocoder__conv_pre__parametrizations__weight__original1": torch.ones(32, 256, 7),
                 "vocoder__conv_pre__weight": None,
             },
-            "first_stage_model.vocoder.conv_pre.parametrizations.weight.original0 is [31, 1, 1], no length",
+            "first_stage_model.vocoder.conv_pre.parametrizations.weight.original0 is [31, 1, 1], not one magnitude",
         ),
     ],
 )
@@ -408,7 +408,7 @@ def test_command_line_tells_in_one_line_what_it_did(original, tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["audiosr", str(path), "-o", str(out)])
     lib.superres.audiosr.main()
     said = capsys.readouterr()
-    assert said.out == f"{out / 'vae'}, {out / 'vocoder'}: imported; 3 tensors of other parts left out\n"
+    assert said.out == f"{out / 'vae'}, {out / 'hifigan'}: imported; 3 tensors of other parts left out\n"
     assert load_part(Run.open(out / "vae"), "vae").config == VAE
 
 

@@ -46,8 +46,8 @@ class Model:
     def __init__(self, velocity):
         self.velocity, self.calls = velocity, []
 
-    def context(self, mel: Tensor, keeps: Tensor | None = None) -> Tensor:
-        return torch.ones(len(mel), 5, 3)
+    def conditions(self, low: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
+        return low, torch.ones(len(mel), 5, 3)
 
     def denoise(self, latents: Tensor, timesteps: Tensor, low: Tensor, context: Tensor) -> Tensor:
         assert len(latents) == len(timesteps) == len(low) == len(context)

@@ -14,7 +14,7 @@ def tiny(seed: int = 0) -> GlobalAudioEncoder:
     return GlobalAudioEncoder(TINY).eval()
 
 
-def pictures(T: int, B: int = 2) -> torch.Tensor:
+def mels(T: int, B: int = 2) -> torch.Tensor:
     return torch.randn(B, 1, 256, T, generator=torch.Generator().manual_seed(1))
 
 
@@ -89,7 +89,7 @@ def test_positions_of_another_length_are_straight_lines_between_the_learned():
 
 def test_output_is_the_composition_of_its_parts():
     """Of the parts' definition: frames, positions, transformer, projection, and the mean projected once more."""
-    encoder, mel = tiny(), pictures(16)
+    encoder, mel = tiny(), mels(16)
     with torch.no_grad():
         pooled, sequence = encoder(mel)
         frames = [encoder.convolutions(mel)[..., t].reshape(2, -1) for t in range(16)]
@@ -101,14 +101,14 @@ def test_output_is_the_composition_of_its_parts():
 
 
 def test_convolutions_keep_time_and_see_three_frames_to_either_side():
-    encoder, mel = tiny(), pictures(16, B=1).requires_grad_()
+    encoder, mel = tiny(), mels(16, B=1).requires_grad_()
     encoder.convolutions(mel)[..., 8].sum().backward()
     seen = mel.grad.abs().amax(dim=(0, 1, 2)).nonzero()[:, 0]
     assert seen.tolist() == [5, 6, 7, 8, 9, 10, 11]
 
 
 def test_pooled_context_depends_on_every_frame_and_on_no_other_clip():
-    encoder, mel = tiny(), pictures(20).requires_grad_()
+    encoder, mel = tiny(), mels(20).requires_grad_()
     encoder(mel)[0][0].square().sum().backward()
     of_frames = mel.grad.abs().amax(dim=(1, 2))  # [B, T]
     assert of_frames[0].min() > 1e-6
@@ -118,7 +118,7 @@ def test_pooled_context_depends_on_every_frame_and_on_no_other_clip():
 @pytest.mark.parametrize("T", [16, 9])
 def test_every_parameter_gets_a_gradient(T):
     encoder = tiny()
-    pooled, sequence = encoder(pictures(T))
+    pooled, sequence = encoder(mels(T))
     (pooled.square().sum() + sequence.square().sum()).backward()
     assert all(p.grad.abs().max() > 1e-6 for p in encoder.parameters())
 
@@ -128,7 +128,7 @@ def test_projection_learns_with_an_optimizer_made_before_the_first_pass():
     before = encoder.frame_projection.weight.detach().clone()
     assert before.shape == (16, 8 * 8)
     optimizer = torch.optim.SGD(encoder.parameters(), 0.1)
-    encoder(pictures(16))[0].square().sum().backward()
+    encoder(mels(16))[0].square().sum().backward()
     optimizer.step()
     assert (encoder.frame_projection.weight - before).abs().max() > 1e-6
 

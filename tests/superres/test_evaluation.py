@@ -118,11 +118,12 @@ def compared(resolver, library):
 
 
 def test_every_method_is_scored_at_every_cutoff(compared, library):
-    assert [(s.cutoff, s.method) for s in compared.scores] == [(c, m) for c in (4_000, 8_000) for m in METHODS]
-    assert set(METHODS) == {"sinc", "envelope", "no condition", "no context", "model", "autoencoder", "vocoder"}
+    methods = ["sinc", "envelope", "no condition", "no context", "model", "autoencoder", "vocoder"]
+    assert [*methods, "griffin-lim"] == list(METHODS)  # the last one beside a trained vocoder
+    assert [(s.cutoff, s.method) for s in compared.scores] == [(c, m) for c in (4_000, 8_000) for m in methods]
     assert set(compared.sounds) == {4_000, 8_000}
     for cutoff, sounds in compared.sounds.items():
-        assert set(sounds) == {*METHODS, "original"}
+        assert set(sounds) == {*methods, "original"}
         for name, wav in sounds.items():
             assert wav.shape == (3, 1, CLIP)
             assert wav.isfinite().all()
@@ -202,20 +203,22 @@ class Recording(SuperResolver):
 
     device = torch.device("cpu")
 
-    def __init__(self, resolver: SuperResolver):
+    def __init__(self, resolver: SuperResolver, vocoder: str | None):
+        self.vocoder = vocoder
         self.vae, self.clip_length, self.mels, self.asked = resolver.vae, resolver.clip_length, [], []
 
     def predict_mel(self, low: Tensor, settings=None, *, numbers=None, **keeps: Tensor) -> Tensor:
         self.asked.append(({name: value.tolist() for name, value in keeps.items()}, settings))
         return torch.full((len(low), 1, 256, CLIP // 480), float(len(self.asked)))
 
-    def vocode(self, mel: Tensor, low: Tensor, cutoff: float, settings=None) -> Tensor:
-        self.mels.append((mel, cutoff, settings))
+    def vocode(self, mel: Tensor, low: Tensor, cutoff: float, settings=None, *, trained=True) -> Tensor:
+        self.mels.append((mel, cutoff, settings, trained))
         return torch.zeros_like(low)
 
 
-def test_each_method_is_given_its_mel(resolver, library):
-    fake, settings = Recording(resolver), Restoration(seed=5, steps=3)
+@pytest.mark.parametrize("vocoder", [None, "trained"])
+def test_each_method_is_given_its_mel(resolver, library, vocoder):
+    fake, settings = Recording(resolver, vocoder), Restoration(seed=5, steps=3)
     sounds = evaluate(fake, library, settings, clips=2, cutoffs=(4_000,)).sounds[4_000]
     no = [False, False]
     unguided = dataclasses.replace(settings, guidance=1.0)
@@ -224,11 +227,15 @@ def test_each_method_is_given_its_mel(resolver, library):
         ({"keeps_context": no}, settings),
         ({}, settings),
     ]
-    assert all((cutoff, given) == (4_000, settings) for _, cutoff, given in fake.mels)
-    order = ("envelope", "no condition", "autoencoder", "vocoder", "no context", "model")
-    mels = dict(zip(order, [mel for mel, _, _ in fake.mels], strict=True))
+    assert all((cutoff, given) == (4_000, settings) for _, cutoff, given, _ in fake.mels)
+    order = ["envelope", "no condition", "autoencoder", "vocoder", "no context", "model"]
+    order += ["griffin-lim"] * (vocoder is not None)
+    assert [trained for *_, trained in fake.mels] == [name != "griffin-lim" for name in order]
+    mels = dict(zip(order, [mel for mel, *_ in fake.mels], strict=True))
+    assert set(sounds) == {"original", "sinc", *order}
     original = log_mel(sounds["original"])
     assert torch.equal(mels["vocoder"], original)
+    assert vocoder is None or torch.equal(mels["griffin-lim"], original)
     with torch.no_grad():
         assert torch.equal(mels["autoencoder"], resolver.vae.decode(resolver.vae.encode(original)))
     assert [mels[name].unique().item() for name in ("no condition", "no context", "model")] == [1, 2, 3]

@@ -66,13 +66,14 @@ def test_a_file_is_one_line(call, clip, trained, tmp_path):
 @pytest.mark.parametrize(
     ("options", "settings", "vocoder"),
     [
-        ((), Restoration(), "griffin-lim"),
+        ((), Restoration(), None),
         (("--vocoder", "hifigan"), Restoration(), "hifigan"),
-        (("--steps", 7), Restoration(steps=7), "griffin-lim"),
-        (("--guidance", 2.5), Restoration(guidance=2.5), "griffin-lim"),
-        (("--seed", 9), Restoration(seed=9), "griffin-lim"),
-        (("--cutoff", 4_000), Restoration(cutoff=4_000), "griffin-lim"),
-        (("--steps", 3, "--guidance", 0, "--seed", 4, "--cutoff", 250.5), Restoration(3, 0, 4, 250.5), "griffin-lim"),
+        (("--steps", 7), Restoration(steps=7), None),
+        (("--vocoder", "griffin-lim"), Restoration(), "griffin-lim"),
+        (("--guidance", 2.5), Restoration(guidance=2.5), None),
+        (("--seed", 9), Restoration(seed=9), None),
+        (("--cutoff", 4_000), Restoration(cutoff=4_000), None),
+        (("--steps", 3, "--guidance", 0, "--seed", 4, "--cutoff", 250.5), Restoration(3, 0, 4, 250.5), None),
     ],
 )
 def test_options_reach_the_restoration(call, clip, monkeypatch, tmp_path, options, settings, vocoder):
@@ -125,7 +126,7 @@ def test_impossible_options_are_one_line(call, clip, trained, tmp_path, options,
 def test_what_is_missing_is_one_line(call, clip, trained, tmp_path):
     out = tmp_path / "out.wav"
     check_one_line(call(clip, "-o", out, "--run", tmp_path / "none"), "none/vae: no run here")
-    check_one_line(call(clip, "-o", out, "--run", trained, "--vocoder", "hifigan"), "vocoder: no run here")
+    check_one_line(call(clip, "-o", out, "--run", trained, "--vocoder", "hifigan"), "hifigan: no run here")
     check_one_line(call(tmp_path / "none.wav", "-o", out, "--run", trained), "none.wav: no such file; check the path")
     check_one_line(call(clip, "-o", clip, "--run", trained), "is the input itself")
     check_one_line(call(clip, "-o", tmp_path / "x" / "out.wav", "--run", trained), "choose an existing folder")

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from lib.superres import plots as superres_plots
-from lib.superres.evaluation import METHODS, Score
+from lib.superres.audit import Count
+from lib.superres.evaluation import GAIN, METHODS, Score
 from lib.superres.mel import SILENCE
+from lib.superres.training import PARTS
+from lib.training.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +21,9 @@ def closed_figures():
     plt.close("all")
 
 
-def test_mel_pictures_share_one_scale():
+def test_mel_spectrograms_share_one_scale():
     mels = {f"clip {i}": torch.full((256, 50), -float(i)) for i in range(4)}
-    figure = superres_plots.mel_pictures(mels)
+    figure = superres_plots.mel_spectrograms(mels)
     axes = [axis for axis in figure.axes if axis.images and axis.get_visible() and axis.get_title()]
     assert [axis.get_title() for axis in axes] == list(mels)
     for axis, mel in zip(axes, mels.values(), strict=True):
@@ -40,17 +43,25 @@ def test_filter_responses_in_decibels():
 
 
 def test_places_are_shown_on_one_scale():
-    figure = superres_plots.received_by_place({"a": torch.zeros(4, 6), "b": torch.full((4, 6), 3.0)})
+    """By their distance from the mean over places, whatever that is."""
+    alternating = torch.tensor([3.0, -3.0]).repeat(3)
+    received = {"a": torch.full((2, 4, 6), 7.0), "b": torch.stack([alternating + 5, 0 * alternating])[:, None]}
+    figure = superres_plots.received_by_place(received)
     images = [axis.images[0] for axis in figure.axes if axis.images and axis.get_title()]
     assert [image.get_clim() for image in images] == [(0, 3), (0, 3)]
+    assert [np.unique(image.get_array()).tolist() for image in images] == [[0], [3]]
 
 
-def test_loss_curves():
+def test_loss_curves(tmp_path):
     rows = [{"split": s, "step": i, "loss": 1 / i} for s, i in (("train", 1), ("train", 2), ("val", 2), ("train", 4))]
-    figure = superres_plots.loss_curves({"a part": rows, "another": rows[:1]})
-    assert [axes.get_title() for axes in figure.axes] == ["a part", "another"]
+    runs = {part: Run.create(tmp_path / part, {}) for part in ("vae", "hifigan")}
+    for row in rows:
+        runs["vae"].log(row)
+    figure = superres_plots.loss_curves(runs)
+    assert [axes.get_title().split(":")[0] for axes in figure.axes] == ["autoencoder", "HiFi-GAN"]
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
     assert lines == {"train": ([1, 2, 4], [1, 0.5, 0.25]), "val": ([2], [0.5])}
+    assert set(superres_plots.LOSSES) == set(PARTS)
 
 
 def test_distances_show_every_method_and_what_is_a_bound():
@@ -67,3 +78,40 @@ def test_distances_show_every_method_and_what_is_a_bound():
         place = list(METHODS).index(label.split(" (")[0])
         assert line.get_ydata() == pytest.approx([place + 0.2, place + 0.8])
         assert (line.get_linestyle() == "--") == label.endswith("(a bound)") == (place > 4)
+
+
+def test_tables_show_what_was_counted():
+    counts = [Count("vocoder", 3_000, 1_000), Count("UNet, one step", 1_500_000_000, 57.5e9)]
+    assert superres_plots.size_rows(counts)[0] == {
+        "part": "vocoder",
+        "counted": "3,000",
+        "seed": "1,000",
+        "ratio": "3.00",
+    }
+    row = superres_plots.cost_rows(counts)[1]
+    assert list(row.values()) == ["UNet, one step", "1.5", "57.50", "1.0"]
+
+
+def test_tables_show_every_score_and_the_models_gains():
+    scores = [
+        Score(method, cutoff, 4, 6, (1.0, 0.1), (2.0, 0.1), (3.0 + cutoff / 1e4, 0.125), (4.0, 0.1), (0.5, 0.1))
+        for cutoff in (2_000, 12_000)
+        for method in ("sinc", "model")
+    ]
+    assert superres_plots.upper_rows(scores) == [
+        {"method": method, "2 kHz": "3.20 ± 0.12", "12 kHz": "4.20 ± 0.12"} for method in ("sinc", "model")
+    ]
+    methods = superres_plots.method_rows(scores)
+    assert methods == [{"method": name, "what it is": METHODS[name]} for name in ("sinc", "model")]
+    first = superres_plots.distance_rows(scores)[0]
+    assert list(first.values()) == ["2 kHz", "sinc", "1.00 ± 0.10", "2.00 ± 0.10", "3.20 ± 0.12", "4.00 ± 0.10"]
+    gains = superres_plots.gain_rows(scores)
+    assert [(row["cutoff"], row[GAIN]) for row in gains] == [("2 kHz", "0.50 ± 0.10"), ("12 kHz", "0.50 ± 0.10")]
+    assert all(row["verdict"] == "better than the envelope" for row in gains)
+
+
+def test_tables_of_the_record():
+    (row,) = superres_plots.context_rows({"pooled": (0.25, 0.5, 0.125)})
+    assert row["validation losses"] == "0.2500, 0.5000, 0.1250"
+    assert row["median"].startswith("0.25")
+    assert superres_plots.guidance_rows({"1.5": (1.0, 0.25)}) == [{"guidance": "1.5", "LSD above 4 kHz": "1.00 ± 0.25"}]

@@ -28,9 +28,21 @@ from lib.superres.resolver import (
     restore_file,
     restore_folder,
 )
-from lib.superres.training import VaeTraining, VocoderTraining, train_vae, train_vocoder
+from lib.superres.training import VaeTraining, VocoderTraining, train_part, train_vae
 from lib.util.errors import UserError
-from superres.conftest import CLIP, JUDGES, LOOP, VAE, VOCODER, NoiseResolver, band, decibels, inner, white, write_music
+from superres.conftest import (
+    CLIP,
+    DISCRIMINATORS,
+    LOOP,
+    VAE,
+    VOCODER,
+    NoiseResolver,
+    band,
+    decibels,
+    inner,
+    white,
+    write_music,
+)
 
 QUICK = Restoration(steps=2)
 
@@ -127,22 +139,26 @@ def test_both_bands_are_joined_at_the_cutoff():
     assert share[bin_of(5_860)].item() == pytest.approx(0.5, abs=0.1)
 
 
-def test_without_a_vocoder_the_phases_are_found_and_with_one_it_makes_the_sound(resolver, trained, library, tmp_path):
+def test_hifigan_is_used_where_it_was_trained_and_griffin_lim_elsewhere(resolver, trained, library, tmp_path):
     low = band(white(CLIP), 0, 4_000)[None]
     shutil.copytree(trained, tmp_path / "run", symlinks=True)
-    with pytest.raises(UserError, match="vocoder: no run here"):
+    with pytest.raises(UserError, match="hifigan: no run here"):
         SuperResolver(tmp_path / "run", vocoder="hifigan")
     with pytest.raises(UserError, match="vocoder='world' is not allowed; use one of griffin-lim, hifigan"):
         SuperResolver(tmp_path / "run", vocoder="world")
-    config = VocoderTraining(**LOOP | JUDGES | {"max_steps": 1})
-    train_vocoder(tmp_path / "run", library, VOCODER, config, progress=False)
-    assert SuperResolver(tmp_path / "run").vocoder is resolver.vocoder is None  # trained or not, it is asked for
-    other = SuperResolver(tmp_path / "run", vocoder="hifigan")
+    config = VocoderTraining(**LOOP | DISCRIMINATORS | {"max_steps": 1})
+    train_part(tmp_path / "run", "hifigan", library, VOCODER, config, progress=False)
+    assert SuperResolver(tmp_path / "run", vocoder="griffin-lim").vocoder is resolver.vocoder is None
+    other = SuperResolver(tmp_path / "run")
     mel = resolver.predict_mel(low, QUICK)
     with torch.inference_mode():
         expected = join_bands(low, other.vocoder(mel), 4_000)
-    assert torch.equal(other.restore(low, 4_000, QUICK), expected)
-    assert not torch.allclose(resolver.restore(low, 4_000, QUICK), expected, atol=1e-4)
+    chosen = SuperResolver(tmp_path / "run", vocoder="hifigan")
+    for by_hifigan in (other, chosen):
+        assert torch.equal(by_hifigan.restore(low, 4_000, QUICK), expected)
+    untrained = resolver.restore(low, 4_000, QUICK)
+    assert not torch.allclose(untrained, expected, atol=1e-4)
+    assert torch.equal(join_bands(low, other.vocode(mel, low, 4_000, QUICK, trained=False), 4_000), untrained)
 
 
 def test_parts_that_do_not_belong_together_are_refused(trained, library, tmp_path):
@@ -301,7 +317,7 @@ def test_so_many_clips_at_once_make_the_same_sound(resolver, monkeypatch):
     wav = band(white(5 * CLIP), 0, 5_000)
     together = resolver.restore_signal(wav, QUICK)
     for seconds, batches in ((0.0, [1] * 8), (2 * CLIP / 48_000, [2] * 4)):
-        monkeypatch.setattr(lib.superres.resolver, "AT_ONCE", seconds)
+        monkeypatch.setattr(lib.superres.resolver, "BATCH_SECONDS", seconds)
         torch.testing.assert_close(resolver.restore_signal(wav, QUICK), together, rtol=0, atol=1e-4)
         fake = NoiseResolver(CLIP)
         fake.restore_signal(wav, Restoration(cutoff=5_000))
@@ -467,7 +483,7 @@ def test_a_file_whose_band_is_full_is_refused_with_the_fix(low_file, tmp_path):
 
 def test_a_cutoff_that_the_file_cannot_have_is_refused(low_file, tmp_path):
     path = low_file("low.wav", edge=3_000, rate=8_000)
-    with pytest.raises(AudioError, match=r"low.wav: cutoff=5000 is not allowed: at 8000 Hz nothing above 4 kHz"):
+    with pytest.raises(AudioError, match=r"low.wav: cutoff=5000 is not allowed: at 8000 Hz it holds nothing"):
         restore_file(path, tmp_path / "out.wav", NoiseResolver(12_000), Restoration(cutoff=5_000))
 
 

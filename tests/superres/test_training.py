@@ -22,10 +22,11 @@ from lib.superres.mel import log_mel
 from lib.superres.resolver import SuperResolver
 from lib.superres.training import (
     FULL_PLAN,
+    PARTS,
     SMALL_PLAN,
     DiffusionLearner,
-    DiffusionTraining,
     EncodedExamples,
+    PartConfig,
     Plan,
     VaeLearner,
     VaeTraining,
@@ -36,20 +37,18 @@ from lib.superres.training import (
     train_diffusion,
     train_part,
     train_vae,
-    train_vocoder,
 )
 from lib.superres.unet import Denoiser
 from lib.superres.vae import MelVae
-from lib.training.config import AdversaryConfig
 from lib.training.learner import StepInfo
 from lib.training.nonfinite import NonFiniteError
 from lib.training.run import Run
 from lib.training.trainer import Callback, Trainer, TrainingOrder, open_accelerator
 from lib.util.errors import UserError
 from lib.util.tensors import safe_torch_load
-from superres.conftest import CLIP, DENOISER, JUDGES, LOOP, VAE, VOCODER, changed, write_music
+from superres.conftest import CLIP, DENOISER, DISCRIMINATORS, LOOP, VAE, VOCODER, changed, write_music
 
-PARTS = ("vae", "diffusion", "vocoder")
+COUNTS = {"train": "examples", "val": "val_examples"}
 # two steps an epoch, the second one smaller; everything that has a state of its own
 HARD = LOOP | {"examples": 3, "max_steps": 3, "checkpoint_every": 2, "ema": 0.6, "schedule": "cosine"}
 
@@ -64,11 +63,12 @@ def train_in(library, trained) -> Callable[..., Run]:
         options = {"resume": resume, "callbacks": callbacks, "progress": False}
         if part == "vae":
             return train_vae(root, data, sizes or VAE, VaeTraining(**HARD | changes), **options)
-        if part == "vocoder":
-            return train_vocoder(root, data, sizes or VOCODER, VocoderTraining(**HARD | JUDGES | changes), **options)
+        if part == "hifigan":
+            config = VocoderTraining(**HARD | DISCRIMINATORS | changes)
+            return train_part(root, part, data, sizes or VOCODER, config, **options)
         if not (root / "vae").exists():
             shutil.copytree(trained / "vae", root / "vae", symlinks=True)
-        config = DiffusionTraining(**HARD | changes)
+        config = PartConfig(**HARD | changes)
         return train_diffusion(root, data, sizes or DENOISER, config, encoded=encoded, **options)
 
     return run
@@ -143,7 +143,7 @@ def test_a_stop_changes_nothing(train, straight, part):
     assert [row["step"] for row in runs[0].metrics("train")] == [1, 2, 3]
     assert runs[0].metrics() == runs[1].metrics()
     states = [safe_torch_load(run.path / "last" / "training.pt") for run in runs]
-    assert ("adversary" in states[0]) == (part == "vocoder")
+    assert ("adversary" in states[0]) == (part == "hifigan")
     first, second = (load_weights(run) | flat(state) for run, state in zip(runs, states, strict=True))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -170,7 +170,7 @@ def test_another_config_or_other_data_is_refused_on_resume(train_in, straight, t
         ("vae", "train.kl_weight", {"kl_weight": 1e-3}),
         ("vae", "train.seed", {"seed": 1}),
         ("vae", "sizes.num_res_blocks", {"sizes": changed(VAE, num_res_blocks=2)}),
-        ("diffusion", "train.condition_dropout", {"condition_dropout": 0.2}),
+        ("diffusion", "train.learning_rate", {"learning_rate": 1e-3}),
         ("diffusion", "sizes.context", {"sizes": changed(DENOISER, context="pooled")}),
     ):
         with pytest.raises(UserError, match=f"holds a run with another config .*{words}"):
@@ -229,12 +229,10 @@ def test_a_nan_stops_training_and_is_named(tmp_path, library, bad):
                 item[bad][0, 77] = math.nan
             return tuple(item)
 
-    def poisoned(examples: Examples, accelerator) -> Poisoned:
-        return Poisoned(library, examples.split, len(examples), CLIP)
-
+    data = {split: Poisoned(library, split, LOOP[name], CLIP) for split, name in COUNTS.items()}
     config = VaeTraining(**LOOP)
     with pytest.raises(NonFiniteError) as error:
-        train_part(tmp_path, "vae", library, VAE, config, VaeLearner, prepare=poisoned, progress=False)
+        train_part(tmp_path, "vae", library, VAE, config, data=data, progress=False)
     assert error.value.tensor == ("clips", "degraded clips")[bad]
 
 
@@ -247,7 +245,7 @@ def test_a_part_is_rebuilt_from_its_run(straight, part):
     assert found.config == kept.config
     inputs = {
         "vae": (torch.randn(1, 1, 256, 16),),
-        "vocoder": (torch.randn(1, 1, 256, 16),),
+        "hifigan": (torch.randn(1, 1, 256, 16),),
         "diffusion": (
             torch.randn(1, 2, 32, 2),
             torch.tensor([5]),
@@ -258,8 +256,8 @@ def test_a_part_is_rebuilt_from_its_run(straight, part):
     options = {"sampled": False} if part == "vae" else {}
     with torch.no_grad():
         made, expected = (model(*inputs, **options) for model in (found, kept))
-    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5 if part == "vocoder" else 0)
-    if part == "vocoder":  # its weights are plain ones again
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5 if part == "hifigan" else 0)
+    if part == "hifigan":  # its weights are plain ones again
         assert any(parametrize.is_parametrized(layer) for layer in kept.modules())
         assert not any(parametrize.is_parametrized(layer) for layer in found.modules())
 
@@ -286,9 +284,8 @@ def test_what_is_no_such_part_is_refused(tmp_path, trained):
         (VaeTraining, {"clip_seconds": 0.0}, "clip_seconds=0.0"),
         (VaeTraining, {"kl_weight": -1.0}, "kl_weight=-1.0"),
         (VaeTraining, {"examples": 0}, "examples=0"),
-        (DiffusionTraining, {"val_examples": 0}, "val_examples=0"),
-        (DiffusionTraining, {"condition_dropout": 0.51}, "condition_dropout=0.51.*at most 0.5"),
-        (VocoderTraining, {"mel_weight": math.nan}, "mel_weight=nan"),
+        (PartConfig, {"val_examples": 0}, "val_examples=0"),
+        (VaeTraining, {"kl_weight": math.nan}, "kl_weight=nan"),
         (VocoderTraining, {"period_channels": 0}, "period_channels=0"),
     ],
 )
@@ -298,7 +295,7 @@ def test_impossible_settings_are_refused(kind, fields, words):
 
 
 def test_settings_come_back_from_json():
-    config = VocoderTraining(adversary=AdversaryConfig(discriminator_learning_rate=2e-4, discriminator_warmup=2))
+    config = VocoderTraining(period_channels=4, learning_rate=2e-4)
     assert VocoderTraining(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
     assert [VaeTraining(clip_seconds=0.16 * k).clip_length for k in (1, 4, 64)] == [7_680, 30_720, 491_520]
 
@@ -338,12 +335,12 @@ def test_latents_of_another_size_are_refused(train):
 
 def test_a_diffusion_model_needs_its_autoencoder(tmp_path, library):
     with pytest.raises(UserError, match="vae: no run here"):
-        train_diffusion(tmp_path, library, DENOISER, DiffusionTraining(**LOOP), progress=False)
+        train_diffusion(tmp_path, library, DENOISER, PartConfig(**LOOP), progress=False)
 
 
 def test_two_trainings_may_share_what_the_autoencoder_made(train_in, straight, tmp_path, library, trained):
     shutil.copytree(trained / "vae", tmp_path / "vae", symlinks=True)
-    encoded = encode(Run.open(tmp_path / "vae"), library, DiffusionTraining(**HARD))
+    encoded = encode(Run.open(tmp_path / "vae"), library, PartConfig(**HARD))
     first = train_in(tmp_path, "diffusion", encoded=encoded)
     assert len(encoded["train"].kept) == len(encoded["val"].kept) == 3
     assert first.metrics() == straight("diffusion").run.metrics()
@@ -388,12 +385,12 @@ def test_the_loss_of_the_autoencoder(library):
     batch = tuple(
         torch.stack(wavs) for wavs in zip(*(Examples(library, "train", 2, CLIP)[i] for i in range(2)), strict=True)
     )
-    loss, terms, told_apart = learner.loss(learner.unwrapped_model, batch)
+    loss, terms, adversarial = learner.loss(learner.unwrapped_model, batch)
     mel = log_mel(torch.cat(batch))
     made, divergence = learner.unwrapped_model(mel, sampled=False)
     assert terms["loss/mel"].item() == pytest.approx((made - mel).abs().mean().item(), rel=1e-5)
     assert loss.item() == pytest.approx((terms["loss/mel"] + 0.5 * divergence.mean()).item(), rel=1e-5)
-    assert told_apart is None
+    assert adversarial is None
     first, second = (learner.loss(learner.unwrapped_model, batch, StepInfo(0, 0))[0].item() for _ in range(2))
     assert first != second  # a sample of the posterior in training, its mean in validation
     for changed_one in (0, 1):  # both clips count
@@ -403,22 +400,22 @@ def test_the_loss_of_the_autoencoder(library):
 
 
 def test_the_loss_of_the_vocoder(straight, library):
-    config = VocoderTraining(**HARD | JUDGES, mel_weight=3.0, feature_weight=0.7)
+    config = VocoderTraining(**HARD | DISCRIMINATORS)
     learner = make_learner(VocoderLearner, config, VOCODER)
     clips = torch.stack([Examples(library, "train", 2, CLIP)[i][0] for i in range(2)])
     loss, terms, (made, real) = learner.loss(learner.unwrapped_model, (clips, 0 * clips), StepInfo(0, 0))
     assert torch.equal(real, clips)  # what is degraded plays no part
     assert made.shape == clips.shape
     assert terms["loss/mel"].item() == pytest.approx((log_mel(made) - log_mel(clips)).abs().mean().item(), rel=1e-5)
-    expected = 3.0 * terms["loss/mel"] + terms["loss/adversarial"] + 0.7 * terms["loss/features"]
+    expected = 45 * terms["loss/mel"] + terms["loss/adversarial"] + 2 * terms["loss/features"]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
-    assert all(p.grad is None for p in learner.adversary.model.parameters())  # it is the judges' turn later
+    assert all(p.grad is None for p in learner.adversary.model.parameters())  # they learn in their own step
     assert all(p.grad is not None for p in learner.unwrapped_model.parameters() if p.requires_grad)
     loss, terms, _ = learner.loss(learner.unwrapped_model, (clips, clips))
     assert set(terms) == {"loss/mel"}
-    assert loss.item() == pytest.approx(3.0 * terms["loss/mel"].item(), rel=1e-5)
-    rows = straight("vocoder").run.metrics("train")
+    assert loss.item() == pytest.approx(45 * terms["loss/mel"].item(), rel=1e-5)
+    rows = straight("hifigan").run.metrics("train")
     assert rows[0]["discriminator/loss"] > 0
     assert rows[0]["discriminator/grad_norm"] > 0
 
@@ -435,15 +432,15 @@ class Noted(nn.Module):
         return torch.zeros_like(noisy)
 
 
-def test_conditions_are_left_out_as_often_as_the_config_says():
-    learner = make_learner(DiffusionLearner, DiffusionTraining(**LOOP, condition_dropout=0.2), DENOISER)
+def test_each_condition_is_left_out_for_a_tenth_of_the_clips():
+    learner = make_learner(DiffusionLearner, PartConfig(**LOOP), DENOISER)
     model, clips = Noted(), 20_000
     batch = torch.zeros(clips, 4, 1, 1), torch.zeros(clips, 1, 1, 1)
     learner.loss(model, batch, StepInfo(0, 0))
     _, timesteps, _, _, keeps_low, keeps_context = model.calls[0]
-    assert (~keeps_low).float().mean().item() == pytest.approx(0.2, abs=0.015)  # no condition at all
+    assert (~keeps_low).float().mean().item() == pytest.approx(0.1, abs=0.01)  # no condition at all
     assert not keeps_context[~keeps_low].any()
-    assert (~keeps_context[keeps_low]).float().mean().item() == pytest.approx(0.2, abs=0.015)  # without context alone
+    assert (~keeps_context[keeps_low]).float().mean().item() == pytest.approx(0.1, abs=0.01)  # without context alone
     assert (timesteps.min(), timesteps.max()) == (0, 999)
     assert timesteps.float().mean().item() == pytest.approx(499.5, abs=10)
     learner.loss(model, batch)
@@ -452,7 +449,7 @@ def test_conditions_are_left_out_as_often_as_the_config_says():
 
 
 def test_validation_takes_the_same_noise_and_timesteps_all_over_the_schedule():
-    learner = make_learner(DiffusionLearner, DiffusionTraining(**LOOP), DENOISER)
+    learner = make_learner(DiffusionLearner, PartConfig(**LOOP), DENOISER)
     model = Noted()
     batch = torch.ones(8, 4, 6, 2), torch.zeros(8, 1, 256, 16)
     before = torch.get_rng_state()
@@ -466,7 +463,7 @@ def test_validation_takes_the_same_noise_and_timesteps_all_over_the_schedule():
 
 
 def test_the_loss_of_the_denoiser_is_that_of_the_velocity():
-    learner = make_learner(DiffusionLearner, DiffusionTraining(**LOOP), DENOISER)
+    learner = make_learner(DiffusionLearner, PartConfig(**LOOP), DENOISER)
     generator = torch.Generator().manual_seed(1)
     high, low = torch.randn(2, 3, 2, 8, 4, generator=generator)
     model = Noted()
@@ -497,7 +494,8 @@ def predictions(learner: DiffusionLearner, batch: tuple[Tensor, Tensor]) -> tupl
 
 def test_the_original_reaches_the_model_through_the_noisy_latents_alone(monkeypatch):
     """At the last timestep they are noise: what is predicted there follows the low-resolution clip."""
-    learner = make_learner(DiffusionLearner, DiffusionTraining(**LOOP, condition_dropout=0.0), DENOISER)
+    monkeypatch.setattr(training, "CONDITION_DROPOUT", 0.0)
+    learner = make_learner(DiffusionLearner, PartConfig(**LOOP), DENOISER)
     monkeypatch.setattr(torch, "randint", lambda highest, size: torch.full(size, timestep))
     generator = torch.Generator().manual_seed(1)
     high, low, other = torch.randn(3, 2, 2, 32, 4, generator=generator)
@@ -548,22 +546,33 @@ def test_averaged_weights_have_the_statistics_of_training(straight):
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
-TINY = Plan(VAE, DENOISER, VOCODER, VaeTraining(**LOOP), DiffusionTraining(**LOOP), VocoderTraining(**LOOP | JUDGES))
+TINY = Plan(VAE, DENOISER, VOCODER, VaeTraining(**LOOP), PartConfig(**LOOP), VocoderTraining(**LOOP | DISCRIMINATORS))
 
 
 @pytest.mark.parametrize("plan", [SMALL_PLAN, FULL_PLAN, TINY])
 @pytest.mark.parametrize("steps", [1, 3, 257, 1_000])
-def test_a_plan_lasts_as_long_as_it_is_asked_to(plan, steps):
-    lasting = plan.lasting(steps, 2 * steps, 3 * steps)
-    configs = lasting.vae_training, lasting.training, lasting.vocoder_training
-    for config, wanted in zip(configs, (steps, 2 * steps, 3 * steps), strict=True):
+def test_a_plan_lasts_as_many_steps_as_requested(plan, steps):
+    more = () if plan is SMALL_PLAN else (3 * steps,)
+    lasting = plan.lasting(steps, 2 * steps, *more)
+    for config, wanted in zip(trainings(lasting), (steps, 2 * steps, *more), strict=True):
         assert TrainingOrder(config.examples, config).total_steps(0) == config.max_steps == wanted
         fewer = dataclasses.replace(config, epochs=config.epochs - 1) if config.epochs > 1 else None
         assert fewer is None or TrainingOrder(fewer.examples, fewer).total_steps(0) < wanted + config.examples
-    seeded = plan.lasting(5, 6, 7, seed=3)
-    assert [c.seed for c in (seeded.vae_training, seeded.training, seeded.vocoder_training)] == [3, 3, 3]
-    assert lasting.lasting(5, 6, 7) == plan.lasting(5, 6, 7)
+    assert {config.seed for config in trainings(plan.lasting(5, 6, len(more), seed=3))} == {3}
+    assert lasting.lasting(5, 6, len(more)) == plan.lasting(5, 6, len(more))
     assert (lasting.vae, lasting.denoiser, lasting.vocoder) == (plan.vae, plan.denoiser, plan.vocoder)
+
+
+def trainings(plan: Plan) -> list:
+    configs = (plan.vae_training, plan.training, plan.vocoder_training)
+    return [config for config in configs if config is not None]
+
+
+def test_a_vocoder_is_trained_where_it_has_steps_and_the_plan_has_one():
+    assert TINY.lasting(1, 1).vocoder_training is None
+    assert SMALL_PLAN.lasting(1, 1) == SMALL_PLAN.lasting(1, 1, 0)
+    with pytest.raises(UserError, match="vocoder_steps=5 is not allowed; use 0, or a plan that trains a vocoder"):
+        SMALL_PLAN.lasting(1, 1, 5)
 
 
 def test_a_plan_may_take_its_steps_in_pieces():
@@ -585,7 +594,7 @@ def test_the_parts_of_a_plan_fit_together(plan):
         assert not heads or channels % plan.denoiser.head_channels == 0
     assert all(channels % plan.vae.norm_groups == 0 for channels in plan.vae.channels)
     assert math.prod(plan.vocoder.upsample_rates) == 480
-    for config in (plan.vae_training, plan.training, plan.vocoder_training):
+    for config in trainings(plan):
         assert config.batch_size <= config.examples
         assert config.clip_length % (16 * 480) == 0
 
@@ -611,7 +620,6 @@ def test_the_full_plan_has_the_seeds_sizes():
     assert (encoder.channels, encoder.hidden_dim, encoder.context_dim) == ((32, 64, 256), 256, 128)
     assert (encoder.num_layers, encoder.num_heads, encoder.ffn_dim, encoder.positions) == (4, 8, 512, 1024)
     assert training.clip_seconds == FULL_PLAN.vae_training.clip_seconds == 10.24
-    assert training.condition_dropout == 0.1
     vocoder = FULL_PLAN.vocoder
     assert (vocoder.channels, vocoder.upsample_rates, vocoder.resblock_kernels) == (
         1536,
@@ -622,11 +630,14 @@ def test_the_full_plan_has_the_seeds_sizes():
 
 
 def test_a_plan_trains_every_part(tmp_path, library):
-    runs = TINY.lasting(1, 2, 1).train(tmp_path, library, progress=False)
-    assert {name: run.path for name, run in runs.items()} == {
-        name: tmp_path / name for name in ("vae", "diffusion", "vocoder")
-    }
+    runs = TINY.lasting(1, 2, 1).train(tmp_path / "all", library, progress=False)
+    assert {name: run.path for name, run in runs.items()} == {name: tmp_path / "all" / name for name in PARTS}
     assert [len(run.metrics("train")) for run in runs.values()] == [1, 2, 1]
+    assert SuperResolver(tmp_path / "all").vocoder is not None  # what is trained is used
+    without = TINY.lasting(1, 2).train(tmp_path / "some", library, progress=False)
+    assert list(without) == ["vae", "diffusion"]
+    assert without["diffusion"].metrics() == runs["diffusion"].metrics()
+    assert SuperResolver(tmp_path / "some").vocoder is None
     assert runs["diffusion"].config["sizes"]["context"] == "sequence"
 
 

@@ -121,7 +121,7 @@ def test_transformer_block_attends_twice_to_the_places_themselves():
 def test_context_holds_the_pooled_vector_and_one_for_each_frame(kind, T, length):
     denoiser, mel = tiny(context=kind), inputs(T=T)["mel"]
     with torch.no_grad():
-        context, (pooled, sequence) = denoiser.context(mel), denoiser.encoder(mel)
+        context, (pooled, sequence) = denoiser.conditions(mel, mel)[1], denoiser.encoder(mel)
     assert context.shape == (3, length, 6)
     torch.testing.assert_close(context[:, 0], pooled)
     if kind == "sequence":

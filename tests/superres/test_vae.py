@@ -1,4 +1,4 @@
-"""The autoencoder of mel pictures: its stride, its normal scale, its posterior."""
+"""The autoencoder of mel spectrograms: its stride, its normal scale, its posterior."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def tiny(seed: int = 0, **changes) -> MelVae:
     return MelVae(VaeConfig(**sizes | changes)).eval()
 
 
-def pictures(F: int = 16, T: int = 24, seed: int = 1) -> torch.Tensor:
+def mels(F: int = 16, T: int = 24, seed: int = 1) -> torch.Tensor:
     return torch.randn(2, 1, F, T, generator=torch.Generator().manual_seed(seed))
 
 
@@ -23,7 +23,7 @@ def moments(vae: MelVae, mel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 @pytest.mark.parametrize(("channels", "stride"), [((4,), 1), ((4, 8), 2), ((4, 8, 8), 4), ((4, 4, 8, 8), 8)])
 def test_each_level_but_the_last_halves_both_sides(channels, stride):
-    vae, mel = tiny(channels=channels), pictures()
+    vae, mel = tiny(channels=channels), mels()
     assert vae.stride == stride
     with torch.no_grad():
         latents = vae.encode(mel)
@@ -34,7 +34,7 @@ def test_each_level_but_the_last_halves_both_sides(channels, stride):
 def test_mel_is_taken_to_a_normal_scale_and_back():
     """A shifted and stretched picture, with its own mean and deviation in the config, is the same to the layers."""
     plain, shifted = tiny(), tiny(mel_mean=-5.0, mel_std=2.5)
-    mel = pictures()
+    mel = mels()
     with torch.no_grad():
         latents, divergence = plain.encode(mel), plain(mel)[1]
         torch.testing.assert_close(shifted.encode(2.5 * mel - 5), latents, atol=1e-5, rtol=1e-4)
@@ -46,7 +46,7 @@ def test_mel_is_taken_to_a_normal_scale_and_back():
 
 
 def test_encoding_is_the_posterior_s_mean_and_a_pass_its_sample():
-    vae, mel = tiny(), pictures()
+    vae, mel = tiny(), mels()
     with torch.no_grad():
         mean, logvar = moments(vae, mel)
         torch.testing.assert_close(vae.encode(mel), mean)
@@ -60,7 +60,7 @@ def test_encoding_is_the_posterior_s_mean_and_a_pass_its_sample():
 
 
 def test_only_the_sampled_pass_needs_random_numbers():
-    vae, mel = tiny(), pictures()
+    vae, mel = tiny(), mels()
     with torch.no_grad():
         means = [vae(mel, sampled=False)[0] for _ in range(2)]
         samples = [vae(mel)[0] for _ in range(2)]
@@ -71,7 +71,7 @@ def test_only_the_sampled_pass_needs_random_numbers():
 
 def test_divergence_against_the_closed_formula():
     """KL(N(μ, σ²) ‖ N(0, 1)) = (μ² + σ² − 1 − log σ²) / 2, a mean over a clip's latents."""
-    vae, mel = tiny(), 3 * pictures()
+    vae, mel = tiny(), 3 * mels()
     with torch.no_grad():
         vae.autoencoder.quant_conv.weight.mul_(3)
         mean, logvar = (x.double() for x in moments(vae, mel))
@@ -86,7 +86,7 @@ def test_divergence_against_the_closed_formula():
 
 
 def test_clips_do_not_mix_and_every_parameter_learns():
-    vae, mel = tiny(), pictures().requires_grad_()
+    vae, mel = tiny(), mels().requires_grad_()
     made, divergence = vae(mel)
     (gradient,) = torch.autograd.grad(made[0].square().sum(), mel, retain_graph=True)
     assert gradient[0].abs().min() > 0  # attention in the middle: every value sees every other

@@ -17,8 +17,8 @@ from lib.superres.vocoder import (
     feature_distance,
     generator_loss,
     griffin_lim,
-    judge,
-    judge_both,
+    outputs_of_both,
+    with_features,
 )
 
 TINY = VocoderConfig(channels=32, resblock_kernels=(3, 5), dilations=(1, 2))
@@ -38,7 +38,7 @@ def loud(*, weight_norm: bool = False) -> Vocoder:
     return vocoder
 
 
-def pictures(T: int, B: int = 2) -> Tensor:
+def mels(T: int, B: int = 2) -> Tensor:
     return torch.randn(B, 1, 256, T, generator=torch.Generator().manual_seed(1))
 
 
@@ -50,7 +50,7 @@ def test_480_samples_a_frame(T):
     """Kernel 10 at rate 5 makes one sample too many, which the later stages multiply by 16."""
     vocoder = loud()
     with torch.no_grad():
-        wav, untrimmed = vocoder(pictures(T)), vocoder.generator(pictures(T)[:, 0].mT)
+        wav, untrimmed = vocoder(mels(T)), vocoder.generator(mels(T)[:, 0].mT)
     assert wav.shape == (2, 1, 480 * T)
     assert untrimmed.shape == (2, 480 * T + 16)
     assert torch.equal(wav[:, 0], untrimmed[:, : 480 * T])
@@ -58,7 +58,7 @@ def test_480_samples_a_frame(T):
 
 
 def test_samples_come_from_the_frames_around_them():
-    vocoder, mel = loud(), pictures(20).requires_grad_()
+    vocoder, mel = loud(), mels(20).requires_grad_()
     vocoder(mel)[0, 0, 10 * 480 : 11 * 480].square().sum().backward()
     strength = mel.grad[0].abs().sum(dim=(0, 1))
     assert strength[[0, 1, -2, -1]].max() == 0
@@ -83,7 +83,7 @@ def test_full_configuration_against_arithmetic():
 
 
 def test_folding_weight_norm_keeps_the_function():
-    vocoder, mel = loud(weight_norm=True), pictures(4)
+    vocoder, mel = loud(weight_norm=True), mels(4)
     with torch.no_grad():
         for name, parameter in vocoder.named_parameters():
             if name.endswith("original0"):  # lengths as training leaves them, not those of the directions
@@ -104,7 +104,7 @@ def test_folding_weight_norm_keeps_the_function():
 @pytest.mark.parametrize("weight_norm", [False, True])
 def test_every_parameter_gets_a_gradient(weight_norm):
     vocoder = loud(weight_norm=weight_norm)
-    vocoder(pictures(4)).square().sum().backward()
+    vocoder(mels(4)).square().sum().backward()
     assert all(p.grad.abs().max() > 1e-4 for p in vocoder.parameters())
 
 
@@ -202,9 +202,9 @@ def tiny() -> Discriminators:
 
 @pytest.mark.parametrize("N", [960, 997, 1001])
 def test_shapes_for_lengths_that_no_period_divides(N):
-    judgements = tiny()(waveforms(N))
-    assert len(judgements) == 8
-    for period, (logits, features) in zip(PERIODS, judgements, strict=False):
+    outputs = tiny()(waveforms(N))
+    assert len(outputs) == 8
+    for period, (logits, features) in zip(PERIODS, outputs, strict=False):
         length, lengths = -(-N // period), []
         for stride in (3, 3, 3, 3, 1):
             length = (length + 4 - 5) // stride + 1
@@ -212,7 +212,7 @@ def test_shapes_for_lengths_that_no_period_divides(N):
         widths = (2, 8, 32, 64, 64)
         assert [f.shape for f in features] == [(2, w, n, period) for w, n in zip(widths, lengths, strict=True)]
         assert logits.shape == (2, lengths[-1] * period)
-    for i, (logits, features) in enumerate(judgements[5:]):
+    for i, (logits, features) in enumerate(outputs[5:]):
         length, lengths = N if i == 0 else N // 2 + 1 if i == 1 else (N // 2 + 1) // 2 + 1, []
         for stride in (1, 2, 2, 4, 4, 1, 1):
             length = (length - 1) // stride + 1
@@ -241,7 +241,7 @@ def test_parameters_of_the_papers_sizes():
 def test_feature_maps_are_those_after_the_leaky_rectifier():
     layers, last = nn.ModuleList([nn.Identity(), nn.Flatten(1)]), nn.Linear(3, 1, bias=False)
     nn.init.ones_(last.weight)
-    logits, features = judge(torch.tensor([[[1.0, -1.0, -2.0]]]), layers, last)
+    logits, features = with_features(torch.tensor([[[1.0, -1.0, -2.0]]]), layers, last)
     torch.testing.assert_close(features[0], torch.tensor([[[1.0, -0.1, -0.2]]]))
     torch.testing.assert_close(features[1], torch.tensor([[1.0, -0.01, -0.02]]))
     torch.testing.assert_close(logits, torch.tensor([[0.97]]))
@@ -276,8 +276,8 @@ def test_scales_see_the_mean_of_pairs_and_of_pairs_of_those():
     discriminators, wav = tiny().eval(), waveforms(640)
     smooth = nn.functional.pad(wav, (2, 2)).unfold(2, 4, 2).mean(3)
     smoother = nn.functional.pad(smooth, (2, 2)).unfold(2, 4, 2).mean(3)
-    judgements = discriminators(wav)[5:]
-    for (logits, features), scale, x in zip(judgements, discriminators.scales, (wav, smooth, smoother), strict=True):
+    outputs = discriminators(wav)[5:]
+    for (logits, features), scale, x in zip(outputs, discriminators.scales, (wav, smooth, smoother), strict=True):
         expected, of_x = scale(x)
         torch.testing.assert_close(logits, expected)
         torch.testing.assert_close(features[0], of_x[0])  # where the edges still show
@@ -298,32 +298,32 @@ def test_first_scale_has_spectral_norm_and_the_others_lengths():
 @pytest.mark.parametrize("N", [640, 653])
 def test_gradients_reach_every_sample_and_every_parameter(N):
     discriminators, wav = tiny(), waveforms(N).requires_grad_()
-    judgements = discriminators(wav)
-    for logits, _ in judgements:
+    outputs = discriminators(wav)
+    for logits, _ in outputs:
         (gradient,) = torch.autograd.grad(logits[0].square().sum(), wav, retain_graph=True)
         assert gradient[0].abs().min() > 0
-        assert gradient[1].abs().max() == 0  # each waveform is judged alone
-    sum(logits.square().sum() for logits, _ in judgements).backward()
+        assert gradient[1].abs().max() == 0  # each waveform has outputs of its own
+    sum(logits.square().sum() for logits, _ in outputs).backward()
     assert all(p.grad.abs().max() > 0 for p in discriminators.parameters())
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def judgements(*numbers: tuple[list[float], list[list[float]]]):
+def outputs(*numbers: tuple[list[float], list[list[float]]]):
     return [(torch.tensor(logits), [torch.tensor(f) for f in features]) for logits, features in numbers]
 
 
 def test_losses_by_hand():
-    real = judgements(([1.0, 3.0], [[1.0, 2.0], [0.0]]), ([0.0], [[4.0]]))
-    made = judgements(([0.0, 2.0], [[3.0, 1.0], [-1.0]]), ([-1.0], [[4.5]]))
+    real = outputs(([1.0, 3.0], [[1.0, 2.0], [0.0]]), ([0.0], [[4.0]]))
+    made = outputs(([0.0, 2.0], [[3.0, 1.0], [-1.0]]), ([-1.0], [[4.5]]))
     # (0 + 4)/2 + (0 + 4)/2, and 1 + 1
     assert discriminator_loss(real, made).item() == 6
     # (1 + 1)/2, and 4
     assert generator_loss(made).item() == 5
     # (2 + 1)/2 + 1, and 1/2
     assert feature_distance(real, made).item() == 3
-    perfect = judgements(([1.0], [[]])), judgements(([0.0], [[]]))
+    perfect = outputs(([1.0], [[]])), outputs(([0.0], [[]]))
     assert discriminator_loss(*perfect) == 0
     assert generator_loss(perfect[0]) == 0
     with pytest.raises(ValueError, match="shorter"):
@@ -333,10 +333,10 @@ def test_losses_by_hand():
 def test_both_in_one_pass_are_each_alone_in_this_order():
     discriminators = tiny().eval()
     real, made = waveforms(320, B=2), waveforms(320, B=3, seed=2)
-    of_real, of_made = judge_both(discriminators, real, made)
-    for both, alone in ((of_real, discriminators(real)), (of_made, discriminators(made))):
+    of_real, of_fake = outputs_of_both(discriminators, real, made)
+    for both, alone in ((of_real, discriminators(real)), (of_fake, discriminators(made))):
         for (logits, features), (own_logits, own_features) in zip(both, alone, strict=True):
             torch.testing.assert_close(logits, own_logits, atol=1e-5, rtol=1e-4)
             for feature, own in zip(features, own_features, strict=True):
                 torch.testing.assert_close(feature, own, atol=1e-5, rtol=1e-4)
-    assert (of_real[0][0] - of_made[0][0][:2]).abs().max() > 1e-3
+    assert (of_real[0][0] - of_fake[0][0][:2]).abs().max() > 1e-3
