@@ -101,16 +101,10 @@ def audit_sizes(
     (inner,) = (size for size in sizes if "transformers" in size.what)
     (step,) = (cost for cost in costs if cost.what == "UNet, one step")
     per_batch = Count(step.what, 8 * step.counted, step.claimed)
-    verdicts = [
-        judge(
-            "C16",
-            f"{size.what}: {size.claimed / 1e6:.2f} M parameters",
-            size.agrees,
-            found=f"{size.counted / 1e6:.2f} M",
-        )
-        for size in sizes
-        if size is not inner
-    ]
+    verdicts = []
+    for size in (size for size in sizes if size is not inner):
+        said = f"{size.what}: {size.claimed / 1e6:.2f} M parameters"
+        verdicts.append(judge("C16", said, size.agrees, found=f"{size.counted / 1e6:.2f} M"))
     found = f"{per_batch.counted / 1e9:.0f} GMACs, {step.counted / 1e9:.1f} a clip"
     return [
         *verdicts,

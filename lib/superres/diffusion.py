@@ -9,6 +9,7 @@ step is written out here.
 import functools
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,17 +18,11 @@ from lib.superres.unet import Denoiser
 TIMESTEPS = 1000
 
 
-def make_scheduler() -> Any:
+@functools.cache
+def schedule() -> Any:
     from diffusers import DDIMScheduler  # seconds to import
 
-    return DDIMScheduler(
-        num_train_timesteps=TIMESTEPS,
-        beta_schedule="squaredcos_cap_v2",
-        timestep_spacing="trailing",  # starts at the last timestep, from noise alone
-    )
-
-
-schedule = functools.cache(make_scheduler)  # for its tables; sampling sets the timesteps of one of its own
+    return DDIMScheduler(num_train_timesteps=TIMESTEPS, beta_schedule="squaredcos_cap_v2")
 
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,10 +32,9 @@ def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor
 
 
 def sampled_timesteps(steps: int) -> Tensor:
-    """`steps` timesteps (1 to 1000 of them), evenly from 999 down: `[steps]`."""
-    scheduler = make_scheduler()
-    scheduler.set_timesteps(steps)
-    return scheduler.timesteps[:steps]  # rounding adds one at -1 for some numbers of steps
+    """`steps` timesteps (1 to 1000 of them), evenly from 999, where only noise is left, down: `[steps]`."""
+    even = np.arange(TIMESTEPS, 0, -TIMESTEPS / steps).round()[:steps]  # some steps end in one value too many
+    return torch.from_numpy(even).long() - 1
 
 
 @torch.no_grad()

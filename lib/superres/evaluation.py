@@ -88,7 +88,7 @@ def gains_in_words(scores: Sequence[Score]) -> str:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`scores` by cutoff, then method; `sounds`: cutoff → method, or 'original' → waveforms `[B, 1, N]`."""
+    """`scores` by cutoff, then method; `sounds`: cutoff → method or 'original' → waveforms `[B, 1, N]`."""
 
     scores: tuple[Score, ...]
     sounds: dict[int, dict[str, Tensor]]

@@ -51,6 +51,7 @@ class Restoration:
 
 
 DEFAULTS = Restoration()
+Numbers = Sequence[int] | None  # of clips, which decide their random numbers; 0 to B − 1 by default
 
 
 class SuperResolver:
@@ -89,30 +90,18 @@ class SuperResolver:
             self.vocoder = load_part(Run.open(folder / "hifigan"), "hifigan").to(device)
 
     @torch.inference_mode()
-    def restore(
-        self,
-        low: Tensor,
-        cutoff: float,
-        settings: Restoration = DEFAULTS,
-        *,
-        numbers: Sequence[int] | None = None,
-    ) -> Tensor:
+    def restore(self, low: Tensor, cutoff: float, settings: Restoration = DEFAULTS, numbers: Numbers = None) -> Tensor:
         """Clips `[B, 1, N]` at 48 kHz whose band ends at `cutoff` Hz, with a band above it: `[B, 1, N]`.
 
         N: `clip_length`, or any other multiple of eight mel frames. Below the cutoff the result is the clip itself.
-        `numbers`: one for each clip, 0 to B − 1 by default; the seed and the clip's number decide its random numbers.
+        The seed and a clip's number decide its random numbers.
         """
         mel = self.predict_mel(low, settings, numbers=numbers)
         return join_bands(low, self.vocode(mel, low, cutoff, settings, numbers=numbers), cutoff)
 
     @torch.inference_mode()
     def predict_mel(
-        self,
-        low: Tensor,
-        settings: Restoration = DEFAULTS,
-        *,
-        numbers: Sequence[int] | None = None,
-        **keeps: Tensor,
+        self, low: Tensor, settings: Restoration = DEFAULTS, numbers: Numbers = None, **keeps: Tensor
     ) -> Tensor:
         """Log mel `[B, 1, 256, T]` of the whole band, sampled from the model. `keeps_low`, `keeps_context`: as in
         `Denoiser`."""
@@ -129,8 +118,8 @@ class SuperResolver:
         low: Tensor,
         cutoff: float,
         settings: Restoration = DEFAULTS,
+        numbers: Numbers = None,
         *,
-        numbers: Sequence[int] | None = None,
         trained: bool = True,
     ) -> Tensor:
         """A waveform `[B, 1, N]` for a log mel, by HiFi-GAN where it is loaded and `trained`, or by Griffin-Lim, which
@@ -181,7 +170,7 @@ class SuperResolver:
         return torch.cat(list(self.restored(clips, cutoff, settings)), dim=1)[:, : wav.shape[-1]]
 
 
-def drawn(draw: Callable, shape: Sequence[int], settings: Restoration, numbers: Sequence[int] | None) -> Tensor:
+def drawn(draw: Callable, shape: Sequence[int], settings: Restoration, numbers: Numbers) -> Tensor:
     """Random numbers `[B, …]`, those of each clip from the seed and its own number."""
     numbers = range(shape[0]) if numbers is None else numbers
     generators = (torch.Generator().manual_seed((settings.seed + 1_000_003 * n) % 2**63) for n in numbers)
