@@ -6,40 +6,38 @@ Sections nest, and the address of a setting is its attribute path: `load_preset(
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from lib.data.pairs import MODES
 from lib.lab.ablation import Plan
-from lib.lab.variants import SCHEDULED, chosen_variants
+from lib.lab.variants import SCHEDULED, SETS
 from lib.model.cascade import CascadeConfig
 from lib.model.masks import MaskingConfig
 from lib.superres.training import FULL_PLAN, SMALL_PLAN
 from lib.superres.training import Plan as SuperresPlan
 from lib.training.config import AdversaryConfig, CurriculumConfig, TrainConfig
 from lib.training.losses import LossConfig
-from lib.util.configs import check, check_counts, check_numbers, settings, with_settings
+from lib.util.configs import Count, NonNegative, Positive, Whole, addresses, checked_dataclass, choice, with_settings
 from lib.util.errors import UserError
 
 PLANS = {"small": SMALL_PLAN, "full": FULL_PLAN}
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class DataSettings:
-    clip_seconds: float  # of training clips
-    pair_mode: str = "auto"
-    seed: int = 0  # of the pairs, and of the demo songs
-
-    def __post_init__(self):
-        check_numbers(self, "clip_seconds", above=0)
-        check_counts(self, "seed", least=0)
+    clip_seconds: Positive  # of training clips
+    pair_mode: choice(MODES) = "auto"
+    seed: Whole = 0  # of the pairs, and of the demo songs
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class ModelSettings:
-    num_layers: int
-    num_stages: int = 2
-    anti_cheating: float = 0.0
+    num_layers: Count
+    num_stages: Count = 2
+    anti_cheating: NonNegative = 0.0
     masking: MaskingConfig = field(default_factory=lambda: MaskingConfig("learned"))
 
     def __post_init__(self):
@@ -50,43 +48,31 @@ class ModelSettings:
         return CascadeConfig.reference(self.num_stages, anti_cheating=self.anti_cheating, num_layers=self.num_layers)
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class ListeningSettings:
     """The clips that notebook 05 plays, and those that training writes."""
 
-    seconds: float
-    pairs: int = 3
-    every: int = 1  # epochs between the clips that training writes
-
-    def __post_init__(self):
-        check_numbers(self, "seconds", above=0)
-        check_counts(self, "pairs", "every")
+    seconds: Positive
+    pairs: Count = 3
+    every: Count = 1  # epochs between the clips that training writes
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class EvaluationSettings:
-    pairs: int = 24  # validation pairs, spread evenly, on which outputs are measured
-
-    def __post_init__(self):
-        check_counts(self, "pairs")
+    pairs: Count = 24  # validation pairs, spread evenly, on which outputs are measured
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class AblationSettings:
     """Notebook 02: which variants, at which depth, for how long, on clips of which length."""
 
-    variants: str = "named"
-    layers: int = 2
-    steps: int = 50
-    seeds: int = 3
-    clip_seconds: float = 1.0
-    batch_size: int = 4
-    val_pairs: int = 32
-
-    def __post_init__(self):
-        chosen_variants(self.variants)
-        check_counts(self, "layers", "steps", "seeds", "batch_size", "val_pairs")
-        check_numbers(self, "clip_seconds", above=0)
+    variants: choice(SETS) = "named"
+    layers: Count = 2
+    steps: Count = 50
+    seeds: Count = 3
+    clip_seconds: Positive = 1.0
+    batch_size: Count = 4
+    val_pairs: Count = 32
 
     @property
     def plan(self) -> Plan:
@@ -98,22 +84,19 @@ class AblationSettings:
             checkpoint_every=min(self.steps, 500),
             max_val_pairs=self.val_pairs,
         )
-        return Plan(chosen_variants(self.variants), self.layers, self.seeds, reference)
+        return Plan(SETS[self.variants], self.layers, self.seeds, reference)
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class ScheduleSettings:
     """The whole system over a whole schedule, in miniature: 200 epochs on few and short clips."""
 
-    epochs: int = 200
-    pairs: int = 8
-    batch_size: int = 2
-    layers: int = 1
-    seeds: int = 2
-    val_pairs: int = 32
-
-    def __post_init__(self):
-        check_counts(self, *(field.name for field in dataclasses.fields(self)))
+    epochs: Count = 200
+    pairs: Count = 8
+    batch_size: Count = 2
+    layers: Count = 1
+    seeds: Count = 2
+    val_pairs: Count = 32
 
     def plan(self, train: TrainConfig) -> Plan:
         """The objective and discriminator of `train` with the longest schedule's settings: a warm-up, cosine, EMA,
@@ -137,45 +120,38 @@ class ScheduleSettings:
         return Plan(SCHEDULED, self.layers, self.seeds, scheduled, MaskingConfig("learned"))
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class SuperresSettings:
     """Notebook 06: super-resolution."""
 
-    plan: str = "small"  # sizes of its parts, in PLANS
-    vae_steps: int = 140
-    steps: int = 280  # of the diffusion model
-    vocoder_steps: int = 0  # of HiFi-GAN; 0: Griffin-Lim, which needs no training
-    sampler_steps: int = 10
-    clips: int = 16  # at each cutoff, on which methods are compared
+    plan: choice(PLANS) = "small"  # sizes of its parts, in PLANS
+    vae_steps: Count = 140
+    steps: Count = 280  # of the diffusion model
+    vocoder_steps: Whole = 0  # of HiFi-GAN; 0: Griffin-Lim, which needs no training
+    sampler_steps: Count = 10
+    clips: Count = 16  # at each cutoff, on which methods are compared
 
     def __post_init__(self):
-        check(self.plan in PLANS, "plan", self.plan, f"one of {', '.join(PLANS)}")
-        check_counts(self, "vae_steps", "steps", "sampler_steps", "clips")
-        check_counts(self, "vocoder_steps", least=0)
         self.training_plan(seed=0)  # refuses steps of a vocoder that the plan does not train
 
     def training_plan(self, seed: int) -> SuperresPlan:
         return PLANS[self.plan].lasting(self.vae_steps, self.steps, self.vocoder_steps, seed=seed)
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class RecordSettings:
     """`make record`, whose runs are longer; it adds the named settings at full depth."""
 
-    variants: str = "all"
-    steps: int = 100
-    superres_vae_steps: int = 600
-    superres_steps: int = 800
-    superres_seeds: int = 3  # with which both contexts are compared
-    data_seeds: int = 3  # each with its own songs, combined with each of `seeds`
-    seeds: int = 2  # training seeds; 1 and 1: no variations
-
-    def __post_init__(self):
-        chosen_variants(self.variants)
-        check_counts(self, *(field.name for field in dataclasses.fields(self) if field.type is int))
+    variants: choice(SETS) = "all"
+    steps: Count = 100
+    superres_vae_steps: Count = 600
+    superres_steps: Count = 800
+    superres_seeds: Count = 3  # with which both contexts are compared
+    data_seeds: Count = 3  # each with its own songs, combined with each of `seeds`
+    seeds: Count = 2  # training seeds; 1 and 1: no variations
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class Preset:
     """All settings, by section."""
 
@@ -321,11 +297,11 @@ def load_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Preset
     """
     if name not in PRESETS:
         raise UserError(f"preset: unknown {name!r}; choose one of {', '.join(PRESETS)}")
-    addresses = [address for address in settings(PRESETS[name]) if address != "name"]
+    known = [address for address in addresses(PRESETS[name]) if address != "name"]
     changes: dict[str, Any] = {}
     for address, value in _flat(overrides or {}):
-        if address not in addresses:
-            raise UserError(f"setting {address} {_advice(address, addresses)}")
+        if address not in known:
+            raise UserError(f"setting {address} {_advice(address, known)}")
         if address in changes:
             raise UserError(f"setting {address} is given twice; leave one out")
         changes[address] = value
@@ -336,25 +312,26 @@ def _flat(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
     for name, value in overrides.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+        else:  # YAML 1.1 takes 1e-4 for text, because it has no dot
+            number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value)
+            yield f"{prefix}{name}", float(value) if number else value
 
 
-def _moved(addresses: list[str]) -> dict[str, str]:
+def _moved(known: list[str]) -> dict[str, str]:
     """Names that settings had before presets had sections → addresses. Those of data, model and training had no prefix,
     those of other sections had the section's name as theirs."""
-    bare = [address for address in addresses if address.startswith(("data.", "model.", "train."))]
-    joined = {address.replace(".", "_"): address for address in addresses}
+    bare = [address for address in known if address.startswith(("data.", "model.", "train."))]
+    joined = {address.replace(".", "_"): address for address in known}
     return {address.rpartition(".")[2]: address for address in bare} | joined | RENAMED
 
 
-def _advice(name: str, addresses: list[str]) -> str:
+def _advice(name: str, known: list[str]) -> str:
     """What to write instead of a name that is no address."""
-    if name in (moved := _moved(addresses)):
+    if name in (moved := _moved(known)):
         return f"is now {moved[name]}"
-    if inside := [address for address in addresses if address.startswith(f"{name}.")]:
+    if inside := [address for address in known if address.startswith(f"{name}.")]:
         return f"is a section; choose from {', '.join(inside)}"
-    known = moved | {address: address for address in addresses}
-    if close := difflib.get_close_matches(name, known, n=3):
-        return f"is unknown; did you mean {' or '.join(dict.fromkeys(known[match] for match in close))}?"
-    return f"is unknown; choose from {', '.join(addresses)}"
+    names = moved | {address: address for address in known}
+    if close := difflib.get_close_matches(name, names, n=3):
+        return f"is unknown; did you mean {' or '.join(dict.fromkeys(names[match] for match in close))}?"
+    return f"is unknown; choose from {', '.join(known)}"

@@ -177,30 +177,31 @@ def test_numbers_are_taken_as_yaml_writes_them():
     assert load_preset("smoke", {"train.learning_rate": "1e-4"}).train.learning_rate == 1e-4
     clip = load_preset("smoke", {"train.clip": 5}).train.clip
     assert (clip, type(clip)) == (5.0, float)
-    assert load_preset("smoke", {"train.clip": "2.5"}).train.clip == 2.5
+    with pytest.raises(UserError, match=r"clip='2\.5' is not allowed"):  # in quotes, which YAML takes for text rightly
+        load_preset("smoke", {"train.clip": "2.5"})
 
 
 @pytest.mark.parametrize(
     ("setting", "value", "words"),
     [
-        ("train.max_steps", True, "type int or none"),
-        ("train.max_steps", 4.0, "type int or none"),
-        ("train.max_steps", "4", "type int or none"),
-        ("train.batch_size", None, "type int"),
-        ("train.learning_rate", True, "type float"),
-        ("train.learning_rate", "fast", "type float"),
-        ("train.learning_rate", None, "type float"),
-        pytest.param("train.learning_rate", 10**400, "type float", id="learning_rate-huge"),
-        ("train.clip", "none", "type float or none"),
-        ("codec", 1, "type str"),
-        ("data.clip_seconds", [1], "type float"),
-        ("train.seed", {}, "type int"),
+        ("train.max_steps", True, "a whole number, 1 or more"),
+        ("train.max_steps", 4.0, "a whole number, 1 or more"),
+        ("train.max_steps", "4", "a whole number, 1 or more"),
+        ("train.batch_size", None, "a whole number, "),
+        ("train.learning_rate", True, "a finite number, above 0"),
+        ("train.learning_rate", "fast", "a finite number, above 0"),
+        ("train.learning_rate", None, "a finite number, above 0"),
+        pytest.param("train.learning_rate", 10**400, "a finite number, above 0", id="learning_rate-huge"),
+        ("train.clip", "none", "a finite number, above 0"),
+        ("codec", 1, "valid string"),
+        ("data.clip_seconds", [1], "a finite number, above 0"),
+        ("train.seed", {}, "a whole number, "),
         # of the right type, but no sense
         ("train.learning_rate", "nan", "finite number"),
         ("train.max_steps", 0, "whole number, 1 or more"),
         ("train.precision", "fp8", "use one of fp32, bf16"),
         ("data.clip_seconds", 0, "above 0"),
-        ("data.clip_seconds", ".nan", "type float"),
+        ("data.clip_seconds", ".nan", "a finite number, above 0"),
         ("listening.seconds", float("nan"), "above 0"),
         ("listening.pairs", 0, "1 or more"),
         ("model.num_stages", 0, "1 or more"),
@@ -208,16 +209,14 @@ def test_numbers_are_taken_as_yaml_writes_them():
         ("model.anti_cheating", -1, "0 or more"),
         ("train.loss.input_weight", -0.3, "0 or more"),
         ("train.num_workers", 0, "1 or more"),
-        ("train.patience", 0, "whole number, 1 or more, or none"),
+        ("train.patience", 0, "whole number, 1 or more"),
         ("train.accumulate", 0, "whole number, 1 or more"),
-        ("train.ema", 1, "from 0 to below 1"),
+        ("train.ema", 1, "0 or more, below 1"),
         ("train.schedule", "linear", "use one of constant, cosine"),
         ("model.masking.masking", "loud", "use one of none, temporal"),
-        ("model.masking.masking", "none", "overlap_weight needs masks"),
         ("train.curriculum.noise_ceiling", 1.5, "at most 1"),
         ("train.curriculum.target_shuffling", -0.1, "0 or more"),
         ("train.adversary.discriminator_warmup", -1, "whole number, 0 or more"),
-        ("train.adversary.discriminator_learning_rate", None, "adversarial_weight=0.05 needs a discriminator"),
         ("listening.every", 0, "1 or more"),
         ("evaluation.pairs", 0, "1 or more"),
     ],
@@ -225,9 +224,25 @@ def test_numbers_are_taken_as_yaml_writes_them():
 def test_a_bad_value_names_the_setting_and_what_it_takes(setting, value, words):
     with pytest.raises(UserError) as caught:
         load_preset("smoke", {setting: value})
-    assert setting.rpartition(".")[2] in str(caught.value)
+    assert str(caught.value).startswith(f"{setting}={value!r} is not allowed; use ")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("model.masking.masking", "none", "overlap_weight needs masks: set "),
+        (
+            "train.adversary.discriminator_learning_rate",
+            None,
+            "train: adversarial_weight=0.05 needs a discriminator: set ",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(setting, value, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        load_preset("smoke", {setting: value})
 
 
 # --- the ablation's settings ------------------------------------------------------------------------------------------
@@ -295,14 +310,14 @@ def test_settings_of_the_training_leave_the_ablation_alone():
         ("ablation.batch_size", 0, "1 or more"),
         ("ablation.val_pairs", 0, "1 or more"),
         ("ablation.clip_seconds", 0, "above 0"),
-        ("ablation.seeds", 2.5, "type int"),
-        ("ablation.steps", None, "type int"),
+        ("ablation.seeds", 2.5, "a whole number, "),
+        ("ablation.steps", None, "a whole number, "),
     ],
 )
 def test_a_bad_setting_of_the_ablation_is_named(setting, value, words):
     with pytest.raises(UserError) as caught:
         load_preset("smoke", {setting: value})
-    assert setting.rpartition(".")[2] in str(caught.value)
+    assert str(caught.value).startswith(f"{setting}={value!r} is not allowed; use ")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -15,7 +15,6 @@ from lib.model.cascade import CascadeConfig
 from lib.model.projection import rms_ceiling
 from lib.model.rms_law import LATENT_RMS, initial_projection_rms
 from lib.training.config import TrainConfig
-from lib.util.errors import UserError
 
 REFERENCE = "final 2-stage"
 EXPLODING = "exploding 3-stage"
@@ -156,9 +155,3 @@ SCHEDULED = (
 
 VARIANTS = (*NAMED, *SINGLE_CHANGES, *PROTECTIONS.values(), *CAUSES.values(), *WEAK_RESIDUALS)
 SETS = {"named": NAMED, "all": VARIANTS}
-
-
-def chosen_variants(name: str, setting: str = "ablation_variants") -> tuple[Variant, ...]:
-    if name not in SETS:
-        raise UserError(f"{setting}={name!r} is not allowed; use one of {', '.join(SETS)}")
-    return SETS[name]

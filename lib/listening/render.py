@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import Masks
 from lib.training.batches import mix_noise
 from lib.training.run import Run
-from lib.util.configs import check, check_counts, check_numbers, from_fields
+from lib.util.configs import Count, NonNegative, Share, check, checked_dataclass, from_fields, number, whole
 from lib.util.errors import UserError
 from lib.util.files import file_sha256, naming, read_json, write_atomic
 from lib.util.provenance import versions
@@ -35,25 +35,17 @@ UNDECIDED = 1e-6  # a mask nearer than this to 0 or 1 is moved here, where its l
 HARDEST = 1e3  # factor on log-odds; more changes nothing
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class Settings:
     """What may be moved when a pair is rendered. The defaults render as the model was trained."""
 
-    stages: int | None = None  # how many of the cascade's stages are applied, from the first; None: all
-    residual_weight: float | None = None  # of the last stage that is applied; None: its own
-    noise: float = 0.0  # share of noise in both clips' latents, at their level, as the curriculum mixes it
-    mask_blend: float = 0.0  # 0: the masks as they are; 1: one half everywhere
-    mask_hardness: float = 1.0  # factor on the masks' log-odds: 0 is one half everywhere, large is all or nothing
-    seed: int = 0  # of the noise
-
-    def __post_init__(self):
-        check_counts(self, "stages", optional=True)
-        if self.residual_weight is not None:
-            check_numbers(self, "residual_weight")
-        check_numbers(self, "noise", "mask_blend", most=1)
-        check_numbers(self, "mask_hardness", most=HARDEST)
-        check_counts(self, "seed", least=0)
-        check(self.seed < 2**64, "seed", self.seed, "a whole number, 0 or more, below 2^64")
+    stages: Count | None = None  # how many of the cascade's stages are applied, from the first; None: all
+    residual_weight: NonNegative | None = None  # of the last stage that is applied; None: its own
+    noise: Share = 0.0  # share of noise in both clips' latents, at their level, as the curriculum mixes it
+    mask_blend: Share = 0.0  # 0: the masks as they are; 1: one half everywhere
+    # factor on the masks' log-odds: 0 is one half everywhere, large is all or nothing
+    mask_hardness: number(0, HARDEST) = 1.0
+    seed: whole(0, 2**64 - 1) = 0  # of the noise
 
 
 class Rendition(NamedTuple):
@@ -227,9 +219,6 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         recipe["settings"] = from_fields(Settings, recipe["settings"])
         for role in ("input", "target"):
             recipe[role] = from_fields(Clip, recipe[role])
-            check(isinstance(recipe[role].path, str), f"{role}.path", recipe[role].path, "a file's path")
-            check_counts(recipe[role], "offset", least=0)
-            check_counts(recipe[role], "length")
         length, other = recipe["input"].length, recipe["target"].length
         check(length == other, "target.length", other, f"the input's, {length}")
         check(recipe["checkpoint"] in ("best", "last"), "checkpoint", recipe["checkpoint"], "best or last")

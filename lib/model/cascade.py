@@ -13,16 +13,28 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from lib.model.projection import SpectralLinear
 from lib.model.rms_law import INPUT, TARGET, Clips, StagePrediction, mean_of, pair_rms, predict_stage, preserving_weight
-from lib.util.configs import check, from_fields
-from lib.util.errors import UserError
+from lib.util.configs import (
+    Count,
+    Flag,
+    Fraction,
+    NonNegative,
+    Number,
+    Positive,
+    check,
+    checked_dataclass,
+    choice,
+    from_fields,
+    whole,
+)
 from lib.util.tensors import cached_table
 
 LATENT_DIM = 128
@@ -207,44 +219,31 @@ class Stage(nn.Module):
 # --- configs ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class StageConfig:
     """One stage. Every mechanism that the ablation varies is a field here."""
 
-    sources: tuple[str, ...] = ("noisy_input", "target")  # concatenated in this order; 'previous': the stage before
-    width: int | None = None  # None: D · number of sources; another width gets an input projection
-    num_layers: int = 6
-    num_heads: int = 8
-    ffn_mult: int = 4
-    dropout: float = 0.1
-    residual_weight: float = 1.0  # 0.1 in a third stage collapses the RMS
-    residual_source: str = "mean"  # mean of the clean sources, or the previous stage's output
-    mixing: str = "add"  # projection + w · residual, or RMS-'preserving': √(1 − w²) · projection + w · residual
-    projection_gain: float = 1.0  # multiplies the projection: the σ that it then has
-    spectral_norm: bool = True
-    rms_scaling: str = "fixed"  # 'learnable' is the model of seed 003
-    clamp: tuple[float, float] | None = (0.7, 1.5)  # range of the applied scale; None: unlimited
+    # concatenated in this order; 'previous': the stage before
+    sources: Annotated[tuple[choice(SOURCES), ...], Field(min_length=1)] = ("noisy_input", "target")
+    width: whole(2) | None = None  # None: D · number of sources; another width gets an input projection
+    num_layers: Count = 6
+    num_heads: Count = 8
+    ffn_mult: Count = 4
+    dropout: Fraction = 0.1
+    residual_weight: Number = 1.0  # 0.1 in a third stage collapses the RMS
+    residual_source: choice(RESIDUAL_SOURCES) = "mean"  # mean of the clean sources, or the previous stage's output
+    # projection + w · residual, or RMS-'preserving': √(1 − w²) · projection + w · residual
+    mixing: choice(MIXINGS) = "add"
+    projection_gain: Positive = 1.0  # multiplies the projection: the σ that it then has
+    spectral_norm: Flag = True
+    rms_scaling: choice(RMS_SCALINGS) = "fixed"  # 'learnable' is the model of seed 003
+    clamp: tuple[Positive, Positive] | None = (0.7, 1.5)  # range of the applied scale; None: unlimited
 
     def __post_init__(self):
-        # JSON knows only lists; a config read back must equal the one that was written
-        object.__setattr__(self, "sources", tuple(self.sources))
-        if self.clamp is not None:
-            object.__setattr__(self, "clamp", tuple(self.clamp))
-        check(self.sources and all(s in SOURCES for s in self.sources), "sources", self.sources, f"some of {SOURCES}")
-        check(self.residual_source in RESIDUAL_SOURCES, "residual_source", self.residual_source, RESIDUAL_SOURCES)
-        check(self.mixing in MIXINGS, "mixing", self.mixing, MIXINGS)
-        check(self.rms_scaling in RMS_SCALINGS, "rms_scaling", self.rms_scaling, RMS_SCALINGS)
-        check(self.num_layers >= 1, "num_layers", self.num_layers, "1 or more")
-        check(self.ffn_mult >= 1, "ffn_mult", self.ffn_mult, "1 or more")
-        check(self.width is None or self.width >= 2, "width", self.width, "None or 2 or more")
-        check(math.isfinite(self.residual_weight), "residual_weight", self.residual_weight, "a finite number")
         fits = self.mixing != "preserving" or 0 <= self.residual_weight <= 1
         check(fits, "residual_weight", self.residual_weight, "0 to 1 where mixing is 'preserving'")
-        gain_is_positive = math.isfinite(self.projection_gain) and self.projection_gain > 0
-        check(gain_is_positive, "projection_gain", self.projection_gain, "a finite number above 0")
-        check(0 <= self.dropout < 1, "dropout", self.dropout, "a probability from 0 to below 1")
-        clamp_is_range = self.clamp is None or (len(self.clamp) == 2 and 0 < self.clamp[0] <= self.clamp[1])
-        check(clamp_is_range, "clamp", self.clamp, "None or (low, high) with 0 < low ≤ high")
+        ordered = self.clamp is None or self.clamp[0] <= self.clamp[1]
+        check(ordered, "clamp", self.clamp, "None or (low, high) with low ≤ high")
 
     @property
     def residual_names(self) -> tuple[str, ...]:
@@ -254,26 +253,22 @@ class StageConfig:
         return tuple(name.removeprefix("noisy_") for name in self.sources)
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class CascadeConfig:
     """A cascade: its stages from first to last, and what they share. `rms_law.check_collapse` judges its weights."""
 
-    stages: tuple[StageConfig, ...]
-    latent_dim: int = LATENT_DIM
-    anti_cheating: float = 0.0  # noise level, in standard deviations of the clip, added in training only
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
+    latent_dim: Count = LATENT_DIM
+    anti_cheating: NonNegative = 0.0  # noise level, in standard deviations of the clip, added in training only
 
     def __post_init__(self):
-        object.__setattr__(self, "stages", tuple(self.stages))
-        check(len(self.stages) >= 1, "stages", self.stages, "at least one stage")
-        check(self.latent_dim >= 1, "latent_dim", self.latent_dim, "1 or more")
-        check(self.anti_cheating >= 0, "anti_cheating", self.anti_cheating, "0 or more")
         first = self.stages[0]
         check("previous" not in first.sources, "stages[0].sources", first.sources, "no 'previous' in the first stage")
         check(first.residual_source != "previous", "stages[0].residual_source", "previous", "'mean' in stage 0")
         for i, stage in enumerate(self.stages):
             width = self.width(i)
             rule = f"a multiple of num_heads ({stage.num_heads}), and even"
-            fits = stage.num_heads >= 1 and width % stage.num_heads == 0 and width % 2 == 0
+            fits = width % stage.num_heads == 0 and width % 2 == 0
             check(fits, f"stages[{i}].width", width, rule)
 
     def predict_rms(self, clips: Clips | None = None) -> tuple[StagePrediction, ...]:
@@ -315,12 +310,7 @@ class CascadeConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "CascadeConfig":
         """The config that `to_dict` wrote. Unknown, missing or malformed fields raise `UserError`."""
-        try:
-            if "stages" in values:
-                values = values | {"stages": tuple(from_fields(StageConfig, stage) for stage in values["stages"])}
-            return from_fields(cls, values)
-        except (TypeError, AttributeError) as error:  # a number where there was text, and the like
-            raise UserError(f"cascade config: damaged ({error}); restore the config that was written") from None
+        return from_fields(cls, values)
 
 
 # --- the cascade ------------------------------------------------------------------------------------------------------

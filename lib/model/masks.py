@@ -3,7 +3,6 @@
 Legend: B batch, D latent channels (128), T frames.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.model.cascade import LATENT_DIM, rms
-from lib.util.configs import check
+from lib.util.configs import check, checked_dataclass, choice
 
 MASKINGS = ("none", "temporal", "frequency", "channel", "energy", "hybrid", "learned")
 FIXED_MASKINGS = MASKINGS[1:-1]  # each assigns every element to one of the clips
@@ -20,14 +19,11 @@ MAX_RESTORATION = 1000.0  # largest scale that restores the RMS of masked latent
 SMOOTHING = 5  # frames over which energies are averaged to find the louder clip
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class MaskingConfig:
     """What is taken from each clip before the cascade sees it."""
 
-    masking: str = "none"  # a fixed rule, or 'learned' (the mask generator)
-
-    def __post_init__(self):
-        check(self.masking in MASKINGS, "masking", self.masking, f"one of {', '.join(MASKINGS)}")
+    masking: choice(MASKINGS) = "none"  # a fixed rule, or 'learned' (the mask generator)
 
 
 class Masks(NamedTuple):

@@ -7,9 +7,11 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from scipy import signal
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -17,7 +19,7 @@ from torch.utils.data import Dataset
 from lib.audio.files import AudioError, check_audio, load_audio
 from lib.audio.walk import walk_audio
 from lib.superres.mel import SAMPLE_RATE
-from lib.util.configs import check
+from lib.util.configs import checked_dataclass, choice, whole
 from lib.util.errors import UserError
 
 KINDS = ("butter", "cheby1", "ellip", "bessel")
@@ -27,19 +29,13 @@ GRID = 250  # Hz between cutoffs: the ratios of such sample rates to 48 kHz have
 RIPPLE, STOP = 0.05, 40.0  # dB, pass-band ripple and stop-band attenuation, where the kind of filter has them
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class Degradation:
     """A way to remove the upper band. Without a `kind` the clip is only resampled, with a sharp filter (sinc)."""
 
-    cutoff: int  # Hz
-    kind: str | None = None
-    order: int = 8
-
-    def __post_init__(self):
-        fits = isinstance(self.cutoff, int) and GRID <= self.cutoff <= SAMPLE_RATE // 2 and self.cutoff % GRID == 0
-        check(fits, "cutoff", self.cutoff, f"a multiple of {GRID} Hz up to {SAMPLE_RATE // 2}")
-        check(self.kind in (None, *KINDS), "kind", self.kind, f"one of {', '.join(KINDS)}, or none")
-        check(isinstance(self.order, int) and 1 <= self.order <= 20, "order", self.order, "a whole number, 1 to 20")
+    cutoff: Annotated[int, Field(strict=True, ge=GRID, le=SAMPLE_RATE // 2, multiple_of=GRID)]  # Hz
+    kind: choice(KINDS) | None = None
+    order: whole(1, 20) = 8
 
     @classmethod
     def draw(cls, generator: np.random.Generator) -> "Degradation":

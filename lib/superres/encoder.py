@@ -1,28 +1,27 @@
 """The global encoder: context from a low-resolution clip's mel spectrogram, as one vector and as a sequence."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from lib.superres.mel import MELS
+from lib.util.configs import Count, Fraction, checked_dataclass
 
 # output channels, kernel, stride, padding over (bands, frames): the seed's table
 BLOCKS = ((32, (8, 3), (4, 1), (2, 1)), (64, (4, 3), (2, 1), (1, 1)), (256, (4, 3), (2, 1), (1, 1)))
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class EncoderConfig:
     """Sizes of the encoder; the defaults are seed 004's."""
 
-    channels: tuple[int, int, int] = (32, 64, 256)  # of the three convolutions
-    hidden_dim: int = 256
-    num_layers: int = 4
-    num_heads: int = 8
-    ffn_dim: int = 512
-    context_dim: int = 128
-    positions: int = 1024  # learned; interpolated for clips of another length
-    dropout: float = 0.1
+    channels: tuple[Count, Count, Count] = (32, 64, 256)  # of the three convolutions
+    hidden_dim: Count = 256
+    num_layers: Count = 4
+    num_heads: Count = 8
+    ffn_dim: Count = 512
+    context_dim: Count = 128
+    positions: Count = 1024  # learned; interpolated for clips of another length
+    dropout: Fraction = 0.1
 
 
 class GlobalAudioEncoder(nn.Module):

@@ -1,6 +1,7 @@
 """A trained super-resolver: clips in, clips with a restored upper band out, of any length."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from lib.superres.mel import HOP, N_FFT, SAMPLE_RATE, bin_of, inverse_spectrum, 
 from lib.superres.training import PartConfig, load_part
 from lib.superres.vocoder import griffin_lim
 from lib.training.run import Run
-from lib.util.configs import check, check_counts, check_numbers
+from lib.util.configs import check, checked_dataclass, number, whole
 from lib.util.errors import UserError
 
 VOCODERS = ("griffin-lim", "hifigan")
@@ -31,23 +32,15 @@ BATCH_SECONDS = 16  # of clips that are restored together
 BLOCK_SECONDS = 60  # read at once to find where a file's band ends
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class Restoration:
     """How to restore. The same seed gives the same sound."""
 
-    steps: int = 50
-    guidance: float = 1.5  # 1: none; found on songs that a small model had learned from (notebook 06)
-    seed: int = 0
-    cutoff: float | None = None  # Hz, where the clip's own band ends; None: found in each file
-
-    def __post_init__(self):
-        check_counts(self, "steps")
-        check(self.steps <= 1000, "steps", self.steps, "at most 1000")
-        check_numbers(self, "guidance", most=20)
-        check_counts(self, "seed", least=0)
-        check(self.seed < 2**63, "seed", self.seed, "a whole number below 2^63")
-        if self.cutoff is not None:
-            check_numbers(self, "cutoff", above=100, most=FULL)
+    steps: whole(1, 1000) = 50
+    # 1: none; found on songs that a small model had learned from (notebook 06)
+    guidance: number(0, 20) = 1.5
+    seed: whole(0, 2**63 - 1) = 0
+    cutoff: number(above=100, most=FULL) | None = None  # Hz, the end of the clip's band; None: measured
 
 
 DEFAULTS = Restoration()
@@ -82,7 +75,7 @@ class SuperResolver:
         try:
             self.latent_scale = float(config["latent_scale"])
             self.clip_length = PartConfig(clip_seconds=config["train"]["clip_seconds"]).clip_length
-            check_numbers(self, "latent_scale", above=0)
+            check(0 < self.latent_scale < math.inf, "latent_scale", self.latent_scale, "a finite number above 0")
         except (KeyError, TypeError, ValueError, UserError) as error:
             raise UserError(f"{folder / diffusion / 'config.json'}: damaged ({error!r}); restore it") from None
         self.vocoder = None

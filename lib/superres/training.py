@@ -38,7 +38,7 @@ from lib.training.distributed import open_accelerator
 from lib.training.learner import Learner, StepInfo
 from lib.training.run import Run
 from lib.training.trainer import Callback, Trainer
-from lib.util.configs import check, check_counts, check_numbers, from_fields
+from lib.util.configs import Count, NonNegative, Positive, check, checked_dataclass, from_fields
 from lib.util.errors import UserError
 from lib.util.provenance import code_fingerprint
 
@@ -48,17 +48,15 @@ CONDITION_DROPOUT = 0.1  # share of clips that learn without the context, and as
 MEL_WEIGHT, FEATURE_WEIGHT = 45.0, 2.0  # of HiFi-GAN's losses, as in its paper
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class PartConfig(LoopConfig):
     """How to train a part: the loop's settings, and which examples an epoch has."""
 
-    clip_seconds: float = 10.24
-    examples: int = 20_000
-    val_examples: int = 64
+    clip_seconds: Positive = 10.24
+    examples: Count = 20_000
+    val_examples: Count = 64
 
     def __post_init__(self):
-        super().__post_init__()
-        check_counts(self, "examples", "val_examples")
         frames = self.clip_seconds * SAMPLE_RATE / HOP
         fits = frames >= 16 and abs(frames / 16 - round(frames / 16)) < 1e-6
         check(fits, "clip_seconds", self.clip_seconds, "a multiple of 0.16, a whole number of latent frames")
@@ -69,24 +67,16 @@ class PartConfig(LoopConfig):
         return round(self.clip_seconds * SAMPLE_RATE)
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class VaeTraining(PartConfig):
-    kl_weight: float = 1e-4  # small: the latents need a common size, not a normal distribution
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_numbers(self, "kl_weight")
+    kl_weight: NonNegative = 1e-4  # small: the latents need a common size, not a normal distribution
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class VocoderTraining(PartConfig):
-    clip_seconds: float = 0.32
-    period_channels: int = 32  # of the discriminators, as is the next
-    scale_channels: int = 128
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_counts(self, "period_channels", "scale_channels")
+    clip_seconds: Positive = 0.32
+    period_channels: Count = 32  # of the discriminators, as is the next
+    scale_channels: Count = 128
 
 
 # --- what each part learns --------------------------------------------------------------------------------------------
@@ -303,7 +293,7 @@ def load_part(run: Run, part: str, which: str = "best") -> nn.Module:
     something else."""
     learner = PARTS[part]
     try:
-        sizes = from_fields(learner.sizes_type, {name: as_tuple(value) for name, value in run.config["sizes"].items()})
+        sizes = from_fields(learner.sizes_type, run.config["sizes"])
         model = learner.model_type(sizes)
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, UserError):
         raise UserError(
@@ -313,13 +303,6 @@ def load_part(run: Run, part: str, which: str = "best") -> nn.Module:
     if isinstance(model, Vocoder):
         model.fold_weight_norm()
     return model
-
-
-def as_tuple(value: Any) -> Any:
-    """JSON has lists where configs have tuples."""
-    if isinstance(value, dict):
-        return {key: as_tuple(item) for key, item in value.items()}
-    return tuple(value) if isinstance(value, list) else value
 
 
 # --- what is measured before training ---------------------------------------------------------------------------------

@@ -4,35 +4,32 @@ The clip's latents are concatenated to the noisy ones, and the global encoder's 
 Resnet blocks, sampling and skip connections are diffusers' `UNet2DConditionModel`; its transformers are replaced.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 from torch import Tensor, nn
 
 from lib.superres.encoder import EncoderConfig, GlobalAudioEncoder
-from lib.util.configs import check
+from lib.util.configs import Count, Flag, check, checked_dataclass, choice
 
 CONTEXTS = ("sequence", "pooled")
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class DenoiserConfig:
     """Sizes of the UNet and its encoder; the defaults are seed 004's."""
 
-    latent_channels: int = 16
-    channels: tuple[int, ...] = (128, 256, 384, 640)  # of each level, half as large as the one before
-    attention: tuple[bool, ...] = (False, True, True, True)  # levels at 1/2, 1/4 and 1/8 have transformers
-    num_res_blocks: int = 2
-    head_channels: int = 32
-    transformers: int = 2  # in each stack
-    norm_groups: int = 32
-    context: str = "sequence"  # of cross-attention: 'pooled' is the seed's one vector
+    latent_channels: Count = 16
+    channels: tuple[Count, ...] = (128, 256, 384, 640)  # of each level, half as large as the one before
+    attention: tuple[Flag, ...] = (False, True, True, True)  # levels at 1/2, 1/4 and 1/8 have transformers
+    num_res_blocks: Count = 2
+    head_channels: Count = 32
+    transformers: Count = 2  # in each stack
+    norm_groups: Count = 32
+    context: choice(CONTEXTS) = "sequence"  # of cross-attention: 'pooled' is the seed's one vector
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
 
     def __post_init__(self):
-        if isinstance(self.encoder, dict):
-            object.__setattr__(self, "encoder", EncoderConfig(**self.encoder))
-        check(self.context in CONTEXTS, "context", self.context, f"one of {', '.join(CONTEXTS)}")
         check(len(self.attention) == len(self.channels), "attention", self.attention, "one value for each of channels")
 
 

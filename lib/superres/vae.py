@@ -1,20 +1,20 @@
 """The KL autoencoder of log-mel spectrograms: diffusers' `AutoencoderKL`, the architecture that seed 004 names."""
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
+from lib.util.configs import Count, Number, Positive, checked_dataclass
 
-@dataclass(frozen=True)
+
+@checked_dataclass
 class VaeConfig:
     """Sizes; the defaults are seed 004's. Each level but the last halves the number of bands and of frames."""
 
-    channels: tuple[int, ...] = (128, 256, 512, 1024)
-    num_res_blocks: int = 2
-    latent_channels: int = 16
-    norm_groups: int = 32
-    mel_mean: float = 0.0  # of the training set's log mel, which is normalised before the first layer
-    mel_std: float = 1.0
+    channels: tuple[Count, ...] = (128, 256, 512, 1024)
+    num_res_blocks: Count = 2
+    latent_channels: Count = 16
+    norm_groups: Count = 32
+    mel_mean: Number = 0.0  # of the training set's log mel, which is normalised before the first layer
+    mel_std: Positive = 1.0
 
 
 class MelVae(nn.Module):

@@ -5,7 +5,6 @@ The generator is transformers' `SpeechT5HifiGan` at the sizes of the public Audi
 """
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +12,20 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lib.superres.mel import HOP, MELS, inverse_spectrum, magnitudes_of, spectrum
+from lib.util.configs import Count, checked_dataclass
 
 ITERATIONS = 32  # of Griffin-Lim
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class VocoderConfig:
     """Sizes; the defaults are seed 004's. The rates' product is the mel hop, 480."""
 
-    channels: int = 1536
-    upsample_rates: tuple[int, ...] = (6, 5, 4, 2, 2)
-    upsample_kernels: tuple[int, ...] = (12, 10, 8, 4, 4)
-    resblock_kernels: tuple[int, ...] = (3, 7, 11, 15)
-    dilations: tuple[int, ...] = (1, 3, 5)
+    channels: Count = 1536
+    upsample_rates: tuple[Count, ...] = (6, 5, 4, 2, 2)
+    upsample_kernels: tuple[Count, ...] = (12, 10, 8, 4, 4)
+    resblock_kernels: tuple[Count, ...] = (3, 7, 11, 15)
+    dilations: tuple[Count, ...] = (1, 3, 5)
 
 
 class Vocoder(nn.Module):

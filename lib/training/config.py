@@ -1,13 +1,24 @@
 """Every setting of a training, with the reason beside its default; those of the objective are in `losses`."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 
 from lib.model.masks import MaskingConfig
 from lib.training.losses import MASK_TERMS, LossConfig
-from lib.util.configs import check, check_counts, check_numbers, is_finite
+from lib.util.configs import (
+    Count,
+    Flag,
+    Fraction,
+    NonNegative,
+    Positive,
+    Share,
+    Whole,
+    checked_dataclass,
+    choice,
+    whole,
+)
 from lib.util.errors import UserError
 
 PRECISIONS = ("fp32", "bf16", "auto")
@@ -16,45 +27,31 @@ LENGTH = ("epochs", "max_steps", "patience")  # may change on resuming: the run 
 WITHOUT_EFFECT = ("num_workers", "cpu_threads", "gather_every")  # on what a run computes, so these may change too
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class LoopConfig:
     """Settings of every training, whatever its model. It ends after `epochs`, after `max_steps` or when `patience` runs
     out, whichever comes first."""
 
-    epochs: int = 200
-    max_steps: int | None = None
-    patience: int | None = None  # validations in a row without a new lowest loss that end training; None: never
-    batch_size: int = 8  # pairs in each process's batch
-    accumulate: int = 1  # batches of each process in one step: a larger batch in the same memory
-    learning_rate: float = 1e-4
-    warmup_steps: int = 0  # during which the learning rate rises from 0
-    schedule: str = "constant"  # 'cosine': down to 0 at the end of training
-    weight_decay: float = 0.01
-    clip: float | None = 10.0  # gradient norm above which gradients are scaled down; None: never
-    ema: float = 0.0  # decay of the EMA weights, which are validated and saved; 0: no EMA
-    precision: str = "fp32"  # 'bf16': autocast; 'auto': bf16 if the hardware computes in it, else fp32
-    checkpoint_every: int = 100  # steps between validations, each of which writes a checkpoint
-    max_train_pairs: int | None = None  # train on at most this many pairs, spread evenly over all; None: on all
-    max_val_pairs: int | None = None  # validate on at most this many pairs, spread likewise
-    num_workers: int = 1  # threads that prefetch batches; a fast GPU needs more than one
-    cpu_threads: int | None = None  # of torch on a CPU; None: its own choice. Small steps are fastest with one
-    gather_every: int = 1  # steps between transfers of the metrics, for each of which a GPU waits
-    compile: bool = False  # torch.compile: minutes at the start; measured slower on a CPU
-    seed: int = 0
-
-    def __post_init__(self):
-        check_counts(self, "epochs", "batch_size", "accumulate", "checkpoint_every", "num_workers", "gather_every")
-        check_counts(self, "max_steps", "patience", "cpu_threads", "max_train_pairs", "max_val_pairs", optional=True)
-        check_counts(self, "warmup_steps", "seed", least=0)
-        check(isinstance(self.compile, bool), "compile", self.compile, "true or false")
-        check(self.seed < 2**31, "seed", self.seed, "a whole number below 2³¹")
-        check_numbers(self, "learning_rate", above=0)
-        check_numbers(self, "weight_decay")
-        if self.clip is not None:
-            check_numbers(self, "clip", above=0)
-        check(is_finite(self.ema) and 0 <= self.ema < 1, "ema", self.ema, "a decay from 0 to below 1")
-        for name, choices in (("precision", PRECISIONS), ("schedule", SCHEDULES)):
-            check(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
+    epochs: Count = 200
+    max_steps: Count | None = None
+    patience: Count | None = None  # validations in a row without a new lowest loss that end training; None: never
+    batch_size: Count = 8  # pairs in each process's batch
+    accumulate: Count = 1  # batches of each process in one step: a larger batch in the same memory
+    learning_rate: Positive = 1e-4
+    warmup_steps: Whole = 0  # during which the learning rate rises from 0
+    schedule: choice(SCHEDULES) = "constant"  # 'cosine': down to 0 at the end of training
+    weight_decay: NonNegative = 0.01
+    clip: Positive | None = 10.0  # gradient norm above which gradients are scaled down; None: never
+    ema: Fraction = 0.0  # decay of the EMA weights, which are validated and saved; 0: no EMA
+    precision: choice(PRECISIONS) = "fp32"  # 'bf16': autocast; 'auto': bf16 if the hardware computes in it, else fp32
+    checkpoint_every: Count = 100  # steps between validations, each of which writes a checkpoint
+    max_train_pairs: Count | None = None  # train on at most this many pairs, spread evenly over all; None: on all
+    max_val_pairs: Count | None = None  # validate on at most this many pairs, spread likewise
+    num_workers: Count = 1  # threads that prefetch batches; a fast GPU needs more than one
+    cpu_threads: Count | None = None  # of torch on a CPU; None: its own choice. Small steps are fastest with one
+    gather_every: Count = 1  # steps between transfers of the metrics, for each of which a GPU waits
+    compile: Flag = False  # torch.compile: minutes at the start; measured slower on a CPU
+    seed: whole(0, 2**31 - 1) = 0
 
     @property
     def max_norm(self) -> float:
@@ -90,51 +87,38 @@ class LoopConfig:
         return "; ".join([*advice, f"{'or ' if advice else ''}lower clip_seconds (now {clip_seconds:g})"])
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class CurriculumConfig:
     """What makes the task harder over the epochs: growing noise, and targets taken from other pairs."""
 
-    noise_rate: float = 0.0  # growth of the noise share an epoch; 0: no noise
-    noise_ceiling: float = 0.3  # the share at which it stops growing
-    noise_start: int = 0  # epoch in which it is still 0
-    target_shuffling: float = 0.0  # share of the pairs of an epoch whose targets change places
-
-    def __post_init__(self):
-        check_numbers(self, "noise_rate")
-        check_numbers(self, "noise_ceiling", "target_shuffling", most=1)
-        check_counts(self, "noise_start", least=0)
+    noise_rate: NonNegative = 0.0  # growth of the noise share an epoch; 0: no noise
+    noise_ceiling: Share = 0.3  # the share at which it stops growing
+    noise_start: Whole = 0  # epoch in which it is still 0
+    target_shuffling: Share = 0.0  # share of the pairs of an epoch whose targets change places
 
     def noise_share(self, epoch: float) -> float:
         """α = min(ceiling, rate · epochs since the start), 0 before it."""
         return min(self.noise_ceiling, self.noise_rate * max(0.0, epoch - self.noise_start))
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class AdversaryConfig:
     """How the discriminator is trained. Without a learning rate there is none."""
 
-    discriminator_learning_rate: float | None = None
-    discriminator_warmup: int = 0  # steps in which it is trained, but the model's loss does not use it yet
-
-    def __post_init__(self):
-        if self.discriminator_learning_rate is not None:
-            check_numbers(self, "discriminator_learning_rate", above=0)
-        check_counts(self, "discriminator_warmup", least=0)
+    discriminator_learning_rate: Positive | None = None
+    discriminator_warmup: Whole = 0  # steps in which it is trained, but the model's loss does not use it yet
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class TrainConfig(LoopConfig):
     """How to train the fusion model."""
 
-    agent_learning_rate: float | None = None  # of the mask generator, without a residual to start from; None: the same
+    agent_learning_rate: Positive | None = None  # of the mask generator, which has no residual; None: the same
     loss: LossConfig = field(default_factory=LossConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.agent_learning_rate is not None:
-            check_numbers(self, "agent_learning_rate", above=0)
         if self.loss.adversarial_weight and self.adversary.discriminator_learning_rate is None:
             weight = self.loss.adversarial_weight
             raise UserError(

@@ -6,7 +6,6 @@ the same loss. Legend: B batch, D latent channels, T frames, N samples.
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ from lib.audio.features import HOP, Sound, correlation, harmony_similarity, rhyt
 from lib.audio.files import SAMPLE_RATE
 from lib.model.cascade import cosine
 from lib.model.masks import Masks
-from lib.util.configs import check, is_finite
+from lib.util.configs import NonNegative, checked_dataclass, choice, number
 from lib.util.errors import UserError
 
 ANTI_MODULATIONS = ("squared", "log")
@@ -29,43 +28,38 @@ Decode = Callable[[Tensor], Tensor]  # latents [B, D, T] → sound [B, 1, N], di
 Critic = Callable[[Tensor], Tensor]  # latents [B, D, T] → logits [B], positive for music
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class LossConfig:
     """Weights of the terms. A term with weight 0 is not computed, nor is anything that only it needs."""
 
     # on latents
-    input_weight: float = 0.3  # pulls the output towards the input latents ...
-    target_weight: float = 0.3  # ... and as strongly towards the target's: neither source should win by default
-    input_rms_weight: float = 0.0  # the same two pulls by the root of the squared error, whose gradient does not grow
-    target_rms_weight: float = 0.0  # with the error
-    novelty_weight: float = 0.0  # against an output whose cosine with a source is above 0.7
-    adversarial_weight: float = 0.0  # towards latents that the discriminator takes for real
+    input_weight: NonNegative = 0.3  # pulls the output towards the input latents ...
+    target_weight: NonNegative = 0.3  # ... and as strongly towards the target's: neither source should win by default
+    # the same two pulls by the root of the squared error, whose gradient does not grow with the error
+    input_rms_weight: NonNegative = 0.0
+    target_rms_weight: NonNegative = 0.0
+    novelty_weight: NonNegative = 0.0  # against an output whose cosine with a source is above 0.7
+    adversarial_weight: NonNegative = 0.0  # towards latents that the discriminator takes for real
     # on decoded sound
-    stft_weight: float = 0.0  # distance to both sources' spectra, in several resolutions
-    mel_weight: float = 0.0  # the same on the mel scale
-    rhythm_weight: float = 0.0  # the input's onsets ...
-    harmony_weight: float = 0.0  # ... with the target's pitch classes
-    anti_modulation_weight: float = 0.0  # against an output that copies the sources' loudness curve
-    anti_modulation: str = "squared"  # 'log' has no bound: value and gradient grow without limit towards |corr| = 1
-    outlier_weight: float = 0.0  # against mel bands far louder than in either source
-    window_seconds: float | None = 2.0  # part of every clip that is decoded, at random in training; None: all of it
+    stft_weight: NonNegative = 0.0  # distance to both sources' spectra, in several resolutions
+    mel_weight: NonNegative = 0.0  # the same on the mel scale
+    rhythm_weight: NonNegative = 0.0  # the input's onsets ...
+    harmony_weight: NonNegative = 0.0  # ... with the target's pitch classes
+    anti_modulation_weight: NonNegative = 0.0  # against an output that copies the sources' loudness curve
+    # 'log' has no bound: value and gradient grow without limit towards |corr| = 1
+    anti_modulation: choice(ANTI_MODULATIONS) = "squared"
+    outlier_weight: NonNegative = 0.0  # against mel bands far louder than in either source
+    # part of every clip that is decoded, at random in training; None: all of it
+    window_seconds: number(SHORTEST_WINDOW) | None = 2.0
     # on masks
-    overlap_weight: float = 0.0
-    coverage_weight: float = 0.0
-    balance_weight: float = 0.0
-    temporal_diversity_weight: float = 0.0
+    overlap_weight: NonNegative = 0.0
+    coverage_weight: NonNegative = 0.0
+    balance_weight: NonNegative = 0.0
+    temporal_diversity_weight: NonNegative = 0.0
 
     def __post_init__(self):
-        weights = self.weights
-        for name, weight in weights.items():
-            check(is_finite(weight) and weight >= 0, f"loss {name}", weight, "a finite number, 0 or more")
-        if not any(weights.values()):
-            raise UserError(f"loss: {', '.join(weights)} are all 0; give at least one term a weight")
-        choices = f"one of {', '.join(ANTI_MODULATIONS)}"
-        check(self.anti_modulation in ANTI_MODULATIONS, "loss anti_modulation", self.anti_modulation, choices)
-        seconds = self.window_seconds
-        fits = seconds is None or (is_finite(seconds) and seconds >= SHORTEST_WINDOW)
-        check(fits, "loss window_seconds", seconds, f"None or a finite number, {SHORTEST_WINDOW} or more")
+        if not any(self.weights.values()):
+            raise UserError(f"{', '.join(self.weights)} are all 0; give at least one term a weight")
 
     @property
     def weights(self) -> dict[str, float]:

@@ -1,11 +1,90 @@
-"""What all configs share: a field's check before anything runs, and reading back what was saved."""
+"""What all configs share: fields that are checked when a config is built, changes by address, and differences.
+
+A config is a frozen dataclass by `checked_dataclass`, which pydantic checks: the annotations say what a field takes.
+What depends on several fields is checked in `__post_init__`, by `check`.
+"""
 
 import dataclasses
-import math
-import numbers
-from typing import Any
+import functools
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, StrictBool, ValidationError, WrapValidator
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import PydanticCustomError
 
 from lib.util.errors import UserError
+
+
+def _field_type(kind: Any, wanted: str, **limits: Any) -> Any:
+    """A type that says what is `wanted` where pydantic, within these limits, refuses a value."""
+
+    def validate(value: Any, handler: Any) -> Any:
+        try:
+            return handler(value)
+        except ValueError:  # pydantic's is one
+            raise PydanticCustomError("refused", "use {wanted}", {"wanted": wanted}) from None
+
+    return Annotated[kind, Field(**limits), WrapValidator(validate)]
+
+
+def whole(least: int, most: int | None = None) -> Any:
+    wanted = f"a whole number, {least} or more" + (f", at most {most}" if most else "")
+    return _field_type(int, wanted, strict=True, ge=least, le=most)
+
+
+def number(
+    least: float | None = None, most: float | None = None, above: float | None = None, below: float | None = None
+) -> Any:
+    bounds = (("{:g} or more", least), ("above {:g}", above), ("at most {:g}", most), ("below {:g}", below))
+    wanted = ["a finite number", *(words.format(bound) for words, bound in bounds if bound is not None)]
+    return _field_type(
+        float, ", ".join(wanted), strict=True, allow_inf_nan=False, ge=least, le=most, gt=above, lt=below
+    )
+
+
+def choice(names: Sequence[str]) -> Any:
+    return _field_type(Literal[tuple(names)], f"one of {', '.join(names)}")
+
+
+Flag = _field_type(StrictBool, "true or false")
+Whole, Count = whole(0), whole(1)
+Number, NonNegative, Positive = number(), number(0), number(above=0)
+Share, Fraction = number(0, 1), number(0, below=1)
+
+
+def checked_dataclass(cls: type) -> type:
+    """A frozen dataclass whose fields are checked; dicts become nested configs, lists tuples. `UserError` names every
+    field that does not fit by its address, its value and what is allowed."""
+    cls = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
+    validate = cls.__init__
+    names = dict(enumerate(field.name for field in dataclasses.fields(cls)))
+
+    @functools.wraps(validate)
+    def init(self: Any, *args: Any, **values: Any) -> None:
+        try:
+            validate(self, *args, **values)
+        except ValidationError as error:
+            raise UserError("; ".join(_explained(problem, names) for problem in error.errors())) from None
+
+    cls.__init__ = init
+    return cls
+
+
+def _explained(problem: Any, names: dict[int, str]) -> str:
+    """One of pydantic's errors in words; `names` of arguments that were given by position."""
+    path = [names.get(part, part) if i == 0 else part for i, part in enumerate(problem["loc"])]
+    address = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    error = problem.get("ctx", {}).get("error")
+    if isinstance(error, UserError):  # from a `__post_init__`
+        return f"{address}: {error}" if address else str(error)
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{address} is missing; restore the field"
+    if problem["type"] == "unexpected_keyword_argument":
+        fix = f"choose from {', '.join(names.values())}" if len(path) == 1 else "check its name"
+        return f"{address} is unknown; {fix}"
+    wanted = problem["msg"].replace("Input should be", "use", 1)
+    return f"{address}={problem['input']!r} is not allowed; {wanted}"
 
 
 def check(ok: Any, field: str, value: Any, wanted: Any) -> None:
@@ -14,88 +93,35 @@ def check(ok: Any, field: str, value: Any, wanted: Any) -> None:
         raise UserError(f"{field}={value!r} is not allowed; use {wanted}")
 
 
-def is_finite(value: Any) -> bool:
-    """Whether it is a number, and neither NaN nor infinite. A truth value is none, nor is text that looks like one."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def check_counts(config: Any, *names: str, least: int = 1, optional: bool = False) -> None:
-    """Fields that must be whole numbers of at least `least`, or None where that is `optional`."""
-    wanted = f"a whole number, {least} or more" + ", or none" * optional
-    for name in names:
-        value = getattr(config, name)
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        check(whole or (optional and value is None), name, value, wanted)
-
-
-def check_numbers(config: Any, *names: str, above: float | None = None, most: float = math.inf) -> None:
-    """Fields that must be finite numbers, 0 or more, or more than `above`, and at most `most`."""
-    wanted = "a finite number, " + ("0 or more" if above is None else f"above {above:g}")
-    wanted += f", at most {most:g}" if most < math.inf else ""
-    for name in names:
-        value = getattr(config, name)
-        fits = is_finite(value) and (value >= 0 if above is None else value > above) and value <= most
-        check(fits, name, value, wanted)
-
-
 def from_fields(cls: type, values: dict[str, Any]) -> Any:
-    """A config from all of its fields, nested ones as dicts; unknown or missing ones raise `UserError`."""
-    known = {field.name: field.type for field in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - set(known)):
-        raise UserError(f"{cls.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(sorted(known))}")
-    if missing := sorted(set(known) - set(values)):
-        raise UserError(f"{cls.__name__} lacks the field {', '.join(missing)}; restore the config that was written")
-    parts = {
-        name: from_fields(known[name], value)
-        for name, value in values.items()
-        if dataclasses.is_dataclass(known[name]) and isinstance(value, dict)
-    }
-    return cls(**values | parts)
+    """The config whose fields, all of them, were saved. `UserError` where some are unknown or missing."""
+    if not isinstance(values, dict):
+        raise UserError(f"{cls.__name__}: {values!r} holds no fields; restore the config that was written")
+    config = cls(**values)
+    given = addresses(values)
+    if lost := [address for address in addresses(config) if address not in given]:
+        raise UserError(f"{cls.__name__} lacks the field {', '.join(lost)}; restore the config that was written")
+    return config
 
 
-def settings(config: Any, prefix: str = "") -> dict[str, dataclasses.Field]:
-    """Every field of a nested config by its address, such as 'train.loss.rhythm_weight'."""
-    found = {}
-    for field in dataclasses.fields(config):
-        value, address = getattr(config, field.name), prefix + field.name
-        found |= settings(value, f"{address}.") if dataclasses.is_dataclass(value) else {address: field}
-    return found
-
-
-def with_settings(config: Any, changes: dict[str, Any], prefix: str = "") -> Any:
-    """A copy of a nested config with the settings at these addresses changed. Values that a setting does not take raise
-    `UserError`."""
-    own: dict[str, Any] = {}
-    nested: dict[str, dict[str, Any]] = {}
-    types = {field.name: field.type for field in dataclasses.fields(config)}
+def with_settings(config: Any, changes: dict[str, Any]) -> Any:
+    """A copy of a nested config with the fields at these addresses changed."""
+    values = dataclasses.asdict(config)
     for address, value in changes.items():
-        name, _, rest = address.partition(".")
-        if rest:
-            nested.setdefault(name, {})[rest] = value
-        else:
-            own[name] = _as_type(prefix + name, value, types[name])
-    for name, inner in nested.items():
-        own[name] = with_settings(getattr(config, name), inner, f"{prefix}{name}.")
-    return dataclasses.replace(config, **own)
+        *sections, name = address.split(".")
+        functools.reduce(dict.__getitem__, sections, values)[name] = value
+    return type(config)(**values)
 
 
-def _as_type(address: str, value: Any, annotation: Any) -> Any:
-    """`value` as the field's type: 1 is a float too, 1e-4 read by YAML as text is a number."""
-    kinds = getattr(annotation, "__args__", (annotation,))
-    if value is None and type(None) in kinds:
-        return None
-    for kind in kinds:
-        if kind is float and not isinstance(value, bool):
-            try:
-                return float(value)
-            except (TypeError, ValueError, OverflowError):
-                continue
-        if kind is bool and isinstance(value, bool):
-            return value
-        if kind in (int, str) and isinstance(value, kind) and not isinstance(value, bool):
-            return value
-    wanted = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
-    raise UserError(f"setting {address}={value!r} is not allowed; use a value of type {wanted}")
+def addresses(config: Any, prefix: str = "") -> list[str]:
+    """Where the values of a nested config are, such as 'train.loss.rhythm_weight' or 'stages[0].width'."""
+    if dataclasses.is_dataclass(config):
+        config = dataclasses.asdict(config)
+    if isinstance(config, dict):
+        return [found for name, value in config.items() for found in addresses(value, f"{prefix}.{name}")]
+    if isinstance(config, list | tuple):
+        return [found for i, value in enumerate(config) for found in addresses(value, f"{prefix}[{i}]")]
+    return [prefix.removeprefix(".")]
 
 
 def config_differences(a: Any, b: Any) -> list[str]:

@@ -383,7 +383,7 @@ def test_the_key_depends_on_content_and_not_on_names():
         (3, "}", "", "damaged"),
         (3, '"split": "', '"split": "un', "split 'untrain'"),
         (3, '"mode": "', '"mode": "un', "is unknown"),
-        (3, '"offset": ', '"offset": -', "no sample count"),
+        (3, '"offset": ', '"offset": -', "offset=-4800 is not allowed; use a whole number"),
         (3, '"sha256": "', '"sha256": "x', "malformed"),
         (3, '"input"', '"inputs"', "no field 'input'"),
         (3, '"target": {', '"target": {"more": 1, ', "more"),

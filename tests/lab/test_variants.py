@@ -16,12 +16,12 @@ from lib.lab.variants import (
     PROTECTIONS,
     REFERENCE,
     REPAIR,
+    SETS,
     SINGLE_CHANGES,
     START_GAIN,
     VARIANTS,
     WEAK_RESIDUALS,
     Variant,
-    chosen_variants,
 )
 from lib.model.cascade import Cascade, CascadeConfig
 from lib.model.projection import rms_ceiling
@@ -29,7 +29,6 @@ from lib.model.rms_law import LATENT_RMS, check_collapse
 from lib.training.config import TrainConfig
 from lib.training.losses import total_loss
 from lib.util.configs import config_differences
-from lib.util.errors import UserError
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 CELLS = list(itertools.product((False, True), repeat=3))
@@ -276,13 +275,8 @@ def test_what_the_gains_reach():
 # --- choosing ---------------------------------------------------------------------------------------------------------
 
 
-def test_chosen_variants():
-    assert chosen_variants("named") == NAMED
+def test_the_sets():
+    assert SETS["named"] == NAMED
     assert [variant.name for variant in NAMED] == [REFERENCE, EXPLODING, REPAIR, LEARNABLE]
-    assert chosen_variants("all") == VARIANTS
+    assert SETS["all"] == VARIANTS
     assert len(VARIANTS) == len(NAMED) + len(SINGLE_CHANGES) + 8 + 8 + len(WEAK_RESIDUALS)
-
-
-def test_an_unknown_choice_lists_the_choices():
-    with pytest.raises(UserError, match=r"^ablation_variants='some' is not allowed; use one of named, all$"):
-        chosen_variants("some")

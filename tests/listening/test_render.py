@@ -393,7 +393,7 @@ def test_the_global_random_state_is_left_untouched(codec, build, monkeypatch):
 @pytest.mark.parametrize(
     ("field", "values", "wanted"),
     [
-        ("stages", (0, -1, 1.0, True, "2", math.nan), "a whole number, 1 or more, or none"),
+        ("stages", (0, -1, 1.0, True, "2", math.nan), "a whole number, 1 or more"),
         ("residual_weight", (-0.1, math.nan, math.inf, "1", True), "a finite number, 0 or more"),
         ("noise", (-0.1, 1.01, math.nan, None, "0"), "a finite number, 0 or more, at most 1"),
         ("mask_blend", (-0.1, 1.01, math.inf, None, False), "a finite number, 0 or more, at most 1"),

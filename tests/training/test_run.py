@@ -241,7 +241,7 @@ def test_the_masks_come_back_with_the_model(tmp_path, config, masking):
 def test_a_masking_of_other_fields_is_refused(run, config):
     run.save(1, seeded(config, 1), {}, is_best=True)
     for masking, words in (
-        ({"masking": "none", "colour": 1}, r"config\.json: MaskingConfig has no field colour"),
+        ({"masking": "none", "colour": 1}, r"config\.json: colour is unknown; choose from masking"),
         ({}, r"config\.json: MaskingConfig lacks the field masking"),
         ({"masking": "loud"}, r"config\.json: masking='loud' is not allowed"),
     ):

@@ -1,105 +1,149 @@
-"""Checks of a config's fields: what passes, and that a refusal names the field, its value and what is allowed."""
+"""Configs: what each type of field takes, that a refusal names address, value and what is allowed, and copies."""
 
+import dataclasses
+import json
 import math
-from dataclasses import dataclass
+import pickle
+from dataclasses import field
+from typing import Any
 
 import numpy as np
 import pytest
 
-from lib.util.configs import check, check_counts, check_numbers, from_fields, is_finite
+from lib.util.configs import (
+    Count,
+    Flag,
+    Fraction,
+    NonNegative,
+    Number,
+    Positive,
+    Share,
+    Whole,
+    addresses,
+    check,
+    checked_dataclass,
+    choice,
+    from_fields,
+    number,
+    whole,
+    with_settings,
+)
 from lib.util.errors import UserError
 
 
-@dataclass(frozen=True)
-class Size:
-    count: object = 1
-    share: object = 0.5
+@checked_dataclass
+class Inner:
+    count: Count = 1
+    share: Share = 0.5
+
+    def __post_init__(self):
+        check(self.count != 7, "count", self.count, "another")
 
 
-def refused(action, *parts: str) -> None:
+@checked_dataclass
+class Outer:
+    kind: choice(("a", "b"))
+    inner: Inner = field(default_factory=Inner)
+    stages: tuple[Inner, ...] = ()
+    size: Count | None = None
+
+
+def refused(action, message: str) -> None:
     with pytest.raises(UserError) as caught:
         action()
-    assert all(part in str(caught.value) for part in parts), str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value) == message
 
 
 def test_check_names_field_value_and_choices():
     check(True, "kind", "a", "one of a, b")
     check([1], "kind", "a", "one of a, b")  # anything true
-    with pytest.raises(UserError, match=r"^kind='c' is not allowed; use one of a, b$"):
-        check("c" in ("a", "b"), "kind", "c", "one of a, b")
-    with pytest.raises(UserError, match=r"^kind=\[\] is not allowed; use some$"):
-        check([], "kind", [], "some")
+    refused(lambda: check("c" in ("a", "b"), "kind", "c", "one of a, b"), "kind='c' is not allowed; use one of a, b")
+    refused(lambda: check([], "kind", [], "some"), "kind=[] is not allowed; use some")
+
+
+NO_NUMBER = (math.nan, math.inf, -math.inf, "0.5", None, False, [1.0], 10**400)
 
 
 @pytest.mark.parametrize(
-    ("value", "finite"),
+    ("kind", "good", "bad", "wanted"),
     [
-        (0, True),
-        (-1.5, True),
-        (np.float32(2), True),
-        (np.int64(2), True),
-        (math.nan, False),
-        (-math.inf, False),
-        (True, False),
-        ("1e-4", False),  # as YAML reads it
-        (None, False),
-        ([1.0], False),
+        (Count, (1, 7, 10**12), (0, -1, 1.0, True, "3", None, math.inf), "a whole number, 1 or more"),
+        (Whole, (0, 7), (-1, 0.0, False, "0", None), "a whole number, 0 or more"),
+        (whole(2, 5), (2, 5), (1, 6), "a whole number, 2 or more, at most 5"),
+        (Number, (-1.5, 0, 1e300), NO_NUMBER, "a finite number"),
+        (NonNegative, (0, 0.5, np.float64(2)), (-1e-9, *NO_NUMBER), "a finite number, 0 or more"),
+        (Positive, (1e-9, 3), (0, -1.0, *NO_NUMBER), "a finite number, above 0"),
+        (Share, (0, 1, 0.3), (-0.1, 1.01, *NO_NUMBER), "a finite number, 0 or more, at most 1"),
+        (Fraction, (0, 0.999), (-0.1, 1, *NO_NUMBER), "a finite number, 0 or more, below 1"),
+        (number(-2, 5), (-2, 5), (-2.1, 5.1), "a finite number, -2 or more, at most 5"),
+        (Flag, (True, False), (0, 1, "true", None), "true or false"),
+        (choice(("a", "b")), ("a", "b"), ("c", "", None, 1), "one of a, b"),
     ],
 )
-def test_what_is_a_finite_number(value, finite):
-    assert is_finite(value) is finite
+def test_what_a_field_takes(kind: Any, good: tuple, bad: tuple, wanted: str):
+    @checked_dataclass
+    class One:
+        value: kind
+
+    for value in good:
+        assert One(value).value == value
+    for value in bad:
+        refused(lambda value=value: One(value), f"value={value!r} is not allowed; use {wanted}")
 
 
-@pytest.mark.parametrize("value", [1, 7, 10**12])
-def test_counts_pass(value):
-    check_counts(Size(count=value), "count")
+def test_a_refusal_names_the_address():
+    refused(lambda: Inner(count=0), "count=0 is not allowed; use a whole number, 1 or more")
+    refused(lambda: Inner(0), "count=0 is not allowed; use a whole number, 1 or more")  # by position, too
+    two = "inner.count=0 is not allowed; use a whole number, 1 or more; stages[1].share=2 is not allowed; use a finite "
+    two += "number, 0 or more, at most 1"
+    refused(lambda: Outer("a", inner={"count": 0}, stages=[{}, {"share": 2}]), two)
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.0, 2.5, True, "3", None, math.inf])
-def test_what_is_no_count_is_refused(value):
-    refused(lambda: check_counts(Size(count=value), "count"), f"count={value!r}", "use a whole number, 1 or more")
+def test_unknown_and_missing_fields_are_named():
+    refused(lambda: Inner(counts=1), "counts is unknown; choose from count, share")
+    refused(lambda: Outer("a", inner={"counts": 1}), "inner.counts is unknown; check its name")
+    refused(Outer, "kind is missing; restore the field")
 
 
-def test_the_least_count_and_none_where_they_are_allowed():
-    check_counts(Size(count=0), "count", least=0)
-    check_counts(Size(count=None), "count", optional=True)
-    refused(lambda: check_counts(Size(count=2), "count", least=3), "count=2", "use a whole number, 3 or more")
-    refused(lambda: check_counts(Size(count=0), "count", optional=True), "1 or more, or none")
-    refused(lambda: check_counts(Size(count=-1), "count", least=0), "0 or more")
+def test_what_several_fields_must_fit_is_refused_at_its_address():
+    refused(lambda: Inner(count=7), "count=7 is not allowed; use another")
+    refused(lambda: Outer("a", inner={"count": 7}), "inner: count=7 is not allowed; use another")
+    refused(lambda: dataclasses.replace(Inner(), count=7), "count=7 is not allowed; use another")
 
 
-def test_every_named_field_is_checked():
-    refused(lambda: check_counts(Size(count=1, share=0), "count", "share"), "share=0")
-    refused(lambda: check_numbers(Size(count=1, share=-1), "count", "share"), "share=-1")
-
-
-@pytest.mark.parametrize("value", [0, 0.5, 3, 1e300])
-def test_numbers_pass(value):
-    check_numbers(Size(share=value), "share")
-
-
-@pytest.mark.parametrize("value", [-1e-9, math.nan, math.inf, -math.inf, "0.5", None, False])
-def test_what_is_no_number_is_refused(value):
-    refused(lambda: check_numbers(Size(share=value), "share"), f"share={value!r}", "use a finite number, 0 or more")
-
-
-def test_bounds_of_numbers():
-    check_numbers(Size(share=1), "share", most=1)
-    refused(lambda: check_numbers(Size(share=1.01), "share", most=1), "share=1.01", "0 or more, at most 1")
-    check_numbers(Size(share=1e-9), "share", above=0)
-    refused(lambda: check_numbers(Size(share=0), "share", above=0), "share=0", "a finite number, above 0")
-    refused(lambda: check_numbers(Size(share=-3), "share", above=-2, most=5), "above -2, at most 5")
-    check_numbers(Size(share=-1), "share", above=-2, most=5)
+def test_a_config_is_a_frozen_value():
+    config = Outer("a", stages=[Inner(2), {"share": 1}], size=3)
+    assert config.stages == (Inner(2), Inner(share=1.0))
+    assert hash(config) == hash(Outer("a", stages=(Inner(2), Inner(share=1.0)), size=3))
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert dataclasses.replace(config, size=None).size is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.size = 4
 
 
 def test_from_fields_is_the_config_that_was_written():
-    assert from_fields(Size, {"share": 2, "count": 3}) == Size(3, 2)
+    config = Outer("b", stages=(Inner(2), Inner(3)))
+    assert from_fields(Outer, json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 def test_from_fields_names_what_is_unknown_or_missing():
-    unknown = {"count": 1, "share": 1, "zeta": 0, "colour": 2}
-    refused(lambda: from_fields(Size, unknown), "Size has no field colour, zeta; its fields are count, share")
-    refused(lambda: from_fields(Size, {"counts": 1, "share": 1}), "no field counts; its fields are count, share")
-    refused(lambda: from_fields(Size, {"share": 1}), "Size lacks the field count; restore the config")
-    refused(lambda: from_fields(Size, {}), "lacks the field count, share")
+    written = dataclasses.asdict(Outer("b", stages=(Inner(2), Inner(3))))
+    refused(lambda: from_fields(Outer, written | {"zeta": 0}), "zeta is unknown; choose from kind, inner, stages, size")
+    lacks = "Outer lacks the field {}; restore the config that was written"
+    del written["size"]
+    refused(lambda: from_fields(Outer, written), lacks.format("size"))  # its default plays no part
+    del written["stages"][1]["share"]
+    refused(lambda: from_fields(Outer, written), lacks.format("stages[1].share, size"))
+    refused(lambda: from_fields(Inner, 3), "Inner: 3 holds no fields; restore the config that was written")
+
+
+def test_settings_are_changed_by_address():
+    config = Outer("a")
+    assert addresses(config) == ["kind", "inner.count", "inner.share", "size"]
+    changed = with_settings(config, {"inner.count": 3, "size": 2})
+    assert changed == Outer("a", inner=Inner(3), size=2)
+    assert config == Outer("a")
+    refused(
+        lambda: with_settings(config, {"inner.share": 2}),
+        "inner.share=2 is not allowed; use a finite number, 0 or more, at most 1",
+    )
