@@ -1,9 +1,9 @@
-"""Two runs side by side: their configs, what they measure, and the same pairs fused by both.
+"""Two runs side by side: their configs, their metrics, and the same pairs fused by both.
 
     python -m lib.compare outputs/a outputs/b [--out DIR] [--pairs 3] [--judged 24]
 
 The pairs are validation pairs of the first run whose music neither run was trained on. Prints the tables and writes
-them with curves and players into a page, outputs/compare/<a>-<b>/index.html if not told otherwise.
+them, with curves and players, to a page: outputs/compare/<a>-<b>/index.html by default.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from lib.util.files import make_folder
 from lib.util.stats import TEST
 
 LEAD = (
-    "Two runs on the same validation pairs, of music that neither was trained on: how they are configured, what they "
-    "measure, and what they sound like."
+    "Two runs on the same validation pairs, of music that neither was trained on: how their configs differ, their "
+    "metrics, and how they sound."
 )
 JUDGED = ("merit", "rhythm", "harmony", "input_mel", "target_mel", "rms_ratio", "movement_ratio")
 SECTIONS = {"config", "metrics", "sounds"}
@@ -56,10 +56,10 @@ def compare_runs(
     num_judged: int = 24,
     codec_folder: str | None = None,
 ) -> tuple[Path, dict[str, Table]]:
-    """Compare two run directories; returns the page's path and its tables, by what they tell.
+    """Compare two run directories; returns the page's path and its tables by name.
 
-    `num_pairs`: to listen to. `num_judged`: on which both are measured. `codec_folder`: EnCodec's weights, for the runs
-    that need them. `UserError` where a run cannot be used, or where no pair is new to both.
+    `num_pairs`: pairs to listen to. `num_judged`: pairs to measure on. `codec_folder`: EnCodec's weights, for runs that
+    need them. `UserError` if a run cannot be used, or if no pair is new to both.
     """
     if num_pairs < 1 or num_judged < 1:
         raise UserError(f"--pairs {num_pairs}, --judged {num_judged}: at least one pair each is needed")
@@ -136,7 +136,7 @@ def write_sounds(section: Section, compared: Sequence[Compared], pairs: Pairs) -
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
-    """Folder names, with as many folders above them as tell the runs apart."""
+    """Folder names, with as many parent folders as it takes to make them different."""
     parts = [path.resolve().parts for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         names = [Path(*part[-count:]).as_posix() for part in parts]
@@ -146,7 +146,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 
 def codec_of(run: Run, folder: str | None) -> Codec:
-    """The codec on whose latents the run was trained, from its name or from a folder of weights."""
+    """The codec that the run was trained with, from its name or from a folder of weights."""
     codec = run.config.get("codec")
     if not isinstance(codec, dict) or not codec.get("name"):
         raise UserError(f"{run.path / 'config.json'}: names no codec; give a run that this project trained")
@@ -154,7 +154,7 @@ def codec_of(run: Run, folder: str | None) -> Codec:
 
 
 def pairs_new_to_both(first: Path, second: Path) -> Pairs:
-    """Validation pairs of the first run, to listen to where it has those, of files that neither run trained on."""
+    """Validation pairs of the first run, of listening length if it has some, from files new to both runs."""
     longer = first / "listening.jsonl"
     manifest = read_manifest(longer if longer.exists() else first / "manifest.jsonl")
     first_songs, second_songs = (read_manifest(run / "manifest.jsonl").songs("train") for run in (first, second))
@@ -172,7 +172,7 @@ def pairs_new_to_both(first: Path, second: Path) -> Pairs:
 
 
 def spread(pairs: Pairs, count: int) -> Pairs:
-    """So many of the pairs, evenly spread."""
+    """At most `count` of the pairs, evenly spread."""
     names = list(pairs)
     return {names[i]: pairs[names[i]] for i in evenly_spread(len(names), count).tolist()}
 

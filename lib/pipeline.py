@@ -1,11 +1,11 @@
-"""Run the notebooks, headlessly, and join what they show into one page that grows with each of them.
+"""Run the notebooks headlessly and collect their results on one page, which is rewritten after each of them.
 
     python -m lib.pipeline --preset demo [--data DIR] [--codec NAME|DIR] [--out DIR] [--only 04,05] [--resume]
                            [--set train.max_steps=200]
 
-Every notebook is executed by papermill into the output folder; its cells are stored as they finish, so that a failure
-can be read there. One that fails has its section on the page, and those that do not need it still run. `--resume` skips
-notebooks that finished under the same settings and code, and lets training resume.
+Papermill executes every notebook into the output folder and stores each cell as it finishes, so that a failure can be
+read there. When a notebook fails, the page shows its section with the error, and the others run unless they need it.
+`--resume` skips notebooks that finished with the same settings and code, and resumes a stopped training.
 """
 
 import argparse
@@ -56,9 +56,9 @@ LEAD = (
     "fuses them; the codec turns the result back into sound. This page shows one run of that: what it sounds like, how "
     "it was trained, and what the codec does. Every figure, number and player comes from the notebook named below it."
 )
-EXECUTED = (NOTEBOOKS[0], *NOTEBOOKS[3:5], *NOTEBOOKS[1:3], NOTEBOOKS[5])  # what there is to hear comes early
+EXECUTED = (NOTEBOOKS[0], *NOTEBOOKS[3:5], *NOTEBOOKS[1:3], NOTEBOOKS[5])  # listening comes early
 TRAINING = ("04_training", "06_super_resolution")  # those that can resume
-# to be done again when the other has been; without the other's run listening has nothing to play
+# runs again after the notebook that it needs has run; without a trained run, listening has nothing to play
 NEEDS = {"05_listening": "04_training", "06_super_resolution": "04_training"}
 USER_ERRORS = {error.__name__ for error in (UserError, AudioError, CorruptShardError)}
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -66,8 +66,7 @@ PLACE = re.compile(r"^(?:File (?P<file>.+?):|Cell In\[\d+\], line )(?P<line>\d+)
 
 
 class NotebookError(RuntimeError):
-    """What failed and why: a notebook, its cell and the error. `by_user`: the message where bad settings or data are
-    the cause and no fault here."""
+    """A notebook that failed, and why. `by_user`: the message if bad settings or data are the cause."""
 
     def __init__(self, name: str, reason: str, by_user: str = ""):
         super().__init__(by_user or f"{name}: {reason}")
@@ -84,9 +83,9 @@ def run_notebooks(
 ) -> Path:
     """Execute the notebooks, rewriting `index.html` after each; returns its path.
 
-    `UserError` for bad settings or data, before the first notebook where they can be known then. Where a notebook
-    fails, the others run first, but for those that need it; then `NotebookError`, or `UserError` if all that failed did
-    so for bad settings or data.
+    Bad settings or data raise `UserError`, before the first notebook if they can be known then. If a notebook fails,
+    the others that do not need it run first; then `NotebookError` is raised, or `UserError` if bad settings or data
+    caused every failure.
     """
     preset = load_preset(preset_name, overrides)
     out = Path(out_dir or ROOT / "outputs" / preset_name).resolve()
@@ -126,7 +125,7 @@ def run_notebooks(
                 execute(name, out, parameters | ({"resume": resume} if name in TRAINING else {}))
                 seconds = round(time.monotonic() - started)
                 done = {"state": state, "seconds": seconds, "resumed": stopped, "at": time.time()}
-                write_mark(out, name, done)
+                write_atomic(mark_path(out, name), json.dumps(done))
                 say(f"{where}: {seconds} s")
             except NotebookError as error:
                 failures[name] = error
@@ -134,7 +133,7 @@ def run_notebooks(
                 write_notebook_page(out / f"{name}.ipynb")
         if name in failures:
             say(f"{where}: {failures[name].reason}")
-            write_mark(out, name, {"failed": failures[name].reason})
+            write_atomic(mark_path(out, name), json.dumps({"failed": failures[name].reason}))
         about = facts(preset, out, train, val)
         shown = [other for other in NOTEBOOKS if other not in chosen[number:]]
         reasons = {other: mark["failed"] for other in shown if "failed" in (mark := read_mark(out, other))}
@@ -151,9 +150,8 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
     """One notebook through papermill, its progress bars on stderr."""
     executed = out / f"{name}.ipynb"
     # ipc: no open port on a shared server; async: the other manager waits forever for a kernel that was killed
-    sockets = tempfile.TemporaryDirectory(
-        prefix="kernel-"
-    )  # its own: two runs at once would talk to each other's kernel
+    # a folder of its own: two runs at once would talk to each other's kernel
+    sockets = tempfile.TemporaryDirectory(prefix="kernel-")
     kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets.name}/kernel")
     paths = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook_path(name), executed))
     stop = StopSignals(functools.partial(interrupt, kernel))
@@ -184,7 +182,7 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
 
 
 def failed_statement(traceback: list[str], cell: str) -> str:
-    """The source of the statement that raised an error, on one line: what an assertion without a text says."""
+    """The source of the statement that raised an error, on one line: the message of an assertion that has none."""
     with contextlib.suppress(IndexError, OSError, ValueError, SyntaxError):
         place = list(PLACE.finditer(COLOURS.sub("", "\n".join(traceback))))[-1]
         source = Path(place["file"]).expanduser().read_text() if place["file"] else cell
@@ -204,7 +202,7 @@ def interrupt(kernel: AsyncKernelManager, signal_name: str) -> None:
 
 
 def facts(preset: Preset, out: Path, train: int, val: int) -> dict[str, str]:
-    """The head of the page: what was run, on what, and how long it took."""
+    """The head of the page: settings, data, machine and times."""
     head = {"preset": preset.name, "pairs": f"{train} training, {val} validation"}
     if (out / "config.json").exists():
         run = Run.open(out)
@@ -221,29 +219,25 @@ def facts(preset: Preset, out: Path, train: int, val: int) -> dict[str, str]:
 
 
 def code_of_lib() -> str:
-    """A hash of all of lib, any of which a notebook may use."""
+    """A hash of all code that a notebook may use."""
     names = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / "lib").rglob("*.py"))
     return code_fingerprint(*sorted(".".join(name.parts) for name in names))
 
 
 def forget(out: Path, name: str) -> None:
-    """An earlier execution's mark, section, notebook and page: a page shows one run."""
+    """Delete an earlier execution's mark, section, notebook and page: a page shows one run."""
     executed = (out / f"{name}.{suffix}" for suffix in ("ipynb", "html"))
     for path in (mark_path(out, name), out / "report" / f"{name}.json", *executed):
         path.unlink(missing_ok=True)
 
 
 def mark_path(out: Path, name: str) -> Path:
-    """How a notebook ended: the state it ran with and the seconds it took, or why it failed."""
+    """Where it is written how a notebook ended: with which state and after how many seconds, or why it failed."""
     return out / "report" / f"{name}.mark"
 
 
-def write_mark(out: Path, name: str, content: dict[str, Any]) -> None:
-    write_atomic(mark_path(out, name), json.dumps(content))
-
-
 def read_mark(out: Path, name: str) -> dict[str, Any]:
-    """What the mark says; empty where there is none, or none that can be read."""
+    """The mark's content; empty if there is no readable mark."""
     with contextlib.suppress(UserError):
         return read_json(mark_path(out, name))
     return {}
@@ -257,9 +251,10 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def parse_overrides(settings: list[str]) -> dict[str, Any]:
-    """`["train.max_steps=40", "codec=encodec"]` → values as YAML reads them. `UserError` for anything else."""
-    overrides = {}
+def parse_overrides(settings: list[str], codec: str | None = None) -> dict[str, Any]:
+    """`["train.max_steps=40", "codec=encodec"]` → values as YAML reads them; `codec` wins over a setting of that name.
+    `UserError` for any other form."""
+    overrides: dict[str, Any] = {}
     for setting in settings:
         key, separator, value = setting.partition("=")
         if not separator or not key:
@@ -268,6 +263,8 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
             overrides[key] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none
             raise UserError(f"--set {setting}: {value!r} is not a YAML value; quote it") from None
+    if codec:
+        overrides["codec"] = str(Path(codec).resolve()) if Path(codec).is_dir() else codec
     return overrides
 
 
@@ -283,33 +280,24 @@ def chosen_notebooks(only: str | None) -> tuple[str, ...]:
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
-    """What every command that runs notebooks takes. `out`: where to, too."""
+    """Options of every command that takes a preset; `--out` only where the folder can be chosen."""
     parser.add_argument("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--data", default="", help="folder of music (default: generated demo songs)")
     parser.add_argument("--codec", help=f"{', '.join(CODECS)} or a directory of EnCodec weights")
     if out:
         parser.add_argument("--out", default="", help="output folder (default: outputs/<preset>)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of the preset"
-    )
-
-
-def parsed_overrides(options: argparse.Namespace) -> dict[str, Any]:
-    overrides = parse_overrides(options.set)
-    if options.codec:
-        folder = Path(options.codec)
-        overrides["codec"] = str(folder.resolve()) if folder.is_dir() else options.codec
-    return overrides
+    example = "change a setting of the preset: train.max_steps=200"
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=example)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.pipeline", description="Run the notebooks in order.")
     add_arguments(parser)
     parser.add_argument("--only", help="notebooks to run, by their numbers: 04,05")
-    parser.add_argument("--resume", action="store_true", help="skip what is done, let training resume")
+    parser.add_argument("--resume", action="store_true", help="skip finished notebooks, resume a stopped training")
     options = parser.parse_args()
     with exit_on_user_error():
-        overrides = parsed_overrides(options)
+        overrides = parse_overrides(options.set, options.codec)
         only = chosen_notebooks(options.only)
         try:
             page = run_notebooks(options.preset, overrides, options.data, options.out, only, options.resume)

@@ -7,7 +7,7 @@ Sections nest, and the address of a setting is its attribute path: `load_preset(
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
@@ -281,7 +281,7 @@ PRESETS = {
     ),
 }
 
-# old names of settings that do not follow from the new ones, see `_moved`
+# old names that do not follow from the new ones as `_moved` says
 RENAMED = {
     "demo_every": "listening.every",
     "judged_pairs": "evaluation.pairs",
@@ -291,42 +291,31 @@ RENAMED = {
 
 
 def load_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Preset:
-    """A preset with some settings changed, by address or nested like the sections.
-
-    Unknown names and values that a setting does not take raise `UserError` with the choices.
-    """
+    """A preset with the settings at some addresses changed. Unknown names and values that a setting does not take raise
+    `UserError` with the choices."""
     if name not in PRESETS:
         raise UserError(f"preset: unknown {name!r}; choose one of {', '.join(PRESETS)}")
     known = [address for address in addresses(PRESETS[name]) if address != "name"]
     changes: dict[str, Any] = {}
-    for address, value in _flat(overrides or {}):
+    for address, value in (overrides or {}).items():
         if address not in known:
             raise UserError(f"setting {address} {_advice(address, known)}")
-        if address in changes:
-            raise UserError(f"setting {address} is given twice; leave one out")
-        changes[address] = value
+        # YAML 1.1 takes 1e-4 for text, because it has no dot
+        number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value)
+        changes[address] = float(value) if number else value
     return with_settings(PRESETS[name], changes)
 
 
-def _flat(overrides: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in overrides.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:  # YAML 1.1 takes 1e-4 for text, because it has no dot
-            number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value)
-            yield f"{prefix}{name}", float(value) if number else value
-
-
 def _moved(known: list[str]) -> dict[str, str]:
-    """Names that settings had before presets had sections → addresses. Those of data, model and training had no prefix,
-    those of other sections had the section's name as theirs."""
+    """Old names of settings, from before presets had sections → addresses. Settings of data, model and training had no
+    prefix, the others had the section's name."""
     bare = [address for address in known if address.startswith(("data.", "model.", "train."))]
     joined = {address.replace(".", "_"): address for address in known}
     return {address.rpartition(".")[2]: address for address in bare} | joined | RENAMED
 
 
 def _advice(name: str, known: list[str]) -> str:
-    """What to write instead of a name that is no address."""
+    """What to write instead of a name that is not an address."""
     if name in (moved := _moved(known)):
         return f"is now {moved[name]}"
     if inside := [address for address in known if address.startswith(f"{name}.")]:

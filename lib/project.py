@@ -1,4 +1,4 @@
-"""The folder that notebooks and commands work in: preset, codec, manifest and latents, opened once."""
+"""What notebooks and commands work with: a preset's folder, codec, manifest and latents, opened once."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ from lib.data.pairs import Manifest, build_manifest, read_manifest
 from lib.lab.ablation import Plan, run_plan
 from lib.lab.results import Result, read_record
 from lib.lab.variants import NAMED, Variant
-from lib.presets import Preset
+from lib.presets import AblationSettings, Preset
 from lib.superres.degradation import Library, read_library
 from lib.superres.evaluation import Score
 from lib.superres.training import Plan as SuperresPlan
@@ -28,14 +28,8 @@ from lib.util.files import make_folder, write_atomic
 from lib.util.provenance import code_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in notebooks mean this folder, wherever a kernel starts
-
-
 RECORD = ROOT / "outputs" / "record"  # what `make record` wrote
-
-
 DEMO_SONGS = 16
-
-
 UPPER_BAND = {"num_songs": 24, "seconds": 8.0, "sample_rate": 48_000}  # demo songs for super-resolution
 
 
@@ -49,12 +43,12 @@ class Project:
     manifest: Manifest
     latents: EncodeReport
 
-    def ablation(self) -> tuple[Result, ...]:
-        """The results of the preset's ablation, on clips of its own length; runs that were made before are reused."""
-        return self._results(self.preset.ablation.plan)
+    def ablation(self, settings: AblationSettings | None = None) -> tuple[Result, ...]:
+        """The results of an ablation, the preset's by default. Finished runs are reused."""
+        return self._results((settings or self.preset.ablation).plan)
 
     def schedule(self) -> tuple[Result, ...]:
-        """The same of the whole schedule in miniature."""
+        """The results of the whole schedule in miniature."""
         return self._results(self.preset.schedule.plan(self.preset.train))
 
     def _results(self, plan: Plan) -> tuple[Result, ...]:
@@ -71,8 +65,8 @@ class Project:
         return self.preset.superres.training_plan(self.preset.train.seed)
 
     def upper_band(self) -> tuple[Library, str]:
-        """Music to learn super-resolution from, and in words where it comes from: the project's own songs, or generated
-        ones where those are generated too or hold no upper band."""
+        """Training music for super-resolution, and its source in words: the project's own songs, or generated ones if
+        those are generated too or have no upper band."""
         clip_length, why = self.superres_plan.training.clip_length, ""
         root = self.manifest.root
         if root.parent != ROOT / "data" or not re.fullmatch(r"demo(_seed\d+)?", root.name):
@@ -86,15 +80,14 @@ class Project:
         return read_library(folder, clip_length), f"generated songs{why}"
 
     def grid(self) -> tuple[tuple[Result, ...], str]:
-        """The whole ablation grid and where it comes from: the preset's own if it runs all variants, else the record
-        that `make record` wrote."""
+        """The whole ablation grid and its source: this preset's runs if it has all variants, else the record."""
         if self.preset.ablation.variants == "all":
             return self.ablation(), f"preset {self.preset.name}, this run"
         results, facts = self.recorded("ablation", NAMED)
         return results, facts["source"]
 
     def recorded(self, name: str, variants: Sequence[Variant]) -> tuple[tuple[Result, ...], dict[str, Any]]:
-        """The results that `make record` wrote and their facts; 'source' says in words where they come from."""
+        """The results that `make record` wrote, and their facts; 'source' names their preset, steps and codec."""
         path = RECORD / f"{name}.json"
         results, facts = read_record(path)
         lacking = {variant.name for variant in variants} - {result.variant for result in results}
@@ -105,14 +98,13 @@ class Project:
         return results, facts | {"source": source}
 
     def recorded_superres(self) -> tuple[tuple[Score, ...], dict[str, Any]]:
-        """The distances that `make record` measured of a super-resolver trained for longer, and their facts; 'source'
-        as in `recorded`."""
+        """The same for the distances of a super-resolver that was trained for longer."""
         scores, facts = read_record(RECORD / "superres.json", Score)
         steps = f"{facts['vae_steps']} and {facts['steps']} steps"
         return scores, facts | {"source": f"recorded: preset {facts['preset']}, {steps}, {scores[0].clips} clips"}
 
     def listening(self) -> Manifest:
-        """Pairs of the listening length; the split by source file is the one of training."""
+        """Pairs of the listening length, split by source file as for training."""
         seconds = self.preset.listening.seconds
         try:
             return _manifest(self.manifest.root, self.out_dir / "listening.jsonl", seconds, self.preset)
@@ -123,18 +115,19 @@ class Project:
 def open_project(
     preset: Preset, data_dir: str | Path = "", out_dir: str | Path = "", processes: PartialState | None = None
 ) -> Project:
-    """Find or make everything that training needs.
+    """Find or make everything that training needs. Bad data, codec or folders raise `UserError`.
 
-    `data_dir`: a folder of music (see data/README.md); empty: the demo songs of the data seed, generated in data/demo
-    or data/demo_seed<N>. `out_dir`: the run's folder; empty: outputs/<preset>. Relative paths are taken from the
-    repository. Latents are cached in data/latents, by content. Several `processes` that call this together encode
-    together. Raises `UserError` for bad data, codec or folders.
+    `data_dir`: a folder of music (see data/README.md); empty: demo songs, generated from the data seed in data/demo or
+    data/demo_seed<N>. `out_dir`: the run's folder; empty: outputs/<preset>. Relative paths start at the repository.
+    Latents are cached in data/latents, by content. `processes` that call this together share the encoding.
     """
     out = ROOT / (out_dir or f"outputs/{preset.name}")
     codec = load_codec(preset.codec)
     data = ROOT / data_dir if data_dir else demo_folder("demo", preset.data.seed)
     if out.resolve().is_relative_to(data.resolve()):
-        raise UserError(f"{out}: is inside the data folder, whose music it would add to; choose another output folder")
+        raise UserError(
+            f"{out}: is inside the data folder, where its sound would become music to train on; choose another"
+        )
     make_folder(out)
     main_first = processes.main_process_first if processes else contextlib.nullcontext
     cache = ROOT / "data" / "latents"
@@ -160,7 +153,7 @@ def _manifest(data: Path, path: Path, clip_seconds: float, preset: Preset) -> Ma
     stamp_path = path.with_suffix(".stamp.json")
     if path.exists() and stamp_path.exists() and stamp_path.read_text() == stamp:
         return read_manifest(path)
-    stamp_path.unlink(missing_ok=True)  # a kill before the new one is written must not leave the old one in force
+    stamp_path.unlink(missing_ok=True)  # if killed before the new one is written, the old one must not be trusted
     manifest = build_manifest(data, path, clip_seconds, mode=preset.data.pair_mode, seed=preset.data.seed)
     write_atomic(stamp_path, stamp)
     return manifest

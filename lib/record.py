@@ -2,20 +2,20 @@
 
     python -m lib.record --preset demo [--data DIR] [--codec NAME|DIR] [--set record.steps=200]
 
-The commit is cloned into outputs/recording/, and everything is measured in that clone, on songs and latents that it
-makes itself: what older runs have left in data/ or outputs/ plays no part, and the working tree may change meanwhile.
+The commit is cloned into outputs/recording/, and everything is measured in that clone, on songs and latents generated
+there: files that older runs left in data/ or outputs/ play no part, and the working tree may change meanwhile.
 
     record.json        the commit, which no other file names, the preset, the codec and the machine
-    ablation.json      every run of the grid, and whether depth changes a verdict
+    ablation.json      every run of the grid, and which verdicts depth changes
     schedule.json      every run of the whole schedule in miniature
     superres.json      distances of a super-resolver that was trained for longer
     variations.json    the demo with other songs and seeds, on one thread, and without vector instructions
-    bench.json         speed beside the stock build
+    bench.json         speed compared with stock PyTorch modules
     summary.json       facts and tables of the notebooks, and the figures in FIGURES
     claims.json        the audit of every claim, and claims.md, the same as a table
 
-A record that was stopped resumes on the same commit and starts again on another. The preset 'full' is made for a GPU
-server and needs EnCodec's weights; on a CPU alone it takes weeks.
+A stopped record resumes on the same commit and starts again on another. The preset 'full' is made for a GPU server and
+needs EnCodec's weights; on a CPU it takes weeks.
 """
 
 import argparse
@@ -37,8 +37,8 @@ import torch
 from lib.lab.audit import audit_named, disagreements
 from lib.lab.claims import collect, markdown_table, with_untested
 from lib.lab.results import Result, write_record
-from lib.pipeline import NotebookError, add_arguments, parsed_overrides, run_notebooks, say
-from lib.presets import Preset, SuperresSettings, load_preset
+from lib.pipeline import NotebookError, add_arguments, parse_overrides, run_notebooks, say
+from lib.presets import AblationSettings, Preset, SuperresSettings, load_preset
 from lib.project import RECORD, ROOT, Project, open_project
 from lib.report.quotes import BLOCKS, readme_blocks, with_blocks
 from lib.report.report import sections, tables_of
@@ -51,7 +51,7 @@ from lib.util.provenance import versions
 
 FIGURES = ("listening_0", "grid", "collapse")  # that the README shows
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
-# processors without AVX2 round other sums in other places; numpy has had two sets of names for what it holds down
+# without AVX2, sums are rounded differently; NumPy has had two sets of names for the features it can disable
 NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 X86_V3 X86_V4 AVX512_ICL"}
 BENCH_PARTS = ("limit", "cascade")
 
@@ -67,7 +67,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def clean_commit(root: Path) -> str:
-    """The commit of a checkout in which nothing has changed; `UserError` names what has."""
+    """The commit of a checkout without changes; `UserError` names the files that changed."""
     if Path(git(root, "rev-parse", "--show-toplevel")).resolve() != root.resolve():
         raise UserError(f"{root}: lies inside another git repository; record in a checkout of its own")
     changed = git(root, "status", "--porcelain").splitlines()
@@ -79,8 +79,8 @@ def clean_commit(root: Path) -> str:
 
 
 def clone_of(root: Path, commit: str, asked: Sequence[str] = ()) -> Path:
-    """A clone of the commit under outputs/recording/: the one that a stopped record of it, with the same arguments, has
-    left, or a new one."""
+    """A clone of the commit under outputs/recording/: the one that a stopped record with the same arguments left, or a
+    new one."""
     arguments = hashlib.sha256(json.dumps(list(asked)).encode()).hexdigest()
     folder = root / "outputs" / "recording" / f"{commit[:12]}-{arguments[:8]}"
     if folder.exists():
@@ -97,7 +97,7 @@ def clone_of(root: Path, commit: str, asked: Sequence[str] = ()) -> Path:
 
 
 def continue_in_clone(arguments: Sequence[str]) -> None:
-    """Become the same command in a clone of this commit, which hands its record back to here."""
+    """Replace this process by the same command in a clone of the commit, which copies its record back here."""
     folder = clone_of(ROOT, clean_commit(ROOT), arguments)
     say(f"recording in {folder}")
     command = [sys.executable, "-m", "lib.record", *arguments, "--into", str(ROOT)]
@@ -106,7 +106,7 @@ def continue_in_clone(arguments: Sequence[str]) -> None:
 
 
 def replace_record(new: Path, root: Path) -> None:
-    """Put the folder `new` in the place of `root`'s record, and what it says into the README."""
+    """Replace `root`'s record by the folder `new`, and update the quotes of it in the README."""
     readme = with_blocks((root / "README.md").read_text(), readme_blocks(new))
     target = root / "outputs" / "record"
     staged, old = (target.with_name(f".record-{name}") for name in ("new", "old"))
@@ -124,17 +124,17 @@ def replace_record(new: Path, root: Path) -> None:
 
 
 def record(preset_name: str, overrides: dict[str, Any], data_dir: str, folder: Path = RECORD) -> None:
-    """Measure everything and write it to `folder`, which is emptied first. `UserError` for bad settings, before any
-    run. Runs that are there already, of this code, are not made again."""
+    """Measure everything and write it to `folder`, which is emptied first. Finished runs of this code are reused. Bad
+    settings raise `UserError` before any run."""
     preset = load_preset(preset_name, overrides)
-    with_blocks((ROOT / "README.md").read_text(), dict.fromkeys(BLOCKS, ""))  # marks that are missing are seen now
+    with_blocks((ROOT / "README.md").read_text(), dict.fromkeys(BLOCKS, ""))  # fail now if marks are missing
     if preset.name == "full" and not torch.cuda.is_available():
         say("no GPU was found: preset full takes weeks here; PRESET=demo is made for such a machine")
     project = open_project(preset, data_dir)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     record_bench(folder)
-    record_grid(preset, data_dir, folder)
+    record_grid(preset, project, folder)
     record_schedule(preset, project, folder)
     record_superres(preset, project, folder)
     out = run_notebooks(preset_name, overrides, data_dir, resume=True).parent
@@ -153,25 +153,23 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, folder: P
 
 
 def record_bench(folder: Path) -> None:
-    """The race against the stock build; the first of all, while nothing else computes."""
+    """The benchmark against stock PyTorch, first of all, while nothing else computes."""
     bench = ROOT / "outputs" / "bench"
     if not (bench / "bench.md").exists():
-        say("speed beside the stock build")
+        say("speed compared with stock PyTorch")
         subprocess.run([sys.executable, "tests/bench", *BENCH_PARTS, "--out", str(bench)], cwd=ROOT, check=True)
     found = read_json(bench / "bench.json", {"machine": dict})
     found["machine"] = {name: value for name, value in found["machine"].items() if name not in versions()}
     write_json(folder / "bench.json", found)
 
 
-def record_grid(preset: Preset, data_dir: str, folder: Path) -> None:
+def record_grid(preset: Preset, project: Project, folder: Path) -> None:
     """The ablation grid, and the named settings at full depth."""
     results: list[Result] = []
-    for plan in recorded_plans(preset):
-        ablation = plan.ablation
-        depth = f"{ablation.layers} layers, {ablation.steps} steps, {ablation.seeds} seeds"
-        say(f"ablation: variants {ablation.variants}, {depth}")
-        project = open_project(plan, data_dir)
-        results += project.ablation()
+    for ablation in recorded_ablations(preset):
+        size = f"{ablation.layers} layers, {ablation.steps} steps, {ablation.seeds} seeds"
+        say(f"ablation: variants {ablation.variants}, {size}")
+        results += project.ablation(ablation)
     facts = {"preset": preset.name, "codec": project.codec.name}
     depth = {"steps": preset.record.steps, "changed_by_depth": changed_by_depth(results)}
     write_record(folder / "ablation.json", [result.for_record() for result in results], facts | depth)
@@ -187,7 +185,7 @@ def record_schedule(preset: Preset, project: Project, folder: Path) -> None:
 
 
 def record_superres(preset: Preset, project: Project, folder: Path) -> None:
-    """Train the super-resolver for as long as the record is worth, and measure it at every cutoff."""
+    """Train the super-resolver for longer than the notebook does, and measure it at every cutoff."""
     longer = recorded_superres(preset)
     plan = longer.training_plan(preset.train.seed)
     say(f"super-resolution: {longer.vae_steps} and {longer.steps} steps")
@@ -197,7 +195,7 @@ def record_superres(preset: Preset, project: Project, folder: Path) -> None:
     contexts = plan.compare_contexts(parts, library, preset.record.superres_seeds, resume=True)
     resolver, clips = SuperResolver(parts, diffusion="sequence-0"), longer.clips
     restoration = Restoration(steps=longer.sampler_steps)
-    guided = {}  # on songs that it learned from: the others judge it
+    guided = {}  # measured on training songs: validation songs are for the scores
     for guidance in GUIDANCES:
         settings = dataclasses.replace(restoration, guidance=guidance)
         found = evaluate(resolver, library, settings, clips=clips, cutoffs=(4_000,), split="train")
@@ -208,22 +206,21 @@ def record_superres(preset: Preset, project: Project, folder: Path) -> None:
     write_record(folder / "superres.json", scores, facts | {"contexts": contexts, "guided": guided})
 
 
-def recorded_plans(preset: Preset) -> list[Preset]:
-    """The grid at the ablation's depth, and the named settings at the full model's, where that is another."""
+def recorded_ablations(preset: Preset) -> list[AblationSettings]:
+    """The grid at the ablation's depth, and the named settings at the full model's depth if that differs."""
     grid = dataclasses.replace(preset.ablation, variants=preset.record.variants, steps=preset.record.steps)
     deep = dataclasses.replace(grid, variants="named", layers=preset.model.num_layers)
-    plans = [grid] if deep.layers == grid.layers else [grid, deep]
-    return [dataclasses.replace(preset, ablation=plan) for plan in plans]
+    return [grid] if deep.layers == grid.layers else [grid, deep]
 
 
 def recorded_superres(preset: Preset) -> SuperresSettings:
-    """The preset's super-resolution, autoencoder and diffusion models trained for as long as the record is worth."""
+    """The preset's super-resolution with the record's longer training."""
     steps = {"vae_steps": preset.record.superres_vae_steps, "steps": preset.record.superres_steps}
     return dataclasses.replace(preset.superres, **steps)
 
 
 def changed_by_depth(results: list[Result]) -> list[str]:
-    """The verdicts on the named settings that are not the same at the smallest and at the largest depth."""
+    """The verdicts on the named settings that differ between the smallest and the largest depth."""
     depths = sorted({result.num_layers for result in results})
     audits = [audit_named([r for r in results if r.num_layers == depth]) for depth in (depths[0], depths[-1])]
     return disagreements(*audits)
@@ -234,7 +231,7 @@ def changed_by_depth(results: list[Result]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Variation:
-    """One run of the preset's notebooks, or of some, on one thread, with something changed."""
+    """A run of all or some notebooks on one thread, with other seeds or another processor."""
 
     name: str
     data_seed: int
@@ -244,8 +241,8 @@ class Variation:
 
 
 def variations(preset: Preset) -> Iterator[Variation]:
-    """Every data seed, which draws other songs, with every training seed; the first of them whole, and once more
-    without vector instructions. None where the preset has one seed of each."""
+    """Every data seed (other songs) with every training seed. The first runs all notebooks, and so does a run without
+    vector instructions. Empty if the preset has one seed of each."""
     if preset.record.data_seeds == preset.record.seeds == 1:
         return
     for songs, seed in itertools.product(range(preset.record.data_seeds), range(preset.record.seeds)):
@@ -256,7 +253,7 @@ def variations(preset: Preset) -> Iterator[Variation]:
 
 
 def record_variations(preset: Preset, overrides: dict[str, Any], data_dir: str, out: Path, folder: Path) -> None:
-    """Run the variations, as many at once as there are cores, and keep what each has found beside the run in `out`."""
+    """Run the variations, one a core, and write their findings beside those of the run in `out`."""
     done = list(variations(preset))
     say(f"{len(done)} variations of {preset.name}")
     workers = 1 if torch.cuda.is_available() else os.cpu_count()
@@ -270,7 +267,7 @@ def record_variations(preset: Preset, overrides: dict[str, Any], data_dir: str, 
 
 
 def check_pairs(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Pairs and their split depend on the data seed alone, not on threads or processors; else `NotebookError`."""
+    """`NotebookError` if pairs or their split depend on threads or processors, not on the data seed alone."""
     first = rows[0]["pairs"]
     others = [row["run"] for row in rows[1:] if row["data_seed"] == rows[1]["data_seed"] and row["pairs"] != first]
     if others:
@@ -278,7 +275,7 @@ def check_pairs(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def run_variation(variation: Variation, preset: Preset, overrides: dict[str, Any], data_dir: str) -> Path:
-    """The folder of a variation's run. `NotebookError` where a notebook failed, which names the run's own words."""
+    """Run a variation and return its folder. `NotebookError` names the log if a notebook failed."""
     out = ROOT / "outputs" / "variations" / variation.name
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "lib.pipeline", "--preset", preset.name, "--out", str(out), "--resume"]
@@ -293,12 +290,12 @@ def run_variation(variation: Variation, preset: Preset, overrides: dict[str, Any
     if done.returncode == 130:
         raise KeyboardInterrupt("stopped; run `make record` again to resume")
     if done.returncode:
-        raise NotebookError(variation.name, f"did not end well; {out / 'log.txt'} and {out / 'index.html'} say why")
+        raise NotebookError(variation.name, f"failed; {out / 'log.txt'} and {out / 'index.html'} say why")
     return out
 
 
 def found_in(out: Path) -> dict[str, Any]:
-    """What a run of the notebooks has found, in numbers and in verdicts, and on which pairs."""
+    """The findings of a run of the notebooks: numbers, verdicts and a hash of its pairs."""
     stored = sections(out)
     tables = tables_of(stored)
     merits = {row["output"]: float(row["merit"]) for row in rows_with(tables, "output", "merit")}
@@ -343,9 +340,9 @@ def machine() -> dict[str, Any]:
 
 def claims_page(claims: Sequence[dict[str, Any]]) -> str:
     return (
-        "# The claims of the seeds, audited\n\nEvery number that the seed documents state, against what was measured. "
-        "A verdict is computed from runs by code that could have come out the other way; a range is over seeds, and "
-        "without one nothing varies. With `mdct` the latents are not EnCodec's, and the runs are short: levels and "
+        "# The claims of the seeds, audited\n\nEvery number that the seed documents state, beside what was measured. "
+        "Verdicts are computed from runs and could have come out the other way; ranges are over seeds, and a value "
+        "without one does not vary. With `mdct` the latents are not EnCodec's, and the runs are short: levels and "
         "trends compare with the seeds, absolute losses and norms do not. Written by `make record`, whose commit "
         f"record.json names.\n\n{markdown_table(claims)}\n"
     )
@@ -357,13 +354,13 @@ def main() -> None:
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)  # in the clone: whose record is to be replaced
     options = parser.parse_args()
     with exit_on_user_error():
-        overrides = parsed_overrides(options)
+        overrides = parse_overrides(options.set, options.codec)
         data = str(Path(options.data).resolve()) if options.data else ""
         if options.into is None:
             settings = [part for name, value in overrides.items() for part in ("--set", f"{name}={json.dumps(value)}")]
             continue_in_clone(["--preset", options.preset, "--data", data, *settings])
         if options.into.resolve() == ROOT:
-            raise UserError(f"--into {options.into}: is where this command runs; leave it out, a clone is made")
+            raise UserError(f"--into {options.into}: is where this command runs; leave it out, and a clone is made")
         try:
             record(options.preset, overrides, data)
         except NotebookError as error:

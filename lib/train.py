@@ -4,7 +4,7 @@
     accelerate launch --num_processes 4 -m lib.train --preset full ...
     torchrun --nproc_per_node 4 -m lib.train --preset full ...
 
-Every process encodes its share of the music, takes its share of every step, and all of them stop together.
+Every process encodes its share of the music and takes its share of every step; all of them stop together.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from lib.pipeline import add_arguments, parsed_overrides
+from lib.pipeline import add_arguments, parse_overrides
 from lib.presets import load_preset
 from lib.project import Project, open_project
 from lib.training.callbacks import DemoClips, TensorBoard
@@ -28,31 +28,25 @@ from lib.util.errors import UserError, exit_on_user_error
 def train_project(
     project: Project, *, resume: bool = False, num_processes: int = 1, callbacks: tuple[Callback, ...] = ()
 ) -> Run:
-    """Train the project's model; writes clips to listen to and TensorBoard's curves beside the run's own files.
+    """Train the project's model; demo clips and TensorBoard's curves are written beside the run's own files.
 
-    In a notebook `num_processes` above 1 starts so many, one a GPU; `callbacks` are then left out, because a process of
-    its own has no way to the notebook's page.
+    In a notebook, `num_processes` above 1 starts that many, one a GPU, without `callbacks`: another process cannot
+    reach the notebook's page.
     """
     preset = project.preset
-    listeners = (DemoClips(project.codec, preset.listening.every), TensorBoard())
-    arguments = (
-        project.out_dir,
-        project.latents.index,
-        project.codec,
-        preset.model.cascade,
-        preset.train,
-        preset.model.masking,
-    )
+    configs = (preset.model.cascade, preset.train, preset.model.masking)
 
     def start(*callbacks: Callback) -> Run:
-        return train(*arguments, resume=resume, callbacks=callbacks)
+        callbacks = (DemoClips(project.codec, preset.listening.every), TensorBoard(), *callbacks)
+        data = (project.out_dir, project.latents.index, project.codec)
+        return train(*data, *configs, resume=resume, callbacks=callbacks)
 
     def start_forked() -> None:
         torch.set_num_threads(1)  # OpenMP's threads do not follow into a fork: a step would wait for them forever
-        start(*listeners)
+        start()
 
     if num_processes == 1:
-        return start(*listeners, *callbacks)
+        return start(*callbacks)
     if torch.cuda.is_initialized():
         raise UserError(f"num_processes={num_processes}: this kernel has used a GPU already; restart it, train first")
     # Private: the launcher refuses a kernel with a state, such as an earlier training's, and no public call clears it.
@@ -64,10 +58,10 @@ def train_project(
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.train", description="Train a preset's model.")
     add_arguments(parser)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
+    parser.add_argument("--resume", action="store_true", help="resume the run in the output folder")
     options = parser.parse_args()
     with exit_on_user_error():
-        preset = load_preset(options.preset, parsed_overrides(options))
+        preset = load_preset(options.preset, parse_overrides(options.set, options.codec))
         processes = join_processes()
         project = open_project(preset, options.data, options.out, processes)
         run = train_project(project, resume=options.resume)

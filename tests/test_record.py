@@ -26,7 +26,7 @@ from lib.record import (
     clone_of,
     continue_in_clone,
     found_in,
-    recorded_plans,
+    recorded_ablations,
     recorded_superres,
     replace_record,
     run_variation,
@@ -197,10 +197,10 @@ def test_the_command_does_not_measure_where_it_would_write(monkeypatch, capsys):
 
 
 def test_the_demos_record_has_the_grid_and_the_named_settings_at_full_depth():
-    grid, deep = (preset.ablation for preset in recorded_plans(load_preset("demo")))
+    grid, deep = recorded_ablations(load_preset("demo"))
     assert (grid.variants, grid.layers, grid.steps) == ("all", 2, 100)
     assert (deep.variants, deep.layers, deep.steps) == ("named", 6, 100)
-    (full,) = (preset.ablation for preset in recorded_plans(load_preset("full")))
+    (full,) = recorded_ablations(load_preset("full"))
     assert (full.variants, full.layers, full.seeds) == ("all", 6, 5)
 
 
@@ -255,7 +255,7 @@ def test_a_variation_is_a_pipeline_of_its_own_on_one_thread(monkeypatch, tmp_pat
     ]
     assert {name: env[name] for name in ("OMP_NUM_THREADS", *NO_VECTORS)} == {"OMP_NUM_THREADS": "1"} | NO_VECTORS
     code = 1
-    with pytest.raises(NotebookError, match=r"no-vectors: did not end well; .*log\.txt"):
+    with pytest.raises(NotebookError, match=r"no-vectors: failed; .*log\.txt"):
         run_variation(bare, load_preset("demo"), {}, "")
     code = 130
     with pytest.raises(KeyboardInterrupt, match="make record"):
@@ -307,8 +307,8 @@ def stub(monkeypatch, tmp_path):
             self.preset = preset
             self.codec = type("codec", (), {"name": "mdct"})
 
-        def ablation(self):
-            return [r for r in results if r.num_layers == self.preset.ablation.layers]
+        def ablation(self, settings):
+            return [r for r in results if r.num_layers == settings.layers]
 
         def schedule(self):
             return scheduled

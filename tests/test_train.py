@@ -494,10 +494,10 @@ def test_two_processes_encode_every_clip_once(pair):
 
 # --- launchers --------------------------------------------------------------------------------------------------------
 
-NO_DISCRIMINATOR = {"discriminator_learning_rate": None}
-TRAIN = {"max_steps": 2, "batch_size": 2, "checkpoint_every": 2, "max_val_pairs": 2, "adversary": NO_DISCRIMINATOR}
-TRAIN |= {"loss": {"rhythm_weight": 0, "harmony_weight": 0, "adversarial_weight": 0}}
-SETTINGS = SMALL | {"model.num_layers": 1, "train": TRAIN}
+TRAIN = {"max_steps": 2, "batch_size": 2, "checkpoint_every": 2, "max_val_pairs": 2}
+TRAIN |= {"loss.rhythm_weight": 0, "loss.harmony_weight": 0, "loss.adversarial_weight": 0}
+TRAIN |= {"adversary.discriminator_learning_rate": None}
+SETTINGS = SMALL | {"model.num_layers": 1} | {f"train.{name}": value for name, value in TRAIN.items()}
 NOTEBOOK = """
 import json, sys
 import torch

@@ -1,4 +1,4 @@
-"""What the README quotes of a record: blocks between marks, made from the files of outputs/record/ alone."""
+"""The blocks that the README quotes from a record: text between marks, written from the files of outputs/record/."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ DIFFERENT = "mixed against"
 
 
 def with_blocks(readme: str, blocks: Mapping[str, str]) -> str:
-    """The README with what stands between the marks of each block replaced; `UserError` where marks are missing."""
+    """The README with the text between the marks of each block replaced; `UserError` if marks are missing."""
     for name, content in blocks.items():
         first, last = (mark.format(name) for mark in MARKS)
         if not readme.count(first) == readme.count(last) == 1:
@@ -27,12 +27,12 @@ def with_blocks(readme: str, blocks: Mapping[str, str]) -> str:
 
 
 def readme_blocks(folder: Path) -> dict[str, str]:
-    """The blocks, by name, of the record in `folder`."""
+    """The blocks of the record in `folder`, by name."""
     facts, summary, bench = (read_json(folder / f"{name}.json") for name in ("record", "summary", "bench"))
     rows = read_json(folder / "variations.json", list)
     made = f"Commit {facts['commit']}, preset {facts['preset']}, codec {facts['codec']}, {facts['music']}."
     took = summary["facts"]["time"]
-    if "after a stop" not in took:  # then it is known for a part only
+    if "after a stop" not in took:  # otherwise only part of the time is known
         minutes = sum(int(seconds) for seconds in re.findall(r"(\d+) s\b", took)) / 60
         made += f" All notebooks took {minutes:.0f} minutes on {facts['machine']['cores']} cores."
     return {
@@ -43,11 +43,11 @@ def readme_blocks(folder: Path) -> dict[str, str]:
 
 
 def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What held in every run with other songs and seeds, and what moved on other processors."""
+    """Results over all runs with other songs and seeds, and their changes on other processors."""
     seeded = [row for row in rows if row["run"].startswith("songs-")] or list(rows)
     songs, seeds = (len({row.get(name) for row in seeded}) for name in ("data_seed", "seed"))
-    runs = f"{len(seeded)} runs, {songs} data seeds with {seeds} training seeds each; figures are those of the lowest "
-    runs += "and of the highest run, and a verdict is named where every run came to the same"
+    runs = f"{len(seeded)} runs, {songs} data seeds with {seeds} training seeds each; figures are the lowest to the "
+    runs += "highest run's, verdicts are those on which all runs agree"
     outputs = ["trained model", *seeded[0]["against"]]
     merits = ", ".join(f"{name} {span([row['merit'][name] for row in seeded])}" for name in outputs)
     gains = ", ".join(f"{span([mean_of(row['gain'][c]) for row in seeded])} at {c}" for c in seeded[0]["gain"])
@@ -55,7 +55,7 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"{runs if len(seeded) > 1 else 'One run'} (Student's t, 5 %, standard errors clustered by song).",
         "",
         f"- **Fusion.** Figure of merit: {merits}. Verdicts: {alike([row['against'] for row in seeded])}.",
-        "- **Super-resolution**, trained as briefly as a demo can. LSD gained over the mean envelope, negative where "
+        "- **Super-resolution**, trained for the demo's few minutes. LSD gained over the mean envelope, negative where "
         f"the model is worse: {gains}. Verdicts: {alike([row['against_envelope'] for row in seeded], 'it at ')}.",
     ]
     whole = {row["run"]: row for row in rows}
@@ -76,7 +76,7 @@ def mean_of(plus_minus: str) -> float:
 
 
 def alike(verdicts: Sequence[Mapping[str, str]], before: str = "") -> str:
-    """'better than a, b; worse than c' where every run says so, and the rest under words of their own."""
+    """'better than a, b; worse than c' where all runs agree, and the rest as 'mixed against'."""
     groups: dict[str, list[str]] = {}
     for name in verdicts[0]:
         found = {run[name] for run in verdicts}
@@ -85,7 +85,7 @@ def alike(verdicts: Sequence[Mapping[str, str]], before: str = "") -> str:
 
 
 def moved(here: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
-    """What is not the same in runs on one thread, of which one is without vector instructions."""
+    """What changes in runs on one thread, one of them without vector instructions."""
     kinds = {"against": "fusion against ", "against_envelope": "super-resolution at ", "claims": ""}
     names = [(kind, name) for kind in kinds for name in here[kind]]
     changed = [kinds[k] + name for k, name in names if any(row[k].get(name) != here[k][name] for row in others)]
@@ -93,7 +93,7 @@ def moved(here: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
     gain = max(abs(mean_of(row["gain"][c]) - mean_of(value)) for row in others for c, value in here["gain"].items())
     pairs = "the same" if all(row["pairs"] == here["pairs"] for row in others) else "OTHER"
     return (
-        "On one thread, and on one with PyTorch's and NumPy's own kernels held to the oldest instructions, the demo "
+        "On one thread, and on one with PyTorch's and NumPy's kernels restricted to the oldest instructions, the demo "
         f"has {pairs} pairs and split, and {len(names) - len(changed)} of its {len(names)} verdicts are the same"
         + (f", all but: {'; '.join(changed)}. " if changed else ". ")
         + f"Figures of merit move by up to {merit:.2f}, gains in distance by up to {gain:.2f}."
@@ -101,8 +101,8 @@ def moved(here: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The race against the stock build, ratios first."""
-    columns = ("what", "clips × frames", "times as fast", "highest possible", "seconds", "memory, of the stock build's")
+    """The benchmark against stock PyTorch, ratios first."""
+    columns = ("what", "clips × frames", "speedup", "highest possible", "seconds", "memory relative to stock")
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
         shape, memory = f"{row['batch']} × {row['frames']}", row["here_mib_per_clip"] / row["baseline_mib_per_clip"]
@@ -112,7 +112,7 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def distances_table(scores: Sequence[Score]) -> str:
-    """LSD above the cutoff, a row a method, a column a cutoff."""
+    """LSD above the cutoff: a row for each method, a column for each cutoff."""
     cutoffs = sorted({score.cutoff for score in scores})
     lines = [["method", *(f"{cutoff / 1000:g} kHz" for cutoff in cutoffs)], ["---"] * (len(cutoffs) + 1)]
     for method in dict.fromkeys(score.method for score in scores):
