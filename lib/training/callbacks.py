@@ -1,4 +1,4 @@
-"""What looks on while a model trains: clips to listen to, TensorBoard."""
+"""Callbacks of a training: clips to listen to, and TensorBoard."""
 
 from typing import Any
 
@@ -15,11 +15,10 @@ from lib.training.trainer import Callback, Trainer
 
 
 class DemoClips(Callback):
-    """Every few epochs and at the end, the same validation pairs to listen to and to look at.
+    """Fuses the same validation pairs every few epochs and at the end.
 
-    Writes into the run's folder audio/pair_0_input.wav, audio/pair_0_target.wav and, for each time,
-    audio/pair_0_epoch_0010.wav or audio/pair_0_last.wav and their pictures in figures/, at the levels that the codec
-    gives.
+    Writes audio/pair_0_input.wav, audio/pair_0_target.wav and the fusion, audio/pair_0_epoch_0010.wav or
+    audio/pair_0_last.wav, into the run's folder at the codec's levels, and a figure of the three into figures/.
     """
 
     def __init__(self, codec: Codec, every: int, count: int = 2):

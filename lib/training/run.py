@@ -2,7 +2,7 @@
 
     config.json                    what was trained, on which codec, by which code, with which versions
     metrics.jsonl                  one line a training step or validation
-    plan.json                      at which step training will be over
+    plan.json                      the step at which training ends
     checkpoints/step_00000120/     model.safetensors, training.pt (optimizer, RNG, data position), meta.json (checksums)
     best, last                     links to the checkpoint with the lowest validation loss, and to the newest
 
@@ -75,12 +75,12 @@ class Run:
         code: Sequence[str],
         measured: Sequence[str] = (),
     ) -> "Run":
-        """With `resume` the run in `path`, if there is one with this config; else a new one.
+        """With `resume` the run in `path`, if there is one with this config; otherwise a new one.
 
-        `code`: fingerprints of what trains it now, and of what it is trained on. A finished run by other code is not
-        reused, a new one starts; an unfinished one is resumed, and remembers both. `free`: part of the config → its
-        fields that may differ; those of `config` are in force. `measured`: fields that may follow from the code; where
-        only these differ and the code does too, a new run starts. Any other difference raises `UserError`.
+        `code`: fingerprints of the code that trains the run now, and of what it is trained on. If other code finished
+        the run, a new one starts; if other code began it, it resumes and remembers both. `free`: section of the config
+        → its fields that may differ; the values in `config` apply. `measured`: fields that may follow from the code; if
+        only they differ, and the code does too, a new run starts. Any other difference raises `UserError`.
         """
         path, code = Path(path), list(code)
         if not (resume and (path / "config.json").exists()):
@@ -116,23 +116,23 @@ class Run:
 
     @property
     def stop_file(self) -> Path:
-        """While it is there, a training of this run saves and stops."""
+        """A training of this run saves and stops while this file exists."""
         return self.path / "stop"
 
     @property
     def total_steps(self) -> int | None:
-        """At which step the training that goes on, or was the last one, is over; None before the first."""
+        """The step at which the current or the last training ends; None before the first."""
         with contextlib.suppress(UserError):
             return read_json(self.path / "plan.json", {"total_steps": int})["total_steps"]
         return None
 
     def plan(self, total_steps: int) -> None:
-        """Note at which step the training that begins will be over."""
+        """Note the step at which the training that begins will end."""
         write_atomic(self.path / "plan.json", json.dumps({"total_steps": total_steps}))
 
     @property
     def trained_by(self) -> list[str]:
-        """Fingerprints of the code that has trained it, and what it was trained on."""
+        """Fingerprints of the code that has trained it, and of what it was trained on."""
         return self.config.get("code") or ["unknown"]
 
     @property
@@ -162,14 +162,14 @@ class Run:
         return [row for row in rows if split in (None, row.get("split"))]
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drop rows of steps that a resumed training will take again."""
+        """Drop the rows of steps that a resumed training will repeat."""
         kept = [row for row in self.metrics() if row["step"] <= step]
         write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def save(self, step: int, model: nn.Module, training: dict[str, Any], *, is_best: bool) -> Path:
-        """Write a checkpoint, point `last` (and `best`) at it, and delete those that neither names."""
+        """Write a checkpoint, point `last` (and `best`) at it, and delete the checkpoints that neither points at."""
         folder = self.path / "checkpoints" / f"step_{step:08d}"
         temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
         temporary.mkdir(parents=True)
@@ -181,12 +181,12 @@ class Run:
         for name in (*FILES, "meta.json"):
             fsync(temporary / name)
         fsync(temporary)
-        if folder.exists():  # stopped again at the step that it resumed from: the file there is the same
+        if folder.exists():  # stopped again at the step it resumed from, whose checkpoint is the same
             shutil.rmtree(temporary)
         else:
             os.rename(temporary, folder)
         fsync(folder.parent)
-        # best first: a resume from `last` trusts that what it remembers as the lowest loss is in `best`
+        # best first: a run that resumes from `last` expects the lowest loss that it knows of in `best`
         for name in ("best", "last") if is_best else ("last",):
             self._point(name, folder)
         self._prune()
@@ -207,7 +207,7 @@ class Run:
         return (self.path / "last").exists()
 
     def load_weights(self, model: nn.Module, which: str = "best") -> None:
-        """Load a checkpoint's weights into `model`, whatever it is, and leave it in eval mode."""
+        """Load a checkpoint's weights into any `model`, and leave it in eval mode."""
         folder, _ = self._verified(which, FILES[:1])
         load_weights(model.eval(), folder / FILES[0])
 
@@ -224,7 +224,7 @@ class Run:
 
     def check_codec(self, fingerprint: str | None) -> None:
         codec = self.config.get("codec")
-        trained_on = codec if isinstance(codec, dict) else {}  # another program's config.json may have one of its own
+        trained_on = codec if isinstance(codec, dict) else {}  # another program's config.json may mean something else
         if fingerprint is not None and trained_on.get("fingerprint") != fingerprint:
             raise UserError(
                 f"{self.path}: this run was trained on latents of codec {trained_on.get('name')!r} "
@@ -248,10 +248,10 @@ def _other(which: str) -> str:
 
 
 def find_runs(folder: str | Path, codec_fingerprint: str) -> dict[str, Run]:
-    """Name → run, of every trained run in a folder's subfolders whose latents are those of the codec."""
+    """Name → run, for every trained run in a subfolder that was trained on this codec's latents."""
     runs = {}
     for config in sorted(Path(folder).glob("*/config.json")):
-        with contextlib.suppress(UserError):  # what is no run, or damaged, cannot be chosen
+        with contextlib.suppress(UserError):  # not a run, or a damaged one
             run = Run.open(config.parent)
             run.check_codec(codec_fingerprint)
             if (run.path / "best").exists() and {"cascade", "masking"} <= set(run.config):

@@ -1,0 +1,96 @@
+"""Rows for the tables of notebook 04: the model's parts, its masks, its losses, and its fusions beside the baselines.
+
+Numbers are text in a row, with as many digits as they are shown with.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lib.evaluation.metrics import mean_judgement
+from lib.model.discriminator import Discriminator
+from lib.model.fusion import FusionModel
+from lib.model.masks import Masks, complementarity
+from lib.util.stats import Comparison
+
+Row = dict[str, Any]
+STAGE_COLUMNS = (
+    "projection_rms",
+    "rms_before_scaling",
+    "output_rms",
+    "target_scale",
+    "applied_scale",
+    "clamped",
+)
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def part_rows(model: FusionModel, discriminator: Discriminator) -> list[Row]:
+    """What every part reads, and how many parameters it has."""
+    parts = [(f"stage {i}", ", ".join(stage.config.sources), stage) for i, stage in enumerate(model.cascade.stages)]
+    if model.mask_generator is not None:
+        parts.append(("mask generator", "input, target", model.mask_generator))
+    parts.append(("discriminator", "clips and fusions", discriminator))
+    return [{"part": name, "reads": reads, "parameters": f"{count_parameters(part):,}"} for name, reads, part in parts]
+
+
+def rows_of(values: Mapping[str, float], name: str, value: str, form: str = ".2f") -> list[Row]:
+    """A row for every entry: its key in the column `name`, its number in the column `value`."""
+    return [{name: key, value: f"{number:{form}}"} for key, number in values.items()]
+
+
+def mask_rows(masks: Mapping[str, Masks | None]) -> list[Row]:
+    """Complementarity, and the share that is taken of the input."""
+    measured = {name: (complementarity(m).mean(), m.input.mean()) for name, m in masks.items() if m is not None}
+    return [
+        {"masks": name, "complementarity": f"{found:.2f}", "taken of the input": f"{share:.2f}"}
+        for name, (found, share) in measured.items()
+    ]
+
+
+def term_rows(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[Row]:
+    """Every term of the objective, in two validations of metrics.jsonl."""
+    names = [name for name in last if name.startswith("loss/")]
+    columns = {f"step {row['step']}": row for row in (first, last)}
+    return [
+        {"term": name.removeprefix("loss/")} | {step: f"{row[name]:.3f}" for step, row in columns.items()}
+        for name in names
+    ]
+
+
+def stage_rows(row: Mapping[str, Any], num_stages: int) -> list[Row]:
+    """RMS values and scales of every stage, from a row of metrics.jsonl."""
+    return [
+        {"stage": i} | {name.replace("_", " "): f"{row[f'stage{i}/{name}']:.2f}" for name in STAGE_COLUMNS}
+        for i in range(num_stages)
+    ]
+
+
+def fusion_rows(judged: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row]:
+    """Mean objective metrics of every output of `judge_outputs`."""
+    means = {name: mean_judgement(rows) for name, rows in judged.items()}
+    return [
+        {"output": name} | {key.replace("_", " "): f"{value:.2f}" for key, value in row.items()}
+        for name, row in means.items()
+    ]
+
+
+def advantage_rows(
+    judged: Mapping[str, Sequence[Mapping[str, float]]], name: str, found: Mapping[str, Comparison]
+) -> list[Row]:
+    """The output `name` beside each baseline: the advantage in merit that was found, and how many pairs it won."""
+    merits = {output: [row["merit"] for row in rows] for output, rows in judged.items()}
+    won = {other: sum(a > b for a, b in zip(merits[name], merits[other], strict=True)) for other in found}
+    return [
+        {
+            "baseline": other,
+            "advantage in merit": str(comparison),
+            "pairs won": f"{won[other]} of {len(merits[name])}",
+            "verdict": comparison.in_words("the baseline"),
+        }
+        for other, comparison in found.items()
+    ]
