@@ -35,7 +35,7 @@ from lib.training.adversary import Adversary
 from lib.training.batches import Batch
 from lib.training.config import LENGTH, WITHOUT_EFFECT, AdversaryConfig, LoopConfig, resolved_precision
 from lib.training.distributed import open_accelerator
-from lib.training.learner import Learner, StepInfo
+from lib.training.learner import Learner, Losses, StepInfo
 from lib.training.run import Run
 from lib.training.trainer import Callback, Trainer
 from lib.util.configs import Count, NonNegative, Positive, check, checked_dataclass, from_fields
@@ -103,11 +103,11 @@ class VaeLearner(PartLearner):
     def parts(self, model: MelVae) -> dict[str, nn.Module]:
         return {"encoder": model.autoencoder.encoder, "decoder": model.autoencoder.decoder}
 
-    def loss(self, model: nn.Module, batch: Batch, moment: StepInfo | None = None) -> tuple[Tensor, dict, None]:
+    def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
         mel = log_mel(torch.cat(batch))
         with self.autocast():
             # validation takes the posterior's mean: no random number, and what the diffusion model is given
-            decoded, divergence = model(mel, sampled=moment is not None)
+            decoded, divergence = model(mel, sampled=info is not None)
         error, divergence = (decoded.float() - mel).abs().mean(), divergence.float().mean()
         return error + self.config.kl_weight * divergence, {"loss/mel": error, "loss/kl": divergence}, None
 
@@ -118,14 +118,14 @@ class DiffusionLearner(PartLearner):
     batch_names = ("latents", "degraded mel")
     model_type, sizes_type = Denoiser, DenoiserConfig
 
-    def loss(self, model: nn.Module, batch: Batch, moment: StepInfo | None = None) -> tuple[Tensor, dict, None]:
+    def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
         high, low = batch[0].chunk(2, dim=1)
         clips, device = len(high), high.device
         # validation has the same noise for the same batch, and timesteps all over the schedule
-        generator = None if moment else torch.Generator().manual_seed(0)
+        generator = None if info else torch.Generator().manual_seed(0)
         noise = torch.randn(high.shape, generator=generator).to(device)
         keeps = (torch.rand(2, clips, generator=generator) >= CONDITION_DROPOUT).to(device)
-        if moment:
+        if info:
             timesteps = torch.randint(TIMESTEPS, (clips,)).to(device)
         else:
             timesteps = (torch.arange(clips, device=device) * 2 + 1) * TIMESTEPS // (2 * clips)
@@ -140,8 +140,8 @@ class DiffusionLearner(PartLearner):
 class VocoderAdversary(Adversary):
     betas = (0.8, 0.99)  # HiFi-GAN's
 
-    def loss(self, made: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = discriminator_loss(*outputs_of_both(self.model, real, made))
+    def loss(self, fake: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = discriminator_loss(*outputs_of_both(self.model, real, fake))
         return loss, {"loss": loss}
 
 
@@ -160,9 +160,7 @@ class VocoderLearner(PartLearner):
     def model_type(sizes: VocoderConfig) -> Vocoder:
         return Vocoder(sizes, weight_norm=True)
 
-    def loss(
-        self, model: nn.Module, batch: Batch, moment: StepInfo | None = None
-    ) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor]]:
+    def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
         real = batch[0]
         mel = log_mel(real)
         with self.autocast():
@@ -170,7 +168,7 @@ class VocoderLearner(PartLearner):
         fake = fake.float()
         terms = {"loss/mel": (log_mel(fake) - mel).abs().mean()}
         loss = MEL_WEIGHT * terms["loss/mel"]
-        if moment and (critic := self.adversary.critic(moment.step)):
+        if info and (critic := self.adversary.critic(info.step)):
             of_real, of_fake = outputs_of_both(critic, real, fake)
             terms["loss/adversarial"] = generator_loss(of_fake)
             terms["loss/features"] = feature_distance(of_real, of_fake)
