@@ -109,10 +109,11 @@ class Panel:
 
     def update(self, status: str = "") -> None:
         """Show what the run's folder holds now; `status`: instead of the progress."""
-        self.picture.value = figure_png(curves(self.run, self.metrics))
-        self.show_clips(self.run.path / "audio")
+        self.metrics.read()
         self.seen = [*self.seen[-20:], (time.monotonic(), self.metrics.newest["step"])]
         self.status.value = status or self.progress()
+        self.picture.value = figure_png(curves(self.run, self.metrics))
+        self.show_clips(self.run.path / "audio")
 
     def progress(self) -> str:
         """'step 120 of 600, epoch 3, 04:30 left'."""

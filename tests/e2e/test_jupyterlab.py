@@ -109,7 +109,7 @@ def test_training_is_watched_stopped_and_resumed(lab, screenshots):
     image = page.locator("img.widget-image")
     expect(image).to_be_visible(timeout=120_000)
     changes(image)
-    expect(page.get_by_text(re.compile(r"[0-9]+:[0-9]+ left"))).to_be_visible()
+    expect(page.get_by_text(re.compile(r"[0-9]+:[0-9]+ left"))).to_be_visible(timeout=60_000)
     before = len(connections)
     for connection in connections:
         connection.close(code=4000)  # as good as a lost one: 1000 and 1001 would be meant
