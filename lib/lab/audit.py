@@ -51,6 +51,8 @@ from lib.lab.variants import (
     WHOLE,
     WHOLE_3,
 )
+from lib.model.cascade import CascadeConfig
+from lib.model.rms_law import Clips
 from lib.training.config import TrainConfig
 from lib.util.stats import difference
 
@@ -129,6 +131,39 @@ def audit_parameters(stages: Sequence[int]) -> list[Verdict]:
         ),
         Said("C3", "two stages instead of three: 33 % fewer").judge(
             abs(saved - 0.33) < 0.01, found=f"{saved:.0%} fewer"
+        ),
+    ]
+
+
+def audit_untrained(
+    output_rms: Sequence[Sequence[float]], scales: Sequence[Sequence[float]], similarity: float
+) -> list[Verdict]:
+    """C2, from the untrained reference: output RMS and target scale, stage by stage, one value a seed; `similarity`:
+    the cosine between the clips."""
+    laws = {s / 100: CascadeConfig.reference().predict_rms(Clips(similarity=s / 100)) for s in range(101)}
+    alike = next(s for s, stages in laws.items() if max(stage.target_scale for stage in stages) <= 1.02)
+    return [
+        Said("C2", "stages leave RMS 5.73 and 5.68").judge(
+            all(within(values, 5.73 * 0.95, 5.73 * 1.05) for values in output_rms),
+            output_rms[1],
+            "after stage 1, where scaling puts it",
+        ),
+        Said("C2", "factors 1.01 and 1.02").judge(
+            max(map(max, scales)) <= 1.05,
+            scales[0],
+            f"in stage 0; 1.02 needs clips of cosine {alike:.2f}, these have {similarity:.2f}",
+        ),
+    ]
+
+
+def audit_spectral_norm(ours: float, torchs: float, lipschitz: Sequence[float]) -> list[Verdict]:
+    """C4: the largest σ that our projection and torch's applied in training, and Lipschitz constants of the untrained
+    reference, one a seed."""
+    return [
+        Said("C4", "σ ≤ 1 in training, our projection").judge(ours <= 1.001, found=f"{ours:.4f} at most"),
+        Said("C4", "σ ≤ 1 in training, torch's spectral norm").judge(torchs <= 1.001, found=f"{torchs:.2f} at most"),
+        Said("C4", "so the Lipschitz constant of the cascade is ≤ 1").judge(
+            within(lipschitz, 0, 1.001), lipschitz, "at the clips' own level, more on quiet ones"
         ),
     ]
 

@@ -1,7 +1,7 @@
-"""The claims of the project's seed documents, and what became of them here.
+"""The claims of the seed documents, and the verdicts on them.
 
-A notebook judges its claims with `judge` and shows them through `Section.claims`; `collect` gathers them from a
-finished run.
+A notebook judges its claims with `judge`, or with the audits that call it, and shows them through `Section.claims`;
+`collect` gathers them from a finished run.
 """
 
 from collections.abc import Sequence
@@ -39,10 +39,10 @@ VERDICTS = REPRODUCED, REFUTED, NOT_TESTED = "reproduced", "refuted", "not teste
 
 @dataclass(frozen=True)
 class Verdict:
-    """One claim, or one part of it, against what was measured."""
+    """One part of a claim against what was measured."""
 
     claim: str  # its id
-    said: str  # the part that is judged
+    said: str  # the part that is judged, as the seed says it
     measured: str  # median, or what was found in words
     spread: str  # range over seeds; empty where nothing varies
     verdict: str
@@ -79,7 +79,7 @@ def judge(
 
 
 def collect(sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The verdicts that notebooks stored in their sections, in order of their claims."""
+    """The verdicts that notebooks stored in their sections, by number of the claim."""
     found = [row for section in sections for item in section["items"] for row in item.get("claims", [])]
     return sorted(found, key=lambda row: int(row["claim"][1:]))
 

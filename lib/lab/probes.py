@@ -6,7 +6,7 @@ Legend: B batch, D latent channels, T frames.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib.model.cascade import Cascade, RmsScaling, StageTrace
@@ -63,3 +63,35 @@ def jacobian_norm(function: Callable[[Tensor], Tensor], x: Tensor, *, iterations
                 break
             (v,) = pull_back(pushed)
     return sigma
+
+
+def lipschitz_constants(
+    two: Cascade, three: Cascade, input: Tensor, target: Tensor, level: float, seed: int
+) -> dict[str, float]:
+    """Jacobian norms of a projection, a first stage and whole cascades with respect to both clips `[1, D, T]` together,
+    which are at `level`, relative to their own."""
+    both, stage = torch.stack((input, target)), two.stages[0]  # [2, 1, D, T]
+    z = torch.randn(1, input.shape[2], 256, generator=torch.Generator().manual_seed(seed))
+    return {
+        "projection": jacobian_norm(stage.output_projection, z, iterations=12),
+        "LayerNorm + projection": jacobian_norm(lambda v: stage.output_projection(stage.post_norm(v)), level * z),
+        "stage 0": jacobian_norm(lambda v: stage({"input": v[0], "noisy_input": v[0], "target": v[1]})[0], both),
+        "two stages": jacobian_norm(lambda v: two(v[0], v[1])[0], both, iterations=12),
+        "exploding 3-stage": jacobian_norm(lambda v: three(v[0], v[1])[0], both, iterations=12),
+    }
+
+
+def largest_sigma(layer: nn.Linear, rate: float, steps: int = 40) -> float:
+    """Largest true σ that a spectral-norm layer applied in a forward pass while AdamW fitted it to a random map."""
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(64, layer.in_features, generator=generator)
+    goal = z @ torch.randn(layer.in_features, layer.out_features, generator=generator)
+    optimizer, largest = torch.optim.AdamW(layer.parameters(), lr=rate), 0.0
+    for _ in range(steps):
+        loss = (layer(z) - goal).square().mean()
+        weight, norm = layer.parametrizations.weight.original.detach(), layer.parametrizations.weight[0]
+        largest = max(largest, (torch.linalg.matrix_norm(weight, 2) / (norm._u @ weight @ norm._v)).item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return largest

@@ -1,8 +1,8 @@
-"""The variants of the ablation, as data: each one named change from the two-stage reference.
+"""The variants of the ablation, as data: each is a change of the two-stage reference, with a name.
 
-`factor` names the group that a variant belongs to; within a group all variants change the same thing. The other groups
-combine changes: 'named', the settings that the seeds describe; 'protection', a 2×2×2 of the three protections on the
-exploding cascade; 'cause', a 2×2×2 of the three causes that the seeds name; 'weak residual', ways to keep one.
+To add one, add a `Variant` to the tuple of its group. `factor` names the group: what its members change, or 'named',
+the settings that the seeds describe; 'protection', a 2×2×2 of the three protections on the exploding cascade; 'cause',
+a 2×2×2 of the three causes that the seeds name; 'weak residual', ways to keep one; 'schedule', whole trainings.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ LEARNABLE = "learnable scalars"
 
 @dataclass(frozen=True)
 class Variant:
-    """One setting: what it changes in every stage, in the last stage, in training and in the objective."""
+    """One setting, as its differences from the reference."""
 
     name: str
     factor: str
@@ -41,7 +41,7 @@ class Variant:
 
     @property
     def changes(self) -> str:
-        """What it changes, in words: '3 stages; last residual_weight=0.1; clip=5.0'."""
+        """The differences in words: '3 stages; last residual_weight=0.1; clip=5.0'."""
         parts = [f"{self.stages} stages"] if self.stages != 2 else []
         for where, fields in (("every", self.every), ("last", self.last), ("", self.train), ("", self.loss)):
             for name, value in fields.items():
@@ -103,7 +103,7 @@ PROTECTIONS = {cell: _protection(*cell) for cell in itertools.product((False, Tr
 
 
 def _cause(weak: bool, learnable: bool, log_penalty: bool) -> Variant:
-    """Three stages without a clamp, which would cut off the learnable scalars' gradient where it is at work."""
+    """Three stages without a clamp: a clamped scale passes no gradient to the learnable scalars."""
     on = [name for name, used in (("weak", weak), ("learnable", learnable), ("log penalty", log_penalty)) if used]
     every = {"clamp": None} | ({"rms_scaling": "learnable"} if learnable else {})
     loss = {"anti_modulation_weight": 1.0, "anti_modulation": "log"} if log_penalty else {}
@@ -114,41 +114,34 @@ def _cause(weak: bool, learnable: bool, log_penalty: bool) -> Variant:
 CAUSE_NAMES = ("weak residual", "learnable scalars", "log penalty")
 CAUSES = {cell: _cause(*cell) for cell in itertools.product((False, True), repeat=3)}
 
-# A weak residual without the collapse: the third stage stays at 0.1×, its projection is given the RMS that is lacking.
+# A weak residual without the collapse: the third stage stays at 0.1×, a gain on its projection brings the missing RMS.
 CEILING_GAIN = LATENT_RMS / rms_ceiling(384, 128)  # full RMS once training has lifted the projection to its ceiling
 START_GAIN = LATENT_RMS / initial_projection_rms(384, 128)  # full RMS from the first step
+
+PRESERVING = {"projection_gain": START_GAIN, "mixing": "preserving"}
 
 WEAK_RESIDUALS = (
     Variant("weak, gain to the ceiling", "weak residual", stages=3, last=WEAK | {"projection_gain": CEILING_GAIN}),
     Variant("weak, gain from the start", "weak residual", stages=3, last=WEAK | {"projection_gain": START_GAIN}),
-    Variant(
-        "weak, RMS-preserving",
-        "weak residual",
-        stages=3,
-        last=WEAK | {"projection_gain": START_GAIN, "mixing": "preserving"},
-    ),
+    Variant("weak, RMS-preserving", "weak residual", stages=3, last=WEAK | PRESERVING),
     Variant("weak, no clamp in stage 2", "weak residual", stages=3, last=WEAK | {"clamp": None}),
 )
 
-# The whole system, trained over a whole schedule: masks, losses in three domains, discriminator, curriculum. The
-# others are the model of seed 003 (0.1× residual in the last of two stages) with creative terms alone, and its cures.
+# The whole system, trained over a whole schedule: masks, losses in three domains, discriminator, curriculum. 'Creative
+# terms alone' is the model of seed 003, with a 0.1× residual in the last of two stages; the others are its cures.
 WHOLE, WHOLE_3 = "whole system", "whole system, 3 stages"
 CREATIVE, RECONSTRUCTION = "creative terms alone", "creative terms, reconstruction"
 NOVELTY, RESIDUAL = "creative terms, novelty 0.6", "creative terms, residual 0.3"
 CREATIVE_TERMS = NO_MSE | {"novelty_weight": 0.85, "anti_modulation_weight": 0.5}
 CREATIVE_TERMS |= dict.fromkeys(("stft_weight", "mel_weight", "rhythm_weight", "harmony_weight"), 0.0)
+CLOSE_TERMS = CREATIVE_TERMS | {"input_weight": 0.03, "target_weight": 0.03}
 WEAK_LAST = {"residual_weight": 0.1}
 
 SCHEDULED = (
     Variant(WHOLE, "schedule"),
     Variant(WHOLE_3, "schedule", stages=3, last=WEAK),
     Variant(CREATIVE, "schedule", last=WEAK_LAST, loss=CREATIVE_TERMS),
-    Variant(
-        RECONSTRUCTION,
-        "schedule",
-        last=WEAK_LAST,
-        loss=CREATIVE_TERMS | {"input_weight": 0.03, "target_weight": 0.03},
-    ),
+    Variant(RECONSTRUCTION, "schedule", last=WEAK_LAST, loss=CLOSE_TERMS),
     Variant(NOVELTY, "schedule", last=WEAK_LAST, loss=CREATIVE_TERMS | {"novelty_weight": 0.6}),
     Variant(RESIDUAL, "schedule", last={"residual_weight": 0.3}, loss=CREATIVE_TERMS),
 )

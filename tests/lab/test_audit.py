@@ -14,6 +14,8 @@ from lib.lab.audit import (
     audit_named,
     audit_parameters,
     audit_schedule,
+    audit_spectral_norm,
+    audit_untrained,
     disagreements,
 )
 from lib.lab.claims import NOT_TESTED, REFUTED, REPRODUCED
@@ -339,3 +341,21 @@ def test_continuations_are_held_against_the_plain_average(gain, pairs, names, wa
     found = audit_continuations(judged, "model", songs)
     assert (found.verdict, found.why) == (wanted, why)
     assert f"over {pairs} continuation pairs" in found.measured
+
+
+# --- an untrained cascade ---------------------------------------------------------------------------------------------
+
+
+def test_levels_and_scales_of_the_untrained_reference():
+    good = audit_untrained([[5.7, 5.75], [5.68, 5.7]], [[1.01, 1.02], [1.0, 1.0]], 0.95)
+    assert [v.verdict for v in good] == [REPRODUCED, REPRODUCED]
+    bad = audit_untrained([[5.7, 5.75], [4.0, 5.7]], [[1.41, 1.41], [1.2, 1.2]], 0.01)
+    assert [v.verdict for v in bad] == [REFUTED, REFUTED]
+    assert bad[1].measured == "1.41 in stage 0; 1.02 needs clips of cosine 0.91, these have 0.01"
+
+
+def test_spectral_norm_is_judged_by_what_it_applied():
+    good, bad = audit_spectral_norm(1.0, 1.0, [0.9, 1.0]), audit_spectral_norm(1.1, 1.77, [0.9, 1.11])
+    assert [v.verdict for v in good] == [REPRODUCED] * 3
+    assert [v.verdict for v in bad] == [REFUTED] * 3
+    assert [v.measured for v in bad][:2] == ["1.1000 at most", "1.77 at most"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lib.lab import probes
 from lib.lab.probes import jacobian_norm, last_stage_over_weights, scaling_gains
 from lib.model.cascade import Cascade, CascadeConfig, RmsScaling, StageConfig, rms
 from lib.model.projection import SpectralLinear, projection_ceiling, realign_projections, rms_ceiling
@@ -248,3 +249,19 @@ def test_the_norm_of_a_stage_is_that_of_its_whole_jacobian(tiny_cascade, clamp, 
     assert jacobian_norm(function, previous, iterations=60) == pytest.approx(wanted, rel=1e-3)
     assert jacobian_norm(function, previous, iterations=2) < wanted
     assert all(p.grad is None for p in stage.parameters())
+
+
+def test_torchs_spectral_norm_passes_1_where_ours_does_not():
+    torch.manual_seed(0)
+    stock, ours = nn.utils.parametrizations.spectral_norm(nn.Linear(64, 32)), SpectralLinear(64, 32)
+    assert probes.largest_sigma(stock, 1e-2) > 1.05
+    assert probes.largest_sigma(ours, 1e-2) <= 1.001
+
+
+def test_a_quiet_clip_is_amplified_where_a_projection_alone_does_not():
+    two, three = (Cascade(CascadeConfig.reference(n, num_layers=1)).eval() for n in (2, 3))
+    x, y = torch.randn(2, 1, 128, 6)
+    loud, quiet = (probes.lipschitz_constants(two, three, level * x, level * y, level, 0) for level in (1.0, 0.1))
+    assert max(loud["projection"], quiet["projection"]) <= 1.001
+    assert quiet["LayerNorm + projection"] == pytest.approx(10 * loud["LayerNorm + projection"], rel=0.05)
+    assert set(loud) == {"projection", "LayerNorm + projection", "stage 0", "two stages", "exploding 3-stage"}

@@ -1,0 +1,149 @@
+"""The law of the collapse against untrained cascades and against the ablation's runs: what notebook 03 tabulates.
+
+`x`, `y`: the latents of a few pairs, `[B, D, T]` each.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib.lab.measures import Runs
+from lib.lab.probes import last_stage_over_weights
+from lib.model.cascade import Cascade, CascadeConfig, StageTrace, cosine, rms
+from lib.model.rms_law import Clips, StagePrediction, rms_before_scaling
+from lib.training.run import Run
+from lib.util.stats import describe
+
+Row = dict[str, Any]
+
+
+def untrained(config: CascadeConfig, seed: int) -> Cascade:
+    torch.manual_seed(seed)
+    return Cascade(config).eval()
+
+
+def predictions(config: CascadeConfig, x: Tensor, y: Tensor) -> list[tuple[StagePrediction, ...]]:
+    """The law for every pair, which it knows by two RMS and a cosine."""
+    known = zip(rms(x).tolist(), rms(y).tolist(), cosine(x, y).tolist(), strict=True)
+    return [config.predict_rms(Clips(*clips)) for clips in known]
+
+
+def law_row(what: str, measured: Sequence[float], predicted: float, tolerance: float = 0.1) -> Row:
+    """The columns that hold a measured quantity, one value a seed, against the law."""
+    error = max(abs(value / predicted - 1) for value in measured)
+    return {
+        f"{what}, predicted": f"{predicted:.3g}",
+        f"{what}, measured": describe(measured),
+        "largest error": f"{error:.1%}",
+        f"within {100 * tolerance:g} %": yes_no(error < tolerance),
+    }
+
+
+def yes_no(holds: bool) -> str:
+    return "yes" if holds else "no"
+
+
+def stage_rows(name: str, config: CascadeConfig, x: Tensor, y: Tensor, seeds: Sequence[int]) -> list[Row]:
+    """A row for each stage of an untrained cascade: its RMS before scaling, and the target scale that follows."""
+    law, runs = predictions(config, x, y), [untrained(config, seed)(x, y)[1] for seed in seeds]
+    rows = []
+    for i in range(len(config.stages)):
+        values = {}
+        for what in ("rms_before_scaling", "target_scale"):
+            measured = [getattr(traces[i], what).mean().item() for traces in runs]
+            values[what] = (measured, statistics.mean(getattr(pair[i], what) for pair in law))
+        row = {"cascade": name, "stage": i} | law_row("RMS before scaling", *values["rms_before_scaling"])
+        scales, scale = values["target_scale"]
+        rows.append(row | {"target scale, predicted": f"{scale:.2f}", "target scale, measured": describe(scales)})
+    return rows
+
+
+def over_weights(
+    config: CascadeConfig, weights: Sequence[float], x: Tensor, y: Tensor, seeds: Sequence[int]
+) -> dict[str, Any]:
+    """The last stage's output RMS over its residual weight, untrained: `measured` [seeds, weights] and `predicted`."""
+    laws = [predictions(config.with_stage(-1, residual_weight=weight), x, y) for weight in weights]
+    runs = [last_stage_over_weights(untrained(config, seed), list(weights), x, y) for seed in seeds]
+    measured = [[trace.output_rms.mean().item() for trace in traces] for traces in runs]
+    return {"x": weights, "measured": measured, "predicted": [mean_of_last(law, "output_rms") for law in laws]}
+
+
+def mean_of_last(law: Sequence[Sequence[StagePrediction]], what: str) -> float:
+    """A prediction for the last stage, as a mean over pairs."""
+    return statistics.mean(getattr(pair[-1], what) for pair in law)
+
+
+def largest_error(panel: Mapping[str, Any]) -> float:
+    pairs = (pair for run in panel["measured"] for pair in zip(run, panel["predicted"], strict=True))
+    return max(abs(measured / predicted - 1) for measured, predicted in pairs)
+
+
+def weight_row(weight: float, safe_weight: float, traces: Sequence[StageTrace]) -> Row:
+    """A stage at one residual weight, one trace a seed, beside the law's verdict on that weight."""
+    clamped = [trace.clamped.mean().item() for trace in traces]
+    return {
+        "residual weight": weight,
+        "law": "collapses" if weight < safe_weight else "safe",
+        "target scale": describe([trace.target_scale.mean().item() for trace in traces], 2),
+        "clamped": f"{statistics.median(clamped):.0%}",
+        "as the law says": yes_no(all(share == float(weight < safe_weight) for share in clamped)),
+    }
+
+
+def last_stage(config: CascadeConfig, name: str) -> str:
+    """The name that metrics.jsonl has for a measure of the last stage."""
+    return f"stage{len(config.stages) - 1}/{name}"
+
+
+def training_panel(config: CascadeConfig, runs: Runs, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """The last stage's RMS before scaling at every step, the law before training, and its bound while γ is 1."""
+    law, key = predictions(config, x, y), last_stage(config, "rms_before_scaling")
+    series = [[row[key] for row in steps_of(run.run)] for run in runs]
+    steps = range(1, min(map(len, series)) + 1)
+    start, bound = (mean_of_last(law, what) for what in ("rms_before_scaling", "highest_rms_before_scaling"))
+    measured = [values[: len(steps)] for values in series]
+    return {"x": steps, "measured": measured, "predicted": [start] * len(steps), "bound": [bound] * len(steps)}
+
+
+def steps_of(run: str) -> list[Row]:
+    return [row for row in Run.open(run).metrics("train") if "event" not in row]
+
+
+def mixing_holds(config: CascadeConfig, row: Mapping[str, float]) -> bool:
+    """Whether m² = p² + w²r² + 2wρpr within 5 % at one step of training, with the cosine ρ that it has reached."""
+    names = ("projection_rms", "residual_rms", "alignment", "rms_before_scaling")
+    p, r, rho, m = (row[last_stage(config, name)] for name in names)
+    return math.isclose(rms_before_scaling(p, r, config.stages[-1].residual_weight, rho), m, rel_tol=0.05)
+
+
+def training_row(name: str, config: CascadeConfig, runs: Runs, predicted: float, when: str) -> Row:
+    """The last stage at the 'start' or the 'end' of training, and the error of the law, which knows no training."""
+    names = ("projection_rms", "alignment", "rms_before_scaling")
+    p, rho, m = ([getattr(run, when)[last_stage(config, name)] for run in runs] for name in names)
+    row = {"variant": name, "when": {"start": "first tenth", "end": "last tenth"}[when]}
+    row |= {"projection RMS": describe(p), "cosine with residual": describe(rho, 2), "RMS before scaling": describe(m)}
+    row["error of the law"] = f"{statistics.median(m) / predicted - 1:+.0%}"
+    if when == "end":
+        row["ceiling now"] = describe([run.final[last_stage(config, "ceiling")] for run in runs if run.final])
+        holds = [mixing_holds(config, step) for run in runs for step in steps_of(run.run)]
+        row["steps with step 4 within 5 %"] = f"{statistics.mean(holds):.0%}"
+    return row
+
+
+def clamped_row(name: str, config: CascadeConfig, runs: Runs) -> Row:
+    """Share of clips that the last stage clamps at the start and at the end, beside the law's verdict."""
+    weight, safe = config.stages[-1].residual_weight, config.predict_rms()[-1].smallest_safe_weight
+    start, end = ([getattr(run, when)[last_stage(config, "clamped")] for run in runs] for when in ("start", "end"))
+    return {
+        "variant": name,
+        "weight": weight,
+        "smallest safe": f"{safe:.2f}",
+        "law": "safe" if weight >= safe else "collapses",
+        "clamped, first tenth": describe(start, 2),
+        "last tenth": describe(end, 2),
+        "the law holds": yes_no(all(share == float(weight < safe) for share in end)),
+    }
