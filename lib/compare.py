@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from lib.codec.codec import Codec, load_codec
 from lib.data.pairs import Clip, read_manifest
-from lib.evaluation.metrics import advantage, hear, judge_fusion, mean_judgement
+from lib.evaluation.baselines import advantage, mean_metrics
+from lib.evaluation.metrics import sound_features, sound_metrics
 from lib.listening.panel import describe_pair, whole_clip
 from lib.listening.player import Players
 from lib.listening.render import load_pair, render
@@ -100,11 +101,11 @@ def write_metrics(section: Section, compared: Sequence[Compared], pairs: Pairs) 
     judged: dict[str, list[dict[str, float]]] = {c.name: [] for c in compared}
     for input, target in tqdm(pairs.values(), desc="measuring", unit="pair"):
         wavs = load_pair(input, target)
-        clips = [hear(wav) for wav in wavs]
+        clips = [sound_features(wav) for wav in wavs]
         for c in compared:
-            judged[c.name].append(judge_fusion(hear(render(c.model, c.codec, *wavs).wav), *clips))
+            judged[c.name].append(sound_metrics(sound_features(render(c.model, c.codec, *wavs).wav), *clips))
     a, b = (c.name for c in compared)
-    means = {name: mean_judgement(rows) for name, rows in judged.items()}
+    means = {name: mean_metrics(rows) for name, rows in judged.items()}
     rows = []
     for c in compared:
         training, validation = c.run.metrics("train"), c.run.metrics("val")

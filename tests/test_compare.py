@@ -22,7 +22,8 @@ from lib.audio.files import load_audio
 from lib.codec.mdct import MdctCodec
 from lib.compare import codec_of, compare_runs, main, names_of, pairs_new_to_both, spread
 from lib.data.pairs import Manifest, Pair, write_manifest
-from lib.evaluation.metrics import advantage, hear, judge_fusion
+from lib.evaluation.baselines import advantage
+from lib.evaluation.metrics import sound_features, sound_metrics
 from lib.fuse import fuse_clips
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import load_model
@@ -123,7 +124,7 @@ def test_the_metrics_are_those_of_the_sounds(page, runs, codec, songs, new_pairs
         for pair in new_pairs:
             wavs = [load_audio(songs.path(c), c.offset, c.length) for c in (pair.input, pair.target)]
             output = fuse_clips(*(wav[None] for wav in wavs), model, codec)[0]
-            judged.append(judge_fusion(*map(hear, (output, *wavs))))
+            judged.append(sound_metrics(*map(sound_features, (output, *wavs))))
         row, everything[run.path.name] = rows[run.path.name], judged
         assert row["steps"] == steps
         assert row["lowest validation loss"] == loss

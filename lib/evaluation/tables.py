@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lib.evaluation.metrics import mean_judgement
+from lib.evaluation.baselines import mean_metrics
 from lib.model.discriminator import Discriminator
 from lib.model.fusion import FusionModel
 from lib.model.masks import Masks, complementarity
@@ -71,8 +71,8 @@ def stage_rows(row: Mapping[str, Any], num_stages: int) -> list[Row]:
 
 
 def fusion_rows(judged: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row]:
-    """Mean objective metrics of every output of `judge_outputs`."""
-    means = {name: mean_judgement(rows) for name, rows in judged.items()}
+    """Mean objective metrics of every output of `measure_fusions`."""
+    means = {name: mean_metrics(rows) for name, rows in judged.items()}
     return [
         {"output": name} | {key.replace("_", " "): f"{value:.2f}" for key, value in row.items()}
         for name, row in means.items()

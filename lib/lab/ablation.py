@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from lib.codec.codec import load_codec
 from lib.data.latents import LatentPairs
-from lib.evaluation.metrics import evaluate_fusion, judge_outputs, mean_judgement
+from lib.evaluation.baselines import mean_metrics, measure_fusions
+from lib.evaluation.metrics import evaluate_fusion
 from lib.lab.results import Result, summarize
 from lib.lab.variants import Variant
 from lib.model.cascade import CascadeConfig
@@ -239,9 +240,9 @@ def train_and_evaluate(job: Job) -> dict[str, float]:
         ceiling = projection_ceiling(stage.post_norm, stage.output_projection)
         final[f"stage{i}/ceiling"] = stage.config.projection_gain * ceiling
     if job.masking.masking != "none":
-        judged = judge_outputs((pairs[i] for i in range(len(pairs))), codec, {"model": model})
+        judged = measure_fusions((pairs[i] for i in range(len(pairs))), codec, {"model": model})
         for name in ("model", "average of latents"):
-            final |= {f"{name}/{key}": value for key, value in mean_judgement(judged[name]).items()}
+            final |= {f"{name}/{key}": value for key, value in mean_metrics(judged[name]).items()}
     return final
 
 

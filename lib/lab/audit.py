@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lib.evaluation.metrics import advantage
+from lib.evaluation.baselines import advantage
 from lib.lab.claims import NOT_TESTED, Verdict, judge
 from lib.lab.measures import (
     HEALTHY_RATIO,
@@ -367,7 +367,7 @@ def audit_schedule(results: Runs, epochs: int) -> list[Verdict]:
 def audit_continuations(
     judged: Mapping[str, Sequence[Mapping[str, float]]], name: str, songs: Sequence[tuple[str, str]]
 ) -> Verdict:
-    """C13: whether the output `name` has a higher figure of merit than the plain average, on `judge_outputs` of
+    """C13: whether the output `name` has a higher figure of merit than the plain average, on `measure_fusions` of
     continuation pairs and the songs of each pair."""
     pairs = len(judged[name])
     found = advantage(judged, name, "average of latents", songs)

@@ -25,7 +25,8 @@ import lib.lab.ablation
 from lib.codec.mdct import MdctCodec
 from lib.data.latents import LatentPairs, encode_manifest
 from lib.data.pairs import Clip, Manifest, Pair
-from lib.evaluation.metrics import evaluate_fusion, judge_outputs, mean_judgement
+from lib.evaluation.baselines import mean_metrics, measure_fusions
+from lib.evaluation.metrics import evaluate_fusion
 from lib.lab.ablation import (
     Job,
     Plan,
@@ -482,8 +483,8 @@ def test_with_masks_objective_metrics_are_measured_too(mdct_index, tmp_path, mon
     assert "complementarity" in judged
     assert result.final["model/rhythm"] != result.final["average of latents/rhythm"]
     pairs = LatentPairs(mdct_index, "val")
-    average = judge_outputs((pairs[i] for i in range(len(pairs))), MdctCodec(), {})["average of latents"]
-    assert result.final["average of latents/merit"] == mean_judgement(average)["merit"]
+    average = measure_fusions((pairs[i] for i in range(len(pairs))), MdctCodec(), {})["average of latents"]
+    assert result.final["average of latents/merit"] == mean_metrics(average)["merit"]
 
 
 PROGRAM = """

@@ -1,0 +1,93 @@
+"""Baselines that need no training, and the comparison of a model with them on the same pairs.
+
+Legend: B batch, N samples, D latent channels, T frames.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lib.codec.codec import Codec
+from lib.data.latents import LatentPairs
+from lib.evaluation.metrics import sound_features, sound_metrics
+from lib.model.cascade import Cascade, rms
+from lib.model.fusion import FusionModel
+from lib.model.masks import FIXED_MASKINGS, fixed_masks
+from lib.model.rms_law import pair_rms
+from lib.training.losses import LossConfig, total_loss
+from lib.util.stats import Comparison, paired_comparison
+
+
+@torch.no_grad()
+def baseline_losses(pairs: LatentPairs, loss: LossConfig, untrained: Cascade) -> dict[str, float]:
+    """The training objective of outputs that need no training, as means over `pairs`.
+
+    The mean of both latents minimises a loss with two equal weights; 'at full level' scales it to the RMS that the
+    cascade aims at: the lowest loss that a cascade within its clamp can reach by averaging.
+    """
+    sums: dict[str, float] = {}
+    untrained.eval()
+    for input, target in DataLoader(pairs, batch_size=8):  # each [B, D, T]
+        mean = (input + target) / 2
+        scale = pair_rms(rms(input), rms(target)) / rms(mean)
+        outputs = {
+            "input alone": input,
+            "target alone": target,
+            "plain average": mean,
+            "plain average at full level": mean * scale[:, None, None],
+            "untrained cascade": untrained(input, target)[0],
+        }
+        for name, output in outputs.items():
+            sums[name] = sums.get(name, 0.0) + total_loss(output, input, target, loss)[0].item() * len(input)
+    return {name: value / len(pairs) for name, value in sums.items()}
+
+
+@torch.inference_mode()
+def fusions(
+    input: Tensor, target: Tensor, codec: Codec, models: Mapping[str, FusionModel]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every baseline's and every model's fusion of two latents `[D, T]`, by name, as sound `[1, N]`.
+
+    Baselines: each clip alone, the averages of the waveforms and of the latents, and both clips combined by each fixed
+    masking without a model. All are decoded by the codec.
+    """
+    input, target = input[None], target[None]
+    sounds = {"input": codec.decode(input), "target": codec.decode(target)}
+    sounds["average of waveforms"] = (sounds["input"] + sounds["target"]) / 2
+    yield from ((name, wav[0]) for name, wav in sounds.items())
+    latents = {"average of latents": (input + target) / 2}
+    for kind in FIXED_MASKINGS:
+        masks = fixed_masks(kind, input, target)
+        latents[f"{kind} masks"] = masks.input * input + masks.target * target
+    for name, model in models.items():
+        device = next(model.parameters()).device
+        latents[name] = model.eval()(input.to(device), target.to(device)).latents.cpu()
+    yield from ((name, codec.decode(x)[0]) for name, x in latents.items())
+
+
+def measure_fusions(
+    pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec, models: Mapping[str, FusionModel]
+) -> dict[str, list[dict[str, float]]]:
+    """`sound_metrics` of every output of `fusions`: name of the output → one row of metrics per pair."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    for input, target in pairs:
+        features = {name: sound_features(wav) for name, wav in fusions(input, target, codec, models)}
+        for name, output in features.items():
+            rows.setdefault(name, []).append(sound_metrics(output, features["input"], features["target"]))
+    return rows
+
+
+def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over pairs of one output's rows of `measure_fusions`."""
+    return {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+def advantage(
+    rows: Mapping[str, Sequence[Mapping[str, float]]], name: str, over: str, songs: Sequence[tuple[str, str]]
+) -> Comparison:
+    """How far one output's figure of merit is above another's on the same pairs; `songs`: of each pair's two clips."""
+    differences = [a["merit"] - b["merit"] for a, b in zip(rows[name], rows[over], strict=True)]
+    return paired_comparison(differences, *zip(*songs, strict=True))

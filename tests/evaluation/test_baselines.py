@@ -1,0 +1,153 @@
+"""Baselines against the formulas by hand, and what a model is compared with on the same pairs."""
+
+import pytest
+import torch
+
+from lib.codec.mdct import MdctCodec
+from lib.evaluation.baselines import advantage, baseline_losses, fusions, mean_metrics, measure_fusions
+from lib.evaluation.metrics import sound_features, sound_metrics
+from lib.model.cascade import Cascade
+from lib.model.fusion import Fusion
+from lib.model.masks import FIXED_MASKINGS
+from lib.training.losses import LossConfig
+from lib.util.stats import paired_comparison
+
+BASELINES = ("input", "target", "average of waveforms", "average of latents")
+
+
+@pytest.fixture
+def pairs():
+    """Nine pairs `[8, 5]`, one more than a batch of the loader: a mean of batch means would be wrong."""
+    generator = torch.Generator().manual_seed(3)
+    return [tuple((i + 1) * torch.randn(8, 5, generator=generator) for _ in range(2)) for i in range(9)]
+
+
+@pytest.fixture
+def untrained(tiny_cascade):
+    torch.manual_seed(1)
+    return Cascade(tiny_cascade())
+
+
+def mean_loss(pairs, output, loss: LossConfig) -> float:
+    """The objective by hand, pair by pair; `output` maps input and target `[D, T]` to the output."""
+    total = 0.0
+    for input, target in pairs:
+        fused = output(input, target)
+        total += loss.input_weight * (fused - input).square().mean().item()
+        total += loss.target_weight * (fused - target).square().mean().item()
+    return total / len(pairs)
+
+
+def test_baselines_are_what_the_formula_gives(pairs, untrained):
+    loss = LossConfig(0.3, 0.5)
+    losses = baseline_losses(pairs, loss, untrained)
+
+    def rms(x):
+        return x.square().mean().sqrt()
+
+    def full_level(input, target):
+        mean = (input + target) / 2
+        return mean * ((rms(input) ** 2 + rms(target) ** 2) / 2).sqrt() / rms(mean)
+
+    assert losses["input alone"] == pytest.approx(mean_loss(pairs, lambda i, t: i, loss), rel=1e-5)
+    assert losses["target alone"] == pytest.approx(mean_loss(pairs, lambda i, t: t, loss), rel=1e-5)
+    assert losses["plain average"] == pytest.approx(mean_loss(pairs, lambda i, t: (i + t) / 2, loss), rel=1e-5)
+    assert losses["plain average at full level"] == pytest.approx(mean_loss(pairs, full_level, loss), rel=1e-5)
+    cascade = untrained.eval()
+    with torch.no_grad():
+        own = mean_loss(pairs, lambda i, t: cascade(i[None], t[None])[0][0], loss)
+    assert losses["untrained cascade"] == pytest.approx(own, rel=1e-4)
+
+
+def test_the_plain_average_is_the_minimum_for_equal_weights_only(pairs, untrained):
+    equal = baseline_losses(pairs, LossConfig(0.3, 0.3), untrained)
+    assert min(equal, key=equal.get) == "plain average"
+    leaning = baseline_losses(pairs, LossConfig(1.0, 0.0), untrained)
+    assert min(leaning, key=leaning.get) == "input alone"
+    assert leaning["input alone"] == 0
+
+
+def test_baselines_are_measured_without_dropout(pairs, untrained):
+    first, second = (baseline_losses(pairs, LossConfig(), untrained.train()) for _ in range(2))
+    assert first == second
+
+
+def test_fusions_are_the_baselines_and_then_the_models(clips, known_model):
+    input, target = clips[:2]
+    decode = MdctCodec().decode
+    models = {"louder target": known_model(lambda i, t: 0.2 * i + 0.8 * t), "swapped": known_model(lambda i, t: t)}
+    found = dict(fusions(input, target, MdctCodec(), models))
+    assert tuple(found) == (*BASELINES, *(f"{kind} masks" for kind in FIXED_MASKINGS), *models)
+    assert FIXED_MASKINGS == ("temporal", "frequency", "channel", "energy", "hybrid")
+    first, second = decode(input[None])[0], decode(target[None])[0]
+    wanted = {
+        "input": first,
+        "target": second,
+        "average of waveforms": (first + second) / 2,
+        "average of latents": decode((input + target)[None] / 2)[0],
+        "louder target": decode((0.2 * input + 0.8 * target)[None])[0],
+        "swapped": second,
+    }
+    upper = torch.arange(128)[:, None] >= 64
+    late = torch.arange(300) // 25 % 2 == 1
+    of_target = {
+        "temporal": late.expand(128, 300),
+        "frequency": upper.expand(128, 300),
+        "channel": (torch.arange(128)[:, None] % 2 == 1).expand(128, 300),
+        "hybrid": late != upper,
+    }
+    wanted |= {f"{kind} masks": decode(torch.where(m, target, input)[None])[0] for kind, m in of_target.items()}
+    for name, wav in wanted.items():
+        torch.testing.assert_close(found[name], wav, rtol=1e-4, atol=1e-5, msg=name)
+    assert found["energy masks"].isfinite().all()
+    sounds = [found[name] for name in found if name != "swapped"]
+    closest = min((x - y).square().mean().sqrt().item() for i, x in enumerate(sounds) for y in sounds[:i])
+    assert closest > 1e-3  # no two of them are the same
+
+
+def test_the_energy_masking_takes_the_louder_clip(clips):
+    quiet = dict(fusions(clips[0], 0.01 * clips[1], MdctCodec(), {}))
+    torch.testing.assert_close(quiet["energy masks"], quiet["input"], rtol=0, atol=0.02)
+
+
+def test_a_model_fuses_without_dropout(clips, known_model):
+    class Loud(known_model):
+        def forward(self, input, target):
+            return Fusion(input if not self.training else 0 * input, (), None)
+
+    model = Loud(None).train()
+    found = dict(fusions(clips[0], clips[1], MdctCodec(), {"model": model}))
+    assert torch.equal(found["model"], found["input"])
+
+
+def test_every_pair_is_measured_against_its_own_clips(clips, known_model):
+    pairs = [(clips[0], clips[1]), (clips[2], clips[3])]
+    rows = measure_fusions(pairs, MdctCodec(), {"model": known_model(lambda i, t: (2 * i + t) / 3)})
+    assert tuple(rows) == (*BASELINES, *(f"{kind} masks" for kind in FIXED_MASKINGS), "model")
+    assert all(len(of_output) == 2 for of_output in rows.values())
+    for number, (input, target) in enumerate(pairs):
+        features = {name: sound_features(wav) for name, wav in fusions(input, target, MdctCodec(), {})}
+        for name in BASELINES:
+            assert rows[name][number] == sound_metrics(features[name], features["input"], features["target"])
+        model = sound_features(MdctCodec().decode((2 * input + target)[None] / 3)[0])
+        by_hand = sound_metrics(model, features["input"], features["target"])
+        assert rows["model"][number] == pytest.approx(by_hand, rel=1e-4, abs=1e-6)
+        assert rows["input"][number]["rhythm"] == pytest.approx(1, abs=1e-6)
+        assert rows["target"][number]["harmony"] == pytest.approx(1, abs=1e-6)
+    assert rows["model"][0] != rows["model"][1]
+    means = mean_metrics(rows["model"])
+    first, second = rows["model"]
+    assert means == pytest.approx({name: (first[name] + second[name]) / 2 for name in first})
+
+
+def test_an_advantage_is_of_the_merit_and_clustered_by_song():
+    merits = {"model": (0.9, 0.8, 0.7, 0.4), "average": (0.5, 0.6, 0.1, 0.1)}
+    rows = {name: [{"merit": merit, "rhythm": 0.0} for merit in values] for name, values in merits.items()}
+    songs = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "z")]
+    found = advantage(rows, "model", "average", songs)
+    differences = [a - b for a, b in zip(*merits.values(), strict=True)]
+    assert found == paired_comparison(differences, "aabb", "xyxz")
+    assert found.mean == pytest.approx(0.375)
+    assert advantage(rows, "average", "model", songs).mean == pytest.approx(-0.375)
+    with pytest.raises(ValueError, match="zip"):
+        advantage(rows, "model", "average", songs[:-1])
