@@ -9,11 +9,10 @@ class Discriminator(nn.Module):
     """Tells real latents from generated ones: `[B, D, T]` → one logit a clip `[B]`, positive for real.
 
     3,802,881 parameters, named as in the original checkpoints: four convolutions, mean over time, two linear layers.
-    With `spectral_norm` the weight of every layer is divided by its largest singular value (Miyato et al. 2018, arXiv
-    1802.05957). Clips may have any length.
+    Clips may have any length.
     """
 
-    def __init__(self, latent_dim: int = LATENT_DIM, *, spectral_norm: bool = False):
+    def __init__(self, latent_dim: int = LATENT_DIM):
         super().__init__()
         widths, kernels, strides = (latent_dim, 256, 512, 512, 256), (3, 5, 7, 9), (2, 2, 2, 1)
         layers: list[nn.Module] = []
@@ -22,10 +21,6 @@ class Discriminator(nn.Module):
             layers += [nn.Dropout(0.3)]
         self.conv_layers = nn.Sequential(*layers)
         self.classifier = nn.Sequential(nn.Linear(256, 128), nn.LeakyReLU(0.2), nn.Dropout(0.3), nn.Linear(128, 1))
-        if spectral_norm:
-            for layer in (*self.conv_layers, *self.classifier):
-                if isinstance(layer, nn.Conv1d | nn.Linear):
-                    nn.utils.parametrizations.spectral_norm(layer)
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.classifier(self.conv_layers(latents).mean(dim=2)).squeeze(1)
