@@ -115,7 +115,7 @@ def test_training_is_watched_stopped_and_resumed(lab, screenshots):
         connection.close(code=4000)  # as good as a lost one: 1000 and 1001 would be meant
     changes(image)
     assert len(connections) > before  # it was another connection
-    expect(page.locator(".players audio").first).to_be_attached(timeout=60_000)  # the newest demo clips
+    expect(page.locator(".players audio").first).to_be_attached(timeout=240_000)  # after an epoch
     image.scroll_into_view_if_needed()
     page.screenshot(path=screenshots / "04_dashboard.png")
     page.close()
