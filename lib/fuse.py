@@ -169,7 +169,7 @@ def fuse_recipe(options: argparse.Namespace) -> int:
     if result.equal:
         print("equal to the recipe's output bit for bit")
         return 0
-    there, here = (f"torch {v.get('torch')}, commit {v.get('commit')}" for v in (result.made_by, versions()))
+    there, here = (f"torch {v.get('torch')}, commit {v.get('commit')}" for v in (result.versions, versions()))
     print(
         f"NOT equal to the recipe's output: it is from {there}, this from {here}; or the processor differs, or the "
         "recipe was edited"

@@ -1,6 +1,7 @@
-"""One pair rendered by a trained model, some of its settings moved; and recipes, from which the same is made again.
+"""One pair rendered by a trained model, with settings changed if wanted, and recipes that reproduce a rendering.
 
-Everything here is computed on the CPU in float32, one pair at a time, so that a recipe gives the same bits again.
+Everything here is computed on the CPU in float32, one pair at a time, so that a recipe reproduces it bit for bit.
+
 Legend: D latent channels, T frames, N samples.
 """
 
@@ -31,20 +32,19 @@ from lib.util.tensors import torch_threads
 
 RECIPE_VERSION = 1
 MOST_THREADS = 1024  # that a recipe may ask for
-UNDECIDED = 1e-6  # a mask nearer than this to 0 or 1 is moved here, where its log-odds are finite
-HARDEST = 1e3  # factor on log-odds; more changes nothing
+UNDECIDED = 1e-6  # masks are clamped to this distance from 0 and 1, where their log-odds are finite
+HARDEST = 1e3  # largest factor on log-odds; a larger one changes nothing
 
 
 @checked_dataclass
 class Settings:
-    """What may be moved when a pair is rendered. The defaults render as the model was trained."""
+    """What may be changed when a pair is rendered. The defaults render with the model as it was trained."""
 
-    stages: Count | None = None  # how many of the cascade's stages are applied, from the first; None: all
+    stages: Count | None = None  # how many of the cascade's stages to apply, from the first; None: all
     residual_weight: NonNegative | None = None  # of the last stage that is applied; None: its own
     noise: Share = 0.0  # share of noise in both clips' latents, at their level, as the curriculum mixes it
     mask_blend: Share = 0.0  # 0: the masks as they are; 1: one half everywhere
-    # factor on the masks' log-odds: 0 is one half everywhere, large is all or nothing
-    mask_hardness: number(0, HARDEST) = 1.0
+    mask_hardness: number(0, HARDEST) = 1.0  # factor on the log-odds: 0 gives one half everywhere, a large one 0 or 1
     seed: whole(0, 2**64 - 1) = 0  # of the noise
 
 
@@ -52,9 +52,9 @@ class Rendition(NamedTuple):
     """What `render` returns."""
 
     wav: Tensor  # [1, N]
-    latents: tuple[Tensor, Tensor]  # of input and target [1, D, T], the noise in them
-    masks: Masks | None  # [1, D, T] each, as they were applied; None without masking
-    traces: tuple[StageTrace, ...]  # one for each stage that was applied
+    latents: tuple[Tensor, Tensor]  # of input and target [1, D, T], noise included
+    masks: Masks | None  # [1, D, T] each, as applied; None without masking
+    traces: tuple[StageTrace, ...]  # one per applied stage
 
 
 @torch.inference_mode()
@@ -80,7 +80,7 @@ def render(
 
 
 def adjusted(mask: Tensor, settings: Settings) -> Tensor:
-    """A mask, harder or softer, then blended with one half."""
+    """A mask made harder or softer, then blended with one half."""
     if settings.mask_hardness != 1:
         mask = (mask.clamp(UNDECIDED, 1 - UNDECIDED).logit() * settings.mask_hardness).sigmoid()
     return torch.lerp(mask, torch.full_like(mask, 0.5), settings.mask_blend)
@@ -90,7 +90,7 @@ def adjusted(mask: Tensor, settings: Settings) -> Tensor:
 
 
 def load_clip(clip: Clip) -> Tensor:
-    """The clip's samples `[1, N]`. Its `path` is the file's own here."""
+    """The clip's samples `[1, N]`. Its `path` must be that of the file, not one relative to the data folder."""
     wav = load_audio(clip.path, clip.offset, clip.length)
     if wav.shape[-1] < clip.length:
         raise UserError(f"{clip.path}: ends before sample {clip.offset + clip.length}; restore the file")
@@ -112,12 +112,12 @@ def load_pair(input: Clip, target: Clip) -> tuple[Tensor, Tensor]:
 def save_with_recipe(
     path: str | Path, run: Run, codec: Codec, input: Clip, target: Clip, settings: Settings, *, which: str = "best"
 ) -> Path:
-    """Render a pair, as long as its shorter clip, into `path` (.wav) and write the recipe beside it; returns that.
+    """Render a pair, at the length of its shorter clip, into `path` (.wav); returns the recipe's path beside it.
 
     The recipe names the run with its whole config and its weights' hash, the codec, every setting, both clips with
-    their files' hashes, versions, and the hash of the samples that came out. Where the recipe goes into the run's
-    folder, all that lies there is named relative to the recipe, else what lies beside the recipe's folder: so an output
-    folder can be moved.
+    their files' hashes, versions, and the hash of the rendered samples. So that an output folder can be moved, paths
+    are relative to the recipe for files in the run's folder, or, where the recipe lies elsewhere, in the folder above
+    the recipe's.
     """
     path = Path(path)
     input, target = cut_to_shorter(input, target)
@@ -152,19 +152,19 @@ def save_with_recipe(
     return recipe_path
 
 
-class Remade(NamedTuple):
+class Rerendering(NamedTuple):
     """What `follow_recipe` returns."""
 
     wav: Tensor  # [1, N]
-    equal: bool  # bit for bit what the recipe was written for
-    made_by: dict[str, str]  # the versions that the recipe was written with
+    equal: bool  # bit for bit to the samples that the recipe was written for
+    versions: dict[str, str]  # the versions that the recipe was written with
     files: tuple[Path, Path]  # of the two clips
 
 
-def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str | Path | None = None) -> Remade:
-    """Render what a recipe says. `run`: where its run is now; `codec`: a name or a folder of weights.
+def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str | Path | None = None) -> Rerendering:
+    """Render a recipe again. `run`: where its run is now; `codec`: a name or a folder of weights.
 
-    `UserError` where the recipe is damaged, or where a clip or the weights are not what it was written for.
+    `UserError` if the recipe is damaged, or if a clip or the weights have changed since.
     """
     path = Path(path)
     recipe = _read_recipe(path)
@@ -186,21 +186,21 @@ def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str
     loaded = load_codec(codec or recipe["codec"]["name"])
     found.check_codec(loaded.fingerprint)
     try:
-        with torch_threads(recipe["threads"]):  # sums are split among them, and their last bits depend on it
+        with torch_threads(recipe["threads"]):  # the last bits of sums depend on how many threads share them
             wav = render(model, loaded, *wavs, recipe["settings"]).wav
     except UserError as error:  # a setting that this model does not have
         raise UserError(f"{path}: {error}") from None
     equal = samples_sha256(wav) == recipe["output"]["samples_sha256"]
-    return Remade(wav, equal, recipe["versions"], tuple(Path(clip.path) for clip in clips))
+    return Rerendering(wav, equal, recipe["versions"], tuple(Path(clip.path) for clip in clips))
 
 
 def samples_sha256(wav: Tensor) -> str:
-    """Hash of the samples as little-endian float32, whatever the file's format."""
+    """Hash of the samples as little-endian float32, independent of the file's format."""
     return hashlib.sha256(wav.numpy().astype("<f4").tobytes()).hexdigest()
 
 
 def _check_file(clip: Clip, wanted_by: str, fix: str) -> None:
-    """`UserError` unless the clip's file is the one that it was cut from."""
+    """`UserError` if the clip's file has changed since it was cut."""
     try:
         sha256 = file_sha256(Path(clip.path))
     except OSError as error:

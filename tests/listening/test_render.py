@@ -514,7 +514,7 @@ def test_a_recipe_gives_the_same_bits_again(tmp_path, project, mdct, settings, w
     assert made.equal
     assert torch.equal(made.wav, written)
     assert torch.equal(written, render(load_model(run, which), mdct, load_clip(input), load_clip(target), settings).wav)
-    assert made.made_by == json.loads(recipe.read_text())["versions"]
+    assert made.versions == json.loads(recipe.read_text())["versions"]
     assert [path.resolve() for path in made.files] == [Path(clip.path) for clip in (input, target)]
 
 
