@@ -95,9 +95,7 @@ def test_every_setting_is_changed_by_its_own_address_and_no_other(address):
 
 
 def test_none_is_a_value():
-    train = load_preset(
-        "smoke", {"train.max_steps": None, "train": {"clip": None, "loss": {"window_seconds": None}}}
-    ).train
+    train = load_preset("smoke", dict.fromkeys(("train.max_steps", "train.clip", "train.loss.window_seconds"))).train
     assert (train.max_steps, train.clip, train.loss.window_seconds) == (None, None, None)
 
 

@@ -219,7 +219,7 @@ def test_listening_has_longer_clips_and_the_same_split(root, builds):
         ("my songs é", "/proc/run", {}, "/proc/run: cannot write here"),
         ("my songs é", "", {"codec": "lpc"}, "codec 'lpc': unknown; choose mdct or encodec"),
         ("my songs é", "", {"data.clip_seconds": 1000}, "no usable pair for"),
-        ("my songs é", "", {"data.pair_mode": "all"}, "mode: unknown 'all'; choose one of"),
+        ("my songs é", "", {"data.pair_mode": "all"}, "data.pair_mode='all' is not allowed; use one of auto, "),
     ],
 )
 def test_what_a_project_cannot_be_made_of(root, data, out, changes, words):

@@ -55,7 +55,7 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"{runs if len(seeded) > 1 else 'One run'} (Student's t, 5 %, standard errors clustered by song).",
         "",
         f"- **Fusion.** Figure of merit: {merits}. Verdicts: {alike([row['against'] for row in seeded])}.",
-        "- **Super-resolution**, trained for the demo's few minutes. LSD gained over the mean envelope, negative where "
+        "- **Super-resolution**, trained only briefly. LSD gained over the mean envelope, negative where "
         f"the model is worse: {gains}. Verdicts: {alike([row['against_envelope'] for row in seeded], 'it at ')}.",
     ]
     whole = {row["run"]: row for row in rows}
