@@ -197,8 +197,8 @@ class Waterfall:
                 bar.set_height(trace[kind])
         for label, trace in zip(self.labels, traces, strict=True):
             outside = clamp is not None and not clamp[0] <= trace["target_scale"] <= clamp[1]
-            gets = f", gets ×{trace['applied_scale']:.1f}" if outside else ""
-            label.set_text(f"wants ×{trace['target_scale']:.1f}{gets}")
+            applied = f", applied ×{trace['applied_scale']:.1f}" if outside else ""
+            label.set_text(f"target ×{trace['target_scale']:.1f}{applied}")
 
 
 def waterfalls(

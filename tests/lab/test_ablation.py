@@ -1,4 +1,4 @@
-"""The ablation's runs: cached by what makes them, gone on with after any stop, and told in a small record."""
+"""The ablation's runs: cached under a hash of their causes, resumed after any stop, kept in a small record."""
 
 import dataclasses
 import functools
@@ -144,7 +144,7 @@ def test_a_result_for_every_variant_and_seed_in_order(whole):
     assert groups["weak"] == list(whole[2:])
 
 
-def test_a_result_is_told_by_its_metrics(results):
+def test_a_result_summarizes_its_metrics(results):
     (result,) = results(tiny_plan(REFERENCE, seeds=1, max_steps=31, checkpoint_every=31))
     rows = Run.open(result.run).metrics("train")
     assert result.grad_norm == tuple(row["grad_norm"] for row in rows)
@@ -207,7 +207,7 @@ def test_checkpoints_are_deleted(whole):
         assert sorted(os.listdir(result.run)) == ["config.json", "metrics.jsonl", "plan.json", "result.json"]
 
 
-# --- stopped and gone on with -----------------------------------------------------------------------------------------
+# --- stopped and resumed -----------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -240,7 +240,7 @@ def die_in(name: str) -> Callable:
     [(die_at_step_5, 2), (die_in("evaluate_fusion"), 0), (die_in("write_atomic"), 0)],
     ids=["step 5", "evaluation", "result"],
 )
-def test_a_killed_run_is_gone_on_with(results, whole, started, monkeypatch, kill, steps_left):
+def test_a_killed_run_is_resumed(results, whole, started, monkeypatch, kill, steps_left):
     with monkeypatch.context() as patch:
         kill(patch)
         with pytest.raises(Killed):
@@ -342,7 +342,7 @@ def test_the_key_changes_with_the_code_the_version_and_the_device(monkeypatch, e
     assert len(keys) == 8
 
 
-def test_the_key_is_a_name_and_the_same_for_a_config_that_was_read_back():
+def test_a_config_that_was_read_back_has_the_same_key():
     assert job_key(*PARTS) == job_key(CascadeConfig.from_dict(json.loads(json.dumps(PARTS[0].to_dict()))), *PARTS[1:])
     assert job_key(*PARTS).isalnum()
     assert len(job_key(*PARTS)) == 16
@@ -539,7 +539,7 @@ def wait_until(condition: Callable[[], object], seconds: float) -> bool:
     ],
     ids=["Ctrl-C", "SIGKILL"],
 )
-def test_a_stopped_plan_leaves_no_process_and_goes_on(results, whole, tiny_index, tmp_path, number, to_all, code):
+def test_a_stopped_plan_leaves_no_process_and_resumes(results, whole, tiny_index, tmp_path, number, to_all, code):
     """Four slow runs on two workers, stopped in the first two; each has saved the step that it was at."""
     paths = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "SECONDS_A_STEP": "2"}
     command = [sys.executable, "-c", PROGRAM, tiny_index, tmp_path / "runs"]

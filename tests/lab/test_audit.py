@@ -308,7 +308,7 @@ def test_a_term_that_never_acts_cures_nothing():
     assert "never acted" in cure.why
 
 
-def test_a_quiet_output_is_told_from_a_constant_one():
+def test_a_quiet_output_is_not_called_constant():
     quiet = [final(rms_ratio=0.2)(CREATIVE, seed) for seed in range(2)]
     constant, level = audit_cures(quiet, {})
     assert (constant.verdict, level.verdict) == (REFUTED, REFUTED)
@@ -331,7 +331,7 @@ def test_a_late_nan_is_not_the_seeds():
         (0.2, 8, "a", NOT_TESTED, "fewer than 8 pairs, or all of one song"),
     ],
 )
-def test_continuations_are_held_against_the_plain_average(gain, pairs, names, wanted, why):
+def test_continuations_are_compared_with_the_plain_average(gain, pairs, names, wanted, why):
     noise = [0.01 * (-1) ** i for i in range(pairs)]
     judged = {
         "average of latents": [{"merit": 0.5} for _ in noise],

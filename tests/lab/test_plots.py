@@ -46,7 +46,7 @@ def labelled(figure):
     return all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes)
 
 
-def test_every_variant_can_be_told_apart():
+def test_every_variant_has_its_own_look():
     looks = [(COLOURS[v.name], MARKERS[v.name]) for v in NAMED]
     assert len(set(looks)) == len({colour for colour, _ in looks}) == len(looks)
     assert set(COLOURS) == set(MARKERS) == {v.name for v in NAMED}
@@ -119,7 +119,7 @@ def test_curves_take_their_scales():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
 
 
-def test_a_waterfall_says_what_is_wanted_and_what_is_given():
+def test_a_waterfall_shows_the_target_scale_and_the_applied_one():
     stage = {
         "projection": 0.6,
         "residual": 0.6,
@@ -130,6 +130,6 @@ def test_a_waterfall_says_what_is_wanted_and_what_is_given():
     }
     figure = waterfalls({"with": [stage], "without": [stage]}, 5.7, [(0.7, 1.5), None])
     texts = [[text.get_text() for text in axes.texts] for axes in figure.axes[:2]]
-    assert texts == [["wants ×6.6, gets ×1.5"], ["wants ×6.6"]]
+    assert texts == [["target ×6.6, applied ×1.5"], ["target ×6.6"]]
     assert sorted(bar.get_height() for bar in figure.axes[0].patches) == [0.6, 0.6, 0.9, 1.3]
     assert figure.axes[0].get_ylabel() == "RMS (latent units)"
