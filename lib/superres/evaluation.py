@@ -159,7 +159,7 @@ def restored_by_all(
 
 
 def mean_envelope(library: Library, clip_length: int, clips: int = 64) -> Tensor:
-    """The training set's mean log mel, `[256]`, over the frames of so many clips."""
+    """The training set's mean log mel, `[256]`, over the frames of `clips` clips."""
     examples = Examples(library, "train", clips, clip_length)
     return torch.stack([log_mel(examples[i][0][None]).mean(dim=(0, 1, 3)) for i in range(clips)]).mean(dim=0)
 

@@ -74,7 +74,7 @@ def window(device: torch.device) -> Tensor:
 
 @cached_table
 def _weight(frames: int, device: torch.device) -> Tensor:
-    """How often each sample is in so many frames, weighted by the windows: `[1, 1, frames · HOP]`."""
+    """How often each sample is covered by `frames` frames, weighted by the windows: `[1, 1, frames · HOP]`."""
     return _overlap_add(window(device).square().expand(1, frames, -1))
 
 

@@ -46,12 +46,12 @@ def mel_spectrograms(mels: Mapping[str, Tensor]) -> Figure:
                 continue
             name, mel = item
             extent = (0, mel.shape[1] * HOP / SAMPLE_RATE, 0, mel.shape[0])
-            picture = axis.imshow(
+            image = axis.imshow(
                 mel.cpu(), origin="lower", aspect="auto", extent=extent, vmin=SILENCE, vmax=LOUDEST, cmap="magma"
             )
             axis.set(title=name, xlabel="time (s)", ylabel="mel band")
             axis.label_outer()
-        figure.colorbar(picture, ax=axes, label="ln of the magnitude")
+        figure.colorbar(image, ax=axes, label="ln of the magnitude")
     return figure
 
 
@@ -76,9 +76,9 @@ def received_by_place(received: Mapping[str, Tensor]) -> Figure:
         figure, axes = plt.subplots(1, len(received), figsize=(4.2 * len(received), 3), squeeze=False)
         top = max(float(values.max()) for values in distances.values())
         for axis, (name, values) in zip(axes.flat, distances.items(), strict=True):
-            picture = axis.imshow(values, origin="lower", aspect="auto", vmin=0, vmax=top, cmap="viridis")
+            image = axis.imshow(values, origin="lower", aspect="auto", vmin=0, vmax=top, cmap="viridis")
             axis.set(title=name, xlabel="place in time", ylabel="place in frequency")
-        figure.colorbar(picture, ax=axes, label="distance from the mean over all places")
+        figure.colorbar(image, ax=axes, label="distance from the mean over all places")
     return figure
 
 
