@@ -207,7 +207,7 @@ def test_checkpoints_are_deleted(whole):
         assert sorted(os.listdir(result.run)) == ["config.json", "metrics.jsonl", "plan.json", "result.json"]
 
 
-# --- stopped and resumed -----------------------------------------------------------------------------------------------
+# --- stopped and resumed ---------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
