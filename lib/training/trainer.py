@@ -60,11 +60,10 @@ class Callback:
 class TakenStep:
     """A step whose metrics are still on the device, with all it takes to repeat it."""
 
-    facts: dict[str, Any]  # split, step, epoch, and what the host knew of it
+    info: StepInfo
     metrics: dict[str, Tensor]
     batches: Sequence[Batch]
     rng: dict[str, Any]
-    info: StepInfo
 
 
 class Trainer:
@@ -198,8 +197,7 @@ class Trainer:
         metrics = self.learner.train_step(batches, info)
         self.step += 1
         self.order.advance()
-        facts = {"split": "train", "step": self.step, "epoch": info.epoch} | self.learner.facts(info)
-        self.ungathered.append(TakenStep(facts, metrics, batches, rng, info))
+        self.ungathered.append(TakenStep(info, metrics, batches, rng))
 
     def gather(self) -> tuple[list[dict[str, Any]], bool]:
         """Fetch the metrics of the steps since the last call in one transfer, log them and call the callbacks. Returns
@@ -211,7 +209,8 @@ class Trainer:
         floats = to_floats(tensors | {"stop": asked}, self.accelerator)
         rows = []
         for i, step in enumerate(taken):
-            row = step.facts | {name: floats[i, name] for name in step.metrics}
+            row = {"split": "train", "step": step.info.step + 1, "epoch": step.info.epoch}
+            row |= self.learner.facts(step.info) | {name: floats[i, name] for name in step.metrics}
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                 self.stop_non_finite("train", row["step"], step.batches, step.rng, step.info)
             if not all(math.isfinite(value) for name, value in row.items() if name.startswith("discriminator/")):

@@ -70,13 +70,15 @@ def test_its_loss_is_the_hinge_on_the_weights_before_the_step():
     with torch.no_grad():
         of_fake, of_real = adversary.model(fake), adversary.model(real)
     found = adversary.train_step([(fake, real)])
-    wanted = {
+    expected = {
         "loss": discriminator_hinge(of_real, of_fake).item(),
         "real": of_real.mean().item(),
         "fake": of_fake.mean().item(),
     }
-    assert set(found) == {f"discriminator/{name}" for name in (*wanted, "grad_norm")}
-    assert {name: found[f"discriminator/{name}"].item() for name in wanted} == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    assert set(found) == {f"discriminator/{name}" for name in (*expected, "grad_norm")}
+    assert {name: found[f"discriminator/{name}"].item() for name in expected} == pytest.approx(
+        expected, rel=1e-4, abs=1e-6
+    )
     assert abs(of_real[:4].mean() - of_real[4:].mean()) > 1e-4  # all of the real ones count
 
 
@@ -173,7 +175,7 @@ def test_the_critics_gradient_reaches_the_latents_and_no_weight():
     torch.testing.assert_close(adversary.critic(0)(latents), adversary.model(latents))
 
 
-def test_following_the_critic_makes_latents_more_like_music():
+def test_following_the_critic_makes_latents_more_real():
     adversary = build()
     for step in range(8):
         adversary.train_step([batch(seed=step)])
@@ -229,7 +231,7 @@ def test_a_saved_discriminator_resumes_exactly():
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "wanted"),
+    ("field", "value", "expected"),
     [
         ("discriminator_learning_rate", 0.0, "above 0"),
         ("discriminator_learning_rate", -1e-4, "above 0"),
@@ -238,8 +240,8 @@ def test_a_saved_discriminator_resumes_exactly():
         ("discriminator_warmup", -1, "a whole number, 0 or more"),
     ],
 )
-def test_refusals_name_the_field(field, value, wanted):
-    with pytest.raises(UserError, match=f"^{field}=.* is not allowed; use .*{wanted}"):
+def test_refusals_name_the_field(field, value, expected):
+    with pytest.raises(UserError, match=f"^{field}=.* is not allowed; use .*{expected}"):
         AdversaryConfig(**{field: value})
 
 

@@ -135,10 +135,10 @@ def test_steps_may_be_asked_for_before_those_before_them_are_taken():
     in_step, ahead = TrainingOrder(5, config), TrainingOrder(5, config)
     for order in (in_step, ahead):
         order.advance()
-    wanted = [step for _, _, step in walk(in_step)]
+    expected = [step for _, _, step in walk(in_step)]
     asked = list(ahead.steps())
-    assert len(asked) == len(wanted) == 8
-    assert all(torch.equal(a, b) for (a,), (b,) in zip(asked, wanted, strict=True))
+    assert len(asked) == len(expected) == 8
+    assert all(torch.equal(a, b) for (a,), (b,) in zip(asked, expected, strict=True))
     assert (ahead.epoch, ahead.position) == (0, 2)
 
 
@@ -246,7 +246,7 @@ def test_max_steps_end_training_and_count_as_progress():
 
 
 @pytest.mark.parametrize(
-    ("count", "most", "wanted"),
+    ("count", "most", "expected"),
     [
         (10, None, range(10)),
         (10, 20, range(10)),
@@ -256,8 +256,8 @@ def test_max_steps_end_training_and_count_as_progress():
         (0, 3, ()),
     ],
 )
-def test_evenly_spread(count, most, wanted):
-    assert evenly_spread(count, most).tolist() == list(wanted)
+def test_evenly_spread(count, most, expected):
+    assert evenly_spread(count, most).tolist() == list(expected)
 
 
 @pytest.mark.parametrize("count", [7, 100, 999])
@@ -284,10 +284,10 @@ def test_a_batch_has_the_input_of_one_pair_with_the_target_of_another(tiny_index
     places = [[[(1, 4), (3, 3), (8, 1)], [(4, 8)]], [[(3, 1)]]]
     loaded = list(read(pairs, chosen, steps, threads))
     assert [[len(input) for input, _ in step] for step in loaded] == [[3, 1], [1]]
-    for step, wanted_step in zip(loaded, places, strict=True):
-        for (input, target), wanted in zip(step, wanted_step, strict=True):
-            assert torch.equal(input, torch.stack([pairs[i][0] for i, _ in wanted]))
-            assert torch.equal(target, torch.stack([pairs[j][1] for _, j in wanted]))
+    for step, expected_step in zip(loaded, places, strict=True):
+        for (input, target), expected in zip(step, expected_step, strict=True):
+            assert torch.equal(input, torch.stack([pairs[i][0] for i, _ in expected]))
+            assert torch.equal(target, torch.stack([pairs[j][1] for _, j in expected]))
     assert not torch.equal(loaded[0][0][1][0], pairs[1][1])
 
 

@@ -1,4 +1,4 @@
-"""What looks on while a model trains: it writes and draws what happened, and changes nothing."""
+"""Callbacks write and draw what happened, and change nothing."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -69,7 +69,7 @@ class Keep(Callback):
 
 
 def state(trainer: Trainer) -> list:
-    """All that training goes on from: weights of both models, modes, gradients, random numbers."""
+    """All that training resumes from: weights of both models, modes, gradients, random numbers."""
     models = [
         trainer.learner.unwrapped_model,
         *([trainer.learner.ema_model] if trainer.learner.ema_model is not None else []),
@@ -123,7 +123,7 @@ def test_sources_are_the_same_validation_pairs_at_the_codecs_level(start, tiny_c
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_outputs_are_those_of_the_model_that_is_kept(start, tiny_codec, tiny_index, ema):
-    """In eval mode; with an average, the averaged weights and not those in training."""
+    """In eval mode; with EMA, the EMA weights and not the ones in training."""
     run = start([DemoClips(tiny_codec, every=4, count=1), keep := Keep()], ema=ema)
     input, target = (clip[None] for clip in LatentPairs(tiny_index, "val")[0])
     found = load_audio(run.path / "audio" / "pair_0_epoch_0004.wav")
@@ -180,28 +180,28 @@ def curves(run: Run) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
 
 
-def wanted_curves(run: Run) -> dict[str, list[tuple[int, float]]]:
-    wanted: dict[str, list[tuple[int, float]]] = {}
+def expected_curves(run: Run) -> dict[str, list[tuple[int, float]]]:
+    expected: dict[str, list[tuple[int, float]]] = {}
     for row in run.metrics():
         for name in set(row) - {"split", "step", "epoch"}:
-            wanted.setdefault(f"{row['split']}/{name}", []).append((row["step"], pytest.approx(row[name], rel=1e-6)))
-    return wanted
+            expected.setdefault(f"{row['split']}/{name}", []).append((row["step"], pytest.approx(row[name], rel=1e-6)))
+    return expected
 
 
 def test_event_files_hold_every_number(start):
     run = start([TensorBoard()])
     found = curves(run)
-    assert found == wanted_curves(run)
+    assert found == expected_curves(run)
     assert [step for step, _ in found["train/loss"]] == list(range(1, 13))
     assert [step for step, _ in found["val/loss"]] == [4, 8, 12]
     assert {"train/grad_norm", "train/stage1/output_rms", "val/loss/input_mse"} <= set(found)
 
 
 def test_a_resumed_run_takes_the_place_of_the_steps_that_were_lost(start):
-    """Killed at step 6, it goes on from the checkpoint of step 4: steps 5 and 6 come once, as taken the second time."""
+    """Killed at step 6, it resumes from the checkpoint of step 4: steps 5 and 6 come once, as taken the second time."""
     with pytest.raises(Stop):
         start([TensorBoard(), Kill(6)])
     run = start([TensorBoard()], resume=True)
     assert [step for step, _ in curves(run)["train/loss"]] == list(range(1, 13))
-    assert curves(run) == wanted_curves(run)
+    assert curves(run) == expected_curves(run)
     assert len(files(run.path / "tensorboard")) == 2

@@ -38,18 +38,18 @@ BAD = (
 )
 
 
-@pytest.mark.parametrize(("name", "value", "wanted"), BAD)
-def test_a_bad_value_is_refused_by_its_name(name, value, wanted):
-    with pytest.raises(UserError, match=f"^{name}=.* is not allowed; use {wanted}"):
+@pytest.mark.parametrize(("name", "value", "expected"), BAD)
+def test_a_bad_value_is_refused_by_its_name(name, value, expected):
+    with pytest.raises(UserError, match=f"^{name}=.* is not allowed; use {expected}"):
         TrainConfig(**{name: value})
 
 
 def test_what_every_training_has_is_checked_for_every_training():
     general = {field.name for field in dataclasses.fields(LoopConfig)}
     assert {name for name, _, _ in BAD} - general == {"agent_learning_rate"}
-    for name, value, wanted in BAD:
+    for name, value, expected in BAD:
         if name in general:
-            with pytest.raises(UserError, match=f"^{name}=.* is not allowed; use {wanted}"):
+            with pytest.raises(UserError, match=f"^{name}=.* is not allowed; use {expected}"):
                 LoopConfig(**{name: value})
 
 
@@ -122,7 +122,7 @@ def test_an_adversarial_weight_needs_a_discriminator():
     ):
         TrainConfig(loss=LossConfig(adversarial_weight=0.1))
     TrainConfig(loss=LossConfig(adversarial_weight=0.1), adversary=AdversaryConfig(1e-4))
-    TrainConfig(adversary=AdversaryConfig(1e-4))  # one that only looks on is allowed
+    TrainConfig(adversary=AdversaryConfig(1e-4))  # one that the loss does not use is allowed
 
 
 @pytest.mark.parametrize("term", MASK_TERMS)
@@ -165,7 +165,7 @@ def test_by_default_there_is_no_noise_and_no_shuffling():
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "wanted"),
+    ("field", "value", "expected"),
     [
         ("noise_rate", -0.1, "0 or more"),
         ("noise_rate", math.nan, "0 or more"),
@@ -177,8 +177,8 @@ def test_by_default_there_is_no_noise_and_no_shuffling():
         ("target_shuffling", math.inf, "at most 1"),
     ],
 )
-def test_a_bad_curriculum_is_refused_by_its_field(field, value, wanted):
-    with pytest.raises(UserError, match=f"^{field}=.* is not allowed; use .*{wanted}"):
+def test_a_bad_curriculum_is_refused_by_its_field(field, value, expected):
+    with pytest.raises(UserError, match=f"^{field}=.* is not allowed; use .*{expected}"):
         CurriculumConfig(**{field: value})
 
 
@@ -206,7 +206,7 @@ def test_a_chosen_precision_stays(precision):
 
 
 @pytest.mark.parametrize(
-    ("gpu", "gpu_computes", "tiles", "wanted"),
+    ("gpu", "gpu_computes", "tiles", "expected"),
     [
         (True, True, False, "bf16"),
         (True, False, True, "fp32"),
@@ -214,13 +214,13 @@ def test_a_chosen_precision_stays(precision):
         (False, True, False, "fp32"),
     ],
 )
-def test_auto_is_what_the_hardware_computes_in(monkeypatch, gpu, gpu_computes, tiles, wanted):
+def test_auto_is_what_the_hardware_computes_in(monkeypatch, gpu, gpu_computes, tiles, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation: gpu_computes or including_emulation
     )
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_tile": tiles})
-    assert resolved_precision("auto") == wanted
+    assert resolved_precision("auto") == expected
 
 
 def test_auto_on_this_machine():

@@ -56,7 +56,7 @@ WAITS = ("local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal"
 
 
 class WaitsForbidden(TorchDispatchMode):
-    """An operator whose result the host needs before it can go on is an error: on a GPU it would be a stop. Copies
+    """An operator whose result the host must wait for is an error: on a GPU it would be a stop. Copies
     between host and device do not show here."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -208,8 +208,8 @@ def test_the_ema_weights_are_a_model_of_their_own(build):
 # --- parameter groups -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("agent_rate", "wanted"), [(None, 3e-4), (1e-3, 1e-3)])
-def test_every_parameter_is_in_one_group_with_its_rate(tiny_cascade, agent_rate, wanted):
+@pytest.mark.parametrize(("agent_rate", "expected"), [(None, 3e-4), (1e-3, 1e-3)])
+def test_every_parameter_is_in_one_group_with_its_rate(tiny_cascade, agent_rate, expected):
     model = FusionModel(tiny_cascade(), MaskingConfig("learned"))
     config = TrainConfig(learning_rate=3e-4, agent_learning_rate=agent_rate)
     groups = parameter_groups(model, config)
@@ -217,7 +217,7 @@ def test_every_parameter_is_in_one_group_with_its_rate(tiny_cascade, agent_rate,
     assert len(rates) == len(dict(rates)) == len(list(model.parameters()))
     of = dict(rates)
     for name, parameter in model.named_parameters():
-        assert of[id(parameter)] == (wanted if name.startswith("mask_generator.") else 3e-4), name
+        assert of[id(parameter)] == (expected if name.startswith("mask_generator.") else 3e-4), name
 
 
 def test_without_a_mask_generator_there_is_one_group(tiny_cascade):
@@ -241,8 +241,8 @@ def test_step_metrics_are_the_terms_and_the_means_of_the_traces():
     terms = {"input_mse": torch.tensor(2.0), "novelty": torch.tensor(0.25)}
     found = {name: value.item() for name, value in step_metrics(terms, fusion).items()}
     stages = {f"stage{i}/{name}": 10 * i + k + 0.5 for i in range(2) for k, name in enumerate(TRACE)}
-    wanted = {"loss/input_mse": 2.0, "loss/novelty": 0.25, "masks/complementarity": 1 - (0.25 + 0.5) / 2} | stages
-    assert found == pytest.approx(wanted)
+    expected = {"loss/input_mse": 2.0, "loss/novelty": 0.25, "masks/complementarity": 1 - (0.25 + 0.5) / 2} | stages
+    assert found == pytest.approx(expected)
 
 
 def test_without_masks_there_is_no_complementarity():
@@ -271,8 +271,8 @@ def test_gradient_norms_of_every_part(build, tiny_cascade):
         parts = name.split(".")
         part = f"stage{parts[2]}/{parts[3]}" if parts[0] == "cascade" else parts[0]
         squares[part] = squares.get(part, 0.0) + parameter.grad.double().square().sum().item()
-    wanted = {f"grad_norm/{part}": math.sqrt(square) for part, square in squares.items()}
-    assert found == pytest.approx(wanted, rel=1e-4)
+    expected = {f"grad_norm/{part}": math.sqrt(square) for part, square in squares.items()}
+    assert found == pytest.approx(expected, rel=1e-4)
     names = ("input_projection", "input_norm", "layers", "post_norm", "output_projection")
     wide = {f"grad_norm/stage{i}/{name}" for i in range(2) for name in names}
     assert wide | {"grad_norm/mask_generator"} == set(found)

@@ -109,14 +109,14 @@ def test_the_ema_follows_its_decay():
     learner = build(ema=0.5)
     assert learner.eval_model is learner.ema_model is not learner.unwrapped_model
     assert build().eval_model is not None
-    wanted = weights(learner.unwrapped_model)
+    expected = weights(learner.unwrapped_model)
     for step in range(3):
         learner.train_step([batch(step)], StepInfo(step))
         decay = min(0.5, (1 + step) / (10 + step))
         now = weights(learner.unwrapped_model)
-        wanted = {name: decay * value + (1 - decay) * now[name] for name, value in wanted.items()}
+        expected = {name: decay * value + (1 - decay) * now[name] for name, value in expected.items()}
     for name, value in weights(learner.eval_model).items():
-        torch.testing.assert_close(value, wanted[name])
+        torch.testing.assert_close(value, expected[name])
         assert not torch.allclose(value, now[name], rtol=1e-4)
 
 
@@ -282,10 +282,10 @@ def test_the_discriminator_learns_from_what_the_loss_gives_it():
     given = [learner.loss(learner.unwrapped_model, batch(seed))[2] for seed in (0, 1)]
     row = learner.train_step([batch(0), batch(1)], StepInfo(0))
     assert row["loss"] != row["mse"]  # the critic is part of the loss
-    wanted = alone.train_step([(fake.detach(), real) for fake, real in given])
-    assert {name: row[name].item() for name in wanted} == {name: value.item() for name, value in wanted.items()}
+    expected = alone.train_step([(fake.detach(), real) for fake, real in given])
+    assert {name: row[name].item() for name in expected} == {name: value.item() for name, value in expected.items()}
     assert same(weights(alone.model), weights(learner.adversary.model))
-    assert {"discriminator/loss", "discriminator/grad_norm"} <= wanted.keys()
+    assert {"discriminator/loss", "discriminator/grad_norm"} <= expected.keys()
     before = weights(learner.adversary.model)
     learner.train_step([batch(2)], StepInfo(1))
     assert not same(before, weights(learner.adversary.model))

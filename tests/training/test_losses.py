@@ -193,9 +193,9 @@ def at_cosines(*cosines: float) -> tuple[Tensor, Tensor]:
     return output.view(-1, 3, 4), source.view(-1, 3, 4)
 
 
-@pytest.mark.parametrize(("cosine", "wanted"), [(0.7, 0), (0.9, 0.2), (-1.0, 0), (1.0, 0.3), (0.75, 0.05), (0.0, 0)])
-def test_novelty_is_what_the_cosine_is_above_the_threshold(cosine, wanted):
-    assert novelty(*at_cosines(cosine)).item() == pytest.approx(wanted, abs=1e-6)
+@pytest.mark.parametrize(("cosine", "expected"), [(0.7, 0), (0.9, 0.2), (-1.0, 0), (1.0, 0.3), (0.75, 0.05), (0.0, 0)])
+def test_novelty_is_what_the_cosine_is_above_the_threshold(cosine, expected):
+    assert novelty(*at_cosines(cosine)).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_novelty_is_the_mean_over_clips_of_each_ones():
@@ -225,7 +225,7 @@ def test_both_sides_of_the_hinge():
     logits = torch.tensor([-2.0, 0.5, 3.0])
     assert adversarial(logits).item() == pytest.approx(-0.5)
     made, real = torch.tensor([-2.0, -0.5, 1.0]), torch.tensor([2.0, 0.5, -1.0])
-    # of music 0, 0.5 and 2; of what was made 0, 0.5 and 2
+    # of the real ones 0, 0.5 and 2; of the fake ones 0, 0.5 and 2
     assert discriminator_hinge(real, made).item() == pytest.approx(2.5 / 3 + 2.5 / 3)
     assert discriminator_hinge(real + 5, made - 5).item() == 0
     assert discriminator_hinge(real, made - 5).item() == pytest.approx(2.5 / 3)  # the two sides are not swapped
@@ -267,8 +267,8 @@ def test_mel_distance_is_librosas_mel(songs):
         )
         return np.log(power + 1e-8)
 
-    wanted = np.mean([np.abs(mel(x) - mel(y)).mean() for x, y in zip(songs[:3], songs[3:6], strict=True)])
-    assert mel_distance(songs[:3], songs[3:6]).item() == pytest.approx(wanted, rel=1e-4)
+    expected = np.mean([np.abs(mel(x) - mel(y)).mean() for x, y in zip(songs[:3], songs[3:6], strict=True)])
+    assert mel_distance(songs[:3], songs[3:6]).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_spectral_distances_of_a_copy_are_0_with_a_finite_gradient(songs):
@@ -334,8 +334,8 @@ def test_outliers_of_known_levels():
     noise = 1e-4 * torch.randn(1, 1, 9600, generator=torch.Generator().manual_seed(0))
     height = log_mel(noise) - math.log(1e-8)
     assert height.min() < 1.5 < height.max()
-    wanted = (height / 0.5 - 3).clamp_min(0).square().mean().item()
-    assert spectral_outliers(noise, silence, silence).item() == pytest.approx(wanted, rel=1e-4)
+    expected = (height / 0.5 - 3).clamp_min(0).square().mean().item()
+    assert spectral_outliers(noise, silence, silence).item() == pytest.approx(expected, rel=1e-4)
     assert spectral_outliers(silence, noise, noise).item() == 0  # too quiet is no outlier
 
 
@@ -407,7 +407,7 @@ HALF_ON = torch.tensor([1.0, 0.0]).repeat_interleave(4)  # over time
 
 
 @pytest.mark.parametrize(
-    ("input", "target", "wanted"),
+    ("input", "target", "expected"),
     [  # overlap, coverage, balance, temporal diversity
         (0.5, 0.5, (0.25, 0.0, 0.0, 1.0)),
         (1.0, 0.0, (0.0, 0.0, 0.5, 1.0)),
@@ -420,10 +420,10 @@ HALF_ON = torch.tensor([1.0, 0.0]).repeat_interleave(4)  # over time
         (0.5 * HALF_ON, 0.0, (0.0, 0.625, 0.25**2 + 0.25, 0.75)),
     ],
 )
-def test_mask_terms_of_known_masks(input, target, wanted):
+def test_mask_terms_of_known_masks(input, target, expected):
     masks = masks_of(input, target)
     found = [term(masks).item() for term in (overlap, coverage, balance, temporal_diversity)]
-    assert found == pytest.approx(wanted, abs=3e-4)  # 1e-4 a mask is what keeps the deviation's gradient finite
+    assert found == pytest.approx(expected, abs=3e-4)  # 1e-4 a mask is what keeps the deviation's gradient finite
 
 
 def test_balance_is_of_each_clip():
@@ -485,7 +485,7 @@ def test_total_is_the_weighted_sum_of_all_terms(batch, form):
     config = dataclasses.replace(EVERY, anti_modulation=form)
     loss, terms = total_loss(*batch, config, decode, masks=masks, critic=critic)
     sounds = [decode(x[..., 37:112]) for x in batch]  # a second in the middle
-    wanted = {
+    expected = {
         "input_mse": latent_mse(output, input),
         "target_mse": latent_mse(output, target),
         "input_rms": rms_error(output, input),
@@ -504,11 +504,11 @@ def test_total_is_the_weighted_sum_of_all_terms(batch, form):
         "temporal_diversity": temporal_diversity(masks),
     }
     assert {name: term.item() for name, term in terms.items()} == pytest.approx(
-        {name: term.item() for name, term in wanted.items()}, rel=1e-5
+        {name: term.item() for name, term in expected.items()}, rel=1e-5
     )
     without = sorted(term.item() for name, term in terms.items() if name != "novelty")
     assert min(b - a for a, b in itertools.pairwise(without)) > 1e-4  # or two could be swapped unseen
-    by_weight = zip(WEIGHTS, wanted.values(), strict=True)  # the terms above are in the order of their weights
+    by_weight = zip(WEIGHTS, expected.values(), strict=True)  # the terms above are in the order of their weights
     assert loss.item() == pytest.approx(sum(getattr(config, name) * term.item() for name, term in by_weight), rel=1e-5)
 
 

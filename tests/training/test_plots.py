@@ -157,8 +157,8 @@ def test_the_dashboard_holds_every_stage():
 
 def test_the_dashboards_bands_are_what_the_claim_calls_healthy():
     rows = [
-        {"step": step, "grad_norm": 9.0, "stage0/target_scale": wanted, "stage0/rms_before_scaling": mixed}
-        for step, wanted, mixed in ((1, 2.0, 2.5), (2, 1.25, 4.0), (3, 4.0, 10.0))  # goals 5, 5 and an odd one of 40
+        {"step": step, "grad_norm": 9.0, "stage0/target_scale": expected, "stage0/rms_before_scaling": mixed}
+        for step, expected, mixed in ((1, 2.0, 2.5), (2, 1.25, 4.0), (3, 4.0, 10.0))  # goals 5, 5 and an odd one of 40
     ]
     clamps = [(0.7, 1.5), None, (0.6, 1.8)]
     _, norms, levels, scales = plots.training_dashboard(rows, [], clamps).axes
@@ -171,7 +171,7 @@ def test_the_dashboards_bands_are_what_the_claim_calls_healthy():
 def test_within_the_band_of_scales_the_level_stays_within_its_own(lo_hi):
     """At the band's edges the clamped scale leaves exactly 1.2 and 0.8 of the target level."""
     low, high = band(plots.training_dashboard([], [], [lo_hi]).axes[3])
-    assert [np.clip(wanted, *lo_hi) / wanted for wanted in (low, high)] == pytest.approx([1.2, 0.8])
+    assert [np.clip(expected, *lo_hi) / expected for expected in (low, high)] == pytest.approx([1.2, 0.8])
 
 
 def test_the_dashboard_needs_no_rows_and_shows_no_band_without_a_clamp():

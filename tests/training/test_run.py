@@ -212,11 +212,11 @@ def test_weights_of_any_model_are_loaded_where_they_belong(tmp_path):
     first, second, other = (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)) for _ in range(3))
     run.save(1, first, {}, is_best=True)
     run.save(2, second, {}, is_best=False)
-    for which, wanted in (("best", first), ("last", second)):
+    for which, expected in (("best", first), ("last", second)):
         other.train()
-        assert not same_weights(other, wanted)
+        assert not same_weights(other, expected)
         assert Run.open(tmp_path).load_weights(other, which) is None
-        assert same_weights(other, wanted)
+        assert same_weights(other, expected)
         assert not any(module.training for module in other.modules())
     with pytest.raises(UserError, match=r"unknown 0\.bias"):
         run.load_weights(nn.Sequential(nn.Linear(3, 2, bias=False), nn.BatchNorm1d(2)))

@@ -866,7 +866,7 @@ def test_a_non_finite_value_is_named_and_leaves_the_last_good_checkpoint(
     assert os.readlink(run.path / "last").endswith("step_00000004")
     assert all(value.isfinite().all() for value in load_model(run, "last").state_dict().values())
     monkeypatch.undo()
-    if clip == CONFIG.clip:  # without the fault it goes on from there
+    if clip == CONFIG.clip:  # without the fault it resumes there
         assert_same_run(start(resume=True), whole)
 
 
@@ -1098,13 +1098,13 @@ def test_accumulated_batches_equal_one(new_trainer, tiny_cascade):
     masks = MaskingConfig("learned")
     loss = LossConfig(novelty_weight=1.0, overlap_weight=1.0, anti_modulation_weight=1.0, window_seconds=None)
     together = new_trainer(tiny_cascade(dropout=0.0), masks, batch_size=5, loss=loss)
-    wanted = take(together, next(together.steps()))
+    expected = take(together, next(together.steps()))
     apart = new_trainer(tiny_cascade(dropout=0.0), masks, batch_size=2, accumulate=3, loss=loss)
     batches = next(apart.steps())
     assert [len(input) for input, _ in batches] == [2, 2, 1]
     row = take(apart, batches)
-    assert row.pop("split") == wanted.pop("split") == "train"
-    assert row == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    assert row.pop("split") == expected.pop("split") == "train"
+    assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
     for name, gradient in gradients(together).items():
         torch.testing.assert_close(gradients(apart)[name], gradient, rtol=1e-4, atol=1e-6)
 
@@ -1113,7 +1113,7 @@ def test_accumulated_batches_equal_one(new_trainer, tiny_cascade):
     for input, target in batches:
         output = model(input, target).latents
         sums += (0.3 * (output - input).square().mean() + 0.3 * (output - target).square().mean()).item() / 3
-    squares = 0.3 * wanted["loss/input_mse"] + 0.3 * wanted["loss/target_mse"]
+    squares = 0.3 * expected["loss/input_mse"] + 0.3 * expected["loss/target_mse"]
     assert abs(sums / squares - 1) > 1e-4  # the mean of the batches' means is another number
 
 
@@ -1123,7 +1123,7 @@ def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def test_the_ema_weights_follow_their_formula_and_are_saved(start, new_trainer, tiny_index):
     average, recorder = parameters(new_trainer(ema=0.3)), Recorder(parameters)
-    run = start("averaged", ema=0.3, callbacks=(recorder,), max_steps=6)
+    run = start("ema", ema=0.3, callbacks=(recorder,), max_steps=6)
     for step, values in enumerate(recorder.seen):
         decay = min(0.3, (1 + step) / (10 + step))
         average = {name: decay * average[name] + (1 - decay) * value for name, value in values.items()}
@@ -1142,7 +1142,7 @@ def test_the_ema_weights_follow_their_formula_and_are_saved(start, new_trainer, 
     assert abs(plain / loss - 1) > 1e-4
     assert [row["loss"] for row in run.metrics("train")] == [
         row["loss"] for row in Run.open(run.path.parent / "plain").metrics("train")
-    ]  # the average looks on
+    ]  # the EMA changes nothing in training
 
 
 def rates(trainer: Trainer) -> list[float]:
@@ -1197,7 +1197,7 @@ def test_patience_counts_validations_without_a_lower_loss(start, monkeypatch):
     assert os.readlink(run.path / "last").endswith("step_00000006")
     start(patience=2, resume=True, **settings)  # it is over
     assert len(run.metrics("train")) == 6
-    with pytest.raises(StopIteration):  # more patience: goes on, and remembers what was best
+    with pytest.raises(StopIteration):  # more patience: it resumes, and remembers what was best
         start(patience=4, resume=True, **settings)
     assert os.readlink(run.path / "best").endswith("step_00000008")
 
@@ -1378,7 +1378,7 @@ def test_callbacks_are_called_in_order(start):
     start(callbacks=(recorder,), max_steps=7, resume=True)
     assert recorder.calls == [("start", 6), ("step", 7), ("validation", 7, "6"), ("end", 7)]
     recorder.calls.clear()
-    start(callbacks=(recorder,), max_steps=7, resume=True)  # nothing left to look at
+    start(callbacks=(recorder,), max_steps=7, resume=True)  # no step is left
     assert recorder.calls == []
 
 
@@ -1543,8 +1543,8 @@ def test_a_learner_of_another_kind_trains(tmp_path, caplog):
     rows = run.metrics("train")
     assert [(row["step"], row["half_epochs"]) for row in rows] == [(k + 1, 2 * (k // 3)) for k in range(12)]
     parts = {"grad_norm", "grad_norm/0", "grad_norm/3"}
-    judged = {f"discriminator/{name}" for name in ("loss", "real", "fake", "grad_norm")}
-    assert set(rows[0]) == {"split", "step", "epoch", "half_epochs", "loss", "loss/mse"} | parts | judged
+    adversarial = {f"discriminator/{name}" for name in ("loss", "real", "fake", "grad_norm")}
+    assert set(rows[0]) == {"split", "step", "epoch", "half_epochs", "loss", "loss/mse"} | parts | adversarial
     losses = [row["loss"] for row in run.metrics("val")]
     assert len(losses) == 6
     assert losses[-1] < losses[0]
