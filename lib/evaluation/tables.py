@@ -70,9 +70,9 @@ def stage_rows(row: Mapping[str, Any], num_stages: int) -> list[Row]:
     ]
 
 
-def fusion_rows(judged: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row]:
+def fusion_rows(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row]:
     """Mean objective metrics of every output of `measure_fusions`."""
-    means = {name: mean_metrics(rows) for name, rows in judged.items()}
+    means = {name: mean_metrics(rows) for name, rows in measured.items()}
     return [
         {"output": name} | {key.replace("_", " "): f"{value:.2f}" for key, value in row.items()}
         for name, row in means.items()
@@ -80,10 +80,10 @@ def fusion_rows(judged: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row
 
 
 def advantage_rows(
-    judged: Mapping[str, Sequence[Mapping[str, float]]], name: str, found: Mapping[str, Comparison]
+    measured: Mapping[str, Sequence[Mapping[str, float]]], name: str, found: Mapping[str, Comparison]
 ) -> list[Row]:
     """The output `name` beside each baseline: the advantage in merit that was found, and how many pairs it won."""
-    merits = {output: [row["merit"] for row in rows] for output, rows in judged.items()}
+    merits = {output: [row["merit"] for row in rows] for output, rows in measured.items()}
     won = {other: sum(a > b for a, b in zip(merits[name], merits[other], strict=True)) for other in found}
     return [
         {
