@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lib.util.configs import config_differences, differing_fields
+from lib.util.configs import differing_fields
 from lib.util.errors import UserError
 from lib.util.files import file_sha256, fsync, make_folder, naming, read_json, read_json_lines, write_atomic
 from lib.util.provenance import versions
@@ -93,7 +93,7 @@ class Run:
         if run.trained_by != code and fields <= set(measured) and (fields or run.is_finished):
             logger.warning("%s: was trained by other code and is trained again; the old run is in replaced/", path)
             return cls.create(path, config | {"code": code}, keep_all=True)
-        if differences := config_differences(had, config):
+        if differences := [f"{field}: {old!r} → {new!r}" for field, old, new in differing_fields(had, config)]:
             raise UserError(
                 f"{path}: holds a run with another config ({'; '.join(differences[:4])}); "
                 "resume with its own config, start again without resume, or choose another output folder"

@@ -15,6 +15,8 @@ from pydantic_core import PydanticCustomError
 
 from lib.util.errors import UserError
 
+Bound = float | None
+
 
 def _field_type(kind: Any, wanted: str, **limits: Any) -> Any:
     """A type that says what is `wanted` where pydantic, within these limits, refuses a value."""
@@ -33,14 +35,10 @@ def whole(least: int, most: int | None = None) -> Any:
     return _field_type(int, wanted, strict=True, ge=least, le=most)
 
 
-def number(
-    least: float | None = None, most: float | None = None, above: float | None = None, below: float | None = None
-) -> Any:
+def number(least: Bound = None, most: Bound = None, above: Bound = None, below: Bound = None) -> Any:
     bounds = (("{:g} or more", least), ("above {:g}", above), ("at most {:g}", most), ("below {:g}", below))
-    wanted = ["a finite number", *(words.format(bound) for words, bound in bounds if bound is not None)]
-    return _field_type(
-        float, ", ".join(wanted), strict=True, allow_inf_nan=False, ge=least, le=most, gt=above, lt=below
-    )
+    wanted = ", ".join(["a finite number", *(words.format(bound) for words, bound in bounds if bound is not None)])
+    return _field_type(float, wanted, strict=True, allow_inf_nan=False, ge=least, le=most, gt=above, lt=below)
 
 
 def choice(names: Sequence[str]) -> Any:
@@ -122,11 +120,6 @@ def addresses(config: Any, prefix: str = "") -> list[str]:
     if isinstance(config, list | tuple):
         return [found for i, value in enumerate(config) for found in addresses(value, f"{prefix}[{i}]")]
     return [prefix.removeprefix(".")]
-
-
-def config_differences(a: Any, b: Any) -> list[str]:
-    """Fields in which two nested configs differ, as 'train.learning_rate: 0.0001 → 0.001'."""
-    return [f"{field}: {of_a!r} → {of_b!r}" for field, of_a, of_b in differing_fields(a, b)]
 
 
 def differing_fields(a: Any, b: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -19,12 +19,6 @@ def exit_on_user_error() -> Iterator[None]:
     """Around the body of a command: `UserError` → one line on stderr and exit code 2, Ctrl-C → exit code 130."""
     try:
         yield
-    except UserError as error:
-        sys.exit(_fail(str(error), code=2))
-    except KeyboardInterrupt as interrupt:
-        sys.exit(_fail(str(interrupt) or "interrupted", code=130))
-
-
-def _fail(message: str, code: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return code
+    except (UserError, KeyboardInterrupt) as error:
+        print("error: " + " ".join((str(error) or "interrupted").split()), file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 130)

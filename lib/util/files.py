@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 from lib.util.errors import UserError
 
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
+FIX = "restore it"
 
+Shape = type | Mapping[str, type]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -34,8 +36,7 @@ def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
     """Write a file under a temporary name, fsync and rename it. Text is UTF-8; surrogates carry odd file names."""
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}{TEMPORARY}")
     try:
-        data = content.encode(errors="surrogateescape") if isinstance(content, str) else content
-        temporary.write_bytes(data)
+        temporary.write_bytes(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
         fsync(temporary)
         os.replace(temporary, path)
     finally:
@@ -50,14 +51,7 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def read_json(
-    path: str | Path,
-    shape: type | Mapping[str, type] = dict,
-    *,
-    missing: str = "",
-    fix: str = "restore it",
-    errors: str = "strict",
-) -> Any:
+def read_json(path: Path, shape: Shape = dict, *, missing: str = "", fix: str = FIX, errors: str = "strict") -> Any:
     """The content of a JSON file: an object, one of another type, or an object that has certain fields (name → type).
 
     `UserError` for a file that is missing, cannot be read, is not JSON in UTF-8, or has another shape. `fix`: what to
@@ -68,7 +62,7 @@ def read_json(
         return _parsed(content.decode(errors=errors), shape)
 
 
-def read_json_lines(path: str | Path, *, fix: str = "restore it", errors: str = "strict") -> list[dict[str, Any]]:
+def read_json_lines(path: Path, *, fix: str = FIX, errors: str = "strict") -> list[dict[str, Any]]:
     """The object in every line; a last line without a newline is left out, as half written. Errors as in `read_json`,
     with the number of the line."""
     rows = []
@@ -99,7 +93,7 @@ def _read_bytes(path: str | Path, missing: str) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
 
 
-def _parsed(text: str, shape: type | Mapping[str, type] = dict) -> Any:
+def _parsed(text: str, shape: Shape = dict) -> Any:
     content = json.loads(text)
     kind, fields = (shape, {}) if isinstance(shape, type) else (dict, shape)
     if not isinstance(content, kind):

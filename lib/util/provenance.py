@@ -10,7 +10,6 @@ import functools
 import hashlib
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,12 @@ def code_fingerprint(*modules: str, packages: bool = True) -> str:
     With `packages`, the hash covers the versions of the installed packages that this code imports; without, it is the
     same on a machine with another build of torch.
     """
-    found: dict[str, str] = {}
-    outside: set[str] = set()
-    waiting = list(modules)
+    found, outside, waiting = {}, set(), list(modules)
     while waiting:
         name = waiting.pop()
         if name in found or name == __name__:
             continue
-        file = _file(name)
-        if file is None:
+        if not (file := _file(name)):
             raise ValueError(f"{name}: no module in {SOURCE}")
         found[name], imports = _read(file)
         for imported in imports:
@@ -56,9 +52,15 @@ def _file(module: str) -> Path | None:
 
 @functools.cache
 def _read(file: Path) -> tuple[str, tuple[str, ...]]:
-    """Hash of a file's code, and the names it imports."""
-    tree = ast.parse(file.read_bytes())
-    return hashlib.sha256(ascii(_without_layout(tree)).encode()).hexdigest(), tuple(_imports(tree))
+    """Hash of a file's code, and the full names of everything it imports: modules, and names from them."""
+    tree, imports = ast.parse(file.read_bytes()), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import; name the module in full"
+            imports += [f"{node.module}.{alias.name}" for alias in node.names]
+    return hashlib.sha256(ascii(_without_layout(tree)).encode()).hexdigest(), tuple(imports)
 
 
 @functools.cache
@@ -69,21 +71,12 @@ def _version(package: str) -> str:
         return metadata.version(metadata.packages_distributions()[package][0])
 
 
-def _imports(tree: ast.AST) -> Iterator[str]:
-    """Full names of everything imported: modules, and names from them."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: a relative import; name the module in full"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-
-
 def _without_layout(node: Any) -> Any:
     """A syntax tree as nested lists, without positions and bare strings. Empty fields are left out: they differ between
     Python versions."""
     if isinstance(node, list):
-        return [_without_layout(item) for item in node if not _is_bare_string(item)]
+        bare = [isinstance(item, ast.Expr) and isinstance(getattr(item.value, "value", None), str) for item in node]
+        return [_without_layout(item) for item, is_string in zip(node, bare, strict=True) if not is_string]
     if not isinstance(node, ast.AST):
         return node
     parts = [type(node).__name__]
@@ -92,10 +85,6 @@ def _without_layout(node: Any) -> Any:
         if value is not None and value != [] and name != "ctx":  # ctx follows from the name's position
             parts += [name, _without_layout(value)]
     return parts
-
-
-def _is_bare_string(node: Any) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+OnStop = Callable[[str], None]
 
 
 class StopSignals:
@@ -18,13 +19,7 @@ class StopSignals:
     for a stop too, so that a dashboard can write it in another process; it is removed on entering and leaving.
     """
 
-    def __init__(
-        self,
-        on_stop: Callable[[str], None] = lambda name: None,
-        *,
-        file: Path | None = None,
-        second_acts: bool = True,
-    ):
+    def __init__(self, on_stop: OnStop = lambda name: None, *, file: Path | None = None, second_acts: bool = True):
         self.on_stop, self.file, self.second_acts = on_stop, file, second_acts
         self.signal: str | None = None  # its name
         self.earlier: dict[int, Any] = {}  # handlers by signal

@@ -39,7 +39,6 @@ def cached_table(function: Function) -> Function:
 
 def safe_torch_load(path: str | Path, allowed: Iterable[type] = ()) -> Any:
     """`torch.load` to the CPU that never runs code from the file; `UserError` says why a file is refused."""
-    path = Path(path)
     try:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -65,27 +64,21 @@ def load_weights(model: nn.Module, path: Path) -> None:
         weights = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); restore it or train again") from None
-    check_tensors(path, weights, model.state_dict())
+    check_tensors(path, weights, model.state_dict(), fix="use the config that the file was trained with")
     model.load_state_dict(weights)
 
 
-def check_tensors(
-    path: Path | str,
-    found: dict[str, Tensor],
-    wanted: dict[str, Tensor],
-    fix: str = "use the config that the file was trained with",
-) -> None:
+def check_tensors(path: Path, found: dict[str, Tensor], wanted: dict[str, Tensor], fix: str) -> None:
     """`UserError` that lists missing and unknown tensors and wrong shapes."""
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds a {type(found).__name__} instead of named tensors; {fix}")
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unknown {name}" for name in found if name not in wanted]
     problems += [
-        f"{name} is {list(found[name].shape)} instead of {list(wanted[name].shape)}"
-        for name in wanted
-        if name in found and found[name].shape != wanted[name].shape
+        f"{name} is {list(found[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
     ]
     if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        listed = "; ".join(problems[:8]) + more
+        listed = "; ".join(problems[:8]) + f" and {len(problems) - 8} more" * (len(problems) > 8)
         raise UserError(f"{path}: does not fit this model: {listed}; {fix}")

@@ -28,7 +28,7 @@ from lib.model.projection import rms_ceiling
 from lib.model.rms_law import LATENT_RMS, check_collapse
 from lib.training.config import TrainConfig
 from lib.training.losses import total_loss
-from lib.util.configs import config_differences
+from lib.util.configs import differing_fields
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 CELLS = list(itertools.product((False, True), repeat=3))
@@ -53,7 +53,7 @@ def config_of(variant: Variant) -> dict:
 
 def changed(variant: Variant, other: Variant) -> set[str]:
     """The fields in which two variants differ."""
-    return {line.split(":")[0] for line in config_differences(config_of(other), config_of(variant))}
+    return {field for field, *_ in differing_fields(config_of(other), config_of(variant))}
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
