@@ -25,28 +25,38 @@ class Sound:
 
     def __init__(self, wav: Tensor):
         self.wav = wav
-        self._magnitudes: dict[int, Tensor] = {}
+        self.magnitudes = functools.cache(functools.partial(magnitudes, wav))  # of a window's size
 
     @functools.cached_property
     def envelope(self) -> Tensor:
-        return envelope(self.wav)
+        """RMS of each of 250 equal segments, `[B, 250]`. N below 250 raises `ValueError`."""
+        length = self.wav.shape[-1] // SEGMENTS
+        if length < 1:
+            raise ValueError(f"an envelope needs at least {SEGMENTS} samples, got {self.wav.shape[-1]}")
+        segments = self.wav[:, 0, : SEGMENTS * length].unflatten(1, (SEGMENTS, length))
+        return (segments.square().mean(dim=2) + 1e-10).sqrt()
 
     @functools.cached_property
     def log_mel(self) -> Tensor:
-        return log_mel(self.wav)
+        """Natural logarithm of the mel power spectrogram, `[B, M, F]`."""
+        return (_mel(self.wav.device)(self.wav[:, 0]) + FLOOR).log()
 
     @functools.cached_property
     def onsets(self) -> Tensor:
-        return onset_envelope(self.log_mel)
+        """Mean rise of the bands of `log_mel` from frame to frame, `[B, F − 1]`, 0 or more: the spectral flux of Böck
+        and Widmer (DAFx 2013) without its maximum filter."""
+        return self.log_mel.diff(dim=2).relu().mean(dim=1)
 
     @functools.cached_property
     def chroma(self) -> Tensor:
-        return chroma(self.wav)
-
-    def magnitudes(self, size: int) -> Tensor:
-        if size not in self._magnitudes:
-            self._magnitudes[size] = magnitudes(self.wav, size)
-        return self._magnitudes[size]
+        """Power of the twelve pitch classes, from C, normalised to sum 1 in each frame: `[B, 12, F]`."""
+        window = _hann(CHROMA_FFT, self.wav.device)
+        spectrum = torch.stft(
+            self.wav[:, 0], CHROMA_FFT, HOP * 4, window=window, pad_mode="constant", return_complex=True
+        )
+        power = spectrum.real.square() + spectrum.imag.square()  # [B, CHROMA_FFT / 2 + 1, F]
+        classes = _chroma_bank(self.wav.device) @ power
+        return (classes + FLOOR) / (classes.sum(dim=1, keepdim=True) + 12 * FLOOR)
 
 
 def magnitudes(wav: Tensor, size: int) -> Tensor:
@@ -55,39 +65,10 @@ def magnitudes(wav: Tensor, size: int) -> Tensor:
     return (spectrum.real.square() + spectrum.imag.square()).clamp_min(FLOOR).sqrt()
 
 
-def envelope(wav: Tensor) -> Tensor:
-    """RMS of each of 250 equal segments, `[B, 1, N] → [B, 250]`. N below 250 raises `ValueError`."""
-    length = wav.shape[-1] // SEGMENTS
-    if length < 1:
-        raise ValueError(f"an envelope needs at least {SEGMENTS} samples, got {wav.shape[-1]}")
-    segments = wav[:, 0, : SEGMENTS * length].unflatten(1, (SEGMENTS, length))
-    return (segments.square().mean(dim=2) + 1e-10).sqrt()
-
-
 def correlation(x: Tensor, y: Tensor) -> Tensor:
     """Pearson's correlation along the last axis, `[B, n]` twice → `[B]`; 0 if one is constant."""
     x, y = x - x.mean(dim=-1, keepdim=True), y - y.mean(dim=-1, keepdim=True)
     return torch.nn.functional.cosine_similarity(x, y, dim=-1)
-
-
-def log_mel(wav: Tensor) -> Tensor:
-    """Natural logarithm of the mel power spectrogram, `[B, 1, N] → [B, M, F]`."""
-    return (_mel(wav.device)(wav[:, 0]) + FLOOR).log()
-
-
-def onset_envelope(levels: Tensor) -> Tensor:
-    """Mean rise of the bands of `log_mel` from frame to frame, `[B, M, F] → [B, F − 1]`, 0 or more: the spectral flux
-    of Böck and Widmer (DAFx 2013) without its maximum filter."""
-    return levels.diff(dim=2).relu().mean(dim=1)
-
-
-def chroma(wav: Tensor) -> Tensor:
-    """Power of the twelve pitch classes, from C, normalised to sum 1 in each frame: `[B, 1, N] → [B, 12, F]`."""
-    window = _hann(CHROMA_FFT, wav.device)
-    spectrum = torch.stft(wav[:, 0], CHROMA_FFT, HOP * 4, window=window, pad_mode="constant", return_complex=True)
-    power = spectrum.real.square() + spectrum.imag.square()  # [B, CHROMA_FFT / 2 + 1, F]
-    classes = _chroma_bank(wav.device) @ power
-    return (classes + FLOOR) / (classes.sum(dim=1, keepdim=True) + 12 * FLOOR)
 
 
 def harmony_similarity(x: Sound, y: Sound) -> Tensor:

@@ -8,6 +8,7 @@ import io
 import itertools
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 import torchaudio
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from PIL import Image
 from torch import Tensor
 
@@ -24,6 +26,7 @@ logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it lists
 
 INPUT, TARGET, OUTPUT, AVERAGE = "#0072B2", "#E69F00", "#009E73", "#777777"
 STAGES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
+DECIBELS = "dB below the clip's peak"
 SHADES = 48  # of a small mel spectrogram: steps of 1.7 dB
 STYLE = {
     "figure.dpi": 80,
@@ -40,10 +43,8 @@ STYLE = {
 
 def mel_power(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> Tensor:
     """Mel power spectrogram of `[1, N]`: `[80, frames]`, hop 256 samples."""
-    n_fft = 1024
-    if wav.shape[-1] < n_fft:
-        wav = torch.nn.functional.pad(wav, (0, n_fft - wav.shape[-1]))
-    return torchaudio.transforms.MelSpectrogram(sample_rate, n_fft=n_fft, hop_length=256, n_mels=80)(wav)[0]
+    wav = torch.nn.functional.pad(wav, (0, max(0, 1024 - wav.shape[-1])))
+    return torchaudio.transforms.MelSpectrogram(sample_rate, n_fft=1024, hop_length=256, n_mels=80)(wav)[0]
 
 
 def decibels_below_peak(power: Tensor) -> Tensor:
@@ -86,101 +87,89 @@ def _clip_palette(colour: str) -> bytes:
     return shades.tobytes() + bytes.fromhex(colour.removeprefix("#")) + b"\xff\xff\xff"
 
 
+@plt.rc_context(STYLE)
 def waveform_and_latents(wav: Tensor, latents: Tensor, title: str, sample_rate: int = SAMPLE_RATE) -> Figure:
     """A clip as waveform `[1, N]`, mel spectrogram and latents `[D, T]`."""
-    seconds = wav.shape[-1] / sample_rate
-    with plt.rc_context(STYLE):
-        figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(9, 6.5), height_ratios=(1, 1.5, 1.5), sharex=True)
-        _draw_waveform(top, wav, sample_rate, INPUT)
-        top.set_title(title)
-        _draw_mel(figure, middle, wav, sample_rate)
-        limit = float(latents.abs().quantile(0.995)) if latents.numel() < 1e7 else float(latents.abs().max())
-        extent = (0, seconds, 0, latents.shape[0])
-        picture = bottom.imshow(
-            latents.numpy(), origin="lower", aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent
-        )
-        bottom.set(ylabel="latent channel", xlabel="time (s)")
-        bottom.grid(False)
-        figure.colorbar(picture, ax=bottom, label="latent value")
+    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(9, 6.5), height_ratios=(1, 1.5, 1.5), sharex=True)
+    _draw_waveform(top, wav, sample_rate, INPUT)
+    top.set_title(title)
+    figure.colorbar(_draw_mel(middle, wav, sample_rate), ax=middle, label=DECIBELS)
+    limit = float(latents.abs().quantile(0.995)) if latents.numel() < 1e7 else float(latents.abs().max())
+    picture = _draw_image(bottom, latents.numpy(), wav.shape[-1] / sample_rate, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    bottom.set(ylabel="latent channel", xlabel="time (s)")
+    figure.colorbar(picture, ax=bottom, label="latent value")
     return figure
 
 
+@plt.rc_context(STYLE)
 def latent_histogram(latents: Mapping[str, Tensor]) -> Figure:
     """Distribution of latent values by name, on a log scale, beside a normal distribution of the same RMS."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 3.2))
-        for (name, values), colour in zip(latents.items(), (INPUT, TARGET), strict=False):
-            flat = values.flatten().numpy()
-            level = np.sqrt(np.mean(flat**2))
-            counts, edges = np.histogram(flat, bins=120, density=True)
-            axes.step(edges[:-1], counts, where="post", color=colour, label=f"{name}, RMS {level:.2f}")
-        x = np.linspace(edges[0], edges[-1], 400)
-        normal = np.exp(-((x / level) ** 2) / 2) / (level * np.sqrt(2 * np.pi))
-        axes.plot(x, normal, color=AVERAGE, linestyle="--", label="normal distribution")
-        axes.set(yscale="log", ylim=(1e-6, None), xlabel="latent value", ylabel="density")
-        axes.legend()
+    figure, axes = plt.subplots(figsize=(7, 3.2))
+    for (name, values), colour in zip(latents.items(), (INPUT, TARGET), strict=False):
+        flat = values.flatten().numpy()
+        level = np.sqrt(np.mean(flat**2))
+        counts, edges = np.histogram(flat, bins=120, density=True)
+        axes.step(edges[:-1], counts, where="post", color=colour, label=f"{name}, RMS {level:.2f}")
+    x = np.linspace(edges[0], edges[-1], 400)
+    normal = np.exp(-((x / level) ** 2) / 2) / (level * np.sqrt(2 * np.pi))
+    axes.plot(x, normal, color=AVERAGE, linestyle="--", label="normal distribution")
+    axes.set(yscale="log", ylim=(1e-6, None), xlabel="latent value", ylabel="density")
+    axes.legend()
     return figure
 
 
-def spectra(wavs: Mapping[str, Tensor], band_edge: float | None = None, sample_rate: int = SAMPLE_RATE) -> Figure:
-    """Mean power spectra of `[1, N]` clips in dB, and the upper edge of the codec's band."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 3.2))
-        for (name, wav), colour in zip(wavs.items(), (INPUT, OUTPUT, TARGET), strict=False):
-            power = torch.stft(wav[0], 2048, window=torch.hann_window(2048), return_complex=True).abs().square().mean(1)
-            frequencies = torch.linspace(0, sample_rate / 2000, len(power))
-            axes.plot(frequencies, 10 * torch.log10(power + 1e-10), color=colour, label=name, linewidth=1)
-        if band_edge:
-            axes.axvline(
-                band_edge / 1000, color="black", linestyle=":", label=f"codec's edge, {band_edge / 1000:g} kHz"
-            )
-        axes.set(xlabel="frequency (kHz)", ylabel="power (dB)")
-        axes.legend()
+@plt.rc_context(STYLE)
+def spectra(wavs: Mapping[str, Tensor], band_edge: float) -> Figure:
+    """Mean power spectra of `[1, N]` clips at 24 kHz in dB, and the upper edge of the codec's band (Hz)."""
+    figure, axes = plt.subplots(figsize=(7, 3.2))
+    for (name, wav), colour in zip(wavs.items(), (INPUT, OUTPUT, TARGET), strict=False):
+        power = torch.stft(wav[0], 2048, window=torch.hann_window(2048), return_complex=True).abs().square().mean(1)
+        frequencies = torch.linspace(0, SAMPLE_RATE / 2000, len(power))
+        axes.plot(frequencies, 10 * torch.log10(power + 1e-10), color=colour, label=name, linewidth=1)
+    edge = band_edge / 1000
+    axes.axvline(edge, color="black", linestyle=":", label=f"codec's edge, {edge:g} kHz")
+    axes.set(xlabel="frequency (kHz)", ylabel="power (dB)")
+    axes.legend()
     return figure
 
 
+@plt.rc_context(STYLE)
 def mixing_maps(taken: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -> Figure:
     """Where a mixture comes from, over time and mel bands, by name: mel powers `[80, frames]` taken from the input and
     from the target. Blue: input only, orange: target only, grey: both; paler is quieter."""
     colours = LinearSegmentedColormap.from_list("taken", (TARGET, "#BBBBBB", INPUT))
-    with plt.rc_context(STYLE):
-        columns = min(3, len(taken))
-        rows = -(-len(taken) // columns)
-        figure, axes = plt.subplots(
-            rows, columns, figsize=(4.2 * columns, 3.1 * rows), sharex=True, sharey=True, squeeze=False
-        )
-        for ax in axes.flat[len(taken) :]:
-            ax.set_visible(False)
-        for ax, (name, (of_input, of_target)) in zip(axes.flat, taken.items(), strict=False):
-            share = of_input / (of_input + of_target).clamp_min(1e-20)
-            picture = colours(share.numpy())
-            picture[..., 3] = (decibels_below_peak(of_input + of_target).numpy() / 60 + 1).clip(0, 1)
-            ax.imshow(picture, origin="lower", aspect="auto", extent=(0, seconds, 0, len(share)))
-            ax.set(title=name, xlabel="time (s)")
-            ax.grid(False)
-        for ax in axes[:, 0]:
-            ax.set_ylabel("mel band")
-        scale = plt.cm.ScalarMappable(plt.Normalize(0, 1), colours)
-        bar = figure.colorbar(scale, ax=axes, label="from", ticks=(0, 0.5, 1))
-        bar.ax.set_yticklabels(("target", "both", "input"))
+    columns = min(3, len(taken))
+    rows = -(-len(taken) // columns)
+    size = (4.2 * columns, 3.1 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+    for ax in axes.flat[len(taken) :]:
+        ax.set_visible(False)
+    for ax, (name, (of_input, of_target)) in zip(axes.flat, taken.items(), strict=False):
+        picture = colours((of_input / (of_input + of_target).clamp_min(1e-20)).numpy())
+        picture[..., 3] = (decibels_below_peak(of_input + of_target).numpy() / 60 + 1).clip(0, 1)
+        _draw_image(ax, picture, seconds)
+        ax.set(title=name, xlabel="time (s)")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("mel band")
+    bar = figure.colorbar(plt.cm.ScalarMappable(cmap=colours), ax=axes, label="from", ticks=(0, 0.5, 1))
+    bar.ax.set_yticklabels(("target", "both", "input"))
     return figure
 
 
+@plt.rc_context(STYLE)
 def waveforms_and_mels(wavs: Mapping[str, Tensor], sample_rate: int = SAMPLE_RATE) -> Figure:
     """Clips `[1, N]` side by side on the same scale: waveform above, mel spectrogram below."""
-    colours = dict(zip(wavs, itertools.cycle((INPUT, TARGET, OUTPUT, AVERAGE)), strict=False))
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            2, len(wavs), figsize=(3.4 * len(wavs), 4.2), sharex=True, sharey="row", squeeze=False
-        )
-        for column, (name, wav) in enumerate(wavs.items()):
-            _draw_waveform(axes[0, column], wav, sample_rate, colours[name])
-            axes[0, column].set_title(name)
-            _draw_mel(figure if column == len(wavs) - 1 else None, axes[1, column], wav, sample_rate)
-            axes[1, column].set_xlabel("time (s)")
-            if column:
-                axes[0, column].set_ylabel("")
-                axes[1, column].set_ylabel("")
+    size = (3.4 * len(wavs), 4.2)
+    figure, axes = plt.subplots(2, len(wavs), figsize=size, sharex=True, sharey="row", squeeze=False)
+    colours = itertools.cycle((INPUT, TARGET, OUTPUT, AVERAGE))
+    for (name, wav), (top, bottom), colour in zip(wavs.items(), axes.T, colours, strict=False):
+        _draw_waveform(top, wav, sample_rate, colour)
+        picture = _draw_mel(bottom, wav, sample_rate)
+        top.set_title(name)
+        bottom.set_xlabel("time (s)")
+    for ax in axes[:, 1:].flat:
+        ax.set_ylabel("")
+    figure.colorbar(picture, ax=bottom, label=DECIBELS)
     return figure
 
 
@@ -194,13 +183,13 @@ def _draw_waveform(axes: plt.Axes, wav: Tensor, sample_rate: int, colour: str) -
     axes.set_ylabel("amplitude")
 
 
-def _draw_mel(figure: Figure | None, axes: plt.Axes, wav: Tensor, sample_rate: int) -> None:
-    decibels = mel_db(wav, sample_rate)
-    extent = (0, wav.shape[-1] / sample_rate, 0, len(decibels))
-    picture = axes.imshow(
-        decibels.numpy(), origin="lower", aspect="auto", cmap="magma", vmin=-80, vmax=0, extent=extent
-    )
+def _draw_mel(axes: plt.Axes, wav: Tensor, sample_rate: int) -> AxesImage:
     axes.set_ylabel("mel band")
+    seconds = wav.shape[-1] / sample_rate
+    return _draw_image(axes, mel_db(wav, sample_rate).numpy(), seconds, cmap="magma", vmin=-80, vmax=0)
+
+
+def _draw_image(axes: plt.Axes, values: np.ndarray, seconds: float, **options: Any) -> AxesImage:
+    """`[rows, frames]`, bottom up, over the seconds of a clip."""
     axes.grid(False)
-    if figure is not None:
-        figure.colorbar(picture, ax=axes, label="dB below the clip's peak")
+    return axes.imshow(values, origin="lower", aspect="auto", extent=(0, seconds, 0, len(values)), **options)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lib.audio.features import HOP, correlation, envelope, log_mel
+from lib.audio.features import HOP, Sound, correlation
 from lib.audio.files import SAMPLE_RATE
 from lib.model.cascade import rms
 from lib.model.fusion import FusionModel
@@ -142,12 +142,13 @@ def sound_features(wav: Tensor) -> SoundFeatures:
         y=samples, sr=SAMPLE_RATE, n_fft=CHROMA_FFT, hop_length=CHROMA_HOP, tuning=0.0, norm=1
     )  # [12, frames], zeros where there is silence
     share = np.where(classes.sum(axis=0) > 0, classes - 1 / 12, 0.0)  # or two silent passages would match
-    curve = envelope(wav[None].float().cpu())[0]
+    sound = Sound(wav[None].float().cpu())
+    curve = sound.envelope[0]
     return SoundFeatures(
         torch.from_numpy(onsets),
         torch.from_numpy(share.astype(np.float32)).flatten(),
         curve,
-        log_mel(wav[None].float().cpu())[0],
+        sound.log_mel[0],
         float(wav.square().mean().sqrt()),
         float(curve.std() / curve.mean()),
     )
