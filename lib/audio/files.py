@@ -15,9 +15,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 import torchaudio
+from soundfile import SoundFile, SoundFileError
 
 from lib.util.errors import UserError
 from lib.util.files import file_sha256, fsync
@@ -56,7 +56,7 @@ class AudioReport:
 
     def samples_at(self, sample_rate: int) -> int:
         """How many samples `load_audio` returns for the whole file at `sample_rate`."""
-        return _resampled_length(self.num_frames, _rate_ratio(self.sample_rate, sample_rate))
+        return math.ceil(self.num_frames / _rate_ratio(self.sample_rate, sample_rate))
 
     @property
     def num_samples(self) -> int:
@@ -70,17 +70,15 @@ def load_audio(
     """Read a window of a file at `sample_rate` as float32 `[1, N]`, the mean of its channels; `[C, N]` without `mix`.
 
     `offset` and `length` count samples at `sample_rate`; `length=None` reads to the end, and a window past the end
-    returns what there is, possibly nothing. Only that window is read, so memory does not grow with the file, and the
-    result equals the same slice of the whole resampled file.
-
-    Raises `AudioError` for a missing, unreadable or damaged file and for NaN or infinite samples in the window.
+    returns what there is, possibly nothing. Only that window is read, and the result equals the same slice of the whole
+    resampled file. Raises `AudioError` for a missing, unreadable or damaged file and for non-finite samples.
     """
     if offset < 0 or (length is not None and length < 0):
         raise ValueError(f"offset and length must not be negative, got {offset} and {length}")
     with _open(path) as file:
         rate, ratio = file.samplerate, _rate_ratio(file.samplerate, sample_rate)
         native, target = ratio.numerator, ratio.denominator  # `native` frames make a block of `target` samples
-        total = _resampled_length(file.frames, ratio)
+        total = math.ceil(file.frames / ratio)
         end = total if length is None else min(offset + length, total)
         # start on a block boundary, where the polyphase filter has the same phase as from the file's start, with enough
         # blocks on either side for the taps: torchaudio's filter has 6 zero crossings and a rolloff of 0.99
@@ -98,12 +96,11 @@ def load_audio(
 def check_audio(path: str | Path, min_samples: int = MIN_SAMPLES) -> AudioReport:
     """Decode a whole file in constant memory and raise `AudioError` unless every sample of it can be used.
 
-    Refused: a missing, unreadable, empty, non-audio, truncated or damaged file; NaN or infinite samples; silence
-    throughout (peak below 1e-4); fewer than `min_samples` at 24 kHz, by default one codec frame.
+    Refused: what `load_audio` refuses, truncated files, silence throughout (peak below 1e-4), and fewer than
+    `min_samples` at 24 kHz, by default one codec frame.
     """
     with _open(path) as file:
-        announced = _announced_frames(file)
-        decoded, peak = 0, 0.0
+        announced, decoded, peak = _announced_frames(file), 0, 0.0
         for block in _blocks(path, file, 0, file.frames):
             decoded += block.shape[1]
             peak = max(peak, float(np.abs(block).max()))
@@ -111,10 +108,7 @@ def check_audio(path: str | Path, min_samples: int = MIN_SAMPLES) -> AudioReport
     # without a Xing header the frame count of an MP3 is an estimate, off by the tags at the end of the file
     tolerance = rate if kind == "MP3" else 0
     if announced - decoded > tolerance or (kind == "OGG" and not _ogg_is_complete(path)):
-        held = f"{decoded / rate:.2f} s are left"
-        if announced > decoded:
-            held += f" of the {announced / rate:.2f} s that its header announces"
-        raise AudioError(path, f"the file is truncated: {held}; copy it again or export it again")
+        raise AudioError(path, f"truncated: only {decoded / rate:.2f} s are left; copy it again or export it again")
     report = AudioReport(Path(path), rate, channels, decoded, peak, file_sha256(Path(path)))
     if report.num_samples < min_samples:
         fault = f"only {report.num_samples} samples at 24 kHz, less than one codec frame ({MIN_SAMPLES})"
@@ -130,11 +124,9 @@ class AudioWriter:
         with AudioWriter("out.wav") as writer:
             writer.write(wav)  # [C, N], as often as needed
 
-    The pieces go to a hidden temporary file in the same folder, which is synced and renamed when the block ends, or
-    removed if the block raises. Sample formats: 32-bit float for .wav, which holds any value, 24 bits for .flac.
-
-    Raises `AudioError` if the file cannot be written, for non-finite samples, and for |x| > 1 in a .flac, which would
-    clip: nothing is clipped silently.
+    Until then it is a hidden temporary file in the same folder, removed if the block raises. A .wav holds 32-bit
+    floats, any value; a .flac 24 bits. `AudioError` if the file cannot be written, for non-finite samples, and for
+    |x| > 1 in a .flac, which would clip.
     """
 
     def __init__(self, path: str | Path, sample_rate: int = SAMPLE_RATE, channels: int = 1):
@@ -150,8 +142,8 @@ class AudioWriter:
         try:
             open(self._temp, "xb").close()  # Python's own error says why a folder cannot be written, libsndfile's not
             name, kind = os.fsencode(self._temp), self.path.suffix[1:].upper()
-            self._file = soundfile.SoundFile(name, "w", self.sample_rate, self.channels, self.subtype, format=kind)
-        except (OSError, soundfile.SoundFileError) as error:
+            self._file = SoundFile(name, "w", self.sample_rate, self.channels, self.subtype, format=kind)
+        except (OSError, SoundFileError) as error:
             with contextlib.suppress(OSError):
                 self._temp.unlink()
             raise self._cannot_write(error) from error
@@ -160,7 +152,7 @@ class AudioWriter:
     def write(self, wav: torch.Tensor) -> None:
         """Append `wav [C, N]`."""
         if wav.ndim != 2 or wav.shape[0] != self.channels:
-            raise ValueError(f"expected wav [{self.channels}, N], got {list(wav.shape)}")
+            raise ValueError(f"expected wav [C, N] of {self.channels} channel(s), got {list(wav.shape)}")
         samples = wav.detach().to("cpu", torch.float32).numpy().T
         peak = float(np.abs(samples).max(initial=0.0))
         if not math.isfinite(peak):
@@ -172,7 +164,7 @@ class AudioWriter:
         try:
             for start in range(0, len(samples), _BLOCK):
                 self._file.write(samples[start : start + _BLOCK])
-        except (OSError, AssertionError, soundfile.SoundFileError) as error:  # soundfile asserts on a short write
+        except (OSError, AssertionError, SoundFileError) as error:  # soundfile asserts on a short write
             raise self._cannot_write(error) from error
         self.num_samples += len(samples)
         self.peak = max(self.peak, peak)
@@ -181,11 +173,14 @@ class AudioWriter:
         try:
             self._file.close()
             if error_type is None:
-                if self.subtype == "FLOAT":
-                    _clear_time(self._temp)
+                with open(self._temp, "r+b") as stream:
+                    place = stream.read(256).find(b"PEAK")
+                    if self.subtype == "FLOAT" and place >= 0:  # this chunk of a .wav holds the time of writing after
+                        stream.seek(place + 12)  # its name, size and version; zeroed, equal samples make equal files
+                        stream.write(bytes(4))
                 fsync(self._temp)
                 os.replace(self._temp, self.path)
-        except (OSError, soundfile.SoundFileError) as error:
+        except (OSError, SoundFileError) as error:
             raise self._cannot_write(error) from error
         finally:
             self._temp.unlink(missing_ok=True)
@@ -197,22 +192,11 @@ class AudioWriter:
 
 def save_audio(path: str | Path, wav: torch.Tensor, sample_rate: int = SAMPLE_RATE) -> None:
     """Write `wav [C, N]` atomically, replacing a file of that name. Formats and errors as in `AudioWriter`."""
-    if wav.ndim != 2:
-        raise ValueError(f"expected wav [C, N], got {list(wav.shape)}")
     with AudioWriter(path, sample_rate, channels=wav.shape[0]) as writer:
         writer.write(wav)
 
 
-def _clear_time(path: Path) -> None:
-    """Zero the time of writing in the PEAK chunk of a float .wav, so that equal samples make equal files."""
-    with open(path, "r+b") as stream:
-        place = stream.read(256).find(b"PEAK")
-        if place >= 0:
-            stream.seek(place + 12)  # after the name, the size and the version
-            stream.write(bytes(4))
-
-
-def _open(path: str | Path) -> soundfile.SoundFile:
+def _open(path: str | Path) -> SoundFile:
     path = Path(path)
     try:
         if path.is_dir():
@@ -225,11 +209,10 @@ def _open(path: str | Path) -> soundfile.SoundFile:
     except FileNotFoundError as error:
         raise AudioError(path, "no such file; check the path") from error
     except OSError as error:
-        fix = "check the disk and the file's permissions"
-        raise AudioError(path, f"cannot be read ({error.strerror}); {fix}") from error
+        raise AudioError(path, f"cannot be read ({error.strerror}); check the disk and its permissions") from error
     try:
-        file = soundfile.SoundFile(os.fsencode(path))  # as bytes: any file name is allowed, UTF-8 or not
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: libsndfile wants the format of headerless .raw
+        file = SoundFile(os.fsencode(path))  # as bytes: any file name is allowed, UTF-8 or not
+    except (SoundFileError, TypeError) as error:  # TypeError: libsndfile wants the format of headerless .raw
         raise AudioError(path, "not audio, or truncated in its header; use WAV, FLAC, OGG or MP3") from error
     if not MIN_RATE <= file.samplerate <= MAX_RATE:
         file.close()
@@ -238,13 +221,9 @@ def _open(path: str | Path) -> soundfile.SoundFile:
     return file
 
 
-def _blocks(
-    path: str | Path, file: soundfile.SoundFile, start: int, count: int, *, mix: bool = True
-) -> Iterator[np.ndarray]:
-    """Yield up to `count` native frames from `start` in blocks `[C, n]`, mixed to one channel or as they are, all
-    finite, until the file ends."""
-    position = min(start, file.frames)
-    end = min(start + count, file.frames)
+def _blocks(path: str | Path, file: SoundFile, start: int, count: int, mix: bool = True) -> Iterator[np.ndarray]:
+    """Up to `count` native frames from `start`, in finite blocks `[C, n]`, mixed to one channel or as they are."""
+    position, end = min(start, file.frames), min(start + count, file.frames)
     if file.subtype == "VORBIS" and position:
         position = max(0, min(position - _VORBIS_PREROLL, file.frames - _VORBIS_LAST_PAGE))
     try:
@@ -263,12 +242,12 @@ def _blocks(
                     fault = f"NaN or infinite sample at {first / file.samplerate:.3f} s"
                     raise AudioError(path, f"{fault}; export the file again or cut that part out")
                 yield block
-    except soundfile.SoundFileError as error:
-        where = f"after {position / file.samplerate:.2f} s"
-        raise AudioError(path, f"truncated or damaged {where}; copy it again or export it again") from error
+    except SoundFileError as error:
+        fault = f"truncated or damaged after {position / file.samplerate:.2f} s"
+        raise AudioError(path, f"{fault}; copy it again or export it again") from error
 
 
-def _announced_frames(file: soundfile.SoundFile) -> int:
+def _announced_frames(file: SoundFile) -> int:
     """Frames that the header announces, even where libsndfile has silently reduced them to what a WAV file holds."""
     found = re.search(r"^data *: *(\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
     # recorders that write to a pipe cannot know the size and put the largest one there
@@ -294,17 +273,12 @@ def _rate_ratio(native: int, target: int) -> Fraction:
     return Fraction(native, target).limit_denominator(1000)
 
 
-def _resampled_length(frames: int, ratio: Fraction) -> int:
-    return math.ceil(Fraction(frames) / ratio)
-
-
 def resample(wav: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
     """`[C, N]` at another rate, by torchaudio's windowed sinc."""
     ratio = _rate_ratio(from_rate, to_rate)
     if ratio == 1:
         return wav
     native, target = ratio.numerator, ratio.denominator
-    num_samples = _resampled_length(wav.shape[-1], ratio)
     # torchaudio computes its output length in float32, wrong by some samples past 2**24: ask for more and cut
     padded = torch.nn.functional.pad(wav, (0, native * math.ceil(64 / target)))
-    return torchaudio.functional.resample(padded, native, target)[:, :num_samples]
+    return torchaudio.functional.resample(padded, native, target)[:, : math.ceil(wav.shape[-1] / ratio)]

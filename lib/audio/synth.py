@@ -9,7 +9,6 @@ on every processor, because a hash of its bytes decides the split. Sounds are ar
 import io
 import json
 import math
-import wave
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -17,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import scipy.io.wavfile
 
 from lib.audio.files import SAMPLE_RATE
 from lib.util.errors import UserError
@@ -100,7 +100,9 @@ def make_demo_dataset(
         _claim_folder(root, recipe)
         for index, path in enumerate(paths):
             if not path.exists() or path.stat().st_size != 44 + 2 * num_samples:  # a header of 44 bytes, 16 bits each
-                write_atomic(path, _wav_file(render_song(seed, index, num_samples, sample_rate), sample_rate))
+                song, content = render_song(seed, index, num_samples, sample_rate), io.BytesIO()
+                scipy.io.wavfile.write(content, sample_rate, np.rint(2**15 * song).astype("<i2"))
+                write_atomic(path, content.getvalue())
     except OSError as error:
         raise UserError(f"{root}: cannot hold demo songs ({error.strerror}); choose another folder") from error
     return paths
@@ -116,15 +118,6 @@ def _claim_folder(root: Path, recipe: dict) -> None:
         for path in songs:
             path.unlink()
         write_atomic(marker, text)
-
-
-def _wav_file(sound: np.ndarray, sample_rate: int) -> bytes:
-    """A mono file, 16 bit."""
-    content = io.BytesIO()
-    with wave.open(content, "wb") as file:
-        file.setparams((1, 2, sample_rate, 0, "NONE", ""))
-        file.writeframes(np.rint(2**15 * sound).astype("<i2").tobytes())
-    return content.getvalue()
 
 
 def draw_song(seed: int, index: int, sample_rate: int = SAMPLE_RATE) -> tuple[Song, np.random.Generator]:

@@ -42,10 +42,8 @@ class EncodecCodec(nn.Module):
     @classmethod
     def from_directory(cls, directory: str | Path) -> "EncodecCodec":
         """Load the one `encodec_24khz-<8 hex digits>.th` there; the digits begin its sha256, or `UserError`."""
-        directory = Path(directory)
-        if not directory.is_dir():
-            raise UserError(f"{directory}: no such directory; name the one that holds {WEIGHTS_FILE}")
-        files = [f for f in sorted(directory.iterdir()) if re.fullmatch(r"encodec_24khz-[0-9a-f]{8}\.th", f.name)]
+        names = sorted(Path(directory).glob("encodec_24khz-*.th"))
+        files = [file for file in names if re.fullmatch("[0-9a-f]{8}", file.stem[14:])]
         if len(files) != 1:
             found = ", ".join(f.name for f in files) or "none"
             raise UserError(f"{directory}: needs exactly one encodec_24khz-<8 hex digits>.th, found {found}")
@@ -56,13 +54,21 @@ class EncodecCodec(nn.Module):
         """The public weights from torch.hub's cache, downloaded into it first unless `ENCODEC_OFFLINE` is set."""
         file = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_FILE)
         if not file.exists():
+            timeout = socket.getdefaulttimeout()
+            socket.setdefaulttimeout(30)  # torch.hub sets none: a silent firewall would hold the user for minutes
             try:
-                _download(encodec.model.ROOT_URL + WEIGHTS_FILE, file)
-            except OSError as error:
+                if os.environ.get(OFFLINE_VARIABLE, "0") not in ("", "0"):
+                    raise OSError(f"{OFFLINE_VARIABLE} is set")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                url = encodec.model.ROOT_URL + WEIGHTS_FILE
+                torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem[-8:])
+            except (OSError, RuntimeError) as error:  # RuntimeError: a wrong hash, of a login page instead of the file
                 raise UserError(
                     f"codec 'encodec': its weights are not on this machine and could not be downloaded ({error}); give "
                     f"the directory that holds {WEIGHTS_FILE} (--codec DIR), or run where the network reaches the hub"
                 ) from error
+            finally:
+                socket.setdefaulttimeout(timeout)
         return cls._from_file(file)
 
     @classmethod
@@ -123,17 +129,3 @@ def _clip_by_clip(network: nn.Module, x: Tensor, threads: int) -> Tensor:
 
     with ThreadPoolExecutor(threads) as pool:
         return torch.cat(list(pool.map(run, x.split(1))))
-
-
-def _download(url: str, file: Path) -> None:
-    if os.environ.get(OFFLINE_VARIABLE, "0") not in ("", "0"):
-        raise OSError(f"{OFFLINE_VARIABLE} is set")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # torch.hub sets none: a silent firewall would hold the user for minutes
-    try:
-        torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem[-8:])
-    except RuntimeError as error:  # a wrong hash: a login page instead of the file
-        raise OSError(error) from error
-    finally:
-        socket.setdefaulttimeout(timeout)

@@ -9,11 +9,9 @@ A pair is an *input* clip and a *target* clip. The mode says where they come fro
 - `cross`: a clip of one file and a clip of another file of the same split, drawn with the seed.
 - `both`: continuation and cross. `auto`: named if that layout is found, else both.
 
-Files are identified by the hash of their bytes, so a copy under another name cannot leak from train to val. The same
-recording in another format has other bytes and is not recognised.
-
-The manifest is JSON Lines: a header with the data folder, the clip length and the seed, then one pair a line. Beside
-it, `<stem>.skipped.json` lists every file that is not used, with the reason.
+Files are identified by the hash of their bytes, so a copy under another name cannot leak from train to val; the same
+recording in another format is not recognised. The manifest is JSON Lines: a header, then one pair a line. Beside it,
+`<stem>.skipped.json` lists every file that is not used, with the reason.
 """
 
 import hashlib
@@ -24,16 +22,18 @@ import os
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
 from tqdm import tqdm
 
 from lib.audio.files import MIN_SAMPLES, SAMPLE_RATE, AudioError, check_audio
 from lib.audio.walk import Skipped, walk_audio
-from lib.util.configs import Count, Whole, checked_dataclass
+from lib.util.configs import Count, Whole, checked_dataclass, choice
 from lib.util.errors import UserError
 from lib.util.files import naming, read_json, read_json_lines, write_atomic
 
@@ -46,7 +46,6 @@ CROSS_PER_FILE = 4
 VAL_FRACTION = 0.2
 
 _NAMED = re.compile(r"(?P<id>pair_.+)_(?P<role>input|target|output)", re.IGNORECASE)
-_PROGRESS_FROM = 8  # files; below that a bar is noise
 
 
 @checked_dataclass
@@ -56,7 +55,7 @@ class Clip:
     path: str  # posix, relative to the data root
     offset: Whole
     length: Count
-    sha256: str  # of the file's bytes
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of the file's bytes
 
     @property
     def key(self) -> str:
@@ -64,11 +63,11 @@ class Clip:
         return hashlib.sha256(f"{self.sha256}:{self.offset}:{self.length}".encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class Pair:
     id: str  # unique in the manifest
-    split: str  # "train" or "val"
-    mode: str  # "named", "continuation" or "cross"
+    split: choice(SPLITS)
+    mode: choice(("named", "continuation", "cross"))
     input: Clip
     target: Clip
 
@@ -108,9 +107,8 @@ class _Source:
     def clips(self, clip_length: int) -> list[Clip]:
         """Consecutive clips from the start; the last one may be up to 10 % short."""
         offsets = range(0, self.num_samples, clip_length)
-        lengths = [min(clip_length, self.num_samples - offset) for offset in offsets]
-        pieces = zip(offsets, lengths, strict=True)
-        return [Clip(self.path, start, n, self.sha256) for start, n in pieces if n >= MIN_FILL * clip_length]
+        clips = [Clip(self.path, start, min(clip_length, self.num_samples - start), self.sha256) for start in offsets]
+        return [clip for clip in clips if clip.length >= MIN_FILL * clip_length]
 
 
 def build_manifest(
@@ -118,15 +116,20 @@ def build_manifest(
 ) -> Manifest:
     """Check every file under `data_dir`, make pairs, and write the manifest and its report of skipped files.
 
-    The result depends on the files, the options and the seed, not on the order of listing. Split, except in mode
-    `named`: distinct contents are ordered by sha256(seed, hash); the first ceil(n / 5) are validation. Each split gets
-    at least one file, with four files or more at least two (a cross pair needs two). The clip length does not affect
-    the split.
-
-    Raises `UserError` for a folder without one usable pair in each split.
+    The result does not depend on the order of listing. Split, except in mode `named`: distinct contents are ordered by
+    sha256(seed, hash); the first ceil(n / 5) are validation. Each split gets at least one file, with four files or more
+    at least two (a cross pair needs two). `UserError` for a folder without one usable pair in each split.
     """
     root, out_path = Path(data_dir), Path(out_path)
-    clip_length = _check_options(root, clip_seconds, mode)
+    if mode not in MODES:
+        raise UserError(f"mode: unknown {mode!r}; choose one of {', '.join(MODES)}")
+    if not math.isfinite(clip_seconds) or round(clip_seconds * SAMPLE_RATE) < MIN_SAMPLES:
+        least = f"{MIN_SAMPLES / SAMPLE_RATE:.4f}+"
+        raise UserError(f"clip_seconds: {clip_seconds} is shorter than one codec frame; use {least}")
+    if not root.is_dir():
+        fault = "a file, not a folder; name the folder it is in" if root.exists() else "no such folder; check the path"
+        raise UserError(f"{root}: {fault}")
+    clip_length = round(clip_seconds * SAMPLE_RATE)
     files, skipped = walk_audio(root, ignore=(out_path, report_path(out_path)))
     if not files:
         others = f" (only {len(skipped)} other files)" if skipped else ""
@@ -152,20 +155,6 @@ def build_manifest(
     return manifest
 
 
-def _check_options(root: Path, clip_seconds: float, mode: str) -> int:
-    """Returns the clip length in samples."""
-    if mode not in MODES:
-        raise UserError(f"mode: unknown {mode!r}; choose one of {', '.join(MODES)}")
-    if not math.isfinite(clip_seconds) or round(clip_seconds * SAMPLE_RATE) < MIN_SAMPLES:
-        raise UserError(
-            f"clip_seconds: {clip_seconds} is shorter than one codec frame; use {MIN_SAMPLES / 24_000:.4f}+"
-        )
-    if not root.is_dir():
-        fault = "a file, not a folder; name the folder it is in" if root.exists() else "no such folder; check the path"
-        raise UserError(f"{root}: {fault}")
-    return round(clip_seconds * SAMPLE_RATE)
-
-
 def _check_files(root: Path, files: list[str], skipped: list[Skipped]) -> list[_Source]:
     """Decode and hash every file, in threads (libsndfile and hashlib release the GIL), keeping the order."""
 
@@ -177,8 +166,8 @@ def _check_files(root: Path, files: list[str], skipped: list[Skipped]) -> list[_
         return _Source(relative, report.sha256, report.num_samples)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        hidden = len(files) < _PROGRESS_FROM
-        results = list(tqdm(pool.map(check, files), total=len(files), desc="checking audio", disable=hidden))
+        checks = pool.map(check, files)
+        results = list(tqdm(checks, total=len(files), desc="checking audio", disable=len(files) < 8))
     skipped.extend(result for result in results if isinstance(result, Skipped))
     return [result for result in results if isinstance(result, _Source)]
 
@@ -236,10 +225,12 @@ def _tree_pairs(
             skipped.append(Skipped(source.path, f"same content as {first.path}, which is used; remove one of them"))
     if len(distinct) == 1:
         raise UserError(f"{root}: only one usable file ({sources[0].path}), and validation needs another; add a file")
-    split_of = _split_by_content(distinct, seed)
+    ordered = sorted(distinct, key=lambda sha256: hashlib.sha256(f"{seed}:{sha256}".encode()).hexdigest())
+    least = min(2, len(ordered) // 2)
+    validation = set(ordered[: min(max(math.ceil(VAL_FRACTION * len(ordered)), least), len(ordered) - least)])
     pairs, used = [], set()
     for split in SPLITS:
-        files = [source for source in distinct.values() if split_of[source.sha256] == split]
+        files = [source for source in distinct.values() if (source.sha256 in validation) == (split == "val")]
         clips = [source.clips(clip_length) for source in files]
         for kind in kinds:
             consecutive = itertools.chain.from_iterable(map(itertools.pairwise, clips))
@@ -257,15 +248,6 @@ def _tree_pairs(
             reason += "add files or shorten the clips"
         skipped.append(Skipped(source.path, reason))
     return pairs
-
-
-def _split_by_content(hashes: Iterable[str], seed: int) -> dict[str, str]:
-    """Hash → split. Ordered by a hash of the seed and the content, not by names or listing."""
-    ordered = sorted(hashes, key=lambda sha256: hashlib.sha256(f"{seed}:{sha256}".encode()).hexdigest())
-    total = len(ordered)
-    least = min(2, total // 2)
-    num_val = min(max(math.ceil(VAL_FRACTION * total), least), total - least)
-    return {sha256: "val" if index < num_val else "train" for index, sha256 in enumerate(ordered)}
 
 
 def _crossings(clips: list[list[Clip]], seed: int) -> Iterator[tuple[Clip, Clip]]:
@@ -287,17 +269,16 @@ def _too_short(source: _Source, clip_length: int) -> str:
     return f"too short: {has:.2f} s, a clip needs {needs:.2f} s; use a longer recording or a smaller clip_seconds"
 
 
-# --- the file of a manifest -------------------------------------------------------------------------------------------
-
-
 def read_manifest(path: str | Path) -> Manifest:
     """Read a manifest; `UserError` with file and line if it is missing or damaged."""
     path = Path(path)
     header, *rows = read_json_lines(path, fix=AGAIN, errors="surrogateescape") or [{}]
     pairs = []
     for number, row in enumerate(rows, 2):
-        with naming(f"{path}, line {number}", AGAIN):
-            pairs.append(_pair_from_json(row))
+        try:
+            pairs.append(Pair(**row))
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: damaged ({error}); {AGAIN}") from None
     with naming(f"{path}, line 1", AGAIN):
         if header["version"] != MANIFEST_VERSION:
             raise ValueError(f"version {header['version']!r} is not {MANIFEST_VERSION}")
@@ -337,16 +318,3 @@ def write_manifest(manifest: Manifest, path: Path, mode: str) -> None:
         write_atomic(path, "\n".join(lines) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose a folder you may write to") from error
-
-
-def _pair_from_json(fields: dict) -> Pair:
-    try:
-        pair = Pair(**fields | {half: Clip(**fields[half]) for half in ("input", "target")})
-    except UserError as error:
-        raise ValueError(str(error)) from None  # nobody mends a manifest by hand
-    if pair.split not in SPLITS or pair.mode not in MODES:
-        raise ValueError(f"split {pair.split!r} or mode {pair.mode!r} is unknown")
-    for clip in (pair.input, pair.target):
-        if not re.fullmatch("[0-9a-f]{64}", clip.sha256):
-            raise ValueError(f"sha256 {clip.sha256!r} is malformed")
-    return pair

@@ -156,8 +156,6 @@ def test_encodec_refuses_a_pickle_that_would_run_code(tmp_path):
 
 def test_encodec_names_what_is_wrong_with_a_weights_directory(weights_dir, model, tmp_path):
     good = next(weights_dir.glob("*.th")).read_bytes()
-    with pytest.raises(UserError, match="no such directory"):
-        EncodecCodec.from_directory(tmp_path / "absent")
     with pytest.raises(UserError, match=r"exactly one .* found none"):
         EncodecCodec.from_directory(tmp_path)
     (tmp_path / "encodec_24khz-00000000.th").write_bytes(good)
