@@ -4,10 +4,9 @@
     python -m lib.fuse INPUT TARGET -o OUT.wav --run outputs/demo --superres outputs/demo/superres
     python -m lib.fuse --recipe FAVOURITE.json -o OUT.wav
 
-Files may have any length: they are read, fused and written in chunks of 16 s that overlap by a second and are
-crossfaded. The output is exactly as long as the shorter file, mono, 24 kHz; with a trained super-resolver, 48 kHz with
-the upper band restored. A recipe, which the playground of notebook 05 writes beside a favourite, reproduces its samples
-bit for bit.
+Files may have any length: they are fused in chunks of 16 s that overlap by a second and are crossfaded. The output is
+as long as the shorter file, mono, 24 kHz; with a trained super-resolver, 48 kHz with the upper band restored. A recipe,
+which the playground of notebook 05 writes beside a favourite, reproduces its samples bit for bit.
 """
 
 import argparse
@@ -15,7 +14,6 @@ import contextlib
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,38 +33,22 @@ from lib.util.provenance import versions
 
 CHUNK = 16 * SAMPLE_RATE  # samples: the clip length of the full preset
 OVERLAP = 1 * SAMPLE_RATE
-
-
-@dataclass(frozen=True)
-class FuseReport:
-    """What was written: the file, its length in samples, the number of chunks, its peak (linear)."""
-
-    path: Path
-    num_samples: int
-    chunks: int
-    peak: float
+File = str | Path
 
 
 def fuse_files(
-    input_path: str | Path,
-    target_path: str | Path,
-    out_path: str | Path,
-    run: Run,
-    codec: Codec,
-    *,
-    which: str = "best",
-) -> FuseReport:
-    """Fuse two audio files; `out_path` appears when it is complete.
+    input_path: File, target_path: File, out_path: File, run: Run, codec: Codec, *, which: str = "best"
+) -> AudioWriter:
+    """Fuse two audio files; `out_path` appears when it is complete. Returns its closed writer, with length and peak.
 
-    A .wav is written as 32-bit float and may exceed full scale; a .flac may not (`AudioError`). Raises `UserError` for
-    unusable files and for a run that was trained on the latents of another codec.
+    A .wav may exceed full scale; a .flac may not (`AudioError`). Raises `UserError` for unusable files and for a run
+    that was trained on the latents of another codec.
     """
     model = load_model(run, which, codec_fingerprint=codec.fingerprint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     if isinstance(codec, torch.nn.Module):
         codec.to(device)
-    out_path = Path(out_path)
     paths = (input_path, target_path)
     _check_out(out_path, paths)
     with contextlib.closing(prefetch(check_audio, paths, threads=2)) as checks:
@@ -80,24 +62,16 @@ def fuse_files(
         fused = (fuse_clips(*(clip.to(device) for clip in clips), model, codec)[0].cpu() for clips in chunks)
         for piece in crossfaded(fused, OVERLAP):
             writer.write(piece)
-    return FuseReport(out_path, num_samples, len(starts), writer.peak)
+    return writer
 
 
 def fuse_and_restore(
-    input_path: str | Path,
-    target_path: str | Path,
-    out_path: str | Path,
-    run: Run,
-    codec: Codec,
-    resolver: SuperResolver,
-    *,
-    which: str = "best",
+    input_path: File, target_path: File, out_path: File, run: Run, codec: Codec, resolver: SuperResolver, which: str
 ) -> Restored:
     """Fuse two audio files and write the result at 48 kHz with its upper band restored. Errors as in `fuse_files`."""
-    out_path = Path(out_path)
     _check_out(out_path, (input_path, target_path))
     try:
-        folder = tempfile.TemporaryDirectory(prefix=".fused-", dir=out_path.parent)
+        folder = tempfile.TemporaryDirectory(prefix=".fused-", dir=Path(out_path).parent)
     except OSError as error:
         reason = f"cannot be written ({error.strerror}); choose an existing folder you may write to"
         raise UserError(f"{out_path}: {reason}") from None
@@ -106,7 +80,7 @@ def fuse_and_restore(
         return restore_file(fused.path, out_path, resolver, Restoration())
 
 
-def _check_out(out_path: str | Path, clips: Iterable[str | Path]) -> None:
+def _check_out(out_path: File, clips: Iterable[File]) -> None:
     if Path(out_path).resolve() in [Path(path).resolve() for path in clips]:
         raise UserError(f"{out_path}: is one of the two clips; choose another output file")
 
@@ -144,15 +118,14 @@ def fuse(options: argparse.Namespace) -> int:
     if not isinstance(trained_on, dict) or not isinstance(trained_on.get("name"), str):
         raise UserError(f"{run.path / 'config.json'}: damaged, it names no codec; restore it or train again")
     codec = load_codec(options.codec or trained_on["name"])
-    which = options.checkpoint or "best"
-    clips = (options.input, options.target)
+    which, files = options.checkpoint or "best", (options.input, options.target, options.out)
     if options.superres is None:
-        report = fuse_files(*clips, options.out, run, codec, which=which)
-        seconds = report.num_samples / SAMPLE_RATE
-        print(f"{report.path}: {seconds:.2f} s in {report.chunks} chunk(s), peak {report.peak:.3f}")
+        written = fuse_files(*files, run, codec, which=which)
+        seconds, chunks = written.num_samples / SAMPLE_RATE, chunk_starts(written.num_samples, CHUNK, OVERLAP)
+        print(f"{written.path}: {seconds:.2f} s in {len(chunks)} chunk(s), peak {written.peak:.3f}")
         return 0
     resolver = SuperResolver(options.superres, device="cuda" if torch.cuda.is_available() else "cpu")
-    restored = fuse_and_restore(*clips, options.out, run, codec, resolver, which=which)
+    restored = fuse_and_restore(*files, run, codec, resolver, which)
     seconds, above = restored.num_samples / mel.SAMPLE_RATE, restored.cutoff / 1000
     print(f"{restored.path}: {seconds:.2f} s at 48 kHz, restored above {above:.1f} kHz, peak {restored.peak:.3f}")
     return 0

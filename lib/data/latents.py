@@ -69,17 +69,14 @@ class _Shard:
     crcs: tuple[int, ...]  # of their bytes
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
 def encode_manifest(
     manifest: Manifest, codec: Codec, cache_dir: str | Path, share: tuple[int, int] = (0, 1)
 ) -> EncodeReport:
     """Bring the latents of every clip into the cache, encoding only what it lacks, and write the manifest's index.
 
-    Clips shorter than `clip_length` are padded with zeros. Threads, one a core, read and encode. A clip that cannot be
-    read, or whose file changed since the manifest, is dropped with its pairs. Raises `UserError` if no pair is left, if
-    the codec has another sample rate, or if the cache cannot be written.
+    Clips shorter than `clip_length` are padded with zeros. A clip that cannot be read, or whose file changed since the
+    manifest, is dropped with its pairs. Raises `UserError` if no pair is left, if the codec has another sample rate, or
+    if the cache cannot be written.
 
     `share` (i, n): this is the i-th of n processes that encode the manifest together. Its clips depend on the manifest
     alone, so that none is left out or done twice, whenever each process begins. The index holds what was there when it
@@ -97,7 +94,11 @@ def encode_manifest(
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         with torch_threads(1):  # each clip on its own core: faster, and the same bits however busy the machine is
-            _prepare(store)
+            store.mkdir(parents=True, exist_ok=True)
+            for temp in store.glob(f".*{TEMPORARY}"):
+                with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
+                    if time.time() - temp.stat().st_mtime > STALE_SECONDS:
+                        temp.unlink()
             shards, damaged = _find_shards(store, clips, pool)
             damaged = [shard for shard in damaged if int(shard.sha256[:8], 16) % of == number]
             cached = {key for shard in shards for key in shard.keys}
@@ -115,10 +116,8 @@ def encode_manifest(
         facts = {"codec": codec.name, "fingerprint": codec.fingerprint, "dim": codec.dim, "frames": frames}
         index, pairs = _write_index(store, manifest, shards, facts)
     except OSError as error:
-        where = error.filename or store
-        raise UserError(
-            f"{where}: cannot be written ({error.strerror}); choose a cache folder you may write to"
-        ) from error
+        reason = f"cannot be written ({error.strerror}); choose a cache folder you may write to"
+        raise UserError(f"{error.filename or store}: {reason}") from error
     finally:
         pool.shutdown(cancel_futures=True)
     if not pairs and of == 1:
@@ -128,20 +127,10 @@ def encode_manifest(
     return EncodeReport(index, encoded, len(cached & clips.keys()), tuple(dropped.values()), pairs)
 
 
-def _prepare(store: Path) -> None:
-    store.mkdir(parents=True, exist_ok=True)
-    for temp in store.glob(f".*{TEMPORARY}"):
-        with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
-            if time.time() - temp.stat().st_mtime > STALE_SECONDS:
-                temp.unlink()
-
-
 def _find_shards(store: Path, clips: dict[str, Clip], pool: Executor) -> tuple[list[_Shard], list[_Shard]]:
     """The shards that hold one of `clips`: intact ones, damaged ones. The checksums are verified in threads."""
     shards = []
-    for path in sorted(store.glob("*.json")):
-        if path.name.startswith("index-"):
-            continue
+    for path in sorted(store.glob("[0-9a-f]*.json")):  # not the indexes
         with contextlib.suppress(UserError):  # the rows of a damaged sidecar are unknown and count as missing
             sidecar = _read_checked(path)
             shard = _Shard(path.stem, tuple(sidecar["keys"]), tuple(sidecar["crc32"]))
@@ -149,10 +138,8 @@ def _find_shards(store: Path, clips: dict[str, Clip], pool: Executor) -> tuple[l
                 shards.append(shard)
     checks = pool.map(lambda shard: _is_intact(store / f"{shard.sha256}.npy", shard.sha256), shards)
     intact = list(tqdm(checks, total=len(shards), desc="checking shards", disable=len(shards) < 8))
-    return (
-        [shard for shard, ok in zip(shards, intact, strict=True) if ok],
-        [shard for shard, ok in zip(shards, intact, strict=True) if not ok],
-    )
+    found = {ok: [shard for shard, is_ok in zip(shards, intact, strict=True) if is_ok == ok] for ok in (True, False)}
+    return found[True], found[False]
 
 
 def _encode_groups(
@@ -181,14 +168,11 @@ def _encode_groups(
     bar = tqdm(total=len(wanted), desc=f"encoding ({codec.name})", unit="clip", disable=not wanted)
     with bar as progress, encoded as all_results:
         for group, results in zip(groups, all_results, strict=True):
-            rows = {}
-            for key, result in zip(group, results, strict=True):
-                progress.update()
-                if isinstance(result, str):
-                    dropped[key] = (f"{clips[key].path} at sample {clips[key].offset}", result)
-                else:
-                    rows[key] = result
-            if rows:
+            progress.update(len(group))
+            found = dict(zip(group, results, strict=True))
+            failed = {key: reason for key, reason in found.items() if isinstance(reason, str)}
+            dropped |= {k: (f"{clips[k].path} at sample {clips[k].offset}", reason) for k, reason in failed.items()}
+            if rows := {key: latents for key, latents in found.items() if key not in failed}:
                 array = np.ascontiguousarray(np.stack(list(rows.values())))  # row after row
                 sha256, crcs = write_array(store, array), [zlib.crc32(row) for row in array]
                 sidecar = {"fingerprint": codec.fingerprint, "sha256": sha256, "keys": list(rows), "crc32": crcs}
@@ -200,12 +184,9 @@ def _encode_groups(
 def _write_index(store: Path, manifest: Manifest, shards: list[_Shard], facts: dict) -> tuple[Path, dict[str, int]]:
     """Returns the index's path and the number of pairs of each split. Pairs that lack a clip are left out."""
     shards = sorted(shards, key=lambda shard: shard.sha256)
-    place = {
-        key: (number, row, crc)
-        for number, shard in enumerate(shards)
-        for row, (key, crc) in enumerate(zip(shard.keys, shard.crcs, strict=True))
-    }
-    splits = {}
+    place, splits = {}, {}
+    for number, shard in enumerate(shards):
+        place |= {key: (number, row, crc) for row, (key, crc) in enumerate(zip(shard.keys, shard.crcs, strict=True))}
     for pair in manifest.pairs:
         if pair.input.key in place and pair.target.key in place:
             table, ids = splits.setdefault(pair.split, ([], []))
@@ -216,11 +197,8 @@ def _write_index(store: Path, manifest: Manifest, shards: list[_Shard], facts: d
         "sample_rate": manifest.sample_rate,
         "shards": [{"file": f"{s.sha256}.npy", "rows": len(s.keys), "sha256": s.sha256} for s in shards],
         "splits": {
-            split: {
-                # shard, row and the row's checksum, of the input and of the target
-                "pairs": write_array(store, np.array(table, dtype=np.uint32)),
-                "ids": write_array(store, np.array(ids)),  # UTF-8 of fixed width: memory-mapped like the rest
-            }
+            # a pair: shard, row and the row's checksum, of the input and of the target; ids: UTF-8 of fixed width
+            split: {"pairs": write_array(store, np.array(table, np.uint32)), "ids": write_array(store, np.array(ids))}
             for split, (table, ids) in splits.items()
         },
     }
@@ -262,15 +240,11 @@ def _is_intact(path: Path, sha256: str) -> bool:
         return False
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
 class LatentPairs(Dataset):
     """The pairs of one split of an index: `pairs[i]` is (input `[D, T]`, target `[D, T]`), float32.
 
-    Every row is verified when it is read. Several threads may read at once. Raises `UserError` for a missing or damaged
-    index, an unknown split, or latents of a codec other than `codec_fingerprint`; `CorruptShardError` for a damaged
-    shard. Pickles as its arguments.
+    Every row is verified when it is read; several threads may read at once. Raises `UserError` for a missing or damaged
+    index, an unknown split, or latents of a codec other than `codec_fingerprint`; `CorruptShardError` for a bad shard.
     """
 
     def __init__(self, index_path: str | Path, split: str, codec_fingerprint: str | None = None):
@@ -285,10 +259,8 @@ class LatentPairs(Dataset):
         if split not in splits:
             raise UserError(f"{path}: split {split!r} has no pairs; there are {', '.join(splits) or 'none'}")
         if codec_fingerprint not in (None, self.fingerprint):
-            asked, has = codec_fingerprint[:12], f"{self.codec} {self.fingerprint[:12]}"
-            raise UserError(
-                f"{path}: holds latents of codec {has}, not of {asked}; encode with the codec you train with"
-            )
+            fault = f"holds latents of codec {self.codec} {self.fingerprint[:12]}, not of {codec_fingerprint[:12]}"
+            raise UserError(f"{path}: {fault}; encode with the codec you train with")
         self._table, self._ids = (_open_array(path.parent / f"{sha256}.npy", sha256) for sha256 in splits[split])
 
     def __reduce__(self):
@@ -324,7 +296,4 @@ def _open_array(path: Path, sha256: str) -> np.ndarray:
     """A memory map of the file, after its checksum was verified."""
     if not _is_intact(path, sha256):
         raise CorruptShardError(path, "its checksum is wrong" if path.exists() else "no such file")
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise CorruptShardError(path, f"cannot be mapped ({error})") from error
+    return np.load(path, mmap_mode="r", allow_pickle=False)
