@@ -173,7 +173,7 @@ def save_run() -> Callable[..., Run]:
     def save(
         folder: Path, codec: Codec, cascade: CascadeConfig, masking: str = "none", seed: int = 0, **config: Any
     ) -> Run:
-        config |= {"cascade": cascade.to_dict(), "masking": dataclasses.asdict(MaskingConfig(masking))}
+        config |= {"cascade": dataclasses.asdict(cascade), "masking": dataclasses.asdict(MaskingConfig(masking))}
         run = Run.create(folder, config | {"codec": {"name": codec.name, "fingerprint": codec.fingerprint}})
         torch.manual_seed(seed)
         model = FusionModel(cascade, MaskingConfig(masking))

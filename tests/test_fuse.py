@@ -45,7 +45,7 @@ def run(tmp_path_factory, codec) -> Run:
 def saved_run(folder: Path, codec, config: CascadeConfig, steps: int = 1) -> Run:
     """A run with a checkpoint of other weights at every step, the first of them the best."""
     masking = MaskingConfig("learned")
-    values = {"cascade": config.to_dict(), "masking": dataclasses.asdict(masking)}
+    values = {"cascade": dataclasses.asdict(config), "masking": dataclasses.asdict(masking)}
     run = Run.create(folder, values | {"codec": {"name": codec.name, "fingerprint": codec.fingerprint}})
     for step in range(1, steps + 1):
         torch.manual_seed(step)

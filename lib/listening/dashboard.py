@@ -29,6 +29,7 @@ from lib.model.cascade import CascadeConfig
 from lib.training import plots
 from lib.training.run import Run
 from lib.training.trainer import Callback, Trainer
+from lib.util.configs import from_fields
 
 SECONDS = 5.0  # between updates, each of which takes about a quarter of a second
 
@@ -189,6 +190,6 @@ class Metrics:
 
 def curves(run: Run, metrics: Metrics) -> plt.Figure:
     """A run's curves so far."""
-    clamps = [stage.clamp for stage in CascadeConfig.from_dict(run.config["cascade"]).stages]
+    clamps = [stage.clamp for stage in from_fields(CascadeConfig, run.config["cascade"]).stages]
     metrics.read()
     return plots.training_dashboard(metrics.rows["train"], metrics.rows["val"], clamps)

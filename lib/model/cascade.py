@@ -21,20 +21,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lib.model.projection import SpectralLinear
-from lib.model.rms_law import INPUT, TARGET, Clips, StagePrediction, mean_of, pair_rms, predict_stage, preserving_weight
-from lib.util.configs import (
-    Count,
-    Flag,
-    Fraction,
-    NonNegative,
-    Number,
-    Positive,
-    check,
-    checked_dataclass,
-    choice,
-    from_fields,
-    whole,
-)
+from lib.model.rms_law import INPUT, TARGET, UNLIKE, Clips, StagePrediction, mean_of, pair_rms, predict_stage
+from lib.util.configs import Count, Flag, Fraction, NonNegative, Number, Positive, check, checked_dataclass, choice
 from lib.util.tensors import cached_table
 
 LATENT_DIM = 128
@@ -42,10 +30,7 @@ SOURCES = ("input", "noisy_input", "target", "noisy_target", "previous")
 RESIDUAL_SOURCES = ("mean", "previous")
 RMS_SCALINGS = ("fixed", "learnable", "off")
 MIXINGS = ("add", "preserving")
-DRAWS = 2**16  # resolution of a dropout probability: it is met to within 8e-6
-
-
-# --- parts ------------------------------------------------------------------------------------------------------------
+DRAWS = 2**16  # of 16 random bits: a dropout probability is met to within 8e-6
 
 
 def rms(x: Tensor) -> Tensor:
@@ -67,10 +52,8 @@ def sinusoidal_positions(T: int, d: int, device: torch.device) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`; on a CPU, where that took a fifth of a training step, from 16 random bits an element.
-
-    Kept values are divided by the share that is really kept, so the expectation is exact.
-    """
+    """`nn.Dropout`; on a CPU, where that took a fifth of a training step, from 16 random bits an element. Kept values
+    are divided by the share that is really kept, so the expectation is exact."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0 or x.device.type != "cpu":
@@ -142,9 +125,6 @@ class RmsScaling(nn.Module):
         return x * applied[:, None, None], before, target_scale, applied
 
 
-# --- a stage ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class StageTrace:
     """What one stage did to the RMS, per sample: tensors `[B]`, detached, on the model's device."""
@@ -189,13 +169,9 @@ class Stage(nn.Module):
         for layer in self.layers:
             x = layer(x)
         projection = self.output_projection(self.post_norm(x)).transpose(1, 2)  # [B, D, T]
-        if config.projection_gain != 1:
-            projection = config.projection_gain * projection
+        projection = config.projection_gain * projection
         residual = sum(signals[name] for name in config.residual_names) / len(config.residual_names)
-        weighted = projection
-        if config.mixing == "preserving":
-            weighted = preserving_weight(config.residual_weight) * projection
-        mixed = weighted + config.residual_weight * residual
+        mixed = config.projection_weight * projection + config.residual_weight * residual
         clips_rms = rms(signals["input"]), rms(signals["target"])
         output, before, target_scale, applied = self.rms_scaling(mixed, *clips_rms)
         with torch.no_grad():
@@ -216,16 +192,13 @@ class Stage(nn.Module):
             self.config = self.rms_scaling.config = config
 
 
-# --- configs ----------------------------------------------------------------------------------------------------------
-
-
 @checked_dataclass
 class StageConfig:
     """One stage. Every mechanism that the ablation varies is a field here."""
 
     # concatenated in this order; 'previous': the stage before
     sources: Annotated[tuple[choice(SOURCES), ...], Field(min_length=1)] = ("noisy_input", "target")
-    width: whole(2) | None = None  # None: D · number of sources; another width gets an input projection
+    width: Count | None = None  # None: D · number of sources; another width gets an input projection
     num_layers: Count = 6
     num_heads: Count = 8
     ffn_mult: Count = 4
@@ -246,11 +219,15 @@ class StageConfig:
         check(ordered, "clamp", self.clamp, "None or (low, high) with low ≤ high")
 
     @property
+    def projection_weight(self) -> float:
+        """Weight of the projection beside a residual of weight w: 1, or √(1 − w²) in RMS-preserving mixing."""
+        return math.sqrt(1 - self.residual_weight**2) if self.mixing == "preserving" else 1.0
+
+    @property
     def residual_names(self) -> tuple[str, ...]:
-        """The signals whose mean is the residual: the clean sources of this stage, or the previous stage's output."""
-        if self.residual_source == "previous":
-            return ("previous",)
-        return tuple(name.removeprefix("noisy_") for name in self.sources)
+        """The signals whose mean is the residual."""
+        clean = tuple(name.removeprefix("noisy_") for name in self.sources)
+        return clean if self.residual_source == "mean" else ("previous",)
 
 
 @checked_dataclass
@@ -266,14 +243,11 @@ class CascadeConfig:
         check("previous" not in first.sources, "stages[0].sources", first.sources, "no 'previous' in the first stage")
         check(first.residual_source != "previous", "stages[0].residual_source", "previous", "'mean' in stage 0")
         for i, stage in enumerate(self.stages):
-            width = self.width(i)
-            rule = f"a multiple of num_heads ({stage.num_heads}), and even"
-            fits = width % stage.num_heads == 0 and width % 2 == 0
-            check(fits, f"stages[{i}].width", width, rule)
+            width, rule = self.width(i), f"a multiple of num_heads ({stage.num_heads}), and even"
+            check(width % stage.num_heads == 0 and width % 2 == 0, f"stages[{i}].width", width, rule)
 
-    def predict_rms(self, clips: Clips | None = None) -> tuple[StagePrediction, ...]:
-        """The RMS of every stage of an untrained cascade by the law of `rms_law`; of two unlike clips by default."""
-        clips = clips or Clips()
+    def predict_rms(self, clips: Clips = UNLIKE) -> tuple[StagePrediction, ...]:
+        """The RMS of every stage of an untrained cascade by the law of `rms_law`."""
         signals, predictions = {"input": INPUT, "target": TARGET}, []
         for i, stage in enumerate(self.stages):
             residual = mean_of([signals[name] for name in stage.residual_names])
@@ -284,14 +258,11 @@ class CascadeConfig:
 
     @classmethod
     def reference(cls, num_stages: int = 2, *, anti_cheating: float = 0.0, **changes: Any) -> "CascadeConfig":
-        """The reference of seed 000: stage 0 fuses (input, target), each later one (input, previous, target).
-
-        `changes` are `StageConfig` fields and apply to every stage: `CascadeConfig.reference(3, num_layers=2)`.
-        """
+        """The reference of seed 000: stage 0 fuses (input, target), each later one (input, previous, target). `changes`
+        are `StageConfig` fields of every stage: `CascadeConfig.reference(3, num_layers=2)`."""
         check(num_stages >= 1, "num_stages", num_stages, "1 or more")
-        later = ("noisy_input", "previous", "noisy_target")
-        stages = [StageConfig(**changes)] + [StageConfig(sources=later, **changes) for _ in range(num_stages - 1)]
-        return cls(tuple(stages), anti_cheating=anti_cheating)
+        later = StageConfig(sources=("noisy_input", "previous", "noisy_target"), **changes)
+        return cls((StageConfig(**changes), *[later] * (num_stages - 1)), anti_cheating=anti_cheating)
 
     def with_stage(self, index: int, **changes: Any) -> "CascadeConfig":
         """A copy with some fields of one stage changed: `config.with_stage(-1, residual_weight=0.1)`."""
@@ -301,19 +272,7 @@ class CascadeConfig:
 
     def width(self, index: int) -> int:
         """Width d of a stage's transformer."""
-        stage = self.stages[index]
-        return stage.width or self.latent_dim * len(stage.sources)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "CascadeConfig":
-        """The config that `to_dict` wrote. Unknown, missing or malformed fields raise `UserError`."""
-        return from_fields(cls, values)
-
-
-# --- the cascade ------------------------------------------------------------------------------------------------------
+        return self.stages[index].width or self.latent_dim * len(self.stages[index].sources)
 
 
 class Cascade(nn.Module):
@@ -329,9 +288,8 @@ class Cascade(nn.Module):
     def forward(
         self, input: Tensor, target: Tensor, stages: int | None = None
     ) -> tuple[Tensor, tuple[StageTrace, ...]]:
-        """`input`, `target` `[B, D, T]`, any T ≥ 1 → fused latents `[B, D, T]` and one trace per stage.
-
-        `stages`: apply only that many, from the first; None: all."""
+        """`input`, `target` `[B, D, T]`, any T ≥ 1 → fused latents `[B, D, T]` and one trace for each of the `stages`
+        that are applied, from the first; None: all."""
         assert stages is None or 1 <= stages <= len(self.stages), (stages, len(self.stages))
         signals, traces = self.run_stages(input, target, stages)
         return signals["previous"], traces
@@ -353,8 +311,8 @@ class Cascade(nn.Module):
         """`ValueError` unless both are latents that this cascade can fuse."""
         D = self.config.latent_dim
         if input.shape != target.shape or input.ndim != 3 or input.shape[1] != D or input.shape[2] < 1:
-            shapes = f"{list(input.shape)} and {list(target.shape)}"
-            raise ValueError(f"input and target must both be [B, {D}, T] with T ≥ 1, got {shapes}")
+            found = f"{list(input.shape)} and {list(target.shape)}"
+            raise ValueError(f"input and target must both be [B, {D}, T] with T ≥ 1, got {found}")
 
     def add_noise(self, x: Tensor) -> Tensor:
         """Anti-cheating noise, `level · std · randn`, in training only. The std is each clip's own, so that a sample's

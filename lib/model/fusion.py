@@ -3,8 +3,7 @@
 Legend: B batch, D latent channels, T frames.
 """
 
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,6 +11,7 @@ from lib.model.cascade import Cascade, CascadeConfig, StageTrace
 from lib.model.masks import MaskGenerator, MaskingConfig, Masks, apply_mask, fixed_masks
 from lib.util.configs import from_fields
 from lib.util.errors import UserError
+from lib.util.files import naming
 
 
 class Fusion(NamedTuple):
@@ -37,9 +37,8 @@ class FusionModel(nn.Module):
         self.mask_generator = MaskGenerator(self.cascade.config.latent_dim) if learned else None
 
     def forward(self, input: Tensor, target: Tensor, masks: Masks | None = None, stages: int | None = None) -> Fusion:
-        """`input`, `target` `[B, D, T]`, any T ≥ 1; `masks` of their shape replace the model's own.
-
-        `stages`: how many of the cascade's stages to apply, from the first; None: all."""
+        """`input`, `target` `[B, D, T]`, any T ≥ 1; `masks` of their shape replace the model's own; `stages` as in
+        `Cascade`."""
         self.cascade.check_shapes(input, target)  # before the masks, whose own errors would name no cause
         masks = masks or self.make_masks(input, target)
         if masks is not None:
@@ -54,30 +53,16 @@ class FusionModel(nn.Module):
         return None if self.masking.masking == "none" else fixed_masks(self.masking.masking, input, target)
 
 
-class TrainedRun(Protocol):
-    """What `load_model` needs of a `lib.training.run.Run`."""
+def load_model(run: Any, which: str = "best", *, codec_fingerprint: str | None = None) -> FusionModel:
+    """The model of a `lib.training.run.Run`, in eval mode, on the CPU: `load_model(Run.open("outputs/demo/run"))`.
 
-    path: Path
-    config: dict[str, Any]
-
-    def check_codec(self, fingerprint: str | None) -> None: ...
-    def load_weights(self, model: nn.Module, which: str = "best") -> None: ...
-
-
-def load_model(run: TrainedRun, which: str = "best", *, codec_fingerprint: str | None = None) -> FusionModel:
-    """The model of a trained run, in eval mode, on the CPU: `load_model(Run.open("outputs/demo/run"))`.
-
-    `which`: 'best' or 'last' checkpoint. With `codec_fingerprint`, `UserError` if the run was trained on the latents of
-    another codec.
+    `which`: 'best' or 'last' checkpoint. `UserError` if the run was trained on another codec than `codec_fingerprint`.
     """
     if not {"cascade", "masking"} <= set(run.config):
         raise UserError(f"{run.path / 'config.json'}: describes no model; give a run that this project trained")
     run.check_codec(codec_fingerprint)
-    try:
-        cascade = CascadeConfig.from_dict(run.config["cascade"])
-        masking = from_fields(MaskingConfig, run.config["masking"])
-    except UserError as error:  # a damaged config, or that of a run by other code
-        raise UserError(f"{run.path / 'config.json'}: {error}") from None
-    model = FusionModel(cascade, masking)
+    with naming(run.path / "config.json", "train again"):  # damaged, or of a run by other code
+        cascade = from_fields(CascadeConfig, run.config["cascade"])
+        model = FusionModel(cascade, from_fields(MaskingConfig, run.config["masking"]))
     run.load_weights(model, which)
     return model

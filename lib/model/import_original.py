@@ -62,10 +62,10 @@ def import_original_checkpoint(path: str | Path, *, last_residual_weight: float 
     if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
         raise UserError(f"{path}: holds no 'model_state_dict'; give a checkpoint of the original training script")
     tensors = _tensors(path, content, "model_state_dict")
-    style = [name for name in tensors if name.startswith(STYLE_DISCRIMINATOR)]
-    ignored = (f"{STYLE_DISCRIMINATOR}* (a style discriminator that was never trained)",) if style else ()
-    for part in ignored:
-        logger.warning("%s: not imported: %s", path, part)
+    ignored = ()
+    if style := [name for name in tensors if name.startswith(STYLE_DISCRIMINATOR)]:
+        ignored = (f"{STYLE_DISCRIMINATOR}* (a style discriminator that was never trained)",)
+        logger.warning("%s: not imported: %s", path, ignored[0])
     tensors = {name: tensor for name, tensor in tensors.items() if name not in style}
     config = _original_config(path, tensors, last_residual_weight)
     learned = any(name.startswith("creative_agent.mask_generator.") for name in tensors)

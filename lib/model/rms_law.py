@@ -30,16 +30,16 @@ def pair_rms(input_rms: Value, target_rms: Value) -> Value:
     return mean_square.sqrt() if isinstance(mean_square, Tensor) else math.sqrt(mean_square)
 
 
-# --- signals ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Clips:
     """What the law needs to know of a pair: the RMS of both latents, and their cosine as vectors."""
 
     input_rms: float = LATENT_RMS
     target_rms: float = LATENT_RMS
-    similarity: float = 0.0  # two unlike clips are nearly orthogonal
+    similarity: float = 0.0
+
+
+UNLIKE = Clips()  # two unlike clips are nearly orthogonal
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,6 @@ def mean_of(signals: list[Mixture]) -> Mixture:
     return Mixture(*(sum(getattr(s, name) for s in signals) / k for name in ("input", "target", "other")))
 
 
-# --- formulas ---------------------------------------------------------------------------------------------------------
-
-
 def initial_projection_rms(d: int, D: int, *, spectral_norm: bool = True) -> float:
     """RMS of an untrained projection `d → D` of LayerNorm's output with γ = 1, before its bias.
 
@@ -91,11 +88,6 @@ def rms_before_scaling(projection: float, residual: float, weight: float, alignm
     return math.sqrt(max(squared, 0.0))
 
 
-def preserving_weight(weight: float) -> float:
-    """Weight of the projection beside a residual of weight w in RMS-preserving mixing: √(1 − w²)."""
-    return math.sqrt(1 - weight**2)
-
-
 def smallest_safe_weight(projection: float, residual: float, needed: float, *, preserving: bool = False) -> float:
     """Smallest w at which the RMS before scaling reaches `needed`, for a projection orthogonal to the residual.
 
@@ -107,9 +99,6 @@ def smallest_safe_weight(projection: float, residual: float, needed: float, *, p
     gain = residual**2 - (projection**2 if preserving else 0.0)
     weight = math.sqrt(lacking / gain) if gain > 0 else math.inf
     return math.inf if preserving and weight > 1 else weight
-
-
-# --- predictions ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -135,18 +124,18 @@ def predict_stage(
     The projection of a random stage is taken as orthogonal to both clips. Learnable RMS scaling starts at the mean of
     both RMS values, where fixed scaling aims at `pair_rms`.
     """
-    weight, gain, preserving = stage.residual_weight, stage.projection_gain, stage.mixing == "preserving"
-    share = preserving_weight(weight) if preserving else 1.0
+    weight, gain, share = stage.residual_weight, stage.projection_gain, stage.projection_weight
     p, r = gain * initial_projection_rms(d, D, spectral_norm=stage.spectral_norm), residual.rms(clips)
     mixed = Mixture(weight * residual.input, weight * residual.target, math.hypot(weight * residual.other, share * p))
     before = mixed.rms(clips)
-    learnable = stage.rms_scaling == "learnable"
-    goal = (clips.input_rms + clips.target_rms) / 2 if learnable else pair_rms(clips.input_rms, clips.target_rms)
-    target_scale = goal / (before + 1e-8)
-    applied = target_scale if stage.clamp is None else min(max(target_scale, stage.clamp[0]), stage.clamp[1])
-    applied = 1.0 if stage.rms_scaling == "off" else applied
     highest = share * gain * rms_ceiling(d, D) + abs(weight) * r
-    safe = stage.clamp[1] if stage.clamp is not None else SAFE_SCALE
+    goal = pair_rms(clips.input_rms, clips.target_rms)
+    if stage.rms_scaling == "learnable":
+        goal = (clips.input_rms + clips.target_rms) / 2
+    target_scale = goal / (before + 1e-8)
+    low, high = (0.0, math.inf) if stage.clamp is None else stage.clamp
+    safe = SAFE_SCALE if stage.clamp is None else high
+    applied = 1.0 if stage.rms_scaling == "off" else min(max(target_scale, low), high)
     prediction = StagePrediction(
         projection_rms=p,
         residual_rms=r,
@@ -155,7 +144,7 @@ def predict_stage(
         applied_scale=applied,
         output_rms=applied * before,
         highest_rms_before_scaling=highest if stage.spectral_norm else math.inf,
-        smallest_safe_weight=smallest_safe_weight(p, r, goal / safe, preserving=preserving),
+        smallest_safe_weight=smallest_safe_weight(p, r, goal / safe, preserving=stage.mixing == "preserving"),
         safe_scale=safe,
     )
     return prediction, mixed.scaled(applied)

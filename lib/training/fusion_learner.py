@@ -149,7 +149,7 @@ def train(
     masking = masking or MaskingConfig()
     config = dataclasses.replace(config, precision=resolved_precision(config.precision))
     settings = {
-        "cascade": cascade.to_dict(),
+        "cascade": dataclasses.asdict(cascade),
         "masking": dataclasses.asdict(masking),
         "train": dataclasses.asdict(config),
         "codec": {"name": codec.name, "fingerprint": codec.fingerprint},
@@ -191,7 +191,7 @@ def fusion_trainer(
     config = from_fields(TrainConfig, run.config["train"])
 
     def make_learner(accelerator: Accelerator) -> FusionLearner:
-        cascade = CascadeConfig.from_dict(run.config["cascade"])
+        cascade = from_fields(CascadeConfig, run.config["cascade"])
         masking = from_fields(MaskingConfig, run.config["masking"])
         return FusionLearner(config, cascade, masking, accelerator, decode)
 

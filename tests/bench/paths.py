@@ -100,7 +100,7 @@ def fusing(minutes: float = 3.0) -> dict[str, Any]:
         root = Path(name)
         codec = MdctCodec()
         config, masking = CascadeConfig.reference(), MaskingConfig("learned")
-        values = {"cascade": config.to_dict(), "masking": asdict(masking), "codec": {"name": codec.name}}
+        values = {"cascade": asdict(config), "masking": asdict(masking), "codec": {"name": codec.name}}
         values["codec"]["fingerprint"] = codec.fingerprint
         run = Run.create(root / "run", values)
         torch.manual_seed(0)

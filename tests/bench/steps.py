@@ -237,7 +237,7 @@ def no_wait() -> None:
     config = dataclasses.replace(training_config(), ema=0.99, adversary=adversary, batch_size=8, num_workers=4)
     with tempfile.TemporaryDirectory() as name:
         codec, index = MdctCodec(), simulated_index(Path(name, "latents"), 64)
-        values = {"cascade": CASCADE.to_dict(), "masking": dataclasses.asdict(MaskingConfig("learned"))}
+        values = {"cascade": dataclasses.asdict(CASCADE), "masking": dataclasses.asdict(MaskingConfig("learned"))}
         values |= {"train": dataclasses.asdict(config)}
         values |= {"codec": {"name": codec.name, "fingerprint": codec.fingerprint}}
         pairs = LatentPairs(index, "train")

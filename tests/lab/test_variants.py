@@ -48,7 +48,10 @@ CHANGED = {
 
 
 def config_of(variant: Variant) -> dict:
-    return {"cascade": variant.cascade(2).to_dict(), "train": dataclasses.asdict(variant.training(TrainConfig()))}
+    return {
+        "cascade": dataclasses.asdict(variant.cascade(2)),
+        "train": dataclasses.asdict(variant.training(TrainConfig())),
+    }
 
 
 def changed(variant: Variant, other: Variant) -> set[str]:

@@ -47,7 +47,7 @@ def start(tmp_path, tiny_index, tiny_codec, tiny_cascade) -> Callable[..., Run]:
 @pytest.fixture
 def run(tmp_path, tiny_cascade) -> Run:
     """A run of two stages that has logged nothing."""
-    config = {"cascade": tiny_cascade().to_dict(), "train": dataclasses.asdict(CONFIG) | {"max_steps": 40}}
+    config = {"cascade": dataclasses.asdict(tiny_cascade()), "train": dataclasses.asdict(CONFIG) | {"max_steps": 40}}
     return Run.create(tmp_path / "run", config)
 
 

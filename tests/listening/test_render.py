@@ -434,7 +434,7 @@ def project(tmp_path_factory, mdct) -> Path:
     """A folder of songs, and beside it an output folder: a run of two checkpoints, a favourite in `favourites/`."""
     root = tmp_path_factory.mktemp("project")
     config, masking = CascadeConfig.reference(num_layers=1), MaskingConfig("learned")
-    values = {"cascade": config.to_dict(), "masking": dataclasses.asdict(masking)}
+    values = {"cascade": dataclasses.asdict(config), "masking": dataclasses.asdict(masking)}
     run = Run.create(root / "an output é", values | {"codec": {"name": mdct.name, "fingerprint": mdct.fingerprint}})
     for step in (1, 2):
         torch.manual_seed(step)

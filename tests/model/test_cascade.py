@@ -26,6 +26,7 @@ from lib.model.cascade import (
     rms,
 )
 from lib.model.projection import SpectralLinear, realign_projections
+from lib.util.configs import from_fields
 from lib.util.errors import UserError
 
 GOLDEN = Path(__file__).parent / "cascade_golden.safetensors"
@@ -501,7 +502,7 @@ def test_config_survives_json(tiny_cascade):
     config = tiny_cascade(3, anti_cheating=0.1, width=12).with_stage(
         -1, clamp=None, residual_source="previous", residual_weight=0.1, rms_scaling="learnable", spectral_norm=False
     )
-    again = CascadeConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    again = from_fields(CascadeConfig, json.loads(json.dumps(dataclasses.asdict(config))))
     assert again == config
     assert again != config.with_stage(0, dropout=0.2)
     assert isinstance(again.stages[0].clamp, tuple)
@@ -513,24 +514,24 @@ def test_config_survives_json(tiny_cascade):
 
 
 def test_from_dict_names_unknown_and_missing_fields(tiny_cascade):
-    good = tiny_cascade().to_dict()
+    good = dataclasses.asdict(tiny_cascade())
     stage = dict(good["stages"][0])
     with pytest.raises(UserError, match="stagess is unknown; choose from stages, "):
-        CascadeConfig.from_dict(good | {"stagess": 1})
+        from_fields(CascadeConfig, good | {"stagess": 1})
     with pytest.raises(UserError, match=r"stages\[0\]\.droput is unknown"):
-        CascadeConfig.from_dict(good | {"stages": [stage | {"droput": 0.1}]})
+        from_fields(CascadeConfig, good | {"stages": [stage | {"droput": 0.1}]})
     with pytest.raises(UserError, match="stages"):
-        CascadeConfig.from_dict({})
+        from_fields(CascadeConfig, {})
     del stage["residual_weight"]
     with pytest.raises(UserError, match=r"lacks the field stages\[0\]\.residual_weight"):
-        CascadeConfig.from_dict(good | {"stages": [stage]})
+        from_fields(CascadeConfig, good | {"stages": [stage]})
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("sources", ()), ("sources", ("noise",)), ("residual_source", "mena"), ("rms_scaling", "auto"),
-        ("num_layers", 0), ("ffn_mult", 0), ("width", 0), ("width", 1), ("dropout", 1.0), ("dropout", -0.1),
+        ("num_layers", 0), ("ffn_mult", 0), ("width", 0), ("dropout", 1.0), ("dropout", -0.1),
         ("residual_weight", math.nan), ("residual_weight", math.inf),
         ("clamp", (1.5, 0.7)), ("clamp", (0.0, 1.0)), ("clamp", (1.0,)), ("clamp", (0.1, 1, 2)),
     ],
@@ -606,7 +607,7 @@ if __name__ == "__main__":
 )
 def test_from_dict_refuses_values_of_another_kind(tiny_cascade, damage):
     with pytest.raises(UserError, match=f"^{next(iter(damage))}.* is not allowed; use "):
-        CascadeConfig.from_dict(tiny_cascade().to_dict() | damage)
+        from_fields(CascadeConfig, dataclasses.asdict(tiny_cascade()) | damage)
 
 
 # --- gain, mixing, and what the trace says of projection and residual -------------------------------------------------
@@ -708,7 +709,7 @@ def test_bad_mixing_values_name_the_field(values):
 
 def test_mixing_and_gain_survive_json(tiny_cascade):
     config = tiny_cascade(2, mixing="preserving", projection_gain=2.5, residual_weight=0.9)
-    assert CascadeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert from_fields(CascadeConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 # --- settings overridden for a while ----------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from lib.model.rms_law import (
     mean_of,
     pair_rms,
     predict_stage,
-    preserving_weight,
     rms_before_scaling,
     smallest_safe_weight,
 )
@@ -210,7 +209,7 @@ def test_the_smallest_safe_weight_does_not_depend_on_the_weight():
 @pytest.mark.parametrize("preserving", [False, True])
 def test_smallest_safe_weight_reaches_what_is_needed(preserving):
     weight = smallest_safe_weight(0.6, 5.7, 3.8, preserving=preserving)
-    share = preserving_weight(weight) if preserving else 1.0
+    share = math.sqrt(1 - weight**2) if preserving else 1.0
     assert rms_before_scaling(share * 0.6, 5.7, weight) == pytest.approx(3.8, rel=1e-9)
     assert smallest_safe_weight(3.8, 5.7, 3.8, preserving=preserving) == 0.0
     assert smallest_safe_weight(5.0, 5.7, 3.8, preserving=preserving) == 0.0  # the projection alone is enough
@@ -225,9 +224,10 @@ def test_where_preserving_mixing_has_no_safe_weight():
     assert smallest_safe_weight(3.5, 3.0, 3.8, preserving=True) == math.inf
 
 
-def test_preserving_weight_keeps_the_power_of_two_equal_signals():
+def test_preserving_mixing_keeps_the_power_of_two_equal_signals():
     for weight in (0.0, 0.1, 0.6, 1.0):
-        assert rms_before_scaling(2.0 * preserving_weight(weight), 2.0, weight) == pytest.approx(2.0)
+        share = StageConfig(mixing="preserving", residual_weight=weight).projection_weight
+        assert rms_before_scaling(2.0 * share, 2.0, weight) == pytest.approx(2.0)
 
 
 # --- the highest RMS before scaling -----------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def seeded(config, seed: int, masking: MaskingConfig | None = None) -> FusionMod
 
 def described(config, masking: MaskingConfig | None = None) -> dict:
     """What a run's config says of its model."""
-    return {"cascade": config.to_dict(), "masking": dataclasses.asdict(masking or MaskingConfig())}
+    return {"cascade": dataclasses.asdict(config), "masking": dataclasses.asdict(masking or MaskingConfig())}
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:

@@ -100,7 +100,7 @@ def new_trainer(tmp_path, tiny_index, tiny_codec, tiny_cascade) -> Callable[...,
     ) -> Trainer:
         config = dataclasses.replace(CONFIG, **changes)
         cascade = cascade or tiny_cascade()
-        values = {"cascade": cascade.to_dict(), "masking": dataclasses.asdict(masking or MaskingConfig())}
+        values = {"cascade": dataclasses.asdict(cascade), "masking": dataclasses.asdict(masking or MaskingConfig())}
         values |= {"train": dataclasses.asdict(config)}
         values |= {"codec": {"name": tiny_codec.name, "fingerprint": tiny_codec.fingerprint}}
         pairs = {split: LatentPairs(tiny_index, split) for split in ("train", "val")}
@@ -708,7 +708,7 @@ Run.log = wait_after_step_4
 config, index, out = sys.argv[1:]
 config = json.load(open(config))
 with exit_on_user_error():
-    cascade, settings = CascadeConfig.from_dict(config["cascade"]), from_fields(TrainConfig, config["train"])
+    cascade, settings = from_fields(CascadeConfig, config["cascade"]), from_fields(TrainConfig, config["train"])
     train(out, index, TinyCodec(), cascade, settings)
 """
 
