@@ -16,10 +16,11 @@ from lib.codec.codec import Codec, load_codec
 from lib.data.pairs import Clip, read_manifest
 from lib.evaluation.baselines import advantage, mean_metrics
 from lib.evaluation.metrics import sound_features, sound_metrics
+from lib.evaluation.tables import count_parameters
 from lib.listening.panel import describe_pair, whole_clip
 from lib.listening.player import Players
 from lib.listening.render import load_pair, render
-from lib.model.fusion import FusionModel, load_model
+from lib.model.fusion import load_model
 from lib.project import ROOT
 from lib.report.report import Section, Table, write_report
 from lib.training import plots
@@ -30,10 +31,7 @@ from lib.util.errors import UserError, exit_on_user_error
 from lib.util.files import make_folder
 from lib.util.stats import TEST
 
-LEAD = (
-    "Two runs on the same validation pairs, of music that neither was trained on: how their configs differ, their "
-    "metrics, and how they sound."
-)
+LEAD = "Two runs on validation pairs that neither was trained on: how their configs, metrics and sounds differ."
 JUDGED = ("merit", "rhythm", "harmony", "input_mel", "target_mel", "rms_ratio", "movement_ratio")
 SECTIONS = {"config", "metrics", "sounds"}
 Pairs = dict[str, tuple[Clip, Clip]]
@@ -42,59 +40,43 @@ Pairs = dict[str, tuple[Clip, Clip]]
 class Compared:
     """A run with its model and codec."""
 
-    def __init__(self, name: str, run: Run, codec_folder: str | None):
-        self.name, self.run = name, run
-        self.codec = codec_of(run, codec_folder)
-        self.model: FusionModel = load_model(run, "best", codec_fingerprint=self.codec.fingerprint)
+    def __init__(self, name: str, run: Run, codec_folder: str):
+        self.name, self.run, self.codec = name, run, codec_of(run, codec_folder)
+        self.model = load_model(run, "best", codec_fingerprint=self.codec.fingerprint)
 
 
 def compare_runs(
-    first: str | Path,
-    second: str | Path,
-    out_dir: str | Path = "",
-    *,
-    num_pairs: int = 3,
-    num_judged: int = 24,
-    codec_folder: str | None = None,
+    first: str | Path, second: str | Path, out: str | Path = "", *, pairs: int = 3, judged: int = 24, codec: str = ""
 ) -> tuple[Path, dict[str, Table]]:
-    """Compare two run directories; returns the page's path and its tables by name.
-
-    `num_pairs`: pairs to listen to. `num_judged`: pairs to measure on. `codec_folder`: EnCodec's weights, for runs that
-    need them. `UserError` if a run cannot be used, or if no pair is new to both.
-    """
-    if num_pairs < 1 or num_judged < 1:
-        raise UserError(f"--pairs {num_pairs}, --judged {num_judged}: at least one pair each is needed")
+    """Compare two run directories, as the command does, whose options these are; returns the page's path and its
+    tables by name. `UserError` if a run cannot be used, or if no pair is new to both."""
+    if pairs < 1 or judged < 1:
+        raise UserError(f"--pairs {pairs}, --judged {judged}: at least one pair each is needed")
     paths = [Path(path) for path in (first, second)]
     runs = [Run.open(path) for path in paths]
     names = names_of(paths)
-    pairs = pairs_new_to_both(*paths)
-    compared = [Compared(name, run, codec_folder) for name, run in zip(names, runs, strict=True)]
-    out = Path(out_dir) if out_dir else ROOT / "outputs" / "compare" / "-".join(names).replace("/", "_")
+    new = pairs_new_to_both(*paths)
+    compared = [Compared(name, run, codec) for name, run in zip(names, runs, strict=True)]
+    out = Path(out) if out else ROOT / "outputs" / "compare" / "-".join(names).replace("/", "_")
     if (out / "config.json").exists() or {path.stem for path in (out / "report").glob("*")} - SECTIONS:
         raise UserError(f"{out}: holds a run or its page, which would be lost; choose another folder")
     make_folder(out)
+    changes = differing_fields(runs[0].config, runs[1].config)
+    rows = [{"field": field} | dict(zip(names, map(str, values), strict=True)) for field, *values in changes]
+    configs = Section(out, "config", "Configs")
+    configs.key_figure("fields of the configs that differ", str(len(rows)))
     tables = {
-        "configs": write_configs(Section(out, "config", "Configs"), names, runs),
-        "metrics": write_metrics(Section(out, "metrics", "Metrics"), compared, spread(pairs, num_judged)),
+        "configs": configs.table(rows or [{"field": "none: the configs are equal"}], "What differs in the configs"),
+        "metrics": write_metrics(Section(out, "metrics", "Metrics"), compared, spread(new, judged)),
     }
-    write_sounds(Section(out, "sounds", "Sounds"), compared, spread(pairs, num_pairs))
-    facts = {
-        name: f"{run.path}, commit {run.config.get('versions', {}).get('commit')}"
-        for name, run in zip(names, runs, strict=True)
-    }
-    facts["pairs"] = f"{len(pairs)} that are new to both, {min(num_judged, len(pairs))} of them measured"
+    sounds = Section(out, "sounds", "Sounds")
+    for what, clips in spread(new, pairs).items():
+        wavs = load_pair(*clips)
+        outputs = {c.name: render(c.model, c.codec, *wavs).wav for c in compared}
+        sounds.players(Players({"input": wavs[0], "target": wavs[1], **outputs}), what)
+    facts = {c.name: f"{c.run.path}, commit {c.run.config.get('versions', {}).get('commit')}" for c in compared}
+    facts["pairs"] = f"{len(new)} that are new to both, {min(judged, len(new))} of them measured"
     return write_report(out, f"{names[0]} and {names[1]}", LEAD, facts), tables
-
-
-def write_configs(section: Section, names: Sequence[str], runs: Sequence[Run]) -> Table:
-    rows = [
-        {"field": field} | dict(zip(names, map(str, values), strict=True))
-        for field, *values in differing_fields(runs[0].config, runs[1].config)
-    ]
-    if not rows:
-        rows = [{"field": "none: the configs are equal"}]
-    section.key_figure("fields of the configs that differ", str(len(rows) if len(rows[0]) > 1 else 0))
-    return section.table(rows, "What differs in the configs")
 
 
 def write_metrics(section: Section, compared: Sequence[Compared], pairs: Pairs) -> Table:
@@ -104,21 +86,18 @@ def write_metrics(section: Section, compared: Sequence[Compared], pairs: Pairs) 
         clips = [sound_features(wav) for wav in wavs]
         for c in compared:
             judged[c.name].append(sound_metrics(sound_features(render(c.model, c.codec, *wavs).wav), *clips))
-    a, b = (c.name for c in compared)
+    a, b = judged
     means = {name: mean_metrics(rows) for name, rows in judged.items()}
     rows = []
     for c in compared:
-        training, validation = c.run.metrics("train"), c.run.metrics("val")
-        losses = [row["loss"] for row in validation if row.get("loss") is not None]
-        rows.append(
-            {
-                "run": c.name,
-                "parameters": f"{sum(p.numel() for p in c.model.parameters()):,}",
-                "steps": max((row["step"] for row in training), default=0),
-                "lowest validation loss": f"{min(losses):.3f}" if losses else "none",
-            }
-            | {name.replace("_", " "): f"{means[c.name][name]:.2f}" for name in JUDGED}
-        )
+        losses = [row["loss"] for row in c.run.metrics("val") if row.get("loss") is not None]
+        row = {
+            "run": c.name,
+            "parameters": f"{count_parameters(c.model):,}",
+            "steps": max((row["step"] for row in c.run.metrics("train")), default=0),
+            "lowest validation loss": f"{min(losses):.3f}" if losses else "none",
+        }
+        rows.append(row | {name.replace("_", " "): f"{means[c.name][name]:.2f}" for name in JUDGED})
     found = advantage(judged, a, b, [(input.sha256, target.sha256) for input, target in pairs.values()])
     said = f"{found}, {found.in_words(b)} on {len(pairs)} pair(s) ({TEST})"
     section.key_figure(f"figure of merit of {a} against {b}", said)
@@ -127,13 +106,6 @@ def write_metrics(section: Section, compared: Sequence[Compared], pairs: Pairs) 
     curves = {c.name: {split: c.run.metrics(split) for split in ("train", "val")} for c in compared}
     section.figure(plots.runs_side_by_side(curves), "curves", "Validation loss, gradient norm and level over steps")
     return section.table(rows, f"Means over {len(pairs)} validation pairs; losses compare where the objectives do")
-
-
-def write_sounds(section: Section, compared: Sequence[Compared], pairs: Pairs) -> None:
-    for what, (input, target) in pairs.items():
-        wavs = load_pair(input, target)
-        outputs = {c.name: render(c.model, c.codec, *wavs).wav for c in compared}
-        section.players(Players({"input": wavs[0], "target": wavs[1], **outputs}), what)
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -146,7 +118,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     raise UserError(f"{paths[0]}: compared with itself; name two runs")
 
 
-def codec_of(run: Run, folder: str | None) -> Codec:
+def codec_of(run: Run, folder: str) -> Codec:
     """The codec that the run was trained with, from its name or from a folder of weights."""
     codec = run.config.get("codec")
     if not isinstance(codec, dict) or not codec.get("name"):
@@ -159,17 +131,12 @@ def pairs_new_to_both(first: Path, second: Path) -> Pairs:
     longer = first / "listening.jsonl"
     manifest = read_manifest(longer if longer.exists() else first / "manifest.jsonl")
     first_songs, second_songs = (read_manifest(run / "manifest.jsonl").songs("train") for run in (first, second))
-    trained_on = first_songs | second_songs
-    pairs = {
-        describe_pair(pair.input, pair.target): (whole_clip(manifest, pair.input), whole_clip(manifest, pair.target))
-        for pair in manifest.split("val")
-        if not {pair.input.sha256, pair.target.sha256} & trained_on
-    }
-    if not pairs:
-        raise UserError(
-            f"{second}: was trained on the music of every validation pair of {first}; nothing is new to both"
-        )
-    return pairs
+    pairs = [(pair.input, pair.target) for pair in manifest.split("val")]
+    new = [clips for clips in pairs if (first_songs | second_songs).isdisjoint(clip.sha256 for clip in clips)]
+    if not new:
+        fault = "was trained on the music of every validation pair of"
+        raise UserError(f"{second}: {fault} {first}; nothing is new to both")
+    return {describe_pair(*clips): tuple(whole_clip(manifest, clip) for clip in clips) for clips in new}
 
 
 def spread(pairs: Pairs, count: int) -> Pairs:
@@ -185,17 +152,12 @@ def main() -> None:
     parser.add_argument("--out", default="", help="folder for the page (default: outputs/compare/<first>-<second>)")
     parser.add_argument("--pairs", type=int, default=3, help="pairs to listen to (default: 3)")
     parser.add_argument("--judged", type=int, default=24, help="pairs to measure on (default: 24)")
-    parser.add_argument("--codec", help="directory of EnCodec weights, for the runs that were trained with it")
+    parser.add_argument(
+        "--codec", default="", help="directory of EnCodec weights, for the runs that were trained with it"
+    )
     options = parser.parse_args()
     with exit_on_user_error():
-        page, tables = compare_runs(
-            options.first,
-            options.second,
-            options.out,
-            num_pairs=options.pairs,
-            num_judged=options.judged,
-            codec_folder=options.codec,
-        )
+        page, tables = compare_runs(**vars(options))
         for table in tables.values():
             print(f"{table.caption}\n{table}\n")
         print(f"page: {page}")

@@ -185,7 +185,7 @@ def test_the_page_says_what_was_compared(page, runs, songs, new_pairs):
 
 def test_in_a_notebook_the_tables_come_back(tmp_path, runs, monkeypatch):
     monkeypatch.setattr(lib.compare, "ROOT", tmp_path)
-    path, tables = compare_runs(*(run.path for run in runs), num_pairs=1, num_judged=1)
+    path, tables = compare_runs(*(run.path for run in runs), pairs=1, judged=1)
     assert path == tmp_path / "outputs" / "compare" / "a-b run" / "index.html"
     assert path.exists()
     assert len(tables["configs"].rows) == 4
@@ -196,7 +196,7 @@ def test_in_a_notebook_the_tables_come_back(tmp_path, runs, monkeypatch):
 def test_equal_configs_are_said_to_be_equal(tmp_path, runs):
     shutil.copytree(runs[0].path, tmp_path / "twin", symlinks=True)
     write_manifest(lib.compare.read_manifest(runs[0].path / "manifest.jsonl"), tmp_path / "twin/manifest.jsonl", "both")
-    _, tables = compare_runs(runs[0].path, tmp_path / "twin", tmp_path / "out", num_pairs=1, num_judged=2)
+    _, tables = compare_runs(runs[0].path, tmp_path / "twin", tmp_path / "out", pairs=1, judged=2)
     assert tables["configs"].rows == [["none: the configs are equal"]]
     first, second = tables["metrics"].rows
     assert first[1:] == second[1:]
@@ -274,7 +274,7 @@ def test_runs_in_folders_of_one_name_get_a_page(tmp_path, runs, monkeypatch):
         manifest = lib.compare.read_manifest(run.path / "manifest.jsonl")
         write_manifest(manifest, tmp_path / parent / "demo" / "manifest.jsonl", "both")
     monkeypatch.setattr(lib.compare, "ROOT", tmp_path)
-    page, tables = compare_runs(tmp_path / "one/demo", tmp_path / "two/demo", num_pairs=1, num_judged=1)
+    page, tables = compare_runs(tmp_path / "one/demo", tmp_path / "two/demo", pairs=1, judged=1)
     assert page.parent == tmp_path / "outputs" / "compare" / "one_demo-two_demo"
     assert [row[0] for row in tables["metrics"].rows] == ["one/demo", "two/demo"]
 
@@ -386,7 +386,7 @@ def test_a_runs_own_page_is_not_written_over(program, runs):
 
 @pytest.mark.parametrize(
     ("name", "folder", "wanted"),
-    [("mdct", None, "mdct"), ("mdct", "w", "mdct"), ("encodec", None, "encodec"), ("encodec", "w", "w")],
+    [("mdct", "", "mdct"), ("mdct", "w", "mdct"), ("encodec", "", "encodec"), ("encodec", "w", "w")],
 )
 def test_weights_are_for_the_runs_that_need_them(tmp_path, monkeypatch, name, folder, wanted):
     monkeypatch.setattr(lib.compare, "load_codec", lambda asked: asked)
@@ -396,4 +396,4 @@ def test_weights_are_for_the_runs_that_need_them(tmp_path, monkeypatch, name, fo
 @pytest.mark.parametrize("config", [{}, {"codec": None}, {"codec": "h264"}, {"codec": {}}, {"codec": {"name": ""}}])
 def test_a_run_without_a_codec_is_none_of_ours(tmp_path, config):
     with pytest.raises(UserError, match=r"config\.json: names no codec; give a run that this project trained"):
-        codec_of(Run(tmp_path, config), None)
+        codec_of(Run(tmp_path, config), "")

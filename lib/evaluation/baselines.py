@@ -23,11 +23,8 @@ from lib.util.stats import Comparison, paired_comparison
 
 @torch.no_grad()
 def baseline_losses(pairs: LatentPairs, loss: LossConfig, untrained: Cascade) -> dict[str, float]:
-    """The training objective of outputs that need no training, as means over `pairs`.
-
-    The mean of both latents minimises a loss with two equal weights; 'at full level' scales it to the RMS that the
-    cascade aims at: the lowest loss that a cascade within its clamp can reach by averaging.
-    """
+    """The training objective of outputs without training, as means over `pairs`. The plain average minimises a loss
+    with two equal weights; 'at full level' scales it to the RMS that the cascade aims at."""
     sums: dict[str, float] = {}
     untrained.eval()
     for input, target in DataLoader(pairs, batch_size=8):  # each [B, D, T]
@@ -49,11 +46,8 @@ def baseline_losses(pairs: LatentPairs, loss: LossConfig, untrained: Cascade) ->
 def fusions(
     input: Tensor, target: Tensor, codec: Codec, models: Mapping[str, FusionModel]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every baseline's and every model's fusion of two latents `[D, T]`, by name, as sound `[1, N]`.
-
-    Baselines: each clip alone, the averages of the waveforms and of the latents, and both clips combined by each fixed
-    masking without a model. All are decoded by the codec.
-    """
+    """Every fusion of two latents `[D, T]` by name, as sound `[1, N]` from the codec: each clip alone, the averages of
+    waveforms and of latents, both clips combined by each fixed masking without a model, and every model's."""
     input, target = input[None], target[None]
     sounds = {"input": codec.decode(input), "target": codec.decode(target)}
     sounds["average of waveforms"] = (sounds["input"] + sounds["target"]) / 2

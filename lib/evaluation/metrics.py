@@ -3,7 +3,6 @@
 Legend: N samples, D latent channels, T frames, M mel bands, F frames of a spectrogram.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -23,34 +22,27 @@ from lib.model.masks import complementarity
 from lib.model.rms_law import pair_rms
 from lib.training.losses import latent_mse
 
-# --- reconstruction ---------------------------------------------------------------------------------------------------
+CHROMA_FFT = 4096  # 5.9 Hz a bin
+CHROMA_HOP = 4 * HOP  # 53 ms
 
 
 def band_snr(
     reference: Tensor, estimate: Tensor, edges: Sequence[float], sample_rate: int = SAMPLE_RATE
 ) -> list[float]:
-    """Signal-to-noise ratio in dB of `estimate [1, N]` within each band between neighbouring `edges` (Hz).
-
-    The energies of reference and difference are sums over the bins of one Fourier transform of the whole clip. NaN for
-    a band in which the reference has no energy.
-    """
+    """Signal-to-noise ratio in dB of `estimate [1, N]` within each band between neighbouring `edges` (Hz), by one
+    Fourier transform of the whole clip. NaN for a band in which the reference has no energy."""
     signal, noise = (torch.fft.rfft(x[0].double()).abs().square() for x in (reference, reference - estimate))
     frequencies = torch.fft.rfftfreq(reference.shape[-1], 1 / sample_rate)
-    ratios = []
-    for low, high in itertools.pairwise(edges):
-        band = (frequencies >= low) & (frequencies < high)
-        power = signal[band].sum()
-        ratio = 10 * torch.log10(power / noise[band].sum().clamp_min(1e-30))
-        ratios.append(ratio.item() if power > 0 else float("nan"))
-    return ratios
+    bands = [(frequencies >= low) & (frequencies < high) for low, high in itertools.pairwise(edges)]
+    powers = [(signal[band].sum(), noise[band].sum().clamp_min(1e-30)) for band in bands]
+    return [10 * torch.log10(power / error).item() if power > 0 else math.nan for power, error in powers]
 
 
 def band_rows(ratios: Sequence[float], edges: Sequence[float]) -> list[dict[str, str]]:
     """What `band_snr` measured, as rows of a table."""
-    named = zip(itertools.pairwise(edges), ratios, strict=True)
     return [
         {"band (Hz)": f"{low} to {high}", "SNR (dB)": "no signal" if math.isnan(ratio) else f"{ratio:.0f}"}
-        for (low, high), ratio in named
+        for (low, high), ratio in zip(itertools.pairwise(edges), ratios, strict=True)
     ]
 
 
@@ -59,10 +51,8 @@ def survival(ratios: Sequence[float], design: float | None = None) -> str:
     present = [ratio for ratio in ratios if not math.isnan(ratio)]
     if not present:
         return "no signal"
-    words = f"signal to noise at least {min(present):.0f} dB"
-    if design is not None:
-        words += f"; over {design:g} dB, its design: {'yes' if min(present) > design else 'no'}"
-    return words
+    goal = "" if design is None else f"; over {design:g} dB, its design: {'yes' if min(present) > design else 'no'}"
+    return f"signal to noise at least {min(present):.0f} dB{goal}"
 
 
 def kurtosis(x: Tensor) -> float:
@@ -71,19 +61,14 @@ def kurtosis(x: Tensor) -> float:
     return (centred.pow(4).mean() / centred.square().mean().square()).item()
 
 
-# --- fused latents ----------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def evaluate_fusion(model: FusionModel, pairs: Dataset) -> dict[str, float]:
     """Metrics of the latents that a model fuses from `pairs`, as means over them, in eval mode on the model's device.
 
-    input_mse, target_mse, mse (their mean)      squared latent units
-    input_correlation, target_correlation        Pearson's over all values of a clip: how much of each source leaks
-    rms_ratio                                    RMS of the output over that of both clips, `pair_rms`
-    movement_ratio                               `movement` of the output over the mean of both clips'
-    complementarity                              of the masks, where there are any
-    stage<i>/<field>                             of every stage's trace
+    input_mse, target_mse, mse (their mean)    squared latent units
+    input_correlation, target_correlation      Pearson's over all values of a clip: how much of each source leaks
+    rms_ratio, movement_ratio                  RMS over `pair_rms` of the clips; `movement` over the mean of theirs
+    complementarity, stage<i>/<field>          of the masks, where there are any; of every stage's trace
     """
     device = next(model.parameters()).device
     sums: dict[str, Tensor] = {}
@@ -103,8 +88,7 @@ def evaluate_fusion(model: FusionModel, pairs: Dataset) -> dict[str, float]:
         if masks is not None:
             values["complementarity"] = complementarity(masks)
         for i, trace in enumerate(traces):
-            for field in dataclasses.fields(trace):
-                values[f"stage{i}/{field.name}"] = getattr(trace, field.name)
+            values |= {f"stage{i}/{name}": value for name, value in vars(trace).items()}
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value.double().mean() * len(input)
     return {name: value.item() / len(pairs) for name, value in sums.items()}
@@ -113,13 +97,6 @@ def evaluate_fusion(model: FusionModel, pairs: Dataset) -> dict[str, float]:
 def movement(latents: Tensor) -> Tensor:
     """Standard deviation over time of the frames' RMS, `[B, D, T] → [B]`: 0 for an output of constant level."""
     return latents.square().mean(dim=1).sqrt().std(dim=1, correction=0)
-
-
-# --- fused sound ------------------------------------------------------------------------------------------------------
-
-
-CHROMA_FFT = 4096  # 5.9 Hz a bin
-CHROMA_HOP = 4 * HOP  # 53 ms
 
 
 @dataclass(frozen=True)
@@ -149,8 +126,8 @@ def sound_features(wav: Tensor) -> SoundFeatures:
         torch.from_numpy(share.astype(np.float32)).flatten(),
         curve,
         sound.log_mel[0],
-        float(wav.square().mean().sqrt()),
-        float(curve.std() / curve.mean()),
+        rms=float(wav.square().mean().sqrt()),
+        movement=float(curve.std() / curve.mean()),
     )
 
 
@@ -163,8 +140,7 @@ def sound_metrics(output: SoundFeatures, input: SoundFeatures, target: SoundFeat
                      output has the input's rhythm *and* the target's harmony; a copy of one clip has about 0
     input_envelope, target_envelope    correlation of the loudness curves: how much of each the output copies
     input_mel, target_mel              mean absolute difference of the log mel spectrograms, dB
-    rms_ratio        RMS of the output over that of both clips, `pair_rms`
-    movement_ratio   `movement` of the output over the mean of both clips'
+    rms_ratio, movement_ratio          RMS over `pair_rms` of the clips; movement over the mean of theirs
     """
     rhythm = float(correlation(output.onsets, input.onsets))
     harmony = float(torch.nn.functional.cosine_similarity(output.chroma, target.chroma, dim=0))

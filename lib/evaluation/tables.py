@@ -15,14 +15,7 @@ from lib.model.masks import Masks, complementarity
 from lib.util.stats import Comparison
 
 Row = dict[str, Any]
-STAGE_COLUMNS = (
-    "projection_rms",
-    "rms_before_scaling",
-    "output_rms",
-    "target_scale",
-    "applied_scale",
-    "clamped",
-)
+STAGE_COLUMNS = ("projection_rms", "rms_before_scaling", "output_rms", "target_scale", "applied_scale", "clamped")
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -54,11 +47,10 @@ def mask_rows(masks: Mapping[str, Masks | None]) -> list[Row]:
 
 def term_rows(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[Row]:
     """Every term of the objective, in two validations of metrics.jsonl."""
-    names = [name for name in last if name.startswith("loss/")]
-    columns = {f"step {row['step']}": row for row in (first, last)}
     return [
-        {"term": name.removeprefix("loss/")} | {step: f"{row[name]:.3f}" for step, row in columns.items()}
-        for name in names
+        {"term": name.removeprefix("loss/")} | {f"step {row['step']}": f"{row[name]:.3f}" for row in (first, last)}
+        for name in last
+        if name.startswith("loss/")
     ]
 
 
@@ -72,10 +64,9 @@ def stage_rows(row: Mapping[str, Any], num_stages: int) -> list[Row]:
 
 def fusion_rows(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row]:
     """Mean objective metrics of every output of `measure_fusions`."""
-    means = {name: mean_metrics(rows) for name, rows in measured.items()}
     return [
-        {"output": name} | {key.replace("_", " "): f"{value:.2f}" for key, value in row.items()}
-        for name, row in means.items()
+        {"output": name} | {key.replace("_", " "): f"{value:.2f}" for key, value in mean_metrics(rows).items()}
+        for name, rows in measured.items()
     ]
 
 

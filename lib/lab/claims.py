@@ -93,13 +93,25 @@ def with_untested(verdicts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: int(row["claim"][1:]))
 
 
-def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+def claim_rows(verdicts: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Stored verdicts as rows of a table."""
+    return [
+        {
+            "claim": v["claim"],
+            "said": v["said"],
+            "measured": v["measured"] + (f" ({v['spread']})" if v["spread"] else ""),
+            "verdict": v["verdict"] + (f": {v['why']}" if v["why"] else ""),
+        }
+        for v in verdicts
+    ]
+
+
+def markdown_table(verdicts: Sequence[dict[str, Any]]) -> str:
     """claims.json as a Markdown table."""
     head = ("claim", "seed", "said", "measured (range over seeds)", "verdict")
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for row in rows:
-        measured = row["measured"] + (f" ({row['spread']})" if row["spread"] else "")
-        verdict = f"**{row['verdict']}**" + (f": {row['why']}" if row["why"] else "")
-        cells = (row["claim"], CLAIMS[row["claim"]][0], row["said"], measured, verdict)
+    for claim, said, measured, verdict in map(dict.values, claim_rows(verdicts)):
+        word, colon, why = verdict.partition(":")
+        cells = (claim, CLAIMS[claim][0], said, measured, f"**{word}**{colon}{why}")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

@@ -8,9 +8,10 @@
 - `player`: `Players` that keep levels as they are (`player.js`: their panel, with a blind test)
 - `widgets`: what the panels share; `show` displays one where a front end can
 
-Only what needs no widgets is imported here, so that `python -m lib.fuse` starts quickly.
+Only what needs no widgets is imported here, so that `python -m lib.fuse` starts quickly. `lib.listening.render` as an
+attribute is the function; `from lib.listening.render import …` finds the module.
 """
 
-from lib.listening.render import Settings, follow_recipe, save_with_recipe
+from lib.listening.render import Settings, follow_recipe, render, save_with_recipe
 
-__all__ = ["Settings", "follow_recipe", "save_with_recipe"]
+__all__ = ["Settings", "follow_recipe", "render", "save_with_recipe"]

@@ -1,10 +1,7 @@
 """Watch a training: curves, time left, the newest clips and a button that stops it.
 
-    dashboard.watch("outputs/demo")
-
-shows, in any notebook, a run that trains anywhere on the same file system: in another notebook, on eight GPUs, or in a
-kernel whose page was closed. The training notebook shows the same panel below its cell. Everything is read from the
-run's folder, and the button writes a file there that training checks after every step. A headless run shows nothing.
+`watch("outputs/demo")` shows a run that trains anywhere on the same file system; notebook 04 shows the same panel below
+its cell. Everything is read from the run's folder, where the button writes a file that training looks for.
 """
 
 import asyncio
@@ -17,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ipywidgets
 import matplotlib.pyplot as plt
 from IPython.display import display
+from ipywidgets import Button, HBox, Image, Label, VBox, Widget
 from tqdm import tqdm
 
 from lib.audio.files import load_audio
@@ -56,14 +53,13 @@ class Dashboard(Callback):
 
     def on_end(self, trainer: Trainer) -> None:
         if self.panel is not None:
-            ended = f"ended at step {trainer.step}; resume = True continues"
+            ended = f"ended at step {trainer.step}; resume = True resumes"
             self.panel.update("finished" if trainer.finished else ended)
             self.panel.button.disabled = True
 
 
 def watch(path: str | Path, seconds: float = SECONDS) -> plt.Figure | None:
-    """Follow a run that trains elsewhere until this kernel ends; a headless run gets the curves so far. `UserError` if
-    there is no run."""
+    """Follow a run that trains elsewhere; a headless run gets the curves so far. `UserError` if there is no run."""
     run = Run.open(path)
     if not can_show_widgets():
         return curves(run, Metrics(run.path / "metrics.jsonl"))
@@ -87,18 +83,16 @@ class Panel:
 
     def __init__(self, run: Run):
         self.run = run
-        self.status = ipywidgets.Label("starting")
-        self.button = ipywidgets.Button(description="Stop and save", icon="stop", button_style="warning")
+        self.status = Label("starting")
+        self.button = Button(description="Stop and save", icon="stop", button_style="warning")
         self.button.on_click(self.stop)
         self.pressed = False
         leave_subshell_to_front_end(self.button)
-        self.picture = ipywidgets.Image(**PICTURE)
-        self.players = PlayerWidget()
+        self.picture, self.players = Image(**PICTURE), PlayerWidget()
         self.metrics = Metrics(run.path / "metrics.jsonl")
         self.seen: list[tuple[float, int]] = []  # time and newest step of the last updates
         self.newest: tuple[Path, int] | None = None  # the output that is shown, and when it was written
-        head = ipywidgets.HBox([self.button, self.status])
-        self.box = ipywidgets.VBox([head, self.picture, self.players])
+        self.box = VBox([HBox([self.button, self.status]), self.picture, self.players])
 
     def stop(self, button: Any) -> None:
         try:
@@ -109,7 +103,7 @@ class Panel:
             self.status.value = f"{self.run.stop_file}: cannot be written ({error.strerror})"
 
     def update(self, status: str = "") -> None:
-        """Show what the run's folder holds now; `status`: instead of the progress."""
+        """Show what the run's folder holds now, with this status or the progress."""
         self.metrics.read()
         self.seen = [*self.seen[-20:], (time.monotonic(), self.metrics.newest["step"])]
         self.status.value = status or self.progress()
@@ -142,19 +136,16 @@ class Panel:
             self.newest = (newest, written)
 
 
-def leave_subshell_to_front_end(widget: ipywidgets.Widget) -> None:
-    """Let a widget's messages reach the subshell that the front end sends them to.
-
-    ipykernel 7.4 instead sends them to the shell that the widget was created in, which is busy while the cell runs. It
-    has no public switch for that, so its private note of that shell is removed; a test names it should it change.
-    """
+def leave_subshell_to_front_end(widget: Widget) -> None:
+    """Let a widget's messages reach the subshell that the front end sends them to. ipykernel 7.4 sends them to the one
+    that the widget was created in, which is busy while the cell runs, and has no public switch for that. So its private
+    note of that shell is removed; a test names it should it change."""
     if widget.comm is not None:
         vars(widget.comm).pop("_reply_subshell_id", None)
 
 
 class Metrics:
-    """The values of a growing metrics.jsonl that the curves show. Each line is read once: the file may reach
-    gigabytes."""
+    """What the curves show of a growing metrics.jsonl. Each line is read once: the file may reach gigabytes."""
 
     NEEDED = re.compile(r"epoch|loss|grad_norm|stage[0-9]+/(output_rms|target_scale|rms_before_scaling)")
 

@@ -1,26 +1,19 @@
-"""Sliders over a real cascade: residual weight, clamp, similarity of the clips, spectral norm; its RMS is redrawn.
-
-Where the front end shows no widgets, `RmsExplorer.grid` shows a few settings side by side.
-"""
+"""The RMS of a real cascade, redrawn by sliders: residual weight, clamp, similarity of the clips, spectral norm."""
 
 import dataclasses
 import functools
-import io
-from collections.abc import Mapping
 from typing import Any
 
-import ipywidgets
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from ipywidgets import Checkbox, FloatSlider, Image, VBox
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from lib.audio.plots import STYLE
 from lib.lab.plots import Waterfall, waterfalls
 from lib.lab.variants import EXPLODING, VARIANTS
+from lib.listening.widgets import CONTROL, figure_png, observe
 from lib.model.cascade import Cascade, StageTrace, rms
 from lib.model.rms_law import pair_rms
 
@@ -39,7 +32,7 @@ class RmsExplorer:
     """The exploding three-stage cascade on a pair of latents `[1, D, T]`; the sliders change its last stage."""
 
     def __init__(self, input: Tensor, target: Tensor, num_layers: int, seed: int = 0):
-        self.input = input
+        self.input, self.goal = input, pair_rms(rms(input), rms(target)).item()
         direction = input / input.norm()
         across = target - (target * direction).sum() * direction
         self.across = across / across.norm() * target.norm()  # orthogonal to the input, at the target's RMS
@@ -56,16 +49,13 @@ class RmsExplorer:
     @torch.inference_mode()
     def traces(
         self, weight: float = 0.1, clamp: bool = True, similarity: float = 0.0, spectral_norm: bool = True
-    ) -> tuple[list[dict[str, float]], float]:
-        """RMS through the stages in the form of `Waterfall.update`, and the RMS of both clips.
-
-        `similarity`: cosine between input and target, 0 to 1. `clamp`: of the last stage's scale.
-        """
+    ) -> list[dict[str, float]]:
+        """RMS through the stages in the form of `Waterfall.update`. `similarity`: cosine between input and target, 0 to
+        1; `clamp`: of the last stage's scale."""
         stages = self.cascades[spectral_norm].stages
         signals, traces = self.before_last(similarity, spectral_norm)
         with stages[-1].override(residual_weight=weight, clamp=CLAMP if clamp else None):
-            traces = (*traces, stages[-1](signals)[1])
-            rows = [
+            return [
                 {
                     "projection": trace.projection_rms.item(),
                     "residual": stage.config.residual_weight * trace.residual_rms.item(),
@@ -74,9 +64,8 @@ class RmsExplorer:
                     "target_scale": trace.target_scale.item(),
                     "applied_scale": trace.applied_scale.item(),
                 }
-                for stage, trace in zip(stages, traces, strict=True)
+                for stage, trace in zip(stages, (*traces, stages[-1](signals)[1]), strict=True)
             ]
-        return rows, pair_rms(rms(self.input), rms(signals["target"])).item()
 
     @torch.inference_mode()
     def _before_last(self, similarity: float, spectral_norm: bool) -> tuple[dict[str, Tensor], tuple[StageTrace, ...]]:
@@ -87,44 +76,35 @@ class RmsExplorer:
 
     def png(self, **settings: Any) -> bytes:
         """The waterfall of one setting as a PNG: what a slider redraws, in well under 200 ms."""
-        rows, goal = self.traces(**settings)
+        rows = self.traces(**settings)
         if self.figure is None:
             with plt.rc_context(STYLE | {"axes.grid.axis": "y", "figure.constrained_layout.use": False}):
                 self.figure = Figure(figsize=(7, 3.3), dpi=90)
-                FigureCanvasAgg(self.figure)
                 axes = self.figure.add_axes((0.09, 0.1, 0.72, 0.78))
-                self.waterfall = Waterfall(axes, len(rows), goal)
+                self.waterfall = Waterfall(axes, len(rows), self.goal)
                 axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         self.waterfall.update(rows, CLAMP if settings.get("clamp", True) else None)
-        self.figure.canvas.draw()
-        content = io.BytesIO()
-        picture = Image.fromarray(np.asarray(self.figure.canvas.buffer_rgba())).convert("RGB")
-        picture.save(content, format="png", compress_level=1)
-        return content.getvalue()
+        return figure_png(self.figure)
 
     def grid(self) -> Figure:
         """The settings of `GRID` side by side."""
         shown = {title: self.traces(**settings) for title, settings in GRID.items()}
-        clamps = [CLAMP if settings.get("clamp", True) else None for settings in GRID.values()]
-        goal = next(iter(shown.values()))[1]
-        return waterfalls({title: rows for title, (rows, _) in shown.items()}, goal, clamps)
+        return waterfalls(
+            shown, self.goal, [CLAMP if settings.get("clamp", True) else None for settings in GRID.values()]
+        )
 
-    def sliders(self) -> ipywidgets.Widget:
+    def sliders(self) -> VBox:
         """The live explorer."""
-        style = {"style": {"description_width": "11rem"}, "layout": {"width": "30rem"}}
         controls = {
-            "weight": ipywidgets.FloatSlider(0.1, min=0, max=1, step=0.01, description="last residual weight", **style),
-            "similarity": ipywidgets.FloatSlider(
-                0, min=0, max=1, step=0.01, description="similarity of clips", **style
-            ),
-            "clamp": ipywidgets.Checkbox(True, description="clamp to 0.7 to 1.5", **style),
-            "spectral_norm": ipywidgets.Checkbox(True, description="spectral norm", **style),
+            "weight": FloatSlider(0.1, min=0, max=1, step=0.01, description="last residual weight", **CONTROL),
+            "similarity": FloatSlider(0, min=0, max=1, step=0.01, description="similarity of clips", **CONTROL),
+            "clamp": Checkbox(True, description="clamp to 0.7 to 1.5", **CONTROL),
+            "spectral_norm": Checkbox(True, description="spectral norm", **CONTROL),
         }
-        picture = ipywidgets.Image(format="png", value=self.png(), layout={"width": "630px", "max_width": "100%"})
+        picture = Image(format="png", value=self.png(), layout={"width": "630px", "max_width": "100%"})
 
-        def redraw(change: Mapping[str, Any]) -> None:
+        def redraw(change: Any) -> None:
             picture.value = self.png(**{name: control.value for name, control in controls.items()})
 
-        for control in controls.values():
-            control.observe(redraw, names="value")
-        return ipywidgets.VBox([*controls.values(), picture])
+        observe(controls.values(), redraw)
+        return VBox([*controls.values(), picture])

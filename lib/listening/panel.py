@@ -1,15 +1,12 @@
-"""The listening panel: a pair of clips and what one or several runs make of it, to listen to and to look at.
-
-Where the front end shows no widgets, `Listening.blends` shows the masks of one pair instead.
-"""
+"""The listening panel: a pair of clips and its fusion by one or several runs; headless, the masks of one pair."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ipywidgets
 import torch
+from ipywidgets import Checkbox, Dropdown, FloatSlider, Image, Label, SelectMultiple, VBox
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -38,9 +35,8 @@ class Listening:
     def __init__(
         self, codec: Codec, manifest: Manifest, runs: Mapping[str, Run], uploads: str | Path, superres: str | Path
     ):
-        """`runs`: name → run; the first one is selected at the start. `uploads`: folder that keeps uploaded files, so
-        that a recipe can name them. `superres`: folder of the super-resolver, which notebook 06 may not have trained
-        yet."""
+        """`runs`: name → run; the first is selected at the start. `uploads`: folder that keeps uploaded files, which
+        recipes name. `superres`: folder of the super-resolver, which notebook 06 may not have trained yet."""
         self.codec, self.runs, self.uploads, self.superres = codec, dict(runs), Path(uploads), Path(superres)
         self.clip_length = manifest.clip_length
         pairs = [(pair.input, pair.target) for pair in manifest.split("val")]
@@ -54,19 +50,15 @@ class Listening:
         meta = path / "best" / "meta.json"
         written = meta.stat().st_mtime_ns if meta.exists() else 0  # without one, loading says what is wrong
         if self.models.get(run, (None,))[0] != written:
-            model = load_model(Run.open(path), "best", codec_fingerprint=self.codec.fingerprint)
-            self.models[run] = written, model
+            self.models[run] = written, load_model(Run.open(path), codec_fingerprint=self.codec.fingerprint)
         return self.models[run][1]
 
     def compare(
         self, input: Clip, target: Clip, runs: Sequence[str], settings: Settings | None = None, restored: bool = False
     ) -> tuple[Players, dict[str, tuple[Tensor, Tensor]]]:
-        """A pair beside its fusion by each run and the plain average of both clips; and for each run with masks, mel
-        powers `[80, F]` of what it took from input and target.
-
-        The average goes through the codec like the fusions, so that all have the same band; input and target are the
-        originals. `restored`: everything at 48 kHz, the outputs with a restored upper band.
-        """
+        """A pair beside its fusion by each run and the plain average, which goes through the codec like the fusions, so
+        that all have the same band; and for each run with masks, mel powers `[80, F]` of what it took from input and
+        target. `restored`: everything at 48 kHz, the outputs with a restored upper band."""
         pair = load_pair(input, target)
         wavs, parts = dict(zip(("input", "target"), pair, strict=True)), {}
         for run in runs:
@@ -89,8 +81,7 @@ class Listening:
         return found
 
     def blends(self) -> Figure | None:
-        """What the first run takes from which clip of the first pair, its masks blended with 0.5; None without
-        masks."""
+        """What the first run takes from which clip of the first pair, masks blended with 0.5; None without masks."""
         pair = load_pair(*next(iter(self.pairs.values())))
         model = self.model(next(iter(self.runs)))
         shown = {}
@@ -100,7 +91,7 @@ class Listening:
                 shown[title] = taken(self.codec, rendition)
         return mixing_maps(shown, pair[0].shape[-1] / SAMPLE_RATE) if shown else None
 
-    def panel(self) -> ipywidgets.Widget:
+    def panel(self) -> VBox:
         """The live panel."""
         return _Panel(self).box
 
@@ -127,52 +118,42 @@ class _Panel:
     def __init__(self, listening: Listening):
         self.listening = listening
         names = list(listening.runs)
-        self.pair = ipywidgets.Dropdown(options=[*listening.pairs, UPLOADED], description="pair", **CONTROL)
+        rows = min(5, max(2, len(names)))
+        self.pair = Dropdown(options=[*listening.pairs, UPLOADED], description="pair", **CONTROL)
         self.files = {role: Upload(role, listening.uploads, listening.clip_length) for role in ("input", "target")}
-        self.runs = ipywidgets.SelectMultiple(
-            options=names, value=names[:1], rows=min(5, max(2, len(names))), description="runs (one or more)", **CONTROL
+        self.runs = SelectMultiple(
+            options=names, value=names[:1], rows=rows, description="runs (one or more)", **CONTROL
         )
-        self.blend = ipywidgets.FloatSlider(0, min=0, max=1, step=0.05, description="blend masks with 0.5", **SLIDER)
-        upper_band = "restore the outputs' upper band (48 kHz)"
+        self.blend = FloatSlider(0, min=0, max=1, step=0.05, description="blend masks with 0.5", **SLIDER)
         can_restore = (listening.superres / "diffusion" / "best").exists()
-        if not can_restore:
-            upper_band += ": needs notebook 06, which trains the super-resolver"
-        self.restored = ipywidgets.Checkbox(False, description=upper_band, disabled=not can_restore, **CONTROL)
+        upper_band = "restore the outputs' upper band (48 kHz)"
+        upper_band += "" if can_restore else ": needs notebook 06, which trains the super-resolver"
+        self.restored = Checkbox(False, description=upper_band, disabled=not can_restore, **CONTROL)
         self.message = Message()
-        self.uploads = ipywidgets.VBox([file.box for file in self.files.values()])
-        self.playing = ipywidgets.Label()  # which pair the players hold
-        self.players = PlayerWidget()
-        self.masks = ipywidgets.Image(**PICTURE)
+        self.uploads = VBox([file.box for file in self.files.values()])
+        self.playing = Label()  # which pair the players hold
+        self.players, self.masks = PlayerWidget(), Image(**PICTURE)
         controls = (self.pair, self.uploads, self.runs, self.blend, self.restored, self.message)
-        self.box = ipywidgets.VBox([*controls, self.playing, self.players, self.masks])
+        self.box = VBox([*controls, self.playing, self.players, self.masks])
         uploads = [control for file in self.files.values() for control in (file.button, file.begin)]
         observe((self.pair, self.runs, self.blend, self.restored, *uploads), self.redraw)
         self.redraw()
 
-    def chosen(self) -> tuple[Clip, Clip] | None:
-        """The clips to play; None while a file is missing."""
-        if self.pair.value != UPLOADED:
-            return self.listening.pairs[self.pair.value]
-        clips = tuple(file.clip() for file in self.files.values())
-        return None if None in clips else clips
-
-    def title(self) -> str:
-        if self.pair.value != UPLOADED:
-            return self.pair.value
-        return " + ".join(f"{file.name.value} from {file.begin.value:g} s" for file in self.files.values())
-
     def redraw(self, change: Any = None) -> None:
-        self.uploads.layout.display = None if self.pair.value == UPLOADED else "none"
+        title, uploaded = self.pair.value, self.pair.value == UPLOADED
+        self.uploads.layout.display = None if uploaded else "none"
         with self.message.show_errors():
-            clips = self.chosen()
-            if clips is None:
+            clips = [file.clip() for file in self.files.values()] if uploaded else self.listening.pairs[title]
+            if None in clips:
                 return self.message.say("Choose two audio files: WAV, FLAC, OGG or MP3.")
+            if uploaded:
+                title = " + ".join(f"{file.name.value} from {file.begin.value:g} s" for file in self.files.values())
             if not self.runs.value:
                 raise UserError("runs: none is selected; click one, or several with Ctrl")
             settings = Settings(mask_blend=self.blend.value)
             players, parts = self.listening.compare(*clips, self.runs.value, settings, self.restored.value)
             self.players.html = players._repr_html_()
-            self.playing.value = "playing " + self.title()
+            self.playing.value = f"playing {title}"
             self.masks.layout.display = None if parts else "none"
             if parts:
                 titles = {f"taken by {run}": powers for run, powers in parts.items()}

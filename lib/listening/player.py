@@ -36,8 +36,7 @@ PLAYER = Markup(
 
 
 def loudness(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> float:
-    """Loudness of `[1, N]` in LUFS by ITU-R BS.1770-4; −∞ for silence. A clip shorter than the window of 0.4 s is
-    repeated."""
+    """Loudness of `[1, N]` in LUFS by ITU-R BS.1770-4; −∞ for silence. A clip shorter than its window is repeated."""
     repeats = math.ceil(2 * BLOCK * sample_rate / wav.shape[-1]) if wav.shape[-1] < BLOCK * sample_rate else 1
     scale = max(1.0, 4 * float(wav.abs().max()))  # torchaudio's filters raise peaks by up to 3.4 and clip them at 1
     value = float(torchaudio.functional.loudness(wav.repeat(1, repeats) / scale, sample_rate))
@@ -49,39 +48,38 @@ def data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
+def flac(wav: Tensor, sample_rate: int) -> bytes:
+    content = io.BytesIO()
+    soundfile.write(content, wav[0].numpy(), sample_rate, format="FLAC", subtype="PCM_16")
+    return content.getvalue()
+
+
 class Players:
     """Clips `[1, N]` by name, to compare by ear: one player each, all at one gain, so that their levels compare.
 
-    The gain is 1 unless a clip exceeds full scale; then all are turned down equally, and the heading says so. Shown as
-    players in a notebook, as a table of levels in text.
+    The gain is 1 unless a clip exceeds full scale; then all are turned down equally, and the heading says so.
     """
 
     def __init__(self, wavs: Mapping[str, Tensor], sample_rate: int = SAMPLE_RATE):
-        self.wavs = dict(wavs)
-        self.sample_rate = sample_rate
+        self.wavs, self.sample_rate = dict(wavs), sample_rate
         self.peaks = {name: float(wav.abs().max()) for name, wav in self.wavs.items()}
         self.loudness = {name: loudness(wav, sample_rate) for name, wav in self.wavs.items()}
         self.seconds = max(wav.shape[-1] for wav in self.wavs.values()) / sample_rate
-        loudest = max(self.peaks.values())
-        self.gain = HEADROOM / loudest if loudest > 1 else 1.0
+        self.gain = HEADROOM / peak if (peak := max(self.peaks.values())) > 1 else 1.0
 
     def levels(self) -> dict[str, str]:
         """RMS, peak and loudness of each clip before the common gain."""
-        rms = {name: float(wav.square().mean().sqrt()) for name, wav in self.wavs.items()}
         return {
-            name: f"RMS {rms[name]:.4f}, peak {self.peaks[name]:.3f}, {self.loudness[name]:.1f} LUFS" for name in rms
+            name: f"RMS {wav.square().mean().sqrt():.4f}, peak {self.peaks[name]:.3f}, {self.loudness[name]:.1f} LUFS"
+            for name, wav in self.wavs.items()
         }
 
     def matching_gains(self) -> dict[str, float]:
-        """Name → the gain, on top of the common one, that makes all clips equally loud: as loud as possible without
-        exceeding full scale. Silence keeps 1."""
-        audible = [name for name, level in self.loudness.items() if level > -math.inf]
-        room = {name: 20 * math.log10(HEADROOM / self.peaks[name]) for name in audible}
-        goal = min((self.loudness[name] + room[name] for name in audible), default=0.0)
-        return {
-            name: 10 ** ((goal - level) / 20) / self.gain if name in audible else 1.0
-            for name, level in self.loudness.items()
-        }
+        """Gains beside the common one that make all clips equally loud, as loud as full scale allows; 1 for silence."""
+        audible = {name: level for name, level in self.loudness.items() if level > -math.inf}
+        highest = [level + 20 * math.log10(HEADROOM / self.peaks[name]) for name, level in audible.items()]
+        goal = min(highest, default=0.0)
+        return {n: 10 ** ((goal - audible[n]) / 20) / self.gain if n in audible else 1.0 for n in self.wavs}
 
     def show(self) -> "Players | PlayerWidget":
         """The panel where the front end can show widgets, else the plain players."""
@@ -105,16 +103,11 @@ class Players:
                 levels=levels[name],
                 picture=data_uri("image/png", clip_image(wav, colours[name], self.sample_rate)),
                 width=per_sample * wav.shape[-1],
-                sound=data_uri("audio/flac", self._flac(wav)),
+                sound=data_uri("audio/flac", flac(wav * self.gain, self.sample_rate)),
             )
             for name, wav in self.wavs.items()
         ]
         return str(PANEL.format(self.seconds, note, Markup().join(players)))
-
-    def _flac(self, wav: Tensor) -> bytes:
-        content = io.BytesIO()
-        soundfile.write(content, (wav[0] * self.gain).numpy(), self.sample_rate, format="FLAC", subtype="PCM_16")
-        return content.getvalue()
 
 
 class PlayerWidget(anywidget.AnyWidget):

@@ -1,14 +1,22 @@
-"""The playground: one input fused with several targets, while sliders change the model's settings.
-
-A favourite is saved as a WAV with a recipe that renders it again (`python -m lib.fuse --recipe`). Where the front end
-shows no widgets, `Playground.settings_side_by_side` shows a few settings of one pair instead.
+"""The playground: one input fused with several targets, while sliders change the model's settings; headless, a few
+settings of one pair. A favourite is saved as a WAV with a recipe that renders it again (`python -m lib.fuse --recipe`).
 """
 
 import shlex
 from pathlib import Path
 from typing import Any
 
-import ipywidgets
+from ipywidgets import (
+    BoundedIntText,
+    Button,
+    Dropdown,
+    FloatLogSlider,
+    FloatSlider,
+    IntSlider,
+    SelectMultiple,
+    Text,
+    VBox,
+)
 from matplotlib.figure import Figure
 
 from lib.audio.plots import waveforms_and_mels
@@ -40,8 +48,7 @@ class Playground:
         return Players(wavs)
 
     def save(self, name: str, run: str, input: str, target: str, settings: Settings) -> Path:
-        """Save a fusion as favourites/<name>.wav with its recipe; returns the recipe's path. A name that is taken gets
-        a number, so nothing is overwritten."""
+        """Save a fusion as favourites/<name>.wav and return its recipe's path. A taken name gets a number."""
         stem = plain_name(name).strip("._") or "favourite"
         make_folder(self.favourites)
         path, number = self.favourites / f"{stem}.wav", 1
@@ -54,18 +61,17 @@ class Playground:
     def settings_side_by_side(self) -> Figure:
         """The first pair, rendered with one setting changed at a time."""
         model = self.listening.model(next(iter(self.listening.runs)))
-        changed = {"as trained": Settings(), "half noise": Settings(noise=0.5)}
+        changed = {"as trained": {}, "half noise": {"noise": 0.5}}
         if len(model.cascade.stages) > 1:
-            changed["one stage"] = Settings(stages=1)
-        changed["last residual 0.1"] = Settings(residual_weight=0.1)
+            changed["one stage"] = {"stages": 1}
+        changed["last residual 0.1"] = {"residual_weight": 0.1}
         if model.masking.masking != "none":
-            changed["all-or-nothing masks"] = Settings(mask_hardness=100.0)
-        pair = load_pair(*(self.clips[name] for name in self.first))
-        return waveforms_and_mels(
-            {name: render(model, self.listening.codec, *pair, settings).wav for name, settings in changed.items()}
-        )
+            changed["all-or-nothing masks"] = {"mask_hardness": 100.0}
+        pair, codec = load_pair(*(self.clips[name] for name in self.first)), self.listening.codec
+        wavs = {name: render(model, codec, *pair, Settings(**values)).wav for name, values in changed.items()}
+        return waveforms_and_mels(wavs)
 
-    def panel(self) -> ipywidgets.Widget:
+    def panel(self) -> VBox:
         """The live playground."""
         return _Panel(self).box
 
@@ -77,51 +83,42 @@ class _Panel:
         self.playground, self.model = playground, playground.listening.model
         names = list(playground.clips)
         input, target = playground.first
-        self.run = ipywidgets.Dropdown(options=list(playground.listening.runs), description="run", **CONTROL)
-        self.input = ipywidgets.Dropdown(options=names, value=input, description="input", **CONTROL)
-        self.targets = ipywidgets.SelectMultiple(
+        self.run = Dropdown(options=list(playground.listening.runs), description="run", **CONTROL)
+        self.input = Dropdown(options=names, value=input, description="input", **CONTROL)
+        self.targets = SelectMultiple(
             options=names, value=(target,), rows=5, description="targets (one or more)", **CONTROL
         )
         self.controls = {  # by the settings that they set
-            "stages": ipywidgets.IntSlider(1, min=1, max=1, description="stages to apply", **SLIDER),
-            "residual_weight": ipywidgets.FloatSlider(
-                1, min=0, max=2, step=0.05, description="last residual weight", **SLIDER
-            ),
-            "noise": ipywidgets.FloatSlider(0, min=0, max=1, step=0.05, description="noise share", **SLIDER),
-            "seed": ipywidgets.BoundedIntText(0, min=0, max=2**31 - 1, description="seed of the noise", **CONTROL),
-            "mask_hardness": ipywidgets.FloatLogSlider(
-                1, base=10, min=-2, max=2, step=0.1, description="mask hardness", **SLIDER
-            ),
+            "stages": IntSlider(1, min=1, max=1, description="stages to apply", **SLIDER),
+            "residual_weight": FloatSlider(1, min=0, max=2, step=0.05, description="last residual weight", **SLIDER),
+            "noise": FloatSlider(0, min=0, max=1, step=0.05, description="noise share", **SLIDER),
+            "seed": BoundedIntText(0, min=0, max=2**31 - 1, description="seed of the noise", **CONTROL),
+            "mask_hardness": FloatLogSlider(1, min=-2, max=2, step=0.1, description="mask hardness", **SLIDER),
         }
         self.message, self.players = Message(), PlayerWidget()
         self.shown: Any = None  # what the players hold: two sliders that change together redraw once
-        self.favourite = ipywidgets.Dropdown(description="save the fusion with", **CONTROL)
-        self.name = ipywidgets.Text("favourite", description="as", **CONTROL)
-        self.button = ipywidgets.Button(description="Save WAV and recipe", icon="save", layout={"width": "14rem"})
+        self.favourite = Dropdown(description="save the fusion with", **CONTROL)
+        self.name = Text("favourite", description="as", **CONTROL)
+        self.button = Button(description="Save WAV and recipe", icon="save", layout={"width": "14rem"})
         self.button.on_click(self.save)
         choices = (self.run, self.input, self.targets, *self.controls.values())
         saving = (self.favourite, self.name, self.button, self.message)
-        self.box = ipywidgets.VBox([*choices, self.players, *saving])
-        self.fit_to_run()
-        observe([self.run], self.fit_to_run)
-        observe([self.controls["stages"]], self.fit_weight)
+        self.box = VBox([*choices, self.players, *saving])
+        self.fit()
+        observe([self.run, self.controls["stages"]], self.fit)
         observe(choices, self.redraw)
         self.redraw()
 
-    def fit_to_run(self, change: Any = None) -> None:
-        """Offer as many stages as the run has, and the hardness of masks only where there are masks."""
+    def fit(self, change: Any = None) -> None:
+        """Offer as many stages as the run has, the last one's own weight, and hardness only where there are masks."""
         with self.message.show_errors():
             model, stages = self.model(self.run.value), self.controls["stages"]
-            stages.max = stages.value = len(model.cascade.stages)
-            self.controls["mask_hardness"].disabled = model.masking.masking == "none"
-            self.fit_weight()
-
-    def fit_weight(self, change: Any = None) -> None:
-        with self.message.show_errors():
-            stage = self.model(self.run.value).cascade.stages[self.controls["stages"].value - 1]
+            if change is None or change["owner"] is self.run:
+                stages.max = stages.value = len(model.cascade.stages)
+                self.controls["mask_hardness"].disabled = model.masking.masking == "none"
+            own = model.cascade.stages[stages.value - 1].config.residual_weight
             weight = self.controls["residual_weight"]
-            weight.max = max(2.0, stage.config.residual_weight)
-            weight.value = stage.config.residual_weight
+            weight.max, weight.value = max(2.0, own), own
 
     def settings(self) -> Settings:
         return Settings(**{name: control.value for name, control in self.controls.items()})
@@ -136,18 +133,14 @@ class _Panel:
                 return
             self.players.html = self.playground.fuse(*wanted)._repr_html_()
             self.shown = wanted
-            kept = self.favourite.value
-            self.favourite.options = targets
+            kept, self.favourite.options = self.favourite.value, targets
             self.favourite.value = kept if kept in targets else targets[0]
 
     def save(self, button: Any) -> None:
         with self.message.show_errors():
             if self.favourite.value is None:
                 raise UserError("save the fusion with: nothing to save yet; choose a target that plays")
-            recipe = self.playground.save(
-                self.name.value, self.run.value, self.input.value, self.favourite.value, self.settings()
-            )
-            self.message.say(
-                f"Saved {recipe.with_suffix('.wav').name} in {recipe.parent}. "
-                f"Render it again: python -m lib.fuse --recipe {shlex.quote(str(recipe))} -o again.wav"
-            )
+            choices = (self.name, self.run, self.input, self.favourite)
+            recipe = self.playground.save(*(choice.value for choice in choices), self.settings())
+            again = f"python -m lib.fuse --recipe {shlex.quote(str(recipe))} -o again.wav"
+            self.message.say(f"Saved {recipe.stem}.wav in {recipe.parent}. Render it again: {again}")

@@ -1,15 +1,13 @@
 """One pair rendered by a trained model, with settings changed if wanted, and recipes that reproduce a rendering.
 
-Everything here is computed on the CPU in float32, one pair at a time, so that a recipe reproduces it bit for bit.
-
-Legend: D latent channels, T frames, N samples.
+All is computed on the CPU in float32, one pair at a time, so that a recipe reproduces it bit for bit. Legend: D latent
+channels, T frames, N samples.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +29,7 @@ from lib.util.provenance import versions
 from lib.util.tensors import torch_threads
 
 RECIPE_VERSION = 1
+ROLES = ("input", "target")
 MOST_THREADS = 1024  # that a recipe may ask for
 UNDECIDED = 1e-6  # masks are clamped to this distance from 0 and 1, where their log-odds are finite
 HARDEST = 1e3  # largest factor on log-odds; a larger one changes nothing
@@ -49,8 +48,6 @@ class Settings:
 
 
 class Rendition(NamedTuple):
-    """What `render` returns."""
-
     wav: Tensor  # [1, N]
     latents: tuple[Tensor, Tensor]  # of input and target [1, D, T], noise included
     masks: Masks | None  # [1, D, T] each, as applied; None without masking
@@ -73,8 +70,8 @@ def render(
     masks = model.make_masks(*latents)
     if masks is not None:
         masks = Masks(*(adjusted(mask, settings) for mask in masks))
-    last, weight = stages[-1], settings.residual_weight
-    with last.override(residual_weight=last.config.residual_weight if weight is None else weight):
+    weight = settings.residual_weight
+    with stages[-1].override(**({} if weight is None else {"residual_weight": weight})):
         fusion = model(*latents, masks=masks, stages=len(stages))
     return Rendition(codec.decode(fusion.latents, length=input.shape[-1])[0], latents, masks, fusion.traces)
 
@@ -86,9 +83,6 @@ def adjusted(mask: Tensor, settings: Settings) -> Tensor:
     return torch.lerp(mask, torch.full_like(mask, 0.5), settings.mask_blend)
 
 
-# --- recipes ----------------------------------------------------------------------------------------------------------
-
-
 def load_clip(clip: Clip) -> Tensor:
     """The clip's samples `[1, N]`. Its `path` must be that of the file, not one relative to the data folder."""
     wav = load_audio(clip.path, clip.offset, clip.length)
@@ -98,7 +92,6 @@ def load_clip(clip: Clip) -> Tensor:
 
 
 def cut_to_shorter(input: Clip, target: Clip) -> tuple[Clip, Clip]:
-    """Both clips at the length of the shorter one."""
     length = min(input.length, target.length)
     return dataclasses.replace(input, length=length), dataclasses.replace(target, length=length)
 
@@ -114,10 +107,8 @@ def save_with_recipe(
 ) -> Path:
     """Render a pair, at the length of its shorter clip, into `path` (.wav); returns the recipe's path beside it.
 
-    The recipe names the run with its whole config and its weights' hash, the codec, every setting, both clips with
-    their files' hashes, versions, and the hash of the rendered samples. So that an output folder can be moved, paths
-    are relative to the recipe for files in the run's folder, or, where the recipe lies elsewhere, in the folder above
-    the recipe's.
+    So that an output folder can be moved, the recipe's paths are relative to it for files in the run's folder or, where
+    the recipe lies elsewhere, in the folder above the recipe's.
     """
     path = Path(path)
     input, target = cut_to_shorter(input, target)
@@ -139,9 +130,9 @@ def save_with_recipe(
         "checkpoint": which,
         "weights_sha256": run.weights_sha256(which),
         "codec": {"name": codec.name, "fingerprint": codec.fingerprint},
-        "settings": asdict(settings),
-        "input": asdict(input) | {"path": named(input.path)},
-        "target": asdict(target) | {"path": named(target.path)},
+        "settings": dataclasses.asdict(settings),
+        "input": dataclasses.asdict(input) | {"path": named(input.path)},
+        "target": dataclasses.asdict(target) | {"path": named(target.path)},
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "output": {"file": path.name, "samples_sha256": samples_sha256(rendition.wav)},
@@ -153,8 +144,6 @@ def save_with_recipe(
 
 
 class Rerendering(NamedTuple):
-    """What `follow_recipe` returns."""
-
     wav: Tensor  # [1, N]
     equal: bool  # bit for bit to the samples that the recipe was written for
     versions: dict[str, str]  # the versions that the recipe was written with
@@ -162,19 +151,15 @@ class Rerendering(NamedTuple):
 
 
 def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str | Path | None = None) -> Rerendering:
-    """Render a recipe again. `run`: where its run is now; `codec`: a name or a folder of weights.
-
-    `UserError` if the recipe is damaged, or if a clip or the weights have changed since.
-    """
+    """Render a recipe again. `run`: where its run is now; `codec`: a name or a folder of weights. `UserError` if the
+    recipe is damaged, or if a clip or the weights have changed since."""
     path = Path(path)
     recipe = _read_recipe(path)
-    clips = []
-    for role in ("input", "target"):
-        clip = dataclasses.replace(recipe[role], path=str(path.parent / recipe[role].path))
+    clips = [dataclasses.replace(recipe[role], path=str(path.parent / recipe[role].path)) for role in ROLES]
+    for role, clip in zip(ROLES, clips, strict=True):
         if not Path(clip.path).is_file():
             raise UserError(f"{path}: its {role} {clip.path} is not there; put the file back, or correct {role}.path")
         _check_file(clip, str(path), "restore that file")
-        clips.append(clip)
     wavs = [load_clip(clip) for clip in clips]
     place = Path(run or path.parent / recipe["run"])
     if not run and not (place / "config.json").is_file():
@@ -195,7 +180,7 @@ def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str
 
 
 def samples_sha256(wav: Tensor) -> str:
-    """Hash of the samples as little-endian float32, independent of the file's format."""
+    """Of the samples as little-endian float32, independent of the file's format."""
     return hashlib.sha256(wav.numpy().astype("<f4").tobytes()).hexdigest()
 
 
@@ -213,16 +198,13 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     fix = "name the .json beside a saved .wav"
     recipe = read_json(path, fix=fix)
     with naming(path, fix):
-        if recipe["recipe"] != RECIPE_VERSION:
-            found = f"recipe version {recipe['recipe']!r}, this code reads {RECIPE_VERSION}"
-            raise UserError(f"{found}; use the code that wrote it")
+        if (version := recipe["recipe"]) != RECIPE_VERSION:
+            raise UserError(f"recipe version {version!r}, this code reads {RECIPE_VERSION}; use the code that wrote it")
         recipe["settings"] = from_fields(Settings, recipe["settings"])
-        for role in ("input", "target"):
-            recipe[role] = from_fields(Clip, recipe[role])
-        length, other = recipe["input"].length, recipe["target"].length
+        recipe |= {role: from_fields(Clip, recipe[role]) for role in ROLES}
+        length, other, threads = recipe["input"].length, recipe["target"].length, recipe["threads"]
         check(length == other, "target.length", other, f"the input's, {length}")
         check(recipe["checkpoint"] in ("best", "last"), "checkpoint", recipe["checkpoint"], "best or last")
-        threads = recipe["threads"]
         check(type(threads) is int and 1 <= threads <= MOST_THREADS, "threads", threads, f"1 to {MOST_THREADS}")
         texts = (recipe["run"], recipe["codec"]["name"], recipe["codec"]["fingerprint"], recipe["weights_sha256"])
         if not all(isinstance(text, str) for text in (*texts, recipe["output"]["samples_sha256"])):

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -27,29 +27,19 @@ from lib.util.files import make_folder, write_atomic
 CONTROL = {"style": {"description_width": "11rem"}, "layout": {"width": "30rem", "max_width": "100%"}}
 SLIDER = {"continuous_update": False, **CONTROL}  # redraws once the handle is released
 PICTURE = {"format": "png", "layout": {"max_width": "100%", "align_self": "flex-start"}}
-T = TypeVar("T")
 
 
 def can_show_widgets() -> bool:
-    """Whether a front end in a browser sent the cell that runs now.
-
-    Papermill, nbval and nbconvert send cells through jupyter_client, whose message ids end in _<process>_<number>;
-    JupyterLab and similar front ends send ids of another form.
-    """
-    shell = get_ipython()
-    kernel = getattr(shell, "kernel", None)
-    if kernel is None:
-        return False
-    message_id = kernel.get_parent().get("header", {}).get("msg_id", "")
+    """Whether a front end in a browser sent the cell that runs now. Papermill, nbval and nbconvert send cells through
+    jupyter_client, whose message ids end in _<process>_<number>; JupyterLab and similar front ends use other ids."""
+    kernel = getattr(get_ipython(), "kernel", None)
+    message_id = kernel.get_parent().get("header", {}).get("msg_id", "") if kernel else ""
     return bool(message_id) and re.search(r"_\d+_\d+$", message_id) is None
 
 
-def show(panel: Callable[[], ipywidgets.Widget], instead: T) -> T | None:
+def show(panel: Callable[[], ipywidgets.Widget], instead: Any) -> Any:
     """Display a live panel where the front end can show one; otherwise return what a headless run shows instead."""
-    if not can_show_widgets():
-        return instead
-    display(panel())
-    return None
+    return display(panel()) if can_show_widgets() else instead
 
 
 def observe(controls: Iterable[ipywidgets.Widget], redraw: Callable[[Any], None]) -> None:
@@ -83,18 +73,14 @@ class Message(ipywidgets.HTML):
             self.say(str(error), problem=True)
 
 
-# --- uploaded files ---------------------------------------------------------------------------------------------------
-
-
 class Upload:
     """A button to upload a file with, and the second at which the clip begins; the file is kept in `folder`."""
 
     def __init__(self, role: str, folder: Path, clip_length: int):
         self.folder, self.clip_length = folder, clip_length
         self.button = ipywidgets.FileUpload(accept=",".join(AUDIO_SUFFIXES), multiple=False, description=f"{role} file")
-        self.begin = ipywidgets.BoundedFloatText(
-            0, min=0, max=1e6, step=1, description="from second", style={"description_width": "initial"}
-        )
+        style = {"description_width": "initial"}
+        self.begin = ipywidgets.BoundedFloatText(0, min=0, max=1e6, step=1, description="from second", style=style)
         self.name = ipywidgets.Label()
         self.file: dict[str, Any] | None = None  # the newest one; checked once, not at every redraw
         self.report: AudioReport | None = None
@@ -108,8 +94,7 @@ class Upload:
         if self.report is None or file is not self.file:
             self.file, self.report, self.name.value = file, None, file["name"]
             self.report = keep_upload(file["name"], bytes(file["content"]), self.folder)
-        report = self.report
-        offset = round(self.begin.value * SAMPLE_RATE)
+        report, offset = self.report, round(self.begin.value * SAMPLE_RATE)
         length = min(self.clip_length, report.num_samples - offset)
         if length < MIN_SAMPLES:
             seconds = report.num_samples / SAMPLE_RATE
@@ -137,7 +122,7 @@ def uploaded_clips(folder: Path, length: int) -> dict[str, Clip]:
         with contextlib.suppress(AudioError):  # any other file in the folder
             report = check_audio(path)
             clip = Clip(str(path), 0, min(length, report.num_samples), report.sha256)
-            name = path.name.partition("_")[2] or path.name
+            name = path.name.partition("_")[2] or path.name  # without its hash
             clips[describe_clip(dataclasses.replace(clip, path=name))] = clip
     return clips
 

@@ -54,7 +54,7 @@ class FusionModel(nn.Module):
 
 
 def load_model(run: Any, which: str = "best", *, codec_fingerprint: str | None = None) -> FusionModel:
-    """The model of a `lib.training.run.Run`, in eval mode, on the CPU: `load_model(Run.open("outputs/demo/run"))`.
+    """The model of a `lib.training.run.Run`, in eval mode, on the CPU: `load_model(Run.open("outputs/demo"))`.
 
     `which`: 'best' or 'last' checkpoint. `UserError` if the run was trained on another codec than `codec_fingerprint`.
     """

@@ -16,9 +16,8 @@ from lib.listening.player import STYLE as PLAYER_STYLE
 from lib.util.files import write_atomic
 
 FOLDER = Path(__file__).with_name("templates")
-FORMULA = re.compile(  # code comes first: a $ in it begins no formula
-    r"(?P<code>(?P<ticks>`+).+?(?P=ticks))|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL
-)
+# code comes first: a $ in it begins no formula
+FORMULA = r"(?s)(?P<code>(?P<ticks>`+).+?(?P=ticks))|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$"
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined
 )
@@ -27,8 +26,8 @@ TEMPLATES = jinja2.Environment(
 def write_page(path: Path, title: str, body: Markup, style: str = "") -> Path:
     """Write a page with this `body`, whose players become panels; returns its path."""
     styles = (FOLDER / "page.css").read_text() + PLAYER_STYLE.read_text() + style
-    page = render("page.html.j2", title=title, body=body, style=Markup(styles), script=Markup(SCRIPT.read_text()))
-    write_atomic(path, str(page))
+    script = Markup(SCRIPT.read_text())
+    write_atomic(path, str(render("page.html.j2", title=title, body=body, style=Markup(styles), script=script)))
     return path
 
 
@@ -51,10 +50,9 @@ def write_notebook_page(notebook: Path) -> Path:
 
     for cell in content.cells:
         if cell.cell_type == "markdown":
-            cell.source = FORMULA.sub(keep, cell.source)
+            cell.source = re.sub(FORMULA, keep, cell.source)
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(content)
     body = re.sub(r"formula(\d+)elumrof", lambda match: formulas[int(match[1])], body)
-    colours = HtmlFormatter(style="default").get_style_defs(".highlight")
-    dark = HtmlFormatter(style="monokai").get_style_defs(".highlight")
+    colours, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("default", "monokai"))
     style = f"{colours}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n.highlight {{ background: none; }}"
     return write_page(notebook.with_suffix(".html"), notebook.stem, Markup(f'<main id="main">{body}</main>'), style)

@@ -1,8 +1,7 @@
 """What the notebooks show, collected for the page `index.html`.
 
-Each notebook opens a `Section` and shows its figures, tables and players through it: they appear in the notebook and
-are stored in the output folder under `report/`. `write_report` joins the stored sections into one self-contained page;
-it runs after every notebook, so that the page grows.
+Each notebook shows its figures, tables and players through a `Section`, which stores them in the output folder under
+`report/`. After every notebook, `write_report` joins the stored sections into one self-contained page.
 """
 
 import io
@@ -17,7 +16,7 @@ from IPython import display
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lib.lab.claims import VERDICTS, Verdict, collect
+from lib.lab.claims import VERDICTS, Verdict, claim_rows, collect
 from lib.listening.player import Players, data_uri
 from lib.listening.widgets import figure_png
 from lib.report.page import render, write_page
@@ -57,41 +56,37 @@ class Section:
 
     def text(self, text: str) -> None:
         """A paragraph for the page only; the notebook has its own prose."""
-        self._add({"kind": "text", "text": text})
+        self._store({"kind": "text", "text": text})
 
     def key_figure(self, what: str, value: str) -> None:
         """A row of the page's summary."""
-        self._add({"kind": "key figure", "what": what, "value": value})
+        self._store({"kind": "key figure", "what": what, "value": value})
 
     def figure(self, figure: Figure, name: str, caption: str) -> display.Image:
-        """Store as figures/<name>.png and show that file. With 256 colours it takes a third of the bytes and looks the
-        same."""
+        """Store as figures/<name>.png, of 256 colours, which take a third of the bytes; show that file."""
         path = self.out_dir / "figures" / f"{name}.png"
         drawn = Image.open(io.BytesIO(figure_png(figure))).convert("RGB")
         drawn.quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
-        self._add({"kind": "figure", "file": f"figures/{name}.png", "caption": caption})
+        self._store({"kind": "figure", "file": f"figures/{name}.png", "caption": caption})
         return display.Image(filename=path)
 
     def table(self, rows: Sequence[Mapping[str, Any]], caption: str, folded: bool = False) -> Table:
         table = Table(rows, caption, folded)
-        self._add({"kind": "table", "html": table._repr_html_(), "caption": caption, "rows": list(rows)})
+        self._store({"kind": "table", "html": table._repr_html_(), "caption": caption, "rows": list(rows)})
         return table
 
     def claims(self, verdicts: Sequence[Verdict]) -> Table:
-        """Verdicts as a table; the page shows those of all notebooks in one, collected by `lib.lab.claims.collect`."""
+        """Verdicts as a table; the page shows those of all notebooks in one."""
         stored = [asdict(verdict) for verdict in verdicts]
-        self._add({"kind": "claims", "claims": stored})
-        return claims_table(stored, "Claims audited here")
+        self._store({"kind": "claims", "claims": stored})
+        return Table(claim_rows(stored), "Claims audited here")
 
     def players(self, players: Players, caption: str) -> Players:
-        self._add({"kind": "players", "html": players._repr_html_(), "caption": caption})
+        self._store({"kind": "players", "html": players._repr_html_(), "caption": caption})
         return players
 
-    def _add(self, item: dict[str, Any]) -> None:
-        self.content["items"].append(item)
-        self._store()
-
-    def _store(self) -> None:
+    def _store(self, *items: dict[str, Any]) -> None:
+        self.content["items"] += items
         write_atomic(self.out_dir / "report" / f"{self.name}.json", json.dumps(self.content))
 
 
@@ -105,45 +100,27 @@ def tables_of(sections: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {item["caption"]: item["rows"] for section in sections for item in section["items"] if "rows" in item}
 
 
-def claims_table(verdicts: Sequence[Mapping[str, Any]], caption: str) -> Table:
-    """Stored verdicts as a table."""
-    rows = [
-        {
-            "claim": v["claim"],
-            "said": v["said"],
-            "measured": v["measured"] + (f" ({v['spread']})" if v["spread"] else ""),
-            "verdict": v["verdict"] + (f": {v['why']}" if v["why"] else ""),
-        }
-        for v in verdicts
-    ]
-    return Table(rows, caption)
-
-
 def write_report(
     out_dir: Path,
     title: str,
     lead: str,
     facts: Mapping[str, str],
-    failures: Mapping[str, str] | None = None,
+    failures: Mapping[str, str] = {},
     to_come: Sequence[str] = (),
 ) -> Path:
     """Join the sections in `out_dir` into `index.html`: listening, the summary, the others in the notebooks' order.
 
-    `failures`: notebook → why it did not finish; each has its section, with a link to the executed notebook.
-    `to_come`: notebooks that have not run yet, which the page lists. Returns the page's path.
-
-    Pictures and players are inside the page. If players would take it past 20 MB, the largest are left out and a line
-    says where they are. `summary.json` holds the facts and every table as data.
+    `failures`: notebook → why it did not finish. `to_come`: notebooks that have not run yet, which the page lists.
+    Returns the page's path. `summary.json` holds the facts and every table as data.
     """
-    failures = failures or {}
     stored = {section["name"]: section for section in sections(out_dir) if section["name"] not in to_come}
     for name in failures.keys() - stored.keys():
         stored[name] = {"name": name, "title": title_of(name), "items": []}
     if not stored:
         raise UserError(f"{out_dir}: no sections to report on; run the notebooks first")
     shown = [stored[name] for name in sorted(stored, key=lambda name: (name != FIRST, name))]
-    content = {"facts": dict(facts), "tables": tables_of(shown)}
-    write_atomic(out_dir / "summary.json", json.dumps(content, indent=1))
+    summary = {"facts": dict(facts), "tables": tables_of(shown)}
+    write_atomic(out_dir / "summary.json", json.dumps(summary, indent=1))
     for section in shown:
         section["failure"] = failures.get(section["name"])
         section["executed"] = (out_dir / f"{section['name']}.html").exists()
@@ -161,19 +138,15 @@ def write_report(
         first=FIRST,
         to_come=[title_of(name) for name in to_come],
         summary=Table(summary_of(shown, verdicts), "Key figures of every notebook"),
-        claims=claims_table(verdicts, "Every claim and its verdict"),
+        claims=Table(claim_rows(verdicts), "Every claim and its verdict"),
     )
     return write_page(out_dir / "index.html", title, body)
 
 
 def summary_of(sections: Sequence[dict[str, Any]], verdicts: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Every key figure with its section, and how many claims came to which verdict."""
-    rows = [
-        {"what": item["what"], "found": item["value"], "section": section["title"]}
-        for section in sections
-        for item in section["items"]
-        if item["kind"] == "key figure"
-    ]
+    figures = [(section, item) for section in sections for item in section["items"] if item["kind"] == "key figure"]
+    rows = [{"what": i["what"], "found": i["value"], "section": section["title"]} for section, i in figures]
     if verdicts:
         found = Counter(verdict["verdict"] for verdict in verdicts)
         counts = ", ".join(f"{found[verdict]} {verdict}" for verdict in VERDICTS)

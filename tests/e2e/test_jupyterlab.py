@@ -139,7 +139,7 @@ def test_training_is_watched_stopped_and_resumed(lab, screenshots):
     notebook.start("Run All Cells")
     expect(notebook.page.locator("img.widget-image")).to_be_visible(timeout=120_000)
     notebook.page.get_by_role("button", name="Stop and save").click()  # while the cell runs
-    expect(notebook.page.get_by_text("resume = True continues")).to_be_visible(timeout=30_000)
+    expect(notebook.page.get_by_text("resume = True resumes")).to_be_visible(timeout=30_000)
     again = json.loads(meta.read_text())["step"]
     assert stopped < again < stopped + 60
     notebook.page.close()

@@ -186,7 +186,7 @@ def test_a_failed_training_leaves_its_last_curves(start, front_end):
     with pytest.raises(Stop):
         start([dashboard := Dashboard(seconds=1000), Kill(6)])
     assert front_end.pictures[-1] == [6, 1]
-    assert front_end.statuses[-1] == "ended at step 6; resume = True continues"
+    assert front_end.statuses[-1] == "ended at step 6; resume = True resumes"
     assert dashboard.panel.button.disabled
 
 
@@ -206,7 +206,7 @@ def test_the_button_saves_and_stops_after_the_step(start, front_end, tmp_path):
     stopped = Run.open(tmp_path / "run")
     assert os.readlink(stopped.path / "last").endswith("step_00000006")
     assert not stopped.stop_file.exists()
-    assert front_end.statuses[-1] == "ended at step 6; resume = True continues"
+    assert front_end.statuses[-1] == "ended at step 6; resume = True resumes"
     resumed = start([Dashboard(seconds=1000)], resume=True)
     assert resumed.metrics() == whole.metrics()
     models = [load_model(run, "last").state_dict() for run in (whole, resumed)]

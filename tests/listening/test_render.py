@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -16,7 +17,6 @@ import soundfile
 import torch
 from torch import Tensor
 
-import lib.listening.render
 from lib.audio.files import AudioError, load_audio
 from lib.codec.mdct import MdctCodec
 from lib.data.pairs import Clip
@@ -39,6 +39,8 @@ from lib.training.batches import mix_noise
 from lib.training.run import Run
 from lib.util.errors import UserError
 from lib.util.files import file_sha256
+
+MODULE = importlib.import_module("lib.listening.render")  # as an attribute, the name is the function
 
 MASKINGS = [MaskingConfig(name) for name in ("none", *FIXED_MASKINGS, "learned")]
 
@@ -380,7 +382,7 @@ def test_the_global_random_state_is_left_untouched(codec, build, monkeypatch):
         torch.rand(5)
         raise RuntimeError("within")
 
-    monkeypatch.setattr(lib.listening.render, "mix_noise", fail)
+    monkeypatch.setattr(MODULE, "mix_noise", fail)
     with pytest.raises(RuntimeError, match="within"):
         render(model, codec, *wavs, Settings(noise=0.5, seed=9))
     assert torch.equal(torch.get_rng_state(), before)
@@ -540,8 +542,8 @@ def test_one_bit_of_one_sample_changes_the_hash():
     wav = torch.zeros(1, 100)
     other = wav.clone()
     other[0, 50] = 1e-45
-    assert lib.listening.render.samples_sha256(wav) == hashlib.sha256(bytes(400)).hexdigest()
-    assert lib.listening.render.samples_sha256(other) != lib.listening.render.samples_sha256(wav)
+    assert MODULE.samples_sha256(wav) == hashlib.sha256(bytes(400)).hexdigest()
+    assert MODULE.samples_sha256(other) != MODULE.samples_sha256(wav)
 
 
 def test_an_output_folder_can_be_moved(project, moved):
@@ -609,7 +611,7 @@ def test_the_recipes_thread_count_is_used_and_put_back(favourite, monkeypatch):
         seen.append(torch.get_num_threads())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lib.listening.render, "render", fail)
+    monkeypatch.setattr(MODULE, "render", fail)
     with pytest.raises(KeyboardInterrupt):
         follow_recipe(rewritten(favourite, threads=threads + 2))
     assert seen == [threads + 2]
@@ -676,7 +678,7 @@ def test_a_song_that_cannot_be_read_is_named(favourite, project, monkeypatch):
     def denied(path):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(lib.listening.render, "file_sha256", denied)
+    monkeypatch.setattr(MODULE, "file_sha256", denied)
     refused(favourite, project / "songs" / "a.wav", r"cannot be read \(Permission denied\); restore that file$")
 
 
@@ -727,7 +729,7 @@ def test_another_codec_is_refused(project, favourite, monkeypatch):
         fingerprint = "0" * 64
 
     asked = []
-    monkeypatch.setattr(lib.listening.render, "load_codec", lambda name: asked.append(name) or Other())
+    monkeypatch.setattr(MODULE, "load_codec", lambda name: asked.append(name) or Other())
     refused(favourite, where, trained)
     refused(favourite, where, trained, codec="a folder")
     assert asked == ["mdct", "a folder"]
