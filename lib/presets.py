@@ -1,11 +1,12 @@
-"""The settings of a run of the notebooks: three presets, and any setting changed by its address.
+"""The settings of a run of the notebooks: three presets, whose sections nest.
 
-Sections nest, and the address of a setting is its attribute path: `load_preset("demo", {"train.max_steps": 40})` or
+The address of a setting is its attribute path: `load_preset("demo", {"train.max_steps": 40})` or
 `--set train.max_steps=40` sets `preset.train.max_steps`.
 """
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import field
@@ -20,10 +21,12 @@ from lib.superres.training import FULL_PLAN, SMALL_PLAN
 from lib.superres.training import Plan as SuperresPlan
 from lib.training.config import AdversaryConfig, CurriculumConfig, TrainConfig
 from lib.training.losses import LossConfig
-from lib.util.configs import Count, NonNegative, Positive, Whole, addresses, checked_dataclass, choice, with_settings
+from lib.util.configs import Count, NonNegative, Positive, Whole, checked_dataclass, choice, flat
 from lib.util.errors import UserError
 
 PLANS = {"small": SMALL_PLAN, "full": FULL_PLAN}
+# of 200 epochs: noise that reaches its ceiling, targets that change places
+CURRICULUM = CurriculumConfig(noise_rate=0.002, noise_start=10, target_shuffling=0.25)
 
 
 @checked_dataclass
@@ -77,19 +80,14 @@ class AblationSettings:
     @property
     def plan(self) -> Plan:
         """Its reference trains like the seeds' model, in float32, whatever the preset's own training does."""
-        reference = TrainConfig(
-            epochs=1_000_000,  # the steps decide
-            max_steps=self.steps,
-            batch_size=self.batch_size,
-            checkpoint_every=min(self.steps, 500),
-            max_val_pairs=self.val_pairs,
-        )
+        length = {"epochs": 1_000_000, "max_steps": self.steps, "checkpoint_every": min(self.steps, 500)}
+        reference = TrainConfig(**length, batch_size=self.batch_size, max_val_pairs=self.val_pairs)
         return Plan(SETS[self.variants], self.layers, self.seeds, reference)
 
 
 @checked_dataclass
 class ScheduleSettings:
-    """The whole system over a whole schedule, in miniature: 200 epochs on few and short clips."""
+    """The whole system over a whole schedule in miniature, on few and short clips."""
 
     epochs: Count = 200
     pairs: Count = 8
@@ -99,24 +97,11 @@ class ScheduleSettings:
     val_pairs: Count = 32
 
     def plan(self, train: TrainConfig) -> Plan:
-        """The objective and discriminator of `train` with the longest schedule's settings: a warm-up, cosine, EMA,
-        noise that reaches its ceiling, targets that change places."""
-        scheduled = dataclasses.replace(
-            train,
-            epochs=self.epochs,
-            max_steps=None,
-            patience=None,
-            batch_size=self.batch_size,
-            accumulate=1,
-            warmup_steps=20,
-            schedule="cosine",
-            ema=0.99,
-            precision="fp32",
-            checkpoint_every=500,
-            max_train_pairs=self.pairs,
-            max_val_pairs=self.val_pairs,
-            curriculum=CurriculumConfig(noise_rate=0.002, noise_start=10, target_shuffling=0.25),
-        )
+        """The objective and discriminator of `train` with everything that preset full's schedule has."""
+        sizes = {"batch_size": self.batch_size, "max_train_pairs": self.pairs, "max_val_pairs": self.val_pairs}
+        length = {"epochs": self.epochs, "max_steps": None, "patience": None, "accumulate": 1, "checkpoint_every": 500}
+        schedule = {"warmup_steps": 20, "schedule": "cosine", "ema": 0.99, "curriculum": CURRICULUM}
+        scheduled = dataclasses.replace(train, precision="fp32", **sizes, **length, **schedule)
         return Plan(SCHEDULED, self.layers, self.seeds, scheduled, MaskingConfig("learned"))
 
 
@@ -190,6 +175,12 @@ OBJECTIVE = LossConfig(
     temporal_diversity_weight=0.1,
 )
 
+
+def _train(discriminator_warmup: int, **settings: Any) -> TrainConfig:
+    adversary = AdversaryConfig(discriminator_learning_rate=1e-4, discriminator_warmup=discriminator_warmup)
+    return TrainConfig(agent_learning_rate=1e-3, loss=OBJECTIVE, adversary=adversary, **settings)
+
+
 PRESETS = {
     # seconds a cell: what the notebooks store and what nbval runs
     "smoke": Preset(
@@ -197,30 +188,14 @@ PRESETS = {
         codec="mdct",
         data=DataSettings(clip_seconds=2.0),
         model=ModelSettings(num_layers=2),
-        train=TrainConfig(
-            max_steps=24,
-            batch_size=4,
-            agent_learning_rate=1e-3,
-            warmup_steps=4,
-            ema=0.9,
-            checkpoint_every=12,
-            max_val_pairs=16,
-            loss=OBJECTIVE,
-            adversary=AdversaryConfig(discriminator_learning_rate=1e-4, discriminator_warmup=8),
-        ),
+        train=_train(8, max_steps=24, batch_size=4, warmup_steps=4, ema=0.9, checkpoint_every=12, max_val_pairs=16),
         listening=ListeningSettings(seconds=2.0, pairs=1),
         evaluation=EvaluationSettings(pairs=4),
         ablation=AblationSettings(layers=1, steps=10, seeds=2, val_pairs=8),
         schedule=ScheduleSettings(epochs=2, seeds=1, val_pairs=8),
         superres=SuperresSettings(vae_steps=4, steps=4, sampler_steps=3, clips=2),
         record=RecordSettings(
-            variants="named",
-            steps=10,
-            superres_vae_steps=6,
-            superres_steps=6,
-            superres_seeds=2,
-            data_seeds=2,
-            seeds=1,
+            "named", steps=10, superres_vae_steps=6, superres_steps=6, superres_seeds=2, data_seeds=2, seeds=1
         ),
     ),
     # the full model on short clips: a few minutes on two cores
@@ -229,17 +204,15 @@ PRESETS = {
         codec="mdct",
         data=DataSettings(clip_seconds=4.0),
         model=ModelSettings(num_layers=6),
-        train=TrainConfig(
+        train=_train(
+            20,
             max_steps=60,
             batch_size=4,
-            agent_learning_rate=1e-3,
             warmup_steps=5,
             ema=0.9,
             checkpoint_every=30,
             max_val_pairs=24,
-            loss=OBJECTIVE,
             curriculum=CurriculumConfig(noise_rate=0.1),
-            adversary=AdversaryConfig(discriminator_learning_rate=1e-4, discriminator_warmup=20),
         ),
         listening=ListeningSettings(seconds=16.0),
     ),
@@ -249,11 +222,11 @@ PRESETS = {
         codec="encodec",
         data=DataSettings(clip_seconds=16.0),
         model=ModelSettings(num_layers=6),
-        train=TrainConfig(
+        train=_train(
+            1000,
             epochs=200,
             patience=20,
             batch_size=8,
-            agent_learning_rate=1e-3,
             warmup_steps=500,
             schedule="cosine",
             ema=0.999,
@@ -262,18 +235,14 @@ PRESETS = {
             max_val_pairs=256,
             num_workers=4,
             gather_every=10,
-            loss=OBJECTIVE,
-            curriculum=CurriculumConfig(noise_rate=0.002, noise_start=10, target_shuffling=0.25),
-            adversary=AdversaryConfig(discriminator_learning_rate=1e-4, discriminator_warmup=1000),
+            curriculum=CURRICULUM,
         ),
         listening=ListeningSettings(seconds=16.0, pairs=6, every=10),
         evaluation=EvaluationSettings(pairs=128),
-        ablation=AblationSettings(
-            variants="all", layers=6, steps=2000, seeds=5, clip_seconds=16.0, batch_size=8, val_pairs=64
-        ),
+        ablation=AblationSettings("all", layers=6, steps=2000, seeds=5, clip_seconds=16.0, batch_size=8, val_pairs=64),
         schedule=ScheduleSettings(pairs=256, batch_size=8, layers=6, val_pairs=64),
         superres=SuperresSettings(
-            plan="full", vae_steps=200_000, steps=500_000, vocoder_steps=500_000, sampler_steps=50, clips=64
+            "full", vae_steps=200_000, steps=500_000, vocoder_steps=500_000, sampler_steps=50, clips=64
         ),
         record=RecordSettings(
             steps=2000, superres_vae_steps=200_000, superres_steps=500_000, superres_seeds=1, data_seeds=1, seeds=1
@@ -281,7 +250,7 @@ PRESETS = {
     ),
 }
 
-# old names that do not follow from the new ones as `_moved` says
+# old names of settings that do not follow from their addresses, from before presets had sections
 RENAMED = {
     "demo_every": "listening.every",
     "judged_pairs": "evaluation.pairs",
@@ -291,32 +260,29 @@ RENAMED = {
 
 
 def load_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Preset:
-    """A preset with the settings at some addresses changed. Unknown names and values that a setting does not take raise
-    `UserError` with the choices."""
+    """A preset with the settings at some addresses changed. `UserError` lists the choices for an unknown name or a
+    value that a setting does not take."""
     if name not in PRESETS:
         raise UserError(f"preset: unknown {name!r}; choose one of {', '.join(PRESETS)}")
-    known = [address for address in addresses(PRESETS[name]) if address != "name"]
-    changes: dict[str, Any] = {}
+    values = dataclasses.asdict(PRESETS[name])
+    known = [address for address in flat(values) if address != "name"]
     for address, value in (overrides or {}).items():
         if address not in known:
             raise UserError(f"setting {address} {_advice(address, known)}")
         # YAML 1.1 takes 1e-4 for text, because it has no dot
         number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value)
-        changes[address] = float(value) if number else value
-    return with_settings(PRESETS[name], changes)
-
-
-def _moved(known: list[str]) -> dict[str, str]:
-    """Old names of settings, from before presets had sections → addresses. Settings of data, model and training had no
-    prefix, the others had the section's name."""
-    bare = [address for address in known if address.startswith(("data.", "model.", "train."))]
-    joined = {address.replace(".", "_"): address for address in known}
-    return {address.rpartition(".")[2]: address for address in bare} | joined | RENAMED
+        *sections, setting = address.split(".")
+        functools.reduce(dict.__getitem__, sections, values)[setting] = float(value) if number else value
+    return Preset(**values)
 
 
 def _advice(name: str, known: list[str]) -> str:
     """What to write instead of a name that is not an address."""
-    if name in (moved := _moved(known)):
+    # old names of settings had no prefix in data, model and training, and the section's name in the others
+    bare = [address for address in known if address.startswith(("data.", "model.", "train."))]
+    moved = {address.rpartition(".")[2]: address for address in bare}
+    moved |= {address.replace(".", "_"): address for address in known} | RENAMED
+    if name in moved:
         return f"is now {moved[name]}"
     if inside := [address for address in known if address.startswith(f"{name}.")]:
         return f"is a section; choose from {', '.join(inside)}"

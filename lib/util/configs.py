@@ -1,7 +1,7 @@
-"""What all configs share: fields that are checked when a config is built, changes by address, and differences.
+"""What all configs share: fields that are checked when a config is built, and the differences between two configs.
 
-A config is a frozen dataclass by `checked_dataclass`, which pydantic checks: the annotations say what a field takes.
-What depends on several fields is checked in `__post_init__`, by `check`.
+The annotations of a `checked_dataclass` say what each field takes. `__post_init__` checks what depends on several
+fields, by `check`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ Bound = float | None
 
 
 def _field_type(kind: Any, wanted: str, **limits: Any) -> Any:
-    """A type that says what is `wanted` where pydantic, within these limits, refuses a value."""
+    """A type within these limits of pydantic; a refusal says what is `wanted`."""
 
     def validate(value: Any, handler: Any) -> Any:
         try:
@@ -95,43 +95,27 @@ def from_fields(cls: type, values: dict[str, Any]) -> Any:
     """The config whose fields, all of them, were saved. `UserError` where some are unknown or missing."""
     if not isinstance(values, dict):
         raise UserError(f"{cls.__name__}: {values!r} holds no fields; restore the config that was written")
-    config = cls(**values)
-    given = addresses(values)
-    if lost := [address for address in addresses(config) if address not in given]:
+    config, given = cls(**values), flat(values)
+    if lost := [address for address in flat(config) if address not in given]:
         raise UserError(f"{cls.__name__} lacks the field {', '.join(lost)}; restore the config that was written")
     return config
 
 
-def with_settings(config: Any, changes: dict[str, Any]) -> Any:
-    """A copy of a nested config with the fields at these addresses changed."""
-    values = dataclasses.asdict(config)
-    for address, value in changes.items():
-        *sections, name = address.split(".")
-        functools.reduce(dict.__getitem__, sections, values)[name] = value
-    return type(config)(**values)
-
-
-def addresses(config: Any, prefix: str = "") -> list[str]:
-    """Where the values of a nested config are, such as 'train.loss.rhythm_weight' or 'stages[0].width'."""
+def flat(config: Any, address: str = "") -> dict[str, Any]:
+    """Address → value of a nested config: 'train.loss.rhythm_weight', 'stages[0].width'; a list of values is one."""
     if dataclasses.is_dataclass(config):
         config = dataclasses.asdict(config)
     if isinstance(config, dict):
-        return [found for name, value in config.items() for found in addresses(value, f"{prefix}.{name}")]
-    if isinstance(config, list | tuple):
-        return [found for i, value in enumerate(config) for found in addresses(value, f"{prefix}[{i}]")]
-    return [prefix.removeprefix(".")]
+        parts = {f"{address}.{name}".removeprefix("."): part for name, part in config.items()}
+    elif isinstance(config, list | tuple) and any(isinstance(part, dict) for part in config):
+        parts = {f"{address}[{i}]": part for i, part in enumerate(config)}
+    else:
+        return {address: list(config) if isinstance(config, tuple) else config}  # JSON knows lists only
+    return {name: value for own, part in parts.items() for name, value in flat(part, own).items()}
 
 
-def differing_fields(a: Any, b: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+def differing_fields(a: Any, b: Any) -> list[tuple[str, Any, Any]]:
     """Fields in which two nested configs differ, with both values; None where a config has no such field."""
-    if dataclasses.is_dataclass(a):
-        a = dataclasses.asdict(a)
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = sorted(set(a) | set(b))
-        return [d for key in keys for d in differing_fields(a.get(key), b.get(key), f"{prefix}{key}.")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):  # JSON knows lists only
-        a, b = list(a), list(b)
-        if len(a) == len(b) and any(isinstance(item, dict) for item in a):
-            stem = prefix.rstrip(".")
-            return [d for i in range(len(a)) for d in differing_fields(a[i], b[i], f"{stem}[{i}].")]
-    return [] if a == b else [(prefix.rstrip("."), a, b)]
+    a, b = flat(a), flat(b)
+    fields = sorted(a.keys() | b.keys())
+    return [(field, a.get(field), b.get(field)) for field in fields if a.get(field) != b.get(field)]

@@ -1,4 +1,4 @@
-"""What produced a number or a file: a hash of the code, the commit, versions. Whatever is reused is keyed by it.
+"""What produced a number or a file: a hash of the code, the commit, versions.
 
 A fingerprint covers modules of `lib` and all modules of `lib` that they import, at the top or inside a function. A
 package's `__init__` only re-exports, so it counts only where a name is imported from the package itself. Comments,

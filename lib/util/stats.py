@@ -37,19 +37,19 @@ class Comparison:
 
 def in_words(comparisons: Mapping[str, Comparison], wordings: Mapping[int, str] = COUNTED) -> str:
     """Names grouped by verdict: 'better than 2 of 3 (a, b); worse than 1 of 3 (c)'."""
-    parts = []
-    for verdict in (1, -1, 0):
-        names = [name for name, comparison in comparisons.items() if comparison.verdict == verdict]
-        if names:
-            parts.append(wordings[verdict].format(names=", ".join(names), count=len(names), total=len(comparisons)))
-    return "; ".join(parts)
+    groups = {verdict: [name for name, found in comparisons.items() if found.verdict == verdict] for verdict in WORDS}
+    return "; ".join(
+        wordings[verdict].format(names=", ".join(names), count=len(names), total=len(comparisons))
+        for verdict, names in groups.items()
+        if names
+    )
 
 
 def describe(values: Sequence[float], digits: int = 3) -> str:
     """Median and range as '2.4 (2.1 to 2.9)', with `digits` significant digits; 'none' without values."""
     if not values:
         return "none"
-    numbers = [f(values) for f in (statistics.median, min, max)]
+    numbers = statistics.median(values), min(values), max(values)
     middle, low, high = (f"{n:,.0f}" if abs(n) >= 10**digits else f"{n:#.{digits}g}".rstrip(".") for n in numbers)
     return f"{middle} ({low} to {high})" if len(values) > 1 else middle
 
@@ -74,25 +74,24 @@ def difference(values: Sequence[float], others: Sequence[float]) -> str:
 def factorial_effects(
     cells: Mapping[tuple[bool, ...], Sequence[float]], factors: Sequence[str]
 ) -> dict[str, list[float]]:
-    """Main effects and interactions of a full two-level factorial, per seed.
+    """Main effects and interactions of a full two-level factorial: 'norm', 'norm × clamp', … → one value a seed.
 
     `cells`: levels → one value a seed, in the same order of seeds. The effect of a set of factors is the mean over the
     cells in which an even number of them is off, minus the mean over the others (Box, Hunter and Hunter, Statistics for
-    Experimenters, chapter 5). Returns 'norm', 'norm × clamp', … → one value a seed.
+    Experimenters, chapter 5).
     """
-    seeds_of = sorted({len(values) for values in cells.values()})
-    if len(cells) != 2 ** len(factors) or len(seeds_of) != 1:
+    seeds = sorted({len(values) for values in cells.values()})
+    if len(cells) != 2 ** len(factors) or len(seeds) != 1:
         wanted = f"all {2 ** len(factors)} cells with equally many seeds"
-        raise ValueError(f"needs {wanted}, got {len(cells)} cells with {seeds_of} seeds")
-    seeds = range(len(next(iter(cells.values()))))
+        raise ValueError(f"needs {wanted}, got {len(cells)} cells with {seeds} seeds")
     effects = {}
     for size in range(1, len(factors) + 1):
         for chosen in itertools.combinations(range(len(factors)), size):
-            signs = {levels: (-1) ** sum(not levels[i] for i in chosen) for levels in cells}
-            effects[" × ".join(factors[i] for i in chosen)] = [
-                sum(signs[levels] * values[seed] for levels, values in cells.items()) / (len(cells) / 2)
-                for seed in seeds
+            signed = [
+                [(-1) ** sum(not levels[i] for i in chosen) * value for value in cells[levels]] for levels in cells
             ]
+            means = [sum(values) / (len(cells) / 2) for values in zip(*signed, strict=True)]
+            effects[" × ".join(factors[i] for i in chosen)] = means
     return effects
 
 
@@ -103,9 +102,8 @@ def mean_and_error(values: Sequence[float], groups: Sequence[Hashable] | None = 
     sums: dict[Hashable, float] = {}
     for group, value in zip(range(count) if groups is None else groups, values, strict=True):
         sums[group] = sums.get(group, 0.0) + value - mean
-    if len(sums) < 2:
-        return mean, math.inf
-    return mean, math.sqrt(sum(s**2 for s in sums.values()) * len(sums) / (len(sums) - 1)) / count
+    squares = sum(s**2 for s in sums.values())
+    return mean, math.sqrt(squares * len(sums) / (len(sums) - 1)) / count if len(sums) > 1 else math.inf
 
 
 def paired_comparison(values: Sequence[float], first: Sequence[Hashable], second: Sequence[Hashable]) -> Comparison:
@@ -116,9 +114,7 @@ def paired_comparison(values: Sequence[float], first: Sequence[Hashable], second
     target of another counts as two.
     """
     draws = min(len(set(first)), len(set(second)))
-    if draws < 2:
-        return Comparison(statistics.fmean(values), math.inf, draws)
     groupings = (None, first, second, list(zip(first, second, strict=True)))
     independent, by_first, by_second, by_both = (mean_and_error(values, groups)[1] ** 2 for groups in groupings)
-    error = math.sqrt(max(by_first + by_second - by_both, independent))
-    return Comparison(statistics.fmean(values), error, draws)
+    variance = max(by_first + by_second - by_both, independent) if draws > 1 else math.inf
+    return Comparison(statistics.fmean(values), math.sqrt(variance), draws)

@@ -471,7 +471,7 @@ def test_differing_fields_come_with_both_values():
     tuples = {"stages": ({"clamp": (1, 2)}, {"clamp": None})}
     assert differing_fields({"stages": a["stages"]}, tuples) == []  # JSON knows lists only
     assert differing_fields({"x": [1]}, {"x": [1, 2]}) == [("x", [1], [1, 2])]
-    assert differing_fields({"x": {"y": 1}}, {"x": 2}) == [("x", {"y": 1}, 2)]
+    assert differing_fields({"x": {"y": 1}}, {"x": 2}) == [("x", None, 2), ("x.y", 1, None)]
     masks = MaskingConfig("learned"), MaskingConfig("energy")
     assert differing_fields(masks[0], dataclasses.asdict(masks[1])) == [("masking", "learned", "energy")]
 

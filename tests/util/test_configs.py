@@ -19,14 +19,13 @@ from lib.util.configs import (
     Positive,
     Share,
     Whole,
-    addresses,
     check,
     checked_dataclass,
     choice,
+    flat,
     from_fields,
     number,
     whole,
-    with_settings,
 )
 from lib.util.errors import UserError
 
@@ -137,13 +136,9 @@ def test_from_fields_names_what_is_unknown_or_missing():
     refused(lambda: from_fields(Inner, 3), "Inner: 3 holds no fields; restore the config that was written")
 
 
-def test_settings_are_changed_by_address():
-    config = Outer("a")
-    assert addresses(config) == ["kind", "inner.count", "inner.share", "size"]
-    changed = with_settings(config, {"inner.count": 3, "size": 2})
-    assert changed == Outer("a", inner=Inner(3), size=2)
-    assert config == Outer("a")
-    refused(
-        lambda: with_settings(config, {"inner.share": 2}),
-        "inner.share=2 is not allowed; use a finite number, 0 or more, at most 1",
-    )
+def test_every_value_has_an_address():
+    config = Outer("a", stages=(Inner(2), Inner(3)))
+    inner = {"inner.count": 1, "inner.share": 0.5}
+    stages = {"stages[0].count": 2, "stages[0].share": 0.5, "stages[1].count": 3, "stages[1].share": 0.5}
+    assert flat(config) == {"kind": "a"} | inner | stages | {"size": None}
+    assert flat({"a": (1, 2), "b": {}}) == {"a": [1, 2]}
