@@ -43,23 +43,16 @@ from lib.util.files import file_sha256, make_folder, read_json, write_atomic
 from lib.util.provenance import code_fingerprint
 from lib.util.signals import StopSignals
 
-NOTEBOOKS = (
-    "01_encoding",
-    "02_stage_ablation",
-    "03_rms_collapse",
-    "04_training",
-    "05_listening",
-    "06_super_resolution",
-)
-LEAD = (
-    "Two clips of music, an input and a target, become latents of a frozen codec; a cascade of transformer stages "
-    "fuses them; the codec turns the result back into sound. This page shows one run of that: what it sounds like, how "
-    "it was trained, and what the codec does. Every figure, number and player comes from the notebook named below it."
-)
-EXECUTED = (NOTEBOOKS[0], *NOTEBOOKS[3:5], *NOTEBOOKS[1:3], NOTEBOOKS[5])  # listening comes early
+# in the order of execution: listening comes early
+EXECUTED = ("01_encoding", "04_training", "05_listening", "02_stage_ablation", "03_rms_collapse", "06_super_resolution")
+NOTEBOOKS = tuple(sorted(EXECUTED))
+LEAD = """Two clips of music, an input and a target, become latents of a frozen codec; a cascade of transformer stages
+fuses them; the codec turns the result back into sound. This page shows one run of that: what it sounds like, how it was
+trained, and what the codec does. Every figure, number and player comes from the notebook named below it."""
 TRAINING = ("04_training", "06_super_resolution")  # those that can resume
 # runs again after the notebook that it needs has run; without a trained run, listening has nothing to play
 NEEDS = {"05_listening": "04_training", "06_super_resolution": "04_training"}
+STOPPED = "stopped; resume with --resume"
 USER_ERRORS = {error.__name__ for error in (UserError, AudioError, CorruptShardError)}
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 PLACE = re.compile(r"^(?:File (?P<file>.+?):|Cell In\[\d+\], line )(?P<line>\d+)", re.MULTILINE)  # in a traceback
@@ -104,36 +97,32 @@ def run_notebooks(
     parameters = {"preset": preset_name, "overrides": overrides, "data_dir": data, "out_dir": str(out)}
     # the index is named by its content; notebooks show recorded results, too
     recorded = [file_sha256(path) for path in sorted(RECORD.glob("*.json"))]
-    inputs = json.dumps([parameters, project.codec.fingerprint, project.latents.index.name, code_of_lib(), recorded])
+    inputs = [parameters, project.codec.fingerprint, project.latents.index.name, code_of_lib(), recorded]
     chosen, failures, page = [name for name in EXECUTED if name in only], {}, out / "index.html"
     for number, name in enumerate(chosen, start=1):
-        where = f"[{number}/{len(chosen)}] {name}"
-        needed = json.dumps(read_mark(out, NEEDS[name])) if name in NEEDS else ""
-        state = hashlib.sha256((inputs + needed + notebook_path(name).read_text()).encode()).hexdigest()
+        where, needed, executed = f"[{number}/{len(chosen)}] {name}", NEEDS.get(name, ""), out / f"{name}.ipynb"
+        conditions = json.dumps([*inputs, read_mark(out, needed), notebook_path(name).read_text()])
+        state = hashlib.sha256(conditions.encode()).hexdigest()
         if resume and read_mark(out, name).get("state") == state:
             say(f"{where}: done before, skipped")
-        elif name == FIRST and NEEDS[name] in failures:
-            forget(out, name)
-            why = f"not run: it needs {NEEDS[name]}, which failed"
-            failures[name] = NotebookError(name, why, failures[NEEDS[name]].by_user)
         else:
-            say(f"{where} → {out / name}.ipynb")
-            stopped = resume and (out / f"{name}.ipynb").exists() and not read_mark(out, name)
+            stopped = resume and executed.exists() and not read_mark(out, name)
             forget(out, name)
             started = time.monotonic()
             try:
+                if name == FIRST and needed in failures:
+                    raise NotebookError(name, f"not run: it needs {needed}, which failed", failures[needed].by_user)
+                say(f"{where} → {executed}")
                 execute(name, out, parameters | ({"resume": resume} if name in TRAINING else {}))
                 seconds = round(time.monotonic() - started)
-                done = {"state": state, "seconds": seconds, "resumed": stopped, "at": time.time()}
-                write_atomic(mark_path(out, name), json.dumps(done))
+                mark = {"state": state, "seconds": seconds, "resumed": stopped, "at": time.time()}
                 say(f"{where}: {seconds} s")
             except NotebookError as error:
-                failures[name] = error
-            if (out / f"{name}.ipynb").exists():
-                write_notebook_page(out / f"{name}.ipynb")
-        if name in failures:
-            say(f"{where}: {failures[name].reason}")
-            write_atomic(mark_path(out, name), json.dumps({"failed": failures[name].reason}))
+                failures[name], mark = error, {"failed": error.reason}
+                say(f"{where}: {error.reason}")
+            write_atomic(out / "report" / f"{name}.mark", json.dumps(mark))
+            if executed.exists():
+                write_notebook_page(executed)
         about = facts(preset, out, train, val)
         shown = [other for other in NOTEBOOKS if other not in chosen[number:]]
         reasons = {other: mark["failed"] for other in shown if "failed" in (mark := read_mark(out, other))}
@@ -159,7 +148,7 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
         with stop:
             papermill.execute_notebook(*paths, parameters, cwd=ROOT, km=kernel, stderr_file=sys.stderr)
         if stop.asked:  # between two cells, where no code saw it
-            raise KeyboardInterrupt("stopped; resume with --resume")
+            raise KeyboardInterrupt(STOPPED)
     except PapermillExecutionError as error:
         if error.ename == "KeyboardInterrupt":
             raise KeyboardInterrupt(f"{error.evalue or 'stopped'}; resume with --resume") from None
@@ -167,12 +156,11 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
         reason = f"cell {error.exec_count}: {error.ename}: {said}; the executed notebook is {executed}"
         raise NotebookError(name, reason, said if error.ename in USER_ERRORS else "") from None
     except OSError as error:
-        raise UserError(
-            f"{error.filename or executed}: cannot be written ({error.strerror}); make room there"
-        ) from None
+        where = error.filename or executed
+        raise UserError(f"{where}: cannot be written ({error.strerror}); make room there") from None
     except RuntimeError as error:  # the kernel died, or never started
         if stop.asked:
-            raise KeyboardInterrupt("stopped; resume with --resume") from None
+            raise KeyboardInterrupt(STOPPED) from None
         raise NotebookError(name, f"{error}; the executed notebook is {executed}") from None
     finally:
         if kernel.has_kernel:
@@ -182,7 +170,7 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
 
 
 def failed_statement(traceback: list[str], cell: str) -> str:
-    """The source of the statement that raised an error, on one line: the message of an assertion that has none."""
+    """The first line of the statement that raised an error: the message of an assertion that has none."""
     with contextlib.suppress(IndexError, OSError, ValueError, SyntaxError):
         place = list(PLACE.finditer(COLOURS.sub("", "\n".join(traceback))))[-1]
         source = Path(place["file"]).expanduser().read_text() if place["file"] else cell
@@ -210,12 +198,14 @@ def facts(preset: Preset, out: Path, train: int, val: int) -> dict[str, str]:
         head["codec"] = run.config["codec"]["name"]
         head["training"] = f"{steps[-1] if steps else 0} steps"
         head["code"] = f"commit {run.config['versions']['commit']}, torch {run.config['versions']['torch']}"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    head["machine"] = f"{os.cpu_count()} cores, {device}"
+    head["machine"] = f"{os.cpu_count()} cores, {gpu_name()}"
     marks = {name: mark for name in NOTEBOOKS if "seconds" in (mark := read_mark(out, name))}
-    took = {name: f"{mark['seconds']} s" + " after a stop" * mark["resumed"] for name, mark in marks.items()}
-    head["time"] = ", ".join(f"{name} {seconds}" for name, seconds in took.items())
-    return head
+    took = (f"{name} {mark['seconds']} s" + " after a stop" * mark["resumed"] for name, mark in marks.items())
+    return head | {"time": ", ".join(took)}
+
+
+def gpu_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 
 
 def code_of_lib() -> str:
@@ -226,20 +216,14 @@ def code_of_lib() -> str:
 
 def forget(out: Path, name: str) -> None:
     """Delete an earlier execution's mark, section, notebook and page: a page shows one run."""
-    executed = (out / f"{name}.{suffix}" for suffix in ("ipynb", "html"))
-    for path in (mark_path(out, name), out / "report" / f"{name}.json", *executed):
-        path.unlink(missing_ok=True)
-
-
-def mark_path(out: Path, name: str) -> Path:
-    """Where it is written how a notebook ended: with which state and after how many seconds, or why it failed."""
-    return out / "report" / f"{name}.mark"
+    for path in (f"report/{name}.mark", f"report/{name}.json", f"{name}.ipynb", f"{name}.html"):
+        (out / path).unlink(missing_ok=True)
 
 
 def read_mark(out: Path, name: str) -> dict[str, Any]:
-    """The mark's content; empty if there is no readable mark."""
+    """How a notebook ended: with which state and after how many seconds, or why it failed; empty if it has not."""
     with contextlib.suppress(UserError):
-        return read_json(mark_path(out, name))
+        return read_json(out / "report" / f"{name}.mark")
     return {}
 
 
@@ -252,8 +236,7 @@ def say(message: str) -> None:
 
 
 def parse_overrides(settings: list[str], codec: str | None = None) -> dict[str, Any]:
-    """`["train.max_steps=40", "codec=encodec"]` → values as YAML reads them; `codec` wins over a setting of that name.
-    `UserError` for any other form."""
+    """`["train.max_steps=40"]` → values as YAML reads them; `codec` wins over a setting of that name."""
     overrides: dict[str, Any] = {}
     for setting in settings:
         key, separator, value = setting.partition("=")

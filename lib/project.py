@@ -19,7 +19,7 @@ from lib.data.pairs import Manifest, build_manifest, read_manifest
 from lib.lab.ablation import Plan, run_plan
 from lib.lab.results import Result, read_record
 from lib.lab.variants import NAMED, Variant
-from lib.presets import AblationSettings, Preset
+from lib.presets import Preset
 from lib.superres.degradation import Library, read_library
 from lib.superres.evaluation import Score
 from lib.superres.training import Plan as SuperresPlan
@@ -43,21 +43,13 @@ class Project:
     manifest: Manifest
     latents: EncodeReport
 
-    def ablation(self, settings: AblationSettings | None = None) -> tuple[Result, ...]:
-        """The results of an ablation, the preset's by default. Finished runs are reused."""
-        return self._results((settings or self.preset.ablation).plan)
-
-    def schedule(self) -> tuple[Result, ...]:
-        """The results of the whole schedule in miniature."""
-        return self._results(self.preset.schedule.plan(self.preset.train))
-
-    def _results(self, plan: Plan) -> tuple[Result, ...]:
-        folder = self.out_dir / "ablation"
+    def ablation(self, plan: Plan | None = None) -> tuple[Result, ...]:
+        """The results of a plan, by default of the preset's ablation. Finished runs are reused."""
+        folder, settings = self.out_dir / "ablation", self.preset.ablation
         make_folder(folder)
-        seconds = self.preset.ablation.clip_seconds
-        manifest = _manifest(self.manifest.root, folder / "manifest.jsonl", seconds, self.preset)
+        manifest = _manifest(self.manifest.root, folder / "manifest.jsonl", settings.clip_seconds, self.preset)
         latents = encode_manifest(manifest, self.codec, ROOT / "data" / "latents")
-        return run_plan(plan, latents.index, self.preset.codec, folder / "runs")
+        return run_plan(plan or settings.plan, latents.index, self.preset.codec, folder / "runs")
 
     @property
     def superres_plan(self) -> SuperresPlan:
@@ -67,16 +59,14 @@ class Project:
     def upper_band(self) -> tuple[Library, str]:
         """Training music for super-resolution, and its source in words: the project's own songs, or generated ones if
         those are generated too or have no upper band."""
-        clip_length, why = self.superres_plan.training.clip_length, ""
-        root = self.manifest.root
+        clip_length, root, why = self.superres_plan.training.clip_length, self.manifest.root, ""
         if root.parent != ROOT / "data" or not re.fullmatch(r"demo(_seed\d+)?", root.name):
             try:
                 return read_library(root, clip_length), f"the music in {root}"
             except UserError as error:
                 why = f", because of {error}"
-        seed = self.preset.data.seed
-        folder = demo_folder("demo_48k", seed)
-        make_demo_dataset(folder, **UPPER_BAND, seed=seed)
+        folder = demo_folder("demo_48k", self.preset.data.seed)
+        make_demo_dataset(folder, **UPPER_BAND, seed=self.preset.data.seed)
         return read_library(folder, clip_length), f"generated songs{why}"
 
     def grid(self) -> tuple[tuple[Result, ...], str]:
@@ -88,11 +78,9 @@ class Project:
 
     def recorded(self, name: str, variants: Sequence[Variant]) -> tuple[tuple[Result, ...], dict[str, Any]]:
         """The results that `make record` wrote, and their facts; 'source' names their preset, steps and codec."""
-        path = RECORD / f"{name}.json"
-        results, facts = read_record(path)
+        results, facts = read_record(path := RECORD / f"{name}.json")
         lacking = {variant.name for variant in variants} - {result.variant for result in results}
-        lacking |= {"preset", "steps", "codec"} - set(facts)
-        if lacking:
+        if lacking := lacking | {"preset", "steps", "codec"} - set(facts):
             raise UserError(f"{path}: lacks {', '.join(sorted(lacking))}; restore it or run `make record`")
         source = f"recorded: preset {facts['preset']}, {facts['steps']} steps, codec {facts['codec']}"
         return results, facts | {"source": source}
@@ -117,17 +105,15 @@ def open_project(
 ) -> Project:
     """Find or make everything that training needs. Bad data, codec or folders raise `UserError`.
 
-    `data_dir`: a folder of music (see data/README.md); empty: demo songs, generated from the data seed in data/demo or
-    data/demo_seed<N>. `out_dir`: the run's folder; empty: outputs/<preset>. Relative paths start at the repository.
-    Latents are cached in data/latents, by content. `processes` that call this together share the encoding.
+    `data_dir`: a folder of music (see data/README.md); empty: generated demo songs. `out_dir`: the run's folder; empty:
+    outputs/<preset>. Relative paths start at the repository. Latents are cached in data/latents, by content.
+    `processes` that call this together share the encoding.
     """
     out = ROOT / (out_dir or f"outputs/{preset.name}")
     codec = load_codec(preset.codec)
     data = ROOT / data_dir if data_dir else demo_folder("demo", preset.data.seed)
     if out.resolve().is_relative_to(data.resolve()):
-        raise UserError(
-            f"{out}: is inside the data folder, where its sound would become music to train on; choose another"
-        )
+        raise UserError(f"{out}: is inside the data folder, so its sound would become training music; choose another")
     make_folder(out)
     main_first = processes.main_process_first if processes else contextlib.nullcontext
     cache = ROOT / "data" / "latents"
@@ -148,22 +134,18 @@ def demo_folder(name: str, seed: int) -> Path:
 
 def _manifest(data: Path, path: Path, clip_seconds: float, preset: Preset) -> Manifest:
     """The manifest at `path`, built again when the settings, the code or any file's name, size or time has changed."""
-    wanted = {"clip_seconds": clip_seconds, "mode": preset.data.pair_mode, "seed": preset.data.seed}
-    stamp = json.dumps(wanted | {"files": _listing_hash(data), "code": code_fingerprint("lib.data.pairs")})
-    stamp_path = path.with_suffix(".stamp.json")
-    if path.exists() and stamp_path.exists() and stamp_path.read_text() == stamp:
-        return read_manifest(path)
-    stamp_path.unlink(missing_ok=True)  # if killed before the new one is written, the old one must not be trusted
-    manifest = build_manifest(data, path, clip_seconds, mode=preset.data.pair_mode, seed=preset.data.seed)
-    write_atomic(stamp_path, stamp)
-    return manifest
-
-
-def _listing_hash(data: Path) -> str:
-    """Hash of the folder and of the name, size and time of every music file in it."""
     listing: list[Any] = [str(data.resolve())]
     for name in walk_audio(data)[0]:
         with contextlib.suppress(OSError):  # a broken link
             status = (data / name).stat()
             listing.append([name, status.st_size, status.st_mtime_ns])
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    files = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    wanted = {"clip_seconds": clip_seconds, "mode": preset.data.pair_mode, "seed": preset.data.seed}
+    stamp = json.dumps(wanted | {"files": files, "code": code_fingerprint("lib.data.pairs")})
+    stamp_path = path.with_suffix(".stamp.json")
+    if path.exists() and stamp_path.exists() and stamp_path.read_text() == stamp:
+        return read_manifest(path)
+    stamp_path.unlink(missing_ok=True)  # if killed before the new one is written, the old one must not be trusted
+    manifest = build_manifest(data, path, **wanted)
+    write_atomic(stamp_path, stamp)
+    return manifest
