@@ -2,15 +2,15 @@
 
     python -m lib.record --preset demo [--data DIR] [--codec NAME|DIR] [--set record.steps=200]
 
-The commit is cloned into outputs/recording/, and everything is measured in that clone, on songs and latents generated
-there: files that older runs left in data/ or outputs/ play no part, and the working tree may change meanwhile.
+Everything is measured in a clone of the commit, in outputs/recording/, on songs and latents generated there: files of
+older runs play no part, and the working tree may change meanwhile.
 
     record.json        the commit, which no other file names, the preset, the codec and the machine
     ablation.json      every run of the grid, and which verdicts depth changes
     schedule.json      every run of the whole schedule in miniature
     superres.json      distances of a super-resolver that was trained for longer
     variations.json    the demo with other songs and seeds, on one thread, and without vector instructions
-    bench.json         speed compared with stock PyTorch modules
+    bench.json         speed compared with stock PyTorch modules, and bench.md, the same as tables
     summary.json       facts and tables of the notebooks, and the figures in FIGURES
     claims.json        the audit of every claim, and claims.md, the same as a table
 
@@ -37,8 +37,8 @@ import torch
 from lib.lab.audit import audit_named, disagreements
 from lib.lab.claims import collect, markdown_table, with_untested
 from lib.lab.results import Result, write_record
-from lib.pipeline import NotebookError, add_arguments, parse_overrides, run_notebooks, say
-from lib.presets import AblationSettings, Preset, SuperresSettings, load_preset
+from lib.pipeline import NotebookError, add_arguments, gpu_name, parse_overrides, run_notebooks, say
+from lib.presets import AblationSettings, Preset, load_preset
 from lib.project import RECORD, ROOT, Project, open_project
 from lib.report.quotes import BLOCKS, readme_blocks, with_blocks
 from lib.report.report import sections, tables_of
@@ -54,9 +54,12 @@ GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
 # without AVX2, sums are rounded differently; NumPy has had two sets of names for the features it can disable
 NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 X86_V3 X86_V4 AVX512_ICL"}
 BENCH_PARTS = ("limit", "cascade")
+CLAIMS_HEAD = """# The claims of the seeds, audited
 
-
-# --- one clean commit -------------------------------------------------------------------------------------------------
+Every number that the seed documents state, beside what was measured. Verdicts are computed from runs and could have \
+come out the other way; ranges are over seeds, and a value without one does not vary. With `mdct` the latents are not \
+EnCodec's, and the runs are short: levels and trends compare with the seeds, absolute losses and norms do not. Written \
+by `make record`, whose commit record.json names."""
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -70,8 +73,7 @@ def clean_commit(root: Path) -> str:
     """The commit of a checkout without changes; `UserError` names the files that changed."""
     if Path(git(root, "rev-parse", "--show-toplevel")).resolve() != root.resolve():
         raise UserError(f"{root}: lies inside another git repository; record in a checkout of its own")
-    changed = git(root, "status", "--porcelain").splitlines()
-    if changed:
+    if changed := git(root, "status", "--porcelain").splitlines():
         listed = ", ".join(line.split(maxsplit=1)[-1] for line in changed[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise UserError(f"{root}: differs from its commit in {listed}{more}; commit that or stash it, then record")
@@ -79,14 +81,12 @@ def clean_commit(root: Path) -> str:
 
 
 def clone_of(root: Path, commit: str, asked: Sequence[str] = ()) -> Path:
-    """A clone of the commit under outputs/recording/: the one that a stopped record with the same arguments left, or a
-    new one."""
+    """A clone of the commit: the one that a stopped record with the same arguments left, or a new one."""
     arguments = hashlib.sha256(json.dumps(list(asked)).encode()).hexdigest()
     folder = root / "outputs" / "recording" / f"{commit[:12]}-{arguments[:8]}"
-    if folder.exists():
-        code = ("status", "--porcelain", "--", ".", ":!outputs", ":!README.md")
-        if git(folder, "rev-parse", "HEAD") == commit and not git(folder, *code):
-            return folder
+    code = ("status", "--porcelain", "--", ".", ":!outputs", ":!README.md")
+    if folder.exists() and git(folder, "rev-parse", "HEAD") == commit and not git(folder, *code):
+        return folder
     shutil.rmtree(folder.parent, ignore_errors=True)
     folder.parent.mkdir(parents=True)
     unfinished = folder.with_suffix(".new")
@@ -120,9 +120,6 @@ def replace_record(new: Path, root: Path) -> None:
     write_atomic(root / "README.md", readme)
 
 
-# --- what is measured -------------------------------------------------------------------------------------------------
-
-
 def record(preset_name: str, overrides: dict[str, Any], data_dir: str, folder: Path = RECORD) -> None:
     """Measure everything and write it to `folder`, which is emptied first. Finished runs of this code are reused. Bad
     settings raise `UserError` before any run."""
@@ -134,8 +131,8 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, folder: P
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     record_bench(folder)
-    record_grid(preset, project, folder)
-    record_schedule(preset, project, folder)
+    facts = {"preset": preset.name, "codec": project.codec.name}
+    record_ablations(preset, project, folder, facts)
     record_superres(preset, project, folder)
     out = run_notebooks(preset_name, overrides, data_dir, resume=True).parent
     for name in FIGURES:
@@ -144,12 +141,13 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, folder: P
     summary["facts"].pop("code", None)  # record.json says it
     write_json(folder / "summary.json", summary)
     claims = with_untested(collect(sections(out)))
-    write_atomic(folder / "claims.json", one_row_a_line(claims))
-    write_atomic(folder / "claims.md", claims_page(claims))
+    write_rows(folder / "claims.json", claims)
+    write_atomic(folder / "claims.md", f"{CLAIMS_HEAD}\n\n{markdown_table(claims)}\n")
     record_variations(preset, overrides, data_dir, out, folder)
-    music = f"music in {Path(data_dir).name}" if data_dir else "generated songs"
-    facts = {"preset": preset.name, "codec": project.codec.name, "music": music}
-    write_json(folder / "record.json", versions() | facts | {"machine": machine()})
+    facts["music"] = f"music in {Path(data_dir).name}" if data_dir else "generated songs"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    facts["machine"] = {"cores": os.cpu_count(), "instructions": instructions, "gpu": gpu_name()}
+    write_json(folder / "record.json", versions() | facts)
 
 
 def record_bench(folder: Path) -> None:
@@ -161,38 +159,34 @@ def record_bench(folder: Path) -> None:
     found = read_json(bench / "bench.json", {"machine": dict})
     found["machine"] = {name: value for name, value in found["machine"].items() if name not in versions()}
     write_json(folder / "bench.json", found)
+    shutil.copyfile(bench / "bench.md", folder / "bench.md")
 
 
-def record_grid(preset: Preset, project: Project, folder: Path) -> None:
-    """The ablation grid, and the named settings at full depth."""
+def record_ablations(preset: Preset, project: Project, folder: Path, facts: dict[str, Any]) -> None:
+    """The ablation grid, the named settings at full depth, and the whole schedule in miniature."""
     results: list[Result] = []
     for ablation in recorded_ablations(preset):
         size = f"{ablation.layers} layers, {ablation.steps} steps, {ablation.seeds} seeds"
         say(f"ablation: variants {ablation.variants}, {size}")
-        results += project.ablation(ablation)
-    facts = {"preset": preset.name, "codec": project.codec.name}
+        results += project.ablation(ablation.plan)
     depth = {"steps": preset.record.steps, "changed_by_depth": changed_by_depth(results)}
     write_record(folder / "ablation.json", [result.for_record() for result in results], facts | depth)
-
-
-def record_schedule(preset: Preset, project: Project, folder: Path) -> None:
-    """The whole schedule in miniature."""
     say(f"the whole schedule in miniature: {preset.schedule.epochs} epochs, {preset.schedule.seeds} seeds")
-    scheduled = project.schedule()
-    facts = {"preset": preset.name, "codec": project.codec.name, "epochs": preset.schedule.epochs}
-    facts |= {"steps": max(result.steps for result in scheduled)}
-    write_record(folder / "schedule.json", [result.for_record() for result in scheduled], facts)
+    scheduled = project.ablation(preset.schedule.plan(preset.train))
+    length = {"epochs": preset.schedule.epochs, "steps": max(result.steps for result in scheduled)}
+    write_record(folder / "schedule.json", [result.for_record() for result in scheduled], facts | length)
 
 
 def record_superres(preset: Preset, project: Project, folder: Path) -> None:
     """Train the super-resolver for longer than the notebook does, and measure it at every cutoff."""
-    longer = recorded_superres(preset)
+    record = preset.record
+    longer = dataclasses.replace(preset.superres, vae_steps=record.superres_vae_steps, steps=record.superres_steps)
     plan = longer.training_plan(preset.train.seed)
     say(f"super-resolution: {longer.vae_steps} and {longer.steps} steps")
     library, source = project.upper_band()
     parts = project.out_dir / "superres_record"
     train_vae(parts, library, plan.vae, plan.vae_training, resume=True)
-    contexts = plan.compare_contexts(parts, library, preset.record.superres_seeds, resume=True)
+    contexts = plan.compare_contexts(parts, library, record.superres_seeds, resume=True)
     resolver, clips = SuperResolver(parts, diffusion="sequence-0"), longer.clips
     restoration = Restoration(steps=longer.sampler_steps)
     guided = {}  # measured on training songs: validation songs are for the scores
@@ -213,20 +207,11 @@ def recorded_ablations(preset: Preset) -> list[AblationSettings]:
     return [grid] if deep.layers == grid.layers else [grid, deep]
 
 
-def recorded_superres(preset: Preset) -> SuperresSettings:
-    """The preset's super-resolution with the record's longer training."""
-    steps = {"vae_steps": preset.record.superres_vae_steps, "steps": preset.record.superres_steps}
-    return dataclasses.replace(preset.superres, **steps)
-
-
 def changed_by_depth(results: list[Result]) -> list[str]:
     """The verdicts on the named settings that differ between the smallest and the largest depth."""
     depths = sorted({result.num_layers for result in results})
     audits = [audit_named([r for r in results if r.num_layers == depth]) for depth in (depths[0], depths[-1])]
     return disagreements(*audits)
-
-
-# --- the same with other seeds, and on other processors --------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,16 +247,10 @@ def record_variations(preset: Preset, overrides: dict[str, Any], data_dir: str, 
     rows = [{"run": "as it is"} | found_in(out)]
     for v, where in zip(done, folders, strict=True):
         rows.append({"run": v.name, "data_seed": v.data_seed, "seed": v.seed} | found_in(where))
-    check_pairs(rows)
-    write_atomic(folder / "variations.json", one_row_a_line(rows))
-
-
-def check_pairs(rows: Sequence[Mapping[str, Any]]) -> None:
-    """`NotebookError` if pairs or their split depend on threads or processors, not on the data seed alone."""
-    first = rows[0]["pairs"]
-    others = [row["run"] for row in rows[1:] if row["data_seed"] == rows[1]["data_seed"] and row["pairs"] != first]
-    if others:
+    same = [row for row in rows[1:] if row["data_seed"] == rows[1]["data_seed"]]
+    if others := [row["run"] for row in same if row["pairs"] != rows[0]["pairs"]]:
         raise NotebookError(", ".join(others), "has other pairs than the run as it is, from the same data seed")
+    write_rows(folder / "variations.json", rows)
 
 
 def run_variation(variation: Variation, preset: Preset, overrides: dict[str, Any], data_dir: str) -> Path:
@@ -298,15 +277,14 @@ def found_in(out: Path) -> dict[str, Any]:
     """The findings of a run of the notebooks: numbers, verdicts and a hash of its pairs."""
     stored = sections(out)
     tables = tables_of(stored)
-    merits = {row["output"]: float(row["merit"]) for row in rows_with(tables, "output", "merit")}
-    compared = rows_with(tables, "baseline", "verdict")
+    judged, compared = rows_with(tables, "output", "merit"), rows_with(tables, "baseline", "verdict")
     gained = rows_with(tables, "cutoff", GAIN)
     claims = {f"{row['claim']}: {row['said']}": row["verdict"] for row in collect(stored)}
     pairs = (out / "manifest.jsonl").read_text().split("\n", 1)[1]  # after the header, which names the folder
     upper_band = read_json(out / "superres" / "vae" / "config.json")["data"]  # songs and their split
     return {
         "pairs": hashlib.sha256((pairs + upper_band).encode()).hexdigest()[:16],
-        "merit": merits,
+        "merit": {row["output"]: float(row["merit"]) for row in judged},
         "against": {row["baseline"]: row["verdict"].removesuffix(" the baseline") for row in compared},
         "gain": {row["cutoff"]: row[GAIN] for row in gained},
         "against_envelope": {row["cutoff"]: row["verdict"].removesuffix(" the envelope") for row in gained},
@@ -322,30 +300,13 @@ def rows_with(tables: Mapping[str, Sequence[Mapping[str, str]]], *columns: str) 
     raise ValueError(f"no notebook shows a table with the columns {', '.join(columns)}")
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
-
-
 def write_json(path: Path, content: Any) -> None:
     write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def one_row_a_line(rows: list[dict[str, Any]]) -> str:
-    return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
-
-
-def machine() -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return {"cores": os.cpu_count(), "instructions": torch.backends.cpu.get_cpu_capability(), "gpu": device}
-
-
-def claims_page(claims: Sequence[dict[str, Any]]) -> str:
-    return (
-        "# The claims of the seeds, audited\n\nEvery number that the seed documents state, beside what was measured. "
-        "Verdicts are computed from runs and could have come out the other way; ranges are over seeds, and a value "
-        "without one does not vary. With `mdct` the latents are not EnCodec's, and the runs are short: levels and "
-        "trends compare with the seeds, absolute losses and norms do not. Written by `make record`, whose commit "
-        f"record.json names.\n\n{markdown_table(claims)}\n"
-    )
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One row a line."""
+    write_atomic(path, "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
 
 
 def main() -> None:

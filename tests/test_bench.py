@@ -1,5 +1,7 @@
 """What the benchmarks rest on: operations counted, the stock build they race against, the sums on paper, the record."""
 
+import json
+
 import pytest
 import torch
 from baseline import StockCascade
@@ -7,11 +9,13 @@ from flops import forward_flops, training_flops
 from measure import compete
 from scaling import scaling_efficiency
 from steps import kind_of
-from tables import markdown
+from tables import as_markdown, markdown
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib.model.cascade import Cascade, CascadeConfig
+from lib.project import RECORD
+from lib.util.provenance import versions
 
 SMALL = {"num_layers": 2, "num_heads": 4}
 
@@ -128,6 +132,13 @@ def test_a_contender_that_fails_is_named():
 
 def test_a_markdown_table():
     assert markdown([{"a": 1, "b": "x"}, {"a": 2}]) == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2 |  |\n"
+
+
+def test_the_recorded_tables_are_the_recorded_numbers():
+    found = json.loads((RECORD / "bench.json").read_text())
+    assert (RECORD / "bench.md").read_text() == as_markdown(found)
+    found["machine"] |= versions()  # as `make bench` stores it; a record names its commit in one file only
+    assert (RECORD / "bench.md").read_text() == as_markdown(found)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,6 @@ from lib.record import (
     continue_in_clone,
     found_in,
     recorded_ablations,
-    recorded_superres,
     replace_record,
     run_variation,
     variations,
@@ -296,7 +295,7 @@ def stub(monkeypatch, tmp_path):
         (out / "figures" / f"{name}.png").write_bytes(name.encode())
     (out / "summary.json").write_text(json.dumps({"facts": {"code": "commit abcdef0"}, "tables": {}}))
     (tmp_path / "outputs" / "bench").mkdir(parents=True)
-    (tmp_path / "outputs" / "bench" / "bench.md").write_text("")
+    (tmp_path / "outputs" / "bench" / "bench.md").write_text("tables")
     bench = {"machine": {"cores": 2, "commit": "abcdef0", "torch": "2"}, "cascade": []}
     (tmp_path / "outputs" / "bench" / "bench.json").write_text(json.dumps(bench))
     (tmp_path / "README.md").write_text(TEXT)
@@ -307,11 +306,8 @@ def stub(monkeypatch, tmp_path):
             self.preset = preset
             self.codec = type("codec", (), {"name": "mdct"})
 
-        def ablation(self, settings):
-            return [r for r in results if r.num_layers == settings.layers]
-
-        def schedule(self):
-            return scheduled
+        def ablation(self, plan):
+            return scheduled if plan.variants == SCHEDULED else [r for r in results if r.num_layers == plan.num_layers]
 
     def run_notebooks(*given, resume):
         assert resume
@@ -335,8 +331,10 @@ def test_a_record_holds_everything_and_names_its_commit_in_one_file(stub, monkey
     (written / "of an earlier record.json").write_text("")
     lib.record.record("demo", {}, "songs", written)
     assert said == [("demo", {}, "songs")]
-    names = {"ablation.json", "schedule.json", "bench.json", "summary.json", "claims.json", "claims.md", "record.json"}
+    names = {"ablation.json", "schedule.json", "bench.json", "summary.json", "claims.json", "record.json"}
+    names |= {"bench.md", "claims.md"}
     assert {path.name for path in written.iterdir()} == names | {f"{name}.png" for name in FIGURES}
+    assert (written / "bench.md").read_text() == "tables"
     results, facts = read_record(written / "ablation.json")
     assert {r.num_layers for r in results} == {2, 6}
     assert facts == {"preset": "demo", "codec": "mdct", "steps": 100} | {"changed_by_depth": facts["changed_by_depth"]}
@@ -374,7 +372,7 @@ def test_the_super_resolver_is_trained_for_as_long_as_the_record_says(monkeypatc
     """Plan, library and evaluation are replaced; what goes from one to the next, and into the file, is looked at."""
     longer = {"record.superres_vae_steps": 7, "record.superres_steps": 9, "superres.clips": 3}
     preset = load_preset("demo", longer)
-    plan = recorded_superres(preset).training_plan(preset.train.seed)
+    plan = dataclasses.replace(preset.superres, vae_steps=7, steps=9).training_plan(preset.train.seed)
     trained = []
 
     def train_vae(folder, library, sizes, config, *, resume):

@@ -31,13 +31,12 @@ def readme_blocks(folder: Path) -> dict[str, str]:
     facts, summary, bench = (read_json(folder / f"{name}.json") for name in ("record", "summary", "bench"))
     rows = read_json(folder / "variations.json", list)
     made = f"Commit {facts['commit']}, preset {facts['preset']}, codec {facts['codec']}, {facts['music']}."
-    took = summary["facts"]["time"]
-    if "after a stop" not in took:  # otherwise only part of the time is known
-        minutes = sum(int(seconds) for seconds in re.findall(r"(\d+) s\b", took)) / 60
+    if "after a stop" not in (took := summary["facts"]["time"]):  # otherwise only part of the time is known
+        minutes = sum(map(int, re.findall(r"(\d+) s\b", took))) / 60
         made += f" All notebooks took {minutes:.0f} minutes on {facts['machine']['cores']} cores."
     return {
         "results": "\n".join([*results(rows), "", f"*{made}*"]),
-        "speed": speed_table(bench["cascade"]),
+        "speed": speed(bench["cascade"]),
         "distances": distances_table(read_record(folder / "superres.json", Score)[0]),
     }
 
@@ -58,10 +57,10 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "- **Super-resolution**, trained only briefly. LSD gained over the mean envelope, negative where "
         f"the model is worse: {gains}. Verdicts: {alike([row['against_envelope'] for row in seeded], 'it at ')}.",
     ]
-    whole = {row["run"]: row for row in rows}
-    if "no-vectors" in whole:
-        others = [whole["songs-0-seed-0"], whole["no-vectors"]]
-        lines.append(f"- **Other processors.** {moved(whole['as it is'], others)}")
+    by_run = {row["run"]: row for row in rows}
+    if "no-vectors" in by_run:
+        others = [by_run["songs-0-seed-0"], by_run["no-vectors"]]
+        lines.append(f"- **Other processors.** {moved(by_run['as it is'], others)}")
     return lines
 
 
@@ -100,15 +99,15 @@ def moved(here: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def speed_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The benchmark against stock PyTorch, ratios first."""
-    columns = ("what", "clips × frames", "speedup", "highest possible", "seconds", "memory relative to stock")
-    lines = [columns, ["---"] * len(columns)]
-    for row in rows:
-        shape, memory = f"{row['batch']} × {row['frames']}", row["here_mib_per_clip"] / row["baseline_mib_per_clip"]
-        ratios = [f"{row[name]:.2f}" for name in ("ratio", "highest_ratio")]
-        lines.append([row["what"], shape, *ratios, f"{row['here_s']:.3g}", f"{memory:.0%}"])
-    return as_markdown(lines)
+def speed(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The benchmark against stock PyTorch, over all sizes of batches and clips."""
+    parts = []
+    for what in dict.fromkeys(row["what"] for row in rows):
+        own = [row for row in rows if row["what"] == what]
+        ratio, highest = (span([row[name] for row in own]) for name in ("ratio", "highest_ratio"))
+        memory = span([row["here_mib_per_clip"] / row["baseline_mib_per_clip"] for row in own])
+        parts.append(f"{what} {ratio} times as fast (highest possible: {highest}) in {memory} of its memory")
+    return f"Against the stock build: {'; '.join(parts)}. Each size: [bench.md](outputs/record/bench.md)."
 
 
 def distances_table(scores: Sequence[Score]) -> str:
@@ -118,8 +117,4 @@ def distances_table(scores: Sequence[Score]) -> str:
     for method in dict.fromkeys(score.method for score in scores):
         own = {score.cutoff: score.upper for score in scores if score.method == method}
         lines.append([f"{method}: {METHODS[method]}", *("{:.2f} ± {:.2f}".format(*own[cutoff]) for cutoff in cutoffs)])
-    return as_markdown(lines)
-
-
-def as_markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lib.report.report import Table
+from lib.util.provenance import versions
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -100,7 +101,8 @@ def _flat(values: Mapping[str, Any]) -> Rows:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
-    "machine": lambda found: _flat(found["machine"]),
+    # without commit and versions: only record.json of a record names them
+    "machine": lambda found: _flat({name: x for name, x in found["machine"].items() if name not in versions()}),
     "limit": lambda found: _flat(found["limit"]),
     "cascade": lambda found: _race(found["cascade"]),
     "sweep": lambda found: _race([row for rows in found["sweep"].values() for row in rows]),

@@ -20,7 +20,7 @@ from lib.report.quotes import (
     readme_blocks,
     results,
     span,
-    speed_table,
+    speed,
     with_blocks,
 )
 from lib.superres.evaluation import CUTOFFS, GAIN, METHODS, Score
@@ -104,10 +104,17 @@ def test_small_numbers():
     assert alike([{"a": "x", "b": "y"}, {"a": "x", "b": "z"}]) == f"x a; {DIFFERENT} b"
 
 
-def test_the_race_is_shown_by_its_ratios():
-    bench = {"what": "inference", "batch": 8, "frames": 1200, "ratio": 1.234, "highest_ratio": 2.0, "here_s": 0.5}
-    last = speed_table([bench | {"here_mib_per_clip": 1.0, "baseline_mib_per_clip": 4.0}]).splitlines()[-1]
-    assert last == "| inference | 8 × 1200 | 1.23 | 2.00 | 0.5 | 25% |"
+def test_speed_is_quoted_over_all_sizes():
+    def row(what: str, ratio: float, memory: float) -> dict:
+        return {"what": what, "ratio": ratio, "highest_ratio": 3.0, "here_mib_per_clip": memory} | {
+            "baseline_mib_per_clip": 4.0
+        }
+
+    said = speed([row("training step", 1.234, 1.0), row("training step", 2.5, 2.0), row("inference", 1.5, 3.0)])
+    step = "training step 1.23 to 2.50 times as fast (highest possible: 3.00) in 0.25 to 0.50 of its memory"
+    inference = "inference 1.50 times as fast (highest possible: 3.00) in 0.75 of its memory"
+    link = "[bench.md](outputs/record/bench.md)"
+    assert said == f"Against the stock build: {step}; {inference}. Each size: {link}."
 
 
 def test_distances_are_shown_by_method_and_cutoff():
