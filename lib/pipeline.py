@@ -11,7 +11,6 @@ read there. When a notebook fails, the page shows its section with the error, an
 import argparse
 import ast
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -74,12 +73,8 @@ def run_notebooks(
     only: tuple[str, ...] = NOTEBOOKS,
     resume: bool = False,
 ) -> Path:
-    """Execute the notebooks, rewriting `index.html` after each; returns its path.
-
-    Bad settings or data raise `UserError`, before the first notebook if they can be known then. If a notebook fails,
-    the others that do not need it run first; then `NotebookError` is raised, or `UserError` if bad settings or data
-    caused every failure.
-    """
+    """Execute the notebooks, rewriting `index.html` after each; returns its path. If one fails, the others that do not
+    need it run first; then `NotebookError` is raised, or `UserError` if bad settings or data caused every failure."""
     preset = load_preset(preset_name, overrides)
     out = Path(out_dir or ROOT / "outputs" / preset_name).resolve()
     data = str(Path(data_dir).resolve()) if data_dir else ""
@@ -143,7 +138,14 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
     sockets = tempfile.TemporaryDirectory(prefix="kernel-")
     kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets.name}/kernel")
     paths = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook_path(name), executed))
-    stop = StopSignals(functools.partial(interrupt, kernel))
+
+    def interrupt(signal_name: str) -> None:
+        if kernel.provisioner is None or kernel.provisioner.pid is None:
+            raise KeyboardInterrupt
+        say(f"{signal_name}: asking the notebook to save and stop; again to stop at once")
+        os.kill(kernel.provisioner.pid, signal.SIGINT)  # which lets training save
+
+    stop = StopSignals(interrupt)
     try:
         with stop:
             papermill.execute_notebook(*paths, parameters, cwd=ROOT, km=kernel, stderr_file=sys.stderr)
@@ -179,14 +181,6 @@ def failed_statement(traceback: list[str], cell: str) -> str:
         smallest = min(around, key=lambda node: node.end_lineno - node.lineno)
         return ast.unparse(smallest).splitlines()[0]
     return "no message"
-
-
-def interrupt(kernel: AsyncKernelManager, signal_name: str) -> None:
-    """Pass a stop signal on to the notebook's kernel, which lets training save."""
-    if kernel.provisioner is None or kernel.provisioner.pid is None:
-        raise KeyboardInterrupt
-    say(f"{signal_name}: asking the notebook to save and stop; again to stop at once")
-    os.kill(kernel.provisioner.pid, signal.SIGINT)
 
 
 def facts(preset: Preset, out: Path, train: int, val: int) -> dict[str, str]:

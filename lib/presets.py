@@ -67,7 +67,7 @@ class EvaluationSettings:
 
 @checked_dataclass
 class AblationSettings:
-    """Notebook 02: which variants, at which depth, for how long, on clips of which length."""
+    """Notebook 02."""
 
     variants: choice(SETS) = "named"
     layers: Count = 2
@@ -159,20 +159,12 @@ class Preset:
 # What the notebooks train with. Squared errors alone are smallest at the plain average of both clips, with masks or
 # without; small weights keep them as an anchor, and rhythm and harmony say what is to be taken from which clip.
 OBJECTIVE = LossConfig(
-    input_weight=0.03,
-    target_weight=0.03,
-    novelty_weight=1.0,
-    adversarial_weight=0.05,
-    stft_weight=0.1,
-    mel_weight=0.1,
-    rhythm_weight=1.0,
-    harmony_weight=1.0,
-    anti_modulation_weight=0.1,
-    outlier_weight=0.1,
-    overlap_weight=1.0,
-    coverage_weight=1.0,
-    balance_weight=1.0,
+    **dict.fromkeys(("input_weight", "target_weight"), 0.03),
+    **dict.fromkeys(("novelty_weight", "rhythm_weight", "harmony_weight"), 1.0),
+    **dict.fromkeys(("overlap_weight", "coverage_weight", "balance_weight"), 1.0),
+    **dict.fromkeys(("stft_weight", "mel_weight", "anti_modulation_weight", "outlier_weight"), 0.1),
     temporal_diversity_weight=0.1,
+    adversarial_weight=0.05,
 )
 
 

@@ -14,8 +14,7 @@ older runs play no part, and the working tree may change meanwhile.
     summary.json       facts and tables of the notebooks, and the figures in FIGURES
     claims.json        the audit of every claim, and claims.md, the same as a table
 
-A stopped record resumes on the same commit and starts again on another. The preset 'full' is made for a GPU server and
-needs EnCodec's weights; on a CPU it takes weeks.
+A stopped record resumes on the same commit and starts again on another.
 """
 
 import argparse
@@ -27,7 +26,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from lib.lab.audit import audit_named, disagreements
 from lib.lab.claims import collect, markdown_table, with_untested
 from lib.lab.results import Result, write_record
 from lib.pipeline import NotebookError, add_arguments, gpu_name, parse_overrides, run_notebooks, say
-from lib.presets import AblationSettings, Preset, load_preset
+from lib.presets import Preset, load_preset
 from lib.project import RECORD, ROOT, Project, open_project
 from lib.report.quotes import BLOCKS, readme_blocks, with_blocks
 from lib.report.report import sections, tables_of
@@ -53,6 +52,7 @@ FIGURES = ("listening_0", "grid", "collapse")  # that the README shows
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
 # without AVX2, sums are rounded differently; NumPy has had two sets of names for the features it can disable
 NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 X86_V3 X86_V4 AVX512_ICL"}
+WHOLE = ("songs-0-seed-0", "no-vectors")  # variations that run all notebooks, and are compared as a whole
 BENCH_PARTS = ("limit", "cascade")
 CLAIMS_HEAD = """# The claims of the seeds, audited
 
@@ -165,7 +165,9 @@ def record_bench(folder: Path) -> None:
 def record_ablations(preset: Preset, project: Project, folder: Path, facts: dict[str, Any]) -> None:
     """The ablation grid, the named settings at full depth, and the whole schedule in miniature."""
     results: list[Result] = []
-    for ablation in recorded_ablations(preset):
+    grid = dataclasses.replace(preset.ablation, variants=preset.record.variants, steps=preset.record.steps)
+    deep = dataclasses.replace(grid, variants="named", layers=preset.model.num_layers)
+    for ablation in [grid] if deep.layers == grid.layers else [grid, deep]:
         size = f"{ablation.layers} layers, {ablation.steps} steps, {ablation.seeds} seeds"
         say(f"ablation: variants {ablation.variants}, {size}")
         results += project.ablation(ablation.plan)
@@ -200,13 +202,6 @@ def record_superres(preset: Preset, project: Project, folder: Path) -> None:
     write_record(folder / "superres.json", scores, facts | {"contexts": contexts, "guided": guided})
 
 
-def recorded_ablations(preset: Preset) -> list[AblationSettings]:
-    """The grid at the ablation's depth, and the named settings at the full model's depth if that differs."""
-    grid = dataclasses.replace(preset.ablation, variants=preset.record.variants, steps=preset.record.steps)
-    deep = dataclasses.replace(grid, variants="named", layers=preset.model.num_layers)
-    return [grid] if deep.layers == grid.layers else [grid, deep]
-
-
 def changed_by_depth(results: list[Result]) -> list[str]:
     """The verdicts on the named settings that differ between the smallest and the largest depth."""
     depths = sorted({result.num_layers for result in results})
@@ -214,62 +209,50 @@ def changed_by_depth(results: list[Result]) -> list[str]:
     return disagreements(*audits)
 
 
-@dataclasses.dataclass(frozen=True)
-class Variation:
-    """A run of all or some notebooks on one thread, with other seeds or another processor."""
-
-    name: str
-    data_seed: int
-    seed: int  # of training
-    only: str = ""  # notebooks; empty: all
-    environment: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-def variations(preset: Preset) -> Iterator[Variation]:
-    """Every data seed (other songs) with every training seed. The first runs all notebooks, and so does a run without
-    vector instructions. Empty if the preset has one seed of each."""
-    if preset.record.data_seeds == preset.record.seeds == 1:
-        return
-    for songs, seed in itertools.product(range(preset.record.data_seeds), range(preset.record.seeds)):
-        only = "" if songs == seed == 0 else "04,06"
-        yield Variation(f"songs-{songs}-seed-{seed}", preset.data.seed + songs, preset.train.seed + seed, only)
-    if not torch.cuda.is_available():
-        yield Variation("no-vectors", preset.data.seed, preset.train.seed, environment=NO_VECTORS)
+def variations(preset: Preset) -> list[dict[str, Any]]:
+    """Runs on one thread: every data seed (other songs) with every training seed, and one without vector instructions.
+    Empty if the preset has one seed of each."""
+    counts = preset.record.data_seeds, preset.record.seeds
+    if counts == (1, 1):
+        return []
+    first = {"data_seed": preset.data.seed, "seed": preset.train.seed}
+    rows = [
+        {"run": f"songs-{songs}-seed-{seed}", "data_seed": first["data_seed"] + songs, "seed": first["seed"] + seed}
+        for songs, seed in itertools.product(*map(range, counts))
+    ]
+    return rows if torch.cuda.is_available() else [*rows, {"run": "no-vectors"} | first]
 
 
 def record_variations(preset: Preset, overrides: dict[str, Any], data_dir: str, out: Path, folder: Path) -> None:
     """Run the variations, one a core, and write their findings beside those of the run in `out`."""
-    done = list(variations(preset))
+    done = variations(preset)
     say(f"{len(done)} variations of {preset.name}")
-    workers = 1 if torch.cuda.is_available() else os.cpu_count()
-    with ThreadPoolExecutor(workers) as pool:
-        folders = list(pool.map(lambda v: run_variation(v, preset, overrides, data_dir), done))
-    rows = [{"run": "as it is"} | found_in(out)]
-    for v, where in zip(done, folders, strict=True):
-        rows.append({"run": v.name, "data_seed": v.data_seed, "seed": v.seed} | found_in(where))
-    same = [row for row in rows[1:] if row["data_seed"] == rows[1]["data_seed"]]
+    with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
+        folders = list(pool.map(lambda row: run_variation(row, preset, overrides, data_dir), done))
+    found = [row | found_in(where) for row, where in zip(done, folders, strict=True)]
+    rows = [{"run": "as it is"} | found_in(out), *found]
+    same = [row for row in found if row["data_seed"] == preset.data.seed]
     if others := [row["run"] for row in same if row["pairs"] != rows[0]["pairs"]]:
         raise NotebookError(", ".join(others), "has other pairs than the run as it is, from the same data seed")
     write_rows(folder / "variations.json", rows)
 
 
-def run_variation(variation: Variation, preset: Preset, overrides: dict[str, Any], data_dir: str) -> Path:
+def run_variation(row: Mapping[str, Any], preset: Preset, overrides: dict[str, Any], data_dir: str) -> Path:
     """Run a variation and return its folder. `NotebookError` names the log if a notebook failed."""
-    out = ROOT / "outputs" / "variations" / variation.name
+    out = ROOT / "outputs" / "variations" / row["run"]
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "lib.pipeline", "--preset", preset.name, "--out", str(out), "--resume"]
     command += ["--data", data_dir] if data_dir else []
-    command += ["--only", variation.only] if variation.only else []
-    seeds = {"data.seed": variation.data_seed, "train.seed": variation.seed}
-    for name, value in (overrides | seeds).items():
+    command += [] if row["run"] in WHOLE else ["--only", "04,06"]
+    for name, value in (overrides | {"data.seed": row["data_seed"], "train.seed": row["seed"]}).items():
         command += ["--set", f"{name}={json.dumps(value)}"]  # JSON is YAML
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variation.environment
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (NO_VECTORS if row["run"] == "no-vectors" else {})
     with open(out / "log.txt", "w") as log:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
     if done.returncode == 130:
         raise KeyboardInterrupt("stopped; run `make record` again to resume")
     if done.returncode:
-        raise NotebookError(variation.name, f"failed; {out / 'log.txt'} and {out / 'index.html'} say why")
+        raise NotebookError(row["run"], f"failed; {out / 'log.txt'} and {out / 'index.html'} say why")
     return out
 
 

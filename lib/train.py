@@ -1,10 +1,8 @@
-"""Train a preset's model: one process, or several by a launcher.
+"""Train a preset's model: one process, or several, which share the encoding and every step, and stop together.
 
-    python -m lib.train --preset full --data DIR --out outputs/full [--resume] [--set train.epochs=50]
-    accelerate launch --num_processes 4 -m lib.train --preset full ...
-    torchrun --nproc_per_node 4 -m lib.train --preset full ...
-
-Every process encodes its share of the music and takes its share of every step; all of them stop together.
+python -m lib.train --preset full --data DIR --out outputs/full [--resume] [--set train.epochs=50]
+accelerate launch --num_processes 4 -m lib.train --preset full ...
+torchrun --nproc_per_node 4 -m lib.train --preset full ...
 """
 
 import argparse
@@ -28,17 +26,14 @@ from lib.util.errors import UserError, exit_on_user_error
 def train_project(
     project: Project, *, resume: bool = False, num_processes: int = 1, callbacks: tuple[Callback, ...] = ()
 ) -> Run:
-    """Train the project's model; demo clips and TensorBoard's curves are written beside the run's own files.
-
-    In a notebook, `num_processes` above 1 starts that many, one a GPU, without `callbacks`: another process cannot
-    reach the notebook's page.
-    """
+    """Train the project's model, with demo clips and TensorBoard curves. In a notebook, `num_processes` above 1 starts
+    one for each GPU, without `callbacks`: another process cannot reach the notebook's page."""
     preset = project.preset
-    configs = (preset.model.cascade, preset.train, preset.model.masking)
 
     def start(*callbacks: Callback) -> Run:
-        callbacks = (DemoClips(project.codec, preset.listening.every), TensorBoard(), *callbacks)
         data = (project.out_dir, project.latents.index, project.codec)
+        configs = (preset.model.cascade, preset.train, preset.model.masking)
+        callbacks = (DemoClips(project.codec, preset.listening.every), TensorBoard(), *callbacks)
         return train(*data, *configs, resume=resume, callbacks=callbacks)
 
     def start_forked() -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ import lib.record
 import lib.superres.training
 from lib.lab.claims import CLAIMS, VERDICTS, judge
 from lib.lab.results import read_record
-from lib.lab.variants import SCHEDULED
+from lib.lab.variants import NAMED, SCHEDULED, VARIANTS
 from lib.pipeline import NotebookError
 from lib.presets import load_preset
 from lib.project import RECORD
@@ -26,7 +27,6 @@ from lib.record import (
     clone_of,
     continue_in_clone,
     found_in,
-    recorded_ablations,
     replace_record,
     run_variation,
     variations,
@@ -195,31 +195,32 @@ def test_the_command_does_not_measure_where_it_would_write(monkeypatch, capsys):
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
-def test_the_demos_record_has_the_grid_and_the_named_settings_at_full_depth():
-    grid, deep = recorded_ablations(load_preset("demo"))
-    assert (grid.variants, grid.layers, grid.steps) == ("all", 2, 100)
-    assert (deep.variants, deep.layers, deep.steps) == ("named", 6, 100)
-    (full,) = recorded_ablations(load_preset("full"))
-    assert (full.variants, full.layers, full.seeds) == ("all", 6, 5)
+@pytest.mark.parametrize(
+    ("name", "plans"),
+    [("demo", [(VARIANTS, 2, 100), (NAMED, 6, 100)]), ("full", [(VARIANTS, 6, 2000)])],
+)
+def test_the_record_has_the_grid_and_the_named_settings_at_full_depth(tmp_path, name, plans):
+    asked, (results, _) = [], read_record(RECORD / "ablation.json")
+    project = SimpleNamespace(codec=SimpleNamespace(name="mdct"), ablation=lambda plan: asked.append(plan) or results)
+    lib.record.record_ablations(load_preset(name), project, tmp_path, {})
+    assert [(plan.variants, plan.num_layers, plan.train.max_steps) for plan in asked[:-1]] == plans
+    assert asked[-1].variants == SCHEDULED
 
 
 def test_the_demos_variations_are_three_data_seeds_two_training_seeds_and_no_vectors():
-    found = {v.name: v for v in variations(load_preset("demo"))}
+    found = {row["run"]: row for row in variations(load_preset("demo"))}
     assert len(found) == 7
-    assert (found["songs-2-seed-1"].data_seed, found["songs-2-seed-1"].seed) == (2, 1)
-    assert found["songs-2-seed-1"].only == "04,06"
-    assert found["songs-0-seed-0"].only == found["no-vectors"].only == ""  # these two are compared as a whole
-    assert found["no-vectors"].environment == NO_VECTORS
-    assert list(variations(load_preset("full"))) == []
-    others = list(variations(load_preset("demo", {"data.seed": 5, "train.seed": 7})))
-    assert {(v.data_seed, v.seed) for v in (others[0], others[-1])} == {(5, 7)}
+    assert (found["songs-2-seed-1"]["data_seed"], found["songs-2-seed-1"]["seed"]) == (2, 1)
+    assert variations(load_preset("full")) == []
+    others = variations(load_preset("demo", {"data.seed": 5, "train.seed": 7}))
+    assert {(row["data_seed"], row["seed"]) for row in (others[0], others[-1])} == {(5, 7)}
 
 
 def test_the_variations_stand_beside_the_run_as_it_is_in_their_order(monkeypatch, tmp_path):
     preset = load_preset("smoke")
-    names = [v.name for v in variations(preset)]
+    names = [row["run"] for row in variations(preset)]
     pairs = dict.fromkeys(("out", *names), "a") | {"songs-1-seed-0": "b"}
-    monkeypatch.setattr(lib.record, "run_variation", lambda v, *given: tmp_path / v.name)
+    monkeypatch.setattr(lib.record, "run_variation", lambda row, *given: tmp_path / row["run"])
     monkeypatch.setattr(lib.record, "found_in", lambda out: {"pairs": pairs[out.name]})
     lib.record.record_variations(preset, {}, "", tmp_path / "out", tmp_path)
     rows = json.loads((tmp_path / "variations.json").read_text())
@@ -244,7 +245,7 @@ def test_a_variation_is_a_pipeline_of_its_own_on_one_thread(monkeypatch, tmp_pat
 
     monkeypatch.setattr(lib.record, "ROOT", tmp_path)
     monkeypatch.setattr(lib.record.subprocess, "run", call)
-    *_, bare = variations(load_preset("demo"))
+    _, seeded, *_, bare = variations(load_preset("demo"))
     code = 0
     out = run_variation(bare, load_preset("demo"), {"train.clip": None, "train.seed": 7}, "songs")
     ((command, env),) = called
@@ -253,6 +254,10 @@ def test_a_variation_is_a_pipeline_of_its_own_on_one_thread(monkeypatch, tmp_pat
         *("--set", "train.clip=null", "--set", "train.seed=0", "--set", "data.seed=0"),
     ]
     assert {name: env[name] for name in ("OMP_NUM_THREADS", *NO_VECTORS)} == {"OMP_NUM_THREADS": "1"} | NO_VECTORS
+    run_variation(seeded, load_preset("demo"), {}, "")
+    command, env = called[-1]
+    assert command[-6:] == ["--only", "04,06", "--set", "data.seed=0", "--set", "train.seed=1"]
+    assert (env["OMP_NUM_THREADS"], NO_VECTORS.keys() & env.keys()) == ("1", set())
     code = 1
     with pytest.raises(NotebookError, match=r"no-vectors: failed; .*log\.txt"):
         run_variation(bare, load_preset("demo"), {}, "")

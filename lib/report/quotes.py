@@ -91,11 +91,11 @@ def moved(here: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
     merit = max(abs(row["merit"][name] - value) for row in others for name, value in here["merit"].items())
     gain = max(abs(mean_of(row["gain"][c]) - mean_of(value)) for row in others for c, value in here["gain"].items())
     pairs = "the same" if all(row["pairs"] == here["pairs"] for row in others) else "OTHER"
+    all_but = f", all but: {'; '.join(changed)}" if changed else ""
     return (
         "On one thread, and on one with PyTorch's and NumPy's kernels restricted to the oldest instructions, the demo "
         f"has {pairs} pairs and split, and {len(names) - len(changed)} of its {len(names)} verdicts are the same"
-        + (f", all but: {'; '.join(changed)}. " if changed else ". ")
-        + f"Figures of merit move by up to {merit:.2f}, gains in distance by up to {gain:.2f}."
+        f"{all_but}. Figures of merit move by up to {merit:.2f}, gains in distance by up to {gain:.2f}."
     )
 
 
@@ -106,8 +106,9 @@ def speed(rows: Sequence[Mapping[str, Any]]) -> str:
         own = [row for row in rows if row["what"] == what]
         ratio, highest = (span([row[name] for row in own]) for name in ("ratio", "highest_ratio"))
         memory = span([row["here_mib_per_clip"] / row["baseline_mib_per_clip"] for row in own])
-        parts.append(f"{what} {ratio} times as fast (highest possible: {highest}) in {memory} of its memory")
-    return f"Against the stock build: {'; '.join(parts)}. Each size: [bench.md](outputs/record/bench.md)."
+        fast = f"{ratio} times as fast as the stock build (highest possible: {highest})"
+        parts.append(f"{what.capitalize()}: {fast}, with {memory} of its memory.")
+    return f"{' '.join(parts)} Each size: [bench.md](outputs/record/bench.md)."
 
 
 def distances_table(scores: Sequence[Score]) -> str:

@@ -111,10 +111,10 @@ def test_speed_is_quoted_over_all_sizes():
         }
 
     said = speed([row("training step", 1.234, 1.0), row("training step", 2.5, 2.0), row("inference", 1.5, 3.0)])
-    step = "training step 1.23 to 2.50 times as fast (highest possible: 3.00) in 0.25 to 0.50 of its memory"
-    inference = "inference 1.50 times as fast (highest possible: 3.00) in 0.75 of its memory"
-    link = "[bench.md](outputs/record/bench.md)"
-    assert said == f"Against the stock build: {step}; {inference}. Each size: {link}."
+    faster = "times as fast as the stock build (highest possible: 3.00)"
+    step = f"Training step: 1.23 to 2.50 {faster}, with 0.25 to 0.50 of its memory."
+    inference = f"Inference: 1.50 {faster}, with 0.75 of its memory."
+    assert said == f"{step} {inference} Each size: [bench.md](outputs/record/bench.md)."
 
 
 def test_distances_are_shown_by_method_and_cutoff():
