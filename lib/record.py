@@ -43,7 +43,7 @@ from lib.report.quotes import BLOCKS, readme_blocks, with_blocks
 from lib.report.report import sections, tables_of
 from lib.superres.evaluation import GAIN, evaluate
 from lib.superres.resolver import Restoration, SuperResolver
-from lib.superres.training import train_vae
+from lib.superres.training import train_part
 from lib.util.errors import UserError, exit_on_user_error
 from lib.util.files import read_json, write_atomic
 from lib.util.provenance import versions
@@ -187,7 +187,7 @@ def record_superres(preset: Preset, project: Project, folder: Path) -> None:
     say(f"super-resolution: {longer.vae_steps} and {longer.steps} steps")
     library, source = project.upper_band()
     parts = project.out_dir / "superres_record"
-    train_vae(parts, library, plan.vae, plan.vae_training, resume=True)
+    train_part(parts, "vae", library, plan.vae, plan.vae_training, resume=True)
     contexts = plan.compare_contexts(parts, library, record.superres_seeds, resume=True)
     resolver, clips = SuperResolver(parts, diffusion="sequence-0"), longer.clips
     restoration = Restoration(steps=longer.sampler_steps)

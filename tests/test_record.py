@@ -380,8 +380,8 @@ def test_the_super_resolver_is_trained_for_as_long_as_the_record_says(monkeypatc
     plan = dataclasses.replace(preset.superres, vae_steps=7, steps=9).training_plan(preset.train.seed)
     trained = []
 
-    def train_vae(folder, library, sizes, config, *, resume):
-        assert (folder, library, resume) == (tmp_path / "superres_record", "the library", True)
+    def train_part(folder, part, library, sizes, config, *, resume):
+        assert (folder, part, library, resume) == (tmp_path / "superres_record", "vae", "the library", True)
         assert (sizes, config) == (plan.vae, plan.vae_training)
         trained.append(config.max_steps)
 
@@ -402,7 +402,7 @@ def test_the_super_resolver_is_trained_for_as_long_as_the_record_says(monkeypatc
         guided = (restoration.guidance, 0.125)
         return Evaluation((Score("model", cutoffs[0], 3, 2, pair, pair, guided, pair, pair),), {})
 
-    monkeypatch.setattr(lib.record, "train_vae", train_vae)
+    monkeypatch.setattr(lib.record, "train_part", train_part)
     monkeypatch.setattr(lib.superres.training.Plan, "compare_contexts", compare_contexts)
     monkeypatch.setattr(lib.record, "SuperResolver", lambda folder, diffusion: folder)
     monkeypatch.setattr(lib.record, "evaluate", evaluate)

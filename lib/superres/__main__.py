@@ -23,12 +23,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", required=True, help="output file (.wav holds any level), or folder for a folder")
     parser.add_argument("--run", required=True, help="folder of a trained super-resolver, e.g. outputs/demo/superres")
     parser.add_argument("--steps", type=int, default=DEFAULTS.steps, help="of the sampler (default: %(default)s)")
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        default=DEFAULTS.guidance,
-        help="towards the condition; 1: none (default: %(default)s)",
-    )
+    parser.add_argument("--guidance", type=float, default=DEFAULTS.guidance, help="1: none (default: %(default)s)")
     parser.add_argument("--vocoder", choices=VOCODERS, help="default: hifigan where the run has trained it")
     parser.add_argument("--seed", type=int, default=DEFAULTS.seed, help="default: %(default)s")
     parser.add_argument("--cutoff", type=float, help="Hz, where the files' own band ends (default: measured in each)")

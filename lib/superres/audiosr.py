@@ -3,9 +3,9 @@
 
     python -m lib.superres.audiosr basic.pth -o outputs/audiosr
 
-They become the runs `vae` and `hifigan` of a folder, in which a diffusion model can then be trained. AudioSR's own
-diffusion model has another architecture, without a global encoder, and is left out. AudioSR's spectrograms are
-transposed, `[B, 1, T, F]` instead of `[B, 1, F, T]`, so every kernel of the autoencoder is transposed.
+They become the runs `vae` and `hifigan` of a folder, in which a diffusion model can then be trained. AudioSR's own one
+has another architecture and is left out. Its spectrograms are `[B, 1, T, F]`, so kernels of the autoencoder are
+transposed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ FIX = "give a checkpoint that AudioSR released, such as basic.pth"
 ATTENTION = re.compile(r"\.attn_1\.(q|k|v|proj_out)\.weight$")
 # endings of the names of magnitude and direction, in torch's older and newer form of weight normalisation
 WEIGHT_NORM = ((".weight_g", ".weight_v"), (".parametrizations.weight.original0", ".parametrizations.weight.original1"))
-OURS = ("mean", "scale")  # of a normalisation that transformers' class has and does not use
+UNUSED = ("mean", "scale")  # of a normalisation that transformers' class has
 # patterns of diffusers' names → the file's
 VAE_NAMES = {
     r"\.conv_norm_out\.": ".norm_out.",
@@ -44,22 +44,11 @@ VAE_NAMES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class ImportReport:
-    """The imported runs, and how many tensors of the file belong to other parts."""
-
-    vae: Run
-    vocoder: Run
-    ignored: int
-
-
 def import_audiosr(
-    path: str | Path,
-    folder: str | Path,
-    vae_config: VaeConfig | None = None,
-    vocoder_config: VocoderConfig | None = None,
-) -> ImportReport:
-    """Read a checkpoint and write the runs `folder/vae` and `folder/hifigan`.
+    path: str | Path, folder: str | Path, vae_sizes: VaeConfig | None = None, vocoder_sizes: VocoderConfig | None = None
+) -> tuple[Run, Run, int]:
+    """Read a checkpoint and write the runs `folder/vae` and `folder/hifigan`; returns both, and how many tensors of the
+    file belong to other parts.
 
     No code of the file is run. `UserError` lists tensors that are missing, unknown or of another shape; weight
     normalisation, in torch's older or newer form or none, becomes plain weights.
@@ -67,28 +56,26 @@ def import_audiosr(
     path, folder = Path(path), Path(folder)
     content = safe_torch_load(path)
     tensors = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
-    ):
+    named = isinstance(tensors, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items())
+    if not named:
         raise UserError(f"{path}: holds no 'state_dict' of tensors; {FIX}")
     own = {name.removeprefix(PREFIX): tensor.float() for name, tensor in tensors.items() if name.startswith(PREFIX)}
     own = without_weight_norm(path, own)
     of_vocoder = {name: own.pop(name) for name in list(own) if name.startswith("vocoder.")}
-    vae, vocoder = MelVae(vae_config), Vocoder(vocoder_config)
-    levels = len(vae.config.channels)
-    fill(path, vae.autoencoder, own, {name: vae_name(name, levels) for name in vae.autoencoder.state_dict()})
+    vae, vocoder = MelVae(vae_sizes), Vocoder(vocoder_sizes)
+    names = {name: vae_name(name, len(vae.config.channels)) for name in vae.autoencoder.state_dict()}
+    fill(path, vae.autoencoder, own, names)
     for layer in vae.modules():
         if isinstance(layer, nn.Conv2d):
             layer.weight.data = layer.weight.data.mT.contiguous()
-    generator = vocoder.generator
-    fill(path, generator, of_vocoder, {name: vocoder_name(name) for name in generator.state_dict() if name not in OURS})
-    generator.apply_weight_norm()  # the form in which runs keep it
-    source = {"imported": {"file": path.name, "sha256": file_sha256(path)}}
-    runs = []
+    names = [name for name in vocoder.generator.state_dict() if name not in UNUSED]
+    fill(path, vocoder.generator, of_vocoder, {name: "vocoder." + re.sub("^upsampler", "ups", name) for name in names})
+    vocoder.generator.apply_weight_norm()  # the form in which runs keep it
+    source, runs = {"imported": {"file": path.name, "sha256": file_sha256(path)}}, []
     for name, model in (("vae", vae), ("hifigan", vocoder)):
         runs.append(Run.create(folder / name, {"sizes": dataclasses.asdict(model.config)} | source))
         runs[-1].save(0, model, {}, is_best=True)
-    return ImportReport(*runs, sum(not name.startswith(PREFIX) for name in tensors))
+    return *runs, len([name for name in tensors if not name.startswith(PREFIX)])
 
 
 def fill(path: Path, model: nn.Module, tensors: dict[str, Tensor], names: dict[str, str]) -> None:
@@ -108,10 +95,6 @@ def vae_name(name: str, levels: int) -> str:
     for ours, theirs in VAE_NAMES.items():
         name = re.sub(ours, theirs, name)
     return re.sub(r"\.up\.(\d+)\.", lambda found: f".up.{levels - 1 - int(found[1])}.", name)
-
-
-def vocoder_name(name: str) -> str:
-    return "vocoder." + re.sub(r"^upsampler\.", "ups.", name)
 
 
 def without_weight_norm(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -140,8 +123,8 @@ def main() -> None:
     parser.add_argument("-o", "--out", required=True, help="folder for the runs vae and hifigan")
     options = parser.parse_args()
     with exit_on_user_error():
-        report = import_audiosr(options.checkpoint, options.out)
-        print(f"{report.vae.path}, {report.vocoder.path}: imported; {report.ignored} tensors of other parts left out")
+        vae, vocoder, ignored = import_audiosr(options.checkpoint, options.out)
+        print(f"{vae.path}, {vocoder.path}: imported; {ignored} tensors of other parts left out")
 
 
 if __name__ == "__main__":

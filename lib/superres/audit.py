@@ -51,14 +51,13 @@ def count_sizes(parts: Mapping[str, nn.Module]) -> list[Count]:
         Count("autoencoder", number_of_parameters(parts["vae"]), 100_001_328),
         Count("vocoder", number_of_parameters(parts["vocoder"]), 39_317_489),
     ]
-    conditioned = sum(number_of_parameters(module) for module in transformers)
+    conditioned = number_of_parameters(nn.ModuleList(transformers))
     inner = Count(f"its {len(transformers)} conditioned transformers", conditioned, 14_313_024)
     return [*whole[:2], inner, *whole[2:], Count("together", sum(size.counted for size in whole), 207_427_841)]
 
 
 def count_costs(parts: Mapping[str, nn.Module]) -> list[Count]:
-    """Matrix products, convolutions and attention of one clip. The seed's heading says that its numbers are for a batch
-    of eight."""
+    """Matrix products, convolutions and attention of one clip; the seed says that it counts a batch of eight."""
     denoiser, vae = parts["denoiser"], parts["vae"]
     with torch.device("meta"):
         mel = torch.zeros(1, 1, MELS, CLIP_FRAMES)
@@ -76,8 +75,7 @@ def count_costs(parts: Mapping[str, nn.Module]) -> list[Count]:
 
 def latent_shape(parts: Mapping[str, nn.Module]) -> tuple[int, ...]:
     """`[Z, H, W]` of a clip of 10.24 s."""
-    with torch.device("meta"):
-        return tuple(parts["vae"].encode(torch.zeros(1, 1, MELS, CLIP_FRAMES)).shape[1:])
+    return tuple(parts["vae"].encode(torch.zeros(1, 1, MELS, CLIP_FRAMES, device="meta")).shape[1:])
 
 
 def macs(run: Callable[[], Any]) -> int:
@@ -91,9 +89,6 @@ def number_of_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-# --- verdicts ---------------------------------------------------------------------------------------------------------
-
-
 def audit_sizes(
     sizes: Sequence[Count], costs: Sequence[Count], transformers: int, latent: Sequence[int]
 ) -> list[Verdict]:
@@ -101,13 +96,13 @@ def audit_sizes(
     (inner,) = (size for size in sizes if "transformers" in size.what)
     (step,) = (cost for cost in costs if cost.what == "UNet, one step")
     per_batch = Count(step.what, 8 * step.counted, step.claimed)
-    verdicts = []
-    for size in (size for size in sizes if size is not inner):
-        said = f"{size.what}: {size.claimed / 1e6:.2f} M parameters"
-        verdicts.append(judge("C16", said, size.agrees, found=f"{size.counted / 1e6:.2f} M"))
     found = f"{per_batch.counted / 1e9:.0f} GMACs, {step.counted / 1e9:.1f} a clip"
     return [
-        *verdicts,
+        *(
+            judge("C16", f"{s.what}: {s.claimed / 1e6:.2f} M parameters", s.agrees, found=f"{s.counted / 1e6:.2f} M")
+            for s in sizes
+            if s is not inner
+        ),
         judge("C17", "18 (or 12) conditioned transformers", transformers in (12, 18), found=str(transformers)),
         judge("C17", "with 14.3 M parameters", inner.agrees, found=f"{inner.counted / 1e6:.1f} M"),
         judge("C17", "latents [16, 64, 64]", tuple(latent) == (16, 64, 64), found=str(list(latent))),
@@ -121,14 +116,13 @@ def audit_attention(pooled: Tensor, sequence: Tensor) -> list[Verdict]:
         ("each position queries the global context, one pooled vector", pooled, ""),
         ("the same with the sequence as context", sequence, "the repair that is the default here"),
     )
-    spreads = [(said, spread_over_places(received), why) for said, received, why in claims]
-    return [judge("C18", said, s > ALIKE, found=spread_in_words(s), why=why) for said, s, why in spreads]
-
-
-def spread_in_words(spread: float) -> str:
-    if spread <= ALIKE:
-        return "every place receives the same"
-    return f"places differ by {spread:.0%} of what they receive"
+    verdicts = []
+    for said, received, why in claims:
+        spread = spread_over_places(received)
+        differ = f"places differ by {spread:.0%} of what they receive"
+        found = differ if spread > ALIKE else "every place receives the same"
+        verdicts.append(judge("C18", said, spread > ALIKE, found=found, why=why))
+    return verdicts
 
 
 def spread_over_places(received: Tensor) -> float:

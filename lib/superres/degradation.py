@@ -1,7 +1,4 @@
-"""Training pairs: clips of music at 48 kHz, and the same clips without their upper band.
-
-A clip is degraded by a random low-pass filter and a lower sample rate.
-"""
+"""Training pairs: clips of music at 48 kHz, and the same after a random low-pass filter and a lower sample rate."""
 
 import hashlib
 import json
@@ -22,11 +19,12 @@ from lib.superres.mel import SAMPLE_RATE
 from lib.util.configs import checked_dataclass, choice, whole
 from lib.util.errors import UserError
 
-KINDS = ("butter", "cheby1", "ellip", "bessel")
+RIPPLE, STOP = {"rp": 0.05}, {"rs": 40.0}  # dB, pass-band ripple and stop-band attenuation
+KINDS = {"butter": {}, "cheby1": RIPPLE, "ellip": RIPPLE | STOP, "bessel": {}}  # of filters, with their limits
 ORDERS = (2, 10)  # of one pass; filtering forwards and backwards doubles it and leaves no delay
 LOWEST, HIGHEST = 2_000, 16_000  # Hz
+LOWEST_RATE = 44_100  # Hz: files below it have no upper band to learn from
 GRID = 250  # Hz between cutoffs: the ratios of such sample rates to 48 kHz have small terms
-RIPPLE, STOP = 0.05, 40.0  # dB, pass-band ripple and stop-band attenuation, where the kind of filter has them
 
 
 @checked_dataclass
@@ -41,26 +39,19 @@ class Degradation:
     def draw(cls, generator: np.random.Generator) -> "Degradation":
         """A random kind, order and cutoff, uniformly."""
         cutoff = GRID * int(generator.integers(LOWEST // GRID, HIGHEST // GRID + 1))
-        return cls(cutoff, KINDS[generator.integers(len(KINDS))], int(generator.integers(ORDERS[0], ORDERS[1] + 1)))
+        kind = list(KINDS)[generator.integers(len(KINDS))]
+        return cls(cutoff, kind, int(generator.integers(ORDERS[0], ORDERS[1] + 1)))
 
     def __call__(self, wav: Tensor) -> Tensor:
         """A clip `[1, N]` at 48 kHz without the band above the cutoff, at the same rate and length."""
         samples = wav.numpy()
         if self.kind is not None and self.cutoff < SAMPLE_RATE // 2:
-            limits = {"cheby1": {"rp": RIPPLE}, "ellip": {"rp": RIPPLE, "rs": STOP}, "bessel": {}, "butter": {}}
-            sections = signal.iirfilter(
-                self.order, self.cutoff, btype="low", ftype=self.kind, output="sos", fs=SAMPLE_RATE, **limits[self.kind]
-            )
+            options = KINDS[self.kind] | {"btype": "low", "ftype": self.kind, "output": "sos", "fs": SAMPLE_RATE}
+            sections = signal.iirfilter(self.order, self.cutoff, **options)
             samples = signal.sosfiltfilt(sections, samples, padlen=min(3 * 2 * self.order, samples.shape[-1] - 1))
         down = signal.resample_poly(samples, 2 * self.cutoff // GRID, SAMPLE_RATE // GRID, axis=-1)
         up = signal.resample_poly(down, SAMPLE_RATE // GRID, 2 * self.cutoff // GRID, axis=-1)
         return torch.from_numpy(np.ascontiguousarray(up[..., : wav.shape[-1]], dtype=np.float32))
-
-
-# --- training pairs ---------------------------------------------------------------------------------------------------
-
-
-LOWEST_RATE = 44_100  # Hz: files below it have no upper band to learn from
 
 
 @dataclass(frozen=True)
@@ -87,11 +78,8 @@ class Library:
 
 
 def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 0.25) -> Library:
-    """Every usable song below `folder`, at least `clip_length` samples at 48 kHz long.
-
-    At least one song is for validation and one for training; the split depends on the files' content alone.
-    `UserError` where fewer than two songs can be used.
-    """
+    """Every usable song below `folder`, at least `clip_length` samples at 48 kHz long; `UserError` for fewer than two.
+    Each split has at least one; it depends on the files' content alone."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name one with music at 44.1 kHz or more")
@@ -104,8 +92,8 @@ def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 
             if rate < LOWEST_RATE:
                 raise AudioError(path, f"its rate is {rate} Hz, which holds no upper band; use 44.1 kHz or more")
             if length < clip_length:
-                seconds = clip_length / SAMPLE_RATE
-                raise AudioError(path, f"shorter than a clip of {seconds:g} s; use longer music or shorter clips")
+                fault = f"shorter than a clip of {clip_length / SAMPLE_RATE:g} s"
+                raise AudioError(path, f"{fault}; use longer music or shorter clips")
             songs.setdefault(report.sha256, Song(path, length, report.sha256))  # copies count once
         except AudioError as error:
             skipped.append((path, error.problem))
@@ -119,11 +107,8 @@ def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 
 
 
 class Examples(Dataset):
-    """`examples[i]` is (clip `[1, N]`, degraded clip `[1, N]`) at 48 kHz, float32.
-
-    Song, offset and degradation are drawn from `seed`, split and `i` alone: an epoch in another order and a resumed
-    training see the same. With `degradation` all clips get that one.
-    """
+    """`examples[i]` is (clip `[1, N]`, degraded clip `[1, N]`) at 48 kHz, float32. Song, offset and degradation, unless
+    it is given, depend on `seed`, split and `i` alone: a resumed training sees the same."""
 
     sample_rate = SAMPLE_RATE
 
@@ -136,8 +121,8 @@ class Examples(Dataset):
         seed: int = 0,
         degradation: Degradation | None = None,
     ):
-        self.songs, self.count, self.clip_length, self.seed = library.songs[split], count, clip_length, seed
-        self.split, self.degradation = split, degradation
+        self.songs, self.split, self.count = library.songs[split], split, count
+        self.clip_length, self.seed, self.degradation = clip_length, seed, degradation
         offsets = np.array([song.length - clip_length + 1 for song in self.songs], dtype=float)
         self.shares = offsets / offsets.sum()  # every offset in the music is equally likely
 
@@ -152,11 +137,10 @@ class Examples(Dataset):
         return clip, (self.degradation or degradation)(clip)
 
     def song(self, i: int) -> Song:
-        """The song of `examples[i]`."""
         return self._draw(i)[0]
 
     def _draw(self, i: int) -> tuple[Song, np.random.Generator]:
-        """The song, and the generator that draws the rest."""
+        """The song of example `i`, and the generator that draws the rest."""
         if not 0 <= i < self.count:
             raise IndexError(f"example {i} of {self.count}")
         generator = np.random.default_rng([self.seed, self.split == "val", i])

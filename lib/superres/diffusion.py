@@ -1,10 +1,7 @@
 """Diffusion in the latents: v-prediction (Salimans and Ho 2022, arXiv 2202.00512) on a cosine schedule (Nichol and
 Dhariwal 2021, arXiv 2102.09672), and deterministic sampling (DDIM, Song et al. 2021, arXiv 2010.02502) with
-classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598).
-
-The schedule is diffusers'. Its sampler misses the next timestep where the number of steps does not divide 1000, so the
-step is written out here.
-"""
+classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598). The schedule is diffusers'; its sampler misses the
+next timestep where the number of steps does not divide 1000, so the step is written out here."""
 
 import functools
 from typing import Any
@@ -39,21 +36,11 @@ def sampled_timesteps(steps: int) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    denoiser: Denoiser,
-    low: Tensor,
-    mel: Tensor,
-    noise: Tensor,
-    *,
-    steps: int = 50,
-    guidance: float = 1.0,
-    **keeps: Tensor,
+    denoiser: Denoiser, low: Tensor, mel: Tensor, noise: Tensor, *, steps: int, guidance: float = 1.0, **keeps: Tensor
 ) -> Tensor:
     """Latents of the full band `[B, Z, H, W]`, from the low band's latents, its mel `[B, 1, 256, T]` and unit normal
-    noise.
-
-    `guidance` g moves each velocity away from the unconditional one: v = v₀ + g·(v − v₀). 1 is the plain model in half
-    the time, 0 the model without a condition. `keeps_low`, `keeps_context` as in `Denoiser`.
-    """
+    noise. `guidance` g moves each velocity away from the unconditional one: v = v₀ + g·(v − v₀). 1 is the plain model
+    in half the time, 0 the model without a condition. `keeps` as in `Denoiser`."""
     timesteps = sampled_timesteps(steps)
     low, context = denoiser.conditions(low, mel, **keeps)
     if guidance != 1:

@@ -1,13 +1,15 @@
 """The global encoder: context from a low-resolution clip's mel spectrogram, as one vector and as a sequence."""
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
 from lib.superres.mel import MELS
 from lib.util.configs import Count, Fraction, checked_dataclass
 
-# output channels, kernel, stride, padding over (bands, frames): the seed's table
-BLOCKS = ((32, (8, 3), (4, 1), (2, 1)), (64, (4, 3), (2, 1), (1, 1)), (256, (4, 3), (2, 1), (1, 1)))
+# kernel, stride, padding over (bands, frames): the seed's table
+BLOCKS = (((8, 3), (4, 1), (2, 1)), ((4, 3), (2, 1), (1, 1)), ((4, 3), (2, 1), (1, 1)))
 
 
 @checked_dataclass
@@ -28,31 +30,25 @@ class GlobalAudioEncoder(nn.Module):
     """Log mel `[B, 1, 256, T]` → pooled context `[B, context_dim]` and context sequence `[B, T, context_dim]`.
 
     The seed's kernels and strides reduce the 256 bands to 16, not to the 8 of its table, so neighbours are averaged.
-    The seed creates the projection of a frame's 256 · 8 values in the first forward pass, after the optimizer got its
-    parameters, so that it would never learn. Here it is a layer like any other.
+    Its projection of a frame's 256 · 8 values, created in the first forward pass after the optimizer got its
+    parameters, would never learn; here it is a layer like any other.
     """
 
     def __init__(self, config: EncoderConfig | None = None):
         super().__init__()
-        config = config or EncoderConfig()
-        self.config = config
-        blocks, before = [], 1
-        for channels, (_, kernel, stride, padding) in zip(config.channels, BLOCKS, strict=True):
-            blocks += [nn.Conv2d(before, channels, kernel, stride, padding), nn.BatchNorm2d(channels), nn.ReLU()]
-            before = channels
+        self.config = config = config or EncoderConfig()
+        blocks = []
+        for (before, after), geometry in zip(itertools.pairwise((1, *config.channels)), BLOCKS, strict=True):
+            blocks += [nn.Conv2d(before, after, *geometry), nn.BatchNorm2d(after), nn.ReLU()]
         self.convolutions = nn.Sequential(*blocks, nn.AvgPool2d((2, 1)))
-        self.frame_projection = nn.Linear(before * MELS // 32, config.hidden_dim)
+        self.frame_projection = nn.Linear(after * MELS // 32, config.hidden_dim)
         self.positions = nn.Parameter(0.02 * torch.randn(1, config.positions, config.hidden_dim))
         layer = nn.TransformerEncoderLayer(
             config.hidden_dim, config.num_heads, config.ffn_dim, config.dropout, batch_first=True
         )
         self.transformer = nn.TransformerEncoder(layer, config.num_layers, enable_nested_tensor=False)
-        self.output_projection = nn.Sequential(
-            nn.Linear(config.hidden_dim, config.hidden_dim),
-            nn.ReLU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(config.hidden_dim, config.context_dim),
-        )
+        first, last = (nn.Linear(config.hidden_dim, size) for size in (config.hidden_dim, config.context_dim))
+        self.output_projection = nn.Sequential(first, nn.ReLU(), nn.Dropout(config.dropout), last)
         self.global_projection = nn.Linear(config.context_dim, config.context_dim)
 
     def forward(self, mel: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +58,6 @@ class GlobalAudioEncoder(nn.Module):
         return self.global_projection(sequence.mean(dim=1)), sequence
 
     def positions_for(self, length: int) -> Tensor:
-        """`[1, length, hidden_dim]`, interpolated linearly between the learned ones."""
         if length == self.positions.shape[1]:
-            return self.positions
+            return self.positions  # [1, length, hidden_dim]
         return nn.functional.interpolate(self.positions.mT, length, mode="linear", align_corners=True).mT

@@ -8,6 +8,7 @@ mere difference of level does not count.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,8 +41,8 @@ GAIN = "LSD less than the envelope's"  # a column of the table of gains, which t
 
 
 def lsd(estimate: Tensor, reference: Tensor, *, above: float = 0.0, matched: bool = False) -> Tensor:
-    """Log-spectral distance of waveforms `[B, 1, N]` at 48 kHz, in decades of power: `[B]`. `above`: only in the bins
-    from this frequency (Hz) up. `matched`: after matching energies."""
+    """Log-spectral distance of waveforms `[B, 1, N]` at 48 kHz, in decades of power: `[B]`. `above`: of the bins from
+    this frequency (Hz) up. `matched`: after matching energies."""
     first, second = (_magnitudes(wav) for wav in (estimate, reference))
     if matched:
         levels = [x[:, :LOWEST_TENTH].mean(dim=(1, 2), keepdim=True) for x in (first, second)]
@@ -57,8 +58,7 @@ def _magnitudes(wav: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Score:
-    """One method at one cutoff, over the same clips as the others. Distances are (mean, standard error clustered by
-    song)."""
+    """One method at one cutoff, over the same clips as the others: (mean, standard error clustered by song) each."""
 
     method: str
     cutoff: int  # Hz
@@ -78,11 +78,8 @@ class Score:
 
 def gains_in_words(scores: Sequence[Score]) -> str:
     """How the model compares with the mean envelope, at every cutoff."""
-    wordings = {
-        1: "beats the mean envelope at {names} kHz",
-        -1: "loses to the mean envelope at {names} kHz",
-        0: "no statistically significant difference to the mean envelope at {names} kHz",
-    }
+    verdicts = {1: "beats", -1: "loses to", 0: "no statistically significant difference to"}
+    wordings = {verdict: words + " the mean envelope at {names} kHz" for verdict, words in verdicts.items()}
     return in_words({f"{s.cutoff / 1000:g}": s.comparison for s in scores if s.method == "model"}, wordings)
 
 
@@ -106,10 +103,8 @@ def evaluate(
     cutoffs: Sequence[int] = CUTOFFS,
     split: str = "val",
 ) -> Evaluation:
-    """Score every method on the same clips, resampled to twice each cutoff and back.
-
-    The clips are not those whose validation loss chose the best checkpoint, unless `SEED` was the training's seed.
-    """
+    """Score every method on the same clips, resampled to twice each cutoff and back. Unless `SEED` was the training's
+    seed, they are not the clips whose validation loss chose the best checkpoint."""
     whole = Examples(library, split, clips, resolver.clip_length, SEED)
     songs = [whole.song(i).sha256 for i in range(clips)]
     original = torch.stack([whole[i][0] for i in range(clips)])
@@ -128,30 +123,23 @@ def mels_of_any_cutoff(
     resolver: SuperResolver, original: Tensor, envelope: Tensor, settings: Restoration
 ) -> dict[str, Tensor]:
     """Method → log mels `[B, 1, 256, T]`, for the methods that do not see the low band."""
-    mel = log_mel(original)
-    none = torch.zeros(len(original), dtype=torch.bool, device=resolver.device)
-    settings = dataclasses.replace(settings, guidance=1.0)  # without a condition there is nothing to guide to
+    mel, none = log_mel(original), torch.zeros(len(original), dtype=torch.bool, device=resolver.device)
+    unguided = dataclasses.replace(settings, guidance=1.0)  # without a condition there is nothing to guide to
+    blind = resolver.predict_mel(torch.zeros_like(original), unguided, keeps_low=none, keeps_context=none)
     with torch.inference_mode():
         coded = resolver.vae.decode(resolver.vae.encode(mel.to(resolver.device))).to(mel.device)
-    return {
-        "envelope": envelope[:, None].expand_as(mel),
-        "no condition": resolver.predict_mel(torch.zeros_like(original), settings, keeps_low=none, keeps_context=none),
-        "autoencoder": coded,
-        "vocoder": mel,
-    }
+    envelope = envelope[:, None].expand_as(mel)
+    return {"envelope": envelope, "no condition": blind, "autoencoder": coded, "vocoder": mel}
 
 
 def restored_by_all(
     resolver: SuperResolver, low: Tensor, cutoff: int, known: Mapping[str, Tensor], settings: Restoration
 ) -> dict[str, Tensor]:
-    """Method → waveforms `[B, 1, N]`. All but 'sinc' and 'griffin-lim' share the vocoder and differ in their mels
-    alone. `known`: the result of `mels_of_any_cutoff`."""
+    """Method → waveforms `[B, 1, N]`; all but 'sinc' and 'griffin-lim' share the vocoder. `known`: the mels of
+    `mels_of_any_cutoff`."""
     none = torch.zeros(len(low), dtype=torch.bool, device=resolver.device)
-    mels = {
-        **known,
-        "no context": resolver.predict_mel(low, settings, keeps_context=none),
-        "model": resolver.predict_mel(low, settings),
-    }
+    without_context = resolver.predict_mel(low, settings, keeps_context=none)
+    mels = {**known, "no context": without_context, "model": resolver.predict_mel(low, settings)}
     full = {name: resolver.vocode(mel, low, cutoff, settings) for name, mel in mels.items()}
     if resolver.vocoder is not None:
         full["griffin-lim"] = resolver.vocode(known["vocoder"], low, cutoff, settings, trained=False)
@@ -166,11 +154,8 @@ def mean_envelope(library: Library, clip_length: int, clips: int = 64) -> Tensor
 
 def score(method: str, cutoff: int, restored: Mapping[str, Tensor], original: Tensor, songs: Sequence[str]) -> Score:
     """A method's waveforms `[B, 1, N]` against the original's; `songs`: the song of each clip."""
-    wavs = restored[method]
-    distances = [
-        lsd(wavs, original, above=above, matched=matched) for above in (0, cutoff) for matched in (False, True)
-    ]
+    measured = itertools.product((0, cutoff), (False, True))
+    distances = [lsd(restored[method], original, above=above, matched=matched) for above, matched in measured]
     distances.append(lsd(restored["envelope"], original, above=cutoff) - distances[2])
-    return Score(
-        method, cutoff, len(original), len(set(songs)), *(mean_and_error(d.tolist(), songs) for d in distances)
-    )
+    pairs = (mean_and_error(each.tolist(), songs) for each in distances)
+    return Score(method, cutoff, len(original), len(set(songs)), *pairs)

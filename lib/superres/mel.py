@@ -1,9 +1,5 @@
-"""The mel spectrogram, one function for training and inference, and its approximate inverse.
-
-48 kHz, windows of 2048 samples 480 apart, 256 bands from 20 Hz to 24 kHz, natural logarithm of magnitudes: what
-the public AudioSR checkpoints were trained on (Liu et al. 2023, arXiv 2309.07314). A clip of 10.24 s becomes
-`[B, 1, 256, 1024]`.
-"""
+"""The log-mel spectrogram that the public AudioSR checkpoints were trained on (Liu et al. 2023, arXiv 2309.07314), and
+its approximate inverse. A clip of 10.24 s becomes `[B, 1, 256, 1024]`."""
 
 import librosa
 import torch
@@ -45,20 +41,12 @@ def _overlap_add(frames: Tensor) -> Tensor:
 
 def log_mel(wav: Tensor) -> Tensor:
     """Log-mel spectrogram of waveforms at 48 kHz: `[B, 1, N] → [B, 1, 256, N / 480]`."""
-    return log_mel_of(spectrum(wav).abs())[:, None]
-
-
-def log_mel_of(magnitudes: Tensor) -> Tensor:
-    """`[B, N_FFT / 2 + 1, T] → [B, 256, T]`."""
-    return (filters(magnitudes.device) @ magnitudes).clamp_min(FLOOR).log()
+    return (filters(wav.device) @ spectrum(wav).abs()).clamp_min(FLOOR).log()[:, None]
 
 
 def magnitudes_of(mel: Tensor) -> Tensor:
-    """Magnitudes whose mel spectrogram is about `mel [B, 1, 256, T]`: `→ [B, N_FFT / 2 + 1, T]`, not negative.
-
-    A band's mean magnitude at its centre, linear interpolation between the centres. The filters' pseudo-inverse would
-    swing below zero between narrow bands.
-    """
+    """Magnitudes `[B, N_FFT / 2 + 1, T]` whose mel spectrogram is about `mel [B, 1, 256, T]`: interpolated, where the
+    filters' pseudo-inverse would swing below zero between narrow bands."""
     return interpolation(mel.device) @ mel[:, 0].exp()
 
 
@@ -87,7 +75,7 @@ def filters(device: torch.device) -> Tensor:
 
 @cached_table
 def interpolation(device: torch.device) -> Tensor:
-    """`[N_FFT / 2 + 1, 256]`: magnitudes from mel values, by linear interpolation between the bands' centres."""
+    """`[N_FFT / 2 + 1, 256]`: a band's mean magnitude at its centre, linear interpolation between the centres."""
     bank = filters(torch.device("cpu")).double()
     centres = torch.from_numpy(librosa.mel_frequencies(MELS + 2, fmin=LOWEST, fmax=HIGHEST))[1:-1]
     bins = torch.arange(N_FFT // 2 + 1) * SAMPLE_RATE / N_FFT

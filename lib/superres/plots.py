@@ -15,16 +15,8 @@ from lib.superres.mel import HOP, SAMPLE_RATE, SILENCE
 from lib.training.run import Run
 from lib.util.stats import describe
 
-METHOD_COLOURS = {
-    "sinc": "#BBBBBB",
-    "envelope": "#777777",
-    "no condition": "#56B4E9",
-    "no context": "#CC79A7",
-    "model": "#D55E00",
-    "autoencoder": "#009E73",
-    "vocoder": "#000000",
-    "griffin-lim": "#E69F00",
-}
+COLOURS = "#BBBBBB #777777 #56B4E9 #CC79A7 #D55E00 #009E73 #000000 #E69F00"
+METHOD_COLOURS = dict(zip(METHODS, COLOURS.split(), strict=True))
 LOUDEST = 2.5  # of a log mel, about
 LOSSES = {
     "vae": "autoencoder: loss, mostly the log mel's mean error",
@@ -33,92 +25,79 @@ LOSSES = {
 }
 
 
+@plt.rc_context(STYLE | {"axes.grid": False})
 def mel_spectrograms(mels: Mapping[str, Tensor]) -> Figure:
     """Log mels `[256, T]` side by side on one scale, three in a row."""
     columns = min(3, len(mels))
     rows = -(-len(mels) // columns)
-    with plt.rc_context(STYLE | {"axes.grid": False}):
-        size = (3.6 * columns + 0.6, 2.7 * rows)
-        figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
-        for axis, item in itertools.zip_longest(axes.flat, mels.items()):
-            if item is None:
-                axis.set_visible(False)
-                continue
-            name, mel = item
-            extent = (0, mel.shape[1] * HOP / SAMPLE_RATE, 0, mel.shape[0])
-            image = axis.imshow(
-                mel.cpu(), origin="lower", aspect="auto", extent=extent, vmin=SILENCE, vmax=LOUDEST, cmap="magma"
-            )
-            axis.set(title=name, xlabel="time (s)", ylabel="mel band")
-            axis.label_outer()
-        figure.colorbar(image, ax=axes, label="ln of the magnitude")
+    size = (3.6 * columns + 0.6, 2.7 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+    scale = {"vmin": SILENCE, "vmax": LOUDEST, "cmap": "magma"}
+    for axis, (name, mel) in zip(axes.flat, mels.items(), strict=False):
+        extent = (0, mel.shape[1] * HOP / SAMPLE_RATE, 0, mel.shape[0])
+        image = axis.imshow(mel.cpu(), origin="lower", aspect="auto", extent=extent, **scale)
+        axis.set(title=name, xlabel="time (s)", ylabel="mel band")
+        axis.label_outer()
+    for axis in axes.flat[len(mels) :]:
+        axis.set_visible(False)
+    figure.colorbar(image, ax=axes, label="ln of the magnitude")
     return figure
 
 
+@plt.rc_context(STYLE)
 def filter_responses(responses: Mapping[str, Tensor], cutoff: float) -> Figure:
     """Gain over frequency of several degradations: name → `[bins]`, linear, 0 to 24 kHz."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 3.2))
-        for (name, gain), colour in zip(responses.items(), itertools.cycle((*STAGES, "black")), strict=False):
-            kilohertz = np.linspace(0, SAMPLE_RATE / 2000, len(gain))
-            axes.plot(kilohertz, 20 * np.log10(np.maximum(gain.numpy(), 1e-5)), color=colour, label=name)
-        axes.axvline(cutoff / 1000, color="black", linestyle=":", linewidth=1)
-        axes.set(xlabel="frequency (kHz)", ylabel="gain (dB)", ylim=(-90, 5), xlim=(0, 2.5 * cutoff / 1000))
+    figure, axes = plt.subplots(figsize=(7, 3.2))
+    for (name, gain), colour in zip(responses.items(), itertools.cycle((*STAGES, "black")), strict=False):
+        kilohertz = np.linspace(0, SAMPLE_RATE / 2000, len(gain))
+        axes.plot(kilohertz, 20 * np.log10(np.maximum(gain.numpy(), 1e-5)), color=colour, label=name)
+    axes.axvline(cutoff / 1000, color="black", linestyle=":", linewidth=1)
+    axes.set(xlabel="frequency (kHz)", ylabel="gain (dB)", ylim=(-90, 5), xlim=(0, 2.5 * cutoff / 1000))
+    axes.legend()
+    return figure
+
+
+@plt.rc_context(STYLE | {"axes.grid": False})
+def received_by_place(received: Mapping[str, Tensor]) -> Figure:
+    """How far what each place of a map receives, `[C, H, W]`, is from the mean over places, on one scale."""
+    distances = {name: (x - x.mean(dim=(1, 2), keepdim=True)).norm(dim=0) for name, x in received.items()}
+    figure, axes = plt.subplots(1, len(received), figsize=(4.2 * len(received), 3), squeeze=False)
+    top = max(float(values.max()) for values in distances.values())
+    for axis, (name, values) in zip(axes.flat, distances.items(), strict=True):
+        image = axis.imshow(values, origin="lower", aspect="auto", vmin=0, vmax=top, cmap="viridis")
+        axis.set(title=name, xlabel="place in time", ylabel="place in frequency")
+    figure.colorbar(image, ax=axes, label="distance from the mean over all places")
+    return figure
+
+
+@plt.rc_context(STYLE)
+def loss_curves(runs: Mapping[str, Run]) -> Figure:
+    """Losses over steps of both splits, the parts side by side: part → run."""
+    figure, row = plt.subplots(1, len(runs), figsize=(4.6 * len(runs), 3.2), squeeze=False)
+    for axes, (part, run) in zip(row.flat, runs.items(), strict=True):
+        for split, style in (("train", {"linewidth": 1}), ("val", {"marker": "o"})):
+            rows = run.metrics(split)
+            axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], label=split, **style)
+        axes.set(title=LOSSES[part], xlabel="step", ylabel="loss", yscale="log")
         axes.legend()
     return figure
 
 
-def received_by_place(received: Mapping[str, Tensor]) -> Figure:
-    """How far what each place of a map receives is from the mean over places: name → received `[C, H, W]`, on one
-    scale."""
-    distances = {name: (x - x.mean(dim=(1, 2), keepdim=True)).norm(dim=0) for name, x in received.items()}
-    with plt.rc_context(STYLE | {"axes.grid": False}):
-        figure, axes = plt.subplots(1, len(received), figsize=(4.2 * len(received), 3), squeeze=False)
-        top = max(float(values.max()) for values in distances.values())
-        for axis, (name, values) in zip(axes.flat, distances.items(), strict=True):
-            image = axis.imshow(values, origin="lower", aspect="auto", vmin=0, vmax=top, cmap="viridis")
-            axis.set(title=name, xlabel="place in time", ylabel="place in frequency")
-        figure.colorbar(image, ax=axes, label="distance from the mean over all places")
-    return figure
-
-
-def loss_curves(runs: Mapping[str, Run]) -> Figure:
-    """Losses over steps of both splits, the parts side by side: part → run."""
-    with plt.rc_context(STYLE):
-        figure, row = plt.subplots(1, len(runs), figsize=(4.6 * len(runs), 3.2), squeeze=False)
-        for axes, (part, run) in zip(row.flat, runs.items(), strict=True):
-            for split, style in (("train", {"linewidth": 1}), ("val", {"marker": "o"})):
-                rows = run.metrics(split)
-                axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], label=split, **style)
-            axes.set(title=LOSSES[part], xlabel="step", ylabel="loss", yscale="log")
-            axes.legend()
-    return figure
-
-
+@plt.rc_context(STYLE)
 def distances(scores: Sequence[Score]) -> Figure:
     """LSD above the cutoff over cutoffs, a line a method, with standard errors."""
-    methods = list(dict.fromkeys(score.method for score in scores))
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8.5, 4))
-        for method in methods:
-            own = [score for score in scores if score.method == method]
-            bound = method in BOUNDS
-            axes.errorbar(
-                [score.cutoff / 1000 for score in own],
-                [score.upper[0] for score in own],
-                [score.upper[1] if np.isfinite(score.upper[1]) else 0 for score in own],
-                color=METHOD_COLOURS[method],
-                marker="o",
-                linestyle="--" if bound else "-",
-                capsize=3,
-                label=f"{method} (a bound)" if bound else method,
-            )
-        axes.set(xlabel="cutoff (kHz)", ylabel="LSD above the cutoff", ylim=(0, None))
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure, axes = plt.subplots(figsize=(8.5, 4))
+    for method in dict.fromkeys(score.method for score in scores):
+        own = [score for score in scores if score.method == method]
+        cutoffs, means, errors = zip(*((score.cutoff / 1000, *score.upper) for score in own), strict=True)
+        errors = [error if np.isfinite(error) else 0 for error in errors]
+        line, label = ("--", f"{method} (a bound)") if method in BOUNDS else ("-", method)
+        style = {"color": METHOD_COLOURS[method], "marker": "o", "linestyle": line, "capsize": 3}
+        axes.errorbar(cutoffs, means, errors, label=label, **style)
+    axes.set(xlabel="cutoff (kHz)", ylabel="LSD above the cutoff", ylim=(0, None))
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
-
-# --- tables -----------------------------------------------------------------------------------------------------------
 
 Rows = list[dict[str, str]]
 

@@ -52,43 +52,30 @@ class SuperResolver:
     'hifigan', `hifigan`; 'griffin-lim' has no parameters. Without a choice, HiFi-GAN is used where it was trained."""
 
     def __init__(
-        self,
-        folder: str | Path,
-        *,
-        diffusion: str = "diffusion",
-        vocoder: str | None = None,
-        device: str | torch.device = "cpu",
+        self, folder: str | Path, *, diffusion: str = "diffusion", vocoder: str | None = None, device: str = "cpu"
     ):
-        folder = Path(folder)
+        folder, self.device = Path(folder), torch.device(device)
         vocoder = vocoder or VOCODERS[(folder / "hifigan" / "best").exists()]
         check(vocoder in VOCODERS, "vocoder", vocoder, f"one of {', '.join(VOCODERS)}")
-        runs = {name: Run.open(folder / name) for name in ("vae", diffusion)}
-        config = runs[diffusion].config
-        self.folder, self.device = folder, torch.device(device)
-        self.vae = load_part(runs["vae"], "vae").to(device)
-        self.denoiser = load_part(runs[diffusion], "diffusion").to(device)
-        if config.get("vae_sha256") != runs["vae"].weights_sha256():
-            raise UserError(
-                f"{folder / diffusion}: was trained on latents of another autoencoder than {folder / 'vae'}; "
-                "put that one back, or train the diffusion model again"
-            )
+        vae, run = Run.open(folder / "vae"), Run.open(folder / diffusion)
+        self.vae, self.denoiser = load_part(vae, "vae").to(device), load_part(run, "diffusion").to(device)
+        if run.config.get("vae_sha256") != vae.weights_sha256():
+            fix = "put that one back, or train the diffusion model again"
+            raise UserError(f"{run.path}: was trained on latents of another autoencoder than {vae.path}; {fix}")
         try:
-            self.latent_scale = float(config["latent_scale"])
-            self.clip_length = PartConfig(clip_seconds=config["train"]["clip_seconds"]).clip_length
+            self.latent_scale = float(run.config["latent_scale"])
+            self.clip_length = PartConfig(clip_seconds=run.config["train"]["clip_seconds"]).clip_length
             check(0 < self.latent_scale < math.inf, "latent_scale", self.latent_scale, "a finite number above 0")
-        except (KeyError, TypeError, ValueError, UserError) as error:
-            raise UserError(f"{folder / diffusion / 'config.json'}: damaged ({error!r}); restore it") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{run.path / 'config.json'}: damaged ({error!r}); restore it") from None
         self.vocoder = None
         if vocoder == "hifigan":
-            self.vocoder = load_part(Run.open(folder / "hifigan"), "hifigan").to(device)
+            self.vocoder = load_part(Run.open(folder / vocoder), vocoder).to(device)
 
     @torch.inference_mode()
     def restore(self, low: Tensor, cutoff: float, settings: Restoration = DEFAULTS, numbers: Numbers = None) -> Tensor:
-        """Clips `[B, 1, N]` at 48 kHz whose band ends at `cutoff` Hz, with a band above it: `[B, 1, N]`.
-
-        N: `clip_length`, or any other multiple of eight mel frames. Below the cutoff the result is the clip itself.
-        The seed and a clip's number decide its random numbers.
-        """
+        """Clips `[B, 1, N]` at 48 kHz, unchanged below `cutoff` Hz, with a band above it: `[B, 1, N]`. N: `clip_length`
+        or another multiple of eight mel frames. The seed and a clip's number decide its random numbers."""
         mel = self.predict_mel(low, settings, numbers=numbers)
         return join_bands(low, self.vocode(mel, low, cutoff, settings, numbers=numbers), cutoff)
 
@@ -96,8 +83,7 @@ class SuperResolver:
     def predict_mel(
         self, low: Tensor, settings: Restoration = DEFAULTS, numbers: Numbers = None, **keeps: Tensor
     ) -> Tensor:
-        """Log mel `[B, 1, 256, T]` of the whole band, sampled from the model. `keeps_low`, `keeps_context`: as in
-        `Denoiser`."""
+        """Log mel `[B, 1, 256, T]` of the whole band, sampled from the model. `keeps`: as in `Denoiser`."""
         mel = log_mel(low.to(self.device))
         latents = self.latent_scale * self.vae.encode(mel)
         noise = drawn(torch.randn, latents.shape, settings, numbers).to(self.device)
@@ -122,32 +108,29 @@ class SuperResolver:
         noise = drawn(torch.rand, (len(mel), N_FFT // 2 + 1, mel.shape[-1]), settings, numbers)
         return griffin_lim(mel, low, bin_of(cutoff), noise=noise)
 
-    @property
-    def overlap(self) -> int:
-        return round(OVERLAP * self.clip_length)
-
     def starts(self, num_samples: int) -> list[int]:
         """First samples of the overlapping clips that cover a signal."""
-        return chunk_starts(num_samples, self.clip_length, self.overlap)
+        return chunk_starts(num_samples, self.clip_length, round(OVERLAP * self.clip_length))
 
     def restored(self, clips: Iterable[Tensor], cutoff: float, settings: Restoration = DEFAULTS) -> Iterator[Tensor]:
-        """Pieces `[C, n]` of a long signal, from overlapping clips `[C, clip_length]` that begin at `starts`.
+        """Pieces `[C, n]` of a long signal, from clips `[C, clip_length]` at its `starts`, shorter at its end.
 
         Channels are restored one by one, from the same random numbers, several clips at a time. The crossfade weighs
         the added band alone: neighbouring clips agree on their own band, which would hide how much the rest differs.
         """
-        at_once = max(1, round(BATCH_SECONDS * SAMPLE_RATE / self.clip_length))
+        length = self.clip_length
+        at_once = max(1, round(BATCH_SECONDS * SAMPLE_RATE / length))
 
         def parts() -> Iterator[Tensor]:
             numbered = enumerate(clips)
             while batch := list(itertools.islice(numbered, at_once)):
-                low = torch.stack([clip for _, clip in batch])  # [B, C, N]
+                padded = [torch.nn.functional.pad(clip, (0, length - clip.shape[-1])) for _, clip in batch]
+                low = torch.stack(padded)  # [B, C, N]
                 numbers = [number for number, clip in batch for _ in clip]
                 full = self.restore(low.flatten(0, 1)[:, None], cutoff, settings, numbers=numbers).view_as(low)
                 yield from torch.cat([low, audible(low) * (full - low)], dim=1)
 
-        margin = round(MARGIN * self.clip_length)
-        for piece in crossfaded(parts(), self.overlap, margin=margin, keep_power=True):
+        for piece in crossfaded(parts(), round(OVERLAP * length), margin=round(MARGIN * length), keep_power=True):
             own, added = piece.chunk(2)
             yield own + added
 
@@ -157,9 +140,7 @@ class SuperResolver:
         cutoff = settings.cutoff or at_least_lowest(band_edge(wav))
         if not 0 < cutoff <= FULL:
             return wav
-        starts = self.starts(wav.shape[-1])
-        padded = torch.nn.functional.pad(wav, (0, starts[-1] + self.clip_length - wav.shape[-1]))
-        clips = (padded[:, start : start + self.clip_length] for start in starts)
+        clips = (wav[:, start : start + self.clip_length] for start in self.starts(wav.shape[-1]))
         return torch.cat(list(self.restored(clips, cutoff, settings)), dim=1)[:, : wav.shape[-1]]
 
 
@@ -177,25 +158,19 @@ def join_bands(low: Tensor, high: Tensor, cutoff: float) -> Tensor:
     return low + inverse_spectrum(share * spectrum(high - low))
 
 
-def band_edge(wav: Tensor, rate: int = SAMPLE_RATE) -> float:
-    """Where the band of a clip `[C, N]` ends, in Hz: the highest bin whose peak over time is within 70 dB of the
-    loudest bin's. 0 for silence. `rate`: the clip's own; resampling would leave faint images above the band."""
-    return edge_of(bin_powers(wav), rate) if wav.numel() else 0.0
-
-
-def bin_powers(wav: Tensor) -> Tensor:
-    """The peak power of each bin `[N_FFT / 2 + 1]` over the frames inside a clip `[C, N]`: a frame across one of its
-    ends would have power everywhere. A shorter clip is one frame."""
-    size = min(N_FFT, wav.shape[-1])
-    # Kaiser's window: leakage to bins more than five away is 100 dB down
-    frames = wav.unfold(-1, size, HOP) * torch.kaiser_window(size, periodic=True, beta=14.0)  # [C, T, size]
-    return torch.fft.rfft(frames, N_FFT).abs().square().amax(dim=(0, 1))
-
-
-def edge_of(powers: Tensor, rate: int = SAMPLE_RATE) -> float:
-    """The highest bin, in Hz, within 70 dB of the loudest in powers `[…, N_FFT / 2 + 1]` at a sample rate."""
-    within = (powers > powers.max() * 10 ** (-EDGE / 10)).nonzero()
-    return float(within[:, -1].max()) * rate / N_FFT if len(within) else 0.0
+def band_edge(wav: Tensor | Iterable[Tensor], rate: int = SAMPLE_RATE) -> float:
+    """Where the band of a signal `[C, N]`, whole or in clips, ends: the highest bin, in Hz, whose peak over time is
+    within 70 dB of the loudest bin's; 0 for silence. `rate`: the signal's own, as resampling leaves faint images above
+    the band."""
+    peaks = torch.zeros(N_FFT // 2 + 1)
+    for clip in [wav] if isinstance(wav, Tensor) else wav:
+        if size := min(N_FFT, clip.shape[-1]):  # a shorter clip is one frame
+            # only frames inside the clip: one across its end would have power everywhere. Kaiser's window: leakage to
+            # bins more than five away is 100 dB down
+            frames = clip.unfold(-1, size, HOP) * torch.kaiser_window(size, periodic=True, beta=14.0)  # [C, T, size]
+            peaks = torch.maximum(peaks, torch.fft.rfft(frames, N_FFT).abs().square().amax(dim=(0, 1)))
+    within = (peaks > peaks.max() * 10 ** (-EDGE / 10)).nonzero()
+    return within.max().item() * rate / N_FFT if len(within) else 0.0
 
 
 def at_least_lowest(edge: float) -> float:
@@ -210,9 +185,6 @@ def audible(low: Tensor) -> Tensor:
     return torch.nn.functional.interpolate(near, low.shape[-1], mode="linear").view_as(low)
 
 
-# --- files and folders ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Restored:
     """A file that was written."""
@@ -225,12 +197,8 @@ class Restored:
 
 
 def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, settings: Restoration) -> Restored:
-    """Restore the upper band of a file; `out` (48 kHz, as many channels) appears when all of it is done.
-
-    Memory does not grow with the file: overlapping clips are read, restored and crossfaded one after the other. Below
-    the cutoff the result is the resampled file. `AudioError` where a file cannot be read or written, or its band is
-    complete.
-    """
+    """Restore the upper band of a file clip by clip; `out` (48 kHz, as many channels) appears when all of it is done.
+    `AudioError` where a file cannot be read or written, or its band is complete."""
     path, out = Path(path), Path(out)
     if out.resolve() == path.resolve():
         raise UserError(f"{out}: is the input itself; choose another output file")
@@ -245,8 +213,7 @@ def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, set
         raise AudioError(path, f"cutoff={cutoff:g} is not allowed: {most}; give a lower --cutoff, or none")
 
     def read(start: int) -> Tensor:
-        wav = load_audio(path, start, resolver.clip_length, SAMPLE_RATE, mix=False)  # [C, n]
-        return torch.nn.functional.pad(wav, (0, resolver.clip_length - wav.shape[-1]))
+        return load_audio(path, start, resolver.clip_length, SAMPLE_RATE, mix=False)
 
     chunks = reading(read, resolver.starts(total), path.name)
     with AudioWriter(out, SAMPLE_RATE, info.channels) as writer, chunks as clips:
@@ -256,19 +223,15 @@ def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, set
 
 
 def file_band(info: AudioReport) -> float:
-    """Where a file's band ends, in Hz, at its own sample rate: `band_edge` of the whole file, read minute by minute."""
+    """`band_edge` of a file at its own sample rate, read minute by minute."""
     rate, block = info.sample_rate, BLOCK_SECONDS * info.sample_rate
     starts = (min(start, max(0, info.num_frames - block)) for start in range(0, info.num_frames, block))
     clips = (load_audio(info.path, start, block, rate, mix=False) for start in starts)  # the last one is a full block
-    return edge_of(torch.stack([bin_powers(clip) for clip in clips]), rate)
+    return band_edge(clips, rate)
 
 
 def restore_folder(
-    folder: str | Path,
-    out: str | Path,
-    resolver: SuperResolver,
-    settings: Restoration,
-    report: Callable[[Restored], None] = lambda restored: None,
+    folder: str | Path, out: str | Path, resolver: SuperResolver, settings: Restoration, report: Callable
 ) -> tuple[list[Restored], list[tuple[Path, str]]]:
     """Restore every audio file below `folder` into `out`, under the same names, as .wav.
 
@@ -277,29 +240,24 @@ def restore_folder(
     """
     folder, out = Path(folder), Path(out)
     files, others = walk_audio(folder)
-    paths = [folder / name for name in files]
-    targets = [(out / name).with_suffix(".wav") for name in files]
-    if any(target.resolve().is_relative_to(folder.resolve()) for target in (out, *targets)):
+    targets = {folder / name: (out / name).with_suffix(".wav") for name in files}
+    if any(target.resolve().is_relative_to(folder.resolve()) for target in (out, *targets.values())):
         raise UserError(f"{out}: results would lie among the files of {folder}; choose another output folder")
-    done, skipped, names = [], [], {}
-    for path, target in zip(paths, targets, strict=True):
-        if target in names:
-            skipped.append((path, f"{names[target].name} goes by the same name; rename one of them"))
-            continue
+    skipped, done, sources = [], [], {}
+    for path, target in targets.items():
         try:
+            if target in sources:
+                raise AudioError(path, f"{sources[target].name} goes by the same name; rename one of them")
             target.parent.mkdir(parents=True, exist_ok=True)
-            restored = restore_file(path, target, resolver, settings)
+            done.append(restore_file(path, target, resolver, settings))
+            sources[target] = path
+            report(done[-1])
         except AudioError as error:
             skipped.append((path, error.problem))
-            continue
         except OSError as error:
             if not done:
                 raise UserError(f"{out}: cannot be written ({error.strerror}); choose another output folder") from None
             skipped.append((path, f"{target} cannot be written ({error.strerror})"))
-            continue
-        done.append(restored)
-        names[target] = path
-        report(restored)
     skipped += [(folder / item.path, item.reason) for item in others]
     if not done:
         reasons = "; ".join(f"{path.name}: {problem}" for path, problem in skipped[:3])

@@ -1,36 +1,28 @@
-"""Training of the parts, each a run of its own in one folder: `vae`, `diffusion` on its latents, and `hifigan`.
-
-A run's config.json holds the part's sizes and how it was trained; `load_part` rebuilds the part from it. A `Plan` has
-the sizes and the training of all parts: seed 004's for a GPU, small ones for two cores and three minutes.
-"""
+"""Training of the parts, each a run of its own in one folder: `vae`, `diffusion` on its latents, and `hifigan`. Plans
+have the sizes and the training of all: seed 004's for a GPU, small ones for two cores and three minutes."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lib.superres import vocoder as hifigan
 from lib.superres.degradation import Examples, Library
 from lib.superres.diffusion import TIMESTEPS, add_noise
 from lib.superres.encoder import EncoderConfig
-from lib.superres.mel import HOP, SAMPLE_RATE, log_mel
+from lib.superres.mel import SAMPLE_RATE, log_mel
 from lib.superres.unet import CONTEXTS, Denoiser, DenoiserConfig
 from lib.superres.vae import MelVae, VaeConfig
-from lib.superres.vocoder import (
-    Discriminators,
-    Vocoder,
-    VocoderConfig,
-    discriminator_loss,
-    feature_distance,
-    generator_loss,
-    outputs_of_both,
-)
+from lib.superres.vocoder import Vocoder, VocoderConfig
 from lib.training.adversary import Adversary
 from lib.training.batches import Batch
 from lib.training.config import LENGTH, WITHOUT_EFFECT, AdversaryConfig, LoopConfig, resolved_precision
@@ -38,7 +30,7 @@ from lib.training.distributed import open_accelerator
 from lib.training.learner import Learner, Losses, StepInfo
 from lib.training.run import Run
 from lib.training.trainer import Callback, Trainer
-from lib.util.configs import Count, NonNegative, Positive, check, checked_dataclass, from_fields
+from lib.util.configs import Count, NonNegative, check, checked_dataclass, from_fields
 from lib.util.errors import UserError
 from lib.util.provenance import code_fingerprint
 
@@ -46,25 +38,21 @@ MEASURED = 64  # examples from which the mel's mean and the latents' scale are t
 CACHE = 4 * 2**30  # bytes of encoded examples that are kept
 CONDITION_DROPOUT = 0.1  # share of clips that learn without the context, and as many without any condition
 MEL_WEIGHT, FEATURE_WEIGHT = 45.0, 2.0  # of HiFi-GAN's losses, as in its paper
+# whole latent frames
+Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, multiple_of=0.16)]
 
 
 @checked_dataclass
 class PartConfig(LoopConfig):
     """How to train a part: the loop's settings, and which examples an epoch has."""
 
-    clip_seconds: Positive = 10.24
+    clip_seconds: Seconds = 10.24
     examples: Count = 20_000
     val_examples: Count = 64
 
-    def __post_init__(self):
-        frames = self.clip_seconds * SAMPLE_RATE / HOP
-        fits = frames >= 16 and abs(frames / 16 - round(frames / 16)) < 1e-6
-        check(fits, "clip_seconds", self.clip_seconds, "a multiple of 0.16, a whole number of latent frames")
-
     @property
     def clip_length(self) -> int:
-        """Samples."""
-        return round(self.clip_seconds * SAMPLE_RATE)
+        return round(self.clip_seconds * SAMPLE_RATE)  # samples
 
 
 @checked_dataclass
@@ -74,31 +62,23 @@ class VaeTraining(PartConfig):
 
 @checked_dataclass
 class VocoderTraining(PartConfig):
-    clip_seconds: Positive = 0.32
+    clip_seconds: Seconds = 0.32
     period_channels: Count = 32  # of the discriminators, as is the next
     scale_channels: Count = 128
-
-
-# --- what each part learns --------------------------------------------------------------------------------------------
 
 
 class PartLearner(Learner):
     """A part whose parameters all learn at one rate."""
 
     batch_names = ("clips", "degraded clips")
-    model_type: type[nn.Module]
-    sizes_type: type
 
-    def __init__(self, config: PartConfig, sizes: Any, accelerator: Accelerator):
-        model = self.model_type(sizes)
+    def __init__(self, config: PartConfig, model: nn.Module, accelerator: Accelerator):
         groups = [{"params": list(model.parameters()), "full_lr": config.learning_rate}]
         super().__init__(config, model, groups, accelerator)
 
 
 class VaeLearner(PartLearner):
     """Learns to reconstruct the mel spectrograms of clips and of degraded clips: mean absolute error and divergence."""
-
-    model_type, sizes_type = MelVae, VaeConfig
 
     def parts(self, model: MelVae) -> dict[str, nn.Module]:
         return {"encoder": model.autoencoder.encoder, "decoder": model.autoencoder.decoder}
@@ -116,7 +96,6 @@ class DiffusionLearner(PartLearner):
     """Learns the velocity of noisy latents. A batch is high and low latents `[B, 2·Z, H, W]`, and the low mel."""
 
     batch_names = ("latents", "degraded mel")
-    model_type, sizes_type = Denoiser, DenoiserConfig
 
     def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
         high, low = batch[0].chunk(2, dim=1)
@@ -141,50 +120,45 @@ class VocoderAdversary(Adversary):
     betas = (0.8, 0.99)  # HiFi-GAN's
 
     def loss(self, fake: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = discriminator_loss(*outputs_of_both(self.model, real, fake))
+        loss = hifigan.discriminator_loss(*hifigan.outputs_of_both(self.model, real, fake))
         return loss, {"loss": loss}
 
 
 class VocoderLearner(PartLearner):
     """Learns to turn mel spectrograms into clips: by mel distance, discriminators, and their features."""
 
-    sizes_type = VocoderConfig
-
-    def __init__(self, config: VocoderTraining, sizes: VocoderConfig, accelerator: Accelerator):
-        super().__init__(config, sizes, accelerator)
-        discriminators = Discriminators(config.period_channels, config.scale_channels)
+    def __init__(self, config: VocoderTraining, model: Vocoder, accelerator: Accelerator):
+        super().__init__(config, model, accelerator)
+        discriminators = hifigan.Discriminators(config.period_channels, config.scale_channels)
         adversary = AdversaryConfig(discriminator_learning_rate=config.learning_rate)
         self.adversary = VocoderAdversary(adversary, discriminators, config.max_norm, accelerator)
 
-    @staticmethod
-    def model_type(sizes: VocoderConfig) -> Vocoder:
-        return Vocoder(sizes, weight_norm=True)
-
     def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
-        real = batch[0]
-        mel = log_mel(real)
+        real, mel = batch[0], log_mel(batch[0])
         with self.autocast():
             fake = model(mel)
         fake = fake.float()
         terms = {"loss/mel": (log_mel(fake) - mel).abs().mean()}
         loss = MEL_WEIGHT * terms["loss/mel"]
         if info and (critic := self.adversary.critic(info.step)):
-            of_real, of_fake = outputs_of_both(critic, real, fake)
-            terms["loss/adversarial"] = generator_loss(of_fake)
-            terms["loss/features"] = feature_distance(of_real, of_fake)
+            of_real, of_fake = hifigan.outputs_of_both(critic, real, fake)
+            terms["loss/adversarial"] = hifigan.generator_loss(of_fake)
+            terms["loss/features"] = hifigan.feature_distance(of_real, of_fake)
             loss = loss + terms["loss/adversarial"] + FEATURE_WEIGHT * terms["loss/features"]
         return loss, terms, (fake, real)
 
 
-PARTS = {"vae": VaeLearner, "diffusion": DiffusionLearner, "hifigan": VocoderLearner}
+PARTS = {  # what learns it, the model, and its sizes
+    "vae": (VaeLearner, MelVae, VaeConfig),
+    "diffusion": (DiffusionLearner, Denoiser, DenoiserConfig),
+    "hifigan": (VocoderLearner, functools.partial(Vocoder, weight_norm=True), VocoderConfig),
+}
 
 
 class EncodedExamples(Dataset):
     """`Examples` as the diffusion model learns from them: `[i]` is (latents of the clip and of the degraded one
-    `[2·Z, H, W]`, scaled; the degraded one's log mel `[1, 256, T]`).
-
-    Encoding costs more than a step of the denoiser, so results are kept as long as they fit into the cache.
-    """
+    `[2·Z, H, W]`, scaled; the degraded one's log mel `[1, 256, T]`). Encoding costs more than a step of the denoiser,
+    so results are kept as long as they fit into the cache."""
 
     def __init__(self, examples: Examples, vae: MelVae, latent_scale: float, device: torch.device):
         self.examples, self.vae, self.latent_scale, self.device = examples, vae.to(device), latent_scale, device
@@ -208,102 +182,68 @@ class EncodedExamples(Dataset):
         return item
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
-
-
-def train_vae(folder: str | Path, library: Library, sizes: VaeConfig, config: VaeTraining, **options: Any) -> Run:
-    """Train the autoencoder into `folder/vae`. Mean and deviation of the log mel are measured first. `options`: those
-    of `train_part`."""
-    mean, std = measured_mel(examples_of(library, config)["train"])
-    sizes = dataclasses.replace(sizes, mel_mean=mean, mel_std=std)
-    return train_part(folder, "vae", library, sizes, config, **options)
-
-
-def train_diffusion(
-    folder: str | Path,
-    library: Library,
-    sizes: DenoiserConfig,
-    config: PartConfig,
-    name: str = "diffusion",
-    *,
-    encoded: dict[str, EncodedExamples] | None = None,
-    **options: Any,
-) -> Run:
-    """Train the denoiser and its encoder into `folder/<name>`, on latents of `folder/vae`, whose scale is measured.
-
-    `encoded`: the result of `encode` for this folder, library and config, to share it between trainings.
-    """
-    vae_run = Run.open(Path(folder) / "vae")
-    encoded = encoded or encode(vae_run, library, config)
-    channels = encoded["train"].vae.config.latent_channels
-    if channels != sizes.latent_channels:
-        raise UserError(
-            f"latent_channels={sizes.latent_channels} does not fit {vae_run.path}, whose latents have {channels}; "
-            "use that number"
-        )
-    facts = {"latent_scale": encoded["train"].latent_scale, "vae_sha256": vae_run.weights_sha256()}
-    options |= {"part": "diffusion", "facts": facts, "data": encoded, "code": vae_run.trained_by}
-    return train_part(folder, name, library, sizes, config, **options)
-
-
 def train_part(
     folder: str | Path,
-    name: str,
+    part: str,
     library: Library,
     sizes: Any,
     config: PartConfig,
     *,
-    part: str | None = None,
+    name: str | None = None,
     data: dict[str, Dataset] | None = None,
-    facts: dict[str, Any] | None = None,
-    code: Sequence[str] = (),
     resume: bool = False,
-    progress: bool = True,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
-    """Train a part (a key of `PARTS`, `name` by default) into `folder/<name>`, on `data` or the library's examples.
+    """Train a part, a key of `PARTS`, into `folder/<name>`, by default its own name.
 
-    `facts`: for the run's config. `code`: fingerprints of what trained the part that this one is built on. `resume`,
-    `progress` and `callbacks` as in `lib.training.trainer.train`.
+    The autoencoder's config gets the measured mean and deviation of the log mel; the denoiser learns on the latents of
+    `folder/vae`. `data`: for the denoiser, the result of `encode`, to share it between trainings. `resume` and
+    `callbacks` as in `lib.training.fusion_learner.train`.
     """
-    config = dataclasses.replace(config, precision=resolved_precision(config.precision))
     accelerator = open_accelerator()
+    facts, code = {}, [code_fingerprint("lib.superres.training")[:16]]
+    if part == "vae":
+        mean, std = measured_mel(examples_of(library, config)["train"])
+        sizes = dataclasses.replace(sizes, mel_mean=mean, mel_std=std)
+    elif part == "diffusion":
+        vae_run = Run.open(Path(folder) / "vae")
+        data = data or encode(vae_run, library, config)
+        if (channels := data["train"].vae.config.latent_channels) != sizes.latent_channels:
+            fault = f"does not fit {vae_run.path}, whose latents have {channels}; use that number"
+            raise UserError(f"latent_channels={sizes.latent_channels} {fault}")
+        facts = {"latent_scale": data["train"].latent_scale, "vae_sha256": vae_run.weights_sha256()}
+        code = [*vae_run.trained_by, *code]
     data = data or examples_of(library, config)
+    config = dataclasses.replace(config, precision=resolved_precision(config.precision))
     config.check_sizes({split: len(found) for split, found in data.items()}, accelerator.num_processes)
     wanted = {"sizes": dataclasses.asdict(sizes), "train": dataclasses.asdict(config), "data": library.fingerprint}
     with accelerator.main_process_first():  # it creates the run that the others open
         run = Run.start(
-            Path(folder) / name,
-            wanted | (facts or {}),
+            Path(folder) / (name or part),
+            wanted | facts,
             resume=resume or not accelerator.is_main_process,
             free={"train": LENGTH + WITHOUT_EFFECT},
-            code=dict.fromkeys([*code, code_fingerprint("lib.superres.training")[:16]]),
+            code=dict.fromkeys(code),
             measured=("sizes.mel_mean", "sizes.mel_std", "latent_scale", "vae_sha256"),
         )
-    config, learner = from_fields(type(config), run.config["train"]), PARTS[part or name]
-    Trainer(run, config, data, lambda device: learner(config, sizes, device), callbacks).run_to_end(progress=progress)
+    config, (learner, model, _) = from_fields(type(config), run.config["train"]), PARTS[part]
+    Trainer(run, config, data, lambda launcher: learner(config, model(sizes), launcher), callbacks).run_to_end()
     accelerator.wait_for_everyone()
     return run
 
 
 def load_part(run: Run, part: str, which: str = "best") -> nn.Module:
-    """A trained part in eval mode, on the CPU, HiFi-GAN without weight normalisation. `UserError` where the run is of
-    something else."""
-    learner = PARTS[part]
+    """A trained part in eval mode, on the CPU, HiFi-GAN without weight norm; `UserError` for a run of another part."""
+    _, model_type, sizes_type = PARTS[part]
     try:
-        sizes = from_fields(learner.sizes_type, run.config["sizes"])
-        model = learner.model_type(sizes)
-    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError, UserError):
-        raise UserError(
-            f"{run.path / 'config.json'}: describes no {part} of a super-resolver; name its folder"
-        ) from None
+        model = model_type(from_fields(sizes_type, run.config["sizes"]))
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError):
+        fault = f"describes no {part} of a super-resolver; name its folder"
+        raise UserError(f"{run.path / 'config.json'}: {fault}") from None
     run.load_weights(model, which)
     if isinstance(model, Vocoder):
         model.fold_weight_norm()
     return model
-
-
-# --- what is measured before training ---------------------------------------------------------------------------------
 
 
 def examples_of(library: Library, config: PartConfig) -> dict[str, Examples]:
@@ -311,28 +251,20 @@ def examples_of(library: Library, config: PartConfig) -> dict[str, Examples]:
     return {split: Examples(library, split, count, config.clip_length, config.seed) for split, count in counts.items()}
 
 
-def encode(vae_run: Run, library: Library, config: PartConfig) -> dict[str, EncodedExamples]:
-    """The examples of a diffusion training as an autoencoder's latents, each encoded at its first use."""
-    vae = load_part(vae_run, "vae").requires_grad_(False)
-    examples, device = examples_of(library, config), open_accelerator().device
-    scale = measured_scale(examples["train"], vae)
-    return {split: EncodedExamples(own, vae, scale, device) for split, own in examples.items()}
-
-
 def measured_mel(examples: Examples) -> tuple[float, float]:
-    """Mean and standard deviation of the log mel, over the first examples, degraded ones included."""
+    """Mean and standard deviation, over the first examples, degraded ones included."""
     mels = torch.stack([log_mel(torch.stack(examples[i])) for i in range(min(MEASURED, len(examples)))])
     return mels.mean().item(), mels.std().item()
 
 
-@torch.no_grad()
-def measured_scale(examples: Examples, vae: MelVae) -> float:
-    """The factor that gives latents a standard deviation of 1, from the first examples' clips."""
-    latents = [vae.encode(log_mel(examples[i][0][None])) for i in range(min(MEASURED, len(examples)))]
-    return 1 / torch.cat(latents).std().item()
-
-
-# --- plans ------------------------------------------------------------------------------------------------------------
+def encode(vae_run: Run, library: Library, config: PartConfig) -> dict[str, EncodedExamples]:
+    """The examples of a diffusion training as an autoencoder's latents, each encoded at its first use and scaled to
+    the standard deviation 1 of the first examples' clips."""
+    vae = load_part(vae_run, "vae").requires_grad_(False)
+    examples, device = examples_of(library, config), open_accelerator().device
+    first = (examples["train"][i][0] for i in range(min(MEASURED, config.examples)))
+    scale = 1 / torch.cat([vae.encode(log_mel(clip[None])) for clip in first]).std().item()
+    return {split: EncodedExamples(own, vae, scale, device) for split, own in examples.items()}
 
 
 @dataclass(frozen=True)
@@ -347,8 +279,7 @@ class Plan:
     vocoder_training: VocoderTraining | None = None  # None: Griffin-Lim, which needs no training
 
     def lasting(self, vae_steps: int, steps: int, vocoder_steps: int = 0, seed: int = 0) -> "Plan":
-        """The same plan with these numbers of steps for the autoencoder, each diffusion model and HiFi-GAN (0: it is
-        not trained), and this random seed."""
+        """The same plan with other numbers of steps (of HiFi-GAN 0: it is not trained) and another random seed."""
         vocoder = self.vocoder_training if vocoder_steps else None
         if vocoder_steps:
             check(vocoder, "vocoder_steps", vocoder_steps, "0, or a plan that trains a vocoder, such as 'full'")
@@ -366,31 +297,26 @@ class Plan:
 
     def train(self, folder: str | Path, library: Library, **options: Any) -> dict[str, Run]:
         """Train every part into its run in the folder. `options`: those of `train_part`."""
-        runs = {
-            "vae": train_vae(folder, library, self.vae, self.vae_training, **options),
-            "diffusion": train_diffusion(folder, library, self.denoiser, self.training, **options),
-        }
+        parts = {"vae": (self.vae, self.vae_training), "diffusion": (self.denoiser, self.training)}
         if self.vocoder_training is not None:
-            runs["hifigan"] = train_part(folder, "hifigan", library, self.vocoder, self.vocoder_training, **options)
-        return runs
+            parts["hifigan"] = (self.vocoder, self.vocoder_training)
+        return {part: train_part(folder, part, library, *how, **options) for part, how in parts.items()}
 
     def compare_contexts(
         self, folder: str | Path, library: Library, seeds: int, **options: Any
     ) -> dict[str, tuple[float, ...]]:
         """Train diffusion models on the autoencoder in `folder` that differ in the context of their cross-attention,
-        the sequence or seed 004's one pooled vector: context → last validation loss, one for each random seed.
-
-        A random seed gives both the same examples, initial weights and noise.
-        """
-        losses: dict[str, list[float]] = {context: [] for context in CONTEXTS}
+        the sequence or seed 004's one pooled vector: context → last validation loss, one for each random seed, which
+        gives both the same examples, initial weights and noise."""
+        losses: dict[str, tuple[float, ...]] = dict.fromkeys(CONTEXTS, ())
         for seed in range(seeds):
             config = dataclasses.replace(self.training, seed=self.training.seed + seed)
-            encoded = encode(Run.open(Path(folder) / "vae"), library, config)
+            options["data"] = encode(Run.open(Path(folder) / "vae"), library, config)
             for context in CONTEXTS:
-                sizes, name = dataclasses.replace(self.denoiser, context=context), f"{context}-{seed}"
-                run = train_diffusion(folder, library, sizes, config, name, encoded=encoded, **options)
-                losses[context].append(run.metrics("val")[-1]["loss"])
-        return {context: tuple(values) for context, values in losses.items()}
+                sizes = dataclasses.replace(self.denoiser, context=context)
+                run = train_part(folder, "diffusion", library, sizes, config, name=f"{context}-{seed}", **options)
+                losses[context] += (run.metrics("val")[-1]["loss"],)
+        return losses
 
 
 # what two cores train in minutes: the same parts with a hundredth of the width

@@ -1,8 +1,5 @@
-"""The denoiser: a UNet over mel latents that is conditioned on the low-resolution clip in two ways.
-
-The clip's latents are concatenated to the noisy ones, and the global encoder's context enters by cross-attention.
-Resnet blocks, sampling and skip connections are diffusers' `UNet2DConditionModel`; its transformers are replaced.
-"""
+"""The denoiser: a UNet over mel latents, conditioned on the low-resolution clip's latents by concatenation and on the
+global encoder's context by cross-attention. It is diffusers' `UNet2DConditionModel` with other transformers."""
 
 from dataclasses import field
 
@@ -34,11 +31,8 @@ class DenoiserConfig:
 
 
 class GlobalTransformer(nn.Module):
-    """Cross-attention from every place of a map to the global context, then an ordinary transformer block.
-
-    Seed 004's `GlobalConditionedSpatialTransformer`: the context is projected to the map's channels, the result of the
-    attention is added to the map, and self-attention and feed-forward layers follow.
-    """
+    """Cross-attention from every place of a map to the projected global context, added to the map, then an ordinary
+    transformer block: seed 004's `GlobalConditionedSpatialTransformer`."""
 
     def __init__(self, channels: int, head_channels: int, context_dim: int, norm_groups: int):
         from diffusers import Transformer2DModel  # seconds to import
@@ -47,12 +41,11 @@ class GlobalTransformer(nn.Module):
         heads = channels // head_channels
         self.global_projection = nn.Linear(context_dim, channels)
         self.global_attention = nn.MultiheadAttention(channels, heads, batch_first=True)
-        self.block = Transformer2DModel(
-            heads, head_channels, channels, norm_num_groups=norm_groups, double_self_attention=True
-        )
+        options = {"norm_num_groups": norm_groups, "double_self_attention": True}
+        self.block = Transformer2DModel(heads, head_channels, channels, **options)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """`x [B, C, H, W]`, `context [B, L, context_dim]` → `[B, C, H, W]`."""
+        """Maps `[B, C, H, W]`, context `[B, L, context_dim]` → `[B, C, H, W]`."""
         return self.block(x + self.attend(x, context), return_dict=False)[0]
 
     def attend(self, x: Tensor, context: Tensor) -> Tensor:
@@ -102,30 +95,22 @@ class Denoiser(nn.Module):
 
     def __init__(self, config: DenoiserConfig | None = None):
         super().__init__()
-        config = config or DenoiserConfig()
-        self.config = config
+        self.config = config = config or DenoiserConfig()
         self.encoder = GlobalAudioEncoder(config.encoder)
         self.unet = make_unet(config)
         self.null_context = nn.Parameter(torch.zeros(1, 1, config.encoder.context_dim))
 
-    def forward(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        low: Tensor,
-        mel: Tensor,
-        keeps_low: Tensor | None = None,
-        keeps_context: Tensor | None = None,
-    ) -> Tensor:
-        """Predicted velocity `[B, Z, H, W]`, from noisy latents and low-resolution latents of that shape, and the
-        low-resolution mel `[B, 1, 256, T]`. `keeps_low`, `keeps_context`: `[B]`, false where that is left out."""
-        return self.denoise(noisy, timesteps, *self.conditions(low, mel, keeps_low, keeps_context))
+    def forward(self, noisy: Tensor, timesteps: Tensor, low: Tensor, mel: Tensor, **keeps: Tensor) -> Tensor:
+        """Predicted velocity `[B, Z, H, W]`, from noisy and low-resolution latents of that shape and the low-resolution
+        mel `[B, 1, 256, T]`. `keeps`: as in `conditions`."""
+        return self.denoise(noisy, timesteps, *self.conditions(low, mel, **keeps))
 
     def conditions(
         self, low: Tensor, mel: Tensor, keeps_low: Tensor | None = None, keeps_context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The low-resolution latents, and the context `[B, L, context_dim]`: the pooled vector, followed with
-        'sequence' by one vector for each mel frame. Zeros and the learned context where they are left out."""
+        'sequence' by one vector for each mel frame. Zeros and the learned context where `keeps_low [B]` and
+        `keeps_context [B]` are false."""
         pooled, sequence = self.encoder(mel)
         context = pooled[:, None]
         if self.config.context == "sequence":

@@ -1,5 +1,7 @@
 """The KL autoencoder of log-mel spectrograms: diffusers' `AutoencoderKL`, the architecture that seed 004 names."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from lib.util.configs import Count, Number, Positive, checked_dataclass
@@ -18,14 +20,13 @@ class VaeConfig:
 
 
 class MelVae(nn.Module):
-    """Log mel `[B, 1, 256, T]` ⇄ latents `[B, Z, 32, T / 8]` (with four levels)."""
+    """Log mel `[B, 1, 256, T]` ⇄ the posterior's mean `[B, Z, 32, T / 8]` (with four levels)."""
 
     def __init__(self, config: VaeConfig | None = None):
         from diffusers import AutoencoderKL  # seconds to import
 
         super().__init__()
-        config = config or VaeConfig()
-        self.config = config
+        self.config = config = config or VaeConfig()
         levels = len(config.channels)
         self.autoencoder = AutoencoderKL(
             in_channels=1,
@@ -44,7 +45,6 @@ class MelVae(nn.Module):
         return 2 ** (len(self.config.channels) - 1)
 
     def encode(self, mel: Tensor) -> Tensor:
-        """The posterior's mean."""
         return self._posterior(mel).mode()
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -58,6 +58,6 @@ class MelVae(nn.Module):
         latents = posterior.sample() if sampled else posterior.mode()
         return self.decode(latents), posterior.kl() / latents[0].numel()
 
-    def _posterior(self, mel: Tensor):
+    def _posterior(self, mel: Tensor) -> Any:
         normal = (mel - self.config.mel_mean) / self.config.mel_std
         return self.autoencoder.encode(normal, return_dict=False)[0]

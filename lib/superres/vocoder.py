@@ -1,10 +1,8 @@
 """From log mel to waveform: Griffin-Lim, which has no parameters, and HiFi-GAN (Kong et al. 2020, arXiv 2010.05646)
-with the discriminators that it is trained against.
-
-The generator is transformers' `SpeechT5HifiGan` at the sizes of the public AudioSR vocoder.
-"""
+with its discriminators. The generator is transformers' `SpeechT5HifiGan` at the sizes of the public AudioSR vocoder."""
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +12,13 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from lib.superres.mel import HOP, MELS, inverse_spectrum, magnitudes_of, spectrum
 from lib.util.configs import Count, checked_dataclass
 
-ITERATIONS = 32  # of Griffin-Lim
-
 
 @checked_dataclass
 class VocoderConfig:
-    """Sizes; the defaults are seed 004's. The rates' product is the mel hop, 480."""
+    """Sizes; the defaults are seed 004's."""
 
     channels: Count = 1536
-    upsample_rates: tuple[Count, ...] = (6, 5, 4, 2, 2)
+    upsample_rates: tuple[Count, ...] = (6, 5, 4, 2, 2)  # their product is the mel hop, 480
     upsample_kernels: tuple[Count, ...] = (12, 10, 8, 4, 4)
     resblock_kernels: tuple[Count, ...] = (3, 7, 11, 15)
     dilations: tuple[Count, ...] = (1, 3, 5)
@@ -35,8 +31,7 @@ class Vocoder(nn.Module):
         from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig  # slow to import
 
         super().__init__()
-        config = config or VocoderConfig()
-        self.config = config
+        self.config = config = config or VocoderConfig()
         self.generator = SpeechT5HifiGan(
             SpeechT5HifiGanConfig(
                 model_in_dim=MELS,
@@ -62,12 +57,12 @@ class Vocoder(nn.Module):
                 parametrize.remove_parametrizations(layer, "weight")
 
 
-def griffin_lim(mel: Tensor, known: Tensor, bins: int, *, noise: Tensor, iterations: int = ITERATIONS) -> Tensor:
-    """A waveform `[B, 1, N]` for a log mel `[B, 1, 256, N / 480]`, without parameters.
+def griffin_lim(mel: Tensor, known: Tensor, bins: int, *, noise: Tensor, iterations: int = 32) -> Tensor:
+    """A waveform `[B, 1, N]` for a log mel `[B, 1, 256, N / 480]` (Griffin and Lim 1984).
 
-    The first `bins` bins of the spectrum are those of the waveform `known [B, 1, N]`, magnitude and phase. The others
-    have the mel's magnitudes, and phases that start from `noise [B, N_FFT / 2 + 1, N / 480]` and are made consistent by
-    going to the waveform and back (Griffin and Lim 1984).
+    The first `bins` bins of the spectrum are those of the waveform `known [B, 1, N]`. The others have the mel's
+    magnitudes, and phases that start from `noise [B, N_FFT / 2 + 1, N / 480]` and become consistent on the way to the
+    waveform and back.
     """
     low, magnitudes = spectrum(known)[:, :bins], magnitudes_of(mel)[:, bins:]
     phases = torch.polar(torch.ones_like(noise), 2 * torch.pi * noise)[:, bins:]
@@ -77,13 +72,9 @@ def griffin_lim(mel: Tensor, known: Tensor, bins: int, *, noise: Tensor, iterati
     return inverse_spectrum(torch.cat([low, magnitudes * phases], dim=1))
 
 
-# --- discriminators --------------------------------------------------------------------------------------------------
-
-# of Kong et al., and of Kumar et al. 2019, arXiv 1910.06711, at the papers' sizes
-
+# Discriminators of Kong et al., and of Kumar et al. 2019, arXiv 1910.06711, at the papers' sizes.
 Output = tuple[Tensor, list[Tensor]]  # logits, and the feature maps that they come from
 PERIODS = (2, 3, 5, 7, 11)
-SLOPE = 0.1
 
 
 class PeriodDiscriminator(nn.Module):
@@ -107,9 +98,8 @@ class PeriodDiscriminator(nn.Module):
 class ScaleDiscriminator(nn.Module):
     """Sees long windows of the waveform, or of a downsampled copy: `[B, 1, N]` → logits `[B, n]`."""
 
-    def __init__(self, norm, channels: int = 128):
+    def __init__(self, norm: Callable[[nn.Module], nn.Module], c: int = 128):
         super().__init__()
-        c = channels
         sizes = (  # in, out, kernel, stride, groups
             (1, c, 15, 1, 1),
             (c, c, 41, 2, 4),
@@ -149,7 +139,7 @@ class Discriminators(nn.Module):
 def with_features(x: Tensor, layers: nn.ModuleList, last: nn.Module) -> Output:
     features = []
     for layer in layers:
-        x = nn.functional.leaky_relu(layer(x), SLOPE)
+        x = nn.functional.leaky_relu(layer(x), 0.1)
         features.append(x)
     return last(x).flatten(1), features
 
@@ -172,6 +162,5 @@ def feature_distance(of_real: list[Output], of_fake: list[Output]) -> Tensor:
 
 def outputs_of_both(discriminators: nn.Module, real: Tensor, fake: Tensor) -> tuple[list[Output], list[Output]]:
     """Outputs for real and fake waveforms, `[B, 1, N]` each, in one pass."""
-    both = discriminators(torch.cat([real, fake]))
-    first, second = slice(len(real)), slice(len(real), None)
-    return tuple([(logits[part], [f[part] for f in features]) for logits, features in both] for part in (first, second))
+    both, parts = discriminators(torch.cat([real, fake])), (slice(len(real)), slice(len(real), None))
+    return tuple([(logits[part], [f[part] for f in features]) for logits, features in both] for part in parts)

@@ -14,7 +14,7 @@ from lib.superres.degradation import Library, read_library
 from lib.superres.encoder import EncoderConfig
 from lib.superres.mel import SAMPLE_RATE
 from lib.superres.resolver import SuperResolver
-from lib.superres.training import PartConfig, VaeTraining, train_diffusion, train_vae
+from lib.superres.training import PartConfig, VaeTraining, train_part
 from lib.superres.unet import DenoiserConfig
 from lib.superres.vae import VaeConfig
 from lib.superres.vocoder import VocoderConfig
@@ -92,8 +92,8 @@ def library(music) -> Library:
 def trained(tmp_path_factory, library) -> Path:
     """A folder with `vae` and `diffusion`, not to be written to."""
     folder = tmp_path_factory.mktemp("superres")
-    train_vae(folder, library, VAE, VaeTraining(**LOOP), progress=False)
-    train_diffusion(folder, library, DENOISER, PartConfig(**LOOP), progress=False)
+    train_part(folder, "vae", library, VAE, VaeTraining(**LOOP))
+    train_part(folder, "diffusion", library, DENOISER, PartConfig(**LOOP))
     return folder
 
 

@@ -240,7 +240,7 @@ def imported(original, tmp_path_factory):
 
 
 def test_autoencoder_is_the_original_turned(original, imported):
-    vae, mel = load_part(Run.open(imported.vae.path), "vae"), mels(F=32)
+    vae, mel = load_part(Run.open(imported[0].path), "vae"), mels(F=32)
     with torch.no_grad():
         latents = original.encode(mel.mT)
         assert latents.shape == (2, 3, 3, 4)  # [B, Z, T / 8, F / 8]
@@ -255,7 +255,7 @@ def test_autoencoder_is_the_original_turned(original, imported):
 
 
 def test_vocoder_is_the_original(original, imported):
-    vocoder, mel = load_part(Run.open(imported.vocoder.path), "hifigan"), mels(T=5)
+    vocoder, mel = load_part(Run.open(imported[1].path), "hifigan"), mels(T=5)
     with torch.no_grad():
         wav = original.vocoder(mel[:, 0])
         assert wav.shape == (2, 1, 480 * 5 + 16)
@@ -265,13 +265,14 @@ def test_vocoder_is_the_original(original, imported):
 
 
 def test_report_and_runs_say_what_was_imported(original, imported):
-    assert imported.ignored == 3  # of the diffusion model, of CLAP, and the scale
-    for run, name in ((imported.vae, "vae"), (imported.vocoder, "hifigan")):
+    vae, vocoder, ignored = imported
+    assert ignored == 3  # of the diffusion model, of CLAP, and the scale
+    for run, name in ((vae, "vae"), (vocoder, "hifigan")):
         assert run.path.name == name
         assert run.config["imported"]["file"] == "basic.pth"
         assert len(run.config["imported"]["sha256"]) == 64
         assert run.saved_step == 0
-    assert imported.vae.config["imported"] == imported.vocoder.config["imported"]
+    assert vae.config["imported"] == vocoder.config["imported"]
 
 
 def forms(original: Original) -> dict[str, Original]:
@@ -301,9 +302,9 @@ def test_weight_norm_of_every_form_is_the_same_function(original, imported, form
     endings = {"weight_g": ("weight_g", "weight_v"), "parametrizations": ("weight.original0", "weight.original1")}[form]
     assert sum(name.endswith(endings) for name in tensors["state_dict"]) == 2 * (2 + 5 + 5 * 2 * 4)
     report, mel = small_import(write(tmp_path, tensors), tmp_path / "out"), mels(T=3)
-    assert report.ignored == imported.ignored
+    assert report[2] == imported[2]
     with torch.no_grad():
-        made, folded = (load_part(Run.open(r.vocoder.path), "hifigan")(mel) for r in (report, imported))
+        made, folded = (load_part(Run.open(r[1].path), "hifigan")(mel) for r in (report, imported))
         torch.testing.assert_close(made, folded, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(made, original.vocoder(mel[:, 0])[..., : 480 * 3], atol=1e-4, rtol=1e-4)
 
@@ -312,7 +313,7 @@ def test_half_precision_is_read(original, tmp_path):
     halves = content(original)
     halves["state_dict"] = {name: tensor.half() for name, tensor in halves["state_dict"].items()}
     report = small_import(write(tmp_path, halves), tmp_path / "out")
-    weights = load_part(report.vae, "vae").autoencoder.encoder.conv_in.weight
+    weights = load_part(report[0], "vae").autoencoder.encoder.conv_in.weight
     assert weights.dtype == torch.float32
     assert torch.equal(weights, original.encoder.conv_in.weight.half().float().mT)
 
@@ -403,7 +404,7 @@ def test_a_damaged_file_is_refused(original, tmp_path):
 
 def test_command_line_tells_in_one_line_what_it_did(original, tmp_path, monkeypatch, capsys):
     path, out = write(tmp_path, content(original)), tmp_path / "out"
-    small = functools.partial(import_audiosr, vae_config=VAE, vocoder_config=VOCODER)
+    small = functools.partial(import_audiosr, vae_sizes=VAE, vocoder_sizes=VOCODER)
     monkeypatch.setattr(lib.superres.audiosr, "import_audiosr", small)
     monkeypatch.setattr(sys, "argv", ["audiosr", str(path), "-o", str(out)])
     lib.superres.audiosr.main()

@@ -111,7 +111,7 @@ def test_a_folder_is_a_line_a_file_and_what_is_skipped_goes_to_stderr(call, clip
     ("options", "words"),
     [
         (("--steps", 0), "steps=0 is not allowed"),
-        (("--steps", 1_001), "steps=1001 is not allowed; use at most 1000"),
+        (("--steps", 1_001), "steps=1001 is not allowed; use a whole number, 1 or more, at most 1000"),
         (("--seed", -1), "seed=-1 is not allowed"),
         (("--seed", 2**63), "seed=9223372036854775808 is not allowed"),
         (("--guidance", "nan"), "guidance=nan is not allowed"),

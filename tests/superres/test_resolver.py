@@ -28,7 +28,7 @@ from lib.superres.resolver import (
     restore_file,
     restore_folder,
 )
-from lib.superres.training import VaeTraining, VocoderTraining, train_part, train_vae
+from lib.superres.training import VaeTraining, VocoderTraining, train_part
 from lib.util.errors import UserError
 from superres.conftest import (
     CLIP,
@@ -147,7 +147,7 @@ def test_hifigan_is_used_where_it_was_trained_and_griffin_lim_elsewhere(resolver
     with pytest.raises(UserError, match="vocoder='world' is not allowed; use one of griffin-lim, hifigan"):
         SuperResolver(tmp_path / "run", vocoder="world")
     config = VocoderTraining(**LOOP | DISCRIMINATORS | {"max_steps": 1})
-    train_part(tmp_path / "run", "hifigan", library, VOCODER, config, progress=False)
+    train_part(tmp_path / "run", "hifigan", library, VOCODER, config)
     assert SuperResolver(tmp_path / "run", vocoder="griffin-lim").vocoder is resolver.vocoder is None
     other = SuperResolver(tmp_path / "run")
     mel = resolver.predict_mel(low, QUICK)
@@ -163,7 +163,8 @@ def test_hifigan_is_used_where_it_was_trained_and_griffin_lim_elsewhere(resolver
 
 def test_parts_that_do_not_belong_together_are_refused(trained, library, tmp_path):
     shutil.copytree(trained, tmp_path / "run", symlinks=True)
-    train_vae(tmp_path / "run", library, VAE, VaeTraining(**LOOP | {"seed": 3, "max_steps": 1}), progress=False)
+    config = VaeTraining(**LOOP | {"seed": 3, "max_steps": 1})
+    train_part(tmp_path / "run", "vae", library, VAE, config)
     with pytest.raises(UserError, match=r"was trained on latents of another autoencoder than .*vae; put that one back"):
         SuperResolver(tmp_path / "run")
     with pytest.raises(UserError, match="vae: no run here"):
@@ -508,7 +509,7 @@ def test_no_result_is_written_among_the_files(low_file, tmp_path):
         save_audio(tmp_path / name, band(white(24_000), 0, 4_000), 48_000)
     before = {path: path.read_bytes() for path in tmp_path.rglob("x.*")}
     with pytest.raises(UserError, match="results would lie among the files"):
-        restore_folder(tmp_path / "a", tmp_path, NoiseResolver(12_000), Restoration())
+        restore_folder(tmp_path / "a", tmp_path, NoiseResolver(12_000), Restoration(), print)
     assert {path: path.read_bytes() for path in tmp_path.rglob("x.*")} == before
 
 
@@ -574,7 +575,7 @@ def folder(low_file, tmp_path):
 
 
 def test_a_folder_is_restored_file_by_file(folder, tmp_path):
-    done, skipped = restore_folder(folder, tmp_path / "out", NoiseResolver(CLIP), Restoration())
+    done, skipped = restore_folder(folder, tmp_path / "out", NoiseResolver(CLIP), Restoration(), print)
     assert [restored.path.relative_to(tmp_path / "out").as_posix() for restored in done] == ["a.wav", "more/b.wav"]
     assert all(soundfile.info(restored.path).samplerate == 48_000 for restored in done)
     assert [restored.channels for restored in done] == [1, 2]
@@ -592,7 +593,7 @@ def test_a_folder_is_restored_file_by_file(folder, tmp_path):
 
 def test_a_bad_file_does_not_take_the_name_of_a_good_one(folder, tmp_path):
     (folder / "a.flac").write_text("no audio")
-    done, skipped = restore_folder(folder, tmp_path / "out", NoiseResolver(CLIP), Restoration())
+    done, skipped = restore_folder(folder, tmp_path / "out", NoiseResolver(CLIP), Restoration(), print)
     assert done[0].cutoff == pytest.approx(5_000, abs=200)
     assert (folder / "a.flac", folder / "a.wav") != tuple(path for path, _ in skipped[:2])
 
@@ -601,19 +602,19 @@ def test_a_folder_without_a_good_file_is_refused(folder, tmp_path):
     for path in (folder / "a.wav", folder / "a.flac", folder / "more" / "b.flac", folder / "full.wav"):
         path.unlink()
     with pytest.raises(UserError, match=r"in: no usable audio file \(broken.wav: .*truncated.*; silent.wav: .*; text"):
-        restore_folder(folder, tmp_path / "out", NoiseResolver(CLIP), Restoration())
+        restore_folder(folder, tmp_path / "out", NoiseResolver(CLIP), Restoration(), print)
     shutil.rmtree(folder)
     folder.mkdir()
     with pytest.raises(UserError, match=r"in: no usable audio file \(none there\)"):
-        restore_folder(folder, tmp_path / "out", NoiseResolver(CLIP), Restoration())
+        restore_folder(folder, tmp_path / "out", NoiseResolver(CLIP), Restoration(), print)
 
 
 def test_an_output_folder_inside_the_input_or_not_writable_is_refused(folder, tmp_path):
     before = sorted(folder.rglob("*"))
     for out in (folder, folder / "out", tmp_path / "x" / ".." / "in" / "out"):
         with pytest.raises(UserError, match=r"results would lie among the files of .*; choose another output folder"):
-            restore_folder(folder, out, NoiseResolver(CLIP), Restoration())
+            restore_folder(folder, out, NoiseResolver(CLIP), Restoration(), print)
     assert sorted(folder.rglob("*")) == before
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file: cannot be written \(.*\); choose another output folder"):
-        restore_folder(folder, tmp_path / "file", NoiseResolver(CLIP), Restoration())
+        restore_folder(folder, tmp_path / "file", NoiseResolver(CLIP), Restoration(), print)

@@ -28,15 +28,11 @@ from lib.superres.training import (
     EncodedExamples,
     PartConfig,
     Plan,
-    VaeLearner,
     VaeTraining,
-    VocoderLearner,
     VocoderTraining,
     encode,
     load_part,
-    train_diffusion,
     train_part,
-    train_vae,
 )
 from lib.superres.unet import Denoiser
 from lib.superres.vae import MelVae
@@ -60,16 +56,15 @@ def train_in(library, trained) -> Callable[..., Run]:
     def run(
         root: Path, part: str, data=library, sizes=None, resume=False, callbacks=(), encoded=None, **changes
     ) -> Run:
-        options = {"resume": resume, "callbacks": callbacks, "progress": False}
-        if part == "vae":
-            return train_vae(root, data, sizes or VAE, VaeTraining(**HARD | changes), **options)
-        if part == "hifigan":
-            config = VocoderTraining(**HARD | DISCRIMINATORS | changes)
-            return train_part(root, part, data, sizes or VOCODER, config, **options)
-        if not (root / "vae").exists():
+        options = {"resume": resume, "callbacks": callbacks, "data": encoded}
+        if part == "diffusion" and not (root / "vae").exists():
             shutil.copytree(trained / "vae", root / "vae", symlinks=True)
-        config = PartConfig(**HARD | changes)
-        return train_diffusion(root, data, sizes or DENOISER, config, encoded=encoded, **options)
+        default, training, more = {
+            "vae": (VAE, VaeTraining, {}),
+            "diffusion": (DENOISER, PartConfig, {}),
+            "hifigan": (VOCODER, VocoderTraining, DISCRIMINATORS),
+        }[part]
+        return train_part(root, part, data, sizes or default, training(**HARD | more | changes), **options)
 
     return run
 
@@ -120,9 +115,10 @@ class Last(Callback):
         self.trainer = trainer
 
 
-def make_learner(kind: type, config, sizes):
+def make_learner(part: str, config, sizes):
     torch.manual_seed(0)
-    return kind(config, sizes, open_accelerator())
+    kind, model, _ = PARTS[part]
+    return kind(config, model(sizes), open_accelerator())
 
 
 # --- every part -------------------------------------------------------------------------------------------------------
@@ -232,7 +228,7 @@ def test_a_nan_stops_training_and_is_named(tmp_path, library, bad):
     data = {split: Poisoned(library, split, LOOP[name], CLIP) for split, name in COUNTS.items()}
     config = VaeTraining(**LOOP)
     with pytest.raises(NonFiniteError) as error:
-        train_part(tmp_path, "vae", library, VAE, config, data=data, progress=False)
+        train_part(tmp_path, "vae", library, VAE, config, data=data)
     assert error.value.tensor == ("clips", "degraded clips")[bad]
 
 
@@ -335,7 +331,7 @@ def test_latents_of_another_size_are_refused(train):
 
 def test_a_diffusion_model_needs_its_autoencoder(tmp_path, library):
     with pytest.raises(UserError, match="vae: no run here"):
-        train_diffusion(tmp_path, library, DENOISER, PartConfig(**LOOP), progress=False)
+        train_part(tmp_path, "diffusion", library, DENOISER, PartConfig(**LOOP))
 
 
 def test_two_trainings_may_share_what_the_autoencoder_made(train_in, straight, tmp_path, library, trained):
@@ -381,7 +377,7 @@ def test_encoded_examples_are_encoded_once_as_long_as_there_is_room(monkeypatch,
 
 
 def test_the_loss_of_the_autoencoder(library):
-    learner = make_learner(VaeLearner, VaeTraining(**LOOP, kl_weight=0.5), changed(VAE, mel_mean=-4.0, mel_std=3.0))
+    learner = make_learner("vae", VaeTraining(**LOOP, kl_weight=0.5), changed(VAE, mel_mean=-4.0, mel_std=3.0))
     batch = tuple(
         torch.stack(wavs) for wavs in zip(*(Examples(library, "train", 2, CLIP)[i] for i in range(2)), strict=True)
     )
@@ -401,7 +397,7 @@ def test_the_loss_of_the_autoencoder(library):
 
 def test_the_loss_of_the_vocoder(straight, library):
     config = VocoderTraining(**HARD | DISCRIMINATORS)
-    learner = make_learner(VocoderLearner, config, VOCODER)
+    learner = make_learner("hifigan", config, VOCODER)
     clips = torch.stack([Examples(library, "train", 2, CLIP)[i][0] for i in range(2)])
     loss, terms, (made, real) = learner.loss(learner.unwrapped_model, (clips, 0 * clips), StepInfo(0, 0))
     assert torch.equal(real, clips)  # what is degraded plays no part
@@ -433,7 +429,7 @@ class Noted(nn.Module):
 
 
 def test_each_condition_is_left_out_for_a_tenth_of_the_clips():
-    learner = make_learner(DiffusionLearner, PartConfig(**LOOP), DENOISER)
+    learner = make_learner("diffusion", PartConfig(**LOOP), DENOISER)
     model, clips = Noted(), 20_000
     batch = torch.zeros(clips, 4, 1, 1), torch.zeros(clips, 1, 1, 1)
     learner.loss(model, batch, StepInfo(0, 0))
@@ -449,7 +445,7 @@ def test_each_condition_is_left_out_for_a_tenth_of_the_clips():
 
 
 def test_validation_takes_the_same_noise_and_timesteps_all_over_the_schedule():
-    learner = make_learner(DiffusionLearner, PartConfig(**LOOP), DENOISER)
+    learner = make_learner("diffusion", PartConfig(**LOOP), DENOISER)
     model = Noted()
     batch = torch.ones(8, 4, 6, 2), torch.zeros(8, 1, 256, 16)
     before = torch.get_rng_state()
@@ -463,7 +459,7 @@ def test_validation_takes_the_same_noise_and_timesteps_all_over_the_schedule():
 
 
 def test_the_loss_of_the_denoiser_is_that_of_the_velocity():
-    learner = make_learner(DiffusionLearner, PartConfig(**LOOP), DENOISER)
+    learner = make_learner("diffusion", PartConfig(**LOOP), DENOISER)
     generator = torch.Generator().manual_seed(1)
     high, low = torch.randn(2, 3, 2, 8, 4, generator=generator)
     model = Noted()
@@ -495,7 +491,7 @@ def predictions(learner: DiffusionLearner, batch: tuple[Tensor, Tensor]) -> tupl
 def test_the_original_reaches_the_model_through_the_noisy_latents_alone(monkeypatch):
     """At the last timestep they are noise: what is predicted there follows the low-resolution clip."""
     monkeypatch.setattr(training, "CONDITION_DROPOUT", 0.0)
-    learner = make_learner(DiffusionLearner, PartConfig(**LOOP), DENOISER)
+    learner = make_learner("diffusion", PartConfig(**LOOP), DENOISER)
     monkeypatch.setattr(torch, "randint", lambda highest, size: torch.full(size, timestep))
     generator = torch.Generator().manual_seed(1)
     high, low, other = torch.randn(3, 2, 2, 32, 4, generator=generator)
@@ -630,11 +626,11 @@ def test_the_full_plan_has_the_seeds_sizes():
 
 
 def test_a_plan_trains_every_part(tmp_path, library):
-    runs = TINY.lasting(1, 2, 1).train(tmp_path / "all", library, progress=False)
+    runs = TINY.lasting(1, 2, 1).train(tmp_path / "all", library)
     assert {name: run.path for name, run in runs.items()} == {name: tmp_path / "all" / name for name in PARTS}
     assert [len(run.metrics("train")) for run in runs.values()] == [1, 2, 1]
     assert SuperResolver(tmp_path / "all").vocoder is not None  # what is trained is used
-    without = TINY.lasting(1, 2).train(tmp_path / "some", library, progress=False)
+    without = TINY.lasting(1, 2).train(tmp_path / "some", library)
     assert list(without) == ["vae", "diffusion"]
     assert without["diffusion"].metrics() == runs["diffusion"].metrics()
     assert SuperResolver(tmp_path / "some").vocoder is None
@@ -644,7 +640,7 @@ def test_a_plan_trains_every_part(tmp_path, library):
 def test_contexts_are_compared_by_trainings_that_differ_in_nothing_else(tmp_path, trained, library):
     shutil.copytree(trained / "vae", tmp_path / "vae", symlinks=True)
     plan = TINY.lasting(1, 2, 1, seed=4)
-    losses = plan.compare_contexts(tmp_path, library, 2, progress=False)
+    losses = plan.compare_contexts(tmp_path, library, 2)
     assert {context: len(values) for context, values in losses.items()} == {"sequence": 2, "pooled": 2}
     for seed in range(2):
         runs = {context: Run.open(tmp_path / f"{context}-{seed}") for context in losses}
@@ -661,4 +657,4 @@ def test_contexts_are_compared_by_trainings_that_differ_in_nothing_else(tmp_path
     resolvers = [SuperResolver(tmp_path, diffusion=f"{context}-0") for context in losses]
     assert [r.denoiser.config.context for r in resolvers] == ["sequence", "pooled"]
     assert all(r.restore(low, 4_000).shape == low.shape for r in resolvers)
-    assert plan.compare_contexts(tmp_path, library, 2, progress=False, resume=True) == losses
+    assert plan.compare_contexts(tmp_path, library, 2, resume=True) == losses
