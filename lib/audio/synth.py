@@ -84,15 +84,10 @@ def make_demo_dataset(
     """Write `song_00.wav`, ... (mono, 16 bit) under `root`; return their paths.
 
     A song that is there is kept if it has the right length and `.songs.json` names this seed, rate and code. Raises
-    `UserError` for impossible numbers, for a folder that cannot be written, and for one that holds songs from elsewhere
-    under these names: those are never overwritten.
+    `UserError` for a folder that cannot be written, and for one that holds songs from elsewhere under these names:
+    those are never overwritten.
     """
-    if num_songs < 1 or not 1 <= seconds <= 600:
-        raise UserError(f"num_songs {num_songs}, seconds {seconds}: use at least one song of 1 to 600 seconds")
-    if sample_rate not in HIGHEST_TONE:
-        raise UserError(f"sample_rate {sample_rate}: use {' or '.join(map(str, HIGHEST_TONE))}")
-    root = Path(root)
-    num_samples = round(seconds * sample_rate)
+    root, num_samples = Path(root), round(seconds * sample_rate)
     recipe = {"seed": seed, "sample_rate": sample_rate, "code": code_fingerprint("lib.audio.synth")}
     paths = [root / f"song_{index:02d}.wav" for index in range(num_songs)]
     try:
@@ -162,17 +157,22 @@ def render_song(seed: int, index: int, num_samples: int, sample_rate: int = SAMP
 
 
 # A part draws its pattern for a song and returns: (bar number, chord) → [(step, sound)]
-Part = Callable[[int, int], list[tuple[float, np.ndarray]]]
+Notes = list[tuple[float, np.ndarray]]
+Part = Callable[[int, int], Notes]
 
 
 def _drums(song: Song, rng: np.random.Generator) -> Part:
     kicks = _KICKS[rng.integers(len(_KICKS))]
     hats = range(8) if rng.random() < 0.6 else range(0, 8, 2)
     tuning = _frequency(song.tonic)  # drums in the song's key
-    rate = song.sample_rate
-    kick, snare, hat = _kick(tuning / 4, rate), _snare(tuning, rng, rate), _hat(rng, rate)
+    seconds = np.arange(round(0.3 * song.sample_rate)) / song.sample_rate
+    sweep = tuning / 4 * seconds - 4 * _exp(-30 * seconds)  # reaches a quarter of `tuning` within 0.1 s
+    kick = _sin(sweep) * _exp(-12 * seconds)
+    snare = _snare(tuning, rng, song.sample_rate)
+    seconds = seconds[: round(0.08 * song.sample_rate)]
+    hat = np.diff(_noise(rng, len(seconds) + 1)) * _exp(-70 * seconds)
 
-    def play(number: int, chord: int) -> list[tuple[float, np.ndarray]]:
+    def play(number: int, chord: int) -> Notes:
         hits = [(step, 0.9 * kick) for step in kicks] + [(step, 0.5 * snare) for step in (2, 6)]
         hits += [(step, (0.12 if step % 2 else 0.2) * hat) for step in hats]
         if number % 4 == 3:  # a fill leads into the next four bars
@@ -186,13 +186,12 @@ def _bass(song: Song, rng: np.random.Generator) -> Part:
     steps = _BASSES[rng.integers(len(_BASSES))]
     fifths = rng.random() < 0.5
 
-    def play(number: int, chord: int) -> list[tuple[float, np.ndarray]]:
+    def play(number: int, chord: int) -> Notes:
         notes = []
         for step, until in zip(steps, (*steps[1:], 8), strict=True):
-            degree = chord + (4 if fifths and step == steps[-1] else 0)
+            note = song.note((chord + 4 * (fifths and step == steps[-1])) % 7) - 12
             length = round(0.9 * (until - step) * song.step)
-            tone = _tone(song.bass, song.note(degree % 7) - 12, length, song.sample_rate)
-            notes.append((step, 0.4 * tone))
+            notes.append((step, 0.4 * _tone(song.bass, note, length, song.sample_rate)))
         return notes
 
     return play
@@ -201,7 +200,7 @@ def _bass(song: Song, rng: np.random.Generator) -> Part:
 def _chords(song: Song, rng: np.random.Generator) -> Part:
     stabs = rng.random() < 0.5  # short chords off the beat, or one that lasts the bar
 
-    def play(number: int, chord: int) -> list[tuple[float, np.ndarray]]:
+    def play(number: int, chord: int) -> Notes:
         # close position around the tonic: each note in the octave nearest to it
         notes = [song.note((chord + third) % 7) + 12 * (third == 0 and chord == 0) for third in (0, 2, 4)]
         steps, level, length = ((1, 3, 5, 7), 0.16, 0.8) if stabs else ((0,), 0.14, 7.8)
@@ -217,7 +216,7 @@ def _melody(song: Song, rng: np.random.Generator) -> Part:
     moves = [np.cumsum(rng.choice([-2, -1, -1, 0, 1, 1, 2], size=len(steps))) for steps in rhythm]
     echo = round(3 * song.step)  # dotted quarter
 
-    def play(number: int, chord: int) -> list[tuple[float, np.ndarray]]:
+    def play(number: int, chord: int) -> Notes:
         steps, walk = rhythm[number % 2], moves[number % 2]
         notes = []
         for step, until, move in zip(steps, (*steps[1:], 8), walk - walk[0], strict=True):
@@ -269,12 +268,6 @@ def _harmonics(turns: np.ndarray, first: int, last: int) -> np.ndarray:
     return total
 
 
-def _kick(frequency: float, sample_rate: int) -> np.ndarray:
-    seconds = np.arange(round(0.3 * sample_rate)) / sample_rate
-    sweep = frequency * seconds - 4 * _exp(-30 * seconds)  # reaches `frequency` within 0.1 s
-    return _sin(sweep) * _exp(-12 * seconds)
-
-
 def _snare(frequency: float, rng: np.random.Generator, sample_rate: int) -> np.ndarray:
     seconds = np.arange(round(0.2 * sample_rate)) / sample_rate
     # smoothed by a Hann window: below about 4 kHz at 24 kHz, twice that at 48 kHz
@@ -285,12 +278,7 @@ def _snare(frequency: float, rng: np.random.Generator, sample_rate: int) -> np.n
     return (0.9 * noise + 0.5 * _sin(frequency * seconds)) * _exp(-22 * seconds)
 
 
-def _hat(rng: np.random.Generator, sample_rate: int) -> np.ndarray:
-    seconds = np.arange(round(0.08 * sample_rate)) / sample_rate
-    return np.diff(_noise(rng, len(seconds) + 1)) * _exp(-70 * seconds)
-
-
-# --- the same bits everywhere -----------------------------------------------------------------------------------------
+# The same bits everywhere:
 # NumPy and the C library choose sin, exp, tanh, pow and log by the processor, and the last bits differ. The functions
 # below use only what IEEE 754 defines exactly: sums, products and quotients of pairs, rounding, powers of two.
 

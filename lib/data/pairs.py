@@ -24,7 +24,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -62,6 +62,11 @@ class Clip:
         """Identity of the content (64 bits, hex): the same for a copy of the file under another name."""
         return hashlib.sha256(f"{self.sha256}:{self.offset}:{self.length}".encode()).hexdigest()[:16]
 
+    def cut(self, length: int) -> list["Clip"]:
+        """Consecutive clips of a whole file; the last one may be up to 10 % short."""
+        clips = [replace(self, offset=at, length=min(length, self.length - at)) for at in range(0, self.length, length)]
+        return [clip for clip in clips if clip.length >= MIN_FILL * length]
+
 
 @checked_dataclass
 class Pair:
@@ -94,21 +99,6 @@ class Manifest:
     def path(self, clip: Clip) -> Path:
         """The clip's file."""
         return self.root / clip.path
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A file that passed `check_audio`."""
-
-    path: str
-    sha256: str
-    num_samples: int
-
-    def clips(self, clip_length: int) -> list[Clip]:
-        """Consecutive clips from the start; the last one may be up to 10 % short."""
-        offsets = range(0, self.num_samples, clip_length)
-        clips = [Clip(self.path, start, min(clip_length, self.num_samples - start), self.sha256) for start in offsets]
-        return [clip for clip in clips if clip.length >= MIN_FILL * clip_length]
 
 
 def build_manifest(
@@ -155,24 +145,24 @@ def build_manifest(
     return manifest
 
 
-def _check_files(root: Path, files: list[str], skipped: list[Skipped]) -> list[_Source]:
-    """Decode and hash every file, in threads (libsndfile and hashlib release the GIL), keeping the order."""
+def _check_files(root: Path, files: list[str], skipped: list[Skipped]) -> list[Clip]:
+    """The usable files, each as one clip, checked in threads (libsndfile and hashlib release the GIL)."""
 
-    def check(relative: str) -> _Source | Skipped:
+    def check(relative: str) -> Clip | Skipped:
         try:
             report = check_audio(root / relative)
         except AudioError as error:
             return Skipped(relative, error.problem)
-        return _Source(relative, report.sha256, report.num_samples)
+        return Clip(relative, 0, report.num_samples, report.sha256)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         checks = pool.map(check, files)
         results = list(tqdm(checks, total=len(files), desc="checking audio", disable=len(files) < 8))
     skipped.extend(result for result in results if isinstance(result, Skipped))
-    return [result for result in results if isinstance(result, _Source)]
+    return [result for result in results if isinstance(result, Clip)]
 
 
-def _named_files(sources: list[_Source]) -> dict[tuple[str, str], dict[str, _Source]]:
+def _named_files(sources: list[Clip]) -> dict[tuple[str, str], dict[str, Clip]]:
     """(split, id) → role → file; empty if the folder has no named pairs."""
     named = defaultdict(dict)
     for role in ("input", "target", "output"):  # in this order: a pair with both keeps its target
@@ -185,7 +175,7 @@ def _named_files(sources: list[_Source]) -> dict[tuple[str, str], dict[str, _Sou
 
 
 def _named_pairs(
-    sources: list[_Source], named: dict[tuple[str, str], dict[str, _Source]], clip_length: int, skipped: list[Skipped]
+    sources: list[Clip], named: dict[tuple[str, str], dict[str, Clip]], clip_length: int, skipped: list[Skipped]
 ) -> list[Pair]:
     validation = {file.sha256 for (split, _), files in named.items() if split == "val" for file in files.values()}
     pairs, reasons = [], {}
@@ -201,11 +191,11 @@ def _named_pairs(
                 whose = "its content" if file.path in leaking else "the other half of its pair"
                 reasons[file.path] = f"{whose} is in val/ too, and train must not see it; remove one of them"
             continue
-        cuts = list(zip(files["input"].clips(clip_length), files["target"].clips(clip_length), strict=False))
+        cuts = list(zip(files["input"].cut(clip_length), files["target"].cut(clip_length), strict=False))
         for number, (source, target) in enumerate(cuts):
             pairs.append(Pair(f"{split}_{name}" + f"_{number}" * (len(cuts) > 1), split, "named", source, target))
         if not cuts:
-            reasons |= {file.path: _too_short(min(halves, key=lambda f: f.num_samples), clip_length) for file in halves}
+            reasons |= {file.path: _too_short(min(halves, key=lambda f: f.length), clip_length) for file in halves}
     used = {file.path for files in named.values() for file in files.values()}
     for source in sources:
         if source.path not in used:
@@ -215,10 +205,10 @@ def _named_pairs(
 
 
 def _tree_pairs(
-    root: Path, sources: list[_Source], kinds: tuple[str, ...], clip_length: int, seed: int, skipped: list[Skipped]
+    root: Path, sources: list[Clip], kinds: tuple[str, ...], clip_length: int, seed: int, skipped: list[Skipped]
 ) -> list[Pair]:
     """Continuation and cross pairs of any folder tree; every file that is in no pair is listed as skipped."""
-    distinct: dict[str, _Source] = {}
+    distinct: dict[str, Clip] = {}
     for source in sources:
         first = distinct.setdefault(source.sha256, source)
         if first is not source:
@@ -231,7 +221,7 @@ def _tree_pairs(
     pairs, used = [], set()
     for split in SPLITS:
         files = [source for source in distinct.values() if (source.sha256 in validation) == (split == "val")]
-        clips = [source.clips(clip_length) for source in files]
+        clips = [source.cut(clip_length) for source in files]
         for kind in kinds:
             consecutive = itertools.chain.from_iterable(map(itertools.pairwise, clips))
             couples = consecutive if kind == "continuation" else _crossings(clips, seed)
@@ -242,7 +232,7 @@ def _tree_pairs(
         if source.path in used:
             continue
         reason = _too_short(source, clip_length)
-        if source.clips(clip_length):
+        if source.cut(clip_length):
             needs = {"continuation": "a second clip in the same file", "cross": "a second file in the same split"}
             reason = f"no partner: it needs {' or '.join(needs[kind] for kind in kinds)}; "
             reason += "add files or shorten the clips"
@@ -264,8 +254,8 @@ def _crossings(clips: list[list[Clip]], seed: int) -> Iterator[tuple[Clip, Clip]
         yield from dict.fromkeys((rng.choice(pieces), rng.choice(partner)) for partner in partners)
 
 
-def _too_short(source: _Source, clip_length: int) -> str:
-    has, needs = source.num_samples / SAMPLE_RATE, MIN_FILL * clip_length / SAMPLE_RATE
+def _too_short(source: Clip, clip_length: int) -> str:
+    has, needs = source.length / SAMPLE_RATE, MIN_FILL * clip_length / SAMPLE_RATE
     return f"too short: {has:.2f} s, a clip needs {needs:.2f} s; use a longer recording or a smaller clip_seconds"
 
 

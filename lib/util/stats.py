@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import operator
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,26 +81,21 @@ def factorial_effects(
     cells in which an even number of them is off, minus the mean over the others (Box, Hunter and Hunter, Statistics for
     Experimenters, chapter 5).
     """
-    seeds = sorted({len(values) for values in cells.values()})
-    if len(cells) != 2 ** len(factors) or len(seeds) != 1:
-        wanted = f"all {2 ** len(factors)} cells with equally many seeds"
-        raise ValueError(f"needs {wanted}, got {len(cells)} cells with {seeds} seeds")
+    if len(cells) != 2 ** len(factors):
+        raise ValueError(f"needs all {2 ** len(factors)} cells, got {len(cells)}")
     effects = {}
     for size in range(1, len(factors) + 1):
         for chosen in itertools.combinations(range(len(factors)), size):
-            signed = [
-                [(-1) ** sum(not levels[i] for i in chosen) * value for value in cells[levels]] for levels in cells
-            ]
-            means = [sum(values) / (len(cells) / 2) for values in zip(*signed, strict=True)]
-            effects[" × ".join(factors[i] for i in chosen)] = means
+            signs = [(-1) ** sum(not levels[i] for i in chosen) for levels in cells]
+            sums = [sum(map(operator.mul, signs, values)) for values in zip(*cells.values(), strict=True)]
+            effects[" × ".join(factors[i] for i in chosen)] = [total / (len(cells) / 2) for total in sums]
     return effects
 
 
 def mean_and_error(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> tuple[float, float]:
     """Mean and standard error, clustered by `groups`, such as the songs of clips; infinite for a single group (Liang
     and Zeger 1986, doi 10.1093/biomet/73.1.13)."""
-    mean, count = statistics.fmean(values), len(values)
-    sums: dict[Hashable, float] = {}
+    mean, count, sums = statistics.fmean(values), len(values), {}
     for group, value in zip(range(count) if groups is None else groups, values, strict=True):
         sums[group] = sums.get(group, 0.0) + value - mean
     squares = sum(s**2 for s in sums.values())

@@ -193,12 +193,6 @@ def test_songs_from_elsewhere_are_never_overwritten(tmp_path):
     assert mine.read_bytes() == before
 
 
-@pytest.mark.parametrize("numbers", [{"num_songs": 0}, {"seconds": 0.5}, {"seconds": float("nan")}])
-def test_impossible_numbers_are_refused(tmp_path, numbers):
-    with pytest.raises(UserError, match="at least one song of 1 to 600 seconds"):
-        make_demo_dataset(tmp_path, **numbers)
-
-
 def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="choose another folder"):
@@ -284,5 +278,3 @@ def test_songs_of_another_rate_are_replaced(tmp_path):
     make_demo_dataset(tmp_path, num_songs=1, seconds=1.0, sample_rate=48_000)
     assert soundfile.info(path).samplerate == 48_000
     assert soundfile.info(path).frames == 48_000
-    with pytest.raises(UserError, match="sample_rate 44100: use 24000 or 48000"):
-        make_demo_dataset(tmp_path, sample_rate=44_100)
