@@ -516,3 +516,21 @@ def test_no_file_is_left_when_the_super_resolver_cannot_be_used(tmp_path, clip, 
     with pytest.raises(AudioError, match=r"cannot write \.xyz"):
         fuse_and_restore(*paths, tmp_path / "out.xyz", run, codec, resolver, "best")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "b.wav"]
+
+
+# --- from Python ------------------------------------------------------------------------------------------------------
+
+
+def test_the_readmes_example_runs(run, clip, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    example = re.search(r"```python\n(.*?)```", (Path(lib.fuse.__file__).parents[1] / "README.md").read_text(), re.S)[1]
+    for name, path in {"outputs/demo": run.path, "data/demo": tmp_path}.items():
+        assert name in example
+        example = example.replace(name, str(path))
+    for seed in range(2):
+        clip(f"song_0{seed}.wav", 16 * SAMPLE_RATE, seed=seed)
+    exec(example, {})
+    assert soundfile.info("fusion.wav").duration == 16
+    share, scales = re.fullmatch(r"tensor\((.*?)\) \[(.*)\]\n", capsys.readouterr().out).groups()
+    assert 0 < float(share.split(",")[0]) < 1
+    assert scales.count("tensor") == 2
