@@ -3,7 +3,6 @@
 Colours are Okabe and Ito's, which colour-blind readers can distinguish. Legend: N samples, D latent channels, T frames.
 """
 
-import functools
 import io
 import itertools
 import logging
@@ -74,17 +73,12 @@ def clip_image(wav: Tensor, colour: str = INPUT, sample_rate: int = SAMPLE_RATE)
     reach = 1.01 / height  # half a row, and a little more
     outline = (rows <= high + reach) & (rows >= low - reach)
     picture = Image.fromarray(np.concatenate([np.where(outline, SHADES, SHADES + 1), np.asarray(mel)]).astype(np.uint8))
-    picture.putpalette(_clip_palette(colour))
+    # the shades of the mel spectrogram, the colour of the waveform, and the transparent background
+    shades = (plt.get_cmap("magma", SHADES)(np.arange(SHADES))[:, :3] * 255).astype(np.uint8)
+    picture.putpalette(shades.tobytes() + bytes.fromhex(colour.removeprefix("#")) + b"\xff\xff\xff")
     content = io.BytesIO()
     picture.save(content, format="png", transparency=SHADES + 1, optimize=True)
     return content.getvalue()
-
-
-@functools.cache
-def _clip_palette(colour: str) -> bytes:
-    """The shades of the mel spectrogram, the colour of the waveform, and the transparent background."""
-    shades = (plt.get_cmap("magma", SHADES)(np.arange(SHADES))[:, :3] * 255).astype(np.uint8)
-    return shades.tobytes() + bytes.fromhex(colour.removeprefix("#")) + b"\xff\xff\xff"
 
 
 @plt.rc_context(STYLE)

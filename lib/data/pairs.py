@@ -185,21 +185,17 @@ def _named_pairs(
         if len(halves) < 2:
             missing = "target" if "input" in files else "input"
             reasons[halves[0].path] = f"its pair has no usable {missing}; add {name}_{missing}.* to {split}/"
-            continue
-        if leaking:
+        elif leaking:
             for file in halves:
                 whose = "its content" if file.path in leaking else "the other half of its pair"
                 reasons[file.path] = f"{whose} is in val/ too, and train must not see it; remove one of them"
-            continue
-        cuts = list(zip(files["input"].cut(clip_length), files["target"].cut(clip_length), strict=False))
-        for number, (source, target) in enumerate(cuts):
-            pairs.append(Pair(f"{split}_{name}" + f"_{number}" * (len(cuts) > 1), split, "named", source, target))
-        if not cuts:
+        elif cuts := list(zip(files["input"].cut(clip_length), files["target"].cut(clip_length), strict=False)):
+            for number, (source, target) in enumerate(cuts):
+                pairs.append(Pair(f"{split}_{name}" + f"_{number}" * (len(cuts) > 1), split, "named", source, target))
+        else:
             reasons |= {file.path: _too_short(min(halves, key=lambda f: f.length), clip_length) for file in halves}
-    used = {file.path for files in named.values() for file in files.values()}
-    for source in sources:
-        if source.path not in used:
-            reasons[source.path] = "neither train/ nor val/ pair_XXXX_input.* or _target.*, or one too many of them"
+    unnamed = {source.path for source in sources} - {file.path for files in named.values() for file in files.values()}
+    reasons |= dict.fromkeys(unnamed, "neither train/ nor val/ pair_XXXX_input.* or _target.*, or one too many of them")
     skipped.extend(Skipped(path, reason) for path, reason in reasons.items())
     return pairs
 
@@ -228,15 +224,12 @@ def _tree_pairs(
             for number, (source, target) in enumerate(couples):
                 pairs.append(Pair(f"{split}_{kind}_{number:05d}", split, kind, source, target))
                 used |= {source.path, target.path}
+    needs = {"continuation": "a second clip in the same file", "cross": "a second file in the same split"}
+    alone = f"no partner: it needs {' or '.join(needs[kind] for kind in kinds)}; add files or shorten the clips"
     for source in distinct.values():
-        if source.path in used:
-            continue
-        reason = _too_short(source, clip_length)
-        if source.cut(clip_length):
-            needs = {"continuation": "a second clip in the same file", "cross": "a second file in the same split"}
-            reason = f"no partner: it needs {' or '.join(needs[kind] for kind in kinds)}; "
-            reason += "add files or shorten the clips"
-        skipped.append(Skipped(source.path, reason))
+        if source.path not in used:
+            has_clips = source.cut(clip_length)
+            skipped.append(Skipped(source.path, alone if has_clips else _too_short(source, clip_length)))
     return pairs
 
 

@@ -27,12 +27,11 @@ class StopSignals:
     @property
     def asked(self) -> str | None:
         """Who asked for a stop, if anybody did."""
-        if self.signal is None and self.file is not None and self.file.exists():
-            return "the stop button"
-        return self.signal
+        return self.signal or ("the stop button" if self.file and self.file.exists() else None)
 
     def __enter__(self) -> "StopSignals":
-        self.remove_file()
+        if self.file:
+            self.file.unlink(missing_ok=True)
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
             self.earlier = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
         return self
@@ -49,8 +48,5 @@ class StopSignals:
 
     def __exit__(self, *exception: Any) -> None:
         self.restore()
-        self.remove_file()
-
-    def remove_file(self) -> None:
-        if self.file is not None:
+        if self.file:
             self.file.unlink(missing_ok=True)

@@ -67,9 +67,7 @@ def difference(values: Sequence[float], others: Sequence[float]) -> str:
         return "one seed tells nothing"
     if min(values) > max(others):
         return "higher"
-    if max(values) < min(others):
-        return "lower"
-    return "within seed spread"
+    return "lower" if max(values) < min(others) else "within seed spread"
 
 
 def factorial_effects(

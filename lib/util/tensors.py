@@ -45,9 +45,8 @@ def safe_torch_load(path: str | Path, allowed: Iterable[type] = ()) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path") from None
     except pickle.UnpicklingError as error:
-        reason = str(error)
-        if "Unsupported global" in reason or "GLOBAL" in reason:
-            needs = reason.split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL " in reason else "code"
+        if "GLOBAL " in str(error):
+            needs = str(error).split("GLOBAL ")[-1].split(" ")[0]
             raise UserError(
                 f"{path}: refused, because loading it would run code from the file (it needs {needs}); "
                 "save it again with tensors, numbers, strings, lists and dicts only"
