@@ -1,11 +1,10 @@
-"""Run the notebooks headlessly and collect their results on one page, which is rewritten after each of them.
+"""Run the notebooks by papermill and collect their results on one page, which is rewritten after each of them.
 
     python -m lib.pipeline --preset demo [--data DIR] [--codec NAME|DIR] [--out DIR] [--only 04,05] [--resume]
                            [--set train.max_steps=200]
 
-Papermill executes every notebook into the output folder and stores each cell as it finishes, so that a failure can be
-read there. When a notebook fails, the page shows its section with the error, and the others run unless they need it.
-`--resume` skips notebooks that finished with the same settings and code, and resumes a stopped training.
+When a notebook fails, the page shows its section with the error. `--resume` skips notebooks that finished with the same
+settings and code, and resumes a stopped training.
 """
 
 import argparse
@@ -118,10 +117,10 @@ def run_notebooks(
             write_atomic(out / "report" / f"{name}.mark", json.dumps(mark))
             if executed.exists():
                 write_notebook_page(executed)
-        about = facts(preset, out, train, val)
-        shown = [other for other in NOTEBOOKS if other not in chosen[number:]]
-        reasons = {other: mark["failed"] for other in shown if "failed" in (mark := read_mark(out, other))}
-        write_report(out, f"Latent fusion: {preset_name}", LEAD, about, reasons, chosen[number:])
+        about, to_come = facts(preset, out, train, val), chosen[number:]
+        marks = {other: read_mark(out, other) for other in NOTEBOOKS if other not in to_come}
+        reasons = {other: mark["failed"] for other, mark in marks.items() if "failed" in mark}
+        write_report(out, f"Latent fusion: {preset_name}", LEAD, about, reasons, to_come)
     if failures:
         said = "; ".join(dict.fromkeys(map(str, failures.values())))
         if all(error.by_user for error in failures.values()):
@@ -245,10 +244,8 @@ def parse_overrides(settings: list[str], codec: str | None = None) -> dict[str, 
     return overrides
 
 
-def chosen_notebooks(only: str | None) -> tuple[str, ...]:
+def chosen_notebooks(only: str) -> tuple[str, ...]:
     """`"04,05"` → the notebooks' names, in their own order."""
-    if only is None:
-        return NOTEBOOKS
     asked = [part.strip() for part in only.split(",") if part.strip()]
     unknown = [part for part in asked if not any(part in (name, name[:2]) for name in NOTEBOOKS)]
     if unknown or not asked:
@@ -270,7 +267,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.pipeline", description="Run the notebooks in order.")
     add_arguments(parser)
-    parser.add_argument("--only", help="notebooks to run, by their numbers: 04,05")
+    parser.add_argument("--only", default=",".join(NOTEBOOKS), help="notebooks to run, by their numbers: 04,05")
     parser.add_argument("--resume", action="store_true", help="skip finished notebooks, resume a stopped training")
     options = parser.parse_args()
     with exit_on_user_error():

@@ -108,8 +108,7 @@ def continue_in_clone(arguments: Sequence[str]) -> None:
 def replace_record(new: Path, root: Path) -> None:
     """Replace `root`'s record by the folder `new`, and update the quotes of it in the README."""
     readme = with_blocks((root / "README.md").read_text(), readme_blocks(new))
-    target = root / "outputs" / "record"
-    staged, old = (target.with_name(f".record-{name}") for name in ("new", "old"))
+    target, staged, old = (root / "outputs" / name for name in ("record", ".record-new", ".record-old"))
     for folder in (staged, old):
         shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(new, staged)
@@ -146,8 +145,8 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, folder: P
     record_variations(preset, overrides, data_dir, out, folder)
     facts["music"] = f"music in {Path(data_dir).name}" if data_dir else "generated songs"
     instructions = torch.backends.cpu.get_cpu_capability()
-    facts["machine"] = {"cores": os.cpu_count(), "instructions": instructions, "gpu": gpu_name()}
-    write_json(folder / "record.json", versions() | facts)
+    machine = {"cores": os.cpu_count(), "instructions": instructions, "gpu": gpu_name()}
+    write_json(folder / "record.json", versions() | facts | {"machine": machine})
 
 
 def record_bench(folder: Path) -> None:

@@ -29,13 +29,12 @@ def with_blocks(readme: str, blocks: Mapping[str, str]) -> str:
 def readme_blocks(folder: Path) -> dict[str, str]:
     """The blocks of the record in `folder`, by name."""
     facts, summary, bench = (read_json(folder / f"{name}.json") for name in ("record", "summary", "bench"))
-    rows = read_json(folder / "variations.json", list)
     made = f"Commit {facts['commit']}, preset {facts['preset']}, codec {facts['codec']}, {facts['music']}."
     if "after a stop" not in (took := summary["facts"]["time"]):  # otherwise only part of the time is known
         minutes = sum(map(int, re.findall(r"(\d+) s\b", took))) / 60
         made += f" All notebooks took {minutes:.0f} minutes on {facts['machine']['cores']} cores."
     return {
-        "results": "\n".join([*results(rows), "", f"*{made}*"]),
+        "results": "\n".join([*results(read_json(folder / "variations.json", list)), "", f"*{made}*"]),
         "speed": speed(bench["cascade"]),
         "distances": distances_table(read_record(folder / "superres.json", Score)[0]),
     }

@@ -16,7 +16,7 @@ COUNTED = {verdict: words + " {count} of {total} ({names})" for verdict, words i
 
 @dataclass(frozen=True)
 class Comparison:
-    """A mean advantage, its standard error (infinite for one draw), the number of independent draws, such as songs."""
+    """A mean advantage, its standard error (infinite for one draw), and the number of independent draws (songs)."""
 
     mean: float
     error: float
@@ -56,11 +56,8 @@ def describe(values: Sequence[float], digits: int = 3) -> str:
 
 
 def difference(values: Sequence[float], others: Sequence[float]) -> str:
-    """'higher' or 'lower' if the two ranges do not overlap, else 'within seed spread'.
-
-    With n seeds on each side, chance alone separates the ranges 2 times in (2n choose n): with three seeds, one time in
-    ten. NaN raises `ValueError`.
-    """
+    """'higher' or 'lower' if the two ranges do not overlap, else 'within seed spread'; NaN raises `ValueError`. Chance
+    alone separates the ranges of n seeds each 2 times in (2n choose n): of three seeds, one time in ten."""
     if any(math.isnan(value) for value in (*values, *others)):
         raise ValueError(f"cannot compare NaN: {list(values)} and {list(others)}")
     if len(values) < 2 or len(others) < 2:
