@@ -9,7 +9,7 @@ on every processor, because a hash of its bytes decides the split. Sounds are ar
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
@@ -92,7 +92,14 @@ def make_demo_dataset(
     paths = [root / f"song_{index:02d}.wav" for index in range(num_songs)]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _claim_folder(root, recipe)
+        marker, text = root / ".songs.json", json.dumps(recipe)
+        songs = sorted(path for path in root.glob("song_*.wav") if path.stem.removeprefix("song_").isdigit())
+        if songs and not marker.exists():
+            raise UserError(f"{songs[0]}: not a generated demo song; choose another folder or move it away")
+        if not marker.exists() or marker.read_text() != text:
+            for path in songs:  # before the mark is replaced
+                path.unlink()
+            write_atomic(marker, text)
         for index, path in enumerate(paths):
             if not path.exists() or path.stat().st_size != 44 + 2 * num_samples:  # a header of 44 bytes, 16 bits each
                 song, content = render_song(seed, index, num_samples, sample_rate), io.BytesIO()
@@ -101,18 +108,6 @@ def make_demo_dataset(
     except OSError as error:
         raise UserError(f"{root}: cannot hold demo songs ({error.strerror}); choose another folder") from error
     return paths
-
-
-def _claim_folder(root: Path, recipe: dict) -> None:
-    """Mark `root` as holding songs of `recipe`. Songs of another recipe are removed before the mark is replaced."""
-    marker, text = root / ".songs.json", json.dumps(recipe)
-    songs = sorted(path for path in root.glob("song_*.wav") if path.stem.removeprefix("song_").isdigit())
-    if songs and not marker.exists():
-        raise UserError(f"{songs[0]}: not a generated demo song; choose another folder or move it away")
-    if not marker.exists() or marker.read_text() != text:
-        for path in songs:
-            path.unlink()
-        write_atomic(marker, text)
 
 
 def draw_song(seed: int, index: int, sample_rate: int = SAMPLE_RATE) -> tuple[Song, np.random.Generator]:
@@ -138,30 +133,26 @@ def render_song(seed: int, index: int, num_samples: int, sample_rate: int = SAMP
     song, rng = draw_song(seed, index, sample_rate)
     bar = 8 * song.step
     num_bars = int(np.ceil(num_samples / bar))
-    bars_per_section = 4 if num_bars >= 12 else 2
-    parts = {"d": _drums, "b": _bass, "c": _chords, "m": _melody}
+    sections = [section for section in song.arrangement for _ in range(4 if num_bars >= 12 else 2)]  # by bar
     mix = np.zeros(int((num_bars + 1) * bar) + 2 * sample_rate)  # the last notes ring out
-    for letter, play in parts.items():
-        place = play(song, rng)
-        for number in range(num_bars):
-            section = song.arrangement[number // bars_per_section % len(song.arrangement)]
-            if letter in section:
-                chord = song.progression[number % len(song.progression)]
-                for step, sound in place(number, chord):
-                    start = round(number * bar + step * song.step)
-                    mix[start : start + len(sound)] += sound[: len(mix) - start]
+    for letter, play in {"d": _drums, "b": _bass, "c": _chords, "m": _melody}.items():
+        chords = [(number, song.progression[number % len(song.progression)]) for number in range(num_bars)]
+        bars = [(number, chord) for number, chord in chords if letter in sections[number % len(sections)]]
+        for number, step, sound in play(song, rng, bars):
+            start = round(number * bar + step * song.step)
+            mix[start : start + len(sound)] += sound[: len(mix) - start]
     mix = _tanh(1.2 * mix[:num_samples])  # compresses the mix
     fade = min(num_samples, sample_rate // 2)
     mix[-fade:] *= np.linspace(1, 0, fade)
     return PEAK * mix / np.abs(mix).max()
 
 
-# A part draws its pattern for a song and returns: (bar number, chord) → [(step, sound)]
-Notes = list[tuple[float, np.ndarray]]
-Part = Callable[[int, int], Notes]
+# A part draws its pattern for a song, then plays the bars that it is given
+Bars = list[tuple[int, int]]  # number, chord
+Notes = Iterator[tuple[int, float, np.ndarray]]  # number of the bar, step, sound
 
 
-def _drums(song: Song, rng: np.random.Generator) -> Part:
+def _drums(song: Song, rng: np.random.Generator, bars: Bars) -> Notes:
     kicks = _KICKS[rng.integers(len(_KICKS))]
     hats = range(8) if rng.random() < 0.6 else range(0, 8, 2)
     tuning = _frequency(song.tonic)  # drums in the song's key
@@ -171,54 +162,41 @@ def _drums(song: Song, rng: np.random.Generator) -> Part:
     snare = _snare(tuning, rng, song.sample_rate)
     seconds = seconds[: round(0.08 * song.sample_rate)]
     hat = np.diff(_noise(rng, len(seconds) + 1)) * _exp(-70 * seconds)
-
-    def play(number: int, chord: int) -> Notes:
-        hits = [(step, 0.9 * kick) for step in kicks] + [(step, 0.5 * snare) for step in (2, 6)]
-        hits += [(step, (0.12 if step % 2 else 0.2) * hat) for step in hats]
+    for number, _ in bars:
+        yield from ((number, step, 0.9 * kick) for step in kicks)
+        yield from ((number, step, 0.5 * snare) for step in (2, 6))
+        yield from ((number, step, (0.12 if step % 2 else 0.2) * hat) for step in hats)
         if number % 4 == 3:  # a fill leads into the next four bars
-            hits += [(step, 0.35 * snare) for step in (7, 7.5)]
-        return hits
-
-    return play
+            yield from ((number, step, 0.35 * snare) for step in (7, 7.5))
 
 
-def _bass(song: Song, rng: np.random.Generator) -> Part:
+def _bass(song: Song, rng: np.random.Generator, bars: Bars) -> Notes:
     steps = _BASSES[rng.integers(len(_BASSES))]
     fifths = rng.random() < 0.5
-
-    def play(number: int, chord: int) -> Notes:
-        notes = []
+    for number, chord in bars:
         for step, until in zip(steps, (*steps[1:], 8), strict=True):
             note = song.note((chord + 4 * (fifths and step == steps[-1])) % 7) - 12
             length = round(0.9 * (until - step) * song.step)
-            notes.append((step, 0.4 * _tone(song.bass, note, length, song.sample_rate)))
-        return notes
-
-    return play
+            yield number, step, 0.4 * _tone(song.bass, note, length, song.sample_rate)
 
 
-def _chords(song: Song, rng: np.random.Generator) -> Part:
+def _chords(song: Song, rng: np.random.Generator, bars: Bars) -> Notes:
     stabs = rng.random() < 0.5  # short chords off the beat, or one that lasts the bar
-
-    def play(number: int, chord: int) -> Notes:
+    steps, level, length = ((1, 3, 5, 7), 0.16, 0.8) if stabs else ((0,), 0.14, 7.8)
+    for number, chord in bars:
         # close position around the tonic: each note in the octave nearest to it
         notes = [song.note((chord + third) % 7) + 12 * (third == 0 and chord == 0) for third in (0, 2, 4)]
-        steps, level, length = ((1, 3, 5, 7), 0.16, 0.8) if stabs else ((0,), 0.14, 7.8)
         tones = [level * _tone(song.pad, note, round(length * song.step), song.sample_rate) for note in notes]
-        return [(step, tone) for step in steps for tone in tones]
-
-    return play
+        yield from ((number, step, tone) for step in steps for tone in tones)
 
 
-def _melody(song: Song, rng: np.random.Generator) -> Part:
+def _melody(song: Song, rng: np.random.Generator, bars: Bars) -> Notes:
     """A motif of two bars, repeated; its notes follow the chord."""
     rhythm = [_MELODIES[rng.integers(len(_MELODIES))] for _ in range(2)]
     moves = [np.cumsum(rng.choice([-2, -1, -1, 0, 1, 1, 2], size=len(steps))) for steps in rhythm]
     echo = round(3 * song.step)  # dotted quarter
-
-    def play(number: int, chord: int) -> Notes:
+    for number, chord in bars:
         steps, walk = rhythm[number % 2], moves[number % 2]
-        notes = []
         for step, until, move in zip(steps, (*steps[1:], 8), walk - walk[0], strict=True):
             degree = 7 + chord % 7 + int(np.clip(move, -4, 5))
             if step in (0, 4):  # a chord tone on the strong beats
@@ -228,10 +206,7 @@ def _melody(song: Song, rng: np.random.Generator) -> Part:
             sound = np.zeros(len(tone) + echo)
             sound[: len(tone)] += tone
             sound[echo:] += 0.25 * tone
-            notes.append((step, sound))
-        return notes
-
-    return play
+            yield number, step, sound
 
 
 @lru_cache(maxsize=256)  # a song repeats few notes

@@ -248,7 +248,6 @@ class LatentPairs(Dataset):
     """
 
     def __init__(self, index_path: str | Path, split: str, codec_fingerprint: str | None = None):
-        self._arguments = (index_path, split, codec_fingerprint)
         path = Path(index_path)
         index = _read_checked(path)
         self.codec, self.fingerprint = index["codec"], index["fingerprint"]
@@ -262,9 +261,6 @@ class LatentPairs(Dataset):
             fault = f"holds latents of codec {self.codec} {self.fingerprint[:12]}, not of {codec_fingerprint[:12]}"
             raise UserError(f"{path}: {fault}; encode with the codec you train with")
         self._table, self._ids = (_open_array(path.parent / f"{sha256}.npy", sha256) for sha256 in splits[split])
-
-    def __reduce__(self):
-        return type(self), self._arguments
 
     def __len__(self) -> int:
         return len(self._table)
