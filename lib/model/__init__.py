@@ -11,28 +11,25 @@
 
 from lib.model.cascade import Cascade, CascadeConfig, StageConfig, StageTrace
 from lib.model.discriminator import Discriminator
-from lib.model.fusion import Fusion, FusionModel, load_model
+from lib.model.fusion import FusionModel, load_model
 from lib.model.import_original import import_original_checkpoint
-from lib.model.masks import MaskGenerator, MaskingConfig, Masks
-from lib.model.projection import SpectralLinear, realign_projections, rms_ceiling, spectral_sigma
+from lib.model.masks import MaskGenerator, MaskingConfig
+from lib.model.projection import SpectralLinear, rms_ceiling, spectral_sigma
 from lib.model.rms_law import check_collapse
 
 __all__ = [
     "Cascade",
     "CascadeConfig",
     "Discriminator",
-    "Fusion",
     "FusionModel",
     "MaskGenerator",
     "MaskingConfig",
-    "Masks",
     "SpectralLinear",
     "StageConfig",
     "StageTrace",
     "check_collapse",
     "import_original_checkpoint",
     "load_model",
-    "realign_projections",
     "rms_ceiling",
     "spectral_sigma",
 ]

@@ -50,13 +50,10 @@ class OriginalCheckpoint:
 
 
 def import_original_checkpoint(path: str | Path, *, last_residual_weight: float | None = None) -> OriginalCheckpoint:
-    """Read a file that the original implementation wrote with `torch.save`.
-
-    Widths, layers, stages and the creative agent are inferred from the tensors. The residual weight of a third stage
+    """Widths, layers, stages and the creative agent are inferred from the tensors. The residual weight of a third stage
     is not in the file: with three or more stages, pass it as `last_residual_weight` (seed 001: 0.1, its repair 0.3);
-    the last stage's residual is then the previous stage's output, as in seed 002. Raises a `UserError` that lists
-    unknown, missing and misshapen tensors by their names in the file.
-    """
+    the last stage's residual is then the previous stage's output, as in seed 002. `UserError` lists unknown, missing
+    and misshapen tensors by their names in the file."""
     path = Path(path)
     content = safe_torch_load(path, allowed=(argparse.Namespace,))  # its `args` holds numbers and strings only
     if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
@@ -93,24 +90,19 @@ def _tensors(path: Path, content: dict[str, Any], part: str) -> dict[str, Tensor
 
 
 def _original_config(path: Path, tensors: dict[str, Tensor], last_residual_weight: float | None) -> CascadeConfig:
-    layers = {}  # stage → number of layers
-    for name in tensors:
-        if match := re.match(r"cascade_stages\.(\d+)\.transformer\.layers\.(\d+)\.", name):
-            stage, layer = int(match[1]), int(match[2])
-            layers[stage] = max(layers.get(stage, 0), layer + 1)
+    pattern = r"cascade_stages\.(\d+)\.transformer\.layers\.(\d+)\."
+    found = {(int(match[1]), int(match[2])) for name in tensors if (match := re.match(pattern, name))}
+    layers = {stage: layer + 1 for stage, layer in sorted(found)}  # stage → number of layers
     if not layers or sorted(layers) != list(range(len(layers))):
-        raise UserError(
-            f"{path}: has no keys cascade_stages.0.transformer.layers.0.*; is it another model's checkpoint?"
-        )
+        wanted = "cascade_stages.0.transformer.layers.0.*"
+        raise UserError(f"{path}: has no keys {wanted}; is it another model's checkpoint?")
     config = CascadeConfig.reference(len(layers))
     for stage, num_layers in layers.items():
         config = config.with_stage(stage, num_layers=num_layers)
     if len(layers) > 2:
         if last_residual_weight is None:
-            raise UserError(
-                f"{path}: has {len(layers)} stages, and the file does not say the last residual weight; "
-                "pass last_residual_weight=0.1 (seed 001) or 0.3 (its repair)"
-            )
+            fix = "pass last_residual_weight=0.1 (seed 001) or 0.3 (its repair)"
+            raise UserError(f"{path}: does not say the residual weight of the last of its {len(layers)} stages; {fix}")
         config = config.with_stage(-1, residual_weight=last_residual_weight, residual_source="previous")
     return config
 

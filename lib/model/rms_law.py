@@ -9,7 +9,7 @@ Legend: d width of the stage, D latent channels, w residual weight, p and r RMS 
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -42,8 +42,7 @@ class Clips:
 UNLIKE = Clips()  # two unlike clips are nearly orthogonal
 
 
-@dataclass(frozen=True)
-class Mixture:
+class Mixture(NamedTuple):
     """The signal `input` · input + `target` · target + a part orthogonal to both clips, of RMS `other`."""
 
     input: float
@@ -55,17 +54,13 @@ class Mixture:
         own = (self.input * clips.input_rms) ** 2 + (self.target * clips.target_rms) ** 2
         return math.sqrt(max(own + cross + self.other**2, 0.0))
 
-    def scaled(self, factor: float) -> "Mixture":
-        return Mixture(self.input * factor, self.target * factor, self.other * factor)
-
 
 INPUT, TARGET = Mixture(1.0, 0.0), Mixture(0.0, 1.0)
 
 
 def mean_of(signals: list[Mixture]) -> Mixture:
     """The mean of a stage's signals, of which only one, the previous stage's output, may have an `other` part."""
-    k = len(signals)
-    return Mixture(*(sum(getattr(s, name) for s in signals) / k for name in ("input", "target", "other")))
+    return Mixture(*(sum(parts) / len(signals) for parts in zip(*signals, strict=True)))
 
 
 def initial_projection_rms(d: int, D: int, *, spectral_norm: bool = True) -> float:
@@ -147,7 +142,7 @@ def predict_stage(
         smallest_safe_weight=smallest_safe_weight(p, r, goal / safe, preserving=stage.mixing == "preserving"),
         safe_scale=safe,
     )
-    return prediction, mixed.scaled(applied)
+    return prediction, Mixture(*(applied * part for part in mixed))
 
 
 def check_collapse(config: "CascadeConfig") -> list[str]:

@@ -14,8 +14,7 @@ from lib.training.nonfinite import not_finite
 
 
 class Adversary:
-    """A discriminator in training: a model with one logit for every sample of a batch. Where it has other outputs, a
-    subclass overrides `loss`."""
+    """A discriminator in training, with one logit for every sample of a batch; for other outputs, override `loss`."""
 
     betas = (0.5, 0.999)  # hinge discriminators are trained with a momentum of 0.5 (Miyato et al. 2018)
 
@@ -26,10 +25,8 @@ class Adversary:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     def critic(self, step: int) -> Critic | None:
-        """The discriminator as the model's loss uses it after `step` steps; None during the discriminator's warm-up.
-
-        Its weights are frozen: the gradient reaches the samples and nothing else.
-        """
+        """The discriminator as the model's loss uses it after `step` steps: its weights get no gradient. None
+        during its warm-up."""
         if step < self.config.discriminator_warmup:
             return None
         model = self.accelerator.unwrap_model(self.model)

@@ -4,8 +4,8 @@ The order depends on the seed and the epoch alone, never on the number of proces
 channels, T frames.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,18 +15,9 @@ from lib.training.config import LoopConfig
 from lib.util.files import prefetch
 
 Batch = tuple[Tensor, Tensor]  # the first and the second of its pairs, [B, …] each
-
-
-class Pairs(Protocol):
-    """What a training reads: `pairs[i]` is (first, second), of the same shapes for every i. Several threads may read at
-    once."""
-
-    clip_length: int  # samples of sound that a pair stands for
-    sample_rate: int  # Hz
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]: ...
+# What a training reads, in several threads: all firsts have one shape, and all seconds. It has a `clip_length`, samples
+# of sound that a pair stands for, and a `sample_rate` in Hz.
+Pairs = Sequence[Batch]
 
 
 def epoch_order(num_pairs: int, epoch: int, seed: int, shuffled: float = 0.0) -> Tensor:
@@ -43,8 +34,7 @@ def epoch_order(num_pairs: int, epoch: int, seed: int, shuffled: float = 0.0) ->
 def process_share(order: Tensor, batch_size: int, accumulate: int, rank: int, processes: int) -> Iterator[list[Tensor]]:
     """One process's share of an order `[P, 2]`: for each step, its batches `[≤ batch_size, 2]`.
 
-    A step takes `batch_size · accumulate · processes` pairs, and every process the same number of them; of the last,
-    smaller step up to `processes − 1` pairs are left out.
+    Every process takes as many; of the last, smaller step up to `processes − 1` pairs are left out.
     """
     pairs_per_step = batch_size * accumulate * processes
     for start in range(0, len(order), pairs_per_step):
@@ -62,8 +52,7 @@ class TrainingOrder:
         self.epoch = self.position = 0
 
     def steps(self) -> Iterator[list[Tensor]]:
-        """Every step that is left: the batches of this process, as indices of pairs. The iterator may run ahead of
-        `advance`, which must be called for every step that is taken."""
+        """Every step that is left: the batches of this process, as indices of pairs. May run ahead of `advance`."""
         if self.num_pairs - self.position < self.processes:  # fewer processes had left too few pairs for one of these
             self.epoch, self.position = self.epoch + 1, 0
         config, epoch, position = self.config, self.epoch, self.position
@@ -73,7 +62,7 @@ class TrainingOrder:
             epoch, position = epoch + 1, 0
 
     def advance(self) -> None:
-        """One step has been taken."""
+        """Call it for every step that is taken."""
         self.position += self.pairs_per_step
         if self.num_pairs - self.position < self.processes:
             self.epoch, self.position = self.epoch + 1, 0
@@ -89,15 +78,15 @@ class TrainingOrder:
             whole, rest = divmod(pairs, self.pairs_per_step)
             return whole + (rest >= self.processes)
 
-        config, epochs_left = self.config, self.config.epochs - self.epoch
-        left = steps(self.num_pairs - self.position) + (epochs_left - 1) * steps(self.num_pairs)
-        total = taken + (left if epochs_left > 0 else 0)
-        return min(total, config.max_steps) if config.max_steps else total
+        total, epochs_left = taken, self.config.epochs - self.epoch
+        if epochs_left > 0:
+            total += steps(self.num_pairs - self.position) + (epochs_left - 1) * steps(self.num_pairs)
+        return min(total, self.config.max_steps or total)
 
     def progress(self, taken: int) -> float:
         """How much of the training is done after the steps `taken`, 0 to 1, whatever the number of processes."""
         done = (self.epoch + self.position / self.num_pairs) / self.config.epochs
-        return min(1.0, max(done, taken / self.config.max_steps if self.config.max_steps else 0.0))
+        return min(1.0, max(done, taken / (self.config.max_steps or math.inf)))
 
 
 def evenly_spread(count: int, most: int | None) -> Tensor:

@@ -7,22 +7,9 @@ import torch
 
 from lib.model.masks import MaskingConfig
 from lib.training.losses import MASK_TERMS, LossConfig
-from lib.util.configs import (
-    Count,
-    Flag,
-    Fraction,
-    NonNegative,
-    Positive,
-    Share,
-    Whole,
-    checked_dataclass,
-    choice,
-    whole,
-)
+from lib.util.configs import Count, Flag, Fraction, NonNegative, Positive, Seed, Share, Whole, checked_dataclass, choice
 from lib.util.errors import UserError
 
-PRECISIONS = ("fp32", "bf16", "auto")
-SCHEDULES = ("constant", "cosine")
 LENGTH = ("epochs", "max_steps", "patience")  # may change on resuming: the run becomes longer or shorter
 WITHOUT_EFFECT = ("num_workers", "cpu_threads", "gather_every")  # on what a run computes, so these may change too
 
@@ -39,11 +26,11 @@ class LoopConfig:
     accumulate: Count = 1  # batches of each process in one step: a larger batch in the same memory
     learning_rate: Positive = 1e-4
     warmup_steps: Whole = 0  # during which the learning rate rises from 0
-    schedule: choice(SCHEDULES) = "constant"  # 'cosine': down to 0 at the end of training
+    schedule: choice(("constant", "cosine")) = "constant"  # 'cosine': down to 0 at the end of training
     weight_decay: NonNegative = 0.01
     clip: Positive | None = 10.0  # gradient norm above which gradients are scaled down; None: never
     ema: Fraction = 0.0  # decay of the EMA weights, which are validated and saved; 0: no EMA
-    precision: choice(PRECISIONS) = "fp32"  # 'bf16': autocast; 'auto': bf16 if the hardware computes in it, else fp32
+    precision: choice(("fp32", "bf16", "auto")) = "fp32"  # autocast; 'auto': where hardware has it
     checkpoint_every: Count = 100  # steps between validations, each of which writes a checkpoint
     max_train_pairs: Count | None = None  # train on at most this many pairs, spread evenly over all; None: on all
     max_val_pairs: Count | None = None  # validate on at most this many pairs, spread likewise
@@ -51,17 +38,14 @@ class LoopConfig:
     cpu_threads: Count | None = None  # of torch on a CPU; None: its own choice. Small steps are fastest with one
     gather_every: Count = 1  # steps between transfers of the metrics, for each of which a GPU waits
     compile: Flag = False  # torch.compile: minutes at the start; measured slower on a CPU
-    seed: whole(0, 2**31 - 1) = 0
+    seed: Seed = 0
+
+    target_shuffling = 0.0  # no field: only `TrainConfig` has a curriculum
 
     @property
     def max_norm(self) -> float:
         """The norm that gradients are clipped to; infinite if they never are."""
         return self.clip if self.clip is not None else math.inf
-
-    @property
-    def target_shuffling(self) -> float:
-        """Share of the pairs of an epoch whose targets change places."""
-        return 0.0
 
     def check_sizes(self, pairs: dict[str, int], processes: int = 1) -> None:
         """`UserError` if a split has no pairs, or too few for one step of so many processes."""
@@ -70,18 +54,14 @@ class LoopConfig:
                 raise UserError(f"the {split} split has no pairs; add music, or lower the clip length")
         available = min(pairs["train"], self.max_train_pairs or pairs["train"])
         if self.batch_size * self.accumulate * processes > available:
-            parts = f"batch_size={self.batch_size}"
-            parts += f" × accumulate={self.accumulate}" * (self.accumulate > 1)
+            parts = f"batch_size={self.batch_size}" + f" × accumulate={self.accumulate}" * (self.accumulate > 1)
             parts += f" × {processes} processes" * (processes > 1)
             raise UserError(f"{parts} is more than the {available} training pairs; lower it")
 
     def memory_advice(self, clip_seconds: float) -> str:
         """What to lower when memory runs out: batch, precision or clip length."""
-        advice = []
-        if self.batch_size > 1:
-            half = math.ceil(self.batch_size / 2)
-            advice.append(f"lower batch_size (now {self.batch_size})")
-            advice.append(f"batch_size={half} with accumulate={2 * self.accumulate} trains alike")
+        half = f"batch_size={math.ceil(self.batch_size / 2)} with accumulate={2 * self.accumulate} trains alike"
+        advice = [f"lower batch_size (now {self.batch_size})", half] if self.batch_size > 1 else []
         if self.precision == "fp32":
             advice.append("set precision to bf16 (now fp32)")
         return "; ".join([*advice, f"{'or ' if advice else ''}lower clip_seconds (now {clip_seconds:g})"])
@@ -120,10 +100,8 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self):
         if self.loss.adversarial_weight and self.adversary.discriminator_learning_rate is None:
-            weight = self.loss.adversarial_weight
-            raise UserError(
-                f"adversarial_weight={weight:g} needs a discriminator: set discriminator_learning_rate, such as 1e-4"
-            )
+            weight = f"adversarial_weight={self.loss.adversarial_weight:g}"
+            raise UserError(f"{weight} needs a discriminator: set discriminator_learning_rate, such as 1e-4")
 
     @property
     def target_shuffling(self) -> float:

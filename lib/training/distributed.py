@@ -1,6 +1,7 @@
 """What the processes of one training must agree on: device, random numbers and sums."""
 
 import os
+from collections import Counter
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ def join_processes() -> PartialState:
 
 
 def open_accelerator() -> Accelerator:
-    """The process's device and its link to the other processes; `UserError` if a launcher asks for more than plain data
-    parallelism."""
+    """The process's device and its link to the others; `UserError` unless the launcher asks for data parallelism."""
     join_processes()
     accelerator = Accelerator(mixed_precision="no")  # the config sets the precision, not the launcher
     kind = accelerator.distributed_type
@@ -48,15 +48,13 @@ def seed_process(seed: int, step: int, rank: int) -> None:
 
 def sum_over_processes(sums: dict[str, float]) -> dict[str, float]:
     """The same sums in every process; a process that had nothing to add may lack names."""
-    everywhere: dict[str, float] = {}
+    total = Counter()
     for part in gather_object([sums]):
-        for name, value in part.items():
-            everywhere[name] = everywhere.get(name, 0.0) + value
-    return everywhere
+        total.update(part)
+    return dict(total)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU's or the CPU's memory ran out; the CPU's allocator has no class of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError)

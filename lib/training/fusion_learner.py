@@ -66,16 +66,8 @@ class FusionLearner(Learner):
         with self.autocast():
             fusion: Fusion = model(mix_noise(input, noise), mix_noise(target, noise))
         output = fusion.latents.float()
-        loss, terms = total_loss(
-            output,
-            input,
-            target,
-            self.config.loss,
-            self.decode,
-            masks=fusion.masks,
-            critic=critic,
-            random_window=model.training,
-        )
+        options = {"masks": fusion.masks, "critic": critic, "random_window": model.training}
+        loss, terms = total_loss(output, input, target, self.config.loss, self.decode, **options)
         fake_and_real = (output, torch.cat([input, target])) if self.adversary else None
         return loss, step_metrics(terms, fusion), fake_and_real
 
@@ -93,13 +85,9 @@ class FusionLearner(Learner):
 
     def warnings(self, row: dict[str, Any]) -> dict[int, str]:
         """A message for every stage with a large target scale."""
-        stages = range(len(self.unwrapped_model.cascade.stages))
-        scales = {stage: row[f"stage{stage}/target_scale"] for stage in stages}
-        return {
-            stage: f"stage {stage} has a target scale of {scale:.2f}, above {SCALE_WARNING}"
-            for stage, scale in scales.items()
-            if scale > SCALE_WARNING
-        }
+        scales = enumerate(row[f"stage{i}/target_scale"] for i in range(len(self.unwrapped_model.cascade.stages)))
+        message = "stage {} has a target scale of {:.2f}, above {}"
+        return {i: message.format(i, scale, SCALE_WARNING) for i, scale in scales if scale > SCALE_WARNING}
 
 
 def parameter_groups(model: FusionModel, config: TrainConfig) -> list[dict[str, Any]]:
@@ -113,18 +101,13 @@ def parameter_groups(model: FusionModel, config: TrainConfig) -> list[dict[str, 
 
 @torch.no_grad()
 def step_metrics(terms: dict[str, Tensor], fusion: Fusion) -> dict[str, Tensor]:
-    """The loss terms, the masks' complementarity, and the batch means of every stage's trace, by their names in
-    metrics.jsonl."""
+    """Loss terms, the masks' complementarity, and batch means of every stage's trace, as named in metrics.jsonl."""
     metrics = {f"loss/{name}": value for name, value in terms.items()}
     if fusion.masks is not None:
         metrics["masks/complementarity"] = complementarity(fusion.masks).mean()
     for stage, trace in enumerate(fusion.traces):
-        for trace_field in dataclasses.fields(trace):
-            metrics[f"stage{stage}/{trace_field.name}"] = getattr(trace, trace_field.name).mean()
+        metrics |= {f"stage{stage}/{name}": value.mean() for name, value in vars(trace).items()}
     return metrics
-
-
-# --- a whole training ------------------------------------------------------------------------------------------------
 
 
 def train(
@@ -192,7 +175,6 @@ def fusion_trainer(
 
     def make_learner(accelerator: Accelerator) -> FusionLearner:
         cascade = from_fields(CascadeConfig, run.config["cascade"])
-        masking = from_fields(MaskingConfig, run.config["masking"])
-        return FusionLearner(config, cascade, masking, accelerator, decode)
+        return FusionLearner(config, cascade, from_fields(MaskingConfig, run.config["masking"]), accelerator, decode)
 
     return Trainer(run, config, pairs, make_learner, callbacks)

@@ -47,11 +47,8 @@ class StepInfo:
 
 
 class Learner:
-    """A model in training with its optimizer, EMA weights and discriminator.
-
-    A subclass defines `loss`, and what its reports contain. `groups` are the optimizer's parameter groups, each with
-    its full learning rate as 'full_lr'.
-    """
+    """A model in training with its optimizer, EMA weights and discriminator. A subclass defines `loss`, and what its
+    reports contain. `groups` are the optimizer's parameter groups, each with its full learning rate as 'full_lr'."""
 
     batch_names: tuple[str, ...] = ("input", "target")  # of a batch's tensors, for the report of a non-finite one
 
@@ -70,8 +67,6 @@ class Learner:
             model.compile(fullgraph=True)  # a part that cannot be compiled is an error, not a slow step
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.failed = torch.zeros((), device=accelerator.device)  # 1 from the first non-finite step on
-
-    # --- defined by subclasses -----------------------------------------------------------------------------------
 
     def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
         """Loss and metrics of a batch on the device, and the discriminator's samples: (fake, real), or None.
@@ -93,8 +88,6 @@ class Learner:
         """Signs of trouble in a step's row. For each key, only a training's first message is logged."""
         return {}
 
-    # --- the same for all ----------------------------------------------------------------------------------------
-
     @property
     def unwrapped_model(self) -> nn.Module:
         """The model in training, without the launcher's wrapper."""
@@ -111,11 +104,8 @@ class Learner:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
 
     def train_step(self, batches: Sequence[Batch], info: StepInfo) -> dict[str, Tensor]:
-        """One optimizer step on one batch or several. Returns its metrics as scalars on the device.
-
-        From the first step on whose loss or gradient is not finite, in any process, model and discriminator skip every
-        update.
-        """
+        """One optimizer step on one batch or several; returns its metrics as scalars on the device. From the first step
+        on whose loss or gradient is not finite, in any process, model and discriminator skip every update."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * learning_rate_factor(info, self.config)
@@ -141,9 +131,6 @@ class Learner:
         if self.adversary is not None and samples:
             metrics |= self.adversary.train_step(samples, self.failed)
         return metrics
-
-
-# --- parts of a step -------------------------------------------------------------------------------------------------
 
 
 def learning_rate_factor(info: StepInfo, config: LoopConfig) -> float:
@@ -174,11 +161,8 @@ def accumulate_gradients(
 @torch.no_grad()
 def gradient_norms(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
     """Gradient norm of every part of a model before clipping, as 'grad_norm/stage1/output_projection'."""
-    norms = {}
-    for name, part in parts.items():
-        if grads := [p.grad for p in part.parameters() if p.grad is not None]:
-            norms[f"grad_norm/{name}"] = torch.nn.utils.get_total_norm(grads)
-    return norms
+    grads = {name: [p.grad for p in part.parameters() if p.grad is not None] for name, part in parts.items()}
+    return {f"grad_norm/{name}": nn.utils.get_total_norm(found) for name, found in grads.items() if found}
 
 
 def step_unless(failed: Tensor, optimizer: Any) -> None:
@@ -202,8 +186,6 @@ def update_ema(ema_model: nn.Module, model: nn.Module, decay: float, step: int) 
 
 def to_floats(values: dict[Hashable, Tensor], accelerator: Accelerator | None = None) -> dict[Hashable, float]:
     """Scalars on the host, in one transfer; with an accelerator, their means over its processes."""
-    if not values:
-        return {}
     stacked = torch.stack([value.detach().float() for value in values.values()])
     if accelerator is not None:
         stacked = accelerator.reduce(stacked, "mean")

@@ -4,7 +4,6 @@ Every term is a mean over clips of something that depends on one clip alone, so 
 the same loss. Legend: B batch, D latent channels, T frames, N samples.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -64,15 +63,11 @@ class LossConfig:
     @property
     def weights(self) -> dict[str, float]:
         """The weights by the names of their fields."""
-        names = (field.name for field in dataclasses.fields(self))
-        return {name: getattr(self, name) for name in names if name.endswith("_weight")}
+        return {name: value for name, value in vars(self).items() if name.endswith("_weight")}
 
     def weighted(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The terms among `names` whose weight is not 0."""
         return tuple(name for name in names if getattr(self, f"{name}_weight"))
-
-
-# --- latents ---------------------------------------------------------------------------------------------------------
 
 
 def latent_mse(output: Tensor, reference: Tensor) -> Tensor:
@@ -81,10 +76,8 @@ def latent_mse(output: Tensor, reference: Tensor) -> Tensor:
 
 
 def rms_error(output: Tensor, reference: Tensor) -> Tensor:
-    """Root of each clip's mean squared error over (D, T), `[B, D, T]` twice → mean over clips, in latent units.
-
-    Its gradient has the same length for errors of every size, while the gradient of `latent_mse` grows with the error.
-    """
+    """Root of each clip's mean squared error over (D, T), mean over clips, in latent units. Its gradient has the same
+    length for errors of every size, while the gradient of `latent_mse` grows with the error."""
     return ((output - reference).square().mean(dim=(1, 2)) + 1e-8).sqrt().mean()
 
 
@@ -93,17 +86,10 @@ def novelty(output: Tensor, source: Tensor) -> Tensor:
     return (cosine(output, source) - NOVELTY_THRESHOLD).relu().mean()
 
 
-def adversarial(logits: Tensor) -> Tensor:
-    """The generator's side of the hinge loss (Lim and Ye 2017, arXiv 1705.02894): −mean of the logits `[B]`."""
-    return -logits.mean()
-
-
 def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's side: it wants logits `[B]` above 1 for real samples and below −1 for fake ones."""
+    """The discriminator's side of the hinge loss (Lim and Ye 2017, arXiv 1705.02894): it wants logits `[B]` above 1 for
+    real samples and below −1 for fake ones."""
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-
-
-# --- sound -----------------------------------------------------------------------------------------------------------
 
 
 def stft_distance(output: Sound, source: Sound) -> Tensor:
@@ -122,37 +108,19 @@ def mel_distance(output: Sound, source: Sound) -> Tensor:
     return (output.log_mel - source.log_mel).abs().mean()
 
 
-def rhythm(output: Sound, input: Sound) -> Tensor:
-    """1 − correlation of the onset envelopes, mean over clips, 0 to 2."""
-    return 1 - rhythm_similarity(output, input).mean()
-
-
-def harmony(output: Sound, target: Sound) -> Tensor:
-    """1 − similarity of the pitch classes over time, mean over clips, 0 to 2."""
-    return 1 - harmony_similarity(output, target).mean()
-
-
 def anti_modulation(output: Sound, source: Sound, form: str) -> Tensor:
-    """Penalty on an output whose envelope follows a source's: mean of corr² or of −ln(1 − |corr|).
-
-    The logarithm has no bound: at |corr| = 1 it is infinite, and towards it its gradient with respect to an envelope of
-    length l around its mean grows as √((1 + |corr|)/(1 − |corr|))/l.
-    """
+    """Penalty on an output whose envelope follows a source's: mean of corr² or of −ln(1 − |corr|), which is infinite at
+    |corr| = 1. Towards it, the gradient grows as √((1 + |corr|)/(1 − |corr|)) over the centred envelope's length."""
     corr = correlation(output.envelope, source.envelope).clamp(-1, 1)  # rounding may pass 1
     return (corr.square() if form == "squared" else -torch.log(1 - corr.abs())).mean()
 
 
 def spectral_outliers(output: Sound, input: Sound, target: Sound) -> Tensor:
     """How far mel bands of the output rise above three standard deviations of that band in both sources, squared.
-
-    Deviations are taken over the sources' frames, in log power, and are at least 0.5.
-    """
+    Deviations are taken over the sources' frames, in log power, and are at least 0.5."""
     sources = torch.cat([input.log_mel, target.log_mel], dim=2)  # [B, M, 2F]
     mean, deviation = sources.mean(dim=2, keepdim=True), sources.std(dim=2, keepdim=True).clamp_min(0.5)
     return ((output.log_mel - mean) / deviation - OUTLIER_DEVIATIONS).relu().square().mean()
-
-
-# --- masks -----------------------------------------------------------------------------------------------------------
 
 
 def overlap(masks: Masks) -> Tensor:
@@ -176,22 +144,15 @@ def temporal_diversity(masks: Masks) -> Tensor:
     return 1 - sum((mask.var(dim=2, correction=0) + 1e-8).sqrt().mean() for mask in masks)
 
 
-# --- all of them -----------------------------------------------------------------------------------------------------
-
 ON_SOUND: dict[str, Callable[[Sound, Sound, Sound, LossConfig], Tensor]] = {  # of output, input and target
     "stft": lambda y, a, b, config: (stft_distance(y, a) + stft_distance(y, b)) / 2,
     "mel": lambda y, a, b, config: (mel_distance(y, a) + mel_distance(y, b)) / 2,
-    "rhythm": lambda y, a, b, config: rhythm(y, a),
-    "harmony": lambda y, a, b, config: harmony(y, b),
+    "rhythm": lambda y, a, b, config: 1 - rhythm_similarity(y, a).mean(),  # 0 to 2
+    "harmony": lambda y, a, b, config: 1 - harmony_similarity(y, b).mean(),  # of pitch classes over time
     "anti_modulation": lambda y, a, b, config: sum(anti_modulation(y, x, config.anti_modulation) for x in (a, b)),
     "outlier": lambda y, a, b, config: spectral_outliers(y, a, b),
 }
-ON_MASKS = {
-    "overlap": overlap,
-    "coverage": coverage,
-    "balance": balance,
-    "temporal_diversity": temporal_diversity,
-}
+ON_MASKS = {"overlap": overlap, "coverage": coverage, "balance": balance, "temporal_diversity": temporal_diversity}
 SOUND_TERMS, MASK_TERMS = tuple(ON_SOUND), tuple(ON_MASKS)
 
 
@@ -214,14 +175,12 @@ def total_loss(
     """
     terms = {"input_mse": latent_mse(output, input), "target_mse": latent_mse(output, target)}
     weights = {"input_mse": config.input_weight, "target_mse": config.target_weight}
-    if config.input_rms_weight:
-        terms["input_rms"] = rms_error(output, input)
-    if config.target_rms_weight:
-        terms["target_rms"] = rms_error(output, target)
+    clips = {"input_rms": input, "target_rms": target}
+    terms |= {name: rms_error(output, clips[name]) for name in config.weighted(tuple(clips))}
     if config.novelty_weight:
         terms["novelty"] = novelty(output, input) + novelty(output, target)
     if config.adversarial_weight and critic is not None:
-        terms["adversarial"] = adversarial(critic(output))
+        terms["adversarial"] = -critic(output).mean()  # the generator's side of the hinge loss
     if on_sound := config.weighted(SOUND_TERMS):
         if decode is None:
             raise ValueError(f"{on_sound[0]}_weight needs sound: give total_loss the codec's decode")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,11 @@ def find_non_finite(
     forward: Callable[[tuple[Tensor, ...]], Tensor],
 ) -> tuple[int | None, str] | None:
     """The stage (None: outside the stages) and the first tensor of a step that is not finite, in the order of
-    computation; None without batches. `names` are those of a batch's tensors.
-
-    `forward(batch)` must return the loss, under the same random numbers each time it is called.
-    """
+    computation; None without batches. `names`: of a batch's tensors. `forward`: batch → loss, always under the same
+    random numbers."""
     found = None
     for batch in batches:
-        found = _find_in_batch(model, dict(zip(names, batch, strict=True)), lambda batch=batch: forward(batch))
+        found = _find_in_batch(model, dict(zip(names, batch, strict=True)), partial(forward, batch))
         if found[1] != NORM:
             break
     return found
@@ -62,18 +61,17 @@ def _find_in_batch(
         if not all(value.isfinite().all() for value in values if isinstance(value, Tensor)):
             found.append((kind, name))
 
-    def watch(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, outputs: Any) -> None:
-            check("input", name, inputs)
-            check("output", name, outputs)
+    def forward_hook(name: str, module: nn.Module, inputs: tuple, outputs: Any) -> None:
+        check("input", name, inputs)
+        check("output", name, outputs)
 
-        return hook
+    def gradient_hook(name: str, parameter: nn.Parameter) -> None:
+        check("gradient", name, parameter.grad)
 
-    def watch_gradient(name: str) -> Callable:
-        return lambda parameter: check("gradient", name, parameter.grad)
-
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
-    hooks += [p.register_post_accumulate_grad_hook(watch_gradient(name)) for name, p in model.named_parameters()]
+    hooks = [part.register_forward_hook(partial(forward_hook, name)) for name, part in model.named_modules() if name]
+    hooks += [
+        p.register_post_accumulate_grad_hook(partial(gradient_hook, name)) for name, p in model.named_parameters()
+    ]
     try:
         with torch.no_grad():
             loss = forward()

@@ -53,15 +53,16 @@ def complementarity_curve(train: Rows, val: Rows) -> Figure:
 def stage_curves(train: Rows, num_stages: int, clamp: tuple[float, float] | None) -> Figure:
     """Over steps, for each stage: RMS of projection and output, target and applied scale, share of clamped clips."""
     with _over_steps(1, 3, (13, 3.6)) as (figure, (levels, scales, clamped)):
-        for i, colour in zip(range(num_stages), itertools.cycle(STAGES), strict=False):
-            for axes, key, name, style in (
-                (levels, "output_rms", " output", "-"),
-                (levels, "projection_rms", " projection", "--"),
-                (scales, "target_scale", " target", "--"),
-                (scales, "applied_scale", " applied", "-"),
-                (clamped, "clamped", "", "-"),
-            ):
-                _plot(axes, train, f"stage{i}/{key}", color=colour, linestyle=style, label=f"stage {i}{name}")
+        curves = (
+            (levels, "output_rms", " output", "-"),
+            (levels, "projection_rms", " projection", "--"),
+            (scales, "target_scale", " target", "--"),
+            (scales, "applied_scale", " applied", "-"),
+            (clamped, "clamped", "", "-"),
+        )
+        for i, (axes, key, name, style) in itertools.product(range(num_stages), curves):
+            colour = STAGES[i % len(STAGES)]
+            _plot(axes, train, f"stage{i}/{key}", color=colour, linestyle=style, label=f"stage {i}{name}")
         scales.axhline(1.3, color="black", linestyle=":", label="warning at 1.3")
         if clamp:
             scales.axhspan(*clamp, color="black", alpha=0.05, label="clamp range")
@@ -96,7 +97,8 @@ def training_dashboard(train: Rows, val: Rows, clamps: Sequence[tuple[float, flo
         _plot(losses, train, "loss", **EACH_STEP, label="training, each step")
         _plot(losses, val, "loss", **VALIDATION, label="validation")
         _plot(norms, train, "grad_norm", color=INPUT, linewidth=1, label="before clipping")
-        for i, colour in zip(range(len(clamps)), itertools.cycle(STAGES), strict=False):
+        for i in range(len(clamps)):
+            colour = STAGES[i % len(STAGES)]
             _plot(levels, train, f"stage{i}/output_rms", color=colour, label=f"stage {i} output")
             _plot(scales, train, f"stage{i}/target_scale", color=colour, label=f"stage {i} target")
         before, scale = "stage0/rms_before_scaling", "stage0/target_scale"

@@ -40,22 +40,20 @@ class Run:
     """A run directory that exists. `Run.create` starts one, `Run.open` finds one."""
 
     def __init__(self, path: Path, config: dict[str, Any]):
-        self.path = path
-        self.config = config
+        self.path, self.config = path, config
 
     @classmethod
     def create(cls, path: str | Path, config: dict[str, Any], *, keep_all: bool = False) -> "Run":
         """Start a run. An earlier run in the same folder is moved to `replaced/`, never mixed in. One is kept there;
         with `keep_all` those before it are in `replaced-1/`, `replaced-2/`, …"""
-        path = Path(path)
-        make_folder(path)
-        earlier = [path / name for name in ("config.json", "metrics.jsonl", "checkpoints", "best", "last")]
+        make_folder(path := Path(path))
         if (path / "config.json").exists() and (path / "replaced").exists():
             if keep_all:
                 os.rename(path / "replaced", path / f"replaced-{len(list(path.glob('replaced-*'))) + 1}")
             else:
                 shutil.rmtree(path / "replaced", ignore_errors=True)
-        for item in earlier:  # without its config.json, it is what a kill left of a run on its way to replaced/
+        # an earlier run without its config.json is what a kill left on its way to replaced/
+        for item in (path / name for name in ("config.json", "metrics.jsonl", "checkpoints", "best", "last")):
             if item.is_symlink() or item.exists():
                 (path / "replaced").mkdir(exist_ok=True)
                 os.rename(item, path / "replaced" / item.name)
@@ -112,8 +110,6 @@ class Run:
         missing = f"{path}: no run here (no config.json); train one with `make demo` or notebook 04"
         return cls(path, read_json(path / "config.json", missing=missing, fix="restore it or train again"))
 
-    # --- while it trains ---------------------------------------------------------------------------------------------
-
     @property
     def stop_file(self) -> Path:
         """A training of this run saves and stops while this file exists."""
@@ -122,9 +118,7 @@ class Run:
     @property
     def total_steps(self) -> int | None:
         """The step at which the current or the last training ends; None before the first."""
-        with contextlib.suppress(UserError):
-            return read_json(self.path / "plan.json", {"total_steps": int})["total_steps"]
-        return None
+        return self._number("plan.json", "total_steps")
 
     def plan(self, total_steps: int) -> None:
         """Note the step at which the training that begins will end."""
@@ -143,11 +137,12 @@ class Run:
     @property
     def saved_step(self) -> int | None:
         """The step of the newest checkpoint; None before the first."""
-        with contextlib.suppress(UserError):
-            return read_json(self.path / "last" / "meta.json", {"step": int})["step"]
-        return None
+        return self._number("last/meta.json", "step")
 
-    # --- metrics -------------------------------------------------------------------------------------------------
+    def _number(self, file: str, field: str) -> int | None:
+        with contextlib.suppress(UserError):
+            return read_json(self.path / file, {field: int})[field]
+        return None
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl. JSON has no NaN: non-finite numbers become null."""
@@ -166,9 +161,7 @@ class Run:
         kept = [row for row in self.metrics() if row["step"] <= step]
         write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
-    # --- checkpoints ---------------------------------------------------------------------------------------------
-
-    def save(self, step: int, model: nn.Module, training: dict[str, Any], *, is_best: bool) -> Path:
+    def save(self, step: int, model: nn.Module, training: dict[str, Any], *, is_best: bool) -> None:
         """Write a checkpoint, point `last` (and `best`) at it, and delete the checkpoints that neither points at."""
         folder = self.path / "checkpoints" / f"step_{step:08d}"
         temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
@@ -188,39 +181,30 @@ class Run:
         fsync(folder.parent)
         # best first: a run that resumes from `last` expects the lowest loss that it knows of in `best`
         for name in ("best", "last") if is_best else ("last",):
-            self._point(name, folder)
-        self._prune()
-        return folder
-
-    def _point(self, name: str, folder: Path) -> None:
-        link = self.path / f".{name}-{uuid.uuid4().hex}"
-        link.symlink_to(folder.relative_to(self.path))
-        os.replace(link, self.path / name)
-
-    def _prune(self) -> None:
+            link = self.path / f".{name}-{uuid.uuid4().hex}"
+            link.symlink_to(folder.relative_to(self.path))
+            os.replace(link, self.path / name)
         keep = {(self.path / name).resolve() for name in ("best", "last")}
-        for folder in (self.path / "checkpoints").iterdir():
-            if folder.resolve() not in keep:
-                shutil.rmtree(folder, ignore_errors=True)
+        for other in folder.parent.iterdir():
+            if other.resolve() not in keep:
+                shutil.rmtree(other, ignore_errors=True)
 
     def has_checkpoint(self) -> bool:
         return (self.path / "last").exists()
 
     def load_weights(self, model: nn.Module, which: str = "best") -> None:
         """Load a checkpoint's weights into any `model`, and leave it in eval mode."""
-        folder, _ = self._verified(which, FILES[:1])
-        load_weights(model.eval(), folder / FILES[0])
+        load_weights(model.eval(), self._verified(which, FILES[:1])[0] / FILES[0])
 
     def load_training(self, model: nn.Module, which: str = "last") -> tuple[int, dict[str, Any]]:
         """Load a checkpoint's weights into `model`; returns its step and the trainer's state."""
         folder, meta = self._verified(which, FILES)
-        load_weights(model, folder / "model.safetensors")
-        return meta["step"], safe_torch_load(folder / "training.pt")
+        load_weights(model, folder / FILES[0])
+        return meta["step"], safe_torch_load(folder / FILES[1])
 
     def weights_sha256(self, which: str = "best") -> str:
         """Hash of the checkpoint's weights, which are verified against it."""
-        _, meta = self._verified(which, FILES[:1])
-        return meta["sha256"][FILES[0]]
+        return self._verified(which, FILES[:1])[1]["sha256"][FILES[0]]
 
     def check_codec(self, fingerprint: str | None) -> None:
         codec = self.config.get("codec")
@@ -232,19 +216,15 @@ class Run:
             )
 
     def _verified(self, which: str, names: Iterable[str]) -> tuple[Path, dict[str, Any]]:
-        folder = self.path / which
+        folder, fix = self.path / which, f"restore it, point {which!r} at the run's other checkpoint, or train again"
         missing = f"{folder}: no checkpoint here; train this run first"
-        meta = read_json(folder / "meta.json", {"sha256": dict}, missing=missing, fix=_other(which))
-        with naming(folder / "meta.json", _other(which)):
-            sums = {name: meta["sha256"][name] for name in names}
+        meta = read_json(folder / "meta.json", {"sha256": dict}, missing=missing, fix=fix)
         for name in names:
-            if not (folder / name).exists() or file_sha256(folder / name) != sums[name]:
-                raise UserError(f"{folder / name}: truncated or changed since it was written; {_other(which)}")
+            with naming(folder / "meta.json", fix):
+                wanted = meta["sha256"][name]
+            if not (folder / name).exists() or file_sha256(folder / name) != wanted:
+                raise UserError(f"{folder / name}: truncated or changed since it was written; {fix}")
         return folder, meta
-
-
-def _other(which: str) -> str:
-    return f"restore it, point {which!r} at the run's other checkpoint, or train again"
 
 
 def find_runs(folder: str | Path, codec_fingerprint: str) -> dict[str, Run]:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.model.projection import realign_projections
+from lib.training import distributed
 from lib.training.batches import Batch, Pairs, TrainingOrder, evenly_spread, prefetch_batches
 from lib.training.config import LoopConfig
-from lib.training.distributed import (
-    is_out_of_memory,
-    open_accelerator,
-    rng_state,
-    seed_process,
-    set_rng_state,
-    sum_over_processes,
-    was_launched,
-)
 from lib.training.learner import Learner, StepInfo, evaluating, to_floats
 from lib.training.nonfinite import NORM, NonFiniteError, find_non_finite
 from lib.training.run import Run
@@ -67,11 +60,8 @@ class TakenStep:
 
 
 class Trainer:
-    """The loop over a run's steps. All the state that resuming needs is in the run's checkpoints.
-
-    `pairs`: the data of 'train' and 'val'. `make_learner` builds the model in training, with random weights of the
-    config's seed.
-    """
+    """The loop over a run's steps. All the state that resuming needs is in the run's checkpoints. `pairs`: the data of
+    'train' and 'val'; `make_learner` builds the model in training, with random weights of the config's seed."""
 
     def __init__(
         self,
@@ -84,7 +74,7 @@ class Trainer:
         self.run, self.config, self.pairs = run, config, pairs
         most = {"train": config.max_train_pairs, "val": config.max_val_pairs}
         self.chosen = {split: evenly_spread(len(pairs[split]), most[split]) for split in pairs}
-        self.accelerator = open_accelerator()
+        self.accelerator = distributed.open_accelerator()
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.order = TrainingOrder(len(self.chosen["train"]), config, self.rank, self.processes)
         self.callbacks = callbacks if self.accelerator.is_main_process else ()
@@ -96,43 +86,31 @@ class Trainer:
         self.best_loss = math.inf
         self.stale = 0  # validations since the best one
         self.warned: set[Hashable] = set()  # keys of the learner's warnings that have been logged
-        self.stop = StopSignals(file=run.stop_file, second_acts=not was_launched())
+        self.stop = StopSignals(file=run.stop_file, second_acts=not distributed.was_launched())
         if run.has_checkpoint():
             self.load()
         elif self.rank:
-            seed_process(config.seed, 0, self.rank)
+            distributed.seed_process(config.seed, 0, self.rank)
 
     @property
     def out_of_patience(self) -> bool:
         return self.config.patience is not None and self.stale >= self.config.patience
 
     def run_to_end(self, *, progress: bool = True) -> None:
-        """Train the steps that are left, with a progress bar on stderr or without one.
-
-        After a stop signal: save, and raise `KeyboardInterrupt`. Out of memory: `UserError` that says what to lower.
-        """
-        total = self.order.total_steps(self.step)
+        """Train the steps that are left, with a progress bar on stderr or without one. After a stop signal: save, and
+        raise `KeyboardInterrupt`. Out of memory: `UserError` that says what to lower."""
+        run, total = self.run, self.order.total_steps(self.step)
         if self.step >= total or self.out_of_patience:
             return
         if self.accelerator.is_main_process:
-            self.run.forget_metrics_after(self.step)
-            self.run.plan(total)
-        bar = tqdm(
-            total=total,
-            initial=self.step,
-            desc="training",
-            unit="step",
-            mininterval=1.0,
-            # without this argument, tqdm's own environment variables decide
-            **({} if progress and self.accelerator.is_main_process else {"disable": True}),
-        )
+            run.forget_metrics_after(self.step)
+            run.plan(total)
+        # without `disable`, tqdm's own environment variables decide
+        shown = {} if progress and self.accelerator.is_main_process else {"disable": True}
+        bar = tqdm(total=total, initial=self.step, desc="training", unit="step", mininterval=1.0, **shown)
+        steps, threads = contextlib.closing(self.steps()), torch_threads(self.config.cpu_threads)
         try:
-            with (
-                self.stop,
-                bar,
-                torch_threads(self.config.cpu_threads),
-                contextlib.closing(self.steps()) as batches_of_steps,
-            ):
+            with self.stop, bar, threads, steps as batches_of_steps:
                 for callback in self.callbacks:  # a dashboard may ask for a stop from here on
                     callback.on_start(self)
                 for batches in batches_of_steps:
@@ -142,11 +120,13 @@ class Trainer:
                         self.finished = True
                         return
         except BaseException as error:
-            if self.processes == 1:  # another one might not answer
-                with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):
+                if self.processes == 1:  # another one might not answer
                     self.gather()  # the steps before a failure are those that explain it
-            if is_out_of_memory(error):
-                raise UserError(self.memory_advice()) from error
+            if distributed.is_out_of_memory(error):
+                advice = self.config.memory_advice(self.pairs["train"].clip_length / self.pairs["train"].sample_rate)
+                kept = f"; {run.path / 'last'} is kept" if run.has_checkpoint() else ""
+                raise UserError(f"out of memory at step {self.step + 1}: {advice}{kept}") from error
             raise
         finally:
             for callback in self.callbacks:
@@ -174,8 +154,6 @@ class Trainer:
             raise KeyboardInterrupt(f"stopped by {name}; step {self.step} is saved in {self.run.path}")
         return over
 
-    # --- data ----------------------------------------------------------------------------------------------------
-
     def steps(self) -> Iterator[list[Batch]]:
         """The batches of every step that is left, prefetched."""
         yield from self.read("train", self.order.steps())
@@ -188,12 +166,10 @@ class Trainer:
     def to_device(self, batch: Batch) -> Batch:
         return tuple(clips.to(self.accelerator.device, non_blocking=True) for clips in batch)
 
-    # --- steps ---------------------------------------------------------------------------------------------------
-
     def train_step(self, batches: Sequence[Batch]) -> None:
         """One optimizer step on one batch or several. Its metrics wait for `gather`."""
         info = StepInfo(self.step, self.order.epoch, self.order.progress(self.step))
-        rng, batches = rng_state(), [self.to_device(batch) for batch in batches]
+        rng, batches = distributed.rng_state(), [self.to_device(batch) for batch in batches]
         metrics = self.learner.train_step(batches, info)
         self.step += 1
         self.order.advance()
@@ -216,7 +192,10 @@ class Trainer:
             if not all(math.isfinite(value) for name, value in row.items() if name.startswith("discriminator/")):
                 self.end_non_finite("train", row["step"], None, "the discriminator's loss or gradient")
             self.log(row)
-            self.warn(row)
+            for key, message in self.learner.warnings(row).items():
+                if key not in self.warned and self.accelerator.is_main_process:
+                    logger.warning("step %d: %s", row["step"], message)
+                self.warned.add(key)
             for callback in self.callbacks:
                 callback.on_step(self, row)
             rows.append(row)
@@ -225,11 +204,10 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Mean loss and metrics over the validation pairs of all processes, in eval mode. Raises `NonFiniteError`."""
-        sums = {"pairs": 0.0}
+        sums, bad = Counter(pairs=0.0), []
         places = torch.arange(len(self.chosen["val"]))[self.rank :: self.processes, None].expand(-1, 2)
         # with fewer pairs than processes, some processes have none
         steps = [[batch] for batch in places.split(VAL_BATCH)] if len(places) else []
-        bad = []
         with evaluating(self.learner.eval_model) as model:
             for (clips,) in self.read("val", steps):
                 batch = self.to_device(clips)
@@ -237,12 +215,10 @@ class Trainer:
                 metrics = to_floats({"loss": loss} | terms)
                 if not math.isfinite(metrics["loss"]):  # finite gradients can still take weights to infinity
                     bad = [batch]
-                for name, value in metrics.items():
-                    sums[name] = sums.get(name, 0.0) + value * len(batch[0])
-                sums["pairs"] += len(batch[0])
-            sums = sum_over_processes(sums)
+                sums.update({name: value * len(batch[0]) for name, value in (metrics | {"pairs": 1.0}).items()})
+            sums = distributed.sum_over_processes(sums)
             if not math.isfinite(sums["loss"]):
-                self.stop_non_finite("val", self.step, bad, rng_state())
+                self.stop_non_finite("val", self.step, bad, distributed.rng_state())
         pairs = sums.pop("pairs")
         return {name: value / pairs for name, value in sums.items()}
 
@@ -250,8 +226,7 @@ class Trainer:
         row = {"split": "val", "step": self.step} | self.validate()
         self.log(row)
         is_best = row["loss"] < self.best_loss
-        self.best_loss = min(self.best_loss, row["loss"])
-        self.stale = 0 if is_best else self.stale + 1
+        self.best_loss, self.stale = (row["loss"], 0) if is_best else (self.best_loss, self.stale + 1)
         if self.out_of_patience and self.accelerator.is_main_process:
             self.run.plan(self.step)
         for callback in self.callbacks:
@@ -262,30 +237,14 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.run.log(row)
 
-    def warn(self, row: dict[str, Any]) -> None:
-        for key, message in self.learner.warnings(row).items():
-            if key not in self.warned:
-                self.warned.add(key)
-                if self.accelerator.is_main_process:
-                    logger.warning("step %d: %s", row["step"], message)
-
-    # --- saving and resuming -------------------------------------------------------------------------------------
-
     def save(self, *, is_best: bool) -> None:
-        random = gather_object([rng_state()])  # one of each process
-        model = self.learner.eval_model
+        random, model = gather_object([distributed.rng_state()]), self.learner.eval_model  # of every process
         realign_projections(model)  # with the weights of this step
         if not self.accelerator.is_main_process:
             return
-        training = {
-            "optimizer": self.learner.optimizer.state_dict(),
-            "epoch": self.order.epoch,
-            "position": self.order.position,
-            "best_loss": self.best_loss,
-            "stale": self.stale,
-            "warned": sorted(self.warned),
-            "random": random,
-        }
+        training = {"optimizer": self.learner.optimizer.state_dict(), "random": random, "warned": sorted(self.warned)}
+        training |= {"epoch": self.order.epoch, "position": self.order.position}
+        training |= {"best_loss": self.best_loss, "stale": self.stale}
         if self.learner.ema_model is not None:
             training["weights"] = self.learner.unwrapped_model.state_dict()  # the checkpoint's own are the EMA
         if self.learner.adversary is not None:
@@ -303,16 +262,9 @@ class Trainer:
         self.best_loss, self.stale = training["best_loss"], training["stale"]
         self.warned = set(training["warned"])
         if len(training["random"]) == self.processes:
-            set_rng_state(training["random"][self.rank])
+            distributed.set_rng_state(training["random"][self.rank])
         else:  # the number of processes has changed
-            seed_process(self.config.seed, self.step, self.rank)
-
-    # --- failures ------------------------------------------------------------------------------------------------
-
-    def memory_advice(self) -> str:
-        seconds = self.pairs["train"].clip_length / self.pairs["train"].sample_rate
-        kept = f"; {self.run.path / 'last'} is kept" if self.run.has_checkpoint() else ""
-        return f"out of memory at step {self.step + 1}: {self.config.memory_advice(seconds)}{kept}"
+            distributed.seed_process(self.config.seed, self.step, self.rank)
 
     def stop_non_finite(
         self, split: str, step: int, batches: Sequence[Batch], rng: dict[str, Any], info: StepInfo | None = None
@@ -322,11 +274,10 @@ class Trainer:
         model = learner.unwrapped_model if split == "train" else learner.eval_model
 
         def forward(batch: Batch) -> Tensor:
-            set_rng_state(rng)
+            distributed.set_rng_state(rng)
             return learner.loss(model, batch, info)[0]
 
-        watchable = torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()
-        with watchable:
+        with torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext():
             found = find_non_finite(model, batches, learner.batch_names, forward)
         reports = [report for report in gather_object([found]) if report]
         stage, tensor = next((report for report in reports if report[1] != NORM), reports[0])

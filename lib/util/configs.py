@@ -46,7 +46,7 @@ def choice(names: Sequence[str]) -> Any:
 
 
 Flag = _field_type(StrictBool, "true or false")
-Whole, Count = whole(0), whole(1)
+Whole, Count, Seed = whole(0), whole(1), whole(0, 2**31 - 1)
 Number, NonNegative, Positive = number(), number(0), number(above=0)
 Share, Fraction = number(0, 1), number(0, below=1)
 

@@ -23,9 +23,9 @@ from conftest import TinyDiscriminator
 from torch import nn
 
 import lib.training.adversary
+import lib.training.distributed
 import lib.training.fusion_learner
 import lib.training.run
-import lib.training.trainer
 from lib.data.latents import LatentPairs
 from lib.model.cascade import Cascade, CascadeConfig
 from lib.model.fusion import FusionModel, load_model
@@ -379,19 +379,19 @@ KILLS = {
     "step 8, the last": lambda: die_at_step(8, half_a_line=True),
     "first checkpoint, within the weights": lambda: die_while_writing(1),
     "first checkpoint, before its name": lambda: die_before(os, "rename", 1),
-    "first checkpoint, before best": lambda: die_before(Run, "_point", 1),
-    "first checkpoint, between best and last": lambda: die_before(Run, "_point", 2),
+    "first checkpoint, before best": lambda: die_before(Path, "symlink_to", 1),
+    "first checkpoint, between best and last": lambda: die_before(Path, "symlink_to", 2),
     "second checkpoint, within the weights": lambda: die_while_writing(2),
     "second checkpoint, before the optimizer": lambda: die_before(torch, "save", 2),
     "second checkpoint, at an fsync": lambda: die_before(lib.training.run, "fsync", 8),
     "second checkpoint, before its name": lambda: die_before(os, "rename", 2),
-    "second checkpoint, before best": lambda: die_before(Run, "_point", 3),
-    "second checkpoint, between best and last": lambda: die_before(Run, "_point", 4),
-    "second checkpoint, before the pruning": lambda: die_before(Run, "_prune", 2),
+    "second checkpoint, before best": lambda: die_before(Path, "symlink_to", 3),
+    "second checkpoint, between best and last": lambda: die_before(Path, "symlink_to", 4),
+    "second checkpoint, before the pruning": lambda: die_before(Path, "iterdir", 2),
     "third checkpoint, before its name": lambda: die_before(os, "rename", 3),
-    "third checkpoint, before the pruning": lambda: die_before(Run, "_prune", 3),
+    "third checkpoint, before the pruning": lambda: die_before(Path, "iterdir", 3),
     "last checkpoint, before its name": lambda: die_before(os, "rename", 4),
-    "last checkpoint, before the pruning": lambda: die_before(Run, "_prune", 4),
+    "last checkpoint, before the pruning": lambda: die_before(Path, "iterdir", 4),
 }
 
 
@@ -523,7 +523,7 @@ def test_a_bad_step_is_repeated_with_its_own_random_numbers(start, monkeypatch):
     monkeypatch.setattr(
         Trainer, "train_step", lambda trainer, batches: before.append(rng_state()) or train_step(trainer, batches)
     )
-    monkeypatch.setattr(lib.training.trainer, "set_rng_state", lambda state: repeated.append(state))
+    monkeypatch.setattr(lib.training.distributed, "set_rng_state", lambda state: repeated.append(state))
     poison_before(monkeypatch, 2, overflow_in_the_ffn)
     with pytest.raises(NonFiniteError, match="step 2"):
         start(gather_every=100, checkpoint_every=8, batch_size=1)
