@@ -134,8 +134,8 @@ def pairs_new_to_both(first: Path, second: Path) -> Pairs:
     pairs = [(pair.input, pair.target) for pair in manifest.split("val")]
     new = [clips for clips in pairs if (first_songs | second_songs).isdisjoint(clip.sha256 for clip in clips)]
     if not new:
-        fault = "was trained on the music of every validation pair of"
-        raise UserError(f"{second}: {fault} {first}; nothing is new to both")
+        trained = f"was trained on the music of every validation pair of {first}"
+        raise UserError(f"{second}: {trained}; nothing is new to both")
     return {describe_pair(*clips): tuple(whole_clip(manifest, clip) for clip in clips) for clips in new}
 
 
@@ -152,9 +152,7 @@ def main() -> None:
     parser.add_argument("--out", default="", help="folder for the page (default: outputs/compare/<first>-<second>)")
     parser.add_argument("--pairs", type=int, default=3, help="pairs to listen to (default: 3)")
     parser.add_argument("--judged", type=int, default=24, help="pairs to measure on (default: 24)")
-    parser.add_argument(
-        "--codec", default="", help="directory of EnCodec weights, for the runs that were trained with it"
-    )
+    parser.add_argument("--codec", default="", help="directory of EnCodec weights, for runs that were trained with it")
     options = parser.parse_args()
     with exit_on_user_error():
         page, tables = compare_runs(**vars(options))

@@ -1,5 +1,7 @@
 """What CI asks of the demo's page: each thing that can be wrong with it is found."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from check_demo import SECTIONS, WITH_PLAYERS, fault_of, main, problems
@@ -10,7 +12,7 @@ from lib.pipeline import NOTEBOOKS
 from lib.report.report import Section, write_report
 
 
-def page(folder, failures=None, to_come=(), level: float = 0.1, seconds: float = 1.0) -> str:
+def page(folder, failures: Mapping[str, str] = {}, to_come=(), level: float = 0.1, seconds: float = 1.0) -> str:
     """A page with a section for each notebook, written as the pipeline does."""
     for name in NOTEBOOKS:
         section = Section(folder, name, name)

@@ -112,8 +112,7 @@ class Panel:
 
     def progress(self) -> str:
         """'step 120 of 600, epoch 3, 04:30 left'."""
-        (began, first), (now, last) = self.seen[0], self.seen[-1]
-        total = self.run.total_steps
+        (began, first), (now, last), total = self.seen[0], self.seen[-1], self.run.total_steps
         status = f"step {last}" + (f" of {total}" if total else "") + f", epoch {self.metrics.newest['epoch']}"
         if self.run.stop_file.exists():
             return f"{status}, stopping after this step"

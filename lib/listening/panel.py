@@ -84,12 +84,11 @@ class Listening:
         """What the first run takes from which clip of the first pair, masks blended with 0.5; None without masks."""
         pair = load_pair(*next(iter(self.pairs.values())))
         model = self.model(next(iter(self.runs)))
-        shown = {}
-        for title, blend in BLENDS.items():
-            rendition = render(model, self.codec, *pair, Settings(mask_blend=blend))
-            if rendition.masks is not None:
-                shown[title] = taken(self.codec, rendition)
-        return mixing_maps(shown, pair[0].shape[-1] / SAMPLE_RATE) if shown else None
+        if model.masking.masking == "none":
+            return None
+        blended = {title: Settings(mask_blend=blend) for title, blend in BLENDS.items()}
+        shown = {title: taken(self.codec, render(model, self.codec, *pair, s)) for title, s in blended.items()}
+        return mixing_maps(shown, pair[0].shape[-1] / SAMPLE_RATE)
 
     def panel(self) -> VBox:
         """The live panel."""

@@ -70,8 +70,8 @@ def render(
     masks = model.make_masks(*latents)
     if masks is not None:
         masks = Masks(*(adjusted(mask, settings) for mask in masks))
-    weight = settings.residual_weight
-    with stages[-1].override(**({} if weight is None else {"residual_weight": weight})):
+    changes = {} if settings.residual_weight is None else {"residual_weight": settings.residual_weight}
+    with stages[-1].override(**changes):
         fusion = model(*latents, masks=masks, stages=len(stages))
     return Rendition(codec.decode(fusion.latents, length=input.shape[-1])[0], latents, masks, fusion.traces)
 
@@ -138,9 +138,8 @@ def save_with_recipe(
         "output": {"file": path.name, "samples_sha256": samples_sha256(rendition.wav)},
         "config": run.config,
     }
-    recipe_path = path.with_suffix(".json")
-    write_atomic(recipe_path, json.dumps(recipe, indent=1))
-    return recipe_path
+    write_atomic(path.with_suffix(".json"), json.dumps(recipe, indent=1))
+    return path.with_suffix(".json")
 
 
 class Rerendering(NamedTuple):

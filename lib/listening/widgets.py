@@ -43,7 +43,6 @@ def show(panel: Callable[[], ipywidgets.Widget], instead: Any) -> Any:
 
 
 def observe(controls: Iterable[ipywidgets.Widget], redraw: Callable[[Any], None]) -> None:
-    """Call `redraw` whenever one of the controls changes."""
     for control in controls:
         control.observe(redraw, names="value")
 
@@ -134,5 +133,4 @@ def plain_name(name: str, most: int = 100) -> str:
 
 def describe_clip(clip: Clip) -> str:
     """'song_04.wav 4–8 s'."""
-    begin, end = (place / SAMPLE_RATE for place in (clip.offset, clip.offset + clip.length))
-    return f"{clip.path} {begin:.4g}–{end:.4g} s"
+    return f"{clip.path} {clip.offset / SAMPLE_RATE:.4g}–{(clip.offset + clip.length) / SAMPLE_RATE:.4g} s"
