@@ -15,7 +15,12 @@ from lib.model.masks import Masks, complementarity
 from lib.util.stats import Comparison
 
 Row = dict[str, Any]
-STAGE_COLUMNS = ("projection_rms", "rms_before_scaling", "output_rms", "target_scale", "applied_scale", "clamped")
+STAGE_COLUMNS = "projection_rms", "rms_before_scaling", "output_rms", "target_scale", "applied_scale", "clamped"
+
+
+def number_row(head: Row, numbers: Mapping[str, Any], form: str = ".2f") -> Row:
+    """`head`, and the numbers as text under their names in words."""
+    return head | {name.replace("_", " "): f"{number:{form}}" for name, number in numbers.items()}
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -33,14 +38,14 @@ def part_rows(model: FusionModel, discriminator: Discriminator) -> list[Row]:
 
 def rows_of(values: Mapping[str, float], name: str, value: str, form: str = ".2f") -> list[Row]:
     """A row for every entry: its key in the column `name`, its number in the column `value`."""
-    return [{name: key, value: f"{number:{form}}"} for key, number in values.items()]
+    return [number_row({name: key}, {value: number}, form) for key, number in values.items()]
 
 
 def mask_rows(masks: Mapping[str, Masks | None]) -> list[Row]:
     """Complementarity, and the share that is taken of the input."""
     measured = {name: (complementarity(m).mean(), m.input.mean()) for name, m in masks.items() if m is not None}
     return [
-        {"masks": name, "complementarity": f"{found:.2f}", "taken of the input": f"{share:.2f}"}
+        number_row({"masks": name}, {"complementarity": found, "taken of the input": share})
         for name, (found, share) in measured.items()
     ]
 
@@ -56,32 +61,21 @@ def term_rows(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[Row]:
 
 def stage_rows(row: Mapping[str, Any], num_stages: int) -> list[Row]:
     """RMS values and scales of every stage, from a row of metrics.jsonl."""
-    return [
-        {"stage": i} | {name.replace("_", " "): f"{row[f'stage{i}/{name}']:.2f}" for name in STAGE_COLUMNS}
-        for i in range(num_stages)
-    ]
+    return [number_row({"stage": i}, {c: row[f"stage{i}/{c}"] for c in STAGE_COLUMNS}) for i in range(num_stages)]
 
 
 def fusion_rows(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row]:
     """Mean objective metrics of every output of `measure_fusions`."""
-    return [
-        {"output": name} | {key.replace("_", " "): f"{value:.2f}" for key, value in mean_metrics(rows).items()}
-        for name, rows in measured.items()
-    ]
+    return [number_row({"output": name}, mean_metrics(rows)) for name, rows in measured.items()]
 
 
 def advantage_rows(
     measured: Mapping[str, Sequence[Mapping[str, float]]], name: str, found: Mapping[str, Comparison]
 ) -> list[Row]:
     """The output `name` beside each baseline: the advantage in merit that was found, and how many pairs it won."""
-    merits = {output: [row["merit"] for row in rows] for output, rows in measured.items()}
-    won = {other: sum(a > b for a, b in zip(merits[name], merits[other], strict=True)) for other in found}
-    return [
-        {
-            "baseline": other,
-            "advantage in merit": str(comparison),
-            "pairs won": f"{won[other]} of {len(merits[name])}",
-            "verdict": comparison.in_words("the baseline"),
-        }
-        for other, comparison in found.items()
-    ]
+    rows = []
+    for other, comparison in found.items():
+        won = [a["merit"] > b["merit"] for a, b in zip(measured[name], measured[other], strict=True)]
+        row = {"baseline": other, "advantage in merit": str(comparison), "pairs won": f"{sum(won)} of {len(won)}"}
+        rows.append(row | {"verdict": comparison.in_words("the baseline")})
+    return rows

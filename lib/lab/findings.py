@@ -1,33 +1,49 @@
-"""What notebook 02 shows of the grid: tables and sentences that follow from the runs, whichever way they came out."""
+"""What notebooks 02 and 04 show of the ablation: tables and sentences that follow from the runs, whichever way they
+came out."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lib.lab.measures import Groups, Measure, Runs, at_level, each, first_non_finite, growth, peak, rising
-from lib.lab.results import Result
+from lib.lab.measures import Groups, Measure, at_level, each, final, first_non_finite, growth, known, peak, rising
 from lib.lab.variants import EXPLODING, REFERENCE, SINGLE_CHANGES, Variant
 from lib.training.config import TrainConfig
 from lib.util.stats import describe, difference, factorial_effects
 
+Rows = list[dict[str, Any]]
+Measures = Mapping[str, Measure]  # by label; NaN for a run without an end
+
 SUSPECTS = ("3 stages", EXPLODING, "learnable RMS", "anti-modulation log")  # variants with what the seeds blame
-MEASURES: dict[str, Measure] = {  # axis label with its unit → measure, NaN for a run without an end
+MEASURES: Measures = {  # label of an axis, with its unit
     "largest gradient norm": peak,
     "gradient growth (last / first tenth)": growth,
-    "validation MSE (squared latent units)": lambda r: final(r, "mse"),
-    "output / target RMS": lambda r: final(r, "rms_ratio"),
+    "validation MSE (squared latent units)": final("mse"),
+    "output / target RMS": final("rms_ratio"),
 }
-Rows = list[dict[str, Any]]
-
-
-def final(result: Result, key: str) -> float:
-    """A metric after training; NaN for a run without an end."""
-    return result.final[key] if result.final else math.nan
-
-
-def known(results: Runs, measure: Measure) -> list[float]:
-    """The measure of every run that has it."""
-    return [value for value in each(results, measure) if not math.isnan(value)]
+SUMMARY: Measures = {
+    "gradient norm, first tenth": lambda run: run.start.get("grad_norm", math.nan),
+    "last tenth": lambda run: run.end.get("grad_norm", math.nan),
+    "largest": peak,
+    "validation MSE": final("mse"),
+    "output / target RMS": final("rms_ratio"),
+}
+LEAKAGE: Measures = {
+    "largest gradient norm": peak,
+    "output / target RMS": final("rms_ratio"),
+    "correlation with input": final("input_correlation"),
+    "with target": final("target_correlation"),
+    "validation MSE": final("mse"),
+}
+WEAK_RESIDUALS: Measures = {
+    "leakage": lambda run: (final("input_correlation")(run) + final("target_correlation")(run)) / 2,
+    "gradients": peak,
+    "error": final("mse"),
+}
+EFFECTS: Measures = {
+    "largest gradient norm (decades)": lambda run: math.log10(peak(run)),
+    "gradient growth (decades)": lambda run: math.log10(growth(run)),
+    "validation MSE (squared latent units)": final("mse"),
+}
 
 
 def grid_measures(groups: Groups) -> dict[str, dict[str, list[float]]]:
@@ -35,20 +51,19 @@ def grid_measures(groups: Groups) -> dict[str, dict[str, list[float]]]:
     return {label: {name: known(runs, of) for name, runs in groups.items()} for label, of in MEASURES.items()}
 
 
-def summary(groups: Groups) -> Rows:
-    """A row for each variant: how its runs ended, gradient norms, error and level, as medians and ranges over seeds."""
+def summary(groups: Groups, columns: Measures = SUMMARY) -> Rows:
+    """A row for each variant: how its runs ended, and every measure as median and range over seeds."""
     return [
-        {
-            "variant": name,
-            "end": first_non_finite(runs),
-            "gradient norm, first tenth": describe(each(runs, lambda r: r.start["grad_norm"])),
-            "last tenth": describe(each(runs, lambda r: r.end["grad_norm"])),
-            "largest": describe(each(runs, peak)),
-            "validation MSE": describe(known(runs, lambda r: final(r, "mse")), 4),
-            "output / target RMS": describe(known(runs, lambda r: final(r, "rms_ratio"))),
-        }
+        {"variant": name, "end": first_non_finite(runs)}
+        | {label: describe(known(runs, of), 4 if "MSE" in label else 3) for label, of in columns.items()}
         for name, runs in groups.items()
     ]
+
+
+def leakage_rows(groups: Groups, names: Sequence[str]) -> Rows:
+    """A row for each variant: what leaks from the sources, beside stability, level and error."""
+    rows = summary({name: groups[name] for name in names if name in groups}, LEAKAGE)
+    return [row | {"at the target level": "yes" if at_level(groups[row["variant"]]) else "no"} for row in rows]
 
 
 def single_changes(groups: Groups) -> Rows:
@@ -67,10 +82,10 @@ def against_chance(rows: Rows, seeds: int) -> str:
     """How many comparisons of `single_changes` find a difference, and how many would by chance: two sets of n values do
     not overlap 2 times in (2n choose n)."""
     words = [cell.split(": ")[-1] for row in rows for cell in row.values()]
-    compared = [word for word in words if word in ("higher", "lower", "within seed spread")]
-    differ = sum(word != "within seed spread" for word in compared)
-    chance = 2 / math.comb(2 * seeds, seeds) * len(compared)
-    return f"{differ} of {len(compared)} comparisons say 'higher' or 'lower'; by chance alone {chance:.0f} would"
+    differ = sum(word in ("higher", "lower") for word in words)
+    compared = differ + words.count("within seed spread")
+    chance = 2 / math.comb(2 * seeds, seeds) * compared
+    return f"{differ} of {compared} comparisons say 'higher' or 'lower'; by chance alone {chance:.0f} would"
 
 
 def effects(
@@ -80,13 +95,8 @@ def effects(
 
     Without a measure that some run lacks, and empty where the grid lacks a variant.
     """
-    measures: dict[str, Measure] = {
-        "largest gradient norm (decades)": lambda r: math.log10(peak(r)),
-        "gradient growth (decades)": lambda r: math.log10(growth(r)),
-        "validation MSE (squared latent units)": lambda r: final(r, "mse"),
-    }
     found = {}
-    for label, measure in measures.items():
+    for label, measure in EFFECTS.items():
         cells = {levels: each(groups.get(variant.name, ()), measure) for levels, variant in variants.items()}
         if all(values and all(map(math.isfinite, values)) for values in cells.values()):
             found[label] = factorial_effects(cells, factors)
@@ -101,57 +111,31 @@ def effect_rows(effects: Mapping[str, Mapping[str, Sequence[float]]]) -> Rows:
 
 def findings(groups: Groups) -> list[str]:
     """A sentence on each suspect of the seeds, on rising gradients, on clipping and on non-finite values."""
-    peaks = {name: each(results, peak) for name, results in groups.items()}
-    reference, runs = peaks[REFERENCE], [run for results in groups.values() for run in results]
-    risers = [name for name, results in groups.items() if rising(results)]
+    reference, runs = each(groups[REFERENCE], peak), [run for results in groups.values() for run in results]
+    sentences = []
+    for name in (name for name in SUSPECTS if name in groups):
+        peaks = each(groups[name], peak)
+        against = f"against {describe(reference)} of {REFERENCE}: {difference(peaks, reference)}"
+        sentences.append(f"{name}: largest gradient norm {describe(peaks)}, {against}.")
+    risers = ", ".join(name for name, results in groups.items() if rising(results)) or "no variant"
     limit = TrainConfig().clip
     clipped = [norm > limit for run in runs for norm in run.grad_norm]
     return [
-        *(
-            f"{name}: largest gradient norm {describe(peaks[name])}, against {describe(reference)} of {REFERENCE}: "
-            f"{difference(peaks[name], reference)}."
-            for name in SUSPECTS
-            if name in groups
-        ),
-        f"The gradient norm rises over training in every seed of: {', '.join(risers) or 'no variant'}.",
+        *sentences,
+        f"The gradient norm rises over training in every seed of: {risers}.",
         f"It passes {limit:g}, where clipping acts, in {sum(clipped)} of {len(clipped)} recorded points.",
         f"Non-finite values end {sum(run.non_finite is not None for run in runs)} of {len(runs)} runs.",
-    ]
-
-
-def leakage_rows(groups: Groups, names: Sequence[str]) -> Rows:
-    """A row for each variant: what leaks from the sources, beside stability, level and error."""
-    return [
-        {
-            "variant": name,
-            "end": first_non_finite(groups[name]),
-            "largest gradient norm": describe(each(groups[name], peak)),
-            "output / target RMS": describe(known(groups[name], lambda r: final(r, "rms_ratio"))),
-            "correlation with input": describe(known(groups[name], lambda r: final(r, "input_correlation"))),
-            "with target": describe(known(groups[name], lambda r: final(r, "target_correlation"))),
-            "validation MSE": describe(known(groups[name], lambda r: final(r, "mse")), 4),
-            "at the target level": "yes" if at_level(groups[name]) else "no",
-        }
-        for name in names
-        if name in groups
     ]
 
 
 def weak_residuals(groups: Groups, names: Sequence[str]) -> list[str]:
     """A line for each way to keep a weak residual, against two stages, and one that names those which leak less at the
     target level without larger gradients."""
-    measures: dict[str, Measure] = {
-        "leakage": lambda r: (final(r, "input_correlation") + final(r, "target_correlation")) / 2,
-        "gradients": peak,
-        "error": lambda r: final(r, "mse"),
-    }
     lines, winners = [], []
     for name in (name for name in names if name in groups):
-        found = {
-            label: difference(known(groups[name], measure), known(groups[REFERENCE], measure))
-            for label, measure in measures.items()
-        }
-        level = "at" if at_level(groups[name]) else "not at"
+        runs, others = groups[name], groups[REFERENCE]
+        found = {label: difference(known(runs, of), known(others, of)) for label, of in WEAK_RESIDUALS.items()}
+        level = "at" if at_level(runs) else "not at"
         lines.append(f"{name}: {', '.join(f'{n} {word}' for n, word in found.items())}; {level} the target level")
         if level == "at" and found["leakage"] == "lower" and found["gradients"] != "higher":
             winners.append(name)
@@ -162,10 +146,10 @@ def schedule_rows(groups: Groups) -> Rows:
     """A row for each variant of the whole schedule: how its runs ended, and the mean objective metrics after it."""
     rows = []
     for name, runs in groups.items():
-        row = {"variant": name, "seeds": len(runs), "steps": min(each(runs, lambda r: r.steps))}
+        row = {"variant": name, "seeds": len(runs), "steps": min(run.steps for run in runs)}
         row["non-finite"] = sum(run.non_finite is not None for run in runs)
         for key in ("rhythm", "harmony", "merit", "movement_ratio"):
-            values = [run.final[f"model/{key}"] for run in runs if run.final]
+            values = known(runs, final(f"model/{key}"))
             row[key.removesuffix("_ratio")] = f"{sum(values) / max(1, len(values)):.2f}"
         rows.append(row)
     return rows

@@ -16,6 +16,26 @@ def each(results: Runs, measure: Measure) -> list[float]:
     return [measure(result) for result in results]
 
 
+def known(results: Runs, measure: Measure) -> list[float]:
+    """The measure of every run that has it: without NaN."""
+    return [value for value in each(results, measure) if not math.isnan(value)]
+
+
+def final(key: str, missing: float = math.nan) -> Measure:
+    """A metric on the validation pairs after training; `missing` for a run without an end."""
+    return lambda result: result.final[key] if result.final else missing
+
+
+level = final("rms_ratio", 0.0)  # output RMS over target RMS
+decoded_merit = final("model/merit", 0.0)  # figure of merit
+movement = final("model/movement_ratio", 0.0)  # of the decoded output, over that of its clips
+
+
+def nearer(result: Result) -> float:
+    """Correlation of the output with the source that it is nearer to; NaN for a run without an end."""
+    return max(final("input_correlation")(result), final("target_correlation")(result))
+
+
 def peak(result: Result) -> float:
     """Largest gradient norm before clipping; infinite for a run that met a non-finite value."""
     return max(result.grad_norm, default=math.inf)
@@ -26,8 +46,10 @@ def growth(result: Result) -> float:
     return math.inf if result.non_finite else result.end["grad_norm"] / result.start["grad_norm"]
 
 
-def last_stage(result: Result) -> int:
-    return max(int(key[5]) for key in result.start if key.endswith("/target_scale"))
+def largest_factor(result: Result) -> float:
+    """Largest target scale of any stage, at the start, a quarter or the end of training."""
+    parts = (result.start, result.quarter, result.end)
+    return max((v for part in parts for k, v in part.items() if k.endswith("/target_scale")), default=math.inf)
 
 
 def gradient_norms(part: Mapping[str, float]) -> dict[str, float]:
@@ -38,14 +60,8 @@ def gradient_norms(part: Mapping[str, float]) -> dict[str, float]:
 def last_projection_share(result: Result) -> float:
     """Share of the last stage's projection in the squared gradient norm at the end; 0 for a run without an end."""
     norms = gradient_norms(result.end)
-    return norms[f"grad_norm/stage{last_stage(result)}/output_projection"] / sum(norms.values()) if norms else 0.0
-
-
-def largest_factor(result: Result) -> float:
-    """Largest target scale of any stage, at the start, a quarter or the end of training, each a median over a tenth of
-    the steps."""
-    parts = (result.start, result.quarter, result.end)
-    return max((v for part in parts for k, v in part.items() if k.endswith("/target_scale")), default=math.inf)
+    projections = [norm for key, norm in sorted(norms.items()) if key.endswith("/output_projection")]
+    return projections[-1] / sum(norms.values()) if norms else 0.0
 
 
 def scalars_against_rest(result: Result) -> float:
@@ -55,36 +71,16 @@ def scalars_against_rest(result: Result) -> float:
     return math.sqrt(scalars / (sum(norms.values()) - scalars))
 
 
-def stage_parameters(d: int, num_layers: int) -> int:
-    """Parameters of a stage of width d whose sources are as wide, without RMS scalars."""
-    return num_layers * (12 * d * d + 13 * d) + 4 * d + 128 * d + 128
-
-
 def scalar_ratio(result: Result) -> float:
     """Gradient of the RMS scalars over that of all other parameters, both as RMS over elements, at the start."""
-    widths = (256, *[384] * last_stage(result))  # of `learnable scalars`
+    widths = (256, 384)  # of `learnable scalars`
     count = sum(stage_parameters(d, result.num_layers) for d in widths)
     return scalars_against_rest(result) * math.sqrt(count / (3 * len(widths)))
 
 
-def nearer(final: Mapping[str, float]) -> float:
-    """Correlation of an output with the source that it is nearer to."""
-    return max(final["input_correlation"], final["target_correlation"])
-
-
-def level(result: Result) -> float:
-    """Output RMS over target RMS on the validation pairs; 0 for a run without an end."""
-    return result.final["rms_ratio"] if result.final else 0.0
-
-
-def decoded_merit(result: Result) -> float:
-    """Figure of merit on the validation pairs after training; 0 for a run that met a non-finite value."""
-    return result.final["model/merit"] if result.final else 0.0
-
-
-def movement(result: Result) -> float:
-    """Movement of the decoded output over that of its clips; 0 for a run without an end."""
-    return result.final["model/movement_ratio"] if result.final else 0.0
+def stage_parameters(d: int, num_layers: int) -> int:
+    """Parameters of a stage of width d whose sources are as wide, without RMS scalars."""
+    return num_layers * (12 * d * d + 13 * d) + 4 * d + 128 * d + 128
 
 
 def within(values: Sequence[float], low: float, high: float) -> bool:
@@ -114,4 +110,4 @@ def stable(results: Runs) -> bool:
 
 def at_level(results: Runs) -> bool:
     """Whether every run ended with an output near the target level on the validation pairs."""
-    return never_non_finite(results) and within([r.final["rms_ratio"] for r in results], *HEALTHY_RATIO)
+    return never_non_finite(results) and within(each(results, level), *HEALTHY_RATIO)

@@ -22,43 +22,46 @@ from lib.lab.variants import EXPLODING, LEARNABLE, REFERENCE, REPAIR
 COLOURS = {REFERENCE: "#0072B2", EXPLODING: "#D55E00", REPAIR: "#E69F00", LEARNABLE: "#CC79A7"}
 MARKERS = {REFERENCE: "o", EXPLODING: "s", REPAIR: "^", LEARNABLE: "D"}
 PARTS = ("input_projection", "input_norm", "layers", "post_norm", "output_projection", "rms_scaling")
-PART_COLOURS = ("#EEEEEE", "#DDDDDD", "#BBBBBB", "#888888", "#444444", "#000000")  # greys: colours are variants
+GREYS = ("#EEEEEE", "#DDDDDD", "#BBBBBB", "#888888", "#444444", "#000000")  # of parts: colours are variants
 OTHER = "#666666"  # of variants that no seed names
 HATCHES = ("", "//", "..", "xx", "\\\\")  # by stage
 
 
 @contextmanager
-def panels(titles: Sequence[str], size: tuple[float, float], grid: str = "both") -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure with one panel for each title, side by side on one vertical scale."""
-    with plt.rc_context(STYLE | {"axes.grid.axis": grid}):
-        figure, rows = plt.subplots(1, len(titles), figsize=size, sharey=True, squeeze=False)
-        yield figure, list(rows[0])
+def panels(
+    titles: Sequence[str], size: tuple[float, float], rows: Sequence[str] = (), fontsize: float | None = None
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure with one panel for each title, side by side on one vertical scale; `rows`: the names of bars or ranges
+    at y = 0, 1, … from the top."""
+    with plt.rc_context(STYLE | {"axes.grid.axis": "x" if rows else "both"}):
+        figure, axes = plt.subplots(1, len(titles), figsize=size, sharey=True, squeeze=False)
+        yield figure, list(axes[0])
+        if rows:
+            axes[0, 0].set_yticks(range(len(rows)), list(rows), fontsize=fontsize)
+            axes[0, 0].invert_yaxis()
 
 
 def trajectories(groups: Groups) -> Figure:
     """Gradient norm before clipping over steps: median over seeds as a line, range as a band, × at a non-finite end."""
     with panels([""], (8, 4)) as (figure, (axes,)):
         for name, results in groups.items():
-            finite = [[norm for norm in r.grad_norm if math.isfinite(norm)] for r in results]
-            steps = np.linspace(1, max(r.steps for r in results), max(map(len, finite)))
-            norms = np.array([on_steps(r.steps, own, steps) for r, own in zip(results, finite, strict=True) if own])
-            if not norms.size:
+            runs = [(run, finite) for run in results if (finite := [n for n in run.grad_norm if math.isfinite(n)])]
+            if not runs:
                 continue
+            steps = np.linspace(1, max(run.steps for run, _ in runs), max(len(own) for _, own in runs))
+            norms = [  # NaN after a run's end
+                np.interp(steps, np.linspace(1, run.steps, len(own)), own, right=np.nan) for run, own in runs
+            ]
             colour, marker = COLOURS.get(name, OTHER), MARKERS.get(name, "o")
             axes.fill_between(steps, np.nanmin(norms, 0), np.nanmax(norms, 0), color=colour, alpha=0.2, linewidth=0)
             every = max(1, len(steps) // 8)
             axes.plot(steps, np.nanmedian(norms, 0), color=colour, marker=marker, markevery=every, label=name)
-            for result, own in zip(results, finite, strict=True):
-                if result.non_finite and own:
-                    axes.plot(result.steps, own[-1], "x", color=colour, markersize=11)
+            for run, own in runs:
+                if run.non_finite:
+                    axes.plot(run.steps, own[-1], "x", color=colour, markersize=11)
         axes.set(xlabel="step", ylabel="gradient norm before clipping", yscale="log")
         axes.legend(fontsize=8)
     return figure
-
-
-def on_steps(length: int, norms: Sequence[float], steps: np.ndarray) -> np.ndarray:
-    """A run's norms, spread evenly over its own steps, at the steps of the figure; NaN after its end."""
-    return np.interp(steps, np.linspace(1, length, len(norms)), norms, right=np.nan)
 
 
 def draw_range(axes: Axes, y: int, values: Sequence[float], colour: str, marker: str, size: float) -> None:
@@ -75,7 +78,7 @@ def variant_ranges(
     without values are marked as non-finite.
     """
     size = (4 + 2.9 * len(measures), 1.1 + 0.24 * len(groups))
-    with panels(list(measures), size, grid="x") as (figure, row):
+    with panels(list(measures), size, list(groups), fontsize=8) as (figure, row):
         for axes, (label, values) in zip(row, measures.items(), strict=True):
             axes.set(xlabel=label, xscale="log" if label in log else "linear")
             if values.get(REFERENCE):
@@ -85,35 +88,30 @@ def variant_ranges(
                     draw_range(axes, y, found, COLOURS.get(name, OTHER), MARKERS.get(name, "o"), 4)
                 else:
                     axes.text(0.5, y, "non-finite", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
-        row[0].set_yticks(range(len(groups)), list(groups), fontsize=8)
-        row[0].invert_yaxis()
     return figure
 
 
 def gradient_shares(groups: Groups) -> Figure:
     """Share of every part in the squared gradient norm at the end (median over seeds), stage by stage, a bar a
     variant."""
-    used = set()
-    with panels([""], (9, 0.9 + 0.5 * len(groups)), grid="x") as (figure, (axes,)):
+    used = {}
+    with panels([""], (9, 0.9 + 0.5 * len(groups)), list(groups)) as (figure, (axes,)):
         for y, results in enumerate(groups.values()):
             left = 0.0
-            for stage, part in itertools.product(range(8), PARTS):
+            for stage, (part, colour) in itertools.product(range(8), zip(PARTS, GREYS, strict=True)):
                 share = part_share(results, f"grad_norm/stage{stage}/{part}")
                 if share > 0:
-                    used.add(part)
-                    colour, hatch = PART_COLOURS[PARTS.index(part)], HATCHES[stage % len(HATCHES)]
+                    used[part] = plt.Rectangle((0, 0), 1, 1, color=colour)
+                    hatch = HATCHES[stage % len(HATCHES)]
                     axes.barh(y, share, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
                     if share > 0.08:
                         box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
                         axes.text(left + share / 2, y, f"{stage}", ha="center", va="center", fontsize=8, bbox=box)
                     left += share
-        axes.set_yticks(range(len(groups)), list(groups))
-        axes.invert_yaxis()
         axes.set(xlabel="share of the squared gradient norm (number: stage)", xlim=(0, 1.02))
-        shown = [(part, colour) for part, colour in zip(PARTS, PART_COLOURS, strict=True) if part in used]
-        handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for _, colour in shown]
-        names = [part for part, _ in shown]
-        figure.legend(handles, names, loc="outside upper center", ncols=max(1, len(shown)), fontsize=8)
+        keys = {part: used[part] for part in PARTS if part in used}
+        place = {"loc": "outside upper center", "ncols": max(1, len(keys))}
+        figure.legend(list(keys.values()), list(keys), fontsize=8, **place)
     return figure
 
 
@@ -127,15 +125,14 @@ def part_share(results: Runs, part: str) -> float:
 def factorial(effects: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Main effects and interactions, a panel a measure: every seed as a point, the range as a line; grey crosses where
     seeds disagree on the sign."""
-    with panels(list(effects), (3 + 3.4 * len(effects), 3.2), grid="x") as (figure, row):
+    names = list(next(iter(effects.values())))
+    with panels(list(effects), (3 + 3.4 * len(effects), 3.2), names) as (figure, row):
         for axes, (label, found) in zip(row, effects.items(), strict=True):
             for y, values in enumerate(found.values()):
                 sure = min(values) > 0 or max(values) < 0
                 draw_range(axes, y, values, "#000000" if sure else "#999999", "o" if sure else "x", 5)
             axes.axvline(0, color="black", linewidth=1)
             axes.set(xlabel=label)
-        row[0].set_yticks(range(len(found)), list(found))
-        row[0].invert_yaxis()
     return figure
 
 

@@ -69,6 +69,11 @@ def result(variant: str, seed: int = 0, *, norms=(1.0, 1.0), steps: int = 100, r
     )
 
 
+def dead(variant: str, seed: int = 0) -> Result:
+    """A run that broke in its first step."""
+    return Result(variant, seed, 2, 0, {"step": 1, "stage": 0, "tensor": "loss"}, {}, {}, None, (math.inf,), "r")
+
+
 def named(**changes) -> list[Result]:
     """The four settings with three seeds; `changes` by short name."""
     short = {"two": REFERENCE, "weak": EXPLODING, "repair": REPAIR, "learnable": LEARNABLE}
@@ -128,11 +133,8 @@ def test_short_runs_do_not_settle_what_takes_long():
 def test_runs_that_end_at_their_first_step_are_judged():
     """No row was logged: nothing is known of them but that they ended."""
     for variant in VARIANTS:
-        dead = [
-            Result(variant.name, s, 2, 0, {"step": 1, "stage": 0, "tensor": "loss"}, {}, {}, None, (math.inf,), "r")
-            for s in range(3)
-        ]
-        runs = [r for r in [*named(), *grid(lambda *_: 1.0)] if r.variant != variant.name] + dead
+        broken = [dead(variant.name, seed) for seed in range(3)]
+        runs = [r for r in [*named(), *grid(lambda *_: 1.0)] if r.variant != variant.name] + broken
         assert audit_named(runs)
         assert audit_grid(runs)
 

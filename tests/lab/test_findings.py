@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from lab.test_audit import grid, result
+from lab.test_audit import dead, grid, result
 from lib.lab.findings import (
     against_chance,
     effect_rows,
@@ -50,6 +50,7 @@ def test_a_run_without_an_end_has_no_error_and_no_level_in_a_table():
     assert row["output / target RMS"] == "0.900"
     assert row["largest"] == "inf (1.00 to inf)"
     assert row["end"] == "non-finite in 1 of 2 runs, first at step 3"
+    assert summary({REFERENCE: [dead(REFERENCE)]})[0]["gradient norm, first tenth"] == "none"
     assert grid_measures(groups)["output / target RMS"] == {REFERENCE: [0.9]}
     (row,) = leakage_rows(groups, [REFERENCE, "a variant that did not run"])
     assert (row["correlation with input"], row["at the target level"]) == ("0.700", "no")
