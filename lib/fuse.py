@@ -112,7 +112,7 @@ def main() -> None:
         sys.exit(fuse_recipe(options) if options.recipe else fuse(options))
 
 
-def fuse(options: argparse.Namespace) -> int:
+def fuse(options: argparse.Namespace) -> None:
     run = Run.open(options.run)
     trained_on = run.config.get("codec")
     if not isinstance(trained_on, dict) or not isinstance(trained_on.get("name"), str):
@@ -123,12 +123,11 @@ def fuse(options: argparse.Namespace) -> int:
         written = fuse_files(*files, run, codec, which=which)
         seconds, chunks = written.num_samples / SAMPLE_RATE, chunk_starts(written.num_samples, CHUNK, OVERLAP)
         print(f"{written.path}: {seconds:.2f} s in {len(chunks)} chunk(s), peak {written.peak:.3f}")
-        return 0
-    resolver = SuperResolver(options.superres, device="cuda" if torch.cuda.is_available() else "cpu")
-    restored = fuse_and_restore(*files, run, codec, resolver, which)
-    seconds, above = restored.num_samples / mel.SAMPLE_RATE, restored.cutoff / 1000
-    print(f"{restored.path}: {seconds:.2f} s at 48 kHz, restored above {above:.1f} kHz, peak {restored.peak:.3f}")
-    return 0
+    else:
+        resolver = SuperResolver(options.superres, device="cuda" if torch.cuda.is_available() else "cpu")
+        restored = fuse_and_restore(*files, run, codec, resolver, which)
+        seconds, above = restored.num_samples / mel.SAMPLE_RATE, restored.cutoff / 1000
+        print(f"{restored.path}: {seconds:.2f} s at 48 kHz, restored above {above:.1f} kHz, peak {restored.peak:.3f}")
 
 
 def fuse_recipe(options: argparse.Namespace) -> int:
@@ -143,10 +142,8 @@ def fuse_recipe(options: argparse.Namespace) -> int:
         print("equal to the recipe's output bit for bit")
         return 0
     there, here = (f"torch {v.get('torch')}, commit {v.get('commit')}" for v in (result.versions, versions()))
-    print(
-        f"NOT equal to the recipe's output: it is from {there}, this from {here}; or the processor differs, or the "
-        "recipe was edited"
-    )
+    print(f"NOT equal to the recipe's output: it is from {there}, this from {here};", end=" ")
+    print("or the processor differs, or the recipe was edited")
     return 1
 
 

@@ -1,5 +1,6 @@
 """Chunks and the crossfade: every sample covered, no seam, and little memory."""
 
+import threading
 import weakref
 
 import numpy as np
@@ -91,9 +92,17 @@ def test_at_most_two_chunks_are_alive():
 
 
 def test_reading_prefetches_one_chunk_in_order():
-    seen = []
-    with reading(lambda start: seen.append(start) or start, [0, 90, 180, 270], "fusing") as chunks:
+    seen, second = [], threading.Event()
+
+    def read(start: int) -> int:
+        seen.append(start)
+        if start == 90:
+            second.set()
+        return start
+
+    with reading(read, [0, 90, 180, 270], "fusing") as chunks:
         assert next(iter(chunks)) == 0
+        assert second.wait(timeout=30)
     assert seen in ([0, 90], [0, 90, 180])
     with reading(lambda start: start, [0, 90, 180], "fusing") as chunks:
         assert list(chunks) == [0, 90, 180]
