@@ -1,7 +1,4 @@
-"""The whole model, masks and cascade; and the model of a trained run.
-
-Legend: B batch, D latent channels, T frames.
-"""
+"""The whole model, masks and cascade; and the model of a trained run. Legend as in `cascade`."""
 
 from typing import Any, NamedTuple
 
@@ -23,11 +20,9 @@ class Fusion(NamedTuple):
 
 
 class FusionModel(nn.Module):
-    """Fuse two latents into one. With learned masks and the two-stage reference: 16,553,984 parameters.
-
-    The masks are computed once per forward pass. Everything after them, residuals and RMS scaling included, sees the
-    masked latents, each rescaled to the RMS of its clip (as in the original).
-    """
+    """Fuse two latents into one. With learned masks and the two-stage reference: 16,553,984 parameters. The masks are
+    computed once per forward pass. Everything after them, residuals and RMS scaling included, sees the masked latents,
+    each rescaled to the RMS of its clip (as in the original)."""
 
     def __init__(self, cascade: CascadeConfig | None = None, masking: MaskingConfig | None = None):
         super().__init__()
@@ -54,10 +49,8 @@ class FusionModel(nn.Module):
 
 
 def load_model(run: Any, which: str = "best", *, codec_fingerprint: str | None = None) -> FusionModel:
-    """The model of a `lib.training.run.Run`, in eval mode, on the CPU: `load_model(Run.open("outputs/demo"))`.
-
-    `which`: 'best' or 'last' checkpoint. `UserError` if the run was trained on another codec than `codec_fingerprint`.
-    """
+    """The model of a `lib.training.run.Run`, in eval mode, on the CPU: `load_model(Run.open("outputs/demo"))`. `which`:
+    'best' or 'last' checkpoint. `UserError` if the run was trained on another codec than `codec_fingerprint`."""
     if not {"cascade", "masking"} <= set(run.config):
         raise UserError(f"{run.path / 'config.json'}: describes no model; give a run that this project trained")
     run.check_codec(codec_fingerprint)

@@ -1,7 +1,4 @@
-"""Masks that decide what is taken from each clip: learned by a generator, or made by a fixed rule.
-
-Legend: B batch, D latent channels (128), T frames.
-"""
+"""Masks that decide what is taken from each clip: learned, or by a fixed rule. Legend as in `cascade`."""
 
 from typing import NamedTuple
 
@@ -34,11 +31,9 @@ class Masks(NamedTuple):
 
 
 class MaskGenerator(nn.Module):
-    """Learned masks from both latents; 1,083,904 parameters, named as in the original checkpoints.
-
-    Two convolutions analyse each clip; each then attends to the other, through one attention layer used both ways; two
-    more convolutions and a sigmoid give its mask.
-    """
+    """Learned masks from both latents; 1,083,904 parameters, named as in the original checkpoints. Two convolutions
+    analyse each clip; each then attends to the other, through one attention layer used both ways; two more convolutions
+    and a sigmoid give its mask."""
 
     def __init__(self, latent_dim: int = LATENT_DIM, width: int = 256, num_heads: int = 4):
         super().__init__()

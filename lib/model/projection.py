@@ -70,21 +70,17 @@ def spectral_sigma(linear: nn.Linear) -> float:
 
 def rms_ceiling(d: int, D: int, gamma: float = 1.0) -> float:
     """Largest RMS that a projection `d → D` with σ ≤ 1 can give to LayerNorm's output, before its bias: √(d/D)·γ.
-
     LayerNorm's output has norm √d·γ in every frame, which σ ≤ 1 cannot increase; over D channels that is an RMS of
-    √(d/D)·γ. For D > d it is still an upper bound. Derived in notebook 03.
-    """
+    √(d/D)·γ. For D > d it is still an upper bound. Derived in notebook 03."""
     if d < 1 or D < 1 or gamma < 0:
         raise ValueError(f"rms_ceiling needs d ≥ 1, D ≥ 1 and gamma ≥ 0, got d={d}, D={D}, gamma={gamma}")
     return math.sqrt(d / D) * gamma
 
 
 def projection_ceiling(norm: nn.LayerNorm, projection: nn.Linear) -> float:
-    """Largest RMS that `projection` can give to the output of `norm`, with their present weights and biases.
-
-    LayerNorm gives γ ⊙ n + β with ‖n‖ = √d, so a norm of at most max|γ|·√d + ‖β‖; the projection multiplies it by at
-    most σ and adds its bias b: (σ·(max|γ|·√d + ‖β‖) + ‖b‖)/√D. With γ = 1, β = 0 and b = 0 it is `rms_ceiling`.
-    """
+    """Largest RMS that `projection` can give to the output of `norm`, with their present weights and biases. LayerNorm
+    gives γ ⊙ n + β with ‖n‖ = √d, so a norm of at most max|γ|·√d + ‖β‖; the projection multiplies it by at most σ and
+    adds its bias b: (σ·(max|γ|·√d + ‖β‖) + ‖b‖)/√D. With γ = 1, β = 0 and b = 0 it is `rms_ceiling`."""
     D, d = projection.weight.shape
     longest = norm.weight.abs().max().item() * math.sqrt(d) + norm.bias.norm().item()
     return (spectral_sigma(projection) * longest + projection.bias.norm().item()) / math.sqrt(D)

@@ -64,12 +64,10 @@ def mean_of(signals: list[Mixture]) -> Mixture:
 
 
 def initial_projection_rms(d: int, D: int, *, spectral_norm: bool = True) -> float:
-    """RMS of an untrained projection `d → D` of LayerNorm's output with γ = 1, before its bias.
-
-    A random matrix with entries of variance v maps a vector of norm √d to one of RMS √(d·v). `nn.Linear` starts with
-    v = 1/(3d), so at RMS √(1/3) whatever the width. Spectral norm divides by the largest singular value: about
-    √v·(√d + √D), less the Tracy-Widom mean at finite sizes (Johnstone 2001, Annals of Statistics 29(2)).
-    """
+    """RMS of an untrained projection `d → D` of LayerNorm's output with γ = 1, before its bias. A random matrix with
+    entries of variance v maps a vector of norm √d to one of RMS √(d·v). `nn.Linear` starts with v = 1/(3d), so at RMS
+    √(1/3) whatever the width. Spectral norm divides by the largest singular value: about √v·(√d + √D), less the
+    Tracy-Widom mean at finite sizes (Johnstone 2001, Annals of Statistics 29(2))."""
     if not spectral_norm:
         return math.sqrt(1 / 3)
     edge = math.sqrt(d - 1) + math.sqrt(D)
@@ -84,10 +82,8 @@ def rms_before_scaling(projection: float, residual: float, weight: float, alignm
 
 
 def smallest_safe_weight(projection: float, residual: float, needed: float, *, preserving: bool = False) -> float:
-    """Smallest w at which the RMS before scaling reaches `needed`, for a projection orthogonal to the residual.
-
-    From p² + w²r² ≥ needed², or (1 − w²)·p² + w²r² ≥ needed² in RMS-preserving mixing, where w ≤ 1; inf: there is none.
-    """
+    """Smallest w at which the RMS before scaling reaches `needed`, for a projection orthogonal to the residual:
+    p² + w²r² ≥ needed², or (1 − w²)·p² + w²r² ≥ needed² in RMS-preserving mixing, where w ≤ 1. inf: there is none."""
     lacking = needed**2 - projection**2
     if lacking <= 0:
         return 0.0
@@ -114,11 +110,9 @@ class StagePrediction:
 def predict_stage(
     stage: "StageConfig", residual: Mixture, clips: Clips, *, d: int, D: int
 ) -> tuple[StagePrediction, Mixture]:
-    """One stage at initialisation: its prediction, and its output as a mixture for the next stage.
-
-    The projection of a random stage is taken as orthogonal to both clips. Learnable RMS scaling starts at the mean of
-    both RMS values, where fixed scaling aims at `pair_rms`.
-    """
+    """One stage at initialisation: its prediction, and its output as a mixture for the next stage. The projection of a
+    random stage is taken as orthogonal to both clips. Learnable RMS scaling starts at the mean of both RMS values,
+    where fixed scaling aims at `pair_rms`."""
     weight, gain, share = stage.residual_weight, stage.projection_gain, stage.projection_weight
     p, r = gain * initial_projection_rms(d, D, spectral_norm=stage.spectral_norm), residual.rms(clips)
     mixed = Mixture(weight * residual.input, weight * residual.target, math.hypot(weight * residual.other, share * p))
@@ -147,10 +141,8 @@ def predict_stage(
 
 def check_collapse(config: "CascadeConfig") -> list[str]:
     """A message for each stage whose RMS collapses by design, naming the smallest safe weight; none for a sound config.
-
     A stage collapses where, for two unlike clips, the law predicts a target scale above what its clamp allows (1.5
-    without a clamp). Training logs the messages when it starts.
-    """
+    without a clamp). Training logs the messages when it starts."""
     messages = []
     for i, (stage, found) in enumerate(zip(config.stages, config.predict_rms(), strict=True)):
         if found.target_scale <= found.safe_scale * (1 + 1e-9):

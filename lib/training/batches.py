@@ -32,10 +32,8 @@ def epoch_order(num_pairs: int, epoch: int, seed: int, shuffled: float = 0.0) ->
 
 
 def process_share(order: Tensor, batch_size: int, accumulate: int, rank: int, processes: int) -> Iterator[list[Tensor]]:
-    """One process's share of an order `[P, 2]`: for each step, its batches `[≤ batch_size, 2]`.
-
-    Every process takes as many; of the last, smaller step up to `processes − 1` pairs are left out.
-    """
+    """One process's share of an order `[P, 2]`: for each step, its batches `[≤ batch_size, 2]`. Every process takes as
+    many; of the last, smaller step up to `processes − 1` pairs are left out."""
     pairs_per_step = batch_size * accumulate * processes
     for start in range(0, len(order), pairs_per_step):
         pairs = order[start : start + pairs_per_step]
@@ -98,11 +96,9 @@ def evenly_spread(count: int, most: int | None) -> Tensor:
 def prefetch_batches(
     pairs: Pairs, chosen: Tensor, steps: Iterable[list[Tensor]], *, threads: int, pin_memory: bool
 ) -> Iterator[list[Batch]]:
-    """The batches of every step, in order, while as many threads read the steps that follow.
-
-    A step is a list of batches `[≤ B, 2]`: places among the `chosen` pairs, one for the input and one for the target.
-    `pin_memory`: in memory that a GPU can fetch while it computes.
-    """
+    """The batches of every step, in order, while as many threads read the steps that follow. A step is a list of
+    batches `[≤ B, 2]`: places among the `chosen` pairs, one for the input and one for the target. `pin_memory`: in
+    memory that a GPU can fetch while it computes."""
 
     def read(step: list[Tensor]) -> list[Batch]:
         return [clips(chosen[batch].tolist()) for batch in step]

@@ -15,11 +15,9 @@ from lib.training.trainer import Callback, Trainer
 
 
 class DemoClips(Callback):
-    """Fuses the same validation pairs every few epochs and at the end.
-
-    Writes audio/pair_0_input.wav, audio/pair_0_target.wav and the fusion, audio/pair_0_epoch_0010.wav or
-    audio/pair_0_last.wav, into the run's folder at the codec's levels, and a figure of the three into figures/.
-    """
+    """Fuses the same validation pairs every few epochs and at the end. Writes audio/pair_0_input.wav,
+    audio/pair_0_target.wav and the fusion, audio/pair_0_epoch_0010.wav or audio/pair_0_last.wav, into the run's folder
+    at the codec's levels, and a figure of the three into figures/."""
 
     def __init__(self, codec: Codec, every: int, count: int = 2):
         self.codec, self.every, self.count = codec, every, count

@@ -1,7 +1,4 @@
-"""Training the fusion model: its loss, noise and discriminator, the metrics of its stages, and `train`.
-
-Legend: B batch, D latent channels, T frames.
-"""
+"""Training the fusion model: its loss, noise and discriminator, the metrics of its stages, and `train`."""
 
 import dataclasses
 import logging

@@ -19,7 +19,7 @@ import copy
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,9 +30,6 @@ from lib.model.projection import realign_projections
 from lib.training.batches import Batch
 from lib.training.config import LoopConfig
 from lib.training.nonfinite import not_finite
-
-if TYPE_CHECKING:  # it builds on the functions below
-    from lib.training.adversary import Adversary
 
 Losses = tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]  # loss, metrics, (fake, real)
 
@@ -58,7 +55,7 @@ class Learner:
         model: nn.Module,
         groups: list[dict[str, Any]],
         accelerator: Accelerator,
-        adversary: "Adversary | None" = None,
+        adversary: Any = None,  # an `Adversary`, which builds on the functions below
     ):
         self.config, self.accelerator, self.adversary = config, accelerator, adversary
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
@@ -69,11 +66,9 @@ class Learner:
         self.failed = torch.zeros((), device=accelerator.device)  # 1 from the first non-finite step on
 
     def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
-        """Loss and metrics of a batch on the device, and the discriminator's samples: (fake, real), or None.
-
-        `model` may be wrapped by a launcher, so call it and use none of its parts. `info` is None in validation, which
-        must not depend on the step: no noise, no critic.
-        """
+        """Loss and metrics of a batch on the device, and the discriminator's samples: (fake, real), or None. `model`
+        may be wrapped by a launcher, so call it and use none of its parts. `info` is None in validation, which must not
+        depend on the step: no noise, no critic."""
         raise NotImplementedError
 
     def parts(self, model: nn.Module) -> dict[str, nn.Module]:

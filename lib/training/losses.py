@@ -167,12 +167,10 @@ def total_loss(
     critic: Critic | None = None,
     random_window: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum for latents `[B, D, T]`, and every term before weighting, by name.
-
-    The two squared errors are always among the terms, so that runs with different objectives can be compared. Terms on
-    sound need `decode`, terms on masks `masks` (`ValueError` without); without a `critic` the adversarial term is left
-    out. The decoded window is drawn from torch's generator with `random_window`, otherwise it is the middle.
-    """
+    """Weighted sum for latents `[B, D, T]`, and every term before weighting, by name. The two squared errors are always
+    among the terms, so that runs with different objectives can be compared. Terms on sound need `decode`, terms on
+    masks `masks` (`ValueError` without); without a `critic` the adversarial term is left out. The decoded window is
+    drawn from torch's generator with `random_window`, otherwise it is the middle."""
     terms = {"input_mse": latent_mse(output, input), "target_mse": latent_mse(output, target)}
     weights = {"input_mse": config.input_weight, "target_mse": config.target_weight}
     clips = {"input_rms": input, "target_rms": target}

@@ -92,10 +92,8 @@ class Run:
             logger.warning("%s: was trained by other code and is trained again; the old run is in replaced/", path)
             return cls.create(path, config | {"code": code}, keep_all=True)
         if differences := [f"{field}: {old!r} → {new!r}" for field, old, new in differing_fields(had, config)]:
-            raise UserError(
-                f"{path}: holds a run with another config ({'; '.join(differences[:4])}); "
-                "resume with its own config, start again without resume, or choose another output folder"
-            )
+            fix = "resume with its own config, start again without resume, or choose another output folder"
+            raise UserError(f"{path}: holds a run with another config ({'; '.join(differences[:4])}); {fix}")
         if missing := [part for part in code if part not in run.trained_by]:
             logger.warning("%s: is resumed by other code than began it, and will not be reused when finished", path)
             run.config["code"] = [*run.trained_by, *missing]
@@ -208,12 +206,11 @@ class Run:
 
     def check_codec(self, fingerprint: str | None) -> None:
         codec = self.config.get("codec")
-        trained_on = codec if isinstance(codec, dict) else {}  # another program's config.json may mean something else
-        if fingerprint is not None and trained_on.get("fingerprint") != fingerprint:
-            raise UserError(
-                f"{self.path}: this run was trained on latents of codec {trained_on.get('name')!r} "
-                f"({trained_on.get('fingerprint')}), not {fingerprint}; use that codec, or train again with this one"
-            )
+        codec = codec if isinstance(codec, dict) else {}  # another program's config.json may mean something else
+        if fingerprint not in (None, codec.get("fingerprint")):
+            trained_on = f"this run was trained on latents of codec {codec.get('name')!r} ({codec.get('fingerprint')})"
+            fix = "use that codec, or train again with this one"
+            raise UserError(f"{self.path}: {trained_on}, not {fingerprint}; {fix}")
 
     def _verified(self, which: str, names: Iterable[str]) -> tuple[Path, dict[str, Any]]:
         folder, fix = self.path / which, f"restore it, point {which!r} at the run's other checkpoint, or train again"

@@ -113,7 +113,6 @@ def test_mixtures_against_tensors(clips):
     assert INPUT.rms(clips) == pytest.approx(rms_of(input), rel=1e-9)
     assert TARGET.rms(clips) == pytest.approx(rms_of(target), rel=1e-9)
     assert mixture.rms(clips) == pytest.approx(rms_of(previous), rel=1e-9)
-    assert mixture.scaled(-1.5).rms(clips) == pytest.approx(rms_of(-1.5 * previous), rel=1e-9)
     assert mean_of([INPUT, TARGET]).rms(clips) == pytest.approx(rms_of((input + target) / 2), rel=1e-9, abs=1e-9)
     three = rms_of((input + previous + target) / 3)
     assert mean_of([INPUT, mixture, TARGET]).rms(clips) == pytest.approx(three, rel=1e-9)
