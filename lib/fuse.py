@@ -25,7 +25,7 @@ from lib.codec.codec import Codec, load_codec
 from lib.listening.render import follow_recipe
 from lib.model.fusion import FusionModel, load_model
 from lib.superres import mel
-from lib.superres.resolver import Restoration, Restored, SuperResolver, restore_file
+from lib.superres.resolver import Restoration, SuperResolver, Written, restore_file
 from lib.training.run import Run
 from lib.util.errors import UserError, exit_on_user_error
 from lib.util.files import prefetch
@@ -67,7 +67,7 @@ def fuse_files(
 
 def fuse_and_restore(
     input_path: File, target_path: File, out_path: File, run: Run, codec: Codec, resolver: SuperResolver, which: str
-) -> Restored:
+) -> Written:
     """Fuse two audio files and write the result at 48 kHz with its upper band restored. Errors as in `fuse_files`."""
     _check_out(out_path, (input_path, target_path))
     try:
@@ -125,8 +125,8 @@ def fuse(options: argparse.Namespace) -> None:
         print(f"{written.path}: {seconds:.2f} s in {len(chunks)} chunk(s), peak {written.peak:.3f}")
     else:
         resolver = SuperResolver(options.superres, device="cuda" if torch.cuda.is_available() else "cpu")
-        restored = fuse_and_restore(*files, run, codec, resolver, which)
-        seconds, above = restored.num_samples / mel.SAMPLE_RATE, restored.cutoff / 1000
+        restored, cutoff = fuse_and_restore(*files, run, codec, resolver, which)
+        seconds, above = restored.num_samples / mel.SAMPLE_RATE, cutoff / 1000
         print(f"{restored.path}: {seconds:.2f} s at 48 kHz, restored above {above:.1f} kHz, peak {restored.peak:.3f}")
 
 

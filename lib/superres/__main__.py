@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from lib.audio.files import AudioWriter
 from lib.superres.mel import SAMPLE_RATE
-from lib.superres.resolver import DEFAULTS, VOCODERS, Restoration, Restored, SuperResolver, restore_file, restore_folder
+from lib.superres.resolver import DEFAULTS, VOCODERS, Restoration, SuperResolver, restore_file, restore_folder
 from lib.util.errors import exit_on_user_error
 
 
@@ -28,21 +29,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=DEFAULTS.seed, help="default: %(default)s")
     parser.add_argument("--cutoff", type=float, help="Hz, where the files' own band ends (default: measured in each)")
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with exit_on_user_error():
         settings = Restoration(options.steps, options.guidance, options.seed, options.cutoff)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         resolver = SuperResolver(options.run, vocoder=options.vocoder, device=device)
         if not Path(options.input).is_dir():
-            report(restore_file(options.input, options.out, resolver, settings))
+            report(*restore_file(options.input, options.out, resolver, settings))
             return
         _, skipped = restore_folder(options.input, options.out, resolver, settings, report)
         for path, problem in skipped:
             print(f"skipped {path}: {problem}", file=sys.stderr)
 
 
-def report(restored: Restored) -> None:
-    size = f"{restored.num_samples / SAMPLE_RATE:.2f} s, {restored.channels} channel(s)"
-    print(f"{restored.path}: {size}, restored above {restored.cutoff / 1000:.1f} kHz, peak {restored.peak:.3f}")
+def report(written: AudioWriter, cutoff: float) -> None:
+    size = f"{written.num_samples / SAMPLE_RATE:.2f} s, {written.channels} channel(s)"
+    print(f"{written.path}: {size}, restored above {cutoff / 1000:.1f} kHz, peak {written.peak:.3f}")
 
 
 if __name__ == "__main__":

@@ -47,12 +47,8 @@ VAE_NAMES = {
 def import_audiosr(
     path: str | Path, folder: str | Path, vae_sizes: VaeConfig | None = None, vocoder_sizes: VocoderConfig | None = None
 ) -> tuple[Run, Run, int]:
-    """Read a checkpoint and write the runs `folder/vae` and `folder/hifigan`; returns both, and how many tensors of the
-    file belong to other parts.
-
-    No code of the file is run. `UserError` lists tensors that are missing, unknown or of another shape; weight
-    normalisation, in torch's older or newer form or none, becomes plain weights.
-    """
+    """Read a checkpoint, running no code of it, and write the runs `folder/vae` and `folder/hifigan`; returns both, and
+    how many tensors belong to other parts. `UserError` lists tensors that are missing, unknown or of another shape."""
     path, folder = Path(path), Path(folder)
     content = safe_torch_load(path)
     tensors = content.get("state_dict") if isinstance(content, dict) else None
@@ -82,9 +78,8 @@ def fill(path: Path, model: nn.Module, tensors: dict[str, Tensor], names: dict[s
     """Load every tensor into its place in the model. `names`: the model's name → the file's, without the prefix."""
     own = model.state_dict()
     # attention is a matrix here, a convolution with a kernel of one in the file
-    found = {
-        name: x[..., 0, 0] if ATTENTION.search(name) and x.shape[2:] == (1, 1) else x for name, x in tensors.items()
-    }
+    is_matrix = {name for name, x in tensors.items() if ATTENTION.search(name) and x.shape[2:] == (1, 1)}
+    found = {name: x[..., 0, 0] if name in is_matrix else x for name, x in tensors.items()}
     expected = {PREFIX + theirs: own[ours] for ours, theirs in names.items()}
     check_tensors(path, {PREFIX + name: tensor for name, tensor in found.items()}, expected, fix=FIX)
     model.load_state_dict(own | {ours: found[theirs] for ours, theirs in names.items()})
@@ -98,8 +93,7 @@ def vae_name(name: str, levels: int) -> str:
 
 
 def without_weight_norm(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, with one weight g · v / ‖v‖ in place of each magnitude g and direction v (Salimans and Kingma
-    2016, arXiv 1602.07868)."""
+    """The same tensors, with one weight g · v / ‖v‖ for each magnitude g and direction v (arXiv 1602.07868)."""
     plain = dict(tensors)
     for endings in WEIGHT_NORM:
         stems = [name.removesuffix(ending) for name in tensors for ending in endings if name.endswith(ending)]

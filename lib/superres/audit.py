@@ -44,16 +44,17 @@ def transformers_of(parts: Mapping[str, nn.Module]) -> list[GlobalTransformer]:
 
 def count_sizes(parts: Mapping[str, nn.Module]) -> list[Count]:
     """Parameters. The conditioned transformers are part of the UNet."""
-    denoiser, transformers = parts["denoiser"], transformers_of(parts)
-    whole = [
-        Count("global encoder", number_of_parameters(denoiser.encoder), 3_232_312),
-        Count("UNet, all of it", number_of_parameters(denoiser.unet), 64_876_712),
-        Count("autoencoder", number_of_parameters(parts["vae"]), 100_001_328),
-        Count("vocoder", number_of_parameters(parts["vocoder"]), 39_317_489),
-    ]
-    conditioned = number_of_parameters(nn.ModuleList(transformers))
-    inner = Count(f"its {len(transformers)} conditioned transformers", conditioned, 14_313_024)
-    return [*whole[:2], inner, *whole[2:], Count("together", sum(size.counted for size in whole), 207_427_841)]
+    transformers = nn.ModuleList(transformers_of(parts))
+    counted = (
+        ("global encoder", parts["denoiser"].encoder, 3_232_312),
+        ("UNet, all of it", parts["denoiser"].unet, 64_876_712),
+        (f"its {len(transformers)} conditioned transformers", transformers, 14_313_024),
+        ("autoencoder", parts["vae"], 100_001_328),
+        ("vocoder", parts["vocoder"], 39_317_489),
+    )
+    sizes = [Count(what, sum(p.numel() for p in part.parameters()), claimed) for what, part, claimed in counted]
+    whole = sum(size.counted for size in sizes) - sizes[2].counted
+    return [*sizes, Count("together", whole, 207_427_841)]
 
 
 def count_costs(parts: Mapping[str, nn.Module]) -> list[Count]:
@@ -85,10 +86,6 @@ def macs(run: Callable[[], Any]) -> int:
     return counter.get_total_flops() // 2
 
 
-def number_of_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def audit_sizes(
     sizes: Sequence[Count], costs: Sequence[Count], transformers: int, latent: Sequence[int]
 ) -> list[Verdict]:
@@ -97,12 +94,9 @@ def audit_sizes(
     (step,) = (cost for cost in costs if cost.what == "UNet, one step")
     per_batch = Count(step.what, 8 * step.counted, step.claimed)
     found = f"{per_batch.counted / 1e9:.0f} GMACs, {step.counted / 1e9:.1f} a clip"
+    own = [(s, f"{s.what}: {s.claimed / 1e6:.2f} M parameters") for s in sizes if s is not inner]
     return [
-        *(
-            judge("C16", f"{s.what}: {s.claimed / 1e6:.2f} M parameters", s.agrees, found=f"{s.counted / 1e6:.2f} M")
-            for s in sizes
-            if s is not inner
-        ),
+        *(judge("C16", said, size.agrees, found=f"{size.counted / 1e6:.2f} M") for size, said in own),
         judge("C17", "18 (or 12) conditioned transformers", transformers in (12, 18), found=str(transformers)),
         judge("C17", "with 14.3 M parameters", inner.agrees, found=f"{inner.counted / 1e6:.1f} M"),
         judge("C17", "latents [16, 64, 64]", tuple(latent) == (16, 64, 64), found=str(list(latent))),
@@ -116,13 +110,12 @@ def audit_attention(pooled: Tensor, sequence: Tensor) -> list[Verdict]:
         ("each position queries the global context, one pooled vector", pooled, ""),
         ("the same with the sequence as context", sequence, "the repair that is the default here"),
     )
-    verdicts = []
-    for said, received, why in claims:
-        spread = spread_over_places(received)
-        differ = f"places differ by {spread:.0%} of what they receive"
-        found = differ if spread > ALIKE else "every place receives the same"
-        verdicts.append(judge("C18", said, spread > ALIKE, found=found, why=why))
-    return verdicts
+    spreads = [(said, spread_over_places(received), why) for said, received, why in claims]
+    differ, same = "places differ by {:.0%} of what they receive", "every place receives the same"
+    return [
+        judge("C18", said, s > ALIKE, found=(differ if s > ALIKE else same).format(s), why=why)
+        for said, s, why in spreads
+    ]
 
 
 def spread_over_places(received: Tensor) -> float:

@@ -13,7 +13,7 @@ from scipy import signal
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lib.audio.files import AudioError, check_audio, load_audio
+from lib.audio.files import AudioError, AudioReport, check_audio, load_audio
 from lib.audio.walk import walk_audio
 from lib.superres.mel import SAMPLE_RATE
 from lib.util.configs import checked_dataclass, choice, whole
@@ -38,9 +38,9 @@ class Degradation:
     @classmethod
     def draw(cls, generator: np.random.Generator) -> "Degradation":
         """A random kind, order and cutoff, uniformly."""
-        cutoff = GRID * int(generator.integers(LOWEST // GRID, HIGHEST // GRID + 1))
+        cutoff = GRID * int(generator.integers(LOWEST // GRID, HIGHEST // GRID, endpoint=True))
         kind = list(KINDS)[generator.integers(len(KINDS))]
-        return cls(cutoff, kind, int(generator.integers(ORDERS[0], ORDERS[1] + 1)))
+        return cls(cutoff, kind, int(generator.integers(*ORDERS, endpoint=True)))
 
     def __call__(self, wav: Tensor) -> Tensor:
         """A clip `[1, N]` at 48 kHz without the band above the cutoff, at the same rate and length."""
@@ -55,19 +55,10 @@ class Degradation:
 
 
 @dataclass(frozen=True)
-class Song:
-    """A usable file. `length`: samples at 48 kHz."""
-
-    path: Path
-    length: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Library:
     """The songs of a folder, split by file. `skipped`: path and reason of unusable files."""
 
-    songs: dict[str, tuple[Song, ...]]  # 'train' and 'val'
+    songs: dict[str, tuple[AudioReport, ...]]  # 'train' and 'val'
     skipped: tuple[tuple[Path, str], ...]
 
     @property
@@ -88,13 +79,12 @@ def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 
     for path in (folder / name for name in files):
         try:
             report = check_audio(path)
-            rate, length = report.sample_rate, report.samples_at(SAMPLE_RATE)
-            if rate < LOWEST_RATE:
+            if (rate := report.sample_rate) < LOWEST_RATE:
                 raise AudioError(path, f"its rate is {rate} Hz, which holds no upper band; use 44.1 kHz or more")
-            if length < clip_length:
+            if report.samples_at(SAMPLE_RATE) < clip_length:
                 fault = f"shorter than a clip of {clip_length / SAMPLE_RATE:g} s"
                 raise AudioError(path, f"{fault}; use longer music or shorter clips")
-            songs.setdefault(report.sha256, Song(path, length, report.sha256))  # copies count once
+            songs.setdefault(report.sha256, report)  # copies count once
         except AudioError as error:
             skipped.append((path, error.problem))
     skipped += [(folder / item.path, item.reason) for item in others]
@@ -106,42 +96,40 @@ def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 
     return Library({"val": tuple(ordered[:held_out]), "train": tuple(ordered[held_out:])}, tuple(skipped))
 
 
+@dataclass(eq=False)
 class Examples(Dataset):
     """`examples[i]` is (clip `[1, N]`, degraded clip `[1, N]`) at 48 kHz, float32. Song, offset and degradation, unless
     it is given, depend on `seed`, split and `i` alone: a resumed training sees the same."""
 
+    library: Library
+    split: str
+    count: int
+    clip_length: int
+    seed: int = 0
+    degradation: Degradation | None = None
     sample_rate = SAMPLE_RATE
 
-    def __init__(
-        self,
-        library: Library,
-        split: str,
-        count: int,
-        clip_length: int,
-        seed: int = 0,
-        degradation: Degradation | None = None,
-    ):
-        self.songs, self.split, self.count = library.songs[split], split, count
-        self.clip_length, self.seed, self.degradation = clip_length, seed, degradation
-        offsets = np.array([song.length - clip_length + 1 for song in self.songs], dtype=float)
-        self.shares = offsets / offsets.sum()  # every offset in the music is equally likely
+    def __post_init__(self):
+        self.songs = self.library.songs[self.split]
+        self.offsets = [song.samples_at(SAMPLE_RATE) - self.clip_length + 1 for song in self.songs]
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        song, generator = self._draw(i)
-        offset = int(generator.integers(song.length - self.clip_length + 1))
+        place, generator = self._draw(i)
+        offset = int(generator.integers(self.offsets[place]))
         degradation = Degradation.draw(generator)
-        clip = load_audio(song.path, offset, self.clip_length, SAMPLE_RATE)
+        clip = load_audio(self.songs[place].path, offset, self.clip_length, SAMPLE_RATE)
         return clip, (self.degradation or degradation)(clip)
 
-    def song(self, i: int) -> Song:
-        return self._draw(i)[0]
+    def song(self, i: int) -> AudioReport:
+        return self.songs[self._draw(i)[0]]
 
-    def _draw(self, i: int) -> tuple[Song, np.random.Generator]:
-        """The song of example `i`, and the generator that draws the rest."""
+    def _draw(self, i: int) -> tuple[int, np.random.Generator]:
+        """The place of example `i`'s song, and the generator that draws the rest."""
         if not 0 <= i < self.count:
             raise IndexError(f"example {i} of {self.count}")
         generator = np.random.default_rng([self.seed, self.split == "val", i])
-        return self.songs[generator.choice(len(self.songs), p=self.shares)], generator
+        shares = np.array(self.offsets, dtype=float) / sum(self.offsets)  # every offset in the music is equally likely
+        return generator.choice(len(self.songs), p=shares), generator

@@ -1,10 +1,9 @@
 """How near a restored clip comes to the original: log-spectral distance, beside baselines without a model.
 
-LSD = mean over frames of √(mean over bins of (log₁₀ |X|² − log₁₀ |Y|²)²), windows of 2048 samples 512 apart at 48 kHz
-(Gray and Markel 1976; in this form in Wang and Wang 2021, doi 10.1109/TASLP.2021.3054302, and in AudioSR). Powers are
-floored at the rounding noise of 16 bits, or the depth of digital silence would decide. Energy-matched: the estimate is
-first scaled to the reference's mean magnitude in the lowest tenth of the bins, as AudioSR's authors advise, so that a
-mere difference of level does not count.
+LSD = mean over frames of √(mean over bins of (log₁₀ |X|² − log₁₀ |Y|²)²) (Gray and Markel 1976; in this form in Wang
+and Wang 2021, doi 10.1109/TASLP.2021.3054302, and in AudioSR). Powers are floored at the rounding noise of 16 bits, or
+the depth of digital silence would decide. Energy-matched: the estimate is first scaled to the reference's mean
+magnitude in the lowest tenth of the bins, as AudioSR's authors advise, so that a difference of level does not count.
 """
 
 import dataclasses
@@ -108,42 +107,27 @@ def evaluate(
     whole = Examples(library, split, clips, resolver.clip_length, SEED)
     songs = [whole.song(i).sha256 for i in range(clips)]
     original = torch.stack([whole[i][0] for i in range(clips)])
-    known = mels_of_any_cutoff(resolver, original, mean_envelope(library, resolver.clip_length), settings)
+    mel, none = log_mel(original), torch.zeros(clips, dtype=torch.bool, device=resolver.device)
+    with torch.inference_mode():
+        coded = resolver.vae.decode(resolver.vae.encode(mel.to(resolver.device))).to(mel.device)
+    unguided = dataclasses.replace(settings, guidance=1.0)  # without a condition there is nothing to guide to
+    blind = resolver.predict_mel(torch.zeros_like(original), unguided, keeps_low=none, keeps_context=none)
+    envelope = mean_envelope(library, resolver.clip_length)[:, None].expand_as(mel)
+    # the mels of the methods that do not see the low band
+    known = {"envelope": envelope, "no condition": blind, "autoencoder": coded, "vocoder": mel}
     scores, sounds = [], {}
     for cutoff in cutoffs:
         examples = Examples(library, split, clips, resolver.clip_length, SEED, Degradation(cutoff))
         low = torch.stack([examples[i][1] for i in range(clips)])
-        restored = restored_by_all(resolver, low, cutoff, known, settings)
+        without_context = resolver.predict_mel(low, settings, keeps_context=none)
+        mels = {**known, "no context": without_context, "model": resolver.predict_mel(low, settings)}
+        full = {name: resolver.vocode(mel, low, cutoff, settings) for name, mel in mels.items()}
+        if resolver.vocoder is not None:
+            full["griffin-lim"] = resolver.griffin_lim(known["vocoder"], low, cutoff, settings, None)
+        restored = {"sinc": low} | {name: join_bands(low, wav, cutoff) for name, wav in full.items()}
         scores += [score(method, cutoff, restored, original, songs) for method in METHODS if method in restored]
         sounds[cutoff] = {"original": original} | restored
     return Evaluation(tuple(scores), sounds)
-
-
-def mels_of_any_cutoff(
-    resolver: SuperResolver, original: Tensor, envelope: Tensor, settings: Restoration
-) -> dict[str, Tensor]:
-    """Method → log mels `[B, 1, 256, T]`, for the methods that do not see the low band."""
-    mel, none = log_mel(original), torch.zeros(len(original), dtype=torch.bool, device=resolver.device)
-    unguided = dataclasses.replace(settings, guidance=1.0)  # without a condition there is nothing to guide to
-    blind = resolver.predict_mel(torch.zeros_like(original), unguided, keeps_low=none, keeps_context=none)
-    with torch.inference_mode():
-        coded = resolver.vae.decode(resolver.vae.encode(mel.to(resolver.device))).to(mel.device)
-    envelope = envelope[:, None].expand_as(mel)
-    return {"envelope": envelope, "no condition": blind, "autoencoder": coded, "vocoder": mel}
-
-
-def restored_by_all(
-    resolver: SuperResolver, low: Tensor, cutoff: int, known: Mapping[str, Tensor], settings: Restoration
-) -> dict[str, Tensor]:
-    """Method → waveforms `[B, 1, N]`; all but 'sinc' and 'griffin-lim' share the vocoder. `known`: the mels of
-    `mels_of_any_cutoff`."""
-    none = torch.zeros(len(low), dtype=torch.bool, device=resolver.device)
-    without_context = resolver.predict_mel(low, settings, keeps_context=none)
-    mels = {**known, "no context": without_context, "model": resolver.predict_mel(low, settings)}
-    full = {name: resolver.vocode(mel, low, cutoff, settings) for name, mel in mels.items()}
-    if resolver.vocoder is not None:
-        full["griffin-lim"] = resolver.vocode(known["vocoder"], low, cutoff, settings, trained=False)
-    return {"sinc": low} | {name: join_bands(low, wav, cutoff) for name, wav in full.items()}
 
 
 def mean_envelope(library: Library, clip_length: int, clips: int = 64) -> Tensor:

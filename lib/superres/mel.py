@@ -2,6 +2,7 @@
 its approximate inverse. A clip of 10.24 s becomes `[B, 1, 256, 1024]`."""
 
 import librosa
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,7 @@ def window(device: torch.device) -> Tensor:
 
 @cached_table
 def _weight(frames: int, device: torch.device) -> Tensor:
-    """How often each sample is covered by `frames` frames, weighted by the windows: `[1, 1, frames · HOP]`."""
+    """The sum of the squared windows of `frames` frames over each sample: `[1, 1, frames · HOP]`."""
     return _overlap_add(window(device).square().expand(1, frames, -1))
 
 
@@ -76,12 +77,7 @@ def filters(device: torch.device) -> Tensor:
 @cached_table
 def interpolation(device: torch.device) -> Tensor:
     """`[N_FFT / 2 + 1, 256]`: a band's mean magnitude at its centre, linear interpolation between the centres."""
-    bank = filters(torch.device("cpu")).double()
-    centres = torch.from_numpy(librosa.mel_frequencies(MELS + 2, fmin=LOWEST, fmax=HIGHEST))[1:-1]
-    bins = torch.arange(N_FFT // 2 + 1) * SAMPLE_RATE / N_FFT
-    right = torch.searchsorted(centres, bins.double()).clamp(1, MELS - 1)
-    share = ((bins - centres[right - 1]) / (centres[right] - centres[right - 1])).clamp(0, 1)
-    lines = torch.zeros(len(bins), MELS, dtype=torch.double)
-    lines[torch.arange(len(bins)), right - 1] = 1 - share
-    lines[torch.arange(len(bins)), right] += share
-    return (lines / bank.sum(dim=1)).float().to(device)
+    centres = librosa.mel_frequencies(MELS + 2, fmin=LOWEST, fmax=HIGHEST)[1:-1]
+    bins = np.arange(N_FFT // 2 + 1) * SAMPLE_RATE / N_FFT
+    lines = torch.from_numpy(np.stack([np.interp(bins, centres, band) for band in np.eye(MELS)], axis=1))
+    return (lines / filters(torch.device("cpu")).double().sum(dim=1)).float().to(device)

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,13 +36,13 @@ class Restoration:
     """How to restore. The same seed gives the same sound."""
 
     steps: whole(1, 1000) = 50
-    # 1: none; found on songs that a small model had learned from (notebook 06)
-    guidance: number(0, 20) = 1.5
+    guidance: number(0, 20) = 1.5  # 1: none; found on songs that a small model had learned from (notebook 06)
     seed: whole(0, 2**63 - 1) = 0
     cutoff: number(above=100, most=FULL) | None = None  # Hz, the end of the clip's band; None: measured
 
 
 DEFAULTS = Restoration()
+Written = tuple[AudioWriter, float]  # the closed writer of a file, with length and peak, and the end of its band in Hz
 Numbers = Sequence[int] | None  # of clips, which decide their random numbers; 0 to B − 1 by default
 
 
@@ -80,9 +79,7 @@ class SuperResolver:
         return join_bands(low, self.vocode(mel, low, cutoff, settings, numbers=numbers), cutoff)
 
     @torch.inference_mode()
-    def predict_mel(
-        self, low: Tensor, settings: Restoration = DEFAULTS, numbers: Numbers = None, **keeps: Tensor
-    ) -> Tensor:
+    def predict_mel(self, low: Tensor, settings: Restoration, numbers: Numbers = None, **keeps: Tensor) -> Tensor:
         """Log mel `[B, 1, 256, T]` of the whole band, sampled from the model. `keeps`: as in `Denoiser`."""
         mel = log_mel(low.to(self.device))
         latents = self.latent_scale * self.vae.encode(mel)
@@ -91,20 +88,15 @@ class SuperResolver:
         return self.vae.decode(full / self.latent_scale).to(low.device)
 
     @torch.inference_mode()
-    def vocode(
-        self,
-        mel: Tensor,
-        low: Tensor,
-        cutoff: float,
-        settings: Restoration = DEFAULTS,
-        numbers: Numbers = None,
-        *,
-        trained: bool = True,
-    ) -> Tensor:
-        """A waveform `[B, 1, N]` for a log mel, by HiFi-GAN where it is loaded and `trained`, or by Griffin-Lim, which
-        keeps the band of `low [B, 1, N]` below the cutoff."""
-        if trained and self.vocoder is not None:
-            return self.vocoder(mel.to(self.device)).to(low.device)
+    def vocode(self, mel: Tensor, low: Tensor, cutoff: float, settings: Restoration, numbers: Numbers = None) -> Tensor:
+        """A waveform `[B, 1, N]` for a log mel, by HiFi-GAN where it is loaded, otherwise by Griffin-Lim."""
+        if self.vocoder is None:
+            return self.griffin_lim(mel, low, cutoff, settings, numbers)
+        return self.vocoder(mel.to(self.device)).to(low.device)
+
+    @torch.inference_mode()
+    def griffin_lim(self, mel: Tensor, low: Tensor, cutoff: float, settings: Restoration, numbers: Numbers) -> Tensor:
+        """The same without training; keeps the band of `low [B, 1, N]` below the cutoff."""
         noise = drawn(torch.rand, (len(mel), N_FFT // 2 + 1, mel.shape[-1]), settings, numbers)
         return griffin_lim(mel, low, bin_of(cutoff), noise=noise)
 
@@ -137,9 +129,10 @@ class SuperResolver:
     def restore_signal(self, wav: Tensor, settings: Restoration = DEFAULTS) -> Tensor:
         """A signal `[C, N]` at 48 kHz of any length with a restored upper band, `[C, N]`; unchanged where it is silent
         or its band complete. For a resampled signal give the cutoff: `band_edge` of it before resampling."""
-        cutoff = settings.cutoff or at_least_lowest(band_edge(wav))
-        if not 0 < cutoff <= FULL:
+        edge = settings.cutoff or band_edge(wav)
+        if not 0 < edge <= FULL:
             return wav
+        cutoff = settings.cutoff or max(edge, LOWEST)  # models are trained on no lower one
         clips = (wav[:, start : start + self.clip_length] for start in self.starts(wav.shape[-1]))
         return torch.cat(list(self.restored(clips, cutoff, settings)), dim=1)[:, : wav.shape[-1]]
 
@@ -160,8 +153,7 @@ def join_bands(low: Tensor, high: Tensor, cutoff: float) -> Tensor:
 
 def band_edge(wav: Tensor | Iterable[Tensor], rate: int = SAMPLE_RATE) -> float:
     """Where the band of a signal `[C, N]`, whole or in clips, ends: the highest bin, in Hz, whose peak over time is
-    within 70 dB of the loudest bin's; 0 for silence. `rate`: the signal's own, as resampling leaves faint images above
-    the band."""
+    within 70 dB of the loudest bin's; 0 for silence. Give the signal's own `rate`: resampling leaves faint images."""
     peaks = torch.zeros(N_FFT // 2 + 1)
     for clip in [wav] if isinstance(wav, Tensor) else wav:
         if size := min(N_FFT, clip.shape[-1]):  # a shorter clip is one frame
@@ -173,38 +165,22 @@ def band_edge(wav: Tensor | Iterable[Tensor], rate: int = SAMPLE_RATE) -> float:
     return within.max().item() * rate / N_FFT if len(within) else 0.0
 
 
-def at_least_lowest(edge: float) -> float:
-    """A measured band edge in Hz, raised to the lowest that models are trained on; 0 stays 0."""
-    return max(edge, LOWEST) if edge else edge
-
-
 def audible(low: Tensor) -> Tensor:
-    """1 where clips `[..., N]` hold more than digital silence, falling to 0 within some frames: `[..., N]`."""
+    """1 where clips `[..., N]` hold more than digital silence, falling to 0 within some frames."""
     frames = (low.abs() > SILENT).float().unflatten(-1, (-1, HOP)).amax(dim=-1).flatten(0, -2)[:, None]
     near = torch.nn.functional.max_pool1d(frames, 5, stride=1, padding=2)
     return torch.nn.functional.interpolate(near, low.shape[-1], mode="linear").view_as(low)
 
 
-@dataclass(frozen=True)
-class Restored:
-    """A file that was written."""
-
-    path: Path
-    num_samples: int
-    channels: int
-    cutoff: float  # Hz, where its own band ends
-    peak: float
-
-
-def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, settings: Restoration) -> Restored:
+def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, settings: Restoration) -> Written:
     """Restore the upper band of a file clip by clip; `out` (48 kHz, as many channels) appears when all of it is done.
     `AudioError` where a file cannot be read or written, or its band is complete."""
-    path, out = Path(path), Path(out)
-    if out.resolve() == path.resolve():
+    path = Path(path)
+    if Path(out).resolve() == path.resolve():
         raise UserError(f"{out}: is the input itself; choose another output file")
     info = check_audio(path, min_samples=0)
     total = info.samples_at(SAMPLE_RATE)
-    cutoff = settings.cutoff or at_least_lowest(file_band(info))
+    cutoff = settings.cutoff or max(file_band(info), LOWEST)
     if cutoff > FULL:
         fault = f"its band, or what a resampler left of its images, reaches {cutoff / 1000:.1f} kHz already"
         raise AudioError(path, f"{fault}; leave it as it is, or give --cutoff")
@@ -219,7 +195,7 @@ def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, set
     with AudioWriter(out, SAMPLE_RATE, info.channels) as writer, chunks as clips:
         for piece in resolver.restored(clips, cutoff, settings):
             writer.write(piece[:, : total - writer.num_samples])
-    return Restored(out, total, info.channels, cutoff, writer.peak)
+    return writer, cutoff
 
 
 def file_band(info: AudioReport) -> float:
@@ -232,12 +208,9 @@ def file_band(info: AudioReport) -> float:
 
 def restore_folder(
     folder: str | Path, out: str | Path, resolver: SuperResolver, settings: Restoration, report: Callable
-) -> tuple[list[Restored], list[tuple[Path, str]]]:
-    """Restore every audio file below `folder` into `out`, under the same names, as .wav.
-
-    Returns the files that were written, each passed to `report` at once, and path and reason of those skipped.
-    `UserError` where no file can be used, and where a result would lie among the inputs.
-    """
+) -> tuple[list[Written], list[tuple[Path, str]]]:
+    """Restore every audio file below `folder` into `out`, under the same names, as .wav. Returns the files that were
+    written, each passed to `report` at once, and path and reason of those skipped; `UserError` for no usable file."""
     folder, out = Path(folder), Path(out)
     files, others = walk_audio(folder)
     targets = {folder / name: (out / name).with_suffix(".wav") for name in files}
@@ -251,7 +224,7 @@ def restore_folder(
             target.parent.mkdir(parents=True, exist_ok=True)
             done.append(restore_file(path, target, resolver, settings))
             sources[target] = path
-            report(done[-1])
+            report(*done[-1])
         except AudioError as error:
             skipped.append((path, error.problem))
         except OSError as error:

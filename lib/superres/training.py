@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.data import Dataset
 
 from lib.superres import vocoder as hifigan
@@ -22,7 +23,6 @@ from lib.superres.encoder import EncoderConfig
 from lib.superres.mel import SAMPLE_RATE, log_mel
 from lib.superres.unet import CONTEXTS, Denoiser, DenoiserConfig
 from lib.superres.vae import MelVae, VaeConfig
-from lib.superres.vocoder import Vocoder, VocoderConfig
 from lib.training.adversary import Adversary
 from lib.training.batches import Batch
 from lib.training.config import LENGTH, WITHOUT_EFFECT, AdversaryConfig, LoopConfig, resolved_precision
@@ -38,8 +38,7 @@ MEASURED = 64  # examples from which the mel's mean and the latents' scale are t
 CACHE = 4 * 2**30  # bytes of encoded examples that are kept
 CONDITION_DROPOUT = 0.1  # share of clips that learn without the context, and as many without any condition
 MEL_WEIGHT, FEATURE_WEIGHT = 45.0, 2.0  # of HiFi-GAN's losses, as in its paper
-# whole latent frames
-Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, multiple_of=0.16)]
+Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, multiple_of=0.16)]  # whole latent frames
 
 
 @checked_dataclass
@@ -127,7 +126,7 @@ class VocoderAdversary(Adversary):
 class VocoderLearner(PartLearner):
     """Learns to turn mel spectrograms into clips: by mel distance, discriminators, and their features."""
 
-    def __init__(self, config: VocoderTraining, model: Vocoder, accelerator: Accelerator):
+    def __init__(self, config: VocoderTraining, model: hifigan.Vocoder, accelerator: Accelerator):
         super().__init__(config, model, accelerator)
         discriminators = hifigan.Discriminators(config.period_channels, config.scale_channels)
         adversary = AdversaryConfig(discriminator_learning_rate=config.learning_rate)
@@ -151,7 +150,7 @@ class VocoderLearner(PartLearner):
 PARTS = {  # what learns it, the model, and its sizes
     "vae": (VaeLearner, MelVae, VaeConfig),
     "diffusion": (DiffusionLearner, Denoiser, DenoiserConfig),
-    "hifigan": (VocoderLearner, functools.partial(Vocoder, weight_norm=True), VocoderConfig),
+    "hifigan": (VocoderLearner, functools.partial(hifigan.Vocoder, weight_norm=True), hifigan.VocoderConfig),
 }
 
 
@@ -194,12 +193,9 @@ def train_part(
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
-    """Train a part, a key of `PARTS`, into `folder/<name>`, by default its own name.
-
-    The autoencoder's config gets the measured mean and deviation of the log mel; the denoiser learns on the latents of
-    `folder/vae`. `data`: for the denoiser, the result of `encode`, to share it between trainings. `resume` and
-    `callbacks` as in `lib.training.fusion_learner.train`.
-    """
+    """Train a part, a key of `PARTS`, into `folder/<name>`, by default its own name. The mean and deviation of the log
+    mel are measured for the autoencoder; the denoiser learns on the latents of `folder/vae`, which `data`, the result
+    of `encode`, holds already. `resume` and `callbacks` as in `lib.training.fusion_learner.train`."""
     accelerator = open_accelerator()
     facts, code = {}, [code_fingerprint("lib.superres.training")[:16]]
     if part == "vae":
@@ -241,8 +237,9 @@ def load_part(run: Run, part: str, which: str = "best") -> nn.Module:
         fault = f"describes no {part} of a super-resolver; name its folder"
         raise UserError(f"{run.path / 'config.json'}: {fault}") from None
     run.load_weights(model, which)
-    if isinstance(model, Vocoder):
-        model.fold_weight_norm()
+    for layer in model.modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            parametrize.remove_parametrizations(layer, "weight")
     return model
 
 
@@ -273,27 +270,24 @@ class Plan:
 
     vae: VaeConfig = field(default_factory=VaeConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
-    vocoder: VocoderConfig = field(default_factory=VocoderConfig)
+    vocoder: hifigan.VocoderConfig = field(default_factory=hifigan.VocoderConfig)
     vae_training: VaeTraining = field(default_factory=VaeTraining)
     training: PartConfig = field(default_factory=PartConfig)
     vocoder_training: VocoderTraining | None = None  # None: Griffin-Lim, which needs no training
 
     def lasting(self, vae_steps: int, steps: int, vocoder_steps: int = 0, seed: int = 0) -> "Plan":
         """The same plan with other numbers of steps (of HiFi-GAN 0: it is not trained) and another random seed."""
-        vocoder = self.vocoder_training if vocoder_steps else None
         if vocoder_steps:
-            check(vocoder, "vocoder_steps", vocoder_steps, "0, or a plan that trains a vocoder, such as 'full'")
+            fix = "0, or a plan that trains a vocoder, such as 'full'"
+            check(self.vocoder_training, "vocoder_steps", vocoder_steps, fix)
 
         def set_steps(config: PartConfig, steps: int) -> PartConfig:
             epochs = math.ceil(steps * config.batch_size * config.accumulate / config.examples)
             return dataclasses.replace(config, epochs=epochs, max_steps=steps, seed=seed)
 
-        return dataclasses.replace(
-            self,
-            vae_training=set_steps(self.vae_training, vae_steps),
-            training=set_steps(self.training, steps),
-            vocoder_training=vocoder and set_steps(vocoder, vocoder_steps),
-        )
+        parts = {"vae_training": vae_steps, "training": steps, "vocoder_training": vocoder_steps}
+        changes = {part: set_steps(getattr(self, part), count) if count else None for part, count in parts.items()}
+        return dataclasses.replace(self, **changes)
 
     def train(self, folder: str | Path, library: Library, **options: Any) -> dict[str, Run]:
         """Train every part into its run in the folder. `options`: those of `train_part`."""
@@ -305,9 +299,8 @@ class Plan:
     def compare_contexts(
         self, folder: str | Path, library: Library, seeds: int, **options: Any
     ) -> dict[str, tuple[float, ...]]:
-        """Train diffusion models on the autoencoder in `folder` that differ in the context of their cross-attention,
-        the sequence or seed 004's one pooled vector: context → last validation loss, one for each random seed, which
-        gives both the same examples, initial weights and noise."""
+        """Train diffusion models on the autoencoder in `folder` that differ only in the context of cross-attention, the
+        sequence or seed 004's one pooled vector: context → last validation loss, one for each random seed."""
         losses: dict[str, tuple[float, ...]] = dict.fromkeys(CONTEXTS, ())
         for seed in range(seeds):
             config = dataclasses.replace(self.training, seed=self.training.seed + seed)
@@ -321,20 +314,12 @@ class Plan:
 
 # what two cores train in minutes: the same parts with a hundredth of the width
 SMALL = {"clip": 1.0, "warmup_steps": 10, "schedule": "cosine", "checkpoint_every": 100, "clip_seconds": 0.64}
+SMALL_ENCODER = {"channels": (8, 16, 32), "hidden_dim": 64, "num_layers": 1, "num_heads": 4, "ffn_dim": 128}
+SMALL_UNET = {"latent_channels": 4, "channels": (32, 48, 64), "attention": (False, False, True), "num_res_blocks": 1}
+SMALL_UNET |= {"encoder": EncoderConfig(**SMALL_ENCODER, context_dim=32, positions=64)}
 SMALL_PLAN = Plan(
     VaeConfig(channels=(8, 16, 32, 32), num_res_blocks=1, latent_channels=4, norm_groups=4),
-    DenoiserConfig(
-        latent_channels=4,
-        channels=(32, 48, 64),
-        attention=(False, False, True),
-        num_res_blocks=1,
-        head_channels=16,
-        transformers=1,
-        norm_groups=8,
-        encoder=EncoderConfig(
-            channels=(8, 16, 32), hidden_dim=64, num_layers=1, num_heads=4, ffn_dim=128, context_dim=32, positions=64
-        ),
-    ),
+    DenoiserConfig(**SMALL_UNET, head_channels=16, transformers=1, norm_groups=8),
     vae_training=VaeTraining(**SMALL, examples=1024, val_examples=16, batch_size=2, learning_rate=3e-3, kl_weight=0.05),
     training=PartConfig(
         **SMALL, examples=512, val_examples=32, batch_size=16, learning_rate=1e-3, ema=0.99, cpu_threads=1

@@ -66,38 +66,32 @@ class TransformerStack(nn.Sequential):
         return (x,)
 
 
-def make_unet(config: DenoiserConfig) -> nn.Module:
-    """Noisy and low-resolution latents `[B, 2·Z, H, W]`, timesteps `[B]`, context `[B, L, context_dim]` → velocity
-    `[B, Z, H, W]`."""
-    from diffusers import UNet2DConditionModel
-
-    kinds = ["CrossAttn" * attends + "{}Block2D" for attends in config.attention]
-    unet = UNet2DConditionModel(
-        in_channels=2 * config.latent_channels,
-        out_channels=config.latent_channels,
-        block_out_channels=config.channels,
-        down_block_types=tuple(kind.format("Down") for kind in kinds),
-        up_block_types=tuple(kind.format("Up") for kind in reversed(kinds)),
-        layers_per_block=config.num_res_blocks,
-        norm_num_groups=config.norm_groups,
-        attention_head_dim=tuple(c // config.head_channels for c in config.channels),  # the library's name for heads
-        cross_attention_dim=config.encoder.context_dim,
-    )
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-        for i, replaced in enumerate(getattr(block, "attentions", ())):
-            sizes = (replaced.in_channels, config.head_channels, config.encoder.context_dim, config.norm_groups)
-            block.attentions[i] = TransformerStack(*(GlobalTransformer(*sizes) for _ in range(config.transformers)))
-    return unet
-
-
 class Denoiser(nn.Module):
     """Encoder and UNet, which are trained together, and a learned context that replaces one that is left out."""
 
     def __init__(self, config: DenoiserConfig | None = None):
+        from diffusers import UNet2DConditionModel  # seconds to import
+
         super().__init__()
         self.config = config = config or DenoiserConfig()
         self.encoder = GlobalAudioEncoder(config.encoder)
-        self.unet = make_unet(config)
+        kinds = ["CrossAttn" * attends + "{}Block2D" for attends in config.attention]
+        self.unet = UNet2DConditionModel(
+            in_channels=2 * config.latent_channels,
+            out_channels=config.latent_channels,
+            block_out_channels=config.channels,
+            down_block_types=tuple(kind.format("Down") for kind in kinds),
+            up_block_types=tuple(kind.format("Up") for kind in reversed(kinds)),
+            layers_per_block=config.num_res_blocks,
+            norm_num_groups=config.norm_groups,
+            attention_head_dim=tuple(c // config.head_channels for c in config.channels),  # number of heads, in fact
+            cross_attention_dim=config.encoder.context_dim,
+        )
+        for block in (*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks):
+            for i, replaced in enumerate(getattr(block, "attentions", ())):
+                sizes = (replaced.in_channels, config.head_channels, config.encoder.context_dim, config.norm_groups)
+                stack = (GlobalTransformer(*sizes) for _ in range(config.transformers))
+                block.attentions[i] = TransformerStack(*stack)
         self.null_context = nn.Parameter(torch.zeros(1, 1, config.encoder.context_dim))
 
     def forward(self, noisy: Tensor, timesteps: Tensor, low: Tensor, mel: Tensor, **keeps: Tensor) -> Tensor:

@@ -39,11 +39,6 @@ class MelVae(nn.Module):
             norm_num_groups=config.norm_groups,
         )
 
-    @property
-    def stride(self) -> int:
-        """Mel frames, and bands, per place of the latent map."""
-        return 2 ** (len(self.config.channels) - 1)
-
     def encode(self, mel: Tensor) -> Tensor:
         return self._posterior(mel).mode()
 

@@ -2,11 +2,10 @@
 with its discriminators. The generator is transformers' `SpeechT5HifiGan` at the sizes of the public AudioSR vocoder."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from lib.superres.mel import HOP, MELS, inverse_spectrum, magnitudes_of, spectrum
@@ -32,29 +31,22 @@ class Vocoder(nn.Module):
 
         super().__init__()
         self.config = config = config or VocoderConfig()
-        self.generator = SpeechT5HifiGan(
-            SpeechT5HifiGanConfig(
-                model_in_dim=MELS,
-                upsample_initial_channel=config.channels,
-                upsample_rates=list(config.upsample_rates),
-                upsample_kernel_sizes=list(config.upsample_kernels),
-                resblock_kernel_sizes=list(config.resblock_kernels),
-                resblock_dilation_sizes=[list(config.dilations)] * len(config.resblock_kernels),
-                normalize_before=False,
-            )
+        sizes = SpeechT5HifiGanConfig(
+            model_in_dim=MELS,
+            upsample_initial_channel=config.channels,
+            upsample_rates=list(config.upsample_rates),
+            upsample_kernel_sizes=list(config.upsample_kernels),
+            resblock_kernel_sizes=list(config.resblock_kernels),
+            resblock_dilation_sizes=[list(config.dilations)] * len(config.resblock_kernels),
+            normalize_before=False,
         )
+        self.generator = SpeechT5HifiGan(sizes)
         if weight_norm:
             self.generator.apply_weight_norm()
 
     def forward(self, mel: Tensor) -> Tensor:
         # a stage whose kernel and rate differ by an odd number adds a sample
         return self.generator(mel[:, 0].mT)[:, None, : mel.shape[-1] * HOP]
-
-    def fold_weight_norm(self) -> None:
-        """Plain weights again: the same function, one multiplication less."""
-        for layer in self.modules():
-            if parametrize.is_parametrized(layer, "weight"):
-                parametrize.remove_parametrizations(layer, "weight")
 
 
 def griffin_lim(mel: Tensor, known: Tensor, bins: int, *, noise: Tensor, iterations: int = 32) -> Tensor:
@@ -77,45 +69,42 @@ Output = tuple[Tensor, list[Tensor]]  # logits, and the feature maps that they c
 PERIODS = (2, 3, 5, 7, 11)
 
 
-class PeriodDiscriminator(nn.Module):
-    """Sees the waveform folded into columns of every `period`-th sample: `[B, 1, N]` → logits `[B, n]`."""
+class Discriminator(nn.Module):
+    """Convolutions over a waveform `[B, 1, N]`, or columns of every `period`-th sample: logits `[B, n]`, features."""
 
-    def __init__(self, period: int, channels: int = 32):
+    def __init__(self, layers: Iterable[nn.Module], last: nn.Module, period: int | None = None):
         super().__init__()
-        self.period = period
-        widths = (1, channels, 4 * channels, 16 * channels, 32 * channels, 32 * channels)
-        self.layers = nn.ModuleList(
-            weight_norm(nn.Conv2d(a, b, (5, 1), (3 if i < 4 else 1, 1), (2, 0)))
-            for i, (a, b) in enumerate(itertools.pairwise(widths))
-        )
-        self.last = weight_norm(nn.Conv2d(widths[-1], 1, (3, 1), 1, (1, 0)))
+        self.layers, self.last, self.period = nn.ModuleList(layers), last, period
 
-    def forward(self, wav: Tensor) -> Output:
-        x = nn.functional.pad(wav, (0, -wav.shape[-1] % self.period), mode="reflect")
-        return with_features(x.unflatten(2, (-1, self.period)), self.layers, self.last)
+    def forward(self, x: Tensor) -> Output:
+        if self.period:
+            padded = nn.functional.pad(x, (0, -x.shape[-1] % self.period), mode="reflect")
+            x = padded.unflatten(2, (-1, self.period))
+        features = []
+        for layer in self.layers:
+            x = nn.functional.leaky_relu(layer(x), 0.1)
+            features.append(x)
+        return self.last(x).flatten(1), features
 
 
-class ScaleDiscriminator(nn.Module):
-    """Sees long windows of the waveform, or of a downsampled copy: `[B, 1, N]` → logits `[B, n]`."""
+def period_discriminator(period: int, c: int) -> Discriminator:
+    widths = itertools.pairwise((1, c, 4 * c, 16 * c, 32 * c, 32 * c))
+    layers = [nn.Conv2d(a, b, (5, 1), (3 if i < 4 else 1, 1), (2, 0)) for i, (a, b) in enumerate(widths)]
+    return Discriminator(map(weight_norm, layers), weight_norm(nn.Conv2d(32 * c, 1, (3, 1), 1, (1, 0))), period)
 
-    def __init__(self, norm: Callable[[nn.Module], nn.Module], c: int = 128):
-        super().__init__()
-        sizes = (  # in, out, kernel, stride, groups
-            (1, c, 15, 1, 1),
-            (c, c, 41, 2, 4),
-            (c, 2 * c, 41, 2, 16),
-            (2 * c, 4 * c, 41, 4, 16),
-            (4 * c, 8 * c, 41, 4, 16),
-            (8 * c, 8 * c, 41, 1, 16),
-            (8 * c, 8 * c, 5, 1, 1),
-        )
-        self.layers = nn.ModuleList(
-            norm(nn.Conv1d(a, b, k, stride, k // 2, groups=groups)) for a, b, k, stride, groups in sizes
-        )
-        self.last = norm(nn.Conv1d(8 * c, 1, 3, 1, 1))
 
-    def forward(self, wav: Tensor) -> Output:
-        return with_features(wav, self.layers, self.last)
+def scale_discriminator(norm: Callable[[nn.Module], nn.Module], c: int) -> Discriminator:
+    sizes = (  # in, out, kernel, stride, groups
+        (1, c, 15, 1, 1),
+        (c, c, 41, 2, 4),
+        (c, 2 * c, 41, 2, 16),
+        (2 * c, 4 * c, 41, 4, 16),
+        (4 * c, 8 * c, 41, 4, 16),
+        (8 * c, 8 * c, 41, 1, 16),
+        (8 * c, 8 * c, 5, 1, 1),
+    )
+    layers = [norm(nn.Conv1d(a, b, k, stride, k // 2, groups=groups)) for a, b, k, stride, groups in sizes]
+    return Discriminator(layers, norm(nn.Conv1d(8 * c, 1, 3, 1, 1)))
 
 
 class Discriminators(nn.Module):
@@ -123,9 +112,9 @@ class Discriminators(nn.Module):
 
     def __init__(self, period_channels: int = 32, scale_channels: int = 128):
         super().__init__()
-        self.periods = nn.ModuleList(PeriodDiscriminator(period, period_channels) for period in PERIODS)
+        self.periods = nn.ModuleList(period_discriminator(period, period_channels) for period in PERIODS)
         norms = (spectral_norm, weight_norm, weight_norm)
-        self.scales = nn.ModuleList(ScaleDiscriminator(norm, scale_channels) for norm in norms)
+        self.scales = nn.ModuleList(scale_discriminator(norm, scale_channels) for norm in norms)
         self.slower = nn.AvgPool1d(4, 2, padding=2)
 
     def forward(self, wav: Tensor) -> list[Output]:
@@ -134,14 +123,6 @@ class Discriminators(nn.Module):
             wav = self.slower(wav) if i else wav
             outputs.append(discriminator(wav))
         return outputs
-
-
-def with_features(x: Tensor, layers: nn.ModuleList, last: nn.Module) -> Output:
-    features = []
-    for layer in layers:
-        x = nn.functional.leaky_relu(layer(x), 0.1)
-        features.append(x)
-    return last(x).flatten(1), features
 
 
 def discriminator_loss(of_real: list[Output], of_fake: list[Output]) -> Tensor:

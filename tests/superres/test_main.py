@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import soundfile
@@ -11,7 +12,7 @@ import torch
 
 from lib.audio.files import load_audio, save_audio
 from lib.superres import __main__ as command
-from lib.superres.resolver import Restoration, Restored
+from lib.superres.resolver import Restoration
 from superres.conftest import NoiseResolver, band, white
 
 Result = tuple[int, str, str]
@@ -82,7 +83,7 @@ def test_options_reach_the_restoration(call, clip, monkeypatch, tmp_path, option
 
     def restore(path, out, resolver, settings):
         calls.append((path, out, resolver, settings))
-        return Restored(Path(out), 48_000, 2, 4_800.0, 0.5)
+        return SimpleNamespace(path=out, num_samples=48_000, channels=2, peak=0.5), 4_800.0
 
     monkeypatch.setattr(command, "restore_file", restore)
     code, said, _ = call(clip, "-o", tmp_path / "out.wav", "--run", "a run", *options)

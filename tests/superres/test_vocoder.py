@@ -1,5 +1,6 @@
 """The vocoder's lengths, folded weights and phases; what each discriminator's logit sees, and the losses by hand."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -8,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lib.superres.mel import bin_of, inverse_spectrum, log_mel, magnitudes_of, spectrum
+from lib.superres.training import load_part
 from lib.superres.vocoder import (
+    Discriminator,
     Discriminators,
-    PeriodDiscriminator,
     Vocoder,
     VocoderConfig,
     discriminator_loss,
@@ -18,8 +20,9 @@ from lib.superres.vocoder import (
     generator_loss,
     griffin_lim,
     outputs_of_both,
-    with_features,
+    period_discriminator,
 )
+from lib.training.run import Run
 
 TINY = VocoderConfig(channels=32, resblock_kernels=(3, 5), dilations=(1, 2))
 CUTOFF = bin_of(6000)
@@ -82,23 +85,22 @@ def test_full_configuration_against_arithmetic():
     assert sum(p.numel() for p in vocoder.parameters()) == wanted == 190_281_889
 
 
-def test_folding_weight_norm_keeps_the_function():
+def test_a_vocoder_is_loaded_without_weight_norm_and_is_the_same_function(tmp_path):
     vocoder, mel = loud(weight_norm=True), mels(4)
+    assert vocoder.state_dict().keys() == Vocoder(TINY, weight_norm=True).state_dict().keys()
+    lengths = [parameter for name, parameter in vocoder.named_parameters() if name.endswith("original0")]
+    assert len(lengths) == 2 + 5 + 5 * 2 * 4
     with torch.no_grad():
-        for name, parameter in vocoder.named_parameters():
-            if name.endswith("original0"):  # lengths as training leaves them, not those of the directions
-                parameter.mul_(torch.rand_like(parameter) + 0.5)
+        for length in lengths:  # as training leaves them, not those of the directions
+            length.mul_(torch.rand_like(length) + 0.5)
         before = vocoder(mel)
-        lengths = sum("original0" in name for name, _ in vocoder.named_parameters())
-        vocoder.fold_weight_norm()
-        torch.testing.assert_close(vocoder(mel), before, atol=1e-5, rtol=0)
-    assert lengths == 2 + 5 + 5 * 2 * 4
+        run = Run.create(tmp_path / "hifigan", {"sizes": dataclasses.asdict(TINY)})
+        run.save(0, vocoder, {}, is_best=True)
+        loaded = load_part(run, "hifigan")
+        torch.testing.assert_close(loaded(mel), before, atol=1e-5, rtol=0)
     assert before.std() > 0.1
-    assert loud(weight_norm=True).state_dict().keys() == Vocoder(TINY, weight_norm=True).state_dict().keys()
-    assert not any(parametrize.is_parametrized(module) for module in vocoder.modules())
-    assert vocoder.state_dict().keys() == Vocoder(TINY).state_dict().keys()
-    vocoder.fold_weight_norm()  # a second time changes nothing
-    torch.testing.assert_close(vocoder(mel), before, atol=1e-5, rtol=0)
+    assert not any(parametrize.is_parametrized(module) for module in loaded.modules())
+    assert loaded.state_dict().keys() == Vocoder(TINY).state_dict().keys()
 
 
 @pytest.mark.parametrize("weight_norm", [False, True])
@@ -239,9 +241,9 @@ def test_parameters_of_the_papers_sizes():
 
 
 def test_feature_maps_are_those_after_the_leaky_rectifier():
-    layers, last = nn.ModuleList([nn.Identity(), nn.Flatten(1)]), nn.Linear(3, 1, bias=False)
+    layers, last = [nn.Identity(), nn.Flatten(1)], nn.Linear(3, 1, bias=False)
     nn.init.ones_(last.weight)
-    logits, features = with_features(torch.tensor([[[1.0, -1.0, -2.0]]]), layers, last)
+    logits, features = Discriminator(layers, last)(torch.tensor([[[1.0, -1.0, -2.0]]]))
     torch.testing.assert_close(features[0], torch.tensor([[[1.0, -0.1, -0.2]]]))
     torch.testing.assert_close(features[1], torch.tensor([[1.0, -0.01, -0.02]]))
     torch.testing.assert_close(logits, torch.tensor([[0.97]]))
@@ -253,7 +255,7 @@ def test_feature_maps_are_those_after_the_leaky_rectifier():
 @pytest.mark.parametrize("period", PERIODS)
 def test_a_column_sees_every_period_th_sample_and_no_other(period):
     torch.manual_seed(0)
-    discriminator, wav = PeriodDiscriminator(period, 2), waveforms(period * 100, B=1).requires_grad_()
+    discriminator, wav = period_discriminator(period, 2), waveforms(period * 100, B=1).requires_grad_()
     columns = discriminator(wav)[0].unflatten(1, (-1, period))[0].square().sum(0)
     for c, column in enumerate(columns):
         (gradient,) = torch.autograd.grad(column, wav, retain_graph=True)
@@ -266,7 +268,7 @@ def test_a_column_sees_every_period_th_sample_and_no_other(period):
 @pytest.mark.parametrize("period", PERIODS)
 def test_an_incomplete_last_row_is_filled_by_reflection(period):
     torch.manual_seed(0)
-    discriminator, wav = PeriodDiscriminator(period, 2), waveforms(100 * period + 1)
+    discriminator, wav = period_discriminator(period, 2), waveforms(100 * period + 1)
     missing = period - 1
     filled = torch.cat([wav, wav[..., -1 - missing : -1].flip(2)], dim=2)
     torch.testing.assert_close(discriminator(wav)[0], discriminator(filled)[0], rtol=0, atol=0)
