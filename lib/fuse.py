@@ -112,7 +112,7 @@ def main() -> None:
         sys.exit(fuse_recipe(options) if options.recipe else fuse(options))
 
 
-def fuse(options: argparse.Namespace) -> None:
+def fuse(options: argparse.Namespace) -> int:
     run = Run.open(options.run)
     trained_on = run.config.get("codec")
     if not isinstance(trained_on, dict) or not isinstance(trained_on.get("name"), str):
@@ -128,6 +128,7 @@ def fuse(options: argparse.Namespace) -> None:
         restored, cutoff = fuse_and_restore(*files, run, codec, resolver, which)
         seconds, above = restored.num_samples / mel.SAMPLE_RATE, cutoff / 1000
         print(f"{restored.path}: {seconds:.2f} s at 48 kHz, restored above {above:.1f} kHz, peak {restored.peak:.3f}")
+    return 0
 
 
 def fuse_recipe(options: argparse.Namespace) -> int:

@@ -215,7 +215,7 @@ def call(monkeypatch, capsys):
         try:
             main()
         except SystemExit as stop:
-            code = stop.code or 0
+            code = stop.code
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 
