@@ -3,9 +3,8 @@
 
     python -m lib.superres.audiosr basic.pth -o outputs/audiosr
 
-They become the runs `vae` and `hifigan` of a folder, in which a diffusion model can then be trained. AudioSR's own one
-has another architecture and is left out. Its spectrograms are `[B, 1, T, F]`, so kernels of the autoencoder are
-transposed.
+They become the runs `vae` and `hifigan` of a folder, in which a diffusion model can then be trained; AudioSR's own has
+another architecture. Its spectrograms are `[B, 1, T, F]`, so the kernels of the autoencoder are transposed.
 """
 
 import argparse

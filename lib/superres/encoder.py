@@ -29,9 +29,8 @@ class EncoderConfig:
 class GlobalAudioEncoder(nn.Module):
     """Log mel `[B, 1, 256, T]` → pooled context `[B, context_dim]` and context sequence `[B, T, context_dim]`.
 
-    The seed's kernels and strides reduce the 256 bands to 16, not to the 8 of its table, so neighbours are averaged.
-    Its projection of a frame's 256 · 8 values, created in the first forward pass after the optimizer got its
-    parameters, would never learn; here it is a layer like any other.
+    The seed's kernels and strides reduce 256 bands to 16, not to the 8 of its table, so neighbours are averaged. It
+    creates the projection of a frame after the optimizer, so that would never learn; here it is an ordinary layer.
     """
 
     def __init__(self, config: EncoderConfig | None = None):

@@ -1,9 +1,9 @@
 """How near a restored clip comes to the original: log-spectral distance, beside baselines without a model.
 
 LSD = mean over frames of √(mean over bins of (log₁₀ |X|² − log₁₀ |Y|²)²) (Gray and Markel 1976; in this form in Wang
-and Wang 2021, doi 10.1109/TASLP.2021.3054302, and in AudioSR). Powers are floored at the rounding noise of 16 bits, or
-the depth of digital silence would decide. Energy-matched: the estimate is first scaled to the reference's mean
-magnitude in the lowest tenth of the bins, as AudioSR's authors advise, so that a difference of level does not count.
+and Wang 2021, doi 10.1109/TASLP.2021.3054302, and in AudioSR), powers floored at the rounding noise of 16 bits, or the
+depth of digital silence would decide. Energy-matched: after scaling the estimate to the reference's mean magnitude in
+the lowest tenth of the bins, as AudioSR's authors advise, so that a difference of level does not count.
 """
 
 import dataclasses

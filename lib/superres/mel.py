@@ -46,7 +46,7 @@ def log_mel(wav: Tensor) -> Tensor:
 
 
 def magnitudes_of(mel: Tensor) -> Tensor:
-    """Magnitudes `[B, N_FFT / 2 + 1, T]` whose mel spectrogram is about `mel [B, 1, 256, T]`: interpolated, where the
+    """Magnitudes `[B, N_FFT / 2 + 1, T]` whose mel spectrogram is about `mel [B, 1, 256, T]`, by interpolation: the
     filters' pseudo-inverse would swing below zero between narrow bands."""
     return interpolation(mel.device) @ mel[:, 0].exp()
 

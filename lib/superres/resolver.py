@@ -67,9 +67,8 @@ class SuperResolver:
             check(0 < self.latent_scale < math.inf, "latent_scale", self.latent_scale, "a finite number above 0")
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{run.path / 'config.json'}: damaged ({error!r}); restore it") from None
-        self.vocoder = None
-        if vocoder == "hifigan":
-            self.vocoder = load_part(Run.open(folder / vocoder), vocoder).to(device)
+        trained = vocoder == "hifigan"
+        self.vocoder = load_part(Run.open(folder / vocoder), vocoder).to(device) if trained else None
 
     @torch.inference_mode()
     def restore(self, low: Tensor, cutoff: float, settings: Restoration = DEFAULTS, numbers: Numbers = None) -> Tensor:
@@ -107,9 +106,8 @@ class SuperResolver:
     def restored(self, clips: Iterable[Tensor], cutoff: float, settings: Restoration = DEFAULTS) -> Iterator[Tensor]:
         """Pieces `[C, n]` of a long signal, from clips `[C, clip_length]` at its `starts`, shorter at its end.
 
-        Channels are restored one by one, from the same random numbers, several clips at a time. The crossfade weighs
-        the added band alone: neighbouring clips agree on their own band, which would hide how much the rest differs.
-        """
+        Each channel gets the same random numbers. The crossfade weighs the added band alone: neighbouring clips agree
+        on their own band, which would hide how much the rest differs."""
         length = self.clip_length
         at_once = max(1, round(BATCH_SECONDS * SAMPLE_RATE / length))
 

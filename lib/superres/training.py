@@ -135,8 +135,7 @@ class VocoderLearner(PartLearner):
     def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
         real, mel = batch[0], log_mel(batch[0])
         with self.autocast():
-            fake = model(mel)
-        fake = fake.float()
+            fake = model(mel).float()
         terms = {"loss/mel": (log_mel(fake) - mel).abs().mean()}
         loss = MEL_WEIGHT * terms["loss/mel"]
         if info and (critic := self.adversary.critic(info.step)):

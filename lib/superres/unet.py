@@ -102,9 +102,8 @@ class Denoiser(nn.Module):
     def conditions(
         self, low: Tensor, mel: Tensor, keeps_low: Tensor | None = None, keeps_context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The low-resolution latents, and the context `[B, L, context_dim]`: the pooled vector, followed with
-        'sequence' by one vector for each mel frame. Zeros and the learned context where `keeps_low [B]` and
-        `keeps_context [B]` are false."""
+        """The latents, and the context `[B, L, context_dim]`: the pooled vector, with 'sequence' one more for each mel
+        frame. Zeros and the learned context replace them where `keeps_low [B]` and `keeps_context [B]` are false."""
         pooled, sequence = self.encoder(mel)
         context = pooled[:, None]
         if self.config.context == "sequence":
