@@ -15,6 +15,7 @@ from lib.model.masks import Masks, complementarity
 from lib.util.stats import Comparison
 
 Row = dict[str, Any]
+Measured = Mapping[str, Sequence[Mapping[str, float]]]  # by `measure_fusions`
 STAGE_COLUMNS = "projection_rms", "rms_before_scaling", "output_rms", "target_scale", "applied_scale", "clamped"
 
 
@@ -64,14 +65,12 @@ def stage_rows(row: Mapping[str, Any], num_stages: int) -> list[Row]:
     return [number_row({"stage": i}, {c: row[f"stage{i}/{c}"] for c in STAGE_COLUMNS}) for i in range(num_stages)]
 
 
-def fusion_rows(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Row]:
-    """Mean objective metrics of every output of `measure_fusions`."""
+def fusion_rows(measured: Measured) -> list[Row]:
+    """Mean objective metrics of every output."""
     return [number_row({"output": name}, mean_metrics(rows)) for name, rows in measured.items()]
 
 
-def advantage_rows(
-    measured: Mapping[str, Sequence[Mapping[str, float]]], name: str, found: Mapping[str, Comparison]
-) -> list[Row]:
+def advantage_rows(measured: Measured, name: str, found: Mapping[str, Comparison]) -> list[Row]:
     """The output `name` beside each baseline: the advantage in merit that was found, and how many pairs it won."""
     rows = []
     for other, comparison in found.items():

@@ -18,7 +18,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,10 +77,9 @@ def run_plan(
 ) -> tuple[Result, ...]:
     """All results of a plan, variant by variant, seed by seed; runs that are finished already are not repeated.
 
-    `index`: latents by `encode_manifest`; `codec`: the name or folder of their codec. `workers`: how many at once
-    (default: one for each GPU or, without one, each core). On Ctrl-C, or when this process is killed, the workers save
-    their runs and end. `UserError` for bad settings; `RuntimeError` names runs that failed for another reason, after
-    all others have ended.
+    `index`: latents by `encode_manifest`; `codec`: its name or folder. `workers`: how many at once (default: one a GPU
+    or, without one, a core); on Ctrl-C, or when this process is killed, they save their runs and end. `UserError` for
+    bad settings; `RuntimeError` names runs that failed for another reason, after all others have ended.
     """
     folder = Path(folder).resolve()
     make_folder(folder)
@@ -95,7 +94,7 @@ def run_plan(
             order.append((variant.name, seed, key))
     missing = [job for job in jobs.values() if not (job.folder / "result.json").exists()]
     if missing:
-        run_jobs(missing, workers or default_workers())
+        run_jobs(missing, workers or torch.cuda.device_count() or len(os.sched_getaffinity(0)))
     for job in jobs.values():
         drop_checkpoints(job.folder)  # a kill may have left them
     return tuple(summarize(folder / key, name, seed, plan.num_layers) for name, seed, key in order)
@@ -109,15 +108,8 @@ def job_key(cascade: CascadeConfig, training: TrainConfig, masking: MaskingConfi
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def default_workers() -> int:
-    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
-
-
-# --- processes -------------------------------------------------------------------------------------------------------
-
-
 def run_jobs(jobs: Sequence[Job], workers: int) -> None:
-    """Run jobs in worker processes. The first `UserError` ends all of them; other errors are collected."""
+    """In worker processes. The first `UserError` ends all of them; other errors are collected."""
     context = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP does not work
     workers = min(workers, len(jobs))
     devices, pids = context.SimpleQueue(), context.SimpleQueue()
@@ -140,15 +132,11 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             while not pids.empty():
-                terminate(pids.get())  # its trainer saves a checkpoint, which the end of `with` waits for
+                with suppress(ProcessLookupError):
+                    os.kill(pids.get(), signal.SIGTERM)  # its trainer saves, which the end of `with` waits for
             raise
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(jobs)} runs failed, the others are kept: {'; '.join(failed[:4])}")
-
-
-def terminate(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
 
 
 worker = SimpleNamespace(busy=False, stopped=False)  # the state of this process, if it is a worker
@@ -179,7 +167,7 @@ def follow_parent() -> None:
     """End this process when its parent has ended; a run in training saves first."""
     multiprocessing.parent_process().join()
     if worker.busy:
-        terminate(os.getpid())
+        os.kill(os.getpid(), signal.SIGTERM)
     else:
         os._exit(1)
 
@@ -203,14 +191,11 @@ def work(job: Job) -> None:
 @contextmanager
 def deterministic() -> Iterator[None]:
     """On a GPU, only algorithms whose sums do not depend on the order of threads. A CPU has no others."""
-    if not torch.cuda.is_available():
-        yield
-        return
+    gpu, before = torch.cuda.is_available(), torch.are_deterministic_algorithms_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(before or gpu)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH) if gpu else nullcontext():
             yield
     finally:
         torch.use_deterministic_algorithms(before)
@@ -218,13 +203,13 @@ def deterministic() -> Iterator[None]:
 
 def run_job(job: Job) -> None:
     """Train, evaluate, write result.json, and delete the checkpoints."""
-    result: dict[str, Any] = {"non_finite": None, "final": None}
+    final = bad = None
     try:
         with deterministic():
-            result["final"] = train_and_evaluate(job)
+            final = train_and_evaluate(job)
     except NonFiniteError as error:
-        result["non_finite"] = {"step": error.step, "stage": error.stage, "tensor": error.tensor}
-    write_atomic(job.folder / "result.json", json.dumps(result, indent=1))
+        bad = {"step": error.step, "stage": error.stage, "tensor": error.tensor}
+    write_atomic(job.folder / "result.json", json.dumps({"non_finite": bad, "final": final}, indent=1))
     drop_checkpoints(job.folder)
 
 
@@ -233,8 +218,8 @@ def train_and_evaluate(job: Job) -> dict[str, float]:
     codec = load_codec(job.codec)
     run = train(job.folder, job.index, codec, job.cascade, job.train, job.masking, resume=True, progress=False)
     model = load_model(run, "last").to("cuda" if torch.cuda.is_available() else "cpu")
-    pairs = LatentPairs(job.index, "val", codec_fingerprint=codec.fingerprint)
-    pairs = Subset(pairs, evenly_spread(len(pairs), job.train.max_val_pairs).tolist())
+    validation = LatentPairs(job.index, "val", codec_fingerprint=codec.fingerprint)
+    pairs = Subset(validation, evenly_spread(len(validation), job.train.max_val_pairs).tolist())
     final = evaluate_fusion(model, pairs)
     for i, stage in enumerate(model.cascade.stages):
         ceiling = projection_ceiling(stage.post_norm, stage.output_projection)

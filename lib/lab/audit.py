@@ -23,7 +23,8 @@ from lib.model.rms_law import Clips
 from lib.training.config import TrainConfig
 from lib.util.stats import difference
 
-Rule = Callable[[Sequence[float]], bool]
+Values = Sequence[float]  # one a seed
+Rule = Callable[[Values], bool]
 
 EPOCH_3_BATCH_205 = 3 * 205  # seed 001 puts the NaN of claim C7 here: at least so many steps
 EPOCHS = 200  # of claim C10
@@ -49,7 +50,7 @@ class Said(NamedTuple):
     claim: str
     text: str
 
-    def of(self, rule: Rule | bool, values: Sequence[float] | None = None, found: str = "", **more: Any) -> Verdict:
+    def of(self, rule: Rule | bool, values: Values | None = None, found: str = "", **more: Any) -> Verdict:
         """By a rule for the values of all seeds, or by whether it holds. `more`: as in `judge`."""
         return judge(self.claim, self.text, rule(values) if callable(rule) else rule, values, found=found, **more)
 
@@ -62,7 +63,7 @@ def between(low: float, high: float) -> Rule:
     return lambda values: measures.within(values, low, high)
 
 
-def differs(word: str, others: Sequence[float]) -> Rule:
+def differs(word: str, others: Values) -> Rule:
     """'higher' or 'lower' than the values of other runs, in every seed."""
     return lambda values: difference(values, others) == word
 
@@ -99,9 +100,7 @@ def audit_parameters(stages: Sequence[int]) -> list[Verdict]:
     ]
 
 
-def audit_untrained(
-    output_rms: Sequence[Sequence[float]], scales: Sequence[Sequence[float]], similarity: float
-) -> list[Verdict]:
+def audit_untrained(output_rms: Sequence[Values], scales: Sequence[Values], similarity: float) -> list[Verdict]:
     """C2, from the untrained reference: output RMS and target scale, stage by stage, one value a seed; `similarity`:
     the cosine between the clips."""
     laws = {s / 100: CascadeConfig.reference().predict_rms(Clips(similarity=s / 100)) for s in range(101)}
@@ -114,7 +113,7 @@ def audit_untrained(
     ]
 
 
-def audit_spectral_norm(ours: float, torchs: float, lipschitz: Sequence[float]) -> list[Verdict]:
+def audit_spectral_norm(ours: float, torchs: float, lipschitz: Values) -> list[Verdict]:
     """C4: the largest σ that our projection and torch's applied in training, and Lipschitz constants of the untrained
     reference, one a seed."""
     return [
@@ -132,6 +131,8 @@ def audit_named(results: Runs) -> list[Verdict]:
     reference, exploding, repair, learnable = (found[variant.name] for variant in variants.NAMED)
     steps = min(r.steps for r in reference)
     short = "" if steps >= EPOCH_3_BATCH_205 else f"{steps} steps, fewer than the {EPOCH_3_BATCH_205} of three epochs"
+    late = short and f"{short}; the seed's came in epochs 5, 14 and 24"
+    ended = f"largest norm; {first_non_finite(learnable)}"
     trained = [r for r in learnable if r.start]  # without a step there is nothing to compare
     no_step = "" if trained else "no run took a step"
     peaks, healthy_peaks = each(exploding, peak), each(reference, peak)
@@ -173,11 +174,7 @@ def audit_named(results: Runs) -> list[Verdict]:
             every(gt, 0.5), each(exploding, measures.last_projection_share), "of the squared norm at the end"
         ),
         Said("C8", "learnable scalars: norm 15,438, then NaN").of(
-            not measures.never_non_finite(learnable),
-            each(learnable, peak),
-            f"largest norm; {first_non_finite(learnable)}",
-            short=short and f"{short}; the seed's came in epochs 5, 14 and 24",
-            unless=True,
+            not measures.never_non_finite(learnable), each(learnable, peak), ended, short=late, unless=True
         ),
         Said("C8", "a scalar's gradient is 100 to 10,000 times that of another parameter").of(
             between(100, 10_000), each(trained, measures.scalar_ratio), "times, per element", short=no_step
@@ -257,11 +254,13 @@ def audit_schedule(results: Runs, epochs: int) -> list[Verdict]:
     early = [norm for run in whole for norm in run.grad_norm[: math.ceil(len(run.grad_norm) * 10 / epochs)]]
     parts = min(len(run.grad_norm) for run in whole)
     recorded = f" (recorded as medians of {parts} parts)" if parts < min(run.steps for run in whole) else ""
-    masks, untrained_masks = (
-        [getattr(run, when).get("masks/complementarity", 0.0) for run in whole] for when in ("quarter", "start")
-    )
+    masks = [run.quarter.get("masks/complementarity", 0.0) for run in whole]
+    first = statistics.median(run.start.get("masks/complementarity", 0.0) for run in whole)
+    untrained = f"{first:.3f} in the first epochs, 0.75 for constant masks"
     few_steps = measures.never_non_finite(three) and min(run.steps for run in three) < EPOCH_3_BATCH_205
-    other_merits, other_level = each(three, measures.decoded_merit), statistics.median(each(three, measures.level))
+    merits, other_merits = (each(runs, measures.decoded_merit) for runs in (whole, three))
+    other_merit, other_level = (statistics.median(each(three, m)) for m in (measures.decoded_merit, measures.level))
+    against = f"figure of merit, against {other_merit:.3f} at {other_level:.2f} of the wanted RMS"
     return [
         Said("C7", "0.1×, the whole objective: NaN within three epochs").of(
             any(run.non_finite is not None and run.non_finite["step"] <= EPOCH_3_BATCH_205 for run in three),
@@ -278,16 +277,10 @@ def audit_schedule(results: Runs, epochs: int) -> list[Verdict]:
             between(0, 1.3), each(whole, measures.largest_factor), "largest factor of a stage"
         ),
         Said("C12", "complementarity of the masks reaches 85 % by epoch 50").of(
-            between(0.85, math.inf),
-            masks,
-            f"at epoch 50, {statistics.median(untrained_masks):.3f} in the first epochs, 0.75 for constant masks",
-            short=short,
+            between(0.85, math.inf), masks, f"at epoch 50, {untrained}", short=short
         ),
         Said("C13", "two stages sound as good as three").of(
-            lambda merits: difference(merits, other_merits) != "lower",
-            each(whole, measures.decoded_merit),
-            f"figure of merit, against {statistics.median(other_merits):.3f} at {other_level:.2f} of the wanted RMS: "
-            "the figure is blind to level",
+            difference(merits, other_merits) != "lower", merits, f"{against}: the figure is blind to level"
         ),
         Said("C15", "the whole system keeps its gradient norm below 100").of(
             every(lt, 100), each(whole, peak), f"largest norm{recorded}"

@@ -86,11 +86,9 @@ def collect(sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def with_untested(verdicts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The verdicts, and every claim that has none, with the reason."""
-    rows, judged = list(verdicts), {row["claim"] for row in verdicts}
-    for claim, (_, said) in CLAIMS.items():
-        if claim not in judged:
-            rows.append(asdict(judge(claim, said, None, why="no notebook has judged it")))
-    return sorted(rows, key=lambda row: int(row["claim"][1:]))
+    judged, why = {row["claim"] for row in verdicts}, "no notebook has judged it"
+    missing = [asdict(judge(claim, said, None, why=why)) for claim, (_, said) in CLAIMS.items() if claim not in judged]
+    return sorted([*verdicts, *missing], key=lambda row: int(row["claim"][1:]))
 
 
 def claim_rows(verdicts: Sequence[dict[str, Any]]) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The law of the collapse against untrained cascades and against the ablation's runs: what notebook 03 tabulates.
+"""The law of the collapse against untrained cascades and the ablation's runs: what notebook 03 tabulates.
 
 `x`, `y`: the latents of a few pairs, `[B, D, T]` each.
 """
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lib.lab.measures import Runs
 from lib.lab.probes import last_stage_over_weights
+from lib.lab.results import training_steps
 from lib.model.cascade import Cascade, CascadeConfig, StageTrace, cosine, rms
 from lib.model.rms_law import Clips, StagePrediction, rms_before_scaling
-from lib.training.run import Run
 from lib.util.stats import describe
 
 Row = dict[str, Any]
@@ -52,29 +52,28 @@ def stage_rows(name: str, config: CascadeConfig, x: Tensor, y: Tensor, seeds: Se
     law, runs = predictions(config, x, y), [untrained(config, seed)(x, y)[1] for seed in seeds]
     rows = []
     for i in range(len(config.stages)):
-        values = {}
-        for what in ("rms_before_scaling", "target_scale"):
-            measured = [getattr(traces[i], what).mean().item() for traces in runs]
-            values[what] = (measured, statistics.mean(getattr(pair[i], what) for pair in law))
-        row = {"cascade": name, "stage": i} | law_row("RMS before scaling", *values["rms_before_scaling"])
-        scales, scale = values["target_scale"]
-        rows.append(row | {"target scale, predicted": f"{scale:.2f}", "target scale, measured": describe(scales)})
+        row = law_row(
+            "RMS before scaling",
+            [traces[i].rms_before_scaling.mean().item() for traces in runs],
+            mean_prediction(law, "rms_before_scaling", i),
+        )
+        scales = [traces[i].target_scale.mean().item() for traces in runs]
+        row["target scale, predicted"] = f"{mean_prediction(law, 'target_scale', i):.2f}"
+        rows.append({"cascade": name, "stage": i} | row | {"target scale, measured": describe(scales)})
     return rows
 
 
-def over_weights(
-    config: CascadeConfig, weights: Sequence[float], x: Tensor, y: Tensor, seeds: Sequence[int]
-) -> dict[str, Any]:
+def over_weights(config: CascadeConfig, weights: Sequence[float], x: Tensor, y: Tensor, seeds: Sequence[int]) -> Row:
     """The last stage's output RMS over its residual weight, untrained: `measured` [seeds, weights] and `predicted`."""
     laws = [predictions(config.with_stage(-1, residual_weight=weight), x, y) for weight in weights]
     runs = [last_stage_over_weights(untrained(config, seed), list(weights), x, y) for seed in seeds]
     measured = [[trace.output_rms.mean().item() for trace in traces] for traces in runs]
-    return {"x": weights, "measured": measured, "predicted": [mean_of_last(law, "output_rms") for law in laws]}
+    return {"x": weights, "measured": measured, "predicted": [mean_prediction(law, "output_rms") for law in laws]}
 
 
-def mean_of_last(law: Sequence[Sequence[StagePrediction]], what: str) -> float:
-    """A prediction for the last stage, as a mean over pairs."""
-    return statistics.mean(getattr(pair[-1], what) for pair in law)
+def mean_prediction(law: Sequence[Sequence[StagePrediction]], what: str, stage: int = -1) -> float:
+    """A prediction for one stage, as a mean over pairs."""
+    return statistics.mean(getattr(pair[stage], what) for pair in law)
 
 
 def largest_error(panel: Mapping[str, Any]) -> float:
@@ -101,16 +100,13 @@ def last_stage(config: CascadeConfig, name: str) -> str:
 
 def training_panel(config: CascadeConfig, runs: Runs, x: Tensor, y: Tensor) -> dict[str, Any]:
     """The last stage's RMS before scaling at every step, the law before training, and its bound while γ is 1."""
-    law, key = predictions(config, x, y), last_stage(config, "rms_before_scaling")
-    series = [[row[key] for row in steps_of(run.run)] for run in runs]
-    steps = range(1, min(map(len, series)) + 1)
-    start, bound = (mean_of_last(law, what) for what in ("rms_before_scaling", "highest_rms_before_scaling"))
-    measured = [values[: len(steps)] for values in series]
-    return {"x": steps, "measured": measured, "predicted": [start] * len(steps), "bound": [bound] * len(steps)}
-
-
-def steps_of(run: str) -> list[Row]:
-    return [row for row in Run.open(run).metrics("train") if "event" not in row]
+    key = last_stage(config, "rms_before_scaling")
+    measured = [[row[key] for row in training_steps(run.run)] for run in runs]
+    count = min(map(len, measured))
+    law = predictions(config, x, y)
+    lines = {"predicted": "rms_before_scaling", "bound": "highest_rms_before_scaling"}
+    panel = {name: [mean_prediction(law, what)] * count for name, what in lines.items()}
+    return panel | {"x": range(1, count + 1), "measured": [values[:count] for values in measured]}
 
 
 def mixing_holds(config: CascadeConfig, row: Mapping[str, float]) -> bool:
@@ -129,7 +125,7 @@ def training_row(name: str, config: CascadeConfig, runs: Runs, predicted: float,
     row["error of the law"] = f"{statistics.median(m) / predicted - 1:+.0%}"
     if when == "end":
         row["ceiling now"] = describe([run.final[last_stage(config, "ceiling")] for run in runs if run.final])
-        holds = [mixing_holds(config, step) for run in runs for step in steps_of(run.run)]
+        holds = [mixing_holds(config, step) for run in runs for step in training_steps(run.run)]
         row["steps with step 4 within 5 %"] = f"{statistics.mean(holds):.0%}"
     return row
 

@@ -12,6 +12,7 @@ from lib.util.stats import describe, difference, factorial_effects
 
 Rows = list[dict[str, Any]]
 Measures = Mapping[str, Measure]  # by label; NaN for a run without an end
+Values = Mapping[str, Sequence[float]]  # by name, one a seed
 
 SUSPECTS = ("3 stages", EXPLODING, "learnable RMS", "anti-modulation log")  # variants with what the seeds blame
 MEASURES: Measures = {  # label of an axis, with its unit
@@ -34,7 +35,7 @@ LEAKAGE: Measures = {
     "with target": final("target_correlation"),
     "validation MSE": final("mse"),
 }
-WEAK_RESIDUALS: Measures = {
+TRADE_OFF: Measures = {
     "leakage": lambda run: (final("input_correlation")(run) + final("target_correlation")(run)) / 2,
     "gradients": peak,
     "error": final("mse"),
@@ -46,7 +47,7 @@ EFFECTS: Measures = {
 }
 
 
-def grid_measures(groups: Groups) -> dict[str, dict[str, list[float]]]:
+def grid_measures(groups: Groups) -> dict[str, Values]:
     """Label → variant → one value a seed: what `plots.variant_ranges` draws."""
     return {label: {name: known(runs, of) for name, runs in groups.items()} for label, of in MEASURES.items()}
 
@@ -69,10 +70,10 @@ def leakage_rows(groups: Groups, names: Sequence[str]) -> Rows:
 def single_changes(groups: Groups) -> Rows:
     """A row for each variant that changes one thing: every measure, and how it compares with the reference's."""
     rows = []
-    for variant in (variant for variant in SINGLE_CHANGES if variant.name in groups):
-        row = {"group": variant.factor, "change": variant.name, "end": first_non_finite(groups[variant.name])}
+    for name, factor in ((variant.name, variant.factor) for variant in SINGLE_CHANGES if variant.name in groups):
+        row = {"group": factor, "change": name, "end": first_non_finite(groups[name])}
         for label, measure in MEASURES.items():
-            values, others = known(groups[variant.name], measure), known(groups[REFERENCE], measure)
+            values, others = known(groups[name], measure), known(groups[REFERENCE], measure)
             row[label.split(" (")[0]] = f"{describe(values)}: {difference(values, others)}"
         rows.append(row)
     return rows
@@ -88,22 +89,20 @@ def against_chance(rows: Rows, seeds: int) -> str:
     return f"{differ} of {compared} comparisons say 'higher' or 'lower'; by chance alone {chance:.0f} would"
 
 
-def effects(
-    variants: Mapping[tuple[bool, ...], Variant], factors: Sequence[str], groups: Groups
-) -> dict[str, dict[str, list[float]]]:
+def effects(cells: Mapping[tuple, Variant], factors: Sequence[str], groups: Groups) -> dict[str, Values]:
     """Measure with its unit → effects and interactions of a 2×2×2's factors, one value a seed.
 
     Without a measure that some run lacks, and empty where the grid lacks a variant.
     """
     found = {}
     for label, measure in EFFECTS.items():
-        cells = {levels: each(groups.get(variant.name, ()), measure) for levels, variant in variants.items()}
-        if all(values and all(map(math.isfinite, values)) for values in cells.values()):
-            found[label] = factorial_effects(cells, factors)
+        measured = {levels: each(groups.get(variant.name, ()), measure) for levels, variant in cells.items()}
+        if all(values and all(map(math.isfinite, values)) for values in measured.values()):
+            found[label] = factorial_effects(measured, factors)
     return found
 
 
-def effect_rows(effects: Mapping[str, Mapping[str, Sequence[float]]]) -> Rows:
+def effect_rows(effects: Mapping[str, Values]) -> Rows:
     names = next(iter(effects.values()), {})
     rows = [{"effect of": n} | {label: describe(found[n], 2) for label, found in effects.items()} for n in names]
     return rows or [{"effect of": "not known: the grid lacks variants of this 2×2×2, or a run met a non-finite value"}]
@@ -134,7 +133,7 @@ def weak_residuals(groups: Groups, names: Sequence[str]) -> list[str]:
     lines, winners = [], []
     for name in (name for name in names if name in groups):
         runs, others = groups[name], groups[REFERENCE]
-        found = {label: difference(known(runs, of), known(others, of)) for label, of in WEAK_RESIDUALS.items()}
+        found = {label: difference(known(runs, of), known(others, of)) for label, of in TRADE_OFF.items()}
         level = "at" if at_level(runs) else "not at"
         lines.append(f"{name}: {', '.join(f'{n} {word}' for n, word in found.items())}; {level} the target level")
         if level == "at" and found["leakage"] == "lower" and found["gradients"] != "higher":

@@ -1,7 +1,6 @@
 """Figures of the ablation and of the collapse.
 
-The settings that the seeds name keep one colour and marker in all figures, from the palette of Okabe and Ito, which is
-safe for colour-blind readers.
+The settings that the seeds name keep one colour and marker, from Okabe and Ito's palette for colour-blind readers.
 """
 
 import itertools
@@ -24,6 +23,8 @@ MARKERS = {REFERENCE: "o", EXPLODING: "s", REPAIR: "^", LEARNABLE: "D"}
 PARTS = ("input_projection", "input_norm", "layers", "post_norm", "output_projection", "rms_scaling")
 GREYS = ("#EEEEEE", "#DDDDDD", "#BBBBBB", "#888888", "#444444", "#000000")  # of parts: colours are variants
 OTHER = "#666666"  # of variants that no seed names
+Values = Sequence[float]  # one a seed
+
 HATCHES = ("", "//", "..", "xx", "\\\\")  # by stage
 
 
@@ -64,18 +65,20 @@ def trajectories(groups: Groups) -> Figure:
     return figure
 
 
-def draw_range(axes: Axes, y: int, values: Sequence[float], colour: str, marker: str, size: float) -> None:
-    axes.plot([min(values), max(values)], [y, y], color=colour, linewidth=2)
-    axes.plot(values, [y] * len(values), marker, color=colour, markersize=size)
+def ranges(axes: Axes, rows: Sequence[tuple[Values, str, str]], size: float) -> None:
+    """A row for each (values, colour, marker): every seed as a point, the range as a line; or a word without values."""
+    for y, (values, colour, marker) in enumerate(rows):
+        if values:
+            axes.plot([min(values), max(values)], [y, y], color=colour, linewidth=2)
+            axes.plot(values, [y] * len(values), marker, color=colour, markersize=size)
+        else:
+            axes.text(0.5, y, "non-finite", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
 
 
-def variant_ranges(
-    groups: Groups, measures: Mapping[str, Mapping[str, Sequence[float]]], log: Sequence[str] = ()
-) -> Figure:
+def variant_ranges(groups: Groups, measures: Mapping[str, Mapping[str, Values]], log: Sequence[str] = ()) -> Figure:
     """One row a variant, one panel a measure: every seed as a point, the range as a line, the reference's as a band.
 
-    `measures`: axis label with its unit → variant → one value a seed. `log`: the labels of logarithmic axes. Variants
-    without values are marked as non-finite.
+    `measures`: axis label with its unit → variant → values. `log`: the labels of logarithmic axes.
     """
     size = (4 + 2.9 * len(measures), 1.1 + 0.24 * len(groups))
     with panels(list(measures), size, list(groups), fontsize=8) as (figure, row):
@@ -83,11 +86,8 @@ def variant_ranges(
             axes.set(xlabel=label, xscale="log" if label in log else "linear")
             if values.get(REFERENCE):
                 axes.axvspan(min(values[REFERENCE]), max(values[REFERENCE]), color=COLOURS[REFERENCE], alpha=0.15)
-            for y, name in enumerate(groups):
-                if found := values.get(name):
-                    draw_range(axes, y, found, COLOURS.get(name, OTHER), MARKERS.get(name, "o"), 4)
-                else:
-                    axes.text(0.5, y, "non-finite", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+            looks = [(values.get(name), COLOURS.get(name, OTHER), MARKERS.get(name, "o")) for name in groups]
+            ranges(axes, looks, 4)
     return figure
 
 
@@ -122,23 +122,20 @@ def part_share(results: Runs, part: str) -> float:
     return statistics.median(shares) if shares else 0.0
 
 
-def factorial(effects: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+def factorial(effects: Mapping[str, Mapping[str, Values]]) -> Figure:
     """Main effects and interactions, a panel a measure: every seed as a point, the range as a line; grey crosses where
     seeds disagree on the sign."""
+    sure, unsure = ("#000000", "o"), ("#999999", "x")
     names = list(next(iter(effects.values())))
     with panels(list(effects), (3 + 3.4 * len(effects), 3.2), names) as (figure, row):
         for axes, (label, found) in zip(row, effects.items(), strict=True):
-            for y, values in enumerate(found.values()):
-                sure = min(values) > 0 or max(values) < 0
-                draw_range(axes, y, values, "#000000" if sure else "#999999", "o" if sure else "x", 5)
+            ranges(axes, [(v, *(sure if min(v) > 0 or max(v) < 0 else unsure)) for v in found.values()], 5)
             axes.axvline(0, color="black", linewidth=1)
             axes.set(xlabel=label)
     return figure
 
 
-def predicted_and_measured(
-    series: Mapping[str, Mapping[str, np.ndarray]], xlabel: str, ylabel: str, goal: float
-) -> Figure:
+def predicted_and_measured(series: Mapping[str, Mapping], xlabel: str, ylabel: str, goal: float) -> Figure:
     """Law against measurement, a panel a setting: `x`, `predicted`, `measured` [seeds, x], optional `bound`."""
     with panels(list(series), (1 + 3.3 * len(series), 3.4)) as (figure, row):
         for axes, (title, data) in zip(row, series.items(), strict=True):
@@ -155,9 +152,7 @@ def predicted_and_measured(
     return figure
 
 
-def curves(
-    x: Sequence[float], series: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, **scales: str
-) -> Figure:
+def curves(x: Values, series: Mapping[str, Values], xlabel: str, ylabel: str, **scales: str) -> Figure:
     """Curves over one axis, each with its own colour, marker and line style; `scales`: xscale, yscale."""
     styles = zip(series.items(), STAGES, ("o", "s", "^", "D", "v"), ("-", "--", "-.", ":", "-"), strict=False)
     with panels([""], (7, 3.4)) as (figure, (axes,)):
@@ -171,7 +166,7 @@ def curves(
 class Waterfall:
     """RMS through the stages: projection, weighted residual, their sum, and the output after scaling.
 
-    Draws into `axes` once; `update` moves the bars, which is several times faster than a new drawing.
+    `update` moves the bars, which is several times faster than a new drawing. A trace has `KINDS` and both scales.
     """
 
     KINDS = ("projection", "residual", "mixed", "output")
@@ -188,7 +183,7 @@ class Waterfall:
         axes.set(ylabel="RMS (latent units)", ylim=(0, 1.35 * goal))
 
     def update(self, traces: Sequence[Mapping[str, float]], clamp: tuple[float, float] | None) -> None:
-        """`traces`: for each stage `KINDS`, target_scale and applied_scale. `clamp`: of the last stage."""
+        """`traces`: one a stage; `clamp`: of the last one."""
         for kind, bars in zip(self.KINDS, self.bars, strict=True):
             for bar, trace in zip(bars, traces, strict=True):
                 bar.set_height(trace[kind])
@@ -198,9 +193,7 @@ class Waterfall:
             label.set_text(f"target ×{trace['target_scale']:.1f}{applied}")
 
 
-def waterfalls(
-    settings: Mapping[str, Sequence[Mapping[str, float]]], goal: float, clamps: Sequence, columns: int = 3
-) -> Figure:
+def waterfalls(settings: Mapping[str, Sequence[Mapping]], goal: float, clamps: Sequence, columns: int = 3) -> Figure:
     """A grid of waterfalls on one scale, titled by their settings."""
     with plt.rc_context(STYLE | {"axes.grid.axis": "y", "font.size": 9}):
         count = (len(settings) + columns - 1) // columns

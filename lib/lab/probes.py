@@ -38,11 +38,10 @@ def scaling_gains(scaling: RmsScaling, x: Tensor, goal: Tensor) -> tuple[float, 
     generator = torch.Generator().manual_seed(271_828)  # not the seed of x, or nothing would be left across it
     across = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     across = across - (across * along).sum() * along
-    across = across / across.norm()
-    gains = []
-    for direction in (along, across):
-        (gradient,) = torch.autograd.grad(output, x, direction, retain_graph=True)
-        gains.append(gradient.norm().item())
+    gains = [
+        torch.autograd.grad(output, x, direction, retain_graph=True)[0].norm().item()
+        for direction in (along, across / across.norm())
+    ]
     return gains[0], gains[1]
 
 
@@ -52,17 +51,14 @@ def jacobian_norm(function: Callable[[Tensor], Tensor], x: Tensor, *, iterations
     Power iteration on JᵀJ, which approaches the true value from below. `function` must be deterministic.
     """
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype).to(x.device)
-    sigma = 0.0
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no forward-mode derivative
         _, pull_back = torch.func.vjp(function, x)
         for _ in range(iterations):
-            v = v / v.norm()
-            _, pushed = torch.func.jvp(function, (x,), (v,))
-            sigma = pushed.norm().item()
-            if sigma == 0:
+            _, pushed = torch.func.jvp(function, (x,), (v / v.norm(),))
+            if not pushed.any():
                 break
             (v,) = pull_back(pushed)
-    return sigma
+    return pushed.norm().item()
 
 
 def lipschitz_constants(

@@ -1,5 +1,4 @@
-"""How the ablation's runs went: a result for each run, and the record, a small file of results that the repository
-keeps."""
+"""How the ablation's runs went: a result for each run, and the record, a small file of results in the repository."""
 
 import json
 import math
@@ -54,15 +53,20 @@ Item = TypeVar("Item")
 
 def summarize(folder: Path, variant: str, seed: int, num_layers: int) -> Result:
     """The result of the finished run in `folder`, from its result.json and metrics."""
-    shape = {"non_finite": object, "final": object}
-    stored = read_json(folder / "result.json", shape, fix=f"delete {folder} and run again")
-    end = {name: stored[name] for name in shape}
-    rows = [row for row in Run.open(folder).metrics("train") if "event" not in row]
+    stored = read_json(
+        folder / "result.json", {"non_finite": object, "final": object}, fix=f"delete {folder} and run again"
+    )
+    end, rows = {name: stored[name] for name in ("non_finite", "final")}, training_steps(folder)
     tenth, quarter = max(1, len(rows) // 10), len(rows) // 4
-    norms = tuple(row["grad_norm"] for row in rows) + ((math.inf,) if stored["non_finite"] else ())
     parts = {"start": rows[:tenth], "end": rows[-tenth:], "quarter": rows[quarter - tenth : quarter]}
-    of_parts = {name: medians(part) for name, part in parts.items()}
-    return Result(variant, seed, num_layers, len(rows), **end, **of_parts, grad_norm=norms, run=str(folder))
+    end |= {name: medians(part) for name, part in parts.items()}
+    norms = tuple(row["grad_norm"] for row in rows) + ((math.inf,) if stored["non_finite"] else ())
+    return Result(variant, seed, num_layers, len(rows), **end, grad_norm=norms, run=str(folder))
+
+
+def training_steps(run: str | Path) -> list[dict[str, Any]]:
+    """Its metrics, one row a step."""
+    return [row for row in Run.open(run).metrics("train") if "event" not in row]
 
 
 def medians(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -73,13 +77,8 @@ def medians(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
     """Variant → its results in order of seeds."""
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        groups.setdefault(result.variant, []).append(result)
-    return groups
-
-
-# --- the record -------------------------------------------------------------------------------------------------------
+    names = dict.fromkeys(result.variant for result in results)
+    return {name: [result for result in results if result.variant == name] for name in names}
 
 
 def write_record(path: Path, results: Sequence[Any], facts: Mapping[str, Any]) -> None:
@@ -90,10 +89,8 @@ def write_record(path: Path, results: Sequence[Any], facts: Mapping[str, Any]) -
 
 def read_record(path: Path, kind: type[Item] = Result) -> tuple[tuple[Item, ...], dict[str, Any]]:
     """What `write_record` wrote: results of one `kind`, and facts. `UserError` where it is missing or damaged."""
-    missing, fix = (
-        f"{path}: no such record; `make record` writes one",
-        "restore it from the repository or run `make record`",
-    )
+    missing = f"{path}: no such record; `make record` writes one"
+    fix = "restore it from the repository or run `make record`"
     content = read_json(path, {"results": list, "facts": dict}, missing=missing, fix=fix)
     with naming(path, fix):
         rows = [{k: tuple(v) if isinstance(v, list) else v for k, v in dict(row).items()} for row in content["results"]]

@@ -98,7 +98,7 @@ def test_the_mixing_law_holds_with_the_cosine_of_the_step():
 
 
 def test_training_is_shown_beside_the_law_and_its_bound(pair, monkeypatch):
-    monkeypatch.setattr(collapse, "steps_of", lambda run: [step(), step(1.5), step()])
+    monkeypatch.setattr(collapse, "training_steps", lambda run: [step(), step(1.5), step()])
     config = CONFIGS[EXPLODING]
     panel = training_panel(config, [result(), result()], *pair)
     assert len(panel["x"]) == len(panel["bound"]) == 3
