@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -204,3 +205,10 @@ def tiny_superres(tmp_path_factory) -> Path:
         run.save(0, model, {}, is_best=True)
         facts["vae_sha256"] = run.weights_sha256()  # of the first, for the second
     return folder
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")

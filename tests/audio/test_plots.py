@@ -13,7 +13,7 @@ import torch
 import torchaudio
 from matplotlib.colors import to_rgb
 from PIL import Image
-from training.test_plots import curve
+from training.test_plots import assert_labelled, curve
 
 from lib.audio import plots
 
@@ -37,12 +37,6 @@ FIGURES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
-
-
 def decoded(png: bytes) -> tuple[np.ndarray, np.ndarray]:
     """The drawn pixels of the waveform `[60, 480]`, and the colours of the mel spectrogram `[80, 480, 4]`."""
     picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
@@ -59,21 +53,7 @@ def test_every_figure_of_the_module_is_tested():
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_is_labelled_and_leaves_the_global_state_alone(name):
-    mine = plt.figure()
-    before = dict(plt.rcParams)
-    figure = FIGURES[name]()
-    assert isinstance(figure, plt.Figure)
-    assert dict(plt.rcParams) == before
-    assert {mine.number, figure.number} <= set(plt.get_fignums())  # closing is the caller's business
-    for axes in figure.axes:
-        subplot = axes.get_subplotspec()
-        if not axes.get_visible():
-            continue
-        if subplot is None or subplot.is_first_col():  # the others share the label to their left
-            assert axes.get_ylabel(), axes
-        if subplot is not None and subplot.is_last_row() and axes.get_label() != "<colorbar>":
-            assert axes.get_xlabel(), axes
-    figure.canvas.draw()
+    assert_labelled(FIGURES[name])
 
 
 def test_mel_db_is_relative_to_its_maximum_with_a_floor():

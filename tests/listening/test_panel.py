@@ -22,7 +22,6 @@ from torch import Tensor
 
 import lib.listening.panel
 from lib.audio.plots import mel_power, mixing_maps
-from lib.codec.mdct import MdctCodec
 from lib.fuse import fuse_clips
 from lib.listening.panel import BLENDS, UPLOADED, Listening, _Panel, describe_pair, taken
 from lib.listening.render import Rendition, Settings, render
@@ -33,17 +32,6 @@ from lib.training.run import Run
 from listening.test_widgets import audio
 
 HALF = 12_000  # samples of a clip
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
-
-
-@pytest.fixture(scope="module")
-def codec():
-    return MdctCodec()
 
 
 @pytest.fixture(scope="module")

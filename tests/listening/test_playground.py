@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import ipywidgets
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import soundfile
@@ -20,7 +19,6 @@ from torch import Tensor
 
 import lib.listening.playground
 from lib.audio.files import load_audio, save_audio
-from lib.codec.mdct import MdctCodec
 from lib.data.pairs import read_manifest
 from lib.listening.panel import Listening
 from lib.listening.playground import Playground, _Panel
@@ -31,17 +29,6 @@ from lib.model.fusion import FusionModel, load_model
 from lib.training.run import Run
 
 AS_TRAINED = Settings(stages=2, residual_weight=0.3)
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
-
-
-@pytest.fixture(scope="module")
-def codec():
-    return MdctCodec()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import math
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -13,12 +12,6 @@ from lib.superres.evaluation import GAIN, METHODS, Score
 from lib.superres.mel import SILENCE
 from lib.superres.training import PARTS
 from lib.training.run import Run
-
-
-@pytest.fixture(autouse=True)
-def closed_figures():
-    yield
-    plt.close("all")
 
 
 def test_mel_spectrograms_share_one_scale():

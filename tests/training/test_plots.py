@@ -40,12 +40,6 @@ FIGURES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
-
-
 def curve(axes, label: str) -> tuple[list, list]:
     """x and y of the line with that label."""
     line = next(line for line in axes.get_lines() if line.get_label() == label)
@@ -67,11 +61,11 @@ def test_every_figure_of_the_module_is_tested():
     assert public == set(FIGURES)
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_a_figure_is_labelled_and_leaves_the_global_state_alone(name):
+def assert_labelled(draw) -> None:
+    """`draw()` is a figure with labelled axes that leaves matplotlib's global state as it was."""
     mine = plt.figure()
     before = dict(plt.rcParams)
-    figure = FIGURES[name]()
+    figure = draw()
     assert isinstance(figure, plt.Figure)
     assert dict(plt.rcParams) == before
     assert {mine.number, figure.number} <= set(plt.get_fignums())  # closing is the caller's business
@@ -84,6 +78,11 @@ def test_a_figure_is_labelled_and_leaves_the_global_state_alone(name):
         if subplot is not None and subplot.is_last_row() and axes.get_label() != "<colorbar>":
             assert axes.get_xlabel(), axes
     figure.canvas.draw()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_is_labelled_and_leaves_the_global_state_alone(name):
+    assert_labelled(FIGURES[name])
 
 
 def test_stage_curves_plots_the_rows_given():
