@@ -61,17 +61,14 @@ def _find_in_batch(
         if not all(value.isfinite().all() for value in values if isinstance(value, Tensor)):
             found.append((kind, name))
 
-    def forward_hook(name: str, module: nn.Module, inputs: tuple, outputs: Any) -> None:
+    def check_module(name: str, module: nn.Module, inputs: tuple, outputs: Any) -> None:
         check("input", name, inputs)
         check("output", name, outputs)
 
-    def gradient_hook(name: str, parameter: nn.Parameter) -> None:
-        check("gradient", name, parameter.grad)
-
-    hooks = [part.register_forward_hook(partial(forward_hook, name)) for name, part in model.named_modules() if name]
-    hooks += [
-        p.register_post_accumulate_grad_hook(partial(gradient_hook, name)) for name, p in model.named_parameters()
-    ]
+    modules = [(name, part) for name, part in model.named_modules() if name]
+    hooks = [part.register_forward_hook(partial(check_module, name)) for name, part in modules]
+    for name, p in model.named_parameters():
+        hooks.append(p.register_post_accumulate_grad_hook(lambda p, name=name: check("gradient", name, p.grad)))
     try:
         with torch.no_grad():
             loss = forward()
