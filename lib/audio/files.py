@@ -1,7 +1,7 @@
 """Audio files: read, write, resample, validate. soundfile does the I/O, torchaudio the resampling.
 
-Inside the project audio is mono float32 at 24 kHz, shaped `[C, N]` (C channels, N samples). Files may have any rate and
-any number of channels. Everything wrong with a file is an `AudioError`: one line with the file, the fault and the fix.
+Inside the project audio is mono float32 at 24 kHz, `[C, N]` (C channels, N samples). Files may have any rate and any
+number of channels.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ class AudioReport:
     sha256: str  # of the file's bytes, hex
 
     def samples_at(self, sample_rate: int) -> int:
-        """How many samples `load_audio` returns for the whole file at `sample_rate`."""
+        """Number of samples that `load_audio` returns for the whole file at `sample_rate`."""
         return math.ceil(self.num_frames / _rate_ratio(self.sample_rate, sample_rate))
 
     @property
@@ -69,15 +69,15 @@ def load_audio(
 ) -> torch.Tensor:
     """Read a window of a file at `sample_rate` as float32 `[1, N]`, the mean of its channels; `[C, N]` without `mix`.
 
-    `offset` and `length` count samples at `sample_rate`; `length=None` reads to the end, and a window past the end
-    returns what there is, possibly nothing. Only that window is read, and the result equals the same slice of the whole
-    resampled file. Raises `AudioError` for a missing, unreadable or damaged file and for non-finite samples.
+    `offset` and `length` count samples at `sample_rate`; without a length it reads to the end. Only the window is read,
+    and the result equals that slice of the whole resampled file, shorter or empty past its end. `AudioError` for a
+    missing, unreadable or damaged file and for non-finite samples.
     """
     if offset < 0 or (length is not None and length < 0):
         raise ValueError(f"offset and length must not be negative, got {offset} and {length}")
     with _open(path) as file:
         rate, ratio = file.samplerate, _rate_ratio(file.samplerate, sample_rate)
-        native, target = ratio.numerator, ratio.denominator  # `native` frames make a block of `target` samples
+        native, target = ratio.as_integer_ratio()  # `native` frames make a block of `target` samples
         total = math.ceil(file.frames / ratio)
         end = total if length is None else min(offset + length, total)
         # start on a block boundary, where the polyphase filter has the same phase as from the file's start, with enough
@@ -94,11 +94,8 @@ def load_audio(
 
 
 def check_audio(path: str | Path, min_samples: int = MIN_SAMPLES) -> AudioReport:
-    """Decode a whole file in constant memory and raise `AudioError` unless every sample of it can be used.
-
-    Refused: what `load_audio` refuses, truncated files, silence throughout (peak below 1e-4), and fewer than
-    `min_samples` at 24 kHz, by default one codec frame.
-    """
+    """Decode a whole file in constant memory. `AudioError` for what `load_audio` refuses, truncated files, silence
+    throughout (peak below 1e-4), and fewer than `min_samples` at 24 kHz, by default one codec frame."""
     with _open(path) as file:
         announced, decoded, peak = _announced_frames(file), 0, 0.0
         for block in _blocks(path, file, 0, file.frames):
@@ -119,14 +116,11 @@ def check_audio(path: str | Path, min_samples: int = MIN_SAMPLES) -> AudioReport
 
 
 class AudioWriter:
-    """Write a file piece by piece; it appears under its name only when complete.
+    """Write a file piece by piece: `with AudioWriter("out.wav") as writer: writer.write(wav)`, as often as needed.
 
-        with AudioWriter("out.wav") as writer:
-            writer.write(wav)  # [C, N], as often as needed
-
-    Until then it is a hidden temporary file in the same folder, removed if the block raises. A .wav holds 32-bit
-    floats, any value; a .flac 24 bits. `AudioError` if the file cannot be written, for non-finite samples, and for
-    |x| > 1 in a .flac, which would clip.
+    It is a hidden temporary file in the same folder until it is complete, removed if the block raises. A .wav holds
+    32-bit floats, any value; a .flac 24 bits. `AudioError` if the file cannot be written, for non-finite samples, and
+    for |x| > 1 in a .flac, which would clip.
     """
 
     def __init__(self, path: str | Path, sample_rate: int = SAMPLE_RATE, channels: int = 1):
@@ -250,7 +244,7 @@ def _blocks(path: str | Path, file: SoundFile, start: int, count: int, mix: bool
 def _announced_frames(file: SoundFile) -> int:
     """Frames that the header announces, even where libsndfile has silently reduced them to what a WAV file holds."""
     found = re.search(r"^data *: *(\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
-    # recorders that write to a pipe cannot know the size and put the largest one there
+    # recorders that write to a pipe cannot know the size and announce the largest one
     if not found or not int(found[2]) or not int(found[2]) < int(found[1]) < 0x7FFF_F000:
         return file.frames
     return round(file.frames * int(found[1]) / int(found[2]))
@@ -259,8 +253,7 @@ def _announced_frames(file: SoundFile) -> int:
 def _ogg_is_complete(path: str | Path) -> bool:
     """Whether the last Ogg page is there in full and carries the end-of-stream flag (RFC 3533, section 6)."""
     with open(path, "rb") as stream:
-        stream.seek(0, os.SEEK_END)
-        stream.seek(max(0, stream.tell() - 2 * 65_307))  # 65,307: the largest page
+        stream.seek(max(0, os.path.getsize(path) - 2 * 65_307))  # 65,307: the largest page
         tail = stream.read()
     page = tail[max(0, tail.rfind(b"OggS")) :]
     segments = page[26] if len(page) > 26 else 255
@@ -278,7 +271,7 @@ def resample(wav: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
     ratio = _rate_ratio(from_rate, to_rate)
     if ratio == 1:
         return wav
-    native, target = ratio.numerator, ratio.denominator
+    native, target = ratio.as_integer_ratio()
     # torchaudio computes its output length in float32, wrong by some samples past 2**24: ask for more and cut
     padded = torch.nn.functional.pad(wav, (0, native * math.ceil(64 / target)))
     return torchaudio.functional.resample(padded, native, target)[:, : math.ceil(wav.shape[-1] / ratio)]

@@ -6,7 +6,7 @@ Colours are Okabe and Ito's, which colour-blind readers can distinguish. Legend:
 import io
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -89,7 +89,7 @@ def waveform_and_latents(wav: Tensor, latents: Tensor, title: str, sample_rate: 
     top.set_title(title)
     figure.colorbar(_draw_mel(middle, wav, sample_rate), ax=middle, label=DECIBELS)
     limit = float(latents.abs().quantile(0.995)) if latents.numel() < 1e7 else float(latents.abs().max())
-    picture = _draw_image(bottom, latents.numpy(), wav.shape[-1] / sample_rate, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    picture = draw_image(bottom, latents.numpy(), wav.shape[-1] / sample_rate, cmap="RdBu_r", vmin=-limit, vmax=limit)
     bottom.set(ylabel="latent channel", xlabel="time (s)")
     figure.colorbar(picture, ax=bottom, label="latent value")
     return figure
@@ -121,7 +121,7 @@ def spectra(wavs: Mapping[str, Tensor], band_edge: float) -> Figure:
         frequencies = torch.linspace(0, SAMPLE_RATE / 2000, len(power))
         axes.plot(frequencies, 10 * torch.log10(power + 1e-10), color=colour, label=name, linewidth=1)
     edge = band_edge / 1000
-    axes.axvline(edge, color="black", linestyle=":", label=f"codec's edge, {edge:g} kHz")
+    axes.axvline(edge, color="black", linestyle=":", label=f"edge of the codec's band, {edge:g} kHz")
     axes.set(xlabel="frequency (kHz)", ylabel="power (dB)")
     axes.legend()
     return figure
@@ -132,19 +132,11 @@ def mixing_maps(taken: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -> F
     """Where a mixture comes from, over time and mel bands, by name: mel powers `[80, frames]` taken from the input and
     from the target. Blue: input only, orange: target only, grey: both; paler is quieter."""
     colours = LinearSegmentedColormap.from_list("taken", (TARGET, "#BBBBBB", INPUT))
-    columns = min(3, len(taken))
-    rows = -(-len(taken) // columns)
-    size = (4.2 * columns, 3.1 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
-    for ax in axes.flat[len(taken) :]:
-        ax.set_visible(False)
-    for ax, (name, (of_input, of_target)) in zip(axes.flat, taken.items(), strict=False):
+    figure, axes = mel_axes(list(taken), 4.2, 3.1)
+    for ax, (of_input, of_target) in zip(axes, taken.values(), strict=True):
         picture = colours((of_input / (of_input + of_target).clamp_min(1e-20)).numpy())
         picture[..., 3] = (decibels_below_peak(of_input + of_target).numpy() / 60 + 1).clip(0, 1)
-        _draw_image(ax, picture, seconds)
-        ax.set(title=name, xlabel="time (s)")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("mel band")
+        draw_image(ax, picture, seconds)
     bar = figure.colorbar(plt.cm.ScalarMappable(cmap=colours), ax=axes, label="from", ticks=(0, 0.5, 1))
     bar.ax.set_yticklabels(("target", "both", "input"))
     return figure
@@ -167,11 +159,22 @@ def waveforms_and_mels(wavs: Mapping[str, Tensor], sample_rate: int = SAMPLE_RAT
     return figure
 
 
+def mel_axes(titles: Sequence[str], width: float, height: float) -> tuple[Figure, list[plt.Axes]]:
+    """Axes for mel spectrograms of one length, three in a row; width and height of each in inches."""
+    columns = min(3, len(titles))
+    rows = -(-len(titles) // columns)
+    size = (width * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+    for ax, title in itertools.zip_longest(axes.flat, titles):
+        ax.set(title=title, xlabel="time (s)", ylabel="mel band", visible=title is not None)
+        ax.label_outer()
+    return figure, list(axes.flat[: len(titles)])
+
+
 def _draw_waveform(axes: plt.Axes, wav: Tensor, sample_rate: int, colour: str) -> None:
     """Minimum and maximum of each of about 1,000 slices."""
-    samples = wav[0].numpy()
-    width = max(1, len(samples) // 1000)
-    slices = samples[: len(samples) // width * width].reshape(-1, width)
+    width = max(1, wav.shape[-1] // 1000)
+    slices = wav[0, : wav.shape[-1] // width * width].numpy().reshape(-1, width)
     time = np.arange(len(slices)) * width / sample_rate
     axes.fill_between(time, slices.min(1), slices.max(1), color=colour, linewidth=0.3)
     axes.set_ylabel("amplitude")
@@ -180,10 +183,10 @@ def _draw_waveform(axes: plt.Axes, wav: Tensor, sample_rate: int, colour: str) -
 def _draw_mel(axes: plt.Axes, wav: Tensor, sample_rate: int) -> AxesImage:
     axes.set_ylabel("mel band")
     seconds = wav.shape[-1] / sample_rate
-    return _draw_image(axes, mel_db(wav, sample_rate).numpy(), seconds, cmap="magma", vmin=-80, vmax=0)
+    return draw_image(axes, mel_db(wav, sample_rate).numpy(), seconds, cmap="magma", vmin=-80, vmax=0)
 
 
-def _draw_image(axes: plt.Axes, values: np.ndarray, seconds: float, **options: Any) -> AxesImage:
+def draw_image(axes: plt.Axes, values: np.ndarray, seconds: float, **options: Any) -> AxesImage:
     """`[rows, frames]`, bottom up, over the seconds of a clip."""
     axes.grid(False)
     return axes.imshow(values, origin="lower", aspect="auto", extent=(0, seconds, 0, len(values)), **options)

@@ -1,9 +1,8 @@
 """A seeded generator of demo songs: drums, bass, chords and melody, in one key and one tempo per song.
 
-Songs differ in key, tempo, timbre, rhythm and arrangement, enough to hear whether two clips were fused. At 24 kHz most
-of their energy lies below 4.8 kHz, the band that the embedded codec keeps; at 48 kHz tones and drums reach up to
-20 kHz, for super-resolution. A song depends only on (seed, index), its rate and its length, and is identical to the bit
-on every processor, because a hash of its bytes decides the split. Sounds are arrays `[num_samples]`, float64.
+At 24 kHz most of the energy lies below 4.8 kHz, the band that the embedded codec keeps; at 48 kHz it reaches 20 kHz,
+for super-resolution. A song depends only on (seed, index), rate and length, and is identical to the bit on every
+processor, because a hash of its bytes decides the split. Sounds are arrays `[num_samples]`, float64.
 """
 
 import io
@@ -55,7 +54,7 @@ _MELODIES = ((0, 2, 3, 4, 6), (0, 1, 2, 4, 6, 7), (0, 3, 4, 6), (0, 2, 4, 5, 6, 
 
 @dataclass(frozen=True)
 class Song:
-    """Everything that defines a song except its random generator."""
+    """Everything that defines a song except the generator that draws its rhythms."""
 
     tempo: int  # beats per minute
     tonic: int  # MIDI note, 48 to 59
@@ -81,25 +80,22 @@ class Song:
 def make_demo_dataset(
     root: str | Path, num_songs: int = 12, seconds: float = 40.0, seed: int = 0, sample_rate: int = SAMPLE_RATE
 ) -> list[Path]:
-    """Write `song_00.wav`, ... (mono, 16 bit) under `root`; return their paths.
-
-    A song that is there is kept if it has the right length and `.songs.json` names this seed, rate and code. Raises
-    `UserError` for a folder that cannot be written, and for one that holds songs from elsewhere under these names:
-    those are never overwritten.
-    """
+    """Write `song_00.wav`, ... (mono, 16 bit) under `root`; return their paths. Songs are kept if they have the
+    right length and `.songs.json` names this seed, rate and code. `UserError` for a folder that cannot be written, or
+    that holds other songs under these names: they are never overwritten."""
     root, num_samples = Path(root), round(seconds * sample_rate)
-    recipe = {"seed": seed, "sample_rate": sample_rate, "code": code_fingerprint("lib.audio.synth")}
+    recipe = json.dumps({"seed": seed, "sample_rate": sample_rate, "code": code_fingerprint("lib.audio.synth")})
     paths = [root / f"song_{index:02d}.wav" for index in range(num_songs)]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        marker, text = root / ".songs.json", json.dumps(recipe)
+        marker = root / ".songs.json"
         songs = sorted(path for path in root.glob("song_*.wav") if path.stem.removeprefix("song_").isdigit())
         if songs and not marker.exists():
             raise UserError(f"{songs[0]}: not a generated demo song; choose another folder or move it away")
-        if not marker.exists() or marker.read_text() != text:
+        if not marker.exists() or marker.read_text() != recipe:
             for path in songs:  # before the mark is replaced
                 path.unlink()
-            write_atomic(marker, text)
+            write_atomic(marker, recipe)
         for index, path in enumerate(paths):
             if not path.exists() or path.stat().st_size != 44 + 2 * num_samples:  # a header of 44 bytes, 16 bits each
                 song, content = render_song(seed, index, num_samples, sample_rate), io.BytesIO()
@@ -132,16 +128,16 @@ def render_song(seed: int, index: int, num_samples: int, sample_rate: int = SAMP
     """Song `index` as `[num_samples]`, float64, peak 0.8."""
     song, rng = draw_song(seed, index, sample_rate)
     bar = 8 * song.step
-    num_bars = int(np.ceil(num_samples / bar))
+    num_bars = math.ceil(num_samples / bar)
     sections = [section for section in song.arrangement for _ in range(4 if num_bars >= 12 else 2)]  # by bar
     mix = np.zeros(int((num_bars + 1) * bar) + 2 * sample_rate)  # the last notes ring out
+    chords = [(number, song.progression[number % len(song.progression)]) for number in range(num_bars)]
     for letter, play in {"d": _drums, "b": _bass, "c": _chords, "m": _melody}.items():
-        chords = [(number, song.progression[number % len(song.progression)]) for number in range(num_bars)]
         bars = [(number, chord) for number, chord in chords if letter in sections[number % len(sections)]]
         for number, step, sound in play(song, rng, bars):
             start = round(number * bar + step * song.step)
             mix[start : start + len(sound)] += sound[: len(mix) - start]
-    mix = _tanh(1.2 * mix[:num_samples])  # compresses the mix
+    mix = 1 - 2 / (_exp(2 * (1.2 * mix[:num_samples])) + 1)  # tanh, which compresses the mix
     fade = min(num_samples, sample_rate // 2)
     mix[-fade:] *= np.linspace(1, 0, fade)
     return PEAK * mix / np.abs(mix).max()
@@ -203,8 +199,7 @@ def _melody(song: Song, rng: np.random.Generator, bars: Bars) -> Notes:
                 degree = 7 + chord % 7 + min((-3, 0, 2, 4), key=lambda third: abs(third - move))
             length = round(0.95 * (until - step) * song.step)
             tone = 0.3 * _tone(song.lead, song.note(degree), length, song.sample_rate)
-            sound = np.zeros(len(tone) + echo)
-            sound[: len(tone)] += tone
+            sound = np.pad(tone, (0, echo))
             sound[echo:] += 0.25 * tone
             yield number, step, sound
 
@@ -217,15 +212,13 @@ def _tone(timbre: str, note: int, num_samples: int, sample_rate: int) -> np.ndar
     turns = frequency * seconds
     if timbre in ("flute", "string"):
         turns += 0.3 / (2 * math.pi) * _sin(5 * seconds) * np.minimum(seconds, 1)  # vibrato
-    sound = np.zeros(num_samples)
-    highest = HIGHEST_TONE[sample_rate]
+    sound, highest = np.zeros(num_samples), HIGHEST_TONE[sample_rate]
     for number, amplitude in enumerate(amplitudes, start=1):
         if number * frequency < highest:
             sound += amplitude * _sin(number * turns) * _exp(-_power(number, "0.7") / decay * seconds)
     if sample_rate > SAMPLE_RATE:  # more harmonics than the timbre has, -6 dB per octave
-        named = len(amplitudes)
-        upper = _harmonics(turns, named + 1, int(highest / frequency))
-        sound += amplitudes[-1] * named * upper * _exp(-_power(2 * named, "0.7") / decay * seconds)
+        upper = _harmonics(turns, number + 1, int(highest / frequency))
+        sound += amplitude * number * upper * _exp(-_power(2 * number, "0.7") / decay * seconds)
     release = min(num_samples, round(0.03 * sample_rate))
     envelope = np.minimum(seconds / attack, 1)
     envelope[num_samples - release :] *= np.linspace(1, 0, release)
@@ -246,14 +239,12 @@ def _harmonics(turns: np.ndarray, first: int, last: int) -> np.ndarray:
 def _snare(frequency: float, rng: np.random.Generator, sample_rate: int) -> np.ndarray:
     seconds = np.arange(round(0.2 * sample_rate)) / sample_rate
     # smoothed by a Hann window: below about 4 kHz at 24 kHz, twice that at 48 kHz
-    padded = np.pad(_noise(rng, len(seconds)), 3)
-    slope = math.sqrt(0.125)
+    padded, slope = np.pad(_noise(rng, len(seconds)), 3), math.sqrt(0.125)
     window = (0.5 - slope, 0.5, 0.5 + slope, 1, 0.5 + slope, 0.5, 0.5 - slope)
     noise = sum(weight / 5 * padded[i : i + len(seconds)] for i, weight in enumerate(window))
     return (0.9 * noise + 0.5 * _sin(frequency * seconds)) * _exp(-22 * seconds)
 
 
-# The same bits everywhere:
 # NumPy and the C library choose sin, exp, tanh, pow and log by the processor, and the last bits differ. The functions
 # below use only what IEEE 754 defines exactly: sums, products and quotients of pairs, rounding, powers of two.
 
@@ -270,10 +261,6 @@ def _exp(x: np.ndarray) -> np.ndarray:
     """Relative error below 1e-12: 2^k·exp(r), |r| ≤ ln(2)/2, exp(r) by its Taylor series."""
     exponent = np.rint(x / math.log(2))
     return np.ldexp(_polynomial(x - exponent * math.log(2), _EXPONENTIAL), exponent.astype(np.int32))
-
-
-def _tanh(x: np.ndarray) -> np.ndarray:
-    return 1 - 2 / (_exp(2 * x) + 1)
 
 
 def _polynomial(x: np.ndarray, coefficients: list[float]) -> np.ndarray:

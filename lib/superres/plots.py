@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lib.audio.plots import STAGES, STYLE
+from lib.audio.plots import STAGES, STYLE, draw_image, mel_axes
 from lib.superres.audit import Count
 from lib.superres.evaluation import BOUNDS, GAIN, METHODS, Score
 from lib.superres.mel import HOP, SAMPLE_RATE, SILENCE
@@ -25,21 +25,13 @@ LOSSES = {
 }
 
 
-@plt.rc_context(STYLE | {"axes.grid": False})
+@plt.rc_context(STYLE)
 def mel_spectrograms(mels: Mapping[str, Tensor]) -> Figure:
     """Log mels `[256, T]` side by side on one scale, three in a row."""
-    columns = min(3, len(mels))
-    rows = -(-len(mels) // columns)
-    size = (3.6 * columns + 0.6, 2.7 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
-    scale = {"vmin": SILENCE, "vmax": LOUDEST, "cmap": "magma"}
-    for axis, (name, mel) in zip(axes.flat, mels.items(), strict=False):
-        extent = (0, mel.shape[1] * HOP / SAMPLE_RATE, 0, mel.shape[0])
-        image = axis.imshow(mel.cpu(), origin="lower", aspect="auto", extent=extent, **scale)
-        axis.set(title=name, xlabel="time (s)", ylabel="mel band")
-        axis.label_outer()
-    for axis in axes.flat[len(mels) :]:
-        axis.set_visible(False)
+    figure, axes = mel_axes(list(mels), 3.8, 2.7)
+    for axis, mel in zip(axes, mels.values(), strict=True):
+        seconds = mel.shape[1] * HOP / SAMPLE_RATE
+        image = draw_image(axis, mel.cpu().numpy(), seconds, vmin=SILENCE, vmax=LOUDEST, cmap="magma")
     figure.colorbar(image, ax=axes, label="ln of the magnitude")
     return figure
 
@@ -59,14 +51,14 @@ def filter_responses(responses: Mapping[str, Tensor], cutoff: float) -> Figure:
 
 @plt.rc_context(STYLE | {"axes.grid": False})
 def received_by_place(received: Mapping[str, Tensor]) -> Figure:
-    """How far what each place of a map receives, `[C, H, W]`, is from the mean over places, on one scale."""
+    """Distance of the attention output `[C, H, W]` at each position from the mean over positions, on one scale."""
     distances = {name: (x - x.mean(dim=(1, 2), keepdim=True)).norm(dim=0) for name, x in received.items()}
     figure, axes = plt.subplots(1, len(received), figsize=(4.2 * len(received), 3), squeeze=False)
     top = max(float(values.max()) for values in distances.values())
     for axis, (name, values) in zip(axes.flat, distances.items(), strict=True):
         image = axis.imshow(values, origin="lower", aspect="auto", vmin=0, vmax=top, cmap="viridis")
-        axis.set(title=name, xlabel="place in time", ylabel="place in frequency")
-    figure.colorbar(image, ax=axes, label="distance from the mean over all places")
+        axis.set(title=name, xlabel="position in time", ylabel="position in frequency")
+    figure.colorbar(image, ax=axes, label="distance from the mean over positions")
     return figure
 
 
@@ -103,10 +95,8 @@ Rows = list[dict[str, str]]
 
 
 def size_rows(sizes: Sequence[Count]) -> Rows:
-    return [
-        {"part": s.what, "counted": f"{s.counted:,}", "seed": f"{s.claimed:,}", "ratio": f"{s.counted / s.claimed:.2f}"}
-        for s in sizes
-    ]
+    counts = [(s.what, f"{s.counted:,}", f"{s.claimed:,}", f"{s.counted / s.claimed:.2f}") for s in sizes]
+    return [dict(zip(("part", "counted", "seed", "ratio"), count, strict=True)) for count in counts]
 
 
 def cost_rows(costs: Sequence[Count]) -> Rows:
