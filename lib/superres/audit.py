@@ -1,4 +1,4 @@
-"""What the full configuration holds and costs, counted, and the verdicts on what seed 004 claims of it."""
+"""Parameters and operations of the full configuration, and the verdicts on what seed 004 claims of it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from lib.superres.vocoder import Vocoder
 
 CLIP_FRAMES = round(10.24 * SAMPLE_RATE / HOP)
 TOLERANCE = 0.01  # relative: a count within it is the claimed one
-ALIKE = 1e-5  # relative to what is received: below it, all places receive the same
+ALIKE = 1e-5  # relative spread over positions, below which all of them receive the same
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Count:
 
 
 def full_parts() -> dict[str, nn.Module]:
-    """The parts at the seed's sizes, without memory for their weights."""
+    """The parts at the seed's sizes, on the meta device."""
     with torch.device("meta"):
         return {"denoiser": Denoiser(), "vae": MelVae(), "vocoder": Vocoder()}
 
@@ -105,17 +105,16 @@ def audit_sizes(
 
 
 def audit_attention(pooled: Tensor, sequence: Tensor) -> list[Verdict]:
-    """C18, from what every place of a map receives: of one pooled vector, and of a sequence, `[C, H, W]` each."""
-    claims = (
+    """C18, from the attention outputs `[C, H, W]` for one pooled vector and for a sequence as context."""
+    verdicts = []
+    for said, received, why in (
         ("each position queries the global context, one pooled vector", pooled, ""),
         ("the same with the sequence as context", sequence, "the repair that is the default here"),
-    )
-    spreads = [(said, spread_over_places(received), why) for said, received, why in claims]
-    differ, same = "places differ by {:.0%} of what they receive", "every place receives the same"
-    return [
-        judge("C18", said, s > ALIKE, found=(differ if s > ALIKE else same).format(s), why=why)
-        for said, s, why in spreads
-    ]
+    ):
+        differ = (spread := spread_over_places(received)) > ALIKE
+        found = f"places differ by {spread:.0%} of what they receive" if differ else "every place receives the same"
+        verdicts.append(judge("C18", said, differ, found=found, why=why))
+    return verdicts
 
 
 def spread_over_places(received: Tensor) -> float:

@@ -1,9 +1,9 @@
-"""How near a restored clip comes to the original: log-spectral distance, beside baselines without a model.
+"""Log-spectral distance of restored clips to the originals, beside baselines without a model.
 
 LSD = mean over frames of √(mean over bins of (log₁₀ |X|² − log₁₀ |Y|²)²) (Gray and Markel 1976; in this form in Wang
-and Wang 2021, doi 10.1109/TASLP.2021.3054302, and in AudioSR), powers floored at the rounding noise of 16 bits, or the
-depth of digital silence would decide. Energy-matched: after scaling the estimate to the reference's mean magnitude in
-the lowest tenth of the bins, as AudioSR's authors advise, so that a difference of level does not count.
+and Wang 2021, doi 10.1109/TASLP.2021.3054302, and in AudioSR), with powers floored at the rounding noise of 16 bits.
+Energy-matched: after scaling the estimate to the reference's mean magnitude in the lowest tenth of the bins, as
+AudioSR's authors advise, to ignore a difference in level.
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ GAIN = "LSD less than the envelope's"  # a column of the table of gains, which t
 
 
 def lsd(estimate: Tensor, reference: Tensor, *, above: float = 0.0, matched: bool = False) -> Tensor:
-    """Log-spectral distance of waveforms `[B, 1, N]` at 48 kHz, in decades of power: `[B]`. `above`: of the bins from
-    this frequency (Hz) up. `matched`: after matching energies."""
+    """Log-spectral distance of waveforms `[B, 1, N]` at 48 kHz, in decades of power: `[B]`. `above`: lowest frequency
+    (Hz) to compare. `matched`: after matching energies."""
     first, second = (_magnitudes(wav) for wav in (estimate, reference))
     if matched:
         levels = [x[:, :LOWEST_TENTH].mean(dim=(1, 2), keepdim=True) for x in (first, second)]
@@ -63,15 +63,14 @@ class Score:
     cutoff: int  # Hz
     clips: int
     songs: int  # that the clips are from
-    lsd: tuple[float, float]  # of the whole spectrum
+    lsd: tuple[float, float]  # whole spectrum
     lsd_matched: tuple[float, float]
-    upper: tuple[float, float]  # of the part above the cutoff
+    upper: tuple[float, float]  # above the cutoff
     upper_matched: tuple[float, float]
-    gain: tuple[float, float]  # how much smaller `upper` is than the envelope's, clip by clip
+    gain: tuple[float, float]  # the envelope's `upper` minus this one, clip by clip: positive if closer to the original
 
     @property
     def comparison(self) -> Comparison:
-        """With the mean envelope: positive where this method is closer to the original."""
         return Comparison(*self.gain, self.songs)
 
 
@@ -102,8 +101,8 @@ def evaluate(
     cutoffs: Sequence[int] = CUTOFFS,
     split: str = "val",
 ) -> Evaluation:
-    """Score every method on the same clips, resampled to twice each cutoff and back. Unless `SEED` was the training's
-    seed, they are not the clips whose validation loss chose the best checkpoint."""
+    """Score every method on the same clips, resampled to twice each cutoff and back. `SEED` differs from the
+    training's, so they are not the clips whose validation loss chose the best checkpoint."""
     whole = Examples(library, split, clips, resolver.clip_length, SEED)
     songs = [whole.song(i).sha256 for i in range(clips)]
     original = torch.stack([whole[i][0] for i in range(clips)])
@@ -113,7 +112,7 @@ def evaluate(
     unguided = dataclasses.replace(settings, guidance=1.0)  # without a condition there is nothing to guide to
     blind = resolver.predict_mel(torch.zeros_like(original), unguided, keeps_low=none, keeps_context=none)
     envelope = mean_envelope(library, resolver.clip_length)[:, None].expand_as(mel)
-    # the mels of the methods that do not see the low band
+    # mels of the methods that do not see the low band
     known = {"envelope": envelope, "no condition": blind, "autoencoder": coded, "vocoder": mel}
     scores, sounds = [], {}
     for cutoff in cutoffs:
@@ -123,7 +122,7 @@ def evaluate(
         mels = {**known, "no context": without_context, "model": resolver.predict_mel(low, settings)}
         full = {name: resolver.vocode(mel, low, cutoff, settings) for name, mel in mels.items()}
         if resolver.vocoder is not None:
-            full["griffin-lim"] = resolver.griffin_lim(known["vocoder"], low, cutoff, settings, None)
+            full["griffin-lim"] = resolver.vocode(mel, low, cutoff, settings, neural=False)
         restored = {"sinc": low} | {name: join_bands(low, wav, cutoff) for name, wav in full.items()}
         scores += [score(method, cutoff, restored, original, songs) for method in METHODS if method in restored]
         sounds[cutoff] = {"original": original} | restored
@@ -137,9 +136,9 @@ def mean_envelope(library: Library, clip_length: int, clips: int = 64) -> Tensor
 
 
 def score(method: str, cutoff: int, restored: Mapping[str, Tensor], original: Tensor, songs: Sequence[str]) -> Score:
-    """A method's waveforms `[B, 1, N]` against the original's; `songs`: the song of each clip."""
-    measured = itertools.product((0, cutoff), (False, True))
-    distances = [lsd(restored[method], original, above=above, matched=matched) for above, matched in measured]
+    """A method's waveforms `[B, 1, N]` against the originals; `songs`: the song of each clip."""
+    ways = itertools.product((0, cutoff), (False, True))
+    distances = [lsd(restored[method], original, above=above, matched=matched) for above, matched in ways]
     distances.append(lsd(restored["envelope"], original, above=cutoff) - distances[2])
     pairs = (mean_and_error(each.tolist(), songs) for each in distances)
     return Score(method, cutoff, len(original), len(set(songs)), *pairs)

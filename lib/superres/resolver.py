@@ -1,5 +1,6 @@
 """A trained super-resolver: clips in, clips with a restored upper band out, of any length."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,10 +22,10 @@ from lib.util.configs import check, checked_dataclass, number, whole
 from lib.util.errors import UserError
 
 VOCODERS = ("griffin-lim", "hifigan")
-MARGIN = 1 / 4  # share of a clip, at its end, that is left to the next: the autoencoder's convolutions pad there
-OVERLAP = 3 / 8  # share of a clip that it has in common with the next: a fade, and the margin
+MARGIN = 1 / 4  # share of a clip, at its end, that the next one replaces: the autoencoder's convolutions pad there
+OVERLAP = 3 / 8  # share of a clip that overlaps the next: a fade, and the margin
 TRANSITION = 12  # bins from the clip's own band to the restored one: 280 Hz
-FULL = 0.9 * SAMPLE_RATE / 2  # Hz: a band that ends above is complete
+FULL = 0.9 * SAMPLE_RATE / 2  # Hz: a band that ends above it is complete
 EDGE = 70.0  # dB below the loudest bin: where a clip's own band ends, and only rounding to 16 bits is left
 SILENT = 2**-16  # a sample below it is rounded to 0 in 16 bits
 BATCH_SECONDS = 16  # of clips that are restored together
@@ -36,7 +37,7 @@ class Restoration:
     """How to restore. The same seed gives the same sound."""
 
     steps: whole(1, 1000) = 50
-    guidance: number(0, 20) = 1.5  # 1: none; found on songs that a small model had learned from (notebook 06)
+    guidance: number(0, 20) = 1.5  # 1: none; chosen on a small model's training songs (notebook 06)
     seed: whole(0, 2**63 - 1) = 0
     cutoff: number(above=100, most=FULL) | None = None  # Hz, the end of the clip's band; None: measured
 
@@ -47,8 +48,8 @@ Numbers = Sequence[int] | None  # of clips, which decide their random numbers; 0
 
 
 class SuperResolver:
-    """The trained parts of one folder, on `device`, in eval mode: the runs `vae`, `diffusion` and, for the vocoder
-    'hifigan', `hifigan`; 'griffin-lim' has no parameters. Without a choice, HiFi-GAN is used where it was trained."""
+    """The trained parts of a folder, on `device`, in eval mode: the runs `vae`, `diffusion` and `hifigan`. `vocoder`,
+    'hifigan' or 'griffin-lim' (which has no parameters), is HiFi-GAN by default if the folder has it."""
 
     def __init__(
         self, folder: str | Path, *, diffusion: str = "diffusion", vocoder: str | None = None, device: str = "cpu"
@@ -87,15 +88,19 @@ class SuperResolver:
         return self.vae.decode(full / self.latent_scale).to(low.device)
 
     @torch.inference_mode()
-    def vocode(self, mel: Tensor, low: Tensor, cutoff: float, settings: Restoration, numbers: Numbers = None) -> Tensor:
-        """A waveform `[B, 1, N]` for a log mel, by HiFi-GAN where it is loaded, otherwise by Griffin-Lim."""
-        if self.vocoder is None:
-            return self.griffin_lim(mel, low, cutoff, settings, numbers)
-        return self.vocoder(mel.to(self.device)).to(low.device)
-
-    @torch.inference_mode()
-    def griffin_lim(self, mel: Tensor, low: Tensor, cutoff: float, settings: Restoration, numbers: Numbers) -> Tensor:
-        """The same without training; keeps the band of `low [B, 1, N]` below the cutoff."""
+    def vocode(
+        self,
+        mel: Tensor,
+        low: Tensor,
+        cutoff: float,
+        settings: Restoration,
+        numbers: Numbers = None,
+        neural: bool = True,
+    ) -> Tensor:
+        """A waveform `[B, 1, N]` for a log mel: by HiFi-GAN if it is loaded and `neural`, otherwise by Griffin-Lim,
+        which keeps the band of `low [B, 1, N]` below the cutoff."""
+        if neural and self.vocoder is not None:
+            return self.vocoder(mel.to(self.device)).to(low.device)
         noise = drawn(torch.rand, (len(mel), N_FFT // 2 + 1, mel.shape[-1]), settings, numbers)
         return griffin_lim(mel, low, bin_of(cutoff), noise=noise)
 
@@ -104,16 +109,15 @@ class SuperResolver:
         return chunk_starts(num_samples, self.clip_length, round(OVERLAP * self.clip_length))
 
     def restored(self, clips: Iterable[Tensor], cutoff: float, settings: Restoration = DEFAULTS) -> Iterator[Tensor]:
-        """Pieces `[C, n]` of a long signal, from clips `[C, clip_length]` at its `starts`, shorter at its end.
-
-        Each channel gets the same random numbers. The crossfade weighs the added band alone: neighbouring clips agree
-        on their own band, which would hide how much the rest differs."""
+        """Pieces `[C, n]` of a long signal, from clips `[C, clip_length]` at its `starts`, shorter at its end. All
+        channels share random numbers. The crossfade gains follow from the added band alone: neighbouring clips agree on
+        their own band, which would hide how much the rest differs."""
         length = self.clip_length
-        at_once = max(1, round(BATCH_SECONDS * SAMPLE_RATE / length))
+        batch_size = max(1, round(BATCH_SECONDS * SAMPLE_RATE / length))
 
         def parts() -> Iterator[Tensor]:
             numbered = enumerate(clips)
-            while batch := list(itertools.islice(numbered, at_once)):
+            while batch := list(itertools.islice(numbered, batch_size)):
                 padded = [torch.nn.functional.pad(clip, (0, length - clip.shape[-1])) for _, clip in batch]
                 low = torch.stack(padded)  # [B, C, N]
                 numbers = [number for number, clip in batch for _ in clip]
@@ -125,18 +129,18 @@ class SuperResolver:
             yield own + added
 
     def restore_signal(self, wav: Tensor, settings: Restoration = DEFAULTS) -> Tensor:
-        """A signal `[C, N]` at 48 kHz of any length with a restored upper band, `[C, N]`; unchanged where it is silent
-        or its band complete. For a resampled signal give the cutoff: `band_edge` of it before resampling."""
+        """A signal `[C, N]` at 48 kHz of any length with its upper band restored; unchanged if it is silent or its band
+        complete. For a resampled signal give the cutoff: `band_edge` of it before resampling."""
         edge = settings.cutoff or band_edge(wav)
         if not 0 < edge <= FULL:
             return wav
-        cutoff = settings.cutoff or max(edge, LOWEST)  # models are trained on no lower one
+        cutoff = settings.cutoff or max(edge, LOWEST)  # the lowest cutoff in training
         clips = (wav[:, start : start + self.clip_length] for start in self.starts(wav.shape[-1]))
         return torch.cat(list(self.restored(clips, cutoff, settings)), dim=1)[:, : wav.shape[-1]]
 
 
 def drawn(draw: Callable, shape: Sequence[int], settings: Restoration, numbers: Numbers) -> Tensor:
-    """Random numbers `[B, …]`, those of each clip from the seed and its own number."""
+    """Random numbers `[B, …]`; the seed and a clip's number decide its own."""
     numbers = range(shape[0]) if numbers is None else numbers
     generators = (torch.Generator().manual_seed((settings.seed + 1_000_003 * n) % 2**63) for n in numbers)
     return torch.stack([draw(*shape[1:], generator=generator) for generator in generators])
@@ -150,12 +154,12 @@ def join_bands(low: Tensor, high: Tensor, cutoff: float) -> Tensor:
 
 
 def band_edge(wav: Tensor | Iterable[Tensor], rate: int = SAMPLE_RATE) -> float:
-    """Where the band of a signal `[C, N]`, whole or in clips, ends: the highest bin, in Hz, whose peak over time is
+    """Upper edge (Hz) of the band of a signal `[C, N]`, whole or in clips: the highest bin whose peak over time is
     within 70 dB of the loudest bin's; 0 for silence. Give the signal's own `rate`: resampling leaves faint images."""
     peaks = torch.zeros(N_FFT // 2 + 1)
     for clip in [wav] if isinstance(wav, Tensor) else wav:
         if size := min(N_FFT, clip.shape[-1]):  # a shorter clip is one frame
-            # only frames inside the clip: one across its end would have power everywhere. Kaiser's window: leakage to
+            # only frames inside the clip: one across its end would have power everywhere. A Kaiser window: leakage to
             # bins more than five away is 100 dB down
             frames = clip.unfold(-1, size, HOP) * torch.kaiser_window(size, periodic=True, beta=14.0)  # [C, T, size]
             peaks = torch.maximum(peaks, torch.fft.rfft(frames, N_FFT).abs().square().amax(dim=(0, 1)))
@@ -164,20 +168,19 @@ def band_edge(wav: Tensor | Iterable[Tensor], rate: int = SAMPLE_RATE) -> float:
 
 
 def audible(low: Tensor) -> Tensor:
-    """1 where clips `[..., N]` hold more than digital silence, falling to 0 within some frames."""
+    """1 where clips `[..., N]` hold more than digital silence, falling to 0 within a few frames."""
     frames = (low.abs() > SILENT).float().unflatten(-1, (-1, HOP)).amax(dim=-1).flatten(0, -2)[:, None]
     near = torch.nn.functional.max_pool1d(frames, 5, stride=1, padding=2)
     return torch.nn.functional.interpolate(near, low.shape[-1], mode="linear").view_as(low)
 
 
 def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, settings: Restoration) -> Written:
-    """Restore the upper band of a file clip by clip; `out` (48 kHz, as many channels) appears when all of it is done.
-    `AudioError` where a file cannot be read or written, or its band is complete."""
+    """Restore the upper band of a file clip by clip into `out` (48 kHz, as many channels), which appears when complete.
+    `AudioError` if a file cannot be read or written, or its band is complete."""
     path = Path(path)
     if Path(out).resolve() == path.resolve():
         raise UserError(f"{out}: is the input itself; choose another output file")
     info = check_audio(path, min_samples=0)
-    total = info.samples_at(SAMPLE_RATE)
     cutoff = settings.cutoff or max(file_band(info), LOWEST)
     if cutoff > FULL:
         fault = f"its band, or what a resampler left of its images, reaches {cutoff / 1000:.1f} kHz already"
@@ -186,9 +189,8 @@ def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, set
         most = f"at {info.sample_rate} Hz it holds nothing above {info.sample_rate / 2000:g} kHz"
         raise AudioError(path, f"cutoff={cutoff:g} is not allowed: {most}; give a lower --cutoff, or none")
 
-    def read(start: int) -> Tensor:
-        return load_audio(path, start, resolver.clip_length, SAMPLE_RATE, mix=False)
-
+    read = functools.partial(load_audio, path, length=resolver.clip_length, sample_rate=SAMPLE_RATE, mix=False)
+    total = info.samples_at(SAMPLE_RATE)
     chunks = reading(read, resolver.starts(total), path.name)
     with AudioWriter(out, SAMPLE_RATE, info.channels) as writer, chunks as clips:
         for piece in resolver.restored(clips, cutoff, settings):
@@ -207,8 +209,8 @@ def file_band(info: AudioReport) -> float:
 def restore_folder(
     folder: str | Path, out: str | Path, resolver: SuperResolver, settings: Restoration, report: Callable
 ) -> tuple[list[Written], list[tuple[Path, str]]]:
-    """Restore every audio file below `folder` into `out`, under the same names, as .wav. Returns the files that were
-    written, each passed to `report` at once, and path and reason of those skipped; `UserError` for no usable file."""
+    """Restore every audio file below `folder` into `out`, as .wav of the same name, and `report` each. Returns the
+    files written, and path and reason of those skipped; `UserError` for no usable file."""
     folder, out = Path(folder), Path(out)
     files, others = walk_audio(folder)
     targets = {folder / name: (out / name).with_suffix(".wav") for name in files}

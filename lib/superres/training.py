@@ -1,5 +1,5 @@
-"""Training of the parts, each a run of its own in one folder: `vae`, `diffusion` on its latents, and `hifigan`. Plans
-have the sizes and the training of all: seed 004's for a GPU, small ones for two cores and three minutes."""
+"""Training of the parts, each a run of its own in one folder: `vae`, `diffusion` on its latents, and `hifigan`. A plan
+holds sizes and training of all parts: seed 004's for a GPU, a small one for two cores and three minutes."""
 
 import dataclasses
 import functools
@@ -34,16 +34,16 @@ from lib.util.configs import Count, NonNegative, check, checked_dataclass, from_
 from lib.util.errors import UserError
 from lib.util.provenance import code_fingerprint
 
-MEASURED = 64  # examples from which the mel's mean and the latents' scale are taken
-CACHE = 4 * 2**30  # bytes of encoded examples that are kept
-CONDITION_DROPOUT = 0.1  # share of clips that learn without the context, and as many without any condition
+MEASURED = 64  # examples from which the mel's mean and the latents' scale are computed
+CACHE = 4 * 2**30  # bytes of encoded examples to keep in memory
+CONDITION_DROPOUT = 0.1  # share of clips trained without the context, and as many without any condition
 MEL_WEIGHT, FEATURE_WEIGHT = 45.0, 2.0  # of HiFi-GAN's losses, as in its paper
 Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, multiple_of=0.16)]  # whole latent frames
 
 
 @checked_dataclass
 class PartConfig(LoopConfig):
-    """How to train a part: the loop's settings, and which examples an epoch has."""
+    """How to train a part: the loop's settings, and the examples of an epoch."""
 
     clip_seconds: Seconds = 10.24
     examples: Count = 20_000
@@ -56,18 +56,18 @@ class PartConfig(LoopConfig):
 
 @checked_dataclass
 class VaeTraining(PartConfig):
-    kl_weight: NonNegative = 1e-4  # small: the latents need a common size, not a normal distribution
+    kl_weight: NonNegative = 1e-4  # small: the latents need a common scale, not a normal distribution
 
 
 @checked_dataclass
 class VocoderTraining(PartConfig):
     clip_seconds: Seconds = 0.32
-    period_channels: Count = 32  # of the discriminators, as is the next
-    scale_channels: Count = 128
+    period_channels: Count = 32  # width of the period discriminators
+    scale_channels: Count = 128  # and of the scale discriminators
 
 
 class PartLearner(Learner):
-    """A part whose parameters all learn at one rate."""
+    """A part with one learning rate for all its parameters."""
 
     batch_names = ("clips", "degraded clips")
 
@@ -77,7 +77,7 @@ class PartLearner(Learner):
 
 
 class VaeLearner(PartLearner):
-    """Learns to reconstruct the mel spectrograms of clips and of degraded clips: mean absolute error and divergence."""
+    """Reconstruction of the mel spectrograms of clips and degraded clips: mean absolute error and KL divergence."""
 
     def parts(self, model: MelVae) -> dict[str, nn.Module]:
         return {"encoder": model.autoencoder.encoder, "decoder": model.autoencoder.decoder}
@@ -85,21 +85,21 @@ class VaeLearner(PartLearner):
     def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
         mel = log_mel(torch.cat(batch))
         with self.autocast():
-            # validation takes the posterior's mean: no random number, and what the diffusion model is given
+            # validation decodes the posterior's mean: it is deterministic, and what the diffusion model works on
             decoded, divergence = model(mel, sampled=info is not None)
         error, divergence = (decoded.float() - mel).abs().mean(), divergence.float().mean()
         return error + self.config.kl_weight * divergence, {"loss/mel": error, "loss/kl": divergence}, None
 
 
 class DiffusionLearner(PartLearner):
-    """Learns the velocity of noisy latents. A batch is high and low latents `[B, 2·Z, H, W]`, and the low mel."""
+    """Velocity of noisy latents. A batch is high and low latents `[B, 2·Z, H, W]`, and the low mel."""
 
     batch_names = ("latents", "degraded mel")
 
     def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
         high, low = batch[0].chunk(2, dim=1)
         clips, device = len(high), high.device
-        # validation has the same noise for the same batch, and timesteps all over the schedule
+        # validation uses the same noise for the same batch, and timesteps spread over the schedule
         generator = None if info else torch.Generator().manual_seed(0)
         noise = torch.randn(high.shape, generator=generator).to(device)
         keeps = (torch.rand(2, clips, generator=generator) >= CONDITION_DROPOUT).to(device)
@@ -124,7 +124,7 @@ class VocoderAdversary(Adversary):
 
 
 class VocoderLearner(PartLearner):
-    """Learns to turn mel spectrograms into clips: by mel distance, discriminators, and their features."""
+    """Clips from mel spectrograms: mel distance, adversarial loss, and feature matching."""
 
     def __init__(self, config: VocoderTraining, model: hifigan.Vocoder, accelerator: Accelerator):
         super().__init__(config, model, accelerator)
@@ -146,7 +146,7 @@ class VocoderLearner(PartLearner):
         return loss, terms, (fake, real)
 
 
-PARTS = {  # what learns it, the model, and its sizes
+PARTS = {  # learner, model and sizes of each
     "vae": (VaeLearner, MelVae, VaeConfig),
     "diffusion": (DiffusionLearner, Denoiser, DenoiserConfig),
     "hifigan": (VocoderLearner, functools.partial(hifigan.Vocoder, weight_norm=True), hifigan.VocoderConfig),
@@ -154,9 +154,8 @@ PARTS = {  # what learns it, the model, and its sizes
 
 
 class EncodedExamples(Dataset):
-    """`Examples` as the diffusion model learns from them: `[i]` is (latents of the clip and of the degraded one
-    `[2·Z, H, W]`, scaled; the degraded one's log mel `[1, 256, T]`). Encoding costs more than a step of the denoiser,
-    so results are kept as long as they fit into the cache."""
+    """`Examples` for the diffusion model: `[i]` is (scaled latents of the clip and of the degraded clip `[2·Z, H, W]`,
+    log mel of the degraded clip `[1, 256, T]`), cached up to `CACHE`, as encoding costs more than a training step."""
 
     def __init__(self, examples: Examples, vae: MelVae, latent_scale: float, device: torch.device):
         self.examples, self.vae, self.latent_scale, self.device = examples, vae.to(device), latent_scale, device
@@ -172,8 +171,7 @@ class EncodedExamples(Dataset):
         if i in self.kept:
             return self.kept[i]
         mel = log_mel(torch.stack(self.examples[i]).to(self.device))
-        latents = (self.latent_scale * self.vae.encode(mel)).flatten(0, 1).cpu()
-        item = latents, mel[1].cpu()
+        item = (self.latent_scale * self.vae.encode(mel)).flatten(0, 1).cpu(), mel[1].cpu()
         self.bytes_left -= sum(tensor.nbytes for tensor in item)
         if self.bytes_left >= 0:
             self.kept[i] = item
@@ -192,14 +190,15 @@ def train_part(
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
-    """Train a part, a key of `PARTS`, into `folder/<name>`, by default its own name. The mean and deviation of the log
-    mel are measured for the autoencoder; the denoiser learns on the latents of `folder/vae`, which `data`, the result
-    of `encode`, holds already. `resume` and `callbacks` as in `lib.training.fusion_learner.train`."""
+    """Train a part, a key of `PARTS`, into `folder/<name>`, by default the part's name. The autoencoder's sizes get the
+    log mel's mean and deviation. The denoiser trains on latents of `folder/vae`; pass the result of `encode` as `data`
+    to reuse it. `resume` and `callbacks` as in `lib.training.fusion_learner.train`."""
     accelerator = open_accelerator()
     facts, code = {}, [code_fingerprint("lib.superres.training")[:16]]
     if part == "vae":
-        mean, std = measured_mel(examples_of(library, config)["train"])
-        sizes = dataclasses.replace(sizes, mel_mean=mean, mel_std=std)
+        examples = examples_of(library, config)["train"]
+        mels = torch.stack([log_mel(torch.stack(examples[i])) for i in range(min(MEASURED, len(examples)))])
+        sizes = dataclasses.replace(sizes, mel_mean=mels.mean().item(), mel_std=mels.std().item())
     elif part == "diffusion":
         vae_run = Run.open(Path(folder) / "vae")
         data = data or encode(vae_run, library, config)
@@ -228,7 +227,7 @@ def train_part(
 
 
 def load_part(run: Run, part: str, which: str = "best") -> nn.Module:
-    """A trained part in eval mode, on the CPU, HiFi-GAN without weight norm; `UserError` for a run of another part."""
+    """A trained part in eval mode on the CPU, without weight norm; `UserError` for a run of another part."""
     _, model_type, sizes_type = PARTS[part]
     try:
         model = model_type(from_fields(sizes_type, run.config["sizes"]))
@@ -247,15 +246,8 @@ def examples_of(library: Library, config: PartConfig) -> dict[str, Examples]:
     return {split: Examples(library, split, count, config.clip_length, config.seed) for split, count in counts.items()}
 
 
-def measured_mel(examples: Examples) -> tuple[float, float]:
-    """Mean and standard deviation, over the first examples, degraded ones included."""
-    mels = torch.stack([log_mel(torch.stack(examples[i])) for i in range(min(MEASURED, len(examples)))])
-    return mels.mean().item(), mels.std().item()
-
-
 def encode(vae_run: Run, library: Library, config: PartConfig) -> dict[str, EncodedExamples]:
-    """The examples of a diffusion training as an autoencoder's latents, each encoded at its first use and scaled to
-    the standard deviation 1 of the first examples' clips."""
+    """The examples as an autoencoder's latents, encoded on first use, scaled to a standard deviation of 1."""
     vae = load_part(vae_run, "vae").requires_grad_(False)
     examples, device = examples_of(library, config), open_accelerator().device
     first = (examples["train"][i][0] for i in range(min(MEASURED, config.examples)))
@@ -265,31 +257,31 @@ def encode(vae_run: Run, library: Library, config: PartConfig) -> dict[str, Enco
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes and training of the autoencoder, of the diffusion model on it, and of HiFi-GAN where that is trained."""
+    """Sizes and training of the parts."""
 
     vae: VaeConfig = field(default_factory=VaeConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     vocoder: hifigan.VocoderConfig = field(default_factory=hifigan.VocoderConfig)
     vae_training: VaeTraining = field(default_factory=VaeTraining)
     training: PartConfig = field(default_factory=PartConfig)
-    vocoder_training: VocoderTraining | None = None  # None: Griffin-Lim, which needs no training
+    vocoder_training: VocoderTraining | None = None  # None: Griffin-Lim, which is not trained
 
     def lasting(self, vae_steps: int, steps: int, vocoder_steps: int = 0, seed: int = 0) -> "Plan":
-        """The same plan with other numbers of steps (of HiFi-GAN 0: it is not trained) and another random seed."""
+        """The plan with these numbers of steps (`vocoder_steps=0`: no HiFi-GAN) and this random seed."""
         if vocoder_steps:
             fix = "0, or a plan that trains a vocoder, such as 'full'"
             check(self.vocoder_training, "vocoder_steps", vocoder_steps, fix)
 
-        def set_steps(config: PartConfig, steps: int) -> PartConfig:
-            epochs = math.ceil(steps * config.batch_size * config.accumulate / config.examples)
-            return dataclasses.replace(config, epochs=epochs, max_steps=steps, seed=seed)
-
-        parts = {"vae_training": vae_steps, "training": steps, "vocoder_training": vocoder_steps}
-        changes = {part: set_steps(getattr(self, part), count) if count else None for part, count in parts.items()}
+        changes = {"vocoder_training": None}
+        for part, count in {"vae_training": vae_steps, "training": steps, "vocoder_training": vocoder_steps}.items():
+            if count:
+                config = getattr(self, part)
+                epochs = math.ceil(count * config.batch_size * config.accumulate / config.examples)
+                changes[part] = dataclasses.replace(config, epochs=epochs, max_steps=count, seed=seed)
         return dataclasses.replace(self, **changes)
 
     def train(self, folder: str | Path, library: Library, **options: Any) -> dict[str, Run]:
-        """Train every part into its run in the folder. `options`: those of `train_part`."""
+        """Train every part into its run in the folder, with the options of `train_part`."""
         parts = {"vae": (self.vae, self.vae_training), "diffusion": (self.denoiser, self.training)}
         if self.vocoder_training is not None:
             parts["hifigan"] = (self.vocoder, self.vocoder_training)
@@ -298,8 +290,8 @@ class Plan:
     def compare_contexts(
         self, folder: str | Path, library: Library, seeds: int, **options: Any
     ) -> dict[str, tuple[float, ...]]:
-        """Train diffusion models on the autoencoder in `folder` that differ only in the context of cross-attention, the
-        sequence or seed 004's one pooled vector: context → last validation loss, one for each random seed."""
+        """Train diffusion models that differ only in the context of cross-attention on the autoencoder in `folder`:
+        context → last validation loss for each random seed."""
         losses: dict[str, tuple[float, ...]] = dict.fromkeys(CONTEXTS, ())
         for seed in range(seeds):
             config = dataclasses.replace(self.training, seed=self.training.seed + seed)
@@ -311,7 +303,7 @@ class Plan:
         return losses
 
 
-# what two cores train in minutes: the same parts with a hundredth of the width
+# trains in minutes on two cores: the same parts with a hundredth of the width
 SMALL = {"clip": 1.0, "warmup_steps": 10, "schedule": "cosine", "checkpoint_every": 100, "clip_seconds": 0.64}
 SMALL_ENCODER = {"channels": (8, 16, 32), "hidden_dim": 64, "num_layers": 1, "num_heads": 4, "ffn_dim": 128}
 SMALL_UNET = {"latent_channels": 4, "channels": (32, 48, 64), "attention": (False, False, True), "num_res_blocks": 1}

@@ -211,12 +211,9 @@ class Recording(SuperResolver):
         self.asked.append(({name: value.tolist() for name, value in keeps.items()}, settings))
         return torch.full((len(low), 1, 256, CLIP // 480), float(len(self.asked)))
 
-    def vocode(self, mel: Tensor, low: Tensor, cutoff: float, settings=None, numbers=None, trained=True) -> Tensor:
-        self.mels.append((mel, cutoff, settings, trained))
+    def vocode(self, mel: Tensor, low: Tensor, cutoff: float, settings=None, numbers=None, neural=True) -> Tensor:
+        self.mels.append((mel, cutoff, settings, neural))
         return torch.zeros_like(low)
-
-    def griffin_lim(self, mel: Tensor, low: Tensor, cutoff: float, settings, numbers) -> Tensor:
-        return self.vocode(mel, low, cutoff, settings, numbers, trained=False)
 
 
 @pytest.mark.parametrize("vocoder", [None, "trained"])
