@@ -21,7 +21,7 @@ def chunk_starts(num_samples: int, chunk: int, overlap: int) -> list[int]:
 
 @contextlib.contextmanager
 def reading(read: Callable[[int], Chunk], starts: Sequence[int], description: str) -> Iterator[Iterable[Chunk]]:
-    """`read(start)` of each chunk, the next one while the last is used, with a progress bar if there are several."""
+    """`read(start)` of each chunk, one prefetched, with a progress bar if there are several."""
     with contextlib.closing(prefetch(read, starts, threads=1)) as chunks:
         yield tqdm(chunks, desc=description, unit="chunk", total=len(starts), disable=len(starts) < 2)
 
@@ -30,12 +30,9 @@ def crossfaded(
     chunks: Iterable[Tensor], overlap: int, *, margin: int = 0, keep_power: bool = False
 ) -> Iterator[Tensor]:
     """The pieces `[C, n]` of one signal, from chunks `[C, N]` of which each shares `overlap` samples with the next. The
-    last `margin` samples of a chunk are dropped where another follows.
-
-    The fade is linear in amplitude, which suits two renderings of the same sound: they add in phase. With `keep_power`
-    they may differ: the gains a and b keep the power that their correlation ρ calls for, a² + b² + 2·ρ·a·b = 1, which
-    is linear for ρ = 1 and equal power for ρ = 0.
-    """
+    last `margin` samples of a chunk are dropped where another follows. The fade is linear in amplitude, for renderings
+    that add in phase. `keep_power` also suits others, of correlation ρ: its gains a and b have a² + b² + 2·ρ·a·b = 1,
+    linear for ρ = 1 and equal power for ρ = 0."""
     tail = None  # the next chunk's beginning is faded into it
     for chunk in chunks:
         if tail is not None:

@@ -21,7 +21,7 @@ FLOOR = 1e-8  # of a power: far below any music, and avoids the logarithm of zer
 
 
 class Sound:
-    """A waveform `[B, 1, N]` with its features, each computed once, on first use."""
+    """A waveform `[B, 1, N]` and its features, each computed on first use."""
 
     def __init__(self, wav: Tensor):
         self.wav = wav
@@ -50,10 +50,8 @@ class Sound:
     @functools.cached_property
     def chroma(self) -> Tensor:
         """Power of the twelve pitch classes, from C, normalised to sum 1 in each frame: `[B, 12, F]`."""
-        window = _hann(CHROMA_FFT, self.wav.device)
-        spectrum = torch.stft(
-            self.wav[:, 0], CHROMA_FFT, HOP * 4, window=window, pad_mode="constant", return_complex=True
-        )
+        options = {"window": _hann(CHROMA_FFT, self.wav.device), "pad_mode": "constant", "return_complex": True}
+        spectrum = torch.stft(self.wav[:, 0], CHROMA_FFT, HOP * 4, **options)
         power = spectrum.real.square() + spectrum.imag.square()  # [B, CHROMA_FFT / 2 + 1, F]
         classes = _chroma_bank(self.wav.device) @ power
         return (classes + FLOOR) / (classes.sum(dim=1, keepdim=True) + 12 * FLOOR)

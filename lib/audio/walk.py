@@ -1,4 +1,4 @@
-"""The music files below a folder: the one walk that pairs, projects and super-resolution share."""
+"""The music files below a folder, for pairs, projects and super-resolution."""
 
 import os
 from collections.abc import Iterable
@@ -18,10 +18,8 @@ class Skipped:
 
 def walk_audio(root: Path, ignore: Iterable[Path] = ()) -> tuple[list[str], list[Skipped]]:
     """Music files below `root`, by suffix, as sorted posix paths relative to it; all other files with the reason.
-
-    Hidden files and folders and the files of `ignore` are left out. Links are followed, but no folder is entered twice,
-    so a loop of links ends. A broken link counts as a file: `check_audio` names it.
-    """
+    Hidden files and folders and the files of `ignore` are left out. Links are followed, but no folder is entered twice.
+    A broken link counts as a file: `check_audio` names it."""
     files, skipped, seen = [], [], set()
     ignored = {path.resolve() for path in ignore}
 
@@ -36,10 +34,9 @@ def walk_audio(root: Path, ignore: Iterable[Path] = ()) -> tuple[list[str], list
             continue
         seen.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            path = Path(folder, name)
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
             relative = path.relative_to(root).as_posix()
-            if name.startswith(".") or path.resolve() in ignored:
+            if path.resolve() in ignored:
                 continue
             if path.suffix.lower() in AUDIO_SUFFIXES:
                 files.append(relative)

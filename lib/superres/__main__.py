@@ -17,13 +17,11 @@ from lib.util.errors import exit_on_user_error
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.superres", description="Restore the upper band of audio files at 48 kHz."
-    )
+    parser = argparse.ArgumentParser("python -m lib.superres", description=__doc__.splitlines()[0])
     parser.add_argument("input", help="audio file of any sample rate, length and number of channels, or a folder")
     parser.add_argument("-o", "--out", required=True, help="output file (.wav holds any level), or folder for a folder")
     parser.add_argument("--run", required=True, help="folder of a trained super-resolver, e.g. outputs/demo/superres")
-    parser.add_argument("--steps", type=int, default=DEFAULTS.steps, help="of the sampler (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=DEFAULTS.steps, help="sampling steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=DEFAULTS.guidance, help="1: none (default: %(default)s)")
     parser.add_argument("--vocoder", choices=VOCODERS, help="default: hifigan where the run has trained it")
     parser.add_argument("--seed", type=int, default=DEFAULTS.seed, help="default: %(default)s")

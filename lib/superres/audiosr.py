@@ -1,10 +1,8 @@
-"""Import of the autoencoder and the vocoder of the publicly released AudioSR checkpoints (Liu et al. 2023, arXiv
-2309.07314; their `basic.pth` and `speech.pth`).
+"""Import the autoencoder and the vocoder of a public AudioSR checkpoint (Liu et al. 2023, arXiv 2309.07314) as the runs
+`vae` and `hifigan` of a folder, in which a diffusion model can then be trained; AudioSR's own has another architecture.
+Its spectrograms are `[B, 1, T, F]`, so the kernels of the autoencoder are transposed.
 
     python -m lib.superres.audiosr basic.pth -o outputs/audiosr
-
-They become the runs `vae` and `hifigan` of a folder, in which a diffusion model can then be trained; AudioSR's own has
-another architecture. Its spectrograms are `[B, 1, T, F]`, so the kernels of the autoencoder are transposed.
 """
 
 import argparse
@@ -46,8 +44,8 @@ VAE_NAMES = {
 def import_audiosr(
     path: str | Path, folder: str | Path, vae_sizes: VaeConfig | None = None, vocoder_sizes: VocoderConfig | None = None
 ) -> tuple[Run, Run, int]:
-    """Read a checkpoint, running no code of it, and write the runs `folder/vae` and `folder/hifigan`; returns both, and
-    how many tensors belong to other parts. `UserError` lists tensors that are missing, unknown or of another shape."""
+    """Read a checkpoint without executing code in it, and write the runs `folder/vae` and `folder/hifigan`; returns
+    both, and the number of tensors ignored. `UserError` lists tensors that are missing, unknown or of another shape."""
     path, folder = Path(path), Path(folder)
     content = safe_torch_load(path)
     tensors = content.get("state_dict") if isinstance(content, dict) else None
@@ -55,7 +53,7 @@ def import_audiosr(
     if not named:
         raise UserError(f"{path}: holds no 'state_dict' of tensors; {FIX}")
     own = {name.removeprefix(PREFIX): tensor.float() for name, tensor in tensors.items() if name.startswith(PREFIX)}
-    own = without_weight_norm(path, own)
+    ignored, own = len(tensors) - len(own), without_weight_norm(path, own)
     of_vocoder = {name: own.pop(name) for name in list(own) if name.startswith("vocoder.")}
     vae, vocoder = MelVae(vae_sizes), Vocoder(vocoder_sizes)
     names = {name: vae_name(name, len(vae.config.channels)) for name in vae.autoencoder.state_dict()}
@@ -70,22 +68,21 @@ def import_audiosr(
     for name, model in (("vae", vae), ("hifigan", vocoder)):
         runs.append(Run.create(folder / name, {"sizes": dataclasses.asdict(model.config)} | source))
         runs[-1].save(0, model, {}, is_best=True)
-    return *runs, len([name for name in tensors if not name.startswith(PREFIX)])
+    return *runs, ignored
 
 
 def fill(path: Path, model: nn.Module, tensors: dict[str, Tensor], names: dict[str, str]) -> None:
     """Load every tensor into its place in the model. `names`: the model's name → the file's, without the prefix."""
     own = model.state_dict()
     # attention is a matrix here, a convolution with a kernel of one in the file
-    is_matrix = {name for name, x in tensors.items() if ATTENTION.search(name) and x.shape[2:] == (1, 1)}
-    found = {name: x[..., 0, 0] if name in is_matrix else x for name, x in tensors.items()}
+    found = {k: x[..., 0, 0] if ATTENTION.search(k) and x.shape[2:] == (1, 1) else x for k, x in tensors.items()}
     expected = {PREFIX + theirs: own[ours] for ours, theirs in names.items()}
     check_tensors(path, {PREFIX + name: tensor for name, tensor in found.items()}, expected, fix=FIX)
     model.load_state_dict(own | {ours: found[theirs] for ours, theirs in names.items()})
 
 
 def vae_name(name: str, levels: int) -> str:
-    """The file's name of a tensor of diffusers' autoencoder. The file counts the decoder's levels from the last one."""
+    """The file's name for a tensor of diffusers' autoencoder. The file counts the decoder's levels from the last."""
     for ours, theirs in VAE_NAMES.items():
         name = re.sub(ours, theirs, name)
     return re.sub(r"\.up\.(\d+)\.", lambda found: f".up.{levels - 1 - int(found[1])}.", name)
@@ -109,9 +106,8 @@ def without_weight_norm(path: Path, tensors: dict[str, Tensor]) -> dict[str, Ten
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.superres.audiosr", description="Import autoencoder and vocoder of an AudioSR checkpoint."
-    )
+    about = "Import autoencoder and vocoder of an AudioSR checkpoint."
+    parser = argparse.ArgumentParser("python -m lib.superres.audiosr", description=about)
     parser.add_argument("checkpoint", help="basic.pth or speech.pth")
     parser.add_argument("-o", "--out", required=True, help="folder for the runs vae and hifigan")
     options = parser.parse_args()

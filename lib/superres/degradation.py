@@ -21,7 +21,7 @@ from lib.util.errors import UserError
 
 RIPPLE, STOP = {"rp": 0.05}, {"rs": 40.0}  # dB, pass-band ripple and stop-band attenuation
 KINDS = {"butter": {}, "cheby1": RIPPLE, "ellip": RIPPLE | STOP, "bessel": {}}  # of filters, with their limits
-ORDERS = (2, 10)  # of one pass; filtering forwards and backwards doubles it and leaves no delay
+ORDERS = (2, 10)  # of one pass; filtering forwards and backwards doubles the order and cancels the delay
 LOWEST, HIGHEST = 2_000, 16_000  # Hz
 LOWEST_RATE = 44_100  # Hz: files below it have no upper band to learn from
 GRID = 250  # Hz between cutoffs: the ratios of such sample rates to 48 kHz have small terms
@@ -69,8 +69,8 @@ class Library:
 
 
 def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 0.25) -> Library:
-    """Every usable song below `folder`, at least `clip_length` samples at 48 kHz long; `UserError` for fewer than two.
-    Each split has at least one; it depends on the files' content alone."""
+    """Every song below `folder` of at least `clip_length` samples at 48 kHz; `UserError` for fewer than two. The split,
+    at least one song each, depends on the files' content alone."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name one with music at 44.1 kHz or more")
@@ -78,12 +78,11 @@ def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 
     songs, skipped = {}, []
     for path in (folder / name for name in files):
         try:
-            report = check_audio(path)
+            report, seconds = check_audio(path), clip_length / SAMPLE_RATE
             if (rate := report.sample_rate) < LOWEST_RATE:
                 raise AudioError(path, f"its rate is {rate} Hz, which holds no upper band; use 44.1 kHz or more")
             if report.samples_at(SAMPLE_RATE) < clip_length:
-                fault = f"shorter than a clip of {clip_length / SAMPLE_RATE:g} s"
-                raise AudioError(path, f"{fault}; use longer music or shorter clips")
+                raise AudioError(path, f"shorter than a clip of {seconds:g} s; use longer music or shorter clips")
             songs.setdefault(report.sha256, report)  # copies count once
         except AudioError as error:
             skipped.append((path, error.problem))
@@ -99,7 +98,7 @@ def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 
 @dataclass(eq=False)
 class Examples(Dataset):
     """`examples[i]` is (clip `[1, N]`, degraded clip `[1, N]`) at 48 kHz, float32. Song, offset and degradation, unless
-    it is given, depend on `seed`, split and `i` alone: a resumed training sees the same."""
+    given, depend on `seed`, split and `i` alone, so that a resumed training sees the same."""
 
     library: Library
     split: str

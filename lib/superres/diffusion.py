@@ -1,7 +1,6 @@
-"""Diffusion in the latents: v-prediction (Salimans and Ho 2022, arXiv 2202.00512) on a cosine schedule (Nichol and
-Dhariwal 2021, arXiv 2102.09672), and deterministic sampling (DDIM, Song et al. 2021, arXiv 2010.02502) with
-classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598). The schedule is diffusers'; its sampler misses the
-next timestep where the number of steps does not divide 1000, so the step is written out here."""
+"""Latent diffusion: v-prediction (arXiv 2202.00512) on a cosine schedule (arXiv 2102.09672), and DDIM sampling (arXiv
+2010.02502) with classifier-free guidance (arXiv 2207.12598). The schedule is diffusers'; its sampler misses the next
+timestep if the number of steps does not divide 1000, so the step is written out here."""
 
 import functools
 from typing import Any
@@ -29,7 +28,7 @@ def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor
 
 
 def sampled_timesteps(steps: int) -> Tensor:
-    """`steps` timesteps (1 to 1000 of them), evenly from 999, where only noise is left, down: `[steps]`."""
+    """1 to 1000 evenly spaced timesteps, descending from 999, where only noise is left: `[steps]`."""
     even = np.arange(TIMESTEPS, 0, -TIMESTEPS / steps).round()[:steps]  # some steps end in one value too many
     return torch.from_numpy(even).long() - 1
 
@@ -39,8 +38,8 @@ def sample(
     denoiser: Denoiser, low: Tensor, mel: Tensor, noise: Tensor, *, steps: int, guidance: float = 1.0, **keeps: Tensor
 ) -> Tensor:
     """Latents of the full band `[B, Z, H, W]`, from the low band's latents, its mel `[B, 1, 256, T]` and unit normal
-    noise. `guidance` g moves each velocity away from the unconditional one: v = v₀ + g·(v − v₀). 1 is the plain model
-    in half the time, 0 the model without a condition. `keeps` as in `Denoiser`."""
+    noise. Guidance g extrapolates from the unconditional velocity: v = v₀ + g·(v − v₀); 1 needs half the time. `keeps`
+    as in `Denoiser`."""
     timesteps = sampled_timesteps(steps)
     low, context = denoiser.conditions(low, mel, **keeps)
     if guidance != 1:

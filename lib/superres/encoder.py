@@ -30,7 +30,7 @@ class GlobalAudioEncoder(nn.Module):
     """Log mel `[B, 1, 256, T]` → pooled context `[B, context_dim]` and context sequence `[B, T, context_dim]`.
 
     The seed's kernels and strides reduce 256 bands to 16, not to the 8 of its table, so neighbours are averaged. It
-    creates the projection of a frame after the optimizer, so that would never learn; here it is an ordinary layer.
+    creates the frame projection after the optimizer, so it would never be trained; here it is an ordinary layer.
     """
 
     def __init__(self, config: EncoderConfig | None = None):

@@ -89,13 +89,7 @@ class SuperResolver:
 
     @torch.inference_mode()
     def vocode(
-        self,
-        mel: Tensor,
-        low: Tensor,
-        cutoff: float,
-        settings: Restoration,
-        numbers: Numbers = None,
-        neural: bool = True,
+        self, mel: Tensor, low: Tensor, cutoff: float, settings: Restoration, numbers: Numbers = None, neural=True
     ) -> Tensor:
         """A waveform `[B, 1, N]` for a log mel: by HiFi-GAN if it is loaded and `neural`, otherwise by Griffin-Lim,
         which keeps the band of `low [B, 1, N]` below the cutoff."""

@@ -17,7 +17,7 @@ class DenoiserConfig:
     """Sizes of the UNet and its encoder; the defaults are seed 004's."""
 
     latent_channels: Count = 16
-    channels: tuple[Count, ...] = (128, 256, 384, 640)  # of each level, half as large as the one before
+    channels: tuple[Count, ...] = (128, 256, 384, 640)  # of each level, at half the resolution of the one before
     attention: tuple[Flag, ...] = (False, True, True, True)  # levels at 1/2, 1/4 and 1/8 have transformers
     num_res_blocks: Count = 2
     head_channels: Count = 32
@@ -31,7 +31,7 @@ class DenoiserConfig:
 
 
 class GlobalTransformer(nn.Module):
-    """Cross-attention from every place of a map to the projected global context, added to the map, then an ordinary
+    """Cross-attention from every position of a map to the projected global context, added to the map, then an ordinary
     transformer block: seed 004's `GlobalConditionedSpatialTransformer`."""
 
     def __init__(self, channels: int, head_channels: int, context_dim: int, norm_groups: int):
@@ -49,8 +49,8 @@ class GlobalTransformer(nn.Module):
         return self.block(x + self.attend(x, context), return_dict=False)[0]
 
     def attend(self, x: Tensor, context: Tensor) -> Tensor:
-        """What each place receives from the context, `[B, C, H, W]`. With L = 1 the softmax is over one key: its
-        weight is 1 whatever the query, and every place receives the same."""
+        """The attention output, `[B, C, H, W]`. With L = 1 the softmax over one key is 1 whatever the query, so it is
+        the same at every position."""
         keys = self.global_projection(context)  # [B, L, C]
         places = x.flatten(2).transpose(1, 2)  # [B, H·W, C]
         received, _ = self.global_attention(places, keys, keys, need_weights=False)
@@ -58,7 +58,7 @@ class GlobalTransformer(nn.Module):
 
 
 class TransformerStack(nn.Sequential):
-    """Global transformers in a row, with the signature that diffusers' blocks call."""
+    """Global transformers in sequence, with the signature that diffusers' blocks call."""
 
     def forward(self, x: Tensor, encoder_hidden_states: Tensor, **_: object) -> tuple[Tensor]:
         for transformer in self:
@@ -67,7 +67,7 @@ class TransformerStack(nn.Sequential):
 
 
 class Denoiser(nn.Module):
-    """Encoder and UNet, which are trained together, and a learned context that replaces one that is left out."""
+    """Encoder and UNet, trained together, and a learned null context."""
 
     def __init__(self, config: DenoiserConfig | None = None):
         from diffusers import UNet2DConditionModel  # seconds to import
@@ -96,14 +96,14 @@ class Denoiser(nn.Module):
 
     def forward(self, noisy: Tensor, timesteps: Tensor, low: Tensor, mel: Tensor, **keeps: Tensor) -> Tensor:
         """Predicted velocity `[B, Z, H, W]`, from noisy and low-resolution latents of that shape and the low-resolution
-        mel `[B, 1, 256, T]`. `keeps`: as in `conditions`."""
+        mel `[B, 1, 256, T]`; `keeps` as in `conditions`."""
         return self.denoise(noisy, timesteps, *self.conditions(low, mel, **keeps))
 
     def conditions(
         self, low: Tensor, mel: Tensor, keeps_low: Tensor | None = None, keeps_context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The latents, and the context `[B, L, context_dim]`: the pooled vector, with 'sequence' one more for each mel
-        frame. Zeros and the learned context replace them where `keeps_low [B]` and `keeps_context [B]` are false."""
+        """The latents, and the context `[B, L, context_dim]`: the pooled vector, with 'sequence' also one vector a mel
+        frame. Zeros and the null context replace them where `keeps_low [B]` and `keeps_context [B]` are false."""
         pooled, sequence = self.encoder(mel)
         context = pooled[:, None]
         if self.config.context == "sequence":

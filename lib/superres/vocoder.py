@@ -51,8 +51,8 @@ class Vocoder(nn.Module):
 
 def griffin_lim(mel: Tensor, known: Tensor, bins: int, *, noise: Tensor, iterations: int = 32) -> Tensor:
     """A waveform `[B, 1, N]` for a log mel `[B, 1, 256, N / 480]` (Griffin and Lim 1984). The first `bins` bins of the
-    spectrum are those of the waveform `known [B, 1, N]`. The others have the mel's magnitudes, and phases that start
-    from `noise [B, N_FFT / 2 + 1, N / 480]` and become consistent on the way to the waveform and back."""
+    spectrum are copied from the waveform `known [B, 1, N]`. The others have the mel's magnitudes, and phases that start
+    from `noise [B, N_FFT / 2 + 1, N / 480]`."""
     low, magnitudes = spectrum(known)[:, :bins], magnitudes_of(mel)[:, bins:]
     phases = torch.polar(torch.ones_like(noise), 2 * torch.pi * noise)[:, bins:]
     for _ in range(iterations):
@@ -62,7 +62,7 @@ def griffin_lim(mel: Tensor, known: Tensor, bins: int, *, noise: Tensor, iterati
 
 
 # Discriminators of Kong et al., and of Kumar et al. 2019, arXiv 1910.06711, at the papers' sizes.
-Output = tuple[Tensor, list[Tensor]]  # logits, and the feature maps that they come from
+Output = tuple[Tensor, list[Tensor]]  # logits, and the feature maps before them
 PERIODS = (2, 3, 5, 7, 11)
 
 
