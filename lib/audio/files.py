@@ -223,10 +223,7 @@ def _blocks(path: str | Path, file: SoundFile, start: int, count: int, mix: bool
     try:
         if position:
             file.seek(position)
-        while position < end:
-            block = file.read(min(_BLOCK, end - position), dtype="float32", always_2d=True)
-            if not len(block):
-                return
+        while len(block := file.read(min(_BLOCK, end - position), dtype="float32", always_2d=True)):
             skip = max(0, start - position)
             position += len(block)
             if skip < len(block):

@@ -1,7 +1,5 @@
-"""Figures of sound. Functions return matplotlib figures with labelled axes and units; none computes a result.
-
-Colours are Okabe and Ito's, which colour-blind readers can distinguish. Legend: N samples, D latent channels, T frames.
-"""
+"""Figures of sound, in Okabe and Ito's colours, which colour-blind readers can distinguish. None computes a result.
+Legend: N samples, D latent channels, T frames."""
 
 import io
 import itertools
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from lib.audio.files import SAMPLE_RATE
 
-logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it lists every font that it did not use
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it lists every font not used
 
 INPUT, TARGET, OUTPUT, AVERAGE = "#0072B2", "#E69F00", "#009E73", "#777777"
 STAGES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
@@ -60,14 +58,12 @@ def mel_db(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> Tensor:
 
 
 def clip_image(wav: Tensor, colour: str = INPUT, sample_rate: int = SAMPLE_RATE) -> bytes:
-    """The waveform of `[1, N]` (full height: full scale) above its mel spectrogram, as a PNG without axes: a player's
-    cursor moves over it."""
+    """The waveform of `[1, N]`, at full scale, above its mel spectrogram, as a PNG without axes for a player."""
     width, height = 480, 60
     levels = ((mel_db(wav, sample_rate).flip(0) + 80) * ((SHADES - 1) / 80)).round().byte()  # [80, frames]
     mel = Image.fromarray(levels.numpy()).resize((width, len(levels)), Image.Resampling.BOX)
     edges = np.linspace(0, wav.shape[-1], width + 1).astype(int)
-    samples = wav[0].numpy()
-    slices = [samples[a : max(a + 1, b)] for a, b in itertools.pairwise(edges)]
+    slices = [wav[0, a : max(a + 1, b)].numpy() for a, b in itertools.pairwise(edges)]
     low, high = np.array([s.min() for s in slices]), np.array([s.max() for s in slices])
     rows = 1 - 2 * (np.arange(height)[:, None] + 0.5) / height  # amplitude of each row, 1 to -1
     reach = 1.01 / height  # half a row, and a little more
@@ -129,8 +125,8 @@ def spectra(wavs: Mapping[str, Tensor], band_edge: float) -> Figure:
 
 @plt.rc_context(STYLE)
 def mixing_maps(taken: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -> Figure:
-    """Where a mixture comes from, over time and mel bands, by name: mel powers `[80, frames]` taken from the input and
-    from the target. Blue: input only, orange: target only, grey: both; paler is quieter."""
+    """Mel powers `[80, frames]` that a mixture takes from the input and from the target, by name. Blue: input only,
+    orange: target only, grey: both; paler is quieter."""
     colours = LinearSegmentedColormap.from_list("taken", (TARGET, "#BBBBBB", INPUT))
     figure, axes = mel_axes(list(taken), 4.2, 3.1)
     for ax, (of_input, of_target) in zip(axes, taken.values(), strict=True):
@@ -153,8 +149,8 @@ def waveforms_and_mels(wavs: Mapping[str, Tensor], sample_rate: int = SAMPLE_RAT
         picture = _draw_mel(bottom, wav, sample_rate)
         top.set_title(name)
         bottom.set_xlabel("time (s)")
-    for ax in axes[:, 1:].flat:
-        ax.set_ylabel("")
+        top.label_outer()
+        bottom.label_outer()
     figure.colorbar(picture, ax=bottom, label=DECIBELS)
     return figure
 

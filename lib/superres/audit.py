@@ -58,13 +58,11 @@ def count_sizes(parts: Mapping[str, nn.Module]) -> list[Count]:
 
 
 def count_costs(parts: Mapping[str, nn.Module]) -> list[Count]:
-    """Matrix products, convolutions and attention of one clip; the seed says that it counts a batch of eight."""
+    """Matrix products, convolutions and attention of one clip; the seed counts a batch of eight."""
     denoiser, vae = parts["denoiser"], parts["vae"]
     with torch.device("meta"):
-        mel = torch.zeros(1, 1, MELS, CLIP_FRAMES)
-        latents = torch.zeros(1, *latent_shape(parts))
+        mel, latents, time = torch.zeros(1, 1, MELS, CLIP_FRAMES), torch.zeros(1, *latent_shape(parts)), torch.zeros(1)
         context = torch.zeros(1, CLIP_FRAMES + 1, denoiser.config.encoder.context_dim)
-        time = torch.zeros(1)
     return [
         Count("autoencoder, encoding", macs(lambda: vae.encode(mel)), 50e6),
         Count("global encoder", macs(lambda: denoiser.encoder(mel)), 2.3e9),

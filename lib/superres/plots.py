@@ -1,4 +1,4 @@
-"""The figures and tables of super-resolution. A table is a list of rows, column → text; none computes a result."""
+"""Figures and tables of super-resolution, which compute no result. A table is a list of rows, column → text."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -77,7 +77,7 @@ def loss_curves(runs: Mapping[str, Run]) -> Figure:
 
 @plt.rc_context(STYLE)
 def distances(scores: Sequence[Score]) -> Figure:
-    """LSD above the cutoff over cutoffs, a line a method, with standard errors."""
+    """LSD above the cutoff over cutoffs, one line for each method, with standard errors."""
     figure, axes = plt.subplots(figsize=(8.5, 4))
     for method in dict.fromkeys(score.method for score in scores):
         own = [score for score in scores if score.method == method]
