@@ -32,7 +32,7 @@ from lib.util.files import make_folder
 from lib.util.stats import TEST
 
 LEAD = "Two runs on validation pairs that neither was trained on: how their configs, metrics and sounds differ."
-JUDGED = ("merit", "rhythm", "harmony", "input_mel", "target_mel", "rms_ratio", "movement_ratio")
+MEASURES = ("merit", "rhythm", "harmony", "input_mel", "target_mel", "rms_ratio", "movement_ratio")
 SECTIONS = {"config", "metrics", "sounds"}
 Pairs = dict[str, tuple[Clip, Clip]]
 
@@ -48,8 +48,7 @@ class Compared:
 def compare_runs(
     first: str | Path, second: str | Path, out: str | Path = "", *, pairs: int = 3, judged: int = 24, codec: str = ""
 ) -> tuple[Path, dict[str, Table]]:
-    """Compare two run directories, as the command does, whose options these are; returns the page's path and its
-    tables by name. `UserError` if a run cannot be used, or if no pair is new to both."""
+    """Compare two run directories, with the command's options; returns the page's path and its tables by name."""
     if pairs < 1 or judged < 1:
         raise UserError(f"--pairs {pairs}, --judged {judged}: at least one pair each is needed")
     paths = [Path(path) for path in (first, second)]
@@ -80,14 +79,14 @@ def compare_runs(
 
 
 def write_metrics(section: Section, compared: Sequence[Compared], pairs: Pairs) -> Table:
-    judged: dict[str, list[dict[str, float]]] = {c.name: [] for c in compared}
+    measured: dict[str, list[dict[str, float]]] = {c.name: [] for c in compared}
     for input, target in tqdm(pairs.values(), desc="measuring", unit="pair"):
         wavs = load_pair(input, target)
         clips = [sound_features(wav) for wav in wavs]
         for c in compared:
-            judged[c.name].append(sound_metrics(sound_features(render(c.model, c.codec, *wavs).wav), *clips))
-    a, b = judged
-    means = {name: mean_metrics(rows) for name, rows in judged.items()}
+            measured[c.name].append(sound_metrics(sound_features(render(c.model, c.codec, *wavs).wav), *clips))
+    a, b = measured
+    means = {name: mean_metrics(rows) for name, rows in measured.items()}
     rows = []
     for c in compared:
         losses = [row["loss"] for row in c.run.metrics("val") if row.get("loss") is not None]
@@ -97,8 +96,8 @@ def write_metrics(section: Section, compared: Sequence[Compared], pairs: Pairs) 
             "steps": max((row["step"] for row in c.run.metrics("train")), default=0),
             "lowest validation loss": f"{min(losses):.3f}" if losses else "none",
         }
-        rows.append(row | {name.replace("_", " "): f"{means[c.name][name]:.2f}" for name in JUDGED})
-    found = advantage(judged, a, b, [(input.sha256, target.sha256) for input, target in pairs.values()])
+        rows.append(row | {name.replace("_", " "): f"{means[c.name][name]:.2f}" for name in MEASURES})
+    found = advantage(measured, a, b, [(input.sha256, target.sha256) for input, target in pairs.values()])
     said = f"{found}, {found.in_words(b)} on {len(pairs)} pair(s) ({TEST})"
     section.key_figure(f"figure of merit of {a} against {b}", said)
     for c in compared:
@@ -134,8 +133,9 @@ def pairs_new_to_both(first: Path, second: Path) -> Pairs:
     pairs = [(pair.input, pair.target) for pair in manifest.split("val")]
     new = [clips for clips in pairs if (first_songs | second_songs).isdisjoint(clip.sha256 for clip in clips)]
     if not new:
-        trained = f"was trained on the music of every validation pair of {first}"
-        raise UserError(f"{second}: {trained}; nothing is new to both")
+        raise UserError(
+            f"{second}: was trained on the music of every validation pair of {first}; nothing is new to both"
+        )
     return {describe_pair(*clips): tuple(whole_clip(manifest, clip) for clip in clips) for clips in new}
 
 

@@ -1,9 +1,8 @@
-"""Measure what the README quotes, from one clean commit, and replace outputs/record/ with it as a whole.
+"""Measure what the README quotes, from one clean commit, and replace outputs/record/ as a whole.
 
     python -m lib.record --preset demo [--data DIR] [--codec NAME|DIR] [--set record.steps=200]
 
-Everything is measured in a clone of the commit, in outputs/recording/, on songs and latents generated there: files of
-older runs play no part, and the working tree may change meanwhile.
+Everything is measured in a clone of the commit, in outputs/recording/, so neither older files nor later edits matter.
 
     record.json        the commit, which no other file names, the preset, the codec and the machine
     ablation.json      every run of the grid, and which verdicts depth changes
@@ -53,7 +52,6 @@ GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
 # without AVX2, sums are rounded differently; NumPy has had two sets of names for the features it can disable
 NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 X86_V3 X86_V4 AVX512_ICL"}
 WHOLE = ("songs-0-seed-0", "no-vectors")  # variations that run all notebooks, and are compared as a whole
-BENCH_PARTS = ("limit", "cascade")
 CLAIMS_HEAD = """# The claims of the seeds, audited
 
 Every number that the seed documents state, beside what was measured. Verdicts are computed from runs and could have \
@@ -120,12 +118,11 @@ def replace_record(new: Path, root: Path) -> None:
 
 
 def record(preset_name: str, overrides: dict[str, Any], data_dir: str, folder: Path = RECORD) -> None:
-    """Measure everything and write it to `folder`, which is emptied first. Finished runs of this code are reused. Bad
-    settings raise `UserError` before any run."""
+    """Measure everything into `folder`, emptied first; finished runs are reused. `UserError` for bad settings."""
     preset = load_preset(preset_name, overrides)
     with_blocks((ROOT / "README.md").read_text(), dict.fromkeys(BLOCKS, ""))  # fail now if marks are missing
     if preset.name == "full" and not torch.cuda.is_available():
-        say("no GPU was found: preset full takes weeks here; PRESET=demo is made for such a machine")
+        say("no GPU was found: preset full takes weeks here; PRESET=demo suits such a machine")
     project = open_project(preset, data_dir)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -154,7 +151,7 @@ def record_bench(folder: Path) -> None:
     bench = ROOT / "outputs" / "bench"
     if not (bench / "bench.md").exists():
         say("speed compared with stock PyTorch")
-        subprocess.run([sys.executable, "tests/bench", *BENCH_PARTS, "--out", str(bench)], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "tests/bench", "limit", "cascade", "--out", str(bench)], cwd=ROOT, check=True)
     found = read_json(bench / "bench.json", {"machine": dict})
     found["machine"] = {name: value for name, value in found["machine"].items() if name not in versions()}
     write_json(folder / "bench.json", found)
@@ -203,14 +200,13 @@ def record_superres(preset: Preset, project: Project, folder: Path) -> None:
 
 def changed_by_depth(results: list[Result]) -> list[str]:
     """The verdicts on the named settings that differ between the smallest and the largest depth."""
-    depths = sorted({result.num_layers for result in results})
-    audits = [audit_named([r for r in results if r.num_layers == depth]) for depth in (depths[0], depths[-1])]
-    return disagreements(*audits)
+    depths = [result.num_layers for result in results]
+    ends = min(depths), max(depths)
+    return disagreements(*(audit_named([r for r in results if r.num_layers == depth]) for depth in ends))
 
 
 def variations(preset: Preset) -> list[dict[str, Any]]:
-    """Runs on one thread: every data seed (other songs) with every training seed, and one without vector instructions.
-    Empty if the preset has one seed of each."""
+    """Runs on one thread: every data seed with every training seed, and one without vector instructions; or none."""
     counts = preset.record.data_seeds, preset.record.seeds
     if counts == (1, 1):
         return []
@@ -259,14 +255,14 @@ def found_in(out: Path) -> dict[str, Any]:
     """The findings of a run of the notebooks: numbers, verdicts and a hash of its pairs."""
     stored = sections(out)
     tables = tables_of(stored)
-    judged, compared = rows_with(tables, "output", "merit"), rows_with(tables, "baseline", "verdict")
+    measured, compared = rows_with(tables, "output", "merit"), rows_with(tables, "baseline", "verdict")
     gained = rows_with(tables, "cutoff", GAIN)
     claims = {f"{row['claim']}: {row['said']}": row["verdict"] for row in collect(stored)}
     pairs = (out / "manifest.jsonl").read_text().split("\n", 1)[1]  # after the header, which names the folder
     upper_band = read_json(out / "superres" / "vae" / "config.json")["data"]  # songs and their split
     return {
         "pairs": hashlib.sha256((pairs + upper_band).encode()).hexdigest()[:16],
-        "merit": {row["output"]: float(row["merit"]) for row in judged},
+        "merit": {row["output"]: float(row["merit"]) for row in measured},
         "against": {row["baseline"]: row["verdict"].removesuffix(" the baseline") for row in compared},
         "gain": {row["cutoff"]: row[GAIN] for row in gained},
         "against_envelope": {row["cutoff"]: row["verdict"].removesuffix(" the envelope") for row in gained},

@@ -82,6 +82,6 @@ def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def advantage(
     rows: Mapping[str, Sequence[Mapping[str, float]]], name: str, over: str, songs: Sequence[tuple[str, str]]
 ) -> Comparison:
-    """How far one output's figure of merit is above another's on the same pairs; `songs`: of each pair's two clips."""
+    """How far one output's figure of merit is above another's on the same pairs; `songs`: both songs of each pair."""
     differences = [a["merit"] - b["merit"] for a, b in zip(rows[name], rows[over], strict=True)]
     return paired_comparison(differences, *zip(*songs, strict=True))

@@ -67,7 +67,7 @@ def evaluate_fusion(model: FusionModel, pairs: Dataset) -> dict[str, float]:
 
     input_mse, target_mse, mse (their mean)    squared latent units
     input_correlation, target_correlation      Pearson's over all values of a clip: how much of each source leaks
-    rms_ratio, movement_ratio                  RMS over `pair_rms` of the clips; `movement` over the mean of theirs
+    rms_ratio, movement_ratio                  RMS over `pair_rms` of the clips; `movement` over the clips' mean
     complementarity, stage<i>/<field>          of the masks, where there are any; of every stage's trace
     """
     device = next(model.parameters()).device
@@ -112,7 +112,7 @@ class SoundFeatures:
 
 
 def sound_features(wav: Tensor) -> SoundFeatures:
-    """Features of a clip `[1, N]` at 24 kHz. Rhythm and harmony are librosa's, not those of `lib.training.losses`."""
+    """Features of a clip `[1, N]` at 24 kHz. Rhythm and harmony are librosa's, unlike the terms of the objective."""
     samples = wav[0].float().cpu().numpy()
     onsets = librosa.onset.onset_strength(y=samples, sr=SAMPLE_RATE, hop_length=HOP)
     classes = librosa.feature.chroma_stft(
@@ -121,14 +121,9 @@ def sound_features(wav: Tensor) -> SoundFeatures:
     share = np.where(classes.sum(axis=0) > 0, classes - 1 / 12, 0.0)  # or two silent passages would match
     sound = Sound(wav[None].float().cpu())
     curve = sound.envelope[0]
-    return SoundFeatures(
-        torch.from_numpy(onsets),
-        torch.from_numpy(share.astype(np.float32)).flatten(),
-        curve,
-        sound.log_mel[0],
-        rms=float(wav.square().mean().sqrt()),
-        movement=float(curve.std() / curve.mean()),
-    )
+    chroma = torch.from_numpy(share.astype(np.float32)).flatten()
+    level, change = float(wav.square().mean().sqrt()), float(curve.std() / curve.mean())
+    return SoundFeatures(torch.from_numpy(onsets), chroma, curve, sound.log_mel[0], level, change)
 
 
 def sound_metrics(output: SoundFeatures, input: SoundFeatures, target: SoundFeatures) -> dict[str, float]:
@@ -140,7 +135,7 @@ def sound_metrics(output: SoundFeatures, input: SoundFeatures, target: SoundFeat
                      output has the input's rhythm *and* the target's harmony; a copy of one clip has about 0
     input_envelope, target_envelope    correlation of the loudness curves: how much of each the output copies
     input_mel, target_mel              mean absolute difference of the log mel spectrograms, dB
-    rms_ratio, movement_ratio          RMS over `pair_rms` of the clips; movement over the mean of theirs
+    rms_ratio, movement_ratio          RMS over `pair_rms` of the clips; movement over the clips' mean
     """
     rhythm = float(correlation(output.onsets, input.onsets))
     harmony = float(torch.nn.functional.cosine_similarity(output.chroma, target.chroma, dim=0))

@@ -1,7 +1,4 @@
-"""Rows for the tables of notebook 04: the model's parts, its masks, its losses, and its fusions beside the baselines.
-
-Numbers are text in a row, with as many digits as they are shown with.
-"""
+"""Rows for the tables of notebook 04, numbers as text: the model's parts, masks, losses, fusions and baselines."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

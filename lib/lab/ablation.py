@@ -145,7 +145,7 @@ worker = SimpleNamespace(busy=False, stopped=False)  # the state of this process
 def start_worker(devices: Any, pids: Any) -> None:
     """Before a process takes its first job: its device, one thread, and how it stops.
 
-    A group of its own keeps a terminal's Ctrl-C away: the parent's SIGTERM is the one signal to stop. It must not end
+    In a group of its own, a terminal's Ctrl-C does not reach it: only the parent's SIGTERM stops it. That must not end
     the process: the pool would then kill the other workers while they save.
     """
     os.setpgrp()
@@ -225,9 +225,9 @@ def train_and_evaluate(job: Job) -> dict[str, float]:
         ceiling = projection_ceiling(stage.post_norm, stage.output_projection)
         final[f"stage{i}/ceiling"] = stage.config.projection_gain * ceiling
     if job.masking.masking != "none":
-        judged = measure_fusions((pairs[i] for i in range(len(pairs))), codec, {"model": model})
+        measured = measure_fusions((pairs[i] for i in range(len(pairs))), codec, {"model": model})
         for name in ("model", "average of latents"):
-            final |= {f"{name}/{key}": value for key, value in mean_metrics(judged[name]).items()}
+            final |= {f"{name}/{key}": value for key, value in mean_metrics(measured[name]).items()}
     return final
 
 

@@ -2,9 +2,7 @@
 
     Said("C7", "0.1×: the gradient norm rises").of(every(gt, 1), each(exploding, growth), "times")
 
-A claim is what a seed said, a rule for what was measured, one value a seed, and its unit. Every verdict can come out
-either way, which the tests show. `audit_named`, `audit_grid`: short runs of the cascade alone; `audit_schedule`,
-`audit_continuations`: a whole training of the whole system.
+Each is what a seed said, a rule for what was measured, one value a seed, and its unit.
 """
 
 import math
@@ -31,11 +29,9 @@ EPOCHS = 200  # of claim C10
 CONSTANT = 0.2  # an output with less than this share of its clips' movement is called constant
 FEW_PAIRS = 8  # fewer pairs prove nothing about a mean
 AGENT = 1_281_730  # parameters of the creative agent, from the shapes in the original checkpoints
-FALLBACKS = {  # variants that claim C14 calls safe
-    "stage 1 at 512": "stage 1 at 512 wide is stable",
-    "3 stages": "three stages at 1.0× are stable",
-    "4 stages": "four stages at 1.0× are stable",
-    "5 stages": "five stages at 1.0× are stable",
+FALLBACKS = {"stage 1 at 512": "stage 1 at 512 wide is stable"}  # variants that claim C14 calls safe
+FALLBACKS |= {
+    f"{n} stages": f"{word} stages at 1.0× are stable" for n, word in ((3, "three"), (4, "four"), (5, "five"))
 }
 CURES = {  # of a constant output, by claim C15
     variants.RECONSTRUCTION: "a reconstruction term of 0.01 to 0.05",
@@ -45,7 +41,7 @@ CURES = {  # of a constant output, by claim C15
 
 
 class Said(NamedTuple):
-    """A part of a claim that is judged by itself."""
+    """A part of a claim that has its own verdict."""
 
     claim: str
     text: str
@@ -69,8 +65,7 @@ def differs(word: str, others: Values) -> Rule:
 
 
 def passing(results: Runs, key: str, low: float, high: float) -> tuple[bool, list[float], str]:
-    """Whether every run's measure, between its first and last tenth of the steps, meets an interval; its values at the
-    end; the medians of both."""
+    """Whether every run's measure passes through an interval in training, its values at the end, and its medians."""
     pairs = [(result.start[key], result.end[key]) for result in results if result.end]
     holds = bool(pairs) and all(min(pair) <= high and max(pair) >= low for pair in pairs)
     found = "no end was reached"
@@ -101,8 +96,7 @@ def audit_parameters(stages: Sequence[int]) -> list[Verdict]:
 
 
 def audit_untrained(output_rms: Sequence[Values], scales: Sequence[Values], similarity: float) -> list[Verdict]:
-    """C2, from the untrained reference: output RMS and target scale, stage by stage, one value a seed; `similarity`:
-    the cosine between the clips."""
+    """C2, from the untrained reference, stage by stage, one value a seed; `similarity`: cosine of the clips."""
     laws = {s / 100: CascadeConfig.reference().predict_rms(Clips(similarity=s / 100)) for s in range(101)}
     alike = next(s for s, stages in laws.items() if max(stage.target_scale for stage in stages) <= 1.02)
     near = all(measures.within(values, 5.73 * 0.95, 5.73 * 1.05) for values in output_rms)
@@ -114,8 +108,7 @@ def audit_untrained(output_rms: Sequence[Values], scales: Sequence[Values], simi
 
 
 def audit_spectral_norm(ours: float, torchs: float, lipschitz: Values) -> list[Verdict]:
-    """C4: the largest σ that our projection and torch's applied in training, and Lipschitz constants of the untrained
-    reference, one a seed."""
+    """C4: the largest σ in training, ours and torch's, and untrained Lipschitz constants, one a seed."""
     return [
         Said("C4", "σ ≤ 1 in training, our projection").of(ours <= 1.001, found=f"{ours:.4f} at most"),
         Said("C4", "σ ≤ 1 in training, torch's spectral norm").of(torchs <= 1.001, found=f"{torchs:.2f} at most"),
@@ -208,37 +201,30 @@ def audit_named(results: Runs) -> list[Verdict]:
 def audit_grid(results: Runs) -> list[Verdict]:
     """C9 and the rest of C14, from the single changes and the 2×2×2 of the protections."""
     found = by_variant(results)
-    verdicts = [judge("C9", "all three together protect", False, short="the 2×2×2 was not run")]
+    verdicts = [judge("C9", "all three together protect", None, why="the 2×2×2 was not run")]
     if all(variant.name in found for variant in variants.PROTECTIONS.values()):
         verdicts = audit_protections({levels: found[v.name] for levels, v in variants.PROTECTIONS.items()})
-    not_run = "this variant was not run"
-    return verdicts + [
-        Said("C14", text).of(*stability(found[name])) if name in found else judge("C14", text, False, short=not_run)
-        for name, text in FALLBACKS.items()
-    ]
+    for name, text in FALLBACKS.items():
+        holds = stability(found[name]) if name in found else (None,)
+        verdicts.append(Said("C14", text).of(*holds, why="" if name in found else "this variant was not run"))
+    return verdicts
 
 
 def audit_protections(cells: Mapping[tuple[bool, ...], Runs]) -> list[Verdict]:
     """C9; `cells`: (spectral norm, clamp, clipping) → runs of the exploding cascade."""
     bare, clipped, limit = cells[False, False, False], cells[False, False, True], TrainConfig().clip
     bare_peaks = each(bare, peak)
-    combinations = {
-        "all three protections together": (True, True, True),
-        "spectral norm alone": (True, False, False),
-        "the clamp alone": (False, True, False),
-    }
+    less, against = differs("lower", bare_peaks), f"largest norm, against {max(bare_peaks):.3g}"
+    short = "" if max(bare_peaks) > limit else f"without any protection no norm passed the limit of {limit:g}"
+    combinations = {"all three protections together": (True,) * 3}
+    combinations |= {"spectral norm alone": (True, False, False), "the clamp alone": (False, True, False)}
     return [
         *(
-            Said("C9", f"{name}: smaller gradients than with none").of(
-                differs("lower", bare_peaks), each(cells[on], peak), f"largest norm, against {max(bare_peaks):.3g}"
-            )
+            Said("C9", f"{name}: smaller gradients than with none").of(less, each(cells[on], peak), against)
             for name, on in combinations.items()
         ),
         Said("C9", "clipping alone keeps training stable").of(
-            stable(clipped) and not stable(bare),
-            each(clipped, peak),
-            "largest norm before clipping",
-            short="" if max(bare_peaks) > limit else f"without any protection no norm passed the limit of {limit:g}",
+            stable(clipped) and not stable(bare), each(clipped, peak), "largest norm before clipping", short=short
         ),
         Said("C9", "without protection the cascade at 0.1× becomes unstable").of(
             not stable(bare), each(bare, growth), f"growth of the gradient norm; {first_non_finite(bare)}"
@@ -296,11 +282,10 @@ def audit_schedule(results: Runs, epochs: int) -> list[Verdict]:
 
 
 def audit_continuations(
-    judged: Mapping[str, Sequence[Mapping[str, float]]], name: str, songs: Sequence[tuple[str, str]]
+    measured: Mapping[str, Sequence[Mapping[str, float]]], name: str, songs: Sequence[tuple[str, str]]
 ) -> Verdict:
-    """C13: whether the output `name` has a higher figure of merit than the plain average, on `measure_fusions` of
-    continuation pairs and the songs of each pair."""
-    pairs, found = len(judged[name]), advantage(judged, name, "average of latents", songs)
+    """C13: whether `name` has a higher figure of merit than the plain average, over `measure_fusions` of pairs."""
+    pairs, found = len(measured[name]), advantage(measured, name, "average of latents", songs)
     return Said("C13", "continuations are coherent: they carry both clips better than their plain average does").of(
         found.verdict > 0,
         found=f"{found} figure of merit, over {pairs} continuation pairs",

@@ -1,8 +1,4 @@
-"""The claims of the seed documents, and the verdicts on them.
-
-A notebook judges its claims with `judge`, or with the audits that call it, and shows them through `Section.claims`;
-`collect` gathers them from a finished run.
-"""
+"""The claims of the seed documents, and verdicts on them: `judge` makes one, `collect` gathers a finished run's."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,10 +22,7 @@ CLAIMS = {
     "C12": ("001", "complementarity of the masks reaches 85 % by epoch 50"),
     "C13": ("001", "the two-stage output sounds as good as the three-stage one; continuations are coherent"),
     "C14": ("001", "safe fallbacks: stage 1 at 512 wide; three stages at 0.3×; three or more at 1.0×"),
-    "C15": (
-        "003",
-        "signs of health: gradient norm < 100, RMS ratio 0.8 to 1.2, movement, correlation with sources < 0.3",
-    ),
+    "C15": ("003", "health: gradient norm < 100, RMS ratio 0.8 to 1.2, movement, correlation with sources < 0.3"),
     "C16": ("004", "parameters of the super-resolver: 3.23 M, 64.9 M, 100.0 M, 39.3 M, together 207.4 M"),
     "C17": ("004", "18 (or 12) conditioned transformers, 14.3 M; latent [16, 64, 64]; 57.5 GMACs a step"),
     "C18": ("004", "cross-attention lets each position query the global context"),
@@ -42,7 +35,7 @@ class Verdict:
     """One part of a claim against what was measured."""
 
     claim: str  # its id
-    said: str  # the part that is judged, as the seed says it
+    said: str  # the part that is tested, as the seed says it
     measured: str  # median, or what was found in words
     spread: str  # range over seeds; empty where nothing varies
     verdict: str

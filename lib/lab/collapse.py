@@ -52,11 +52,8 @@ def stage_rows(name: str, config: CascadeConfig, x: Tensor, y: Tensor, seeds: Se
     law, runs = predictions(config, x, y), [untrained(config, seed)(x, y)[1] for seed in seeds]
     rows = []
     for i in range(len(config.stages)):
-        row = law_row(
-            "RMS before scaling",
-            [traces[i].rms_before_scaling.mean().item() for traces in runs],
-            mean_prediction(law, "rms_before_scaling", i),
-        )
+        measured = [traces[i].rms_before_scaling.mean().item() for traces in runs]
+        row = law_row("RMS before scaling", measured, mean_prediction(law, "rms_before_scaling", i))
         scales = [traces[i].target_scale.mean().item() for traces in runs]
         row["target scale, predicted"] = f"{mean_prediction(law, 'target_scale', i):.2f}"
         rows.append({"cascade": name, "stage": i} | row | {"target scale, measured": describe(scales)})

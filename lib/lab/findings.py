@@ -1,5 +1,4 @@
-"""What notebooks 02 and 04 show of the ablation: tables and sentences that follow from the runs, whichever way they
-came out."""
+"""Tables and sentences of notebooks 02 and 04 that follow from the ablation's runs, whichever way they came out."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -80,8 +79,7 @@ def single_changes(groups: Groups) -> Rows:
 
 
 def against_chance(rows: Rows, seeds: int) -> str:
-    """How many comparisons of `single_changes` find a difference, and how many would by chance: two sets of n values do
-    not overlap 2 times in (2n choose n)."""
+    """How many comparisons find a difference, and how many would by chance: 2 in (2n choose n) sets do not overlap."""
     words = [cell.split(": ")[-1] for row in rows for cell in row.values()]
     differ = sum(word in ("higher", "lower") for word in words)
     compared = differ + words.count("within seed spread")
@@ -90,10 +88,7 @@ def against_chance(rows: Rows, seeds: int) -> str:
 
 
 def effects(cells: Mapping[tuple, Variant], factors: Sequence[str], groups: Groups) -> dict[str, Values]:
-    """Measure with its unit → effects and interactions of a 2×2×2's factors, one value a seed.
-
-    Without a measure that some run lacks, and empty where the grid lacks a variant.
-    """
+    """Measure with its unit → effects and interactions of a 2×2×2's factors; only measures that every run has."""
     found = {}
     for label, measure in EFFECTS.items():
         measured = {levels: each(groups.get(variant.name, ()), measure) for levels, variant in cells.items()}
@@ -128,8 +123,7 @@ def findings(groups: Groups) -> list[str]:
 
 
 def weak_residuals(groups: Groups, names: Sequence[str]) -> list[str]:
-    """A line for each way to keep a weak residual, against two stages, and one that names those which leak less at the
-    target level without larger gradients."""
+    """A line for each way to keep a weak residual, against two stages, and one that names the ways that succeed."""
     lines, winners = [], []
     for name in (name for name in names if name in groups):
         runs, others = groups[name], groups[REFERENCE]

@@ -28,7 +28,7 @@ def final(key: str, missing: float = math.nan) -> Measure:
 
 level = final("rms_ratio", 0.0)  # output RMS over target RMS
 decoded_merit = final("model/merit", 0.0)  # figure of merit
-movement = final("model/movement_ratio", 0.0)  # of the decoded output, over that of its clips
+movement = final("model/movement_ratio", 0.0)  # movement of the decoded output over its clips' mean
 
 
 def nearer(result: Result) -> float:
@@ -73,9 +73,8 @@ def scalars_against_rest(result: Result) -> float:
 
 def scalar_ratio(result: Result) -> float:
     """Gradient of the RMS scalars over that of all other parameters, both as RMS over elements, at the start."""
-    widths = (256, 384)  # of `learnable scalars`
-    count = sum(stage_parameters(d, result.num_layers) for d in widths)
-    return scalars_against_rest(result) * math.sqrt(count / (3 * len(widths)))
+    count = sum(stage_parameters(width, result.num_layers) for width in (256, 384))  # of `learnable scalars`
+    return scalars_against_rest(result) * math.sqrt(count / (3 * 2))
 
 
 def stage_parameters(d: int, num_layers: int) -> int:

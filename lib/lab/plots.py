@@ -32,8 +32,7 @@ HATCHES = ("", "//", "..", "xx", "\\\\")  # by stage
 def panels(
     titles: Sequence[str], size: tuple[float, float], rows: Sequence[str] = (), fontsize: float | None = None
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure with one panel for each title, side by side on one vertical scale; `rows`: the names of bars or ranges
-    at y = 0, 1, … from the top."""
+    """A figure with a panel for each title, on one vertical scale; `rows`: names of y = 0, 1, …, downwards."""
     with plt.rc_context(STYLE | {"axes.grid.axis": "x" if rows else "both"}):
         figure, axes = plt.subplots(1, len(titles), figsize=size, sharey=True, squeeze=False)
         yield figure, list(axes[0])
@@ -50,9 +49,7 @@ def trajectories(groups: Groups) -> Figure:
             if not runs:
                 continue
             steps = np.linspace(1, max(run.steps for run, _ in runs), max(len(own) for _, own in runs))
-            norms = [  # NaN after a run's end
-                np.interp(steps, np.linspace(1, run.steps, len(own)), own, right=np.nan) for run, own in runs
-            ]
+            norms = [np.interp(steps, np.linspace(1, r.steps, len(own)), own, right=np.nan) for r, own in runs]
             colour, marker = COLOURS.get(name, OTHER), MARKERS.get(name, "o")
             axes.fill_between(steps, np.nanmin(norms, 0), np.nanmax(norms, 0), color=colour, alpha=0.2, linewidth=0)
             every = max(1, len(steps) // 8)
@@ -92,8 +89,7 @@ def variant_ranges(groups: Groups, measures: Mapping[str, Mapping[str, Values]],
 
 
 def gradient_shares(groups: Groups) -> Figure:
-    """Share of every part in the squared gradient norm at the end (median over seeds), stage by stage, a bar a
-    variant."""
+    """Share of every part in the squared gradient norm at the end, by stage: median over seeds, a bar a variant."""
     used = {}
     with panels([""], (9, 0.9 + 0.5 * len(groups)), list(groups)) as (figure, (axes,)):
         for y, results in enumerate(groups.values()):
@@ -109,9 +105,9 @@ def gradient_shares(groups: Groups) -> Figure:
                         axes.text(left + share / 2, y, f"{stage}", ha="center", va="center", fontsize=8, bbox=box)
                     left += share
         axes.set(xlabel="share of the squared gradient norm (number: stage)", xlim=(0, 1.02))
-        keys = {part: used[part] for part in PARTS if part in used}
-        place = {"loc": "outside upper center", "ncols": max(1, len(keys))}
-        figure.legend(list(keys.values()), list(keys), fontsize=8, **place)
+        keys = [part for part in PARTS if part in used]
+        handles = [used[part] for part in keys]
+        figure.legend(handles, keys, fontsize=8, loc="outside upper center", ncols=max(1, len(keys)))
     return figure
 
 
@@ -123,8 +119,7 @@ def part_share(results: Runs, part: str) -> float:
 
 
 def factorial(effects: Mapping[str, Mapping[str, Values]]) -> Figure:
-    """Main effects and interactions, a panel a measure: every seed as a point, the range as a line; grey crosses where
-    seeds disagree on the sign."""
+    """Main effects and interactions, a panel a measure; grey crosses where seeds disagree on the sign."""
     sure, unsure = ("#000000", "o"), ("#999999", "x")
     names = list(next(iter(effects.values())))
     with panels(list(effects), (3 + 3.4 * len(effects), 3.2), names) as (figure, row):
@@ -164,10 +159,7 @@ def curves(x: Values, series: Mapping[str, Values], xlabel: str, ylabel: str, **
 
 
 class Waterfall:
-    """RMS through the stages: projection, weighted residual, their sum, and the output after scaling.
-
-    `update` moves the bars, which is several times faster than a new drawing. A trace has `KINDS` and both scales.
-    """
+    """RMS through the stages; `update` moves the bars, which is several times faster than a new drawing."""
 
     KINDS = ("projection", "residual", "mixed", "output")
 

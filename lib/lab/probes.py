@@ -1,7 +1,4 @@
-"""What notebook 03 measures on a cascade: traces over residual weights, gains of RMS scaling, Jacobian norms.
-
-Legend: B batch, D latent channels, T frames.
-"""
+"""What notebook 03 measures on a cascade: traces over residual weights, gains of RMS scaling, Jacobian norms."""
 
 from collections.abc import Callable
 
@@ -38,11 +35,8 @@ def scaling_gains(scaling: RmsScaling, x: Tensor, goal: Tensor) -> tuple[float, 
     generator = torch.Generator().manual_seed(271_828)  # not the seed of x, or nothing would be left across it
     across = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
     across = across - (across * along).sum() * along
-    gains = [
-        torch.autograd.grad(output, x, direction, retain_graph=True)[0].norm().item()
-        for direction in (along, across / across.norm())
-    ]
-    return gains[0], gains[1]
+    directions = along, across / across.norm()
+    return tuple(torch.autograd.grad(output, x, d, retain_graph=True)[0].norm().item() for d in directions)
 
 
 def jacobian_norm(function: Callable[[Tensor], Tensor], x: Tensor, *, iterations: int = 20, seed: int = 0) -> float:
@@ -64,8 +58,7 @@ def jacobian_norm(function: Callable[[Tensor], Tensor], x: Tensor, *, iterations
 def lipschitz_constants(
     two: Cascade, three: Cascade, input: Tensor, target: Tensor, level: float, seed: int
 ) -> dict[str, float]:
-    """Jacobian norms of a projection, a first stage and whole cascades with respect to both clips `[1, D, T]` together,
-    which are at `level`, relative to their own."""
+    """Jacobian norms of parts and of whole cascades, with respect to both clips `[1, D, T]` together."""
     both, stage = torch.stack((input, target)), two.stages[0]  # [2, 1, D, T]
     z = torch.randn(1, input.shape[2], 256, generator=torch.Generator().manual_seed(seed))
     return {

@@ -53,10 +53,9 @@ Item = TypeVar("Item")
 
 def summarize(folder: Path, variant: str, seed: int, num_layers: int) -> Result:
     """The result of the finished run in `folder`, from its result.json and metrics."""
-    stored = read_json(
-        folder / "result.json", {"non_finite": object, "final": object}, fix=f"delete {folder} and run again"
-    )
-    end, rows = {name: stored[name] for name in ("non_finite", "final")}, training_steps(folder)
+    kinds = {"non_finite": object, "final": object}
+    stored = read_json(folder / "result.json", kinds, fix=f"delete {folder} and run again")
+    end, rows = {name: stored[name] for name in kinds}, training_steps(folder)
     tenth, quarter = max(1, len(rows) // 10), len(rows) // 4
     parts = {"start": rows[:tenth], "end": rows[-tenth:], "quarter": rows[quarter - tenth : quarter]}
     end |= {name: medians(part) for name, part in parts.items()}

@@ -46,7 +46,7 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     songs, seeds = (len({row.get(name) for row in seeded}) for name in ("data_seed", "seed"))
     runs = f"{len(seeded)} runs, {songs} data seeds with {seeds} training seeds each; figures are the lowest to the "
     runs += "highest run's, verdicts are those on which all runs agree"
-    outputs = ["trained model", *seeded[0]["against"]]
+    outputs = "trained model", *seeded[0]["against"]
     merits = ", ".join(f"{name} {span([row['merit'][name] for row in seeded])}" for name in outputs)
     gains = ", ".join(f"{span([mean_of(row['gain'][c]) for row in seeded])} at {c}" for c in seeded[0]["gain"])
     lines = [
@@ -58,8 +58,8 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     by_run = {row["run"]: row for row in rows}
     if "no-vectors" in by_run:
-        others = [by_run["songs-0-seed-0"], by_run["no-vectors"]]
-        lines.append(f"- **Other processors.** {moved(by_run['as it is'], others)}")
+        here, *others = (by_run[name] for name in ("as it is", "songs-0-seed-0", "no-vectors"))
+        lines.append(f"- **Other processors.** {moved(here, others)}")
     return lines
 
 

@@ -1,8 +1,4 @@
-"""What the notebooks show, collected for the page `index.html`.
-
-Each notebook shows its figures, tables and players through a `Section`, which stores them in the output folder under
-`report/`. After every notebook, `write_report` joins the stored sections into one self-contained page.
-"""
+"""The page `index.html`: notebooks store what they show through a `Section`, and `write_report` joins the sections."""
 
 import io
 import json
@@ -108,10 +104,9 @@ def write_report(
     failures: Mapping[str, str] = {},
     to_come: Sequence[str] = (),
 ) -> Path:
-    """Join the sections in `out_dir` into `index.html`: listening, the summary, the others in the notebooks' order.
+    """Join the sections in `out_dir` into `index.html`, and return its path; facts and tables go to `summary.json`.
 
     `failures`: notebook → why it did not finish. `to_come`: notebooks that have not run yet, which the page lists.
-    Returns the page's path. `summary.json` holds the facts and every table as data.
     """
     stored = {section["name"]: section for section in sections(out_dir) if section["name"] not in to_come}
     for name in failures.keys() - stored.keys():
