@@ -79,22 +79,19 @@ def collect(sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def with_untested(verdicts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The verdicts, and every claim that has none, with the reason."""
-    judged, why = {row["claim"] for row in verdicts}, "no notebook has judged it"
-    missing = [asdict(judge(claim, said, None, why=why)) for claim, (_, said) in CLAIMS.items() if claim not in judged]
+    tested, why = {row["claim"] for row in verdicts}, "no notebook has tested it"
+    missing = [asdict(judge(claim, said, None, why=why)) for claim, (_, said) in CLAIMS.items() if claim not in tested]
     return sorted([*verdicts, *missing], key=lambda row: int(row["claim"][1:]))
 
 
 def claim_rows(verdicts: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Stored verdicts as rows of a table."""
-    return [
-        {
-            "claim": v["claim"],
-            "said": v["said"],
-            "measured": v["measured"] + (f" ({v['spread']})" if v["spread"] else ""),
-            "verdict": v["verdict"] + (f": {v['why']}" if v["why"] else ""),
-        }
-        for v in verdicts
-    ]
+    rows = []
+    for v in verdicts:
+        measured = v["measured"] + (f" ({v['spread']})" if v["spread"] else "")
+        verdict = v["verdict"] + (f": {v['why']}" if v["why"] else "")
+        rows.append({"claim": v["claim"], "said": v["said"], "measured": measured, "verdict": verdict})
+    return rows
 
 
 def markdown_table(verdicts: Sequence[dict[str, Any]]) -> str:

@@ -67,12 +67,8 @@ NAMED = (
 )
 
 SINGLE_CHANGES = (
-    Variant("3 stages", "stages", stages=3),
-    Variant("4 stages", "stages", stages=4),
-    Variant("5 stages", "stages", stages=5),
-    Variant("last residual 0.1", "last residual", last={"residual_weight": 0.1}),
-    Variant("last residual 0.2", "last residual", last={"residual_weight": 0.2}),
-    Variant("last residual 0.3", "last residual", last={"residual_weight": 0.3}),
+    *(Variant(f"{count} stages", "stages", stages=count) for count in (3, 4, 5)),
+    *(Variant(f"last residual {w}", "last residual", last={"residual_weight": w}) for w in (0.1, 0.2, 0.3)),
     Variant("residual from previous", "residual source", last={"residual_source": "previous"}),
     Variant("no spectral norm", "spectral norm", every={"spectral_norm": False}),
     Variant("no clamp", "clamp", every={"clamp": None}),

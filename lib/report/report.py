@@ -21,6 +21,7 @@ from lib.util.files import read_json, write_atomic
 
 LIMIT = 20_000_000  # bytes of a page, so that a phone can open it
 FIRST = "05_listening"  # the section at the top of the page
+Facts = Mapping[str, str]
 
 
 class Table:
@@ -97,12 +98,7 @@ def tables_of(sections: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_report(
-    out_dir: Path,
-    title: str,
-    lead: str,
-    facts: Mapping[str, str],
-    failures: Mapping[str, str] = {},
-    to_come: Sequence[str] = (),
+    out_dir: Path, title: str, lead: str, facts: Facts, failures: Mapping[str, str] = {}, to_come: Sequence[str] = ()
 ) -> Path:
     """Join the sections in `out_dir` into `index.html`, and return its path; facts and tables go to `summary.json`.
 
@@ -124,18 +120,11 @@ def write_report(
                 item["data"] = data_uri("image/png", (out_dir / item["file"]).read_bytes())
     verdicts = collect(shown)
     leave_out_largest_players(shown, LIMIT)
-    body = render(
-        "report.html.j2",
-        title=title,
-        lead=lead,
-        facts=facts,
-        sections=shown,
-        first=FIRST,
-        to_come=[title_of(name) for name in to_come],
-        summary=Table(summary_of(shown, verdicts), "Key figures of every notebook"),
-        claims=Table(claim_rows(verdicts), "Every claim and its verdict"),
-    )
-    return write_page(out_dir / "index.html", title, body)
+    values = {"title": title, "lead": lead, "facts": facts, "sections": shown, "first": FIRST}
+    values["to_come"] = [title_of(name) for name in to_come]
+    values["summary"] = Table(summary_of(shown, verdicts), "Key figures of every notebook")
+    values["claims"] = Table(claim_rows(verdicts), "Every claim and its verdict")
+    return write_page(out_dir / "index.html", title, render("report.html.j2", **values))
 
 
 def summary_of(sections: Sequence[dict[str, Any]], verdicts: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
