@@ -136,17 +136,17 @@ def audit_named(results: Runs) -> list[Verdict]:
         for runs in (repair, exploding)
     )
     return [
-        Said("C5", "training passes mixed RMS 1.09, so 5.2× wanted and 1.64 left").of(
+        Said("C5", "training passes RMS 1.09 before scaling, so a target scale of 5.2 and an output of 1.64").of(
             *passing(exploding, "stage2/rms_before_scaling", 1.09, 1.09)
         ),
-        Said("C6", "training passes mixed RMS 2.5 to 3.0, so 2.0 to 2.3× wanted and 4.05 left").of(
-            *passing(repair, "stage2/rms_before_scaling", 2.5, 3.0)
-        ),
+        Said(
+            "C6", "training passes RMS 2.5 to 3.0 before scaling, so target scales of 2.0 to 2.3 and an output of 4.05"
+        ).of(*passing(repair, "stage2/rms_before_scaling", 2.5, 3.0)),
         Said("C5", "training passes projection RMS 0.85").of(
             *passing(exploding, "stage2/projection_rms", 0.85, 0.85)[:2], "at the end"
         ),
         Said("C5", "the output of the collapsing cascade stays too quiet").of(
-            every(lt, measures.HEALTHY_RATIO[0]), quiet, "of the wanted RMS after training"
+            every(lt, measures.HEALTHY_RATIO[0]), quiet, "of the target RMS after training"
         ),
         Said("C7", "0.1×: the gradient norm rises (there: 6.8-fold in three epochs)").of(
             every(gt, 1), each(exploding, growth), f"times from the first to the last tenth of {steps} steps"
@@ -176,18 +176,18 @@ def audit_named(results: Runs) -> list[Verdict]:
             every(gt, 1), each(trained, measures.scalars_against_rest), "times the norm of all others", short=no_step
         ),
         Said("C14", "three stages at 0.3× are stable").of(*stability(repair)),
-        Said("C14", "three stages at 0.3× reach the wanted level (RMS ratio 0.8 to 1.2)").of(
-            at_level(repair), known(repair, final("rms_ratio")), "of the wanted RMS"
+        Said("C14", "three stages at 0.3× reach the target level (RMS ratio 0.8 to 1.2)").of(
+            at_level(repair), known(repair, final("rms_ratio")), "of the target RMS"
         ),
-        Said("C15", "gradient norm below 100 tells health from collapse").of(
+        Said("C15", "gradient norm below 100 separates health from collapse").of(
             max(healthy_peaks) < 100 <= min(peaks),
             peaks,
             f"largest norm of the collapsing cascade, {healthy_peak} of the healthy one",
         ),
-        Said("C15", "RMS ratio 0.8 to 1.2 tells health from collapse").of(
+        Said("C15", "RMS ratio 0.8 to 1.2 separates health from collapse").of(
             at_level(reference) and not any(measures.within([ratio], *measures.HEALTHY_RATIO) for ratio in quiet),
             quiet,
-            "of the wanted RMS in the collapsing cascade, 1 in the healthy one",
+            "of the target RMS in the collapsing cascade, 1 in the healthy one",
         ),
         Said("C15", "a healthy output's correlation with either source is below 0.3").of(
             every(lt, 0.3), nearer, "with the nearer source: the residual is the mean of both"
@@ -246,7 +246,7 @@ def audit_schedule(results: Runs, epochs: int) -> list[Verdict]:
     few_steps = measures.never_non_finite(three) and min(run.steps for run in three) < EPOCH_3_BATCH_205
     merits, other_merits = (each(runs, measures.decoded_merit) for runs in (whole, three))
     other_merit, other_level = (statistics.median(each(three, m)) for m in (measures.decoded_merit, measures.level))
-    against = f"figure of merit, against {other_merit:.3f} at {other_level:.2f} of the wanted RMS"
+    against = f"figure of merit, against {other_merit:.3f} at {other_level:.2f} of the target RMS"
     return [
         Said("C7", "0.1×, the whole objective: NaN within three epochs").of(
             any(run.non_finite is not None and run.non_finite["step"] <= EPOCH_3_BATCH_205 for run in three),
@@ -272,7 +272,7 @@ def audit_schedule(results: Runs, epochs: int) -> list[Verdict]:
             every(lt, 100), each(whole, peak), f"largest norm{recorded}"
         ),
         Said("C15", "the whole system keeps the level (RMS ratio 0.8 to 1.2)").of(
-            at_level(whole), known(whole, final("rms_ratio")), "of the wanted RMS; 0.8 to 1.2 is healthy"
+            at_level(whole), known(whole, final("rms_ratio")), "of the target RMS; 0.8 to 1.2 is healthy"
         ),
         Said("C15", "the whole system's correlation with either source is below 0.3").of(
             every(lt, 0.3), known(whole, measures.nearer), "with the nearer source"
@@ -304,7 +304,7 @@ def audit_cures(ill: Runs, cured: Mapping[str, Runs]) -> list[Verdict]:
             constant, without, f"of the sources' movement, whatever the level; below {CONSTANT} is called constant"
         ),
         Said("C15", "creative terms alone, with a final residual of 0.1, keep the level (RMS ratio 0.8 to 1.2)").of(
-            at_level(ill), each(ill, measures.level), "of the wanted RMS"
+            at_level(ill), each(ill, measures.level), "of the target RMS"
         ),
     ]
     for name, results in cured.items():
