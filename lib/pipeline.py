@@ -30,7 +30,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from lib.audio.files import AudioError
 from lib.codec.codec import CODECS
-from lib.data.latents import CorruptShardError
+from lib.data.latents import CorruptLatentsError
 from lib.presets import PRESETS, Preset, load_preset
 from lib.project import RECORD, ROOT, open_project
 from lib.report.page import write_notebook_page
@@ -51,7 +51,7 @@ TRAINING = ("04_training", "06_super_resolution")  # those that can resume
 # runs again after the notebook that it needs has run; without a trained run, listening has nothing to play
 NEEDS = {"05_listening": "04_training", "06_super_resolution": "04_training"}
 STOPPED = "stopped; resume with --resume"
-USER_ERRORS = {error.__name__ for error in (UserError, AudioError, CorruptShardError)}
+USER_ERRORS = {error.__name__ for error in (UserError, AudioError, CorruptLatentsError)}
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 PLACE = re.compile(r"^(?:File (?P<file>.+?):|Cell In\[\d+\], line )(?P<line>\d+)", re.MULTILINE)  # in a traceback
 
@@ -91,7 +91,7 @@ def run_notebooks(
     parameters = {"preset": preset_name, "overrides": overrides, "data_dir": data, "out_dir": str(out)}
     # the index is named by its content; notebooks show recorded results, too
     recorded = [file_sha256(path) for path in sorted(RECORD.glob("*.json"))]
-    inputs = [parameters, project.codec.fingerprint, project.latents.index.name, code_of_lib(), recorded]
+    inputs = [parameters, project.codec.fingerprint, project.index.name, code_of_lib(), recorded]
     chosen, failures, page = [name for name in EXECUTED if name in only], {}, out / "index.html"
     for number, name in enumerate(chosen, start=1):
         where, needed, executed = f"[{number}/{len(chosen)}] {name}", NEEDS.get(name, ""), out / f"{name}.ipynb"

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from lib.audio.synth import make_demo_dataset
 from lib.audio.walk import walk_audio
 from lib.codec.codec import Codec, load_codec
-from lib.data.latents import EncodeReport, encode_manifest
+from lib.data.latents import encode_manifest
 from lib.data.pairs import Manifest, build_manifest, read_manifest
 from lib.lab.ablation import Plan, run_plan
 from lib.lab.results import Result, read_record
@@ -41,15 +41,15 @@ class Project:
     out_dir: Path
     codec: Codec
     manifest: Manifest
-    latents: EncodeReport
+    index: Path  # of the latents
 
     def ablation(self, plan: Plan | None = None) -> tuple[Result, ...]:
         """The results of a plan, by default of the preset's ablation. Finished runs are reused."""
         folder, settings = self.out_dir / "ablation", self.preset.ablation
         make_folder(folder)
         manifest = _manifest(self.manifest.root, folder / "manifest.jsonl", settings.clip_seconds, self.preset)
-        latents = encode_manifest(manifest, self.codec, ROOT / "data" / "latents")
-        return run_plan(plan or settings.plan, latents.index, self.preset.codec, folder / "runs")
+        index = encode_manifest(manifest, self.codec, ROOT / "data" / "latents")
+        return run_plan(plan or settings.plan, index, self.preset.codec, folder / "runs")
 
     @property
     def superres_plan(self) -> SuperresPlan:

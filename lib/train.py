@@ -31,7 +31,7 @@ def train_project(
     preset = project.preset
 
     def start(*callbacks: Callback) -> Run:
-        data = (project.out_dir, project.latents.index, project.codec)
+        data = (project.out_dir, project.index, project.codec)
         configs = (preset.model.cascade, preset.train, preset.model.masking)
         callbacks = (DemoClips(project.codec, preset.listening.every), TensorBoard(), *callbacks)
         return train(*data, *configs, resume=resume, callbacks=callbacks)

@@ -133,7 +133,7 @@ def tiny_index(tmp_path_factory, tiny_codec):
         cuts = [Clip(f"{split}.wav", i * length, length, sha256) for i in range(clips)]
         pairs += [Pair(f"{split}_{i}", split, "continuation", cuts[i], cuts[i + 1]) for i in range(clips - 1)]
     manifest = Manifest(root, length, tiny_codec.sample_rate, 0, tuple(pairs), ())
-    return encode_manifest(manifest, tiny_codec, root / "cache").index
+    return encode_manifest(manifest, tiny_codec, root / "cache")
 
 
 @pytest.fixture(scope="session")

@@ -78,7 +78,7 @@ def notebooks(tmp_path, monkeypatch) -> Callable[..., None]:
 @pytest.fixture
 def project(monkeypatch) -> SimpleNamespace:
     """No data, no codec: what `open_project` would return, and what it was asked for."""
-    stub = SimpleNamespace(asked=[], latents=SimpleNamespace(index=Path("index-1.json")))
+    stub = SimpleNamespace(asked=[], index=Path("index-1.json"))
     stub.codec = SimpleNamespace(name="mdct", fingerprint="f" * 64)
     stub.listening = lambda: stub.asked.append("listening")
     stub.manifest = SimpleNamespace(skipped=(), split=lambda split: (1, 2, 3) if split == "train" else (4,))
@@ -249,7 +249,7 @@ def test_resume_skips_what_is_done_under_the_same_conditions(
     assert runs_of() == ["04_training"]
     notebooks(**{"01_encoding": ["'a new cell'"]})
     assert runs_of() == ["01_encoding"]
-    project.latents.index = Path("index-2.json")  # other music
+    project.index = Path("index-2.json")  # other music
     assert runs_of() == list(names)
     project.codec.fingerprint = "e" * 64
     assert runs_of() == list(names)
@@ -441,8 +441,8 @@ import pathlib, sys
 from types import SimpleNamespace
 import lib.pipeline
 manifest = SimpleNamespace(skipped=(), split=lambda split: ())
-codec, latents = SimpleNamespace(name="mdct", fingerprint="f"), SimpleNamespace(index=pathlib.Path("index.json"))
-project = SimpleNamespace(manifest=manifest, codec=codec, latents=latents)
+codec, index = SimpleNamespace(name="mdct", fingerprint="f"), pathlib.Path("index.json")
+project = SimpleNamespace(manifest=manifest, codec=codec, index=index)
 lib.pipeline.open_project = lambda *_: project
 lib.pipeline.notebook_path = lambda name: pathlib.Path({str(tmp_path / "notebooks")!r}, name + ".ipynb")
 sys.argv = ["lib.pipeline", "--preset", "smoke", "--only", "01", "--out", {str(out)!r}]

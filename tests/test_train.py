@@ -229,9 +229,8 @@ def encoded(folder: Path) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lib.project, "ROOT", folder / "project")
         patch.setattr(MdctCodec, "encode", counted)
-        patch.setattr(lib.data.latents, "SHARD_BYTES", 4 * 128 * 75 * 3)  # three clips a shard
         project = open_project(load_preset("smoke", SMALL), folder / "music", "out", join_processes())
-    index = project.latents.index
+    index = project.index
     return {"count": count, "index": index.name, "sha256": hashlib.sha256(index.read_bytes()).hexdigest()}
 
 
@@ -274,7 +273,7 @@ def make_data(folder: Path) -> Path:
         cuts = [Clip(path.name, i * length, length, sha256) for i in range(count + 1)]
         pairs += [Pair(f"{split}_{i}", split, "continuation", cuts[i], cuts[i + 1]) for i in range(count)]
     manifest = Manifest(root, length, TinyCodec.sample_rate, 0, tuple(pairs), ())
-    return encode_manifest(manifest, TinyCodec(), root / "cache").index
+    return encode_manifest(manifest, TinyCodec(), root / "cache")
 
 
 def free_port() -> int:
@@ -545,8 +544,9 @@ def test_accelerate_still_has_the_private_reset_of_its_state():
 
 
 def test_a_kernel_that_has_used_a_gpu_cannot_be_forked(tmp_path, monkeypatch):
-    latents = SimpleNamespace(index=tmp_path / "index.json")
-    project = SimpleNamespace(preset=load_preset("smoke"), codec=TinyCodec(), out_dir=tmp_path, latents=latents)
+    project = SimpleNamespace(
+        preset=load_preset("smoke"), codec=TinyCodec(), out_dir=tmp_path, index=tmp_path / "index.json"
+    )
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(UserError, match="num_processes=2: this kernel has used a GPU already; restart it, train first"):
         train_project(project, num_processes=2)
@@ -555,9 +555,7 @@ def test_a_kernel_that_has_used_a_gpu_cannot_be_forked(tmp_path, monkeypatch):
 def test_in_one_process_those_who_look_on_are_told(tmp_path, monkeypatch):
     index = make_data(tmp_path)
     preset = dataclasses.replace(load_preset("smoke"), train=dataclasses.replace(CONFIG, batch_size=4, max_steps=3))
-    project = SimpleNamespace(
-        preset=preset, codec=TinyCodec(), out_dir=tmp_path / "out", latents=SimpleNamespace(index=index)
-    )
+    project = SimpleNamespace(preset=preset, codec=TinyCodec(), out_dir=tmp_path / "out", index=index)
     monkeypatch.setattr(ModelSettings, "cascade", tiny_cascade(0.1))
     told = []
     mine = Callback()

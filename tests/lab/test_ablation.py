@@ -442,7 +442,7 @@ def mdct_index(tmp_path_factory) -> Path:
         cuts = [Clip(path.name, i * length, length, file_sha256(path)) for i in range(clips)]
         pairs += [Pair(f"{split}_{i}", split, "continuation", cuts[i], cuts[i + 1]) for i in range(clips - 1)]
     manifest = Manifest(root, length, 24_000, 0, tuple(pairs), ())
-    return encode_manifest(manifest, MdctCodec(), root / "cache").index
+    return encode_manifest(manifest, MdctCodec(), root / "cache")
 
 
 def test_workers_give_what_one_process_gives(mdct_index, tmp_path, monkeypatch):
