@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib.codec.codec import Codec, load_codec
+from lib.codec.codec import load_codec
 from lib.data.pairs import Clip, read_manifest
 from lib.evaluation.baselines import advantage, mean_metrics
 from lib.evaluation.metrics import sound_features, sound_metrics
@@ -41,7 +41,8 @@ class Compared:
     """A run with its model and codec."""
 
     def __init__(self, name: str, run: Run, codec_folder: str):
-        self.name, self.run, self.codec = name, run, codec_of(run, codec_folder)
+        self.name, self.run = name, run
+        self.codec = load_codec(codec_folder if codec_folder and run.codec["name"] != "mdct" else run.codec["name"])
         self.model = load_model(run, "best", codec_fingerprint=self.codec.fingerprint)
 
 
@@ -115,14 +116,6 @@ def names_of(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     raise UserError(f"{paths[0]}: compared with itself; name two runs")
-
-
-def codec_of(run: Run, folder: str) -> Codec:
-    """The codec that the run was trained with, from its name or from a folder of weights."""
-    codec = run.config.get("codec")
-    if not isinstance(codec, dict) or not codec.get("name"):
-        raise UserError(f"{run.path / 'config.json'}: names no codec; give a run that this project trained")
-    return load_codec(folder if folder and codec["name"] != "mdct" else codec["name"])
 
 
 def pairs_new_to_both(first: Path, second: Path) -> Pairs:

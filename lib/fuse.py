@@ -114,10 +114,7 @@ def main() -> None:
 
 def fuse(options: argparse.Namespace) -> int:
     run = Run.open(options.run)
-    trained_on = run.config.get("codec")
-    if not isinstance(trained_on, dict) or not isinstance(trained_on.get("name"), str):
-        raise UserError(f"{run.path / 'config.json'}: damaged, it names no codec; restore it or train again")
-    codec = load_codec(options.codec or trained_on["name"])
+    codec = load_codec(options.codec or run.codec["name"])
     which, files = options.checkpoint or "best", (options.input, options.target, options.out)
     if options.superres is None:
         written = fuse_files(*files, run, codec, which=which)

@@ -188,7 +188,7 @@ def facts(preset: Preset, out: Path, train: int, val: int) -> dict[str, str]:
     if (out / "config.json").exists():
         run = Run.open(out)
         steps = [row["step"] for row in run.metrics("train")]
-        head["codec"] = run.config["codec"]["name"]
+        head["codec"] = run.codec["name"]
         head["training"] = f"{steps[-1] if steps else 0} steps"
         head["code"] = f"commit {run.config['versions']['commit']}, torch {run.config['versions']['torch']}"
     head["machine"] = f"{os.cpu_count()} cores, {gpu_name()}"

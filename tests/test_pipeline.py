@@ -406,7 +406,10 @@ def test_facts_are_those_of_the_run(tmp_path):
     head = facts(preset, tmp_path, 3, 1)
     assert (head["preset"], head["pairs"]) == ("smoke", "3 training, 1 validation")
     assert "training" not in head
-    config = {"cascade": dataclasses.asdict(CascadeConfig.reference(1, num_layers=1)), "codec": {"name": "mdct"}}
+    config = {
+        "cascade": dataclasses.asdict(CascadeConfig.reference(1, num_layers=1)),
+        "codec": {"name": "mdct", "fingerprint": "f"},
+    }
     run = Run.create(tmp_path, config)
     assert facts(preset, tmp_path, 3, 1)["training"] == "0 steps"
     for step in (1, 2):

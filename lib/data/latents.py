@@ -110,7 +110,7 @@ def _find_latents(
 
     names, damaged = {}, []
     with contextlib.closing(prefetch(is_intact, paths, threads=os.cpu_count() or 1)) as checks:
-        bar = tqdm(checks, total=len(paths), desc="checking latents", disable=len(paths) < 500)
+        bar = tqdm(checks, total=len(paths), desc="checking latents", disable=len(paths) < 20_000)
         for path, intact in zip(paths, bar, strict=True):
             key = path.stem.split("-")[0]
             if intact:

@@ -12,8 +12,11 @@ CLAIMS = {
     "C2": ("000", "stages of the two-stage cascade leave RMS 5.73 and 5.68, with factors 1.01 and 1.02"),
     "C3": ("000, 001", "stages of 6.3 M and 14.2 M parameters; 27.4 M become 18.3 M, 33 % fewer"),
     "C4": ("000, 002", "spectral norm keeps σ ≤ 1, and so the Lipschitz constant ≤ 1"),
-    "C5": ("002", "a third stage at 0.1×: projection RMS 0.85, mixed 1.09, wants 5.2×, ends at 1.64, 71 % too quiet"),
-    "C6": ("002", "a third stage at 0.3×: mixed RMS 2.5 to 3.0, wants 2.0 to 2.3×, ends at 4.05"),
+    "C5": (
+        "002",
+        "a third stage at 0.1×: projection RMS 0.85, 1.09 before scaling, needs 5.2×, ends at 1.64, 71 % too quiet",
+    ),
+    "C6": ("002", "a third stage at 0.3×: RMS 2.5 to 3.0 before scaling, needs 2.0 to 2.3×, ends at 4.05"),
     "C7": ("001, 002", "gradient norm: 0.1× 2.45 → 6.66 → 16.71 → NaN; 0.3× 3.93 → 5.36 → 6 to 7; two stages 2 to 5"),
     "C8": ("003", "learnable RMS scalars get gradients 100 to 10,000 times larger; norm 15,438, then NaN"),
     "C9": ("000, 002", "spectral norm, clamp and clipping together keep training stable"),

@@ -161,7 +161,7 @@ def curves(x: Values, series: Mapping[str, Values], xlabel: str, ylabel: str, **
 class Waterfall:
     """RMS through the stages; `update` moves the bars, which is several times faster than a new drawing."""
 
-    KINDS = ("projection", "residual", "mixed", "output")
+    KINDS = ("projection", "residual", "before scaling", "output")
 
     def __init__(self, axes: Axes, num_stages: int, goal: float):
         self.bars = []

@@ -59,7 +59,7 @@ class RmsExplorer:
                 {
                     "projection": trace.projection_rms.item(),
                     "residual": stage.config.residual_weight * trace.residual_rms.item(),
-                    "mixed": trace.rms_before_scaling.item(),
+                    "before scaling": trace.rms_before_scaling.item(),
                     "output": trace.output_rms.item(),
                     "target_scale": trace.target_scale.item(),
                     "applied_scale": trace.applied_scale.item(),

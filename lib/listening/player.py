@@ -55,7 +55,7 @@ def flac(wav: Tensor, sample_rate: int) -> bytes:
 
 
 class Players:
-    """Clips `[1, N]` by name, to listen to and compare: one player each, all at one gain, so that their levels are comparable.
+    """Clips `[1, N]` by name, to listen to: one player each, all at one gain, so that their levels are comparable.
 
     The gain is 1 unless a clip exceeds full scale; then all are turned down equally, and the heading says so.
     """

@@ -12,7 +12,7 @@ from lib.util.files import read_json
 
 BLOCKS = ("results", "speed", "distances")
 MARKS = "<!-- {}: written by make record -->", "<!-- end of {} -->"
-DIFFERENT = "mixed against"
+DIFFERENT = "runs disagree on"
 
 
 def with_blocks(readme: str, blocks: Mapping[str, str]) -> str:
@@ -44,8 +44,8 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Results over all runs with other songs and seeds, and their changes on other processors."""
     seeded = [row for row in rows if row["run"].startswith("songs-")] or list(rows)
     songs, seeds = (len({row.get(name) for row in seeded}) for name in ("data_seed", "seed"))
-    runs = f"{len(seeded)} runs, {songs} data seeds with {seeds} training seeds each; figures are the lowest to the "
-    runs += "highest run's, verdicts are those on which all runs agree"
+    runs = f"{len(seeded)} runs, {songs} data seeds with {seeds} training seeds each; ranges go from the "
+    runs += "lowest to the highest run, a verdict is given where all runs agree"
     outputs = "trained model", *seeded[0]["against"]
     merits = ", ".join(f"{name} {span([row['merit'][name] for row in seeded])}" for name in outputs)
     gains = ", ".join(f"{span([mean_of(row['gain'][c]) for row in seeded])} at {c}" for c in seeded[0]["gain"])
@@ -53,7 +53,7 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"{runs if len(seeded) > 1 else 'One run'} (Student's t, 5 %, standard errors clustered by song).",
         "",
         f"- **Fusion.** Figure of merit: {merits}. Verdicts: {alike([row['against'] for row in seeded])}.",
-        "- **Super-resolution**, trained only briefly. LSD gained over the mean envelope, negative where "
+        "- **Super-resolution**, trained only briefly. LSD reduction relative to the mean envelope, negative where "
         f"the model is worse: {gains}. Verdicts: {alike([row['against_envelope'] for row in seeded], 'it at ')}.",
     ]
     by_run = {row["run"]: row for row in rows}
@@ -74,7 +74,7 @@ def mean_of(plus_minus: str) -> float:
 
 
 def alike(verdicts: Sequence[Mapping[str, str]], before: str = "") -> str:
-    """'better than a, b; worse than c' where all runs agree, and the rest as 'mixed against'."""
+    """'better than a, b; worse than c' where all runs agree, and 'runs disagree on' for the rest."""
     groups: dict[str, list[str]] = {}
     for name in verdicts[0]:
         found = {run[name] for run in verdicts}
@@ -92,9 +92,9 @@ def moved(here: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
     pairs = "the same" if all(row["pairs"] == here["pairs"] for row in others) else "OTHER"
     all_but = f", all but: {'; '.join(changed)}" if changed else ""
     return (
-        "On one thread, and on one with PyTorch's and NumPy's kernels restricted to the oldest instructions, the demo "
+        "On one thread, with and without vector instructions (AVX and the like), the demo "
         f"has {pairs} pairs and split, and {len(names) - len(changed)} of its {len(names)} verdicts are the same"
-        f"{all_but}. Figures of merit move by up to {merit:.2f}, gains in distance by up to {gain:.2f}."
+        f"{all_but}. Figures of merit move by up to {merit:.2f}, LSD reductions by up to {gain:.2f}."
     )
 
 

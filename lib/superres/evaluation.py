@@ -28,12 +28,12 @@ LOWEST_TENTH = (N_FFT // 2 + 1) // 10
 METHODS = {
     "sinc": "resampled only: no upper band",
     "envelope": "the training set's mean mel above the cutoff",
-    "no condition": "the model without any condition",
+    "no condition": "the model, unconditional",
     "no context": "the model without its global context",
     "model": "the model",
-    "autoencoder": "the original's mel through autoencoder and vocoder: a bound",
-    "vocoder": "the original's mel through the vocoder: a bound",
-    "griffin-lim": "the original's mel through Griffin-Lim, beside a trained vocoder: a bound",
+    "autoencoder": "the original's mel through autoencoder and vocoder: a lower bound",
+    "vocoder": "the original's mel through the vocoder: a lower bound",
+    "griffin-lim": "the original's mel through Griffin-Lim, beside a trained vocoder: a lower bound",
 }
 BOUNDS = ("autoencoder", "vocoder", "griffin-lim")
 GAIN = "LSD less than the envelope's"  # a column of the table of gains, which the record reads

@@ -204,11 +204,19 @@ class Run:
         """Hash of the checkpoint's weights, which are verified against it."""
         return self._verified(which, FILES[:1])[1]["sha256"][FILES[0]]
 
+    @property
+    def codec(self) -> dict[str, str]:
+        """Name and fingerprint of the codec that it was trained with."""
+        codec = self.config.get("codec")  # another program's config.json may mean something else
+        if not isinstance(codec, dict) or not all(isinstance(codec.get(key), str) for key in ("name", "fingerprint")):
+            raise UserError(f"{self.path / 'config.json'}: damaged, it names no codec; restore it or train again")
+        return codec
+
     def check_codec(self, fingerprint: str | None) -> None:
-        codec = self.config.get("codec")
-        codec = codec if isinstance(codec, dict) else {}  # another program's config.json may mean something else
-        if fingerprint not in (None, codec.get("fingerprint")):
-            trained_on = f"this run was trained on latents of codec {codec.get('name')!r} ({codec.get('fingerprint')})"
+        if fingerprint is not None and fingerprint != self.codec["fingerprint"]:
+            trained_on = (
+                f"this run was trained on latents of codec {self.codec['name']!r} ({self.codec['fingerprint']})"
+            )
             fix = "use that codec, or train again with this one"
             raise UserError(f"{self.path}: {trained_on}, not {fingerprint}; {fix}")
 

@@ -123,7 +123,7 @@ def test_a_waterfall_shows_the_target_scale_and_the_applied_one():
     stage = {
         "projection": 0.6,
         "residual": 0.6,
-        "mixed": 0.9,
+        "before scaling": 0.9,
         "output": 1.3,
         "target_scale": 6.6,
         "applied_scale": 1.5,

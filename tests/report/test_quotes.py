@@ -87,7 +87,7 @@ def test_what_moves_on_other_processors_is_said():
     thread = row("songs-0-seed-0", 0.72, claims={"C1: a": "reproduced", "C2: b": "refuted"}, gain="-0.12 ± 0.05")
     bare = row("no-vectors", 0.69, claims={"C1: a": "reproduced", "C2: b": "refuted"})
     same = "the demo has the same pairs and split, and 6 of its 6 verdicts are the same. "
-    moves = "Figures of merit move by up to 0.02, gains in distance by up to 0.02."
+    moves = "Figures of merit move by up to 0.02, LSD reductions by up to 0.02."
     assert moved(here, [thread, bare]).endswith(same + moves)
     bare["claims"]["C2: b"], bare["pairs"] = "reproduced", "q"
     other = "the demo has OTHER pairs and split, and 5 of its 6 verdicts are the same, all but: C2: b. "
