@@ -49,7 +49,8 @@ class Compared:
 def compare_runs(
     first: str | Path, second: str | Path, out: str | Path = "", *, pairs: int = 3, judged: int = 24, codec: str = ""
 ) -> tuple[Path, dict[str, Table]]:
-    """Compare two run directories, with the command's options; returns the page's path and its tables by name."""
+    """Compare two run directories, with the command's options; returns the page's path and its tables by name.
+    `UserError` if a run cannot be used, or if no pair is new to both."""
     if pairs < 1 or judged < 1:
         raise UserError(f"--pairs {pairs}, --judged {judged}: at least one pair each is needed")
     paths = [Path(path) for path in (first, second)]

@@ -29,9 +29,11 @@ EPOCHS = 200  # of claim C10
 CONSTANT = 0.2  # an output with less than this share of its clips' movement is called constant
 FEW_PAIRS = 8  # fewer pairs prove nothing about a mean
 AGENT = 1_281_730  # parameters of the creative agent, from the shapes in the original checkpoints
-FALLBACKS = {"stage 1 at 512": "stage 1 at 512 wide is stable"}  # variants that claim C14 calls safe
-FALLBACKS |= {
-    f"{n} stages": f"{word} stages at 1.0× are stable" for n, word in ((3, "three"), (4, "four"), (5, "five"))
+FALLBACKS = {  # variants that claim C14 calls safe
+    "stage 1 at 512": "stage 1 at 512 wide is stable",
+    "3 stages": "three stages at 1.0× are stable",
+    "4 stages": "four stages at 1.0× are stable",
+    "5 stages": "five stages at 1.0× are stable",
 }
 CURES = {  # of a constant output, by claim C15
     variants.RECONSTRUCTION: "a reconstruction term of 0.01 to 0.05",

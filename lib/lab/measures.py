@@ -73,8 +73,9 @@ def scalars_against_rest(result: Result) -> float:
 
 def scalar_ratio(result: Result) -> float:
     """Gradient of the RMS scalars over that of all other parameters, both as RMS over elements, at the start."""
-    count = sum(stage_parameters(width, result.num_layers) for width in (256, 384))  # of `learnable scalars`
-    return scalars_against_rest(result) * math.sqrt(count / (3 * 2))
+    widths = (256, 384)  # of `learnable scalars`
+    count = sum(stage_parameters(width, result.num_layers) for width in widths)
+    return scalars_against_rest(result) * math.sqrt(count / (3 * len(widths)))
 
 
 def stage_parameters(d: int, num_layers: int) -> int:

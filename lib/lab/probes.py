@@ -1,4 +1,5 @@
-"""What notebook 03 measures on a cascade: traces over residual weights, gains of RMS scaling, Jacobian norms."""
+"""What notebook 03 measures on a cascade: traces over residual weights, gains of RMS scaling, Jacobian norms.
+Legend: B batch, D latent channels, T frames."""
 
 from collections.abc import Callable
 
