@@ -121,9 +121,9 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 def pairs_new_to_both(first: Path, second: Path) -> Pairs:
     """Validation pairs of the first run, of listening length if it has some, from files new to both runs."""
-    longer = first / "listening.jsonl"
-    manifest = read_manifest(longer if longer.exists() else first / "manifest.jsonl")
-    first_songs, second_songs = (read_manifest(run / "manifest.jsonl").songs("train") for run in (first, second))
+    longer = first / "listening.json"
+    manifest = read_manifest(longer if longer.exists() else first / "manifest.json")
+    first_songs, second_songs = (read_manifest(run / "manifest.json").songs("train") for run in (first, second))
     pairs = [(pair.input, pair.target) for pair in manifest.split("val")]
     new = [clips for clips in pairs if (first_songs | second_songs).isdisjoint(clip.sha256 for clip in clips)]
     if not new:

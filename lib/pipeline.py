@@ -85,7 +85,7 @@ def run_notebooks(
     train, val = (len(project.manifest.split(split)) for split in ("train", "val"))
     say(f"{train} training and {val} validation pairs, codec {project.codec.name}")
     if skipped := project.manifest.skipped:
-        say(f"{len(skipped)} files were skipped, listed in {out / 'manifest.skipped.json'}")
+        say(f"{len(skipped)} files were skipped, listed in {out / 'manifest.json'}")
         for item in skipped[:5]:
             say(f"  {item.path}: {item.reason}")
     parameters = {"preset": preset_name, "overrides": overrides, "data_dir": data, "out_dir": str(out)}

@@ -1,8 +1,6 @@
 """What notebooks and commands work with: a preset's folder, codec, manifest and latents, opened once."""
 
 import contextlib
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +10,9 @@ from typing import Any
 from accelerate import PartialState
 
 from lib.audio.synth import make_demo_dataset
-from lib.audio.walk import walk_audio
 from lib.codec.codec import Codec, load_codec
 from lib.data.latents import encode_manifest
-from lib.data.pairs import Manifest, build_manifest, read_manifest
+from lib.data.pairs import Manifest, build_manifest
 from lib.lab.ablation import Plan, run_plan
 from lib.lab.results import Result, read_record
 from lib.lab.variants import NAMED, Variant
@@ -24,8 +21,7 @@ from lib.superres.degradation import Library, read_library
 from lib.superres.evaluation import Score
 from lib.superres.training import Plan as SuperresPlan
 from lib.util.errors import UserError
-from lib.util.files import make_folder, write_atomic
-from lib.util.provenance import code_fingerprint
+from lib.util.files import make_folder
 
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in notebooks mean this folder, wherever a kernel starts
 RECORD = ROOT / "outputs" / "record"  # what `make record` wrote
@@ -47,7 +43,7 @@ class Project:
         """The results of a plan, by default of the preset's ablation. Finished runs are reused."""
         folder, settings = self.out_dir / "ablation", self.preset.ablation
         make_folder(folder)
-        manifest = _manifest(self.manifest.root, folder / "manifest.jsonl", settings.clip_seconds, self.preset)
+        manifest = _manifest(self.manifest.root, folder / "manifest.json", settings.clip_seconds, self.preset)
         index = encode_manifest(manifest, self.codec, ROOT / "data" / "latents")
         return run_plan(plan or settings.plan, index, self.preset.codec, folder / "runs")
 
@@ -95,7 +91,7 @@ class Project:
         """Pairs of the listening length, split by source file as for training."""
         seconds = self.preset.listening.seconds
         try:
-            return _manifest(self.manifest.root, self.out_dir / "listening.jsonl", seconds, self.preset)
+            return _manifest(self.manifest.root, self.out_dir / "listening.json", seconds, self.preset)
         except UserError as error:
             raise UserError(f"listening.seconds={seconds:g} is too long for this music; lower it ({error})") from None
 
@@ -120,7 +116,7 @@ def open_project(
     with main_first():
         if not data_dir:
             make_demo_dataset(data, num_songs=DEMO_SONGS, seed=preset.data.seed)
-        manifest = _manifest(data, out / "manifest.jsonl", preset.data.clip_seconds, preset)
+        manifest = _manifest(data, out / "manifest.json", preset.data.clip_seconds, preset)
     if processes and processes.num_processes > 1:
         encode_manifest(manifest, codec, cache, share=(processes.process_index, processes.num_processes))
         processes.wait_for_everyone()
@@ -133,19 +129,4 @@ def demo_folder(name: str, seed: int) -> Path:
 
 
 def _manifest(data: Path, path: Path, clip_seconds: float, preset: Preset) -> Manifest:
-    """The manifest at `path`, built again when the settings, the code or any file's name, size or time has changed."""
-    listing: list[Any] = [str(data.resolve())]
-    for name in walk_audio(data)[0]:
-        with contextlib.suppress(OSError):  # a broken link
-            status = (data / name).stat()
-            listing.append([name, status.st_size, status.st_mtime_ns])
-    files = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-    wanted = {"clip_seconds": clip_seconds, "mode": preset.data.pair_mode, "seed": preset.data.seed}
-    stamp = json.dumps(wanted | {"files": files, "code": code_fingerprint("lib.data.pairs")})
-    stamp_path = path.with_suffix(".stamp.json")
-    if path.exists() and stamp_path.exists() and stamp_path.read_text() == stamp:
-        return read_manifest(path)
-    stamp_path.unlink(missing_ok=True)  # if killed before the new one is written, the old one must not be trusted
-    manifest = build_manifest(data, path, **wanted)
-    write_atomic(stamp_path, stamp)
-    return manifest
+    return build_manifest(data, path, clip_seconds, preset.data.pair_mode, preset.data.seed)

@@ -258,7 +258,7 @@ def found_in(out: Path) -> dict[str, Any]:
     measured, compared = rows_with(tables, "output", "merit"), rows_with(tables, "baseline", "verdict")
     gained = rows_with(tables, "cutoff", GAIN)
     claims = {f"{row['claim']}: {row['said']}": row["verdict"] for row in collect(stored)}
-    pairs = (out / "manifest.jsonl").read_text().split("\n", 1)[1]  # after the header, which names the folder
+    pairs = json.dumps(read_json(out / "manifest.json")["pairs"])
     upper_band = read_json(out / "superres" / "vae" / "config.json")["data"]  # songs and their split
     return {
         "pairs": hashlib.sha256((pairs + upper_band).encode()).hexdigest()[:16],

@@ -132,7 +132,7 @@ def tiny_index(tmp_path_factory, tiny_codec):
         sha256 = hashlib.sha256((root / f"{split}.wav").read_bytes()).hexdigest()
         cuts = [Clip(f"{split}.wav", i * length, length, sha256) for i in range(clips)]
         pairs += [Pair(f"{split}_{i}", split, "continuation", cuts[i], cuts[i + 1]) for i in range(clips - 1)]
-    manifest = Manifest(root, length, tiny_codec.sample_rate, 0, tuple(pairs), ())
+    manifest = Manifest(root, length, tiny_codec.sample_rate, 0, tuple(pairs))
     return encode_manifest(manifest, tiny_codec, root / "cache")
 
 
@@ -163,7 +163,7 @@ def songs(tmp_path_factory) -> Manifest:
         soundfile.write(root / f"song_{seed}.wav", wav, 24_000, subtype="PCM_24")  # FLOAT would hold the time
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lib.data.pairs, "CROSS_PER_FILE", 2)
-        return build_manifest(root, root.parent / "manifest.jsonl", 0.5, mode="both")
+        return build_manifest(root, root.parent / "manifest.json", 0.5, mode="both")
 
 
 @pytest.fixture(scope="session")

@@ -68,8 +68,8 @@ def runs(tmp_path_factory, codec, songs, save_run, moved) -> tuple[Run, Run]:
         for number, loss in enumerate(losses, 1):
             run.log(row(number, "train", 10 * loss))
             run.log(row(number, "val", loss))
-    write_manifest(songs, first.path / "manifest.jsonl", "both")
-    write_manifest(retrained(songs, moved), second.path / "manifest.jsonl", "both")
+    write_manifest(songs, first.path / "manifest.json")
+    write_manifest(retrained(songs, moved), second.path / "manifest.json")
     return first, second
 
 
@@ -196,7 +196,7 @@ def test_in_a_notebook_the_tables_come_back(tmp_path, runs, monkeypatch):
 
 def test_equal_configs_are_said_to_be_equal(tmp_path, runs):
     shutil.copytree(runs[0].path, tmp_path / "twin", symlinks=True)
-    write_manifest(lib.compare.read_manifest(runs[0].path / "manifest.jsonl"), tmp_path / "twin/manifest.jsonl", "both")
+    write_manifest(lib.compare.read_manifest(runs[0].path / "manifest.json"), tmp_path / "twin/manifest.json")
     _, tables = compare_runs(runs[0].path, tmp_path / "twin", tmp_path / "out", pairs=1, judged=2)
     assert tables["configs"].rows == [["none: the configs are equal"]]
     first, second = tables["metrics"].rows
@@ -227,16 +227,16 @@ def test_only_pairs_that_neither_run_trained_on(runs, songs, new_pairs, moved):
 def test_the_longer_clips_for_listening_are_taken_where_there_are_any(tmp_path, runs, songs, new_pairs, moved):
     first = tmp_path / "first"
     first.mkdir()
-    write_manifest(songs, first / "manifest.jsonl", "both")
+    write_manifest(songs, first / "manifest.json")
     longer = [dataclasses.replace(new_pairs[0], mode="cross"), songs.split("val")[0]]
-    write_manifest(dataclasses.replace(songs, pairs=tuple(longer)), first / "listening.jsonl", "both")
+    write_manifest(dataclasses.replace(songs, pairs=tuple(longer)), first / "listening.json")
     assert ids(pairs_new_to_both(first, runs[1].path)) == expected(new_pairs[:1])
     # a song that the first run itself was trained on is none to compare with, whatever it listens to
     trained = dataclasses.replace(songs.split("train")[0], split="val")
-    write_manifest(dataclasses.replace(songs, pairs=(trained, new_pairs[0])), first / "listening.jsonl", "both")
+    write_manifest(dataclasses.replace(songs, pairs=(trained, new_pairs[0])), first / "listening.json")
     others = tuple(pair for pair in songs.split("train") if not songs_of(pair) & songs_of(trained))
     (tmp_path / "second").mkdir()
-    write_manifest(dataclasses.replace(songs, pairs=others), tmp_path / "second" / "manifest.jsonl", "both")
+    write_manifest(dataclasses.replace(songs, pairs=others), tmp_path / "second" / "manifest.json")
     assert ids(pairs_new_to_both(first, tmp_path / "second")) == expected(new_pairs[:1])
 
 
@@ -272,8 +272,8 @@ def test_a_link_is_the_run_that_it_points_to(tmp_path, runs):
 def test_runs_in_folders_of_one_name_get_a_page(tmp_path, runs, monkeypatch):
     for parent, run in zip(("one", "two"), runs, strict=True):
         shutil.copytree(run.path, tmp_path / parent / "demo", symlinks=True)
-        manifest = lib.compare.read_manifest(run.path / "manifest.jsonl")
-        write_manifest(manifest, tmp_path / parent / "demo" / "manifest.jsonl", "both")
+        manifest = lib.compare.read_manifest(run.path / "manifest.json")
+        write_manifest(manifest, tmp_path / parent / "demo" / "manifest.json")
     monkeypatch.setattr(lib.compare, "ROOT", tmp_path)
     page, tables = compare_runs(tmp_path / "one/demo", tmp_path / "two/demo", pairs=1, judged=1)
     assert page.parent == tmp_path / "outputs" / "compare" / "one_demo-two_demo"
@@ -300,8 +300,8 @@ def program(monkeypatch, capsys):
 def spoiled(tmp_path, runs) -> Path:
     """A copy of the second run to take something from."""
     shutil.copytree(runs[1].path, tmp_path / "spoiled", symlinks=True)
-    manifest = lib.compare.read_manifest(runs[1].path / "manifest.jsonl")
-    write_manifest(manifest, tmp_path / "spoiled" / "manifest.jsonl", "both")
+    manifest = lib.compare.read_manifest(runs[1].path / "manifest.json")
+    write_manifest(manifest, tmp_path / "spoiled" / "manifest.json")
     return tmp_path / "spoiled"
 
 
@@ -328,7 +328,7 @@ def test_mistakes_in_what_is_asked_for(program, runs, tmp_path):
 
 
 def without_manifest(run: Path) -> None:
-    (run / "manifest.jsonl").unlink()
+    (run / "manifest.json").unlink()
 
 
 def without_checkpoint(run: Path) -> None:
@@ -346,7 +346,7 @@ def without_codec(run: Path) -> None:
 
 
 SPOILED = {
-    without_manifest: r"spoiled/manifest\.jsonl: no such file; build the manifest again",
+    without_manifest: r"spoiled/manifest\.json: no such file; build the manifest again",
     without_checkpoint: r"spoiled/best: no checkpoint here; train this run first",
     damaged: r"best/model\.safetensors: truncated or changed since it was written; .*train again",
     without_codec: r"spoiled/config\.json: damaged, it names no codec; restore it or train again",
@@ -367,7 +367,7 @@ def test_a_run_that_lacks_something_is_told_in_one_line(program, runs, spoiled, 
 
 def test_where_nothing_is_new_to_both_it_is_told(program, runs, songs, spoiled, tmp_path):
     pairs = tuple(dataclasses.replace(pair, split="train") for pair in songs.pairs)
-    write_manifest(dataclasses.replace(songs, pairs=pairs), spoiled / "manifest.jsonl", "both")
+    write_manifest(dataclasses.replace(songs, pairs=pairs), spoiled / "manifest.json")
     told = f"error: {spoiled}: was trained on the music of every validation pair of {runs[0].path}; "
     assert program(runs[0].path, spoiled, "--out", tmp_path / "out") == (2, [told + "nothing is new to both"])
 

@@ -576,9 +576,9 @@ def test_a_bad_file_among_good_ones_is_listed_and_skipped(tmp_path, call, songs,
     out = tmp_path / "out"
     code, said, errors = call("--preset", "smoke", "--data", songs, "--out", out)
     assert (code, said) == (0, f"report: {out / 'index.html'}\n"), errors
-    assert f"1 files were skipped, listed in {out / 'manifest.skipped.json'}" in errors
+    assert f"1 files were skipped, listed in {out / 'manifest.json'}" in errors
     assert "  broken é.wav: not audio" in errors
-    assert [item["path"] for item in json.loads((out / "manifest.skipped.json").read_text())] == ["broken é.wav"]
+    assert [item["path"] for item in json.loads((out / "manifest.json").read_text())["skipped"]] == ["broken é.wav"]
 
 
 def test_a_mistake_that_only_a_cell_finds_is_one_line_too(tmp_path, call, notebooks, project):

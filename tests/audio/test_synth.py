@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -223,9 +224,9 @@ def test_the_demo_songs_and_their_pairs_are_these(tmp_path):
     assert file_sha256(first) == "1d0df6e7ce792a00e95ff2fc89e8484ae3a3eef53929fd91ad463f8041cbc855"
     (upper,) = make_demo_dataset(tmp_path / "demo_48k", **UPPER_BAND | {"num_songs": 1})
     assert file_sha256(upper) == "739ab3c8c519ce8d95fb47990defc07c77a7047d6377cd8fa2fa871911ef13d3"
-    build_manifest(tmp_path / "demo", tmp_path / "manifest.jsonl", 4.0)
-    written = file_sha256(tmp_path / "manifest.jsonl")
-    assert written == "c0bc7684be0908f9a9892c4916691c3258b7d31f76028e61adf055c6dca6ab24"
+    manifest = build_manifest(tmp_path / "demo", tmp_path / "manifest.json", 4.0)
+    pairs = json.dumps([asdict(pair) for pair in manifest.pairs]).encode()
+    assert hashlib.sha256(pairs).hexdigest() == "107a8447620b379a4bbb62419ef3fd371794dbeba4d66ea52eec670bec48e557"
 
 
 def test_files_hold_the_rounded_samples(tmp_path):

@@ -81,7 +81,7 @@ def folder() -> dict[str, Any]:
         warnings.simplefilter("ignore", FutureWarning)
         root = Path(name)
         make_demo_dataset(root / "music", num_songs=4)
-        manifest = build_manifest(root / "music", root / "manifest.jsonl", 8.0)
+        manifest = build_manifest(root / "music", root / "manifest.json", 8.0)
         codec = EncodecCodec(encodec.model.EncodecModel.encodec_model_24khz(pretrained=False), "random")
         process = psutil.Process()
         before, started = sum(process.cpu_times()[:2]), time.perf_counter()

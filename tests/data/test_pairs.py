@@ -42,7 +42,7 @@ def named(root, train=(1, 2), val=(3,), target="target", seconds=0.2):
 
 
 def build(root, out=None, **options):
-    return build_manifest(root, out or root.parent / "out" / "pairs.jsonl", **({"clip_seconds": 0.2} | options))
+    return build_manifest(root, out or root.parent / "out" / "pairs.json", **({"clip_seconds": 0.2} | options))
 
 
 def reasons(manifest):
@@ -229,11 +229,12 @@ def test_the_split_depends_on_content_and_seed_only(tmp_path):
 
 
 def test_same_bytes_for_any_number_of_cores_and_listing_order(tmp_path, monkeypatch):
-    root, out = tree(tmp_path / "data", count=10), tmp_path / "pairs.jsonl"
+    root, out = tree(tmp_path / "data", count=10), tmp_path / "pairs.json"
     (root / "bad.wav").write_text("no music")
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     build(root, out)
-    first = out.read_bytes(), (tmp_path / "pairs.skipped.json").read_bytes()
+    first = out.read_bytes()
+    out.unlink()
     walk = os.walk
 
     def backwards(*args, **options):
@@ -244,7 +245,7 @@ def test_same_bytes_for_any_number_of_cores_and_listing_order(tmp_path, monkeypa
     monkeypatch.setattr(os, "walk", backwards)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     build(root, out)
-    assert (out.read_bytes(), (tmp_path / "pairs.skipped.json").read_bytes()) == first
+    assert out.read_bytes() == first
 
 
 # ---- bad input
@@ -265,8 +266,8 @@ def test_every_bad_file_is_listed_and_the_rest_is_used(tmp_path):
     (bad / "cover.jpg").write_bytes(b"jpg")
     (root / ".hidden.wav").write_bytes(b"")
     song(root / ".cache" / "hidden.wav")
-    manifest = build(root, out=root / "pairs.jsonl")  # inside the folder: must not list itself the second time
-    assert build(root, out=root / "pairs.jsonl") == manifest
+    manifest = build(root, out=root / "pairs.json")  # inside the folder: must not list itself the second time
+    assert build(root, out=root / "pairs.json") == manifest
     assert manifest.pairs == good
     found = reasons(manifest)
     expected = {
@@ -343,26 +344,28 @@ def test_a_manifest_is_read_as_it_was_built(tmp_path):
     song(root / "ü \u2028 ж.wav")
     song(root / "tmp.wav", seed=99).rename(os.fsdecode(os.fsencode(root) + b"/\xff.wav"))
     (root / "bad.wav").write_text("no music")
-    out = tmp_path / "out" / "pairs.jsonl"
+    out = tmp_path / "out" / "pairs.json"
     manifest = build(root, out, seed=3)
     assert read_manifest(out) == manifest
     assert (manifest.clip_length, manifest.sample_rate, manifest.seed) == (CLIP, 24_000, 3)
     assert set(manifest.split("train")) | set(manifest.split("val")) == set(manifest.pairs)
-    header, *lines = out.read_text(errors="surrogateescape").removesuffix("\n").split("\n")
-    assert json.loads(header)["num_pairs"] == len(lines) == len(manifest.pairs)
-    assert set(json.loads(lines[0])) == {"id", "split", "mode", "input", "target"}
-    assert set(json.loads(lines[0])["input"]) == {"path", "offset", "length", "sha256"}
-    assert [item["path"] for item in json.loads((out.parent / "pairs.skipped.json").read_text())] == ["bad.wav"]
+    written = json.loads(out.read_text(errors="surrogateescape"))
+    assert len(written["pairs"]) == len(manifest.pairs)
+    assert set(written["pairs"][0]) == {"id", "split", "mode", "input", "target"}
+    assert set(written["pairs"][0]["input"]) == {"path", "offset", "length", "sha256"}
+    assert [item["path"] for item in written["skipped"]] == ["bad.wav"]
     with pytest.raises(ValueError, match="unknown split 'test'; choose one of train, val"):
         manifest.split("test")
 
 
 def test_data_and_manifest_can_be_moved_together(tmp_path):
     tree(tmp_path / "a/data")
-    build(tmp_path / "a/data", tmp_path / "a/out/pairs.jsonl")
+    build(tmp_path / "a/data", tmp_path / "a/out/pairs.json")
     (tmp_path / "a").rename(tmp_path / "b")
-    manifest = read_manifest(tmp_path / "b/out/pairs.jsonl")
+    manifest = read_manifest(tmp_path / "b/out/pairs.json")
     assert all(manifest.path(pair.input).is_file() for pair in manifest.pairs)
+    (tmp_path / "b/data/jazz/song 0.wav").touch()
+    assert build(tmp_path / "b/data", tmp_path / "b/out/pairs.json").pairs == manifest.pairs
 
 
 def test_the_key_depends_on_content_and_not_on_names():
@@ -374,62 +377,57 @@ def test_the_key_depends_on_content_and_not_on_names():
 
 
 @pytest.mark.parametrize(
-    ("line", "old", "new", "fault"),
+    ("old", "new", "fault"),
     [
-        (1, '"version": 1', '"version": 9', "version 9 is not 1"),
-        (1, '"root"', '"rot"', "no field 'root'"),
-        (1, '"clip_length": 4800', '"clip_length": "x"', "whole numbers"),
-        (1, "{", "", "damaged"),
-        (3, "}", "", "damaged"),
-        (3, '"split": "', '"split": "un', "split='untrain' is not allowed"),
-        (3, '"mode": "', '"mode": "un', "mode='uncontinuation' is not allowed"),
-        (3, '"offset": ', '"offset": -', "offset=-4800 is not allowed; use a whole number"),
-        (3, '"sha256": "', '"sha256": "x', "sha256='x"),
-        (3, '"input"', '"inputs"', "input is missing"),
-        (3, '"target": {', '"target": {"more": 1, ', "more"),
+        ('"version": 2', '"version": 1', "version 1 is not 2"),
+        ('"version"', '"v"', "no field 'version'"),
+        ('"root"', '"rot"', "root is missing"),
+        ('"clip_length": 4800', '"clip_length": "x"', "clip_length='x' is not allowed; use a whole number"),
+        ("{", "", "damaged"),
+        ('"split": "', '"split": "un', r"pairs\[0\]\.split='untrain' is not allowed"),
+        ('"mode": "', '"mode": "un', r"pairs\[0\]\.mode='uncontinuation' is not allowed"),
+        ('"offset": ', '"offset": -1', r"pairs\[0\]\.input\.offset=-1\d+ is not allowed; use a whole number"),
+        ('"sha256": "', '"sha256": "x', r"pairs\[0\]\.input\.sha256='x"),
+        ('"input"', '"inputs"', r"pairs\[0\]\.input is missing"),
+        ('"target": {', '"target": {"more": 1, ', "more"),
+        ('"reason"', '"why"', r"skipped\[0\]\.reason is missing"),
+        ('"id"', '"id', "damaged"),
     ],
 )
-def test_a_damaged_manifest_names_file_and_line(tmp_path, line, old, new, fault):
-    out = tmp_path / "pairs.jsonl"
-    build(tree(tmp_path / "data"), out, mode="continuation")
-    lines = out.read_text().splitlines()
-    lines[line - 1] = re.sub(r'"offset": \d+', '"offset": 4800', lines[line - 1]).replace(old, new)
-    out.write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match=rf"pairs\.jsonl, line {line}: .*{fault}.*; build the manifest again"):
+def test_a_damaged_manifest_is_named_with_its_field(tmp_path, old, new, fault):
+    root, out = tree(tmp_path / "data"), tmp_path / "pairs.json"
+    (root / "cover.jpg").write_bytes(b"jpg")
+    manifest = build(root, out, mode="continuation")
+    out.write_text(out.read_text().replace(old, new, 1))
+    with pytest.raises(UserError, match=rf"pairs\.json: .*{fault}"):
         read_manifest(out)
+    assert build(root, out, mode="continuation") == manifest == read_manifest(out)
 
 
 def test_a_missing_empty_or_cut_manifest(tmp_path):
-    out = tmp_path / "pairs.jsonl"
-    with pytest.raises(UserError, match=r"pairs\.jsonl: no such file"):
+    out = tmp_path / "pairs.json"
+    with pytest.raises(UserError, match=r"pairs\.json: no such file; build the manifest again"):
         read_manifest(out)
     build(tree(tmp_path / "data"), out)
-    text = out.read_text()
-    out.write_text("".join(text.splitlines(keepends=True)[:-2]))
-    with pytest.raises(UserError, match=r"the file ends after \d+ pairs of \d+"):
-        read_manifest(out)
-    out.write_text("")
-    with pytest.raises(UserError, match="line 1: damaged"):
-        read_manifest(out)
-    out.write_text(text)
-    (tmp_path / "pairs.skipped.json").write_text("[")
-    with pytest.raises(UserError, match=r"pairs\.skipped\.json: damaged"):
-        read_manifest(out)
+    for text in (out.read_text()[:-4], "", "[]"):
+        out.write_text(text)
+        with pytest.raises(UserError, match=r"pairs\.json: damaged .*; build the manifest again"):
+            read_manifest(out)
 
 
 def test_a_manifest_that_cannot_be_written(tmp_path, monkeypatch):
     root = tree(tmp_path / "data")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=r"pairs\.jsonl: cannot be written \(.*\); choose a folder"):
-        build(root, tmp_path / "file" / "pairs.jsonl")
-    build(root, tmp_path / "pairs.jsonl")
-    before = (tmp_path / "pairs.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"pairs\.json: cannot be written \(.*\); choose a folder"):
+        build(root, tmp_path / "file" / "pairs.json")
+    build(root, tmp_path / "pairs.json")
+    before = (tmp_path / "pairs.json").read_bytes()
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left on device"):
-        build(root, tmp_path / "pairs.jsonl", seed=1)
-    assert (tmp_path / "pairs.jsonl").read_bytes() == before
+        build(root, tmp_path / "pairs.json", seed=1)
+    assert (tmp_path / "pairs.json").read_bytes() == before
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]

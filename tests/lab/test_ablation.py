@@ -441,7 +441,7 @@ def mdct_index(tmp_path_factory) -> Path:
         soundfile.write(path, 0.1 * np.random.default_rng(seed).standard_normal(clips * length), 24_000, "FLOAT")
         cuts = [Clip(path.name, i * length, length, file_sha256(path)) for i in range(clips)]
         pairs += [Pair(f"{split}_{i}", split, "continuation", cuts[i], cuts[i + 1]) for i in range(clips - 1)]
-    manifest = Manifest(root, length, 24_000, 0, tuple(pairs), ())
+    manifest = Manifest(root, length, 24_000, 0, tuple(pairs))
     return encode_manifest(manifest, MdctCodec(), root / "cache")
 
 

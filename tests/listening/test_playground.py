@@ -314,7 +314,7 @@ def test_what_cannot_be_saved_is_reported(panel, playground):
 def own_songs(tmp_path, songs) -> Path:
     """Songs to spoil."""
     shutil.copytree(songs.root, tmp_path / "songs")
-    shutil.copy(songs.root.parent / "manifest.jsonl", tmp_path)
+    shutil.copy(songs.root.parent / "manifest.json", tmp_path)
     return tmp_path
 
 
@@ -324,7 +324,7 @@ def spoil(path: Path, num_samples: int) -> None:
 
 
 def test_a_file_that_is_shorter_now_or_gone_is_reported(own_songs, codec, runs):
-    panel = _Panel(make(codec, read_manifest(own_songs / "manifest.jsonl"), runs, own_songs / "favourites"))
+    panel = _Panel(make(codec, read_manifest(own_songs / "manifest.json"), runs, own_songs / "favourites"))
     before = panel.players.html
     path = Path(panel.playground.clips[panel.input.value].path)
     content = path.read_bytes()
@@ -342,7 +342,7 @@ def test_a_file_that_is_shorter_now_or_gone_is_reported(own_songs, codec, runs):
 
 
 def test_another_file_of_the_same_name_is_not_saved(own_songs, codec, runs):
-    panel = _Panel(make(codec, read_manifest(own_songs / "manifest.jsonl"), runs, own_songs / "favourites"))
+    panel = _Panel(make(codec, read_manifest(own_songs / "manifest.json"), runs, own_songs / "favourites"))
     spoil(Path(panel.playground.clips[panel.favourite.value].path), 42_000)
     panel.button.click()
     assert re.search(r"song_\d\.wav: not the file that the pair was made of", panel.message.value)
@@ -350,7 +350,7 @@ def test_another_file_of_the_same_name_is_not_saved(own_songs, codec, runs):
 
 
 def test_what_never_played_cannot_be_saved(own_songs, codec, runs):
-    manifest = read_manifest(own_songs / "manifest.jsonl")
+    manifest = read_manifest(own_songs / "manifest.json")
     shutil.rmtree(own_songs / "songs")
     panel = _Panel(make(codec, manifest, runs, own_songs / "favourites"))
     assert "no such file" in panel.message.value
