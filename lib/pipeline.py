@@ -8,7 +8,6 @@ settings and code, and resumes a stopped training.
 """
 
 import argparse
-import ast
 import contextlib
 import hashlib
 import json
@@ -53,7 +52,7 @@ NEEDS = {"05_listening": "04_training", "06_super_resolution": "04_training"}
 STOPPED = "stopped; resume with --resume"
 USER_ERRORS = {error.__name__ for error in (UserError, AudioError, CorruptLatentsError)}
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-PLACE = re.compile(r"^(?:File (?P<file>.+?):|Cell In\[\d+\], line )(?P<line>\d+)", re.MULTILINE)  # in a traceback
+FAILED = re.compile(r"^-+> *\d+ +(.+)", re.MULTILINE)  # a line in a traceback
 
 
 class NotebookError(RuntimeError):
@@ -153,7 +152,8 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
     except PapermillExecutionError as error:
         if error.ename == "KeyboardInterrupt":
             raise KeyboardInterrupt(f"{error.evalue or 'stopped'}; resume with --resume") from None
-        said = error.evalue or failed_statement(error.traceback, error.source)
+        lines = FAILED.findall(COLOURS.sub("", "\n".join(error.traceback)))
+        said = error.evalue or "".join(lines[-1:])  # an assertion without a message: its first line
         reason = f"cell {error.exec_count}: {error.ename}: {said}; the executed notebook is {executed}"
         raise NotebookError(name, reason, said if error.ename in USER_ERRORS else "") from None
     except OSError as error:
@@ -168,18 +168,6 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
             run_sync(kernel.shutdown_kernel)(now=True)
         run_sync(kernel.cleanup_resources)()
         sockets.cleanup()
-
-
-def failed_statement(traceback: list[str], cell: str) -> str:
-    """The first line of the statement that raised an error: the message of an assertion that has none."""
-    with contextlib.suppress(IndexError, OSError, ValueError, SyntaxError):
-        place = list(PLACE.finditer(COLOURS.sub("", "\n".join(traceback))))[-1]
-        source = Path(place["file"]).expanduser().read_text() if place["file"] else cell
-        statements = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]
-        around = [node for node in statements if node.lineno <= int(place["line"]) <= node.end_lineno]
-        smallest = min(around, key=lambda node: node.end_lineno - node.lineno)
-        return ast.unparse(smallest).splitlines()[0]
-    return "no message"
 
 
 def facts(preset: Preset, out: Path, train: int, val: int) -> dict[str, str]:

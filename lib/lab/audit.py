@@ -12,10 +12,10 @@ from operator import gt, lt
 from typing import Any, NamedTuple
 
 from lib.evaluation.baselines import advantage
-from lib.lab import measures, variants
+from lib.lab import results as measured
+from lib.lab import variants
 from lib.lab.claims import NOT_TESTED, Verdict, judge
-from lib.lab.measures import Runs, at_level, each, final, first_non_finite, growth, known, peak, stable
-from lib.lab.results import by_variant
+from lib.lab.results import Runs, at_level, by_variant, each, final, first_non_finite, growth, known, peak, stable
 from lib.model.cascade import CascadeConfig
 from lib.model.rms_law import Clips
 from lib.training.config import TrainConfig
@@ -58,7 +58,7 @@ def every(compare: Callable[[float, float], bool], limit: float) -> Rule:
 
 
 def between(low: float, high: float) -> Rule:
-    return lambda values: measures.within(values, low, high)
+    return lambda values: measured.within(values, low, high)
 
 
 def differs(word: str, others: Values) -> Rule:
@@ -101,7 +101,7 @@ def audit_untrained(output_rms: Sequence[Values], scales: Sequence[Values], simi
     """C2, from the untrained reference, stage by stage, one value a seed; `similarity`: cosine of the clips."""
     laws = {s / 100: CascadeConfig.reference().predict_rms(Clips(similarity=s / 100)) for s in range(101)}
     alike = next(s for s, stages in laws.items() if max(stage.target_scale for stage in stages) <= 1.02)
-    near = all(measures.within(values, 5.73 * 0.95, 5.73 * 1.05) for values in output_rms)
+    near = all(measured.within(values, 5.73 * 0.95, 5.73 * 1.05) for values in output_rms)
     needed = f"in stage 0; 1.02 needs clips of cosine {alike:.2f}, these have {similarity:.2f}"
     return [
         Said("C2", "stages leave RMS 5.73 and 5.68").of(near, output_rms[1], "after stage 1, where scaling puts it"),
@@ -132,7 +132,7 @@ def audit_named(results: Runs) -> list[Verdict]:
     no_step = "" if trained else "no run took a step"
     peaks, healthy_peaks = each(exploding, peak), each(reference, peak)
     healthy_peak = f"{max(healthy_peaks):.2g}"
-    nearer, quiet = known(reference, measures.nearer), known(exploding, final("rms_ratio"))
+    nearer, quiet = known(reference, measured.nearer), known(exploding, final("rms_ratio"))
     moves, fewer_moves = (
         [run.final["movement_ratio"] / run.final["rms_ratio"] for run in runs if run.final]
         for runs in (repair, exploding)
@@ -148,13 +148,13 @@ def audit_named(results: Runs) -> list[Verdict]:
             *passing(exploding, "stage2/projection_rms", 0.85, 0.85)[:2], "at the end"
         ),
         Said("C5", "the output of the collapsing cascade stays too quiet").of(
-            every(lt, measures.HEALTHY_RATIO[0]), quiet, "of the target RMS after training"
+            every(lt, measured.HEALTHY_RATIO[0]), quiet, "of the target RMS after training"
         ),
         Said("C7", "0.1×: the gradient norm rises (there: 6.8-fold in three epochs)").of(
             every(gt, 1), each(exploding, growth), f"times from the first to the last tenth of {steps} steps"
         ),
         Said("C7", "0.1×: NaN at epoch 3, batch 205").of(
-            not measures.never_non_finite(exploding), found=first_non_finite(exploding), short=short, unless=True
+            not measured.never_non_finite(exploding), found=first_non_finite(exploding), short=short, unless=True
         ),
         Said("C7", "0.3×: the gradient norm rises (there: 1.5-fold in three epochs)").of(
             every(gt, 1), each(repair, growth), "times", short=short, unless=True
@@ -166,16 +166,16 @@ def audit_named(results: Runs) -> list[Verdict]:
             between(2, 5), [r.end.get("grad_norm", math.inf) for r in reference], "at the end", short=short
         ),
         Said("C7", "0.1×: the last projection has most of the gradient").of(
-            every(gt, 0.5), each(exploding, measures.last_projection_share), "of the squared norm at the end"
+            every(gt, 0.5), each(exploding, measured.last_projection_share), "of the squared norm at the end"
         ),
         Said("C8", "learnable scalars: norm 15,438, then NaN").of(
-            not measures.never_non_finite(learnable), each(learnable, peak), ended, short=late, unless=True
+            not measured.never_non_finite(learnable), each(learnable, peak), ended, short=late, unless=True
         ),
         Said("C8", "a scalar's gradient is 100 to 10,000 times that of another parameter").of(
-            between(100, 10_000), each(trained, measures.scalar_ratio), "times, per element", short=no_step
+            between(100, 10_000), each(trained, measured.scalar_ratio), "times, per element", short=no_step
         ),
         Said("C8", "the scalars together have a larger gradient than all other parameters").of(
-            every(gt, 1), each(trained, measures.scalars_against_rest), "times the norm of all others", short=no_step
+            every(gt, 1), each(trained, measured.scalars_against_rest), "times the norm of all others", short=no_step
         ),
         Said("C14", "three stages at 0.3× are stable").of(*stability(repair)),
         Said("C14", "three stages at 0.3× reach the target level (RMS ratio 0.8 to 1.2)").of(
@@ -187,7 +187,7 @@ def audit_named(results: Runs) -> list[Verdict]:
             f"largest norm of the collapsing cascade, {healthy_peak} of the healthy one",
         ),
         Said("C15", "RMS ratio 0.8 to 1.2 separates health from collapse").of(
-            at_level(reference) and not any(measures.within([ratio], *measures.HEALTHY_RATIO) for ratio in quiet),
+            at_level(reference) and not any(measured.within([ratio], *measured.HEALTHY_RATIO) for ratio in quiet),
             quiet,
             "of the target RMS in the collapsing cascade, 1 in the healthy one",
         ),
@@ -245,9 +245,9 @@ def audit_schedule(results: Runs, epochs: int) -> list[Verdict]:
     masks = [run.quarter.get("masks/complementarity", 0.0) for run in whole]
     first = statistics.median(run.start.get("masks/complementarity", 0.0) for run in whole)
     untrained = f"{first:.3f} in the first epochs, 0.75 for constant masks"
-    few_steps = measures.never_non_finite(three) and min(run.steps for run in three) < EPOCH_3_BATCH_205
-    merits, other_merits = (each(runs, measures.decoded_merit) for runs in (whole, three))
-    other_merit, other_level = (statistics.median(each(three, m)) for m in (measures.decoded_merit, measures.level))
+    few_steps = measured.never_non_finite(three) and min(run.steps for run in three) < EPOCH_3_BATCH_205
+    merits, other_merits = (each(runs, measured.decoded_merit) for runs in (whole, three))
+    other_merit, other_level = (statistics.median(each(three, m)) for m in (measured.decoded_merit, measured.level))
     against = f"figure of merit, against {other_merit:.3f} at {other_level:.2f} of the target RMS"
     return [
         Said("C7", "0.1×, the whole objective: NaN within three epochs").of(
@@ -256,13 +256,13 @@ def audit_schedule(results: Runs, epochs: int) -> list[Verdict]:
             short=f"fewer than {EPOCH_3_BATCH_205} steps" if few_steps else "",
         ),
         Said("C10", "two stages: 200 epochs without NaN").of(
-            measures.never_non_finite(whole), found=first_non_finite(whole), short=short, unless=False
+            measured.never_non_finite(whole), found=first_non_finite(whole), short=short, unless=False
         ),
         Said("C10", "two stages: gradient norm 2 to 5 up to epoch 10").of(
             between(2, 5), early, f"before clipping, of the whole objective{recorded}", short=short
         ),
         Said("C11", "two stages: no factor above 1.3").of(
-            between(0, 1.3), each(whole, measures.largest_factor), "largest factor of a stage"
+            between(0, 1.3), each(whole, measured.largest_factor), "largest factor of a stage"
         ),
         Said("C12", "complementarity of the masks reaches 85 % by epoch 50").of(
             between(0.85, math.inf), masks, f"at epoch 50, {untrained}", short=short
@@ -277,7 +277,7 @@ def audit_schedule(results: Runs, epochs: int) -> list[Verdict]:
             at_level(whole), known(whole, final("rms_ratio")), "of the target RMS; 0.8 to 1.2 is healthy"
         ),
         Said("C15", "the whole system's correlation with either source is below 0.3").of(
-            every(lt, 0.3), known(whole, measures.nearer), "with the nearer source"
+            every(lt, 0.3), known(whole, measured.nearer), "with the nearer source"
         ),
         *audit_cures(found[variants.CREATIVE], {name: found[name] for name in CURES}),
     ]
@@ -298,7 +298,7 @@ def audit_continuations(
 
 def audit_cures(ill: Runs, cured: Mapping[str, Runs]) -> list[Verdict]:
     """Whether creative terms alone leave a constant output, and what brings back movement where they do."""
-    without = each(ill, measures.movement)
+    without = each(ill, measured.movement)
     constant = every(lt, CONSTANT)(without)
     novelty_acts = any(part.get("loss/novelty") for r in ill for part in (r.start, r.quarter, r.end))
     verdicts = [
@@ -306,7 +306,7 @@ def audit_cures(ill: Runs, cured: Mapping[str, Runs]) -> list[Verdict]:
             constant, without, f"of the sources' movement, whatever the level; below {CONSTANT} is called constant"
         ),
         Said("C15", "creative terms alone, with a final residual of 0.1, keep the level (RMS ratio 0.8 to 1.2)").of(
-            at_level(ill), each(ill, measures.level), "of the target RMS"
+            at_level(ill), each(ill, measured.level), "of the target RMS"
         ),
     ]
     for name, results in cured.items():
@@ -315,7 +315,7 @@ def audit_cures(ill: Runs, cured: Mapping[str, Runs]) -> list[Verdict]:
             short = "the novelty term never acted, whatever its weight: no cosine passed 0.7"
         found = f"of the sources' movement, {statistics.median(without):.3f} without"
         said = Said("C15", f"{CURES[name]} cures a constant output")
-        verdicts.append(said.of(differs("higher", without), each(results, measures.movement), found, short=short))
+        verdicts.append(said.of(differs("higher", without), each(results, measured.movement), found, short=short))
     return verdicts
 
 

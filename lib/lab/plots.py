@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.audio.plots import STAGES, STYLE
-from lib.lab.measures import Groups, Runs, gradient_norms
+from lib.lab.results import Groups, Runs, gradient_norms
 from lib.lab.variants import EXPLODING, LEARNABLE, REFERENCE, REPAIR
 
 COLOURS = {REFERENCE: "#0072B2", EXPLODING: "#D55E00", REPAIR: "#E69F00", LEARNABLE: "#CC79A7"}

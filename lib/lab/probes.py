@@ -1,13 +1,24 @@
-"""What notebook 03 measures on a cascade: traces over residual weights, gains of RMS scaling, Jacobian norms.
-Legend: B batch, D latent channels, T frames."""
+"""What notebook 03 measures: gains and Jacobian norms of parts of a cascade, and the law of the RMS against untrained
+cascades and the ablation's runs.
 
-from collections.abc import Callable
+Legend: B batch, D latent channels, T frames. `x`, `y`: the latents of a few pairs, `[B, D, T]` each.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lib.model.cascade import Cascade, RmsScaling, StageTrace
+from lib.lab.results import Runs, training_steps
+from lib.model.cascade import Cascade, CascadeConfig, RmsScaling, StageTrace, cosine, rms
+from lib.model.rms_law import Clips, StagePrediction, rms_before_scaling
+from lib.util.stats import describe
+
+Row = dict[str, Any]
 
 
 @torch.no_grad()
@@ -85,3 +96,124 @@ def largest_sigma(layer: nn.Linear, rate: float, steps: int = 40) -> float:
         loss.backward()
         optimizer.step()
     return largest
+
+
+def untrained(config: CascadeConfig, seed: int) -> Cascade:
+    torch.manual_seed(seed)
+    return Cascade(config).eval()
+
+
+def predictions(config: CascadeConfig, x: Tensor, y: Tensor) -> list[tuple[StagePrediction, ...]]:
+    """The law for every pair, which it knows by two RMS and a cosine."""
+    known = zip(rms(x).tolist(), rms(y).tolist(), cosine(x, y).tolist(), strict=True)
+    return [config.predict_rms(Clips(*clips)) for clips in known]
+
+
+def law_row(what: str, measured: Sequence[float], predicted: float, tolerance: float = 0.1) -> Row:
+    """The columns that hold a measured quantity, one value a seed, against the law."""
+    error = max(abs(value / predicted - 1) for value in measured)
+    return {
+        f"{what}, predicted": f"{predicted:.3g}",
+        f"{what}, measured": describe(measured),
+        "largest error": f"{error:.1%}",
+        f"within {100 * tolerance:g} %": yes_no(error < tolerance),
+    }
+
+
+def yes_no(holds: bool) -> str:
+    return "yes" if holds else "no"
+
+
+def stage_rows(name: str, config: CascadeConfig, x: Tensor, y: Tensor, seeds: Sequence[int]) -> list[Row]:
+    """A row for each stage of an untrained cascade: its RMS before scaling, and the target scale that follows."""
+    law, runs = predictions(config, x, y), [untrained(config, seed)(x, y)[1] for seed in seeds]
+    rows = []
+    for i in range(len(config.stages)):
+        measured = [traces[i].rms_before_scaling.mean().item() for traces in runs]
+        row = law_row("RMS before scaling", measured, mean_prediction(law, "rms_before_scaling", i))
+        scales = [traces[i].target_scale.mean().item() for traces in runs]
+        row["target scale, predicted"] = f"{mean_prediction(law, 'target_scale', i):.2f}"
+        rows.append({"cascade": name, "stage": i} | row | {"target scale, measured": describe(scales)})
+    return rows
+
+
+def over_weights(config: CascadeConfig, weights: Sequence[float], x: Tensor, y: Tensor, seeds: Sequence[int]) -> Row:
+    """The last stage's output RMS over its residual weight, untrained: `measured` [seeds, weights] and `predicted`."""
+    laws = [predictions(config.with_stage(-1, residual_weight=weight), x, y) for weight in weights]
+    runs = [last_stage_over_weights(untrained(config, seed), list(weights), x, y) for seed in seeds]
+    measured = [[trace.output_rms.mean().item() for trace in traces] for traces in runs]
+    return {"x": weights, "measured": measured, "predicted": [mean_prediction(law, "output_rms") for law in laws]}
+
+
+def mean_prediction(law: Sequence[Sequence[StagePrediction]], what: str, stage: int = -1) -> float:
+    """A prediction for one stage, as a mean over pairs."""
+    return statistics.mean(getattr(pair[stage], what) for pair in law)
+
+
+def largest_error(panel: Mapping[str, Any]) -> float:
+    pairs = (pair for run in panel["measured"] for pair in zip(run, panel["predicted"], strict=True))
+    return max(abs(measured / predicted - 1) for measured, predicted in pairs)
+
+
+def weight_row(weight: float, safe_weight: float, traces: Sequence[StageTrace]) -> Row:
+    """A stage at one residual weight, one trace a seed, beside the law's verdict on that weight."""
+    clamped = [trace.clamped.mean().item() for trace in traces]
+    return {
+        "residual weight": weight,
+        "law": "collapses" if weight < safe_weight else "safe",
+        "target scale": describe([trace.target_scale.mean().item() for trace in traces], 2),
+        "clamped": f"{statistics.median(clamped):.0%}",
+        "as the law says": yes_no(all(share == float(weight < safe_weight) for share in clamped)),
+    }
+
+
+def last_stage(config: CascadeConfig, name: str) -> str:
+    """The name that metrics.jsonl has for a measure of the last stage."""
+    return f"stage{len(config.stages) - 1}/{name}"
+
+
+def training_panel(config: CascadeConfig, runs: Runs, x: Tensor, y: Tensor) -> dict[str, Any]:
+    """The last stage's RMS before scaling at every step, the law before training, and its bound while γ is 1."""
+    key = last_stage(config, "rms_before_scaling")
+    measured = [[row[key] for row in training_steps(run.run)] for run in runs]
+    count = min(map(len, measured))
+    law = predictions(config, x, y)
+    lines = {"predicted": "rms_before_scaling", "bound": "highest_rms_before_scaling"}
+    panel = {name: [mean_prediction(law, what)] * count for name, what in lines.items()}
+    return panel | {"x": range(1, count + 1), "measured": [values[:count] for values in measured]}
+
+
+def mixing_holds(config: CascadeConfig, row: Mapping[str, float]) -> bool:
+    """Whether m² = p² + w²r² + 2wρpr within 5 % at one step of training, with the cosine ρ that it has reached."""
+    names = ("projection_rms", "residual_rms", "alignment", "rms_before_scaling")
+    p, r, rho, m = (row[last_stage(config, name)] for name in names)
+    return math.isclose(rms_before_scaling(p, r, config.stages[-1].residual_weight, rho), m, rel_tol=0.05)
+
+
+def training_row(name: str, config: CascadeConfig, runs: Runs, predicted: float, when: str) -> Row:
+    """The last stage at the 'start' or the 'end' of training, and the error of the law, which knows no training."""
+    names = ("projection_rms", "alignment", "rms_before_scaling")
+    p, rho, m = ([getattr(run, when)[last_stage(config, name)] for run in runs] for name in names)
+    row = {"variant": name, "when": {"start": "first tenth", "end": "last tenth"}[when]}
+    row |= {"projection RMS": describe(p), "cosine with residual": describe(rho, 2), "RMS before scaling": describe(m)}
+    row["error of the law"] = f"{statistics.median(m) / predicted - 1:+.0%}"
+    if when == "end":
+        row["ceiling now"] = describe([run.final[last_stage(config, "ceiling")] for run in runs if run.final])
+        holds = [mixing_holds(config, step) for run in runs for step in training_steps(run.run)]
+        row["steps with step 4 within 5 %"] = f"{statistics.mean(holds):.0%}"
+    return row
+
+
+def clamped_row(name: str, config: CascadeConfig, runs: Runs) -> Row:
+    """Share of clips that the last stage clamps at the start and at the end, beside the law's verdict."""
+    weight, safe = config.stages[-1].residual_weight, config.predict_rms()[-1].smallest_safe_weight
+    start, end = ([getattr(run, when)[last_stage(config, "clamped")] for run in runs] for when in ("start", "end"))
+    return {
+        "variant": name,
+        "weight": weight,
+        "smallest safe": f"{safe:.2f}",
+        "law": "safe" if weight >= safe else "collapses",
+        "clamped, first tenth": describe(start, 2),
+        "last tenth": describe(end, 2),
+        "the law holds": yes_no(all(share == float(weight < safe) for share in end)),
+    }

@@ -36,8 +36,7 @@ from lib.lab.ablation import (
     run_plan,
     work,
 )
-from lib.lab.measures import growth
-from lib.lab.results import Result, by_variant, read_record, write_record
+from lib.lab.results import Result, by_variant, growth, read_record, write_record
 from lib.lab.variants import Variant
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import load_model
