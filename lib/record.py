@@ -219,7 +219,7 @@ def variations(preset: Preset) -> list[dict[str, Any]]:
 
 
 def record_variations(preset: Preset, overrides: dict[str, Any], data_dir: str, out: Path, folder: Path) -> None:
-    """Run the variations, one a core, and write their findings beside those of the run in `out`."""
+    """Run the variations, one per core, and write their findings beside those of the run in `out`."""
     done = variations(preset)
     say(f"{len(done)} variations of {preset.name}")
     with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
@@ -283,7 +283,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One row a line."""
+    """One row per line."""
     write_atomic(path, "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
 
 

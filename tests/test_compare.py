@@ -355,7 +355,7 @@ SPOILED = {
 
 @pytest.mark.parametrize("spoil", SPOILED, ids=lambda spoil: spoil.__name__)
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_run_that_lacks_something_is_told_in_one_line(program, runs, spoiled, tmp_path, spoil, place):
+def test_a_run_that_lacks_something_is_reported_in_one_line(program, runs, spoiled, tmp_path, spoil, place):
     spoil(spoiled)
     arguments = [runs[0].path]
     arguments.insert(place, spoiled)
@@ -365,7 +365,7 @@ def test_a_run_that_lacks_something_is_told_in_one_line(program, runs, spoiled, 
     assert not (tmp_path / "out").exists()
 
 
-def test_where_nothing_is_new_to_both_it_is_told(program, runs, songs, spoiled, tmp_path):
+def test_pairs_that_one_run_knows_are_reported(program, runs, songs, spoiled, tmp_path):
     pairs = tuple(dataclasses.replace(pair, split="train") for pair in songs.pairs)
     write_manifest(dataclasses.replace(songs, pairs=pairs), spoiled / "manifest.json")
     told = f"error: {spoiled}: was trained on the music of every validation pair of {runs[0].path}; "

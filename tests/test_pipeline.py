@@ -292,7 +292,7 @@ def test_the_page_is_there_after_the_first_notebook_and_says_what_is_to_come(tmp
 FAILING = ["x = 1", "def f():\n    return x / 0\n\n\nf()", "print('never')"]
 
 
-def test_a_failing_cell_is_told_with_cell_error_and_notebook(tmp_path, notebooks, project, parse):
+def test_a_failing_cell_is_reported_with_cell_error_and_notebook(tmp_path, notebooks, project, parse):
     notebooks(**{"02_stage_ablation": FAILING, "03_rms_collapse": []})
     out = tmp_path / "out"
     with pytest.raises(NotebookError) as caught:
@@ -384,13 +384,13 @@ a_module.f(1)"""
         (MODULE, "AssertionError: assert x > 2"),
     ],
 )
-def test_an_error_without_a_text_is_told_by_its_source_line(tmp_path, notebooks, project, cell, said):
+def test_an_error_without_a_message_is_reported_by_its_source_line(tmp_path, notebooks, project, cell, said):
     notebooks(**{"01_encoding": [cell]})
     with pytest.raises(NotebookError, match=re.escape(f"cell 4: {said}")):
         run_notebooks("smoke", {}, "", tmp_path / "out", ("01_encoding",))
 
 
-def test_a_kernel_that_dies_is_told_like_a_failing_cell(tmp_path, notebooks, project):
+def test_a_kernel_that_dies_is_reported_like_a_failing_cell(tmp_path, notebooks, project):
     """As the kernel of a server short of memory would."""
     notebooks(**{"01_encoding": ["os.kill(os.getpid(), 9)"], "02_stage_ablation": []})
     out = tmp_path / "out"
@@ -629,7 +629,7 @@ def test_listening_is_done_again_after_another_training(tmp_path, notebooks, pro
     notebooks(**{name: [] for name in names})
     run = {"preset_name": "smoke", "overrides": {}, "out_dir": tmp_path / "out"}
     run_notebooks(**run, only=names)
-    run_notebooks(**run, only=names[:1])  # trains anew
+    run_notebooks(**run, only=names[:1])  # trains again
     executions.clear()
     run_notebooks(**run, only=names, resume=True)
     assert [name for name, _ in executions] == ["05_listening"]

@@ -45,7 +45,7 @@ def test_the_presets_are_those_of_the_design():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_no_warm_up_outlasts_its_preset(name):
-    """Short presets must come to what their settings promise: a heard discriminator, the full learning rate, noise."""
+    """A short preset reaches what its settings promise: a discriminator in the loss, the full learning rate, noise."""
     train = PRESETS[name].train
     if train.max_steps is not None:
         assert train.warmup_steps < train.max_steps / 2

@@ -202,7 +202,7 @@ def resumed(folder: Path) -> dict:
 
 
 def stopped_for_one(folder: Path) -> dict:
-    """To be gone on with by one process: at 8 of 12 pairs."""
+    """To be resumed by one process: stopped at 8 of 12 pairs."""
     return stopped_at(2, folder, "two, then one", CONFIG)
 
 
@@ -552,7 +552,7 @@ def test_a_kernel_that_has_used_a_gpu_cannot_be_forked(tmp_path, monkeypatch):
         train_project(project, num_processes=2)
 
 
-def test_in_one_process_those_who_look_on_are_told(tmp_path, monkeypatch):
+def test_in_one_process_callbacks_are_called(tmp_path, monkeypatch):
     index = make_data(tmp_path)
     preset = dataclasses.replace(load_preset("smoke"), train=dataclasses.replace(CONFIG, batch_size=4, max_steps=3))
     project = SimpleNamespace(preset=preset, codec=TinyCodec(), out_dir=tmp_path / "out", index=index)

@@ -77,9 +77,9 @@ def run_plan(
 ) -> tuple[Result, ...]:
     """All results of a plan, variant by variant, seed by seed; runs that are finished already are not repeated.
 
-    `index`: latents by `encode_manifest`; `codec`: its name or folder. `workers`: how many at once (default: one a GPU
-    or, without one, a core); on Ctrl-C, or when this process is killed, they save their runs and end. `UserError` for
-    bad settings; `RuntimeError` names runs that failed for another reason, after all others have ended.
+    `index`: latents by `encode_manifest`; `codec`: its name or folder. `workers`: how many at once, by default one per
+    GPU or, without one, per core; on Ctrl-C, or when this process is killed, they save their runs and end. `UserError`
+    for bad settings; `RuntimeError` names runs that failed for another reason, after all others have ended.
     """
     folder = Path(folder).resolve()
     make_folder(folder)

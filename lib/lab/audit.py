@@ -2,7 +2,7 @@
 
     Said("C7", "0.1×: the gradient norm rises").of(every(gt, 1), each(exploding, growth), "times")
 
-Each is what a seed said, a rule for what was measured, one value a seed, and its unit.
+Each is what a seed said, a rule for what was measured, one value per seed, and its unit.
 """
 
 import math
@@ -21,7 +21,7 @@ from lib.model.rms_law import Clips
 from lib.training.config import TrainConfig
 from lib.util.stats import difference
 
-Values = Sequence[float]  # one a seed
+Values = Sequence[float]  # one per seed
 Rule = Callable[[Values], bool]
 
 EPOCH_3_BATCH_205 = 3 * 205  # seed 001 puts the NaN of claim C7 here: at least so many steps
@@ -98,7 +98,7 @@ def audit_parameters(stages: Sequence[int]) -> list[Verdict]:
 
 
 def audit_untrained(output_rms: Sequence[Values], scales: Sequence[Values], similarity: float) -> list[Verdict]:
-    """C2, from the untrained reference, stage by stage, one value a seed; `similarity`: cosine of the clips."""
+    """C2, from the untrained reference, stage by stage, one value per seed; `similarity`: cosine of the clips."""
     laws = {s / 100: CascadeConfig.reference().predict_rms(Clips(similarity=s / 100)) for s in range(101)}
     alike = next(s for s, stages in laws.items() if max(stage.target_scale for stage in stages) <= 1.02)
     near = all(measured.within(values, 5.73 * 0.95, 5.73 * 1.05) for values in output_rms)
@@ -110,7 +110,7 @@ def audit_untrained(output_rms: Sequence[Values], scales: Sequence[Values], simi
 
 
 def audit_spectral_norm(ours: float, torchs: float, lipschitz: Values) -> list[Verdict]:
-    """C4: the largest σ in training, ours and torch's, and untrained Lipschitz constants, one a seed."""
+    """C4: the largest σ in training, ours and torch's, and untrained Lipschitz constants, one per seed."""
     return [
         Said("C4", "σ ≤ 1 in training, our projection").of(ours <= 1.001, found=f"{ours:.4f} at most"),
         Said("C4", "σ ≤ 1 in training, torch's spectral norm").of(torchs <= 1.001, found=f"{torchs:.2f} at most"),

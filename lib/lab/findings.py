@@ -11,7 +11,7 @@ from lib.util.stats import describe, difference, factorial_effects
 
 Rows = list[dict[str, Any]]
 Measures = Mapping[str, Measure]  # by label; NaN for a run without an end
-Values = Mapping[str, Sequence[float]]  # by name, one a seed
+Values = Mapping[str, Sequence[float]]  # by name, one per seed
 
 SUSPECTS = ("3 stages", EXPLODING, "learnable RMS", "anti-modulation log")  # variants with what the seeds blame
 MEASURES: Measures = {  # label of an axis, with its unit
@@ -47,7 +47,7 @@ EFFECTS: Measures = {
 
 
 def grid_measures(groups: Groups) -> dict[str, Values]:
-    """Label → variant → one value a seed: what `plots.variant_ranges` draws."""
+    """Label → variant → one value per seed: what `plots.variant_ranges` draws."""
     return {label: {name: known(runs, of) for name, runs in groups.items()} for label, of in MEASURES.items()}
 
 

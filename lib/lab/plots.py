@@ -23,7 +23,7 @@ MARKERS = {REFERENCE: "o", EXPLODING: "s", REPAIR: "^", LEARNABLE: "D"}
 PARTS = ("input_projection", "input_norm", "layers", "post_norm", "output_projection", "rms_scaling")
 GREYS = ("#EEEEEE", "#DDDDDD", "#BBBBBB", "#888888", "#444444", "#000000")  # of parts: colours are variants
 OTHER = "#666666"  # of variants that no seed names
-Values = Sequence[float]  # one a seed
+Values = Sequence[float]  # one per seed
 
 HATCHES = ("", "//", "..", "xx", "\\\\")  # by stage
 
@@ -73,7 +73,7 @@ def ranges(axes: Axes, rows: Sequence[tuple[Values, str, str]], size: float) -> 
 
 
 def variant_ranges(groups: Groups, measures: Mapping[str, Mapping[str, Values]], log: Sequence[str] = ()) -> Figure:
-    """One row a variant, one panel a measure: every seed as a point, the range as a line, the reference's as a band.
+    """A row per variant, a panel per measure: every seed as a point, the range as a line, the reference's as a band.
 
     `measures`: axis label with its unit → variant → values. `log`: the labels of logarithmic axes.
     """
@@ -89,7 +89,7 @@ def variant_ranges(groups: Groups, measures: Mapping[str, Mapping[str, Values]],
 
 
 def gradient_shares(groups: Groups) -> Figure:
-    """Share of every part in the squared gradient norm at the end, by stage: median over seeds, a bar a variant."""
+    """Share of every part in the squared gradient norm at the end, by stage: median over seeds, a bar per variant."""
     used = {}
     with panels([""], (9, 0.9 + 0.5 * len(groups)), list(groups)) as (figure, (axes,)):
         for y, results in enumerate(groups.values()):
@@ -119,7 +119,7 @@ def part_share(results: Runs, part: str) -> float:
 
 
 def factorial(effects: Mapping[str, Mapping[str, Values]]) -> Figure:
-    """Main effects and interactions, a panel a measure; grey crosses where seeds disagree on the sign."""
+    """Main effects and interactions, a panel per measure; grey crosses where seeds disagree on the sign."""
     sure, unsure = ("#000000", "o"), ("#999999", "x")
     names = list(next(iter(effects.values())))
     with panels(list(effects), (3 + 3.4 * len(effects), 3.2), names) as (figure, row):
@@ -131,7 +131,7 @@ def factorial(effects: Mapping[str, Mapping[str, Values]]) -> Figure:
 
 
 def predicted_and_measured(series: Mapping[str, Mapping], xlabel: str, ylabel: str, goal: float) -> Figure:
-    """Law against measurement, a panel a setting: `x`, `predicted`, `measured` [seeds, x], optional `bound`."""
+    """Law against measurement, a panel per setting: `x`, `predicted`, `measured` [seeds, x], optional `bound`."""
     with panels(list(series), (1 + 3.3 * len(series), 3.4)) as (figure, row):
         for axes, (title, data) in zip(row, series.items(), strict=True):
             measured = np.asarray(data["measured"])
@@ -175,7 +175,7 @@ class Waterfall:
         axes.set(ylabel="RMS (latent units)", ylim=(0, 1.35 * goal))
 
     def update(self, traces: Sequence[Mapping[str, float]], clamp: tuple[float, float] | None) -> None:
-        """`traces`: one a stage; `clamp`: of the last one."""
+        """`traces`: one per stage; `clamp`: of the last one."""
         for kind, bars in zip(self.KINDS, self.bars, strict=True):
             for bar, trace in zip(bars, traces, strict=True):
                 bar.set_height(trace[kind])

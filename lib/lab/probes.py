@@ -110,7 +110,7 @@ def predictions(config: CascadeConfig, x: Tensor, y: Tensor) -> list[tuple[Stage
 
 
 def law_row(what: str, measured: Sequence[float], predicted: float, tolerance: float = 0.1) -> Row:
-    """The columns that hold a measured quantity, one value a seed, against the law."""
+    """The columns that hold a measured quantity, one value per seed, against the law."""
     error = max(abs(value / predicted - 1) for value in measured)
     return {
         f"{what}, predicted": f"{predicted:.3g}",
@@ -156,7 +156,7 @@ def largest_error(panel: Mapping[str, Any]) -> float:
 
 
 def weight_row(weight: float, safe_weight: float, traces: Sequence[StageTrace]) -> Row:
-    """A stage at one residual weight, one trace a seed, beside the law's verdict on that weight."""
+    """A stage at one residual weight, one trace per seed, beside the law's verdict on that weight."""
     clamped = [trace.clamped.mean().item() for trace in traces]
     return {
         "residual weight": weight,

@@ -28,7 +28,7 @@ class Result:
     start: dict[str, float]  # medians over the first tenth of the steps ...
     end: dict[str, float]  # ... and over the last
     final: dict[str, float] | None  # on the validation pairs, after the last step; None after a non-finite value
-    grad_norm: tuple[float, ...]  # before clipping, one a step, inf for a non-finite one; recorded: medians of parts
+    grad_norm: tuple[float, ...]  # before clipping, one per step, inf for a non-finite one; recorded: medians of parts
     run: str  # its folder
     quarter: dict[str, float] = field(default_factory=dict)  # medians over the tenth before a quarter of the steps
 
@@ -70,7 +70,7 @@ def summarize(folder: Path, variant: str, seed: int, num_layers: int) -> Result:
 
 
 def training_steps(run: str | Path) -> list[dict[str, Any]]:
-    """Its metrics, one row a step."""
+    """Its metrics, one row per step."""
     return [row for row in Run.open(run).metrics("train") if "event" not in row]
 
 
@@ -87,7 +87,7 @@ def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def write_record(path: Path, results: Sequence[Any], facts: Mapping[str, Any]) -> None:
-    """Dataclass instances as one JSON file, one a line, after the facts that hold for all of them."""
+    """Dataclass instances as one JSON file, one per line, after the facts that hold for all of them."""
     lines = ",\n".join(json.dumps(asdict(result), ensure_ascii=False) for result in results)
     write_atomic(path, f'{{"facts": {json.dumps(dict(facts))},\n"results": [\n{lines}\n]}}\n')
 

@@ -76,7 +76,7 @@ class Score:
 
 def gains_in_words(scores: Sequence[Score]) -> str:
     """How the model compares with the mean envelope, at every cutoff."""
-    verdicts = {1: "beats", -1: "loses to", 0: "no statistically significant difference to"}
+    verdicts = {1: "beats", -1: "loses to", 0: "no statistically significant difference from"}
     wordings = {verdict: words + " the mean envelope at {names} kHz" for verdict, words in verdicts.items()}
     return in_words({f"{s.cutoff / 1000:g}": s.comparison for s in scores if s.method == "model"}, wordings)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import scipy.special
 
 TEST = "Student's t, 5 %, standard errors clustered by song"  # to be named beside the words below
-WORDS = {1: "better than", -1: "worse than", 0: "no statistically significant difference to"}  # by verdict
+WORDS = {1: "better than", -1: "worse than", 0: "no statistically significant difference from"}  # by verdict
 COUNTED = {verdict: words + " {count} of {total} ({names})" for verdict, words in WORDS.items()}
 
 
@@ -70,11 +70,11 @@ def difference(values: Sequence[float], others: Sequence[float]) -> str:
 def factorial_effects(
     cells: Mapping[tuple[bool, ...], Sequence[float]], factors: Sequence[str]
 ) -> dict[str, list[float]]:
-    """Main effects and interactions of a full two-level factorial: 'norm', 'norm × clamp', … → one value a seed.
+    """Main effects and interactions of a full two-level factorial: 'norm', 'norm × clamp', … → one value per seed.
 
-    `cells`: levels → one value a seed, in the same order of seeds. The effect of a set of factors is the mean over the
-    cells in which an even number of them is off, minus the mean over the others (Box, Hunter and Hunter, Statistics for
-    Experimenters, chapter 5).
+    `cells`: levels → one value per seed, in the same order of seeds. The effect of a set of factors is the mean over
+    the cells in which an even number of them is off, minus the mean over the others (Box, Hunter and Hunter,
+    Statistics for Experimenters, chapter 5).
     """
     if len(cells) != 2 ** len(factors):
         raise ValueError(f"needs all {2 ** len(factors)} cells, got {len(cells)}")

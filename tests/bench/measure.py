@@ -121,7 +121,7 @@ def _serve(connection: Any, make: Callable[..., Run], arguments: list[Any]) -> N
 def _memory() -> float:
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: that of the imports is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts over: that of the imports is forgotten
     return psutil.Process().memory_info().rss / 2**20
 
 

@@ -102,7 +102,7 @@ def test_training_is_watched_stopped_and_resumed(lab, screenshots):
         client.connect_to_server()
         connections.append(client)
 
-    settings = {"train.checkpoint_every": 500, "train.max_train_pairs": 80}  # twenty steps an epoch
+    settings = {"train.checkpoint_every": 500, "train.max_train_pairs": 80}  # twenty steps per epoch
     notebook = lab.open("04_training", relay=relay, out_dir=str(out), overrides={"train.max_steps": 500, **settings})
     notebook.start("Run All Cells")
     page = notebook.page

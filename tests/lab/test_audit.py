@@ -327,7 +327,7 @@ def test_a_late_nan_is_not_the_seeds():
     ("gain", "pairs", "names", "wanted", "why"),
     [
         (0.2, 8, "abcd", REPRODUCED, "better than their plain average"),
-        (0.002, 8, "abcd", REFUTED, "no statistically significant difference to their plain average"),
+        (0.002, 8, "abcd", REFUTED, "no statistically significant difference from their plain average"),
         (-0.2, 8, "abcd", REFUTED, "worse than their plain average"),
         (0.2, 7, "abcd", NOT_TESTED, "fewer than 8 pairs, or all of one song"),
         (0.2, 8, "a", NOT_TESTED, "fewer than 8 pairs, or all of one song"),

@@ -28,7 +28,7 @@ from lib.training.trainer import Callback, Trainer
 from lib.util.errors import UserError
 from lib.util.files import write_atomic
 
-# Three steps an epoch, so that checkpoints fall within epochs.
+# Three steps per epoch, so that checkpoints fall within epochs.
 CONFIG = TrainConfig(epochs=4, batch_size=2, checkpoint_every=4, learning_rate=1e-2, seed=2)
 
 

@@ -378,11 +378,11 @@ def test_the_largest_players_are_left_out_until_the_rest_fits(limit, kept):
 
 def test_a_page_stays_below_its_limit_and_names_the_place(tmp_path, monkeypatch, parse):
     monkeypatch.setattr(lib.report.report, "LIMIT", 1_000_000)
-    heard, made = Section(tmp_path, "05", "Listening"), Section(tmp_path, "04", "Training")
-    heard.players(noise_players(3), "A short pair")
-    heard.players(noise_players(12), "A long pair")
-    made.players(noise_players(10), "Made while training")
-    made.figure(figure(), "f", "A figure")
+    listening, training = Section(tmp_path, "05", "Listening"), Section(tmp_path, "04", "Training")
+    listening.players(noise_players(3), "A short pair")
+    listening.players(noise_players(12), "A long pair")
+    training.players(noise_players(10), "Made while training")
+    training.figure(figure(), "f", "A figure")
     nbformat.write(v4.new_notebook(), tmp_path / "05.ipynb")
     write_notebook_page(tmp_path / "05.ipynb")
     path = write_report(tmp_path, "t", "l", {})

@@ -185,11 +185,12 @@ def test_a_gain_is_compared_over_songs():
     [
         ((3, 3), "beats the mean envelope at 2, 12 kHz"),
         ((-3, -3), "loses to the mean envelope at 2, 12 kHz"),
-        ((1, -1), "no statistically significant difference to the mean envelope at 2, 12 kHz"),
+        ((1, -1), "no statistically significant difference from the mean envelope at 2, 12 kHz"),
         ((-3, 3), "beats the mean envelope at 12 kHz; loses to the mean envelope at 2 kHz"),
         (
             (3, 0),
-            "beats the mean envelope at 2 kHz; no statistically significant difference to the mean envelope at 12 kHz",
+            "beats the mean envelope at 2 kHz; "
+            "no statistically significant difference from the mean envelope at 12 kHz",
         ),
     ],
 )

@@ -250,7 +250,7 @@ def test_what_is_added_keeps_its_level_where_clips_join():
     assert faded < between - 2  # faded as a whole it dips
 
 
-def test_what_a_model_makes_of_the_end_of_a_clip_is_not_heard():
+def test_what_a_model_makes_of_the_end_of_a_clip_does_not_reach_the_output():
     """Its convolutions know nothing beyond it."""
 
     class Shy(NoiseResolver):

@@ -46,7 +46,7 @@ from lib.util.tensors import safe_torch_load
 from superres.conftest import CLIP, DENOISER, DISCRIMINATORS, LOOP, VAE, VOCODER, changed, write_music
 
 COUNTS = {"train": "examples", "val": "val_examples"}
-# two steps an epoch, the second one smaller; everything that has a state of its own
+# two steps per epoch, the second one smaller; everything that has a state of its own
 HARD = LOOP | {"examples": 3, "max_steps": 3, "checkpoint_every": 2, "ema": 0.6, "schedule": "cosine"}
 
 

@@ -313,7 +313,7 @@ def test_loading_leaves_the_random_numbers_alone(tiny_index):
 
 @pytest.fixture
 def latents() -> torch.Tensor:
-    """`[4, 128, 300]` of levels from 0.5 to 20: 38,400 values a clip, whose RMS is known to 0.4 %."""
+    """`[4, 128, 300]` of levels from 0.5 to 20: 38,400 values per clip, whose RMS is known to 0.4 %."""
     clips = torch.randn(4, 128, 300, generator=torch.Generator().manual_seed(0))
     return clips * torch.tensor([0.5, 2.0, 6.0, 20.0])[:, None, None]
 

@@ -23,7 +23,7 @@ from lib.training.fusion_learner import train
 from lib.training.run import Run
 from lib.training.trainer import Callback, Trainer
 
-# Three steps an epoch, so that checkpoints fall within epochs.
+# Three steps per epoch, so that checkpoints fall within epochs.
 CONFIG = TrainConfig(epochs=4, batch_size=2, checkpoint_every=4, learning_rate=1e-2, seed=2)
 
 

@@ -287,7 +287,7 @@ def test_parts_without_gradients_are_left_out(build):
     assert norms(learner) == pytest.approx({"grad_norm/stage1/post_norm": math.sqrt(24 * 4)})
 
 
-def test_the_share_of_noise_is_told_where_there_can_be_noise(build):
+def test_the_share_of_noise_is_reported_where_there_can_be_noise(build):
     noisy = build(curriculum=CurriculumConfig(noise_rate=0.1, noise_start=2))
     assert [noisy.facts(StepInfo(9, epoch)) for epoch in (2, 4, 9)] == [{"noise_share": x} for x in (0.0, 0.2, 0.3)]
     assert build().facts(StepInfo(9, 9)) == {}

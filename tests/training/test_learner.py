@@ -120,7 +120,7 @@ def test_the_ema_follows_its_decay():
         assert not torch.allclose(value, now[name], rtol=1e-4)
 
 
-def test_the_loss_is_told_the_step_in_training_alone():
+def test_the_loss_gets_the_step_in_training_only():
     learner = build()
     learner.train_step([batch(0), batch(1)], StepInfo(7, 2, progress=0.5))
     learner.loss(learner.unwrapped_model, batch())  # as in validation

@@ -91,17 +91,17 @@ def test_equal_weights_are_least_at_the_mean_of_both():
     assert output.grad.abs().max() > 1e-3
 
 
-def heard(term):
+def on_sound(term):
     """The same term of waveforms `[B, 1, N]`."""
     return lambda *values: term(*(Sound(x) if isinstance(x, Tensor) else x for x in values))
 
 
-stft_distance, mel_distance = heard(lib.training.losses.stft_distance), heard(lib.training.losses.mel_distance)
-rhythm = heard(lambda output, input: lib.training.losses.ON_SOUND["rhythm"](output, input, None, None))
-harmony = heard(lambda output, target: lib.training.losses.ON_SOUND["harmony"](output, None, target, None))
+stft_distance, mel_distance = on_sound(lib.training.losses.stft_distance), on_sound(lib.training.losses.mel_distance)
+rhythm = on_sound(lambda output, input: lib.training.losses.ON_SOUND["rhythm"](output, input, None, None))
+harmony = on_sound(lambda output, target: lib.training.losses.ON_SOUND["harmony"](output, None, target, None))
 anti_modulation, spectral_outliers = (
-    heard(lib.training.losses.anti_modulation),
-    heard(lib.training.losses.spectral_outliers),
+    on_sound(lib.training.losses.anti_modulation),
+    on_sound(lib.training.losses.spectral_outliers),
 )
 
 
@@ -295,7 +295,7 @@ def test_first_used_in_inference_mode_the_distance_still_trains_later(songs):
 def test_rhythm_and_harmony_are_what_lacks_of_similarity(songs):
     output, source = songs[:4], songs[4:8]
     by_rhythm, by_harmony = (
-        1 - heard(f)(output, source).mean().item() for f in (rhythm_similarity, harmony_similarity)
+        1 - on_sound(f)(output, source).mean().item() for f in (rhythm_similarity, harmony_similarity)
     )
     assert rhythm(output, source).item() == pytest.approx(by_rhythm, abs=1e-6)
     assert harmony(output, source).item() == pytest.approx(by_harmony, abs=1e-6)

@@ -206,7 +206,7 @@ def test_runs_side_by_side_show_the_last_stages_level():
     assert band(levels) == pytest.approx([0.8, 1.2])
     colours = {line.get_color() for axes in (losses, norms, levels) for line in axes.get_lines()}
     assert len(colours) == 2
-    assert len({curve.get_color() for axes in (losses, levels) for curve in axes.get_lines()[:1]}) == 1  # one a run
+    assert len({curve.get_color() for axes in (losses, levels) for curve in axes.get_lines()[:1]}) == 1  # one per run
 
 
 def test_runs_side_by_side_takes_more_runs_than_colours_and_what_is_missing():

@@ -44,7 +44,7 @@ from lib.util.errors import UserError, exit_on_user_error
 from lib.util.tensors import safe_torch_load
 
 ROOT = Path(__file__).resolve().parents[2]
-# Three steps an epoch, so that checkpoints fall within epochs; at this rate and seed the last one is not the best.
+# Three steps per epoch, so that checkpoints fall within epochs; at this rate and seed the last one is not the best.
 CONFIG = TrainConfig(max_steps=8, batch_size=2, checkpoint_every=2, learning_rate=0.1, seed=2)
 # Everything at once: three epochs of three steps, the last of each smaller.
 EVERYTHING = {
@@ -1383,7 +1383,7 @@ def test_callbacks_are_called_in_order(start):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt("stopped"), UserError("use another")])
-def test_callbacks_are_told_of_the_end_whatever_ends_it(start, monkeypatch, error):
+def test_callbacks_learn_of_the_end_whatever_ends_it(start, monkeypatch, error):
     def fail(cascade):
         raise error
 

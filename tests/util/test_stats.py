@@ -181,7 +181,7 @@ BETTER, WORSE, UNKNOWN = Comparison(3.0, 1.0, 6), Comparison(-3.0, 1.0, 6), Comp
 def test_a_comparison_in_words():
     assert BETTER.in_words("X") == "better than X"
     assert WORSE.in_words("X") == "worse than X"
-    assert UNKNOWN.in_words("X") == "no statistically significant difference to X"
+    assert UNKNOWN.in_words("X") == "no statistically significant difference from X"
     assert str(BETTER) == "+3.000 ± 1.000"
     assert str(WORSE) == "-3.000 ± 1.000"
     assert str(UNKNOWN) == "+3.000"
@@ -189,7 +189,7 @@ def test_a_comparison_in_words():
 
 def test_several_comparisons_are_grouped_by_verdict():
     found = {"a": WORSE, "b": BETTER, "c": UNKNOWN, "d": BETTER}
-    said = "better than 2 of 4 (b, d); worse than 1 of 4 (a); no statistically significant difference to 1 of 4 (c)"
+    said = "better than 2 of 4 (b, d); worse than 1 of 4 (a); no statistically significant difference from 1 of 4 (c)"
     assert in_words(found) == said
     assert in_words({"b": BETTER}) == "better than 1 of 1 (b)"
     assert in_words(found, {1: "up {names}", -1: "down {names}", 0: "level {names}"}) == "up b, d; down a; level c"
