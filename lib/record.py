@@ -137,7 +137,7 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, folder: P
     summary["facts"].pop("code", None)  # record.json says it
     write_json(folder / "summary.json", summary)
     claims = with_untested(collect(sections(out)))
-    write_rows(folder / "claims.json", claims)
+    write_json(folder / "claims.json", claims)
     write_atomic(folder / "claims.md", f"{CLAIMS_HEAD}\n\n{markdown_table(claims)}\n")
     record_variations(preset, overrides, data_dir, out, folder)
     facts["music"] = f"music in {Path(data_dir).name}" if data_dir else "generated songs"
@@ -229,7 +229,7 @@ def record_variations(preset: Preset, overrides: dict[str, Any], data_dir: str, 
     same = [row for row in found if row["data_seed"] == preset.data.seed]
     if others := [row["run"] for row in same if row["pairs"] != rows[0]["pairs"]]:
         raise NotebookError(", ".join(others), "has other pairs than the run as it is, from the same data seed")
-    write_rows(folder / "variations.json", rows)
+    write_json(folder / "variations.json", rows)
 
 
 def run_variation(row: Mapping[str, Any], preset: Preset, overrides: dict[str, Any], data_dir: str) -> Path:
@@ -279,12 +279,11 @@ def rows_with(tables: Mapping[str, Sequence[Mapping[str, str]]], *columns: str) 
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_atomic(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One row per line."""
-    write_atomic(path, "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
+    """A list of rows with one row per line, anything else indented."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    if isinstance(content, list):
+        text = "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in content) + "\n]"
+    write_atomic(path, text + "\n")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,8 @@ from lib.audio.walk import walk_audio
 from lib.superres.mel import SAMPLE_RATE
 from lib.util.configs import checked_dataclass, choice, whole
 from lib.util.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 RIPPLE, STOP = {"rp": 0.05}, {"rs": 40.0}  # dB, pass-band ripple and stop-band attenuation
 KINDS = {"butter": {}, "cheby1": RIPPLE, "ellip": RIPPLE | STOP, "bessel": {}}  # of filters, with their limits
@@ -56,10 +59,9 @@ class Degradation:
 
 @dataclass(frozen=True)
 class Library:
-    """The songs of a folder, split by file. `skipped`: path and reason of unusable files."""
+    """The songs of a folder, split by file."""
 
     songs: dict[str, tuple[AudioReport, ...]]  # 'train' and 'val'
-    skipped: tuple[tuple[Path, str], ...]
 
     @property
     def fingerprint(self) -> str:
@@ -68,13 +70,13 @@ class Library:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 0.25) -> Library:
-    """Every song below `folder` of at least `clip_length` samples at 48 kHz; `UserError` for fewer than two. The split,
-    at least one song each, depends on the files' content alone."""
+def read_library(folder: str | Path, clip_length: int) -> Library:
+    """Every song below `folder` of at least `clip_length` samples at 48 kHz; `UserError` for fewer than two. A quarter,
+    at least one, is for validation; which, depends on the files' content alone."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name one with music at 44.1 kHz or more")
-    files, others = walk_audio(folder)
+    files, _ = walk_audio(folder)
     songs, skipped = {}, []
     for path in (folder / name for name in files):
         try:
@@ -85,14 +87,15 @@ def read_library(folder: str | Path, clip_length: int, *, val_fraction: float = 
                 raise AudioError(path, f"shorter than a clip of {seconds:g} s; use longer music or shorter clips")
             songs.setdefault(report.sha256, report)  # copies count once
         except AudioError as error:
-            skipped.append((path, error.problem))
-    skipped += [(folder / item.path, item.reason) for item in others]
+            skipped.append(f"{path.name}: {error.problem}")
+    reasons = "; ".join(skipped[:3]) + f"; and {len(skipped) - 3} more" * (len(skipped) > 3)
     if len(songs) < 2:
-        reasons = "; ".join(f"{path.name}: {problem}" for path, problem in skipped[:3])
         raise UserError(f"{folder}: {len(songs)} usable song(s), two are needed ({reasons or 'no audio files'})")
+    if skipped:
+        logger.warning("%s: %d of %d files are not used: %s", folder, len(skipped), len(files), reasons)
     ordered = [songs[key] for key in sorted(songs)]
-    held_out = min(max(1, round(val_fraction * len(ordered))), len(ordered) - 1)
-    return Library({"val": tuple(ordered[:held_out]), "train": tuple(ordered[held_out:])}, tuple(skipped))
+    held_out = max(1, round(len(ordered) / 4))
+    return Library({"val": tuple(ordered[:held_out]), "train": tuple(ordered[held_out:])})
 
 
 @dataclass(eq=False)
