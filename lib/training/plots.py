@@ -5,11 +5,11 @@ Rows are those of metrics.jsonl; a value that was not finite is null there and l
 
 import contextlib
 import itertools
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -101,12 +101,12 @@ def training_dashboard(train: Rows, val: Rows, clamps: Sequence[tuple[float, flo
             _plot(scales, train, f"stage{i}/target_scale", color=colour, label=f"stage {i} target")
         before, scale = "stage0/rms_before_scaling", "stage0/target_scale"
         if targets := [row[before] * row[scale] for row in train if row.get(before)]:
-            target = float(np.median(targets))
+            target = statistics.median(targets)
             levels.axhspan(0.8 * target, 1.2 * target, **HEALTHY, label="0.8 to 1.2 of the target RMS")
         if clamped := [clamp for clamp in clamps if clamp is not None]:
-            least, most = max(low for low, _ in clamped), min(high for _, high in clamped)
-            scales.axhspan(least / 1.2, most / 0.8, **HEALTHY, label="RMS stays within 0.8 to 1.2")
-        small = (norm for norm in _series(train, "grad_norm")[1] if 0 < norm < 100)
+            lows, highs = zip(*clamped, strict=True)
+            scales.axhspan(max(lows) / 1.2, min(highs) / 0.8, **HEALTHY, label="RMS stays within 0.8 to 1.2")
+        small = (row["grad_norm"] for row in train if 0 < (row.get("grad_norm") or 0) < 100)
         norms.axhspan(min(small, default=3) / 3, 100, **HEALTHY, label="below 100")
         losses.set(xlabel="", ylabel="loss")
         norms.set(xlabel="", ylabel="gradient norm", yscale="log")
@@ -161,10 +161,5 @@ def _over_steps(
 
 
 def _plot(axes: Axes, rows: Rows, key: str, **style: Any) -> None:
-    axes.plot(*_series(rows, key), **style)
-
-
-def _series(rows: Rows, key: str) -> tuple[list[int], list[float]]:
-    """Steps and values, without those that were not finite."""
-    found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-    return [step for step, _ in found], [value for _, value in found]
+    found = [row for row in rows if row.get(key) is not None]
+    axes.plot([row["step"] for row in found], [row[key] for row in found], **style)

@@ -278,8 +278,8 @@ class Trainer:
             return learner.loss(model, batch, info)[0]
 
         with torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext():
-            found = find_non_finite(model, batches, learner.batch_names, forward)
-        reports = [report for report in gather_object([found]) if report]
+            found = [find_non_finite(model, batch, learner.batch_names, forward) for batch in batches]
+        reports = gather_object(found)
         stage, tensor = next((report for report in reports if report[1] != NORM), reports[0])
         self.end_non_finite(split, step, stage, tensor)
 
