@@ -39,12 +39,10 @@ class DemoClips(Callback):
             latents = [clip[None].to(trainer.accelerator.device) for clip in pairs[place]]
             with torch.inference_mode(), evaluating(trainer.learner.eval_model) as model:
                 outputs = (*latents, model(*latents).latents.float())
-                sounds = (self.codec.decode(x)[0].cpu() for x in outputs)
-                wavs = dict(zip(("input", "target", "output"), sounds, strict=True))
-            for name in ("input", "target"):
-                save_audio(audio / f"pair_{number}_{name}.wav", wavs[name])
-            save_audio(audio / f"pair_{number}_{when}.wav", wavs["output"])
-            figure = plots.waveforms_and_mels(wavs)
+                wavs = [self.codec.decode(x)[0].cpu() for x in outputs]
+            for name, wav in zip(("input", "target", when), wavs, strict=True):
+                save_audio(audio / f"pair_{number}_{name}.wav", wav)
+            figure = plots.waveforms_and_mels(dict(zip(("input", "target", "output"), wavs, strict=True)))
             figure.savefig(figures / f"pair_{number}_{when}.png")
             plt.close(figure)
 

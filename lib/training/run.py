@@ -169,9 +169,8 @@ class Run:
         torch.save(training, temporary / FILES[1])
         meta = {"step": step, "sha256": {name: file_sha256(temporary / name) for name in FILES}}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        for name in (*FILES, "meta.json"):
-            fsync(temporary / name)
-        fsync(temporary)
+        for path in (*temporary.iterdir(), temporary):
+            fsync(path)
         if folder.exists():  # stopped again at the step it resumed from, whose checkpoint is the same
             shutil.rmtree(temporary)
         else:
@@ -194,9 +193,9 @@ class Run:
         """Load a checkpoint's weights into any `model`, and leave it in eval mode."""
         load_weights(model.eval(), self._verified(which, FILES[:1])[0] / FILES[0])
 
-    def load_training(self, model: nn.Module, which: str = "last") -> tuple[int, dict[str, Any]]:
-        """Load a checkpoint's weights into `model`; returns its step and the trainer's state."""
-        folder, meta = self._verified(which, FILES)
+    def load_training(self, model: nn.Module) -> tuple[int, dict[str, Any]]:
+        """Load the newest checkpoint's weights into `model`; returns its step and the trainer's state."""
+        folder, meta = self._verified("last", FILES)
         load_weights(model, folder / FILES[0])
         return meta["step"], safe_torch_load(folder / FILES[1])
 
@@ -214,11 +213,9 @@ class Run:
 
     def check_codec(self, fingerprint: str | None) -> None:
         if fingerprint is not None and fingerprint != self.codec["fingerprint"]:
-            trained_on = (
-                f"this run was trained on latents of codec {self.codec['name']!r} ({self.codec['fingerprint']})"
-            )
+            codec = f"codec {self.codec['name']!r} ({self.codec['fingerprint']})"
             fix = "use that codec, or train again with this one"
-            raise UserError(f"{self.path}: {trained_on}, not {fingerprint}; {fix}")
+            raise UserError(f"{self.path}: this run was trained on latents of {codec}, not {fingerprint}; {fix}")
 
     def _verified(self, which: str, names: Iterable[str]) -> tuple[Path, dict[str, Any]]:
         folder, fix = self.path / which, f"restore it, point {which!r} at the run's other checkpoint, or train again"
