@@ -168,8 +168,7 @@ class Stage(nn.Module):
         x = self.input_norm(x)
         for layer in self.layers:
             x = layer(x)
-        projection = self.output_projection(self.post_norm(x)).transpose(1, 2)  # [B, D, T]
-        projection = config.projection_gain * projection
+        projection = config.projection_gain * self.output_projection(self.post_norm(x)).transpose(1, 2)  # [B, D, T]
         residual = sum(signals[name] for name in config.residual_names) / len(config.residual_names)
         mixed = config.projection_weight * projection + config.residual_weight * residual
         clips_rms = rms(signals["input"]), rms(signals["target"])

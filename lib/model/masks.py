@@ -37,11 +37,11 @@ class MaskGenerator(nn.Module):
 
     def __init__(self, latent_dim: int = LATENT_DIM, width: int = 256, num_heads: int = 4):
         super().__init__()
-        self.input_analyzer = _analyzer(latent_dim, width)
-        self.target_analyzer = _analyzer(latent_dim, width)
+        self.input_analyzer = nn.Sequential(*_convolutions(latent_dim, width, width, kernel=3), nn.ReLU())
+        self.target_analyzer = nn.Sequential(*_convolutions(latent_dim, width, width, kernel=3), nn.ReLU())
         self.cross_attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
-        self.input_mask_generator = _mask_head(width, latent_dim)
-        self.target_mask_generator = _mask_head(width, latent_dim)
+        self.input_mask_generator = nn.Sequential(*_convolutions(width, latent_dim, latent_dim, kernel=1))
+        self.target_mask_generator = nn.Sequential(*_convolutions(width, latent_dim, latent_dim, kernel=1))
 
     def forward(self, input: Tensor, target: Tensor) -> Masks:
         """`input`, `target` `[B, D, T]` → masks between 0 and 1."""
@@ -55,14 +55,9 @@ class MaskGenerator(nn.Module):
         )
 
 
-def _analyzer(latent_dim: int, width: int) -> nn.Sequential:
-    first, second = nn.Conv1d(latent_dim, width, 3, padding=1), nn.Conv1d(width, width, 3, padding=1)
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU())
-
-
-def _mask_head(width: int, latent_dim: int) -> nn.Sequential:
-    first, second = nn.Conv1d(width, latent_dim, 3, padding=1), nn.Conv1d(latent_dim, latent_dim, 1)
-    return nn.Sequential(first, nn.ReLU(), second)
+def _convolutions(inputs: int, hidden: int, outputs: int, kernel: int) -> list[nn.Module]:
+    first = nn.Conv1d(inputs, hidden, 3, padding=1)
+    return [first, nn.ReLU(), nn.Conv1d(hidden, outputs, kernel, padding=kernel // 2)]
 
 
 @torch.no_grad()
