@@ -1,8 +1,5 @@
-"""The protocol of every codec, and `load_codec`.
-
-To add a codec: write a class with the attributes and methods of `Codec` in a module of its own, and give it a name in
-`CODECS`. `load_codec`, `--codec` and the presets then know it, and latents, runs and metrics carry its fingerprint.
-"""
+"""The protocol of every codec, and `load_codec`. To add a codec, write a class that implements `Codec` and give it a
+name in `CODECS`: `load_codec`, `--codec` and the presets then know it."""
 
 from collections.abc import Callable
 from pathlib import Path

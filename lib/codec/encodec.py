@@ -3,7 +3,6 @@ Legend as in `lib.codec`."""
 
 import hashlib
 import os
-import re
 import socket
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -42,8 +41,7 @@ class EncodecCodec(nn.Module):
     @classmethod
     def from_directory(cls, directory: str | Path) -> "EncodecCodec":
         """Load the one `encodec_24khz-<8 hex digits>.th` there; the digits begin its sha256, or `UserError`."""
-        names = sorted(Path(directory).glob("encodec_24khz-*.th"))
-        files = [file for file in names if re.fullmatch("[0-9a-f]{8}", file.stem[14:])]
+        files = sorted(Path(directory).glob(f"encodec_24khz-{8 * '[0-9a-f]'}.th"))
         if len(files) != 1:
             found = ", ".join(f.name for f in files) or "none"
             raise UserError(f"{directory}: needs exactly one encodec_24khz-<8 hex digits>.th, found {found}")

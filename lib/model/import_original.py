@@ -35,7 +35,7 @@ NAMES = {  # part of our name → the original's; those of the mask generator's 
     r"\.parametrizations\.weight\.original$": ".weight_orig",
     r"\.parametrizations\.weight\.0\._": ".weight_",  # _u and _v
 }
-STYLE_DISCRIMINATOR = "creative_agent.discriminator."  # the original never trained it
+STYLE_DISCRIMINATOR = "creative_agent.discriminator."
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class OriginalCheckpoint:
     discriminator: Discriminator | None  # in eval mode; None unless the file is from adversarial training
     epoch: int | None
     best_val_loss: float | None
-    ignored: tuple[str, ...]  # parts of the file that this import does not use
 
 
 def import_original_checkpoint(path: str | Path, *, last_residual_weight: float | None = None) -> OriginalCheckpoint:
@@ -59,10 +58,8 @@ def import_original_checkpoint(path: str | Path, *, last_residual_weight: float 
     if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
         raise UserError(f"{path}: holds no 'model_state_dict'; give a checkpoint of the original training script")
     tensors = _tensors(path, content, "model_state_dict")
-    ignored = ()
     if style := [name for name in tensors if name.startswith(STYLE_DISCRIMINATOR)]:
-        ignored = (f"{STYLE_DISCRIMINATOR}* (a style discriminator that was never trained)",)
-        logger.warning("%s: not imported: %s", path, ignored[0])
+        logger.warning("%s: not imported: %s* (a style discriminator, never trained)", path, STYLE_DISCRIMINATOR)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in style}
     config = _original_config(path, tensors, last_residual_weight)
     learned = any(name.startswith("creative_agent.mask_generator.") for name in tensors)
@@ -76,7 +73,7 @@ def import_original_checkpoint(path: str | Path, *, last_residual_weight: float 
     if content.get("discriminator_state_dict") is not None:
         discriminator = Discriminator()
         _load(f"{path}: discriminator_state_dict", discriminator, _tensors(path, content, "discriminator_state_dict"))
-    return OriginalCheckpoint(model, discriminator, content.get("epoch"), content.get("best_val_loss"), ignored)
+    return OriginalCheckpoint(model, discriminator, content.get("epoch"), content.get("best_val_loss"))
 
 
 def _tensors(path: Path, content: dict[str, Any], part: str) -> dict[str, Tensor]:
@@ -94,8 +91,7 @@ def _original_config(path: Path, tensors: dict[str, Tensor], last_residual_weigh
     found = {(int(match[1]), int(match[2])) for name in tensors if (match := re.match(pattern, name))}
     layers = {stage: layer + 1 for stage, layer in sorted(found)}  # stage → number of layers
     if not layers or sorted(layers) != list(range(len(layers))):
-        wanted = "cascade_stages.0.transformer.layers.0.*"
-        raise UserError(f"{path}: has no keys {wanted}; is it another model's checkpoint?")
+        raise UserError(f"{path}: has no keys cascade_stages.0.transformer.layers.0.*; is it another model's?")
     config = CascadeConfig.reference(len(layers))
     for stage, num_layers in layers.items():
         config = config.with_stage(stage, num_layers=num_layers)

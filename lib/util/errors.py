@@ -1,9 +1,4 @@
-"""Mistakes of the user, reported in one line.
-
-Everything that a user can put right (a file, an option, a folder) raises `UserError`: its message names the file or
-field, says what is wrong and how to fix it. Commands print that line and exit with code 2; any other exception is a bug
-and keeps its traceback.
-"""
+"""Mistakes of the user, reported in one line. Any other exception is a bug and keeps its traceback."""
 
 import contextlib
 import sys
@@ -11,7 +6,7 @@ from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """A mistake that the user can put right. The message is one line: where, what, how to fix it."""
+    """What a user can put right: a file, an option, a folder. The message is one line: where, what, how to fix it."""
 
 
 @contextlib.contextmanager

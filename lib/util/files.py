@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,9 +26,7 @@ def make_folder(path: Path) -> None:
     """Create a folder for output and prove that it can be written to; `UserError` if not."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe-{uuid.uuid4().hex}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UserError(f"{path}: cannot write here ({error.strerror}); choose another output folder") from None
 
@@ -62,13 +61,13 @@ def read_json(path: Path, shape: Shape = dict, *, missing: str = "", fix: str = 
         return _parsed(content.decode(errors=errors), shape)
 
 
-def read_json_lines(path: Path, *, fix: str = FIX, errors: str = "strict") -> list[dict[str, Any]]:
+def read_json_lines(path: Path, *, fix: str = FIX) -> list[dict[str, Any]]:
     """The object in every line; a last line without a newline is left out, as half written. Errors as in `read_json`,
     with the number of the line."""
     rows = []
     for number, line in enumerate(_read_bytes(path, f"{path}: no such file; {fix}").split(b"\n")[:-1], 1):
         with naming(f"{path}, line {number}", fix):
-            rows.append(_parsed(line.decode(errors=errors)))
+            rows.append(_parsed(line.decode()))
     return rows
 
 

@@ -226,7 +226,7 @@ def test_import_of_the_full_model_has_eval_parity(tmp_path, caplog):
         imported = import_original_checkpoint(path)
     assert sum(p.numel() for p in imported.model.parameters()) == 4_772_480 + 10_697_600
     assert not any(module.training for module in imported.model.modules())
-    assert (imported.epoch, imported.best_val_loss, imported.ignored) == (12, 0.25, ())
+    assert (imported.epoch, imported.best_val_loss) == (12, 0.25)
     assert imported.discriminator is None
     assert imported.model.masking.masking == "none"
     assert not caplog.records
@@ -303,9 +303,8 @@ def test_the_style_discriminator_is_in_the_file_only(tmp_path, masking_original,
         imported = import_original_checkpoint(path)
     assert count(imported.model.mask_generator) == 1_083_904
     assert count(imported.model) == count(imported.model.cascade) + 1_083_904
-    (part,), (record,) = imported.ignored, caplog.records
-    assert part.startswith("creative_agent.discriminator.")
-    assert record.getMessage() == f"{path}: not imported: {part}"
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{path}: not imported: creative_agent.discriminator.*")
 
     def keep_its_style_discriminator_only(content):
         for name in [n for n in content["model_state_dict"] if n.startswith("creative_agent.mask_generator.")]:
@@ -313,7 +312,6 @@ def test_the_style_discriminator_is_in_the_file_only(tmp_path, masking_original,
 
     imported = import_original_checkpoint(changed_file(path, keep_its_style_discriminator_only))
     assert imported.model.masking.masking == "none"
-    assert imported.ignored == (part,)
 
 
 @torch.no_grad()
@@ -321,7 +319,6 @@ def test_the_style_discriminator_is_in_the_file_only(tmp_path, masking_original,
 def test_the_discriminator_is_the_originals(tmp_path, small_original, original_discriminator, prefix):
     path = original_file(tmp_path / "x.pt", small_original, prefix=prefix, discriminator=original_discriminator)
     imported = import_original_checkpoint(path)
-    assert imported.ignored == ()
     assert count(imported.discriminator) == count(original_discriminator) == 3_802_881
     assert not any(module.training for module in imported.discriminator.modules())
     other = OriginalDiscriminator(slope=0.21).eval()

@@ -68,10 +68,10 @@ def test_make_folder(tmp_path):
 def test_make_folder_proves_that_it_can_write(tmp_path, monkeypatch):
     """A folder that exists but is read-only (root ignores modes, so the refusal is simulated)."""
 
-    def refuse(self, *args, **kwargs):
+    def refuse(*args, **kwargs):
         raise PermissionError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(lib.util.files.Path, "touch", refuse)
+    monkeypatch.setattr(lib.util.files.tempfile, "TemporaryFile", refuse)
     with pytest.raises(UserError, match=r"cannot write here \(Read-only file system\)"):
         make_folder(tmp_path)
 
@@ -128,7 +128,6 @@ def test_read_json_lines_leaves_out_a_half_written_last_line(tmp_path):
     path.write_bytes(b'{"name": "\xff"}\n')
     with pytest.raises(UserError, match="damaged"):
         read_json_lines(path)
-    assert read_json_lines(path, errors="surrogateescape") == [{"name": "\udcff"}]
 
 
 def test_naming_keeps_the_fix_of_a_user_error_and_lets_bugs_through(tmp_path):
