@@ -31,16 +31,6 @@ def epoch_order(num_pairs: int, epoch: int, seed: int, shuffled: float = 0.0) ->
     return torch.stack([inputs, targets], dim=1)
 
 
-def process_share(order: Tensor, batch_size: int, accumulate: int, rank: int, processes: int) -> Iterator[list[Tensor]]:
-    """One process's share of an order `[P, 2]`: for each step, its batches `[≤ batch_size, 2]`. Every process takes as
-    many; of the last, smaller step up to `processes − 1` pairs are left out."""
-    pairs_per_step = batch_size * accumulate * processes
-    for start in range(0, len(order), pairs_per_step):
-        pairs = order[start : start + pairs_per_step]
-        if share := len(pairs) // processes:
-            yield list(pairs[rank * share : (rank + 1) * share].split(batch_size))
-
-
 class TrainingOrder:
     """The position of a training in its data: the epoch, and how many of its pairs have been taken. A checkpoint holds
     these two; everything else follows from the config and the number of processes, which may differ after a resume."""
@@ -50,13 +40,17 @@ class TrainingOrder:
         self.epoch = self.position = 0
 
     def steps(self) -> Iterator[list[Tensor]]:
-        """Every step that is left: the batches of this process, as indices of pairs. May run ahead of `advance`."""
+        """Every step that is left: the batches of this process, indices of pairs `[≤ batch_size, 2]`. Every process has
+        as many; of an epoch's last step up to `processes − 1` pairs are left out. May run ahead of `advance`."""
         if self.num_pairs - self.position < self.processes:  # fewer processes had left too few pairs for one of these
             self.epoch, self.position = self.epoch + 1, 0
         config, epoch, position = self.config, self.epoch, self.position
         while epoch < config.epochs:
             order = epoch_order(self.num_pairs, epoch, config.seed, config.target_shuffling)[position:]
-            yield from process_share(order, config.batch_size, config.accumulate, self.rank, self.processes)
+            for start in range(0, len(order), self.pairs_per_step):
+                pairs = order[start : start + self.pairs_per_step]
+                if share := len(pairs) // self.processes:
+                    yield list(pairs[self.rank * share : (self.rank + 1) * share].split(config.batch_size))
             epoch, position = epoch + 1, 0
 
     def advance(self) -> None:

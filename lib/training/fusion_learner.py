@@ -50,11 +50,10 @@ class FusionLearner(Learner):
     ):
         self.decode = decode
         model = FusionModel(cascade, masking)
-        adversary = None
+        super().__init__(config, model, parameter_groups(model, config), accelerator)
         if config.adversary.discriminator_learning_rate is not None:
             discriminator = Discriminator(cascade.latent_dim)
-            adversary = Adversary(config.adversary, discriminator, config.max_norm, accelerator)
-        super().__init__(config, model, parameter_groups(model, config), accelerator, adversary)
+            self.adversary = Adversary(config.adversary, discriminator, config.max_norm, accelerator)
 
     def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
         input, target = batch
@@ -89,11 +88,9 @@ class FusionLearner(Learner):
 
 def parameter_groups(model: FusionModel, config: TrainConfig) -> list[dict[str, Any]]:
     """The cascade's parameters and the mask generator's, each with its learning rate."""
-    groups = [{"params": list(model.cascade.parameters()), "full_lr": config.learning_rate}]
-    if model.mask_generator is not None:
-        rate = config.agent_learning_rate or config.learning_rate
-        groups.append({"params": list(model.mask_generator.parameters()), "full_lr": rate})
-    return groups
+    agent_rate = config.agent_learning_rate or config.learning_rate
+    rates = ((model.cascade, config.learning_rate), (model.mask_generator, agent_rate))
+    return [{"params": list(part.parameters()), "full_lr": rate} for part, rate in rates if part is not None]
 
 
 @torch.no_grad()

@@ -48,16 +48,10 @@ class Learner:
     reports contain. `groups` are the optimizer's parameter groups, each with its full learning rate as 'full_lr'."""
 
     batch_names: tuple[str, ...] = ("input", "target")  # of a batch's tensors, for the report of a non-finite one
+    adversary: Any = None  # or an `Adversary`, which builds on the functions below
 
-    def __init__(
-        self,
-        config: LoopConfig,
-        model: nn.Module,
-        groups: list[dict[str, Any]],
-        accelerator: Accelerator,
-        adversary: Any = None,  # an `Adversary`, which builds on the functions below
-    ):
-        self.config, self.accelerator, self.adversary = config, accelerator, adversary
+    def __init__(self, config: LoopConfig, model: nn.Module, groups: list[dict[str, Any]], accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
         self.ema_model = copy.deepcopy(model).to(accelerator.device) if config.ema else None
         if config.compile:

@@ -5,7 +5,6 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,16 +48,6 @@ class Callback:
         """When training ends, stops or fails."""
 
 
-@dataclass
-class TakenStep:
-    """A step whose metrics are still on the device, with all it takes to repeat it."""
-
-    info: StepInfo
-    metrics: dict[str, Tensor]
-    batches: Sequence[Batch]
-    rng: dict[str, Any]
-
-
 class Trainer:
     """The loop over a run's steps. All the state that resuming needs is in the run's checkpoints. `pairs`: the data of
     'train' and 'val'; `make_learner` builds the model in training, with random weights of the config's seed."""
@@ -80,7 +69,8 @@ class Trainer:
         self.callbacks = callbacks if self.accelerator.is_main_process else ()
         torch.manual_seed(config.seed)
         self.learner = make_learner(self.accelerator)
-        self.ungathered: list[TakenStep] = []  # steps whose metrics have not been gathered
+        # steps whose metrics are still on the device, each with all it takes to repeat it: batches and RNG state
+        self.ungathered: list[tuple[StepInfo, dict[str, Tensor], list[Batch], dict[str, Any]]] = []
         self.finished = False  # neither stopped nor failed
         self.step = 0
         self.best_loss = math.inf
@@ -173,7 +163,7 @@ class Trainer:
         metrics = self.learner.train_step(batches, info)
         self.step += 1
         self.order.advance()
-        self.ungathered.append(TakenStep(info, metrics, batches, rng))
+        self.ungathered.append((info, metrics, batches, rng))
 
     def gather(self) -> tuple[list[dict[str, Any]], bool]:
         """Fetch the metrics of the steps since the last call in one transfer, log them and call the callbacks. Returns
@@ -181,14 +171,14 @@ class Trainer:
         from the bad step on were skipped."""
         taken, self.ungathered = self.ungathered, []
         asked = torch.full((), float(self.stop.asked is not None), device=self.accelerator.device)
-        tensors = {(i, name): value for i, step in enumerate(taken) for name, value in step.metrics.items()}
+        tensors = {(i, name): value for i, (_, metrics, _, _) in enumerate(taken) for name, value in metrics.items()}
         floats = to_floats(tensors | {"stop": asked}, self.accelerator)
         rows = []
-        for i, step in enumerate(taken):
-            row = {"split": "train", "step": step.info.step + 1, "epoch": step.info.epoch}
-            row |= self.learner.facts(step.info) | {name: floats[i, name] for name in step.metrics}
+        for i, (info, metrics, batches, rng) in enumerate(taken):
+            row = {"split": "train", "step": info.step + 1, "epoch": info.epoch}
+            row |= self.learner.facts(info) | {name: floats[i, name] for name in metrics}
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-                self.stop_non_finite("train", row["step"], step.batches, step.rng, step.info)
+                self.stop_non_finite("train", row["step"], batches, rng, info)
             if not all(math.isfinite(value) for name, value in row.items() if name.startswith("discriminator/")):
                 self.end_non_finite("train", row["step"], None, "the discriminator's loss or gradient")
             self.log(row)

@@ -8,7 +8,7 @@ import torch
 
 from lib.data.latents import LatentPairs
 from lib.model.cascade import rms
-from lib.training.batches import TrainingOrder, epoch_order, evenly_spread, mix_noise, prefetch_batches, process_share
+from lib.training.batches import TrainingOrder, epoch_order, evenly_spread, mix_noise, prefetch_batches
 from lib.training.config import CurriculumConfig, LoopConfig, TrainConfig
 
 # --- order ------------------------------------------------------------------------------------------------------------
@@ -67,9 +67,18 @@ def test_one_target_alone_has_nobody_to_change_places_with():
 # --- shares -----------------------------------------------------------------------------------------------------------
 
 
+def process_share(
+    count: int, batch_size: int, accumulate: int, rank: int = 0, processes: int = 1
+) -> list[list[torch.Tensor]]:
+    """One process's steps of `epoch_order(count, 0, 5, 0.5)`."""
+    shuffled = CurriculumConfig(target_shuffling=0.5)
+    config = TrainConfig(epochs=1, batch_size=batch_size, accumulate=accumulate, seed=5, curriculum=shuffled)
+    return list(TrainingOrder(count, config, rank, processes).steps())
+
+
 def test_one_process_takes_the_order_as_it_is():
-    order = epoch_order(11, 0, 0)
-    steps = list(process_share(order, batch_size=2, accumulate=2, rank=0, processes=1))
+    order = epoch_order(11, 0, 5, 0.5)
+    steps = process_share(11, batch_size=2, accumulate=2)
     assert [[len(batch) for batch in step] for step in steps] == [[2, 2], [2, 2], [2, 1]]
     assert torch.equal(torch.cat([batch for step in steps for batch in step]), order)
 
@@ -78,8 +87,8 @@ def test_one_process_takes_the_order_as_it_is():
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 1), (2, 2), (1, 3), (3, 2)])
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_all_processes_together_take_what_one_takes(count, batch_size, accumulate, processes):
-    order = epoch_order(count, 2, 5, 0.5)
-    shares = [list(process_share(order, batch_size, accumulate, rank, processes)) for rank in range(processes)]
+    order = epoch_order(count, 0, 5, 0.5)
+    shares = [process_share(count, batch_size, accumulate, rank, processes) for rank in range(processes)]
     sizes = [[[len(batch) for batch in step] for step in share] for share in shares]
     assert all(size == sizes[0] for size in sizes)  # or one would wait for the others for ever
     whole = batch_size * accumulate * processes
@@ -99,9 +108,7 @@ def test_all_processes_together_take_what_one_takes(count, batch_size, accumulat
 
 
 def test_accumulated_batches_are_the_larger_batch():
-    order = epoch_order(20, 0, 0)
-    small = process_share(order, 2, 3, 0, 1)
-    large = process_share(order, 6, 1, 0, 1)
+    small, large = process_share(20, 2, 3), process_share(20, 6, 1)
     assert [torch.cat(step).tolist() for step in small] == [torch.cat(step).tolist() for step in large]
 
 

@@ -34,12 +34,13 @@ class Regression(Learner):
         accelerator = Accelerator(mixed_precision="no")
         model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
         discriminator = nn.Sequential(nn.Linear(3, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1), nn.Flatten(0))
-        adversary = adversary and Adversary(adversary, discriminator, config.max_norm, accelerator)
         groups = [
             {"params": list(model[0].parameters()), "full_lr": config.learning_rate},
             {"params": list(model[2].parameters()), "full_lr": config.learning_rate / 10},
         ]
-        super().__init__(config, model, groups, accelerator, adversary)
+        super().__init__(config, model, groups, accelerator)
+        if adversary:
+            self.adversary = Adversary(adversary, discriminator, config.max_norm, accelerator)
         self.infos: list[StepInfo | None] = []
 
     def loss(self, model, batch, info=None):

@@ -1506,11 +1506,11 @@ class Regression(Learner):
 
     def __init__(self, config: LoopConfig, accelerator):
         model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 2))
-        adversary = lib.training.adversary.Adversary(
+        groups = [{"params": list(model.parameters()), "full_lr": config.learning_rate}]
+        super().__init__(config, model, groups, accelerator)
+        self.adversary = lib.training.adversary.Adversary(
             AdversaryConfig(1e-3), nn.Sequential(nn.Linear(2, 1), nn.Flatten(0)), config.max_norm, accelerator
         )
-        groups = [{"params": list(model.parameters()), "full_lr": config.learning_rate}]
-        super().__init__(config, model, groups, accelerator, adversary)
 
     def loss(self, model, batch, info=None):
         noise = 0.1 * torch.randn_like(batch[0]) if info else 0.0
