@@ -17,7 +17,6 @@ from lib.listening.widgets import CONTROL, figure_png, observe
 from lib.model.cascade import Cascade, StageTrace, rms
 from lib.model.rms_law import pair_rms
 
-CLAMP = (0.7, 1.5)
 GRID = {  # what a headless run shows
     "w = 0.1": {"weight": 0.1},
     "w = 0.3": {"weight": 0.3},
@@ -51,21 +50,15 @@ class RmsExplorer:
         self, weight: float = 0.1, clamp: bool = True, similarity: float = 0.0, spectral_norm: bool = True
     ) -> list[dict[str, float]]:
         """RMS through the stages in the form of `Waterfall.update`. `similarity`: cosine between input and target, 0 to
-        1; `clamp`: of the last stage's scale."""
+        1; `clamp`: whether the last stage's scale has one."""
         stages = self.cascades[spectral_norm].stages
         signals, traces = self.before_last(similarity, spectral_norm)
-        with stages[-1].override(residual_weight=weight, clamp=CLAMP if clamp else None):
-            return [
-                {
-                    "projection": trace.projection_rms.item(),
-                    "residual": stage.config.residual_weight * trace.residual_rms.item(),
-                    "before scaling": trace.rms_before_scaling.item(),
-                    "output": trace.output_rms.item(),
-                    "target_scale": trace.target_scale.item(),
-                    "applied_scale": trace.applied_scale.item(),
-                }
-                for stage, trace in zip(stages, (*traces, stages[-1](signals)[1]), strict=True)
-            ]
+        with stages[-1].override(residual_weight=weight, **({} if clamp else {"clamp": None})):
+            traces = (*traces, stages[-1](signals)[1])
+            rows = [{name: value.item() for name, value in vars(trace).items()} for trace in traces]
+            for stage, row in zip(stages, rows, strict=True):
+                row["weighted_residual"] = stage.config.residual_weight * row["residual_rms"]
+        return rows
 
     @torch.inference_mode()
     def _before_last(self, similarity: float, spectral_norm: bool) -> tuple[dict[str, Tensor], tuple[StageTrace, ...]]:
@@ -83,15 +76,12 @@ class RmsExplorer:
                 axes = self.figure.add_axes((0.09, 0.1, 0.72, 0.78))
                 self.waterfall = Waterfall(axes, len(rows), self.goal)
                 axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        self.waterfall.update(rows, CLAMP if settings.get("clamp", True) else None)
+        self.waterfall.update(rows)
         return figure_png(self.figure)
 
     def grid(self) -> Figure:
         """The settings of `GRID` side by side."""
-        shown = {title: self.traces(**settings) for title, settings in GRID.items()}
-        return waterfalls(
-            shown, self.goal, [CLAMP if settings.get("clamp", True) else None for settings in GRID.values()]
-        )
+        return waterfalls({title: self.traces(**settings) for title, settings in GRID.items()}, self.goal)
 
     def sliders(self) -> VBox:
         """The live explorer."""

@@ -121,14 +121,15 @@ def test_curves_take_their_scales():
 
 def test_a_waterfall_shows_the_target_scale_and_the_applied_one():
     stage = {
-        "projection": 0.6,
-        "residual": 0.6,
-        "before scaling": 0.9,
-        "output": 1.3,
+        "projection_rms": 0.6,
+        "weighted_residual": 0.6,
+        "rms_before_scaling": 0.9,
+        "output_rms": 1.3,
         "target_scale": 6.6,
         "applied_scale": 1.5,
+        "clamped": 1.0,
     }
-    figure = waterfalls({"with": [stage], "without": [stage]}, 5.7, [(0.7, 1.5), None])
+    figure = waterfalls({"with": [stage], "without": [stage | {"clamped": 0.0}]}, 5.7)
     texts = [[text.get_text() for text in axes.texts] for axes in figure.axes[:2]]
     assert texts == [["target ×6.6, applied ×1.5"], ["target ×6.6"]]
     assert sorted(bar.get_height() for bar in figure.axes[0].patches) == [0.6, 0.6, 0.9, 1.3]

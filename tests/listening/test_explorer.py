@@ -36,9 +36,9 @@ def test_it_shows_what_the_exploding_cascade_does(explorer, clips):
     rows = explorer.traces()
     assert explorer.goal == pytest.approx(((rms(clips[0]) ** 2 + rms(target) ** 2) / 2).sqrt().item(), rel=1e-5)
     for row, trace in zip(rows, traces, strict=True):
-        assert row["projection"] == pytest.approx(trace.projection_rms.item(), rel=1e-4)
-        assert row["output"] == pytest.approx(trace.output_rms.item(), rel=1e-4)
-    assert rows[2]["residual"] == pytest.approx(0.1 * traces[1].output_rms.item(), rel=1e-4)
+        assert row["projection_rms"] == pytest.approx(trace.projection_rms.item(), rel=1e-4)
+        assert row["output_rms"] == pytest.approx(trace.output_rms.item(), rel=1e-4)
+    assert rows[2]["weighted_residual"] == pytest.approx(0.1 * traces[1].output_rms.item(), rel=1e-4)
     assert rows[2]["applied_scale"] == pytest.approx(1.5)
 
 
@@ -52,11 +52,11 @@ def test_similarity_is_the_cosine_at_the_targets_level(explorer, clips, similari
 def test_every_control_moves_the_last_stage(explorer):
     start = explorer.traces()[2]
     for changes in ({"weight": 0.5}, {"clamp": False}, {"spectral_norm": False}):
-        assert explorer.traces(**changes)[2]["output"] != pytest.approx(start["output"], rel=1e-3)
+        assert explorer.traces(**changes)[2]["output_rms"] != pytest.approx(start["output_rms"], rel=1e-3)
     alike, unlike = explorer.traces(similarity=1.0), explorer.traces(similarity=0.0)
     assert alike[0]["target_scale"] < 1.05 < unlike[0]["target_scale"]
     assert explorer.traces()[2] == start  # and moving back restores it
-    assert explorer.traces(clamp=False)[2]["output"] == pytest.approx(explorer.goal, rel=1e-3)
+    assert explorer.traces(clamp=False)[2]["output_rms"] == pytest.approx(explorer.goal, rel=1e-3)
 
 
 def test_a_slider_redraws_the_picture(explorer):
