@@ -78,7 +78,7 @@ def notebooks(tmp_path, monkeypatch) -> Callable[..., None]:
 @pytest.fixture
 def project(monkeypatch) -> SimpleNamespace:
     """No data, no codec: what `open_project` would return, and what it was asked for."""
-    stub = SimpleNamespace(asked=[], index=Path("index-1.json"))
+    stub = SimpleNamespace(asked=[], index=Path("index-1.npz"))
     stub.codec = SimpleNamespace(name="mdct", fingerprint="f" * 64)
     stub.listening = lambda: stub.asked.append("listening")
     stub.manifest = SimpleNamespace(skipped=(), split=lambda split: (1, 2, 3) if split == "train" else (4,))
@@ -249,7 +249,7 @@ def test_resume_skips_what_is_done_under_the_same_conditions(
     assert runs_of() == ["04_training"]
     notebooks(**{"01_encoding": ["'a new cell'"]})
     assert runs_of() == ["01_encoding"]
-    project.index = Path("index-2.json")  # other music
+    project.index = Path("index-2.npz")  # other music
     assert runs_of() == list(names)
     project.codec.fingerprint = "e" * 64
     assert runs_of() == list(names)

@@ -108,7 +108,7 @@ def run_once(folder: Path, name: str, config: TrainConfig, *, comparable: bool =
         if comparable:
             patch.setattr(torch.nn.Dropout, "forward", lambda layer, x: x)
             patch.setattr(torch.optim, "AdamW", functools.partial(torch.optim.AdamW, eps=1e-2))
-        index, masking = next((folder / "songs").rglob("index-*.json")), MaskingConfig("learned")
+        index, masking = next((folder / "songs").rglob("index-*.npz")), MaskingConfig("learned")
         cascade = tiny_cascade(dropout=0.0 if comparable else 0.1)
         try:
             train(folder / name, index, TinyCodec(), cascade, config, masking, resume=resume)
@@ -449,7 +449,7 @@ def test_one_process_goes_on_with_what_two_have_begun(folders):
     assert (first["step"], first["epoch"], first["position"]) == (2, 0, 8)
     alone = run_once(two, "two, then one", CONFIG, resume=True)
     assert [len(step) for step in alone["taken"]] == [2, 2, 2, 2]  # the rest of the epoch, and of the six steps
-    everything = LatentPairs(next((two / "songs").rglob("index-*.json")), "train")
+    everything = LatentPairs(next((two / "songs").rglob("index-*.npz")), "train")
     wanted = sorted(everything[i][0].sum().item() for i in range(12))
     assert clips_of_an_epoch(first["taken"], second["taken"], alone["taken"][:2]) == pytest.approx(wanted)
     assert [(row["step"], row["epoch"]) for row in Run.open(two / "two, then one").metrics("train")] == [
@@ -462,7 +462,7 @@ def test_two_processes_go_on_with_what_one_has_begun(folders):
     first, second = ranks(two, resumed_from_one)
     assert [len(step) for step in first["taken"]] == [2, 2, 1, 2, 2]  # 2 of 12 were taken: 4, 4, 2, and the next epoch
     rest = clips_of_an_epoch(first["taken"][:3], second["taken"][:3])
-    everything = LatentPairs(next((two / "songs").rglob("index-*.json")), "train")
+    everything = LatentPairs(next((two / "songs").rglob("index-*.npz")), "train")
     wanted = sorted(everything[i][0].sum().item() for i in range(12))
     assert len(set(rest)) == 10
     assert set(rest) < set(wanted)

@@ -4,9 +4,8 @@ The cache has one folder for each codec fingerprint, clip length and hash of the
 Every file in it is written atomically and carries a checksum.
 
     <clip key>-<crc32>.npy    the latents of a clip, float32 [D, T], with the checksum of their bytes
-    <sha256>.npy              an index's table of pairs, named by its own checksum: bytes [P, 3], a pair's id and the
-                              names of its input's and its target's latents
-    index-*.json              one for each manifest: codec and sizes, the table of each split, a checksum
+    index-*.npz               one for each manifest: codec and sizes as JSON, and for each split a table of pairs, bytes
+                              [P, 3]: a pair's id and the names of its input's and its target's latents
 
 So a killed run loses at most the clips in flight, a new song adds its own clips, a damaged one is encoded again alone,
 and two processes that encode at once only do some work twice. Reading verifies the two clips of a pair: that costs the
@@ -21,6 +20,7 @@ import logging
 import math
 import os
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from lib.audio.files import load_audio
 from lib.codec.codec import Codec
 from lib.data.pairs import Clip, Manifest
 from lib.util.errors import UserError
-from lib.util.files import TEMPORARY, file_sha256, prefetch, read_json, write_atomic
+from lib.util.files import TEMPORARY, file_sha256, prefetch, write_atomic
 from lib.util.provenance import code_fingerprint
 from lib.util.tensors import torch_threads
 
@@ -115,8 +115,13 @@ def _encode_clips(
 ) -> tuple[dict[str, str], list[str]]:
     """Encode each clip into its own file. Returns key → name of its latents, and why clips were dropped."""
     hashes, threads = {clip.path: clip.sha256 for clip in clips.values()}, os.cpu_count() or 1
-    same = prefetch(lambda path: _is_intact(manifest.root / path, hashes[path]), hashes, threads=threads)
-    unchanged = dict(zip(hashes, same, strict=True))
+
+    def is_unchanged(path: str) -> bool:
+        with contextlib.suppress(OSError):
+            return file_sha256(manifest.root / path) == hashes[path]
+        return False
+
+    unchanged = dict(zip(hashes, prefetch(is_unchanged, hashes, threads=threads), strict=True))
 
     def encode(clip: Clip) -> tuple[str, str]:
         """The name of the clip's latents, or '' and the reason why there are none."""
@@ -128,7 +133,10 @@ def _encode_clips(
             latents = np.ascontiguousarray(codec.encode(wav[None])[0].float().cpu().numpy())  # [D, T]
         except ValueError as error:  # an AudioError, or samples that the codec refuses
             return "", str(error)
-        return _write_array(store, latents, f"{clip.key}-{zlib.crc32(latents):08x}"), ""
+        content, name = io.BytesIO(), f"{clip.key}-{zlib.crc32(latents):08x}"
+        np.save(content, latents, allow_pickle=False)
+        write_atomic(store / f"{name}.npy", content.getbuffer())
+        return name, ""
 
     names, dropped = {}, []
     # each clip on its own core: faster, and the same bits however busy the machine is
@@ -151,7 +159,7 @@ def _write_index(store: Path, manifest: Manifest, names: dict[str, str], facts: 
             splits.setdefault(pair.split, []).append(tuple(part.encode(errors="surrogateescape") for part in row))
     tables = {split: np.array(rows) for split, rows in splits.items()}
     identity = [[pair.id, pair.split, pair.input.key, pair.target.key] for pair in manifest.pairs]
-    path = store / f"index-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}.json"
+    path = store / f"index-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}.npz"
     facts |= {"clip_length": manifest.clip_length, "sample_rate": manifest.sample_rate}
     write_index(path, facts, tables)
     return path, sum(map(len, tables.values()))
@@ -159,21 +167,9 @@ def _write_index(store: Path, manifest: Manifest, names: dict[str, str], facts: 
 
 def write_index(path: Path, facts: dict, tables: dict[str, np.ndarray]) -> None:
     """An index of `facts` and of each split's table of pairs."""
-    facts = facts | {"splits": {split: _write_array(path.parent, table) for split, table in tables.items()}}
-    write_atomic(path, json.dumps(facts | {"checksum": _checksum(facts)}))
-
-
-def _checksum(facts: dict) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _write_array(folder: Path, array: np.ndarray, name: str = "") -> str:
-    """Write `<name>.npy`, by default named by its sha256; returns the name."""
     content = io.BytesIO()
-    np.save(content, array, allow_pickle=False)
-    name = name or hashlib.sha256(content.getbuffer()).hexdigest()
-    write_atomic(folder / f"{name}.npy", content.getbuffer())
-    return name
+    np.savez(content, allow_pickle=False, facts=json.dumps(facts), **tables)
+    write_atomic(path, content.getbuffer())
 
 
 def _read_latents(path: Path, shape: tuple[int, int]) -> np.ndarray:
@@ -207,22 +203,23 @@ class LatentPairs(Dataset):
 
     def __init__(self, index_path: str | Path, split: str, codec_fingerprint: str | None = None):
         self.path = Path(index_path)
-        index = read_json(self.path, fix=AGAIN)
-        if index.pop("checksum", None) != _checksum(index):
-            raise UserError(f"{self.path}: damaged (its checksum is wrong); {AGAIN}")
-        self.codec, self.fingerprint = index["codec"], index["fingerprint"]
-        self.dim, self.frames = index["dim"], index["frames"]
-        self.clip_length, self.sample_rate = index["clip_length"], index["sample_rate"]
-        splits = index["splits"]
-        if split not in splits:
+        try:
+            with np.load(self.path, allow_pickle=False) as index:  # whose checksums it verifies
+                facts = json.loads(str(index["facts"]))
+                splits = [name for name in index if name != "facts"]
+                self._table = index[split] if split in splits else None
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: no such file; {AGAIN}") from None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.path}: damaged ({error}); {AGAIN}") from None
+        self.codec, self.fingerprint = facts["codec"], facts["fingerprint"]
+        self.dim, self.frames = facts["dim"], facts["frames"]
+        self.clip_length, self.sample_rate = facts["clip_length"], facts["sample_rate"]
+        if self._table is None:
             raise UserError(f"{self.path}: split {split!r} has no pairs; there are {', '.join(splits) or 'none'}")
         if codec_fingerprint not in (None, self.fingerprint):
             fault = f"holds latents of codec {self.codec} {self.fingerprint[:12]}, not of {codec_fingerprint[:12]}"
             raise UserError(f"{self.path}: {fault}; encode with the codec you train with")
-        table = self.path.with_name(f"{splits[split]}.npy")
-        if not _is_intact(table, splits[split]):
-            raise CorruptLatentsError(table, "its checksum is wrong" if table.exists() else "no such file")
-        self._table = np.load(table, mmap_mode="r", allow_pickle=False)
 
     def __len__(self) -> int:
         return len(self._table)

@@ -26,5 +26,5 @@ def simulated_index(folder: Path, num_pairs: int) -> Path:
     ids = np.array([f"train_cross_{i:07d}".encode() for i in range(num_pairs)])
     facts = {"codec": "mdct", "fingerprint": hashlib.sha256(b"simulated").hexdigest(), "dim": DIM, "frames": FRAMES}
     facts |= {"clip_length": FRAMES * 320, "sample_rate": SAMPLE_RATE}
-    write_index(path := folder / "index-simulated.json", facts, {"train": np.column_stack([ids, clips])})
+    write_index(path := folder / "index-simulated.npz", facts, {"train": np.column_stack([ids, clips])})
     return path
