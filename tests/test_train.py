@@ -136,9 +136,9 @@ def few_validation_pairs(folder: Path) -> dict:
 
 def the_same_data(folder: Path) -> dict:
     """What the comparison must be able to tell."""
-    share = lib.training.batches.process_share
+    order, init = lib.training.batches.TrainingOrder, lib.training.batches.TrainingOrder.__init__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lib.training.batches, "process_share", lambda order, b, k, rank, of: share(order, b, k, 0, of))
+        patch.setattr(order, "__init__", lambda self, pairs, config, rank, of: init(self, pairs, config, 0, of))
         return run_once(folder, "the same data", by_processes(FULL), comparable=True)
 
 
