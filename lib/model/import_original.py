@@ -1,8 +1,5 @@
-"""Checkpoints of the original implementation: files that its training script wrote with `torch.save`.
-
-`import_original_checkpoint` turns one into a `FusionModel`, and a `Discriminator` where the file has one, whose outputs
-in eval mode equal the original's. Nothing from the file is run.
-"""
+"""Checkpoints of the original implementation: files that its training script wrote with `torch.save`. Nothing from the
+file is run."""
 
 import argparse
 import logging
@@ -43,7 +40,7 @@ class OriginalCheckpoint:
     """What `import_original_checkpoint` found in the file."""
 
     model: FusionModel  # in eval mode; its outputs and masks equal the original's
-    discriminator: Discriminator | None  # in eval mode; None unless the file is from adversarial training
+    discriminator: Discriminator | None  # likewise; None unless the file is from adversarial training
     epoch: int | None
     best_val_loss: float | None
 

@@ -1,8 +1,5 @@
-"""What all configs share: fields that are checked when a config is built, and the differences between two configs.
-
-The annotations of a `checked_dataclass` say what each field takes. `__post_init__` checks what depends on several
-fields, by `check`.
-"""
+"""What all configs share: fields that are checked when a config is built, and the differences between two configs. The
+annotations of a `checked_dataclass` say what each field takes; its `__post_init__` checks what depends on several."""
 
 import dataclasses
 import functools

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 OnStop = Callable[[str], None]
 
 
@@ -33,7 +32,7 @@ class StopSignals:
         if self.file:
             self.file.unlink(missing_ok=True)
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
-            self.earlier = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
+            self.earlier = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def handle(self, number: int, frame: Any) -> None:

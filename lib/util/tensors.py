@@ -30,10 +30,8 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 def cached_table(function: Function) -> Function:
-    """Cache a function that computes a constant tensor, such as a window or a filter bank.
-
-    It runs outside of inference mode: a tensor created there could never take part in a backward pass.
-    """
+    """Cache a function that computes a constant tensor, such as a window or a filter bank. It runs outside of inference
+    mode: a tensor created there could never take part in a backward pass."""
     return functools.lru_cache(maxsize=16)(torch.inference_mode(False)(torch.no_grad()(function)))
 
 
