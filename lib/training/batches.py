@@ -94,16 +94,13 @@ def prefetch_batches(
     batches `[≤ B, 2]`: places among the `chosen` pairs, one for the input and one for the target. `pin_memory`: in
     memory that a GPU can fetch while it computes."""
 
-    def read(step: list[Tensor]) -> list[Batch]:
-        return [clips(chosen[batch].tolist()) for batch in step]
-
-    def clips(places: list[list[int]]) -> Batch:
+    def read(places: list[list[int]]) -> Batch:
         inputs = [pairs[i] for i, _ in places]
         targets = [inputs[k][1] if i == j else pairs[j][1] for k, (i, j) in enumerate(places)]
         batch = torch.stack([input for input, _ in inputs]), torch.stack(targets)
         return tuple(x.pin_memory() for x in batch) if pin_memory else batch
 
-    return prefetch(read, steps, threads=threads)
+    return prefetch(lambda step: [read(chosen[batch].tolist()) for batch in step], steps, threads=threads)
 
 
 def mix_noise(latents: Tensor, share: float) -> Tensor:

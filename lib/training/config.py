@@ -45,7 +45,7 @@ class LoopConfig:
     @property
     def max_norm(self) -> float:
         """The norm that gradients are clipped to; infinite if they never are."""
-        return self.clip if self.clip is not None else math.inf
+        return self.clip or math.inf
 
     def check_sizes(self, pairs: dict[str, int], processes: int = 1) -> None:
         """`UserError` if a split has no pairs, or too few for one step of so many processes."""

@@ -1,12 +1,11 @@
-"""What the processes of one training must agree on: device, random numbers and sums."""
+"""What the processes of one training must agree on: device and random numbers."""
 
 import os
-from collections import Counter
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 
 from lib.util.errors import UserError
 
@@ -44,14 +43,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
 def seed_process(seed: int, step: int, rank: int) -> None:
     """Seed each process differently: dropout and noise must not be the same in all of them."""
     torch.manual_seed(seed + 7919 * rank + 104_729 * step)
-
-
-def sum_over_processes(sums: dict[str, float]) -> dict[str, float]:
-    """The same sums in every process; a process that had nothing to add may lack names."""
-    total = Counter()
-    for part in gather_object([sums]):
-        total.update(part)
-    return dict(total)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -166,9 +166,6 @@ def fusion_trainer(
 ) -> Trainer:
     """The trainer of the fusion model that a run's config describes."""
     config = from_fields(TrainConfig, run.config["train"])
-
-    def make_learner(accelerator: Accelerator) -> FusionLearner:
-        cascade = from_fields(CascadeConfig, run.config["cascade"])
-        return FusionLearner(config, cascade, from_fields(MaskingConfig, run.config["masking"]), accelerator, decode)
-
-    return Trainer(run, config, pairs, make_learner, callbacks)
+    cascade = from_fields(CascadeConfig, run.config["cascade"])
+    masking = from_fields(MaskingConfig, run.config["masking"])
+    return Trainer(run, config, pairs, lambda on: FusionLearner(config, cascade, masking, on, decode), callbacks)

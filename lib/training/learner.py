@@ -67,7 +67,7 @@ class Learner:
 
     def parts(self, model: nn.Module) -> dict[str, nn.Module]:
         """The parts of the model whose gradient norms are reported, by name."""
-        return {name: part for name, part in model.named_children() if any(True for _ in part.parameters())}
+        return dict(model.named_children())
 
     def facts(self, info: StepInfo) -> dict[str, Any]:
         """Values for a step's row that are known before the step."""

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from lib.audio.features import HOP, Sound, correlation, harmony_similarity, rhythm_similarity
 from lib.audio.files import SAMPLE_RATE
-from lib.model.cascade import cosine
+from lib.model.cascade import cosine, rms
 from lib.model.masks import Masks
 from lib.util.configs import NonNegative, checked_dataclass, choice, number
 from lib.util.errors import UserError
 
-ANTI_MODULATIONS = ("squared", "log")
 NOVELTY_THRESHOLD = 0.7  # cosine above which an output counts as a copy
 SHORTEST_WINDOW = 0.1  # seconds: 8 frames, more than half of the longest window of the terms on sound
 STFT_SIZES = (512, 1024, 2048)  # samples
@@ -46,7 +45,7 @@ class LossConfig:
     harmony_weight: NonNegative = 0.0  # ... with the target's pitch classes
     anti_modulation_weight: NonNegative = 0.0  # against an output that copies the sources' loudness curve
     # 'log' has no bound: value and gradient grow without limit towards |corr| = 1
-    anti_modulation: choice(ANTI_MODULATIONS) = "squared"
+    anti_modulation: choice(("squared", "log")) = "squared"
     outlier_weight: NonNegative = 0.0  # against mel bands far louder than in either source
     # part of every clip that is decoded, at random in training; None: all of it
     window_seconds: number(SHORTEST_WINDOW) | None = 2.0
@@ -78,7 +77,7 @@ def latent_mse(output: Tensor, reference: Tensor) -> Tensor:
 def rms_error(output: Tensor, reference: Tensor) -> Tensor:
     """Root of each clip's mean squared error over (D, T), mean over clips, in latent units. Its gradient has the same
     length for errors of every size, while the gradient of `latent_mse` grows with the error."""
-    return ((output - reference).square().mean(dim=(1, 2)) + 1e-8).sqrt().mean()
+    return rms(output - reference).mean()
 
 
 def novelty(output: Tensor, source: Tensor) -> Tensor:

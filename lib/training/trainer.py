@@ -194,7 +194,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Mean loss and metrics over the validation pairs of all processes, in eval mode. Raises `NonFiniteError`."""
-        sums, bad = Counter(pairs=0.0), []
+        own, sums, bad = Counter(pairs=0.0), Counter(), []
         places = torch.arange(len(self.chosen["val"]))[self.rank :: self.processes, None].expand(-1, 2)
         # with fewer pairs than processes, some processes have none
         steps = [[batch] for batch in places.split(VAL_BATCH)] if len(places) else []
@@ -205,8 +205,9 @@ class Trainer:
                 metrics = to_floats({"loss": loss} | terms)
                 if not math.isfinite(metrics["loss"]):  # finite gradients can still take weights to infinity
                     bad = [batch]
-                sums.update({name: value * len(batch[0]) for name, value in (metrics | {"pairs": 1.0}).items()})
-            sums = distributed.sum_over_processes(sums)
+                own.update({name: value * len(batch[0]) for name, value in (metrics | {"pairs": 1.0}).items()})
+            for process_sums in gather_object([own]):
+                sums.update(process_sums)
             if not math.isfinite(sums["loss"]):
                 self.stop_non_finite("val", self.step, bad, distributed.rng_state())
         pairs = sums.pop("pairs")

@@ -9,7 +9,6 @@ from lib.training.distributed import (
     rng_state,
     seed_process,
     set_rng_state,
-    sum_over_processes,
 )
 
 # --- random numbers ---------------------------------------------------------------------------------------------------
@@ -55,18 +54,9 @@ def test_seeds_differ_between_processes_and_steps():
 # --- one process ------------------------------------------------------------------------------------------------------
 
 
-def test_the_sums_of_one_process_are_its_own(monkeypatch):
+def test_without_a_launcher_there_is_one_process(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert join_processes().num_processes == 1
-    sums = {"loss": 3.5, "pairs": 2.0}
-    assert sum_over_processes(sums) == sums
-    assert sum_over_processes({}) == {}
-
-
-def test_sums_add_by_name_where_some_processes_lack_names(monkeypatch):
-    parts = [{"loss": 3.0, "pairs": 2.0}, {"pairs": 0.0}, {"loss": 1.5, "pairs": 1.0}]
-    monkeypatch.setattr("lib.training.distributed.gather_object", lambda own: parts if own == [parts[0]] else None)
-    assert sum_over_processes(parts[0]) == {"loss": 4.5, "pairs": 3.0}
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
