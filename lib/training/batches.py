@@ -1,8 +1,5 @@
-"""Which pairs a step takes, how they come from disk, and the noise that is mixed into them.
-
-The order depends on the seed and the epoch alone, never on the number of processes. Legend: P pairs, B batch, D latent
-channels, T frames.
-"""
+"""Which pairs a step takes, how they come from disk, and the noise that is mixed into them. The order depends on the
+seed and the epoch alone, never on the number of processes. Legend: P pairs, B batch, D latent channels, T frames."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence

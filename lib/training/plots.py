@@ -87,10 +87,9 @@ def mask_pictures(input_mask: Tensor, target_mask: Tensor, frame_rate: float) ->
 
 
 def training_dashboard(train: Rows, val: Rows, clamps: Sequence[tuple[float, float] | None]) -> Figure:
-    """A training at a glance: loss, gradient norm, and every stage's RMS and target scale over steps. Claim C15's
-    healthy ranges are shaded: a gradient norm below 100, and an RMS of 0.8 to 1.2 of its target. A stage stays there
-    while its target scale is within its clamp, or not far beyond: from lo / 1.2 to hi / 0.8. `clamps`: one for each
-    stage."""
+    """A training at a glance: loss, gradient norm, and every stage's RMS and target scale. Claim C15's healthy ranges
+    are shaded: a gradient norm below 100, and an RMS of 0.8 to 1.2 of its target. A stage, whose clamp is in `clamps`,
+    stays there while its target scale is from lo / 1.2 to hi / 0.8: within the clamp, or not far beyond."""
     with _over_steps(2, 2, (11, 6), sharex=True) as (figure, ((losses, norms), (levels, scales))):
         _plot(losses, train, "loss", **EACH_STEP, label="training, each step")
         _plot(losses, val, "loss", **VALIDATION, label="validation")
