@@ -9,6 +9,7 @@ settings and code, and resumes a stopped training.
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -90,7 +91,8 @@ def run_notebooks(
     parameters = {"preset": preset_name, "overrides": overrides, "data_dir": data, "out_dir": str(out)}
     # the index is named by its content; notebooks show recorded results, too
     recorded = [file_sha256(path) for path in sorted(RECORD.glob("*.json"))]
-    inputs = [parameters, project.codec.fingerprint, project.index.name, code_of_lib(), recorded]
+    inputs = [parameters, dataclasses.asdict(preset), project.codec.fingerprint, project.index.name]
+    inputs += [code_of_lib(), recorded]
     chosen, failures, page = [name for name in EXECUTED if name in only], {}, out / "index.html"
     for number, name in enumerate(chosen, start=1):
         where, needed, executed = f"[{number}/{len(chosen)}] {name}", NEEDS.get(name, ""), out / f"{name}.ipynb"

@@ -1,4 +1,4 @@
-"""The settings of a run of the notebooks: three presets, whose sections nest.
+"""The settings of a run of the notebooks: three presets, whose sections nest, with their values in presets.toml.
 
 The address of a setting is its attribute path: `load_preset("demo", {"train.max_steps": 40})` or
 `--set train.max_steps=40` sets `preset.train.max_steps`.
@@ -8,8 +8,10 @@ import dataclasses
 import difflib
 import functools
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import field
+from pathlib import Path
 from typing import Any
 
 from lib.data.pairs import MODES
@@ -19,14 +21,11 @@ from lib.model.cascade import CascadeConfig
 from lib.model.masks import MaskingConfig
 from lib.superres.training import FULL_PLAN, SMALL_PLAN
 from lib.superres.training import Plan as SuperresPlan
-from lib.training.config import AdversaryConfig, CurriculumConfig, TrainConfig
-from lib.training.losses import LossConfig
+from lib.training.config import TrainConfig
 from lib.util.configs import Count, NonNegative, Positive, Whole, checked_dataclass, choice, flat
 from lib.util.errors import UserError
 
 PLANS = {"small": SMALL_PLAN, "full": FULL_PLAN}
-# of 200 epochs: noise that reaches its ceiling, targets that change places
-CURRICULUM = CurriculumConfig(noise_rate=0.002, noise_start=10, target_shuffling=0.25)
 
 
 @checked_dataclass
@@ -100,7 +99,8 @@ class ScheduleSettings:
         """The objective and discriminator of `train` with everything that preset full's schedule has."""
         sizes = {"batch_size": self.batch_size, "max_train_pairs": self.pairs, "max_val_pairs": self.val_pairs}
         length = {"epochs": self.epochs, "max_steps": None, "patience": None, "accumulate": 1, "checkpoint_every": 500}
-        schedule = {"warmup_steps": 20, "schedule": "cosine", "ema": 0.99, "curriculum": CURRICULUM}
+        schedule = {"warmup_steps": 20, "schedule": "cosine", "ema": 0.99}
+        schedule["curriculum"] = PRESETS["full"].train.curriculum
         scheduled = dataclasses.replace(train, precision="fp32", **sizes, **length, **schedule)
         return Plan(SCHEDULED, self.layers, self.seeds, scheduled, MaskingConfig("learned"))
 
@@ -156,91 +156,18 @@ class Preset:
         self.train.check_masking(self.model.masking)
 
 
-# What the notebooks train with. Squared errors alone are smallest at the plain average of both clips, with masks or
-# without; small weights keep them as an anchor, and rhythm and harmony say what is to be taken from which clip.
-OBJECTIVE = LossConfig(
-    **dict.fromkeys(("input_weight", "target_weight"), 0.03),
-    **dict.fromkeys(("novelty_weight", "rhythm_weight", "harmony_weight"), 1.0),
-    **dict.fromkeys(("overlap_weight", "coverage_weight", "balance_weight"), 1.0),
-    **dict.fromkeys(("stft_weight", "mel_weight", "anti_modulation_weight", "outlier_weight"), 0.1),
-    temporal_diversity_weight=0.1,
-    adversarial_weight=0.05,
-)
+def _read_presets() -> dict[str, Preset]:
+    content = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+    common = content.pop("common")
+    return {name: Preset(name=name, **_merged(common, own)) for name, own in content.items()}
 
 
-def _train(discriminator_warmup: int, **settings: Any) -> TrainConfig:
-    adversary = AdversaryConfig(discriminator_learning_rate=1e-4, discriminator_warmup=discriminator_warmup)
-    return TrainConfig(agent_learning_rate=1e-3, loss=OBJECTIVE, adversary=adversary, **settings)
+def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    both = common.keys() & {name for name, value in own.items() if isinstance(value, dict)}
+    return common | own | {name: _merged(common[name], own[name]) for name in both}
 
 
-PRESETS = {
-    # seconds a cell: what the notebooks store and what nbval runs
-    "smoke": Preset(
-        name="smoke",
-        codec="mdct",
-        data=DataSettings(clip_seconds=2.0),
-        model=ModelSettings(num_layers=2),
-        train=_train(8, max_steps=24, batch_size=4, warmup_steps=4, ema=0.9, checkpoint_every=12, max_val_pairs=16),
-        listening=ListeningSettings(seconds=2.0, pairs=1),
-        evaluation=EvaluationSettings(pairs=4),
-        ablation=AblationSettings(layers=1, steps=10, seeds=2, val_pairs=8),
-        schedule=ScheduleSettings(epochs=2, seeds=1, val_pairs=8),
-        superres=SuperresSettings(vae_steps=4, steps=4, sampler_steps=3, clips=2),
-        record=RecordSettings(
-            "named", steps=10, superres_vae_steps=6, superres_steps=6, superres_seeds=2, data_seeds=2, seeds=1
-        ),
-    ),
-    # the full model on short clips: a few minutes on two cores
-    "demo": Preset(
-        name="demo",
-        codec="mdct",
-        data=DataSettings(clip_seconds=4.0),
-        model=ModelSettings(num_layers=6),
-        train=_train(
-            20,
-            max_steps=60,
-            batch_size=4,
-            warmup_steps=5,
-            ema=0.9,
-            checkpoint_every=30,
-            max_val_pairs=24,
-            curriculum=CurriculumConfig(noise_rate=0.1),
-        ),
-        listening=ListeningSettings(seconds=16.0),
-    ),
-    # a GPU server: the seeds' own setting
-    "full": Preset(
-        name="full",
-        codec="encodec",
-        data=DataSettings(clip_seconds=16.0),
-        model=ModelSettings(num_layers=6),
-        train=_train(
-            1000,
-            epochs=200,
-            patience=20,
-            batch_size=8,
-            warmup_steps=500,
-            schedule="cosine",
-            ema=0.999,
-            precision="auto",
-            checkpoint_every=500,
-            max_val_pairs=256,
-            num_workers=4,
-            gather_every=10,
-            curriculum=CURRICULUM,
-        ),
-        listening=ListeningSettings(seconds=16.0, pairs=6, every=10),
-        evaluation=EvaluationSettings(pairs=128),
-        ablation=AblationSettings("all", layers=6, steps=2000, seeds=5, clip_seconds=16.0, batch_size=8, val_pairs=64),
-        schedule=ScheduleSettings(pairs=256, batch_size=8, layers=6, val_pairs=64),
-        superres=SuperresSettings(
-            "full", vae_steps=200_000, steps=500_000, vocoder_steps=500_000, sampler_steps=50, clips=64
-        ),
-        record=RecordSettings(
-            steps=2000, superres_vae_steps=200_000, superres_steps=500_000, superres_seeds=1, data_seeds=1, seeds=1
-        ),
-    ),
-}
+PRESETS = _read_presets()
 
 # old names of settings that do not follow from their addresses, from before presets had sections
 RENAMED = {

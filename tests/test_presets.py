@@ -9,7 +9,7 @@ import yaml
 from lib.lab.variants import NAMED, VARIANTS
 from lib.model.cascade import CascadeConfig
 from lib.model.masks import MaskingConfig
-from lib.presets import OBJECTIVE, PRESETS, load_preset
+from lib.presets import PRESETS, load_preset
 from lib.training.config import TrainConfig
 from lib.util.errors import UserError
 
@@ -37,7 +37,7 @@ def test_the_presets_are_those_of_the_design():
     assert (train.weight_decay, train.clip, train.max_steps) == (0.01, 10.0, None)
     for preset in (smoke, demo, full):  # what is trained is the same; only how long and on what differs
         assert preset.model.masking == MaskingConfig("learned")
-        assert preset.train.loss == OBJECTIVE
+        assert preset.train.loss == demo.train.loss
         assert preset.train.adversary.discriminator_learning_rate == 1e-4
         assert preset.train.agent_learning_rate > preset.train.learning_rate
         assert preset.train.ema

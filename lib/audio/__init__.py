@@ -9,5 +9,3 @@
 """
 
 from lib.audio.files import AudioError, AudioWriter, check_audio, load_audio, save_audio
-
-__all__ = ["AudioError", "AudioWriter", "check_audio", "load_audio", "save_audio"]

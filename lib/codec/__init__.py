@@ -8,5 +8,3 @@
 from lib.codec.codec import Codec, load_codec
 from lib.codec.encodec import EncodecCodec
 from lib.codec.mdct import MdctCodec
-
-__all__ = ["Codec", "EncodecCodec", "MdctCodec", "load_codec"]

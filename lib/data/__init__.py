@@ -6,5 +6,3 @@
 
 from lib.data.latents import LatentPairs, encode_manifest
 from lib.data.pairs import Manifest, build_manifest, read_manifest
-
-__all__ = ["LatentPairs", "Manifest", "build_manifest", "encode_manifest", "read_manifest"]

@@ -6,5 +6,3 @@
 
 from lib.evaluation.baselines import advantage, baseline_losses, measure_fusions
 from lib.evaluation.metrics import evaluate_fusion, sound_features, sound_metrics
-
-__all__ = ["advantage", "baseline_losses", "evaluate_fusion", "measure_fusions", "sound_features", "sound_metrics"]

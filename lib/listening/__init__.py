@@ -13,5 +13,3 @@ attribute is the function; `from lib.listening.render import …` finds the modu
 """
 
 from lib.listening.render import Settings, follow_recipe, render, save_with_recipe
-
-__all__ = ["Settings", "follow_recipe", "render", "save_with_recipe"]

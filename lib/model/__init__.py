@@ -16,20 +16,3 @@ from lib.model.import_original import import_original_checkpoint
 from lib.model.masks import MaskGenerator, MaskingConfig
 from lib.model.projection import SpectralLinear, rms_ceiling, spectral_sigma
 from lib.model.rms_law import check_collapse
-
-__all__ = [
-    "Cascade",
-    "CascadeConfig",
-    "Discriminator",
-    "FusionModel",
-    "MaskGenerator",
-    "MaskingConfig",
-    "SpectralLinear",
-    "StageConfig",
-    "StageTrace",
-    "check_collapse",
-    "import_original_checkpoint",
-    "load_model",
-    "rms_ceiling",
-    "spectral_sigma",
-]

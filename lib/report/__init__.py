@@ -8,5 +8,3 @@
 
 from lib.report.page import write_notebook_page
 from lib.report.report import Section, Table, write_report
-
-__all__ = ["Section", "Table", "write_notebook_page", "write_report"]

@@ -14,5 +14,3 @@ from lib.training.fusion_learner import train
 from lib.training.losses import LossConfig
 from lib.training.run import Run
 from lib.training.trainer import Callback, Trainer
-
-__all__ = ["Callback", "LossConfig", "Run", "TrainConfig", "Trainer", "train"]

@@ -10,5 +10,3 @@
 """
 
 from lib.util.errors import UserError
-
-__all__ = ["UserError"]

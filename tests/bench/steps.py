@@ -25,7 +25,7 @@ from lib.codec.mdct import MdctCodec
 from lib.data.latents import LatentPairs
 from lib.model.cascade import Cascade, CascadeConfig
 from lib.model.masks import MaskingConfig, Masks
-from lib.presets import OBJECTIVE, load_preset
+from lib.presets import PRESETS, load_preset
 from lib.training.config import AdversaryConfig, CurriculumConfig, TrainConfig
 from lib.training.fusion_learner import FusionLearner, fusion_trainer
 from lib.training.learner import StepInfo
@@ -33,6 +33,7 @@ from lib.training.losses import MASK_TERMS, SOUND_TERMS, total_loss
 from lib.training.run import Run
 
 CASCADE = CascadeConfig.reference(anti_cheating=0.1)
+OBJECTIVE = PRESETS["demo"].train.loss
 
 
 def training_config() -> TrainConfig:

@@ -16,7 +16,7 @@ from lib.codec.mdct import MdctCodec
 from lib.model.cascade import StageTrace
 from lib.model.fusion import Fusion, FusionModel
 from lib.model.masks import MaskingConfig, Masks
-from lib.presets import OBJECTIVE
+from lib.presets import PRESETS
 from lib.training.config import AdversaryConfig, CurriculumConfig, TrainConfig
 from lib.training.fusion_learner import FusionLearner, parameter_groups, step_metrics
 from lib.training.learner import StepInfo, gradient_norms, to_floats
@@ -69,7 +69,9 @@ class WaitsForbidden(TorchDispatchMode):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_with_everything_on_never_asks_what_a_tensor_holds(build, precision, monkeypatch):
     monkeypatch.setattr(lib.training.losses, "_window", lambda frames, seconds, random: (3, 18))  # drawn on the host
-    loss = dataclasses.replace(OBJECTIVE, input_rms_weight=0.1, target_rms_weight=0.1, window_seconds=0.2)
+    loss = dataclasses.replace(
+        PRESETS["demo"].train.loss, input_rms_weight=0.1, target_rms_weight=0.1, window_seconds=0.2
+    )
     adversary = AdversaryConfig(discriminator_learning_rate=1e-3)
     learner = build(
         dim=128,
