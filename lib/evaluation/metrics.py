@@ -26,13 +26,11 @@ CHROMA_FFT = 4096  # 5.9 Hz a bin
 CHROMA_HOP = 4 * HOP  # 53 ms
 
 
-def band_snr(
-    reference: Tensor, estimate: Tensor, edges: Sequence[float], sample_rate: int = SAMPLE_RATE
-) -> list[float]:
+def band_snr(reference: Tensor, estimate: Tensor, edges: Sequence[float]) -> list[float]:
     """Signal-to-noise ratio in dB of `estimate [1, N]` within each band between neighbouring `edges` (Hz), by one
     Fourier transform of the whole clip. NaN for a band in which the reference has no energy."""
     signal, noise = (torch.fft.rfft(x[0].double()).abs().square() for x in (reference, reference - estimate))
-    frequencies = torch.fft.rfftfreq(reference.shape[-1], 1 / sample_rate)
+    frequencies = torch.fft.rfftfreq(reference.shape[-1], 1 / SAMPLE_RATE)
     bands = [(frequencies >= low) & (frequencies < high) for low, high in itertools.pairwise(edges)]
     powers = [(signal[band].sum(), noise[band].sum().clamp_min(1e-30)) for band in bands]
     return [10 * torch.log10(power / error).item() if power > 0 else math.nan for power, error in powers]

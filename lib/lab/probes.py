@@ -23,15 +23,12 @@ Row = dict[str, Any]
 
 @torch.no_grad()
 def last_stage_over_weights(cascade: Cascade, weights: list[float], input: Tensor, target: Tensor) -> list[StageTrace]:
-    """The last stage's trace at each residual weight, in eval mode; the cascade is left as it was."""
-    last, training = cascade.stages[-1], cascade.training
-    cascade.eval()
+    """The last stage's trace at each residual weight, of a cascade in eval mode."""
+    last, traces = cascade.stages[-1], []
     signals, _ = cascade.run_stages(input, target, len(cascade.stages) - 1)
-    traces = []
     for weight in weights:
         with last.override(residual_weight=weight):
             traces.append(last(signals)[1])
-    cascade.train(training)
     return traces
 
 

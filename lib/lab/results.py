@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,15 +38,9 @@ class Result:
         if count > POINTS:
             cuts = [round(i * count / POINTS) for i in range(POINTS + 1)]
             norms = tuple(statistics.median(norms[a:b]) for a, b in pairwise(cuts))
-        return replace(self, **_rounded(asdict(self) | {"grad_norm": norms, "run": Path(self.run).name}))
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _rounded(part) for name, part in value.items()}
-    if isinstance(value, tuple):
-        return tuple(map(_rounded, value))
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+        content = json.dumps(asdict(self) | {"grad_norm": norms, "run": Path(self.run).name})
+        rounded = json.loads(content, parse_float=lambda number: float(f"{float(number):.{DIGITS}g}"))
+        return Result(**rounded | {"grad_norm": tuple(rounded["grad_norm"])})
 
 
 Item = TypeVar("Item")
@@ -59,14 +53,13 @@ HEALTHY_RATIO = (0.8, 1.2)  # of output RMS to target RMS, by claim C15
 
 def summarize(folder: Path, variant: str, seed: int, num_layers: int) -> Result:
     """The result of the finished run in `folder`, from its result.json and metrics."""
-    kinds = {"non_finite": object, "final": object}
-    stored = read_json(folder / "result.json", kinds, fix=f"delete {folder} and run again")
-    end, rows = {name: stored[name] for name in kinds}, training_steps(folder)
+    fix, rows = f"delete {folder} and run again", training_steps(folder)
+    values = read_json(folder / "result.json", {"non_finite": object, "final": object}, fix=fix)
     tenth, quarter = max(1, len(rows) // 10), len(rows) // 4
     parts = {"start": rows[:tenth], "end": rows[-tenth:], "quarter": rows[quarter - tenth : quarter]}
-    end |= {name: medians(part) for name, part in parts.items()}
-    norms = tuple(row["grad_norm"] for row in rows) + ((math.inf,) if stored["non_finite"] else ())
-    return Result(variant, seed, num_layers, len(rows), **end, grad_norm=norms, run=str(folder))
+    values |= {name: medians(part) for name, part in parts.items()}
+    norms = tuple(row["grad_norm"] for row in rows) + ((math.inf,) if values["non_finite"] else ())
+    return Result(variant, seed, num_layers, len(rows), **values, grad_norm=norms, run=str(folder))
 
 
 def training_steps(run: str | Path) -> list[dict[str, Any]]:

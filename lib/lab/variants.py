@@ -87,11 +87,10 @@ SINGLE_CHANGES = (
 
 
 def _protection(norm: bool, clamp: bool, clip: bool) -> Variant:
-    on = [name for name, used in (("norm", norm), ("clamp", clamp), ("clipping", clip)) if used]
+    on = " + ".join(itertools.compress(PROTECTION_NAMES, (norm, clamp, clip))) or "no protection"
     every = ({} if norm else {"spectral_norm": False}) | ({} if clamp else {"clamp": None})
     train = {} if clip else {"clip": None}
-    name = f"exploding, {' + '.join(on) or 'no protection'}"
-    return Variant(name, "protection", stages=3, every=every, last=WEAK, train=train)
+    return Variant(f"exploding, {on}", "protection", stages=3, every=every, last=WEAK, train=train)
 
 
 PROTECTION_NAMES = ("norm", "clamp", "clipping")
@@ -100,11 +99,10 @@ PROTECTIONS = {cell: _protection(*cell) for cell in itertools.product((False, Tr
 
 def _cause(weak: bool, learnable: bool, log_penalty: bool) -> Variant:
     """Three stages without a clamp: a clamped scale passes no gradient to the learnable scalars."""
-    on = [name for name, used in (("weak", weak), ("learnable", learnable), ("log penalty", log_penalty)) if used]
+    on = " + ".join(itertools.compress(("weak", "learnable", "log penalty"), (weak, learnable, log_penalty))) or "none"
     every = {"clamp": None} | ({"rms_scaling": "learnable"} if learnable else {})
     loss = {"anti_modulation_weight": 1.0, "anti_modulation": "log"} if log_penalty else {}
-    name = f"causes: {' + '.join(on) or 'none'}"
-    return Variant(name, "cause", stages=3, every=every, last=WEAK if weak else {}, loss=loss)
+    return Variant(f"causes: {on}", "cause", stages=3, every=every, last=WEAK if weak else {}, loss=loss)
 
 
 CAUSE_NAMES = ("weak residual", "learnable scalars", "log penalty")
