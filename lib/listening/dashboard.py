@@ -104,10 +104,9 @@ class Panel:
 
     def update(self, status: str = "") -> None:
         """Show what the run's folder holds now, with this status or the progress."""
-        self.metrics.read()
+        self.picture.value = figure_png(curves(self.run, self.metrics))
         self.seen = [*self.seen[-20:], (time.monotonic(), self.metrics.newest["step"])]
         self.status.value = status or self.progress()
-        self.picture.value = figure_png(curves(self.run, self.metrics))
         self.show_clips(self.run.path / "audio")
 
     def progress(self) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ipywidgets import Checkbox, Dropdown, FloatSlider, Image, Label, SelectMultiple, VBox
+from ipywidgets import Checkbox, Dropdown, FloatSlider, Image, Label, VBox
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -16,13 +16,12 @@ from lib.codec.codec import Codec
 from lib.data.pairs import Clip, Manifest
 from lib.listening.player import Players, PlayerWidget
 from lib.listening.render import Rendition, Settings, load_pair, render
-from lib.listening.widgets import CONTROL, PICTURE, SLIDER, Message, Upload, describe_clip, figure_png, observe
+from lib.listening.widgets import CONTROL, PICTURE, SLIDER, Message, Several, Upload, describe_clip, figure_png, observe
 from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import apply_mask
 from lib.superres import mel
 from lib.superres.resolver import Restoration, SuperResolver, band_edge
 from lib.training.run import Run
-from lib.util.errors import UserError
 
 UPLOADED = "uploaded files"  # the choice beside the validation pairs
 BLENDS = {"the masks": 0.0, "blended by half with 0.5": 0.5, "0.5 everywhere": 1.0}  # what a headless run shows
@@ -117,12 +116,9 @@ class _Panel:
     def __init__(self, listening: Listening):
         self.listening = listening
         names = list(listening.runs)
-        rows = min(5, max(2, len(names)))
         self.pair = Dropdown(options=[*listening.pairs, UPLOADED], description="pair", **CONTROL)
         self.files = {role: Upload(role, listening.uploads, listening.clip_length) for role in ("input", "target")}
-        self.runs = SelectMultiple(
-            options=names, value=names[:1], rows=rows, description="runs (one or more)", **CONTROL
-        )
+        self.runs = Several("runs", names, names[0], rows=min(5, max(2, len(names))))
         self.blend = FloatSlider(0, min=0, max=1, step=0.05, description="blend masks with 0.5", **SLIDER)
         can_restore = (listening.superres / "diffusion" / "best").exists()
         upper_band = "restore the outputs' upper band (48 kHz)"
@@ -147,10 +143,8 @@ class _Panel:
                 return self.message.say("Choose two audio files: WAV, FLAC, OGG or MP3.")
             if uploaded:
                 title = " + ".join(f"{file.name.value} from {file.begin.value:g} s" for file in self.files.values())
-            if not self.runs.value:
-                raise UserError("runs: none is selected; click one, or several with Ctrl")
             settings = Settings(mask_blend=self.blend.value)
-            players, parts = self.listening.compare(*clips, self.runs.value, settings, self.restored.value)
+            players, parts = self.listening.compare(*clips, self.runs.chosen(), settings, self.restored.value)
             self.players.html = players._repr_html_()
             self.playing.value = f"playing {title}"
             self.masks.layout.display = None if parts else "none"

@@ -6,24 +6,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ipywidgets import (
-    BoundedIntText,
-    Button,
-    Dropdown,
-    FloatLogSlider,
-    FloatSlider,
-    IntSlider,
-    SelectMultiple,
-    Text,
-    VBox,
-)
+from ipywidgets import BoundedIntText, Button, Dropdown, FloatLogSlider, FloatSlider, IntSlider, Text, VBox
 from matplotlib.figure import Figure
 
 from lib.audio.plots import waveforms_and_mels
 from lib.listening.panel import Listening
 from lib.listening.player import Players, PlayerWidget
 from lib.listening.render import Settings, load_pair, render, save_with_recipe
-from lib.listening.widgets import CONTROL, SLIDER, Message, observe, plain_name, uploaded_clips
+from lib.listening.widgets import CONTROL, SLIDER, Message, Several, observe, plain_name, uploaded_clips
 from lib.training.run import Run
 from lib.util.errors import UserError
 from lib.util.files import make_folder
@@ -85,9 +75,7 @@ class _Panel:
         input, target = playground.first
         self.run = Dropdown(options=list(playground.listening.runs), description="run", **CONTROL)
         self.input = Dropdown(options=names, value=input, description="input", **CONTROL)
-        self.targets = SelectMultiple(
-            options=names, value=(target,), rows=5, description="targets (one or more)", **CONTROL
-        )
+        self.targets = Several("targets", names, target, rows=5)
         self.controls = {  # by the settings that they set
             "stages": IntSlider(1, min=1, max=1, description="stages to apply", **SLIDER),
             "residual_weight": FloatSlider(1, min=0, max=2, step=0.05, description="last residual weight", **SLIDER),
@@ -125,9 +113,7 @@ class _Panel:
 
     def redraw(self, change: Any = None) -> None:
         with self.message.show_errors():
-            targets = self.targets.value
-            if not targets:
-                raise UserError("targets: none is selected; click one, or several with Ctrl")
+            targets = self.targets.chosen()
             wanted = (self.run.value, self.input.value, targets, self.settings())
             if wanted == self.shown:
                 return

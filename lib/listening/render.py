@@ -24,7 +24,7 @@ from lib.training.batches import mix_noise
 from lib.training.run import Run
 from lib.util.configs import Count, NonNegative, Share, check, checked_dataclass, from_fields, number, whole
 from lib.util.errors import UserError
-from lib.util.files import file_sha256, naming, read_json, write_atomic
+from lib.util.files import FIX, file_sha256, naming, read_json, write_atomic
 from lib.util.provenance import versions
 from lib.util.tensors import torch_threads
 
@@ -102,9 +102,7 @@ def load_pair(input: Clip, target: Clip) -> tuple[Tensor, Tensor]:
     return load_clip(input), load_clip(target)
 
 
-def save_with_recipe(
-    path: str | Path, run: Run, codec: Codec, input: Clip, target: Clip, settings: Settings, *, which: str = "best"
-) -> Path:
+def save_with_recipe(path: str | Path, run: Run, codec: Codec, input: Clip, target: Clip, settings: Settings) -> Path:
     """Render a pair, at the length of its shorter clip, into `path` (.wav); returns the recipe's path beside it.
 
     So that an output folder can be moved, the recipe's paths are relative to it for files in the run's folder or, where
@@ -114,7 +112,7 @@ def save_with_recipe(
     input, target = cut_to_shorter(input, target)
     for clip in (input, target):
         _check_file(clip, "the pair", "restore that file, or make the pairs again")
-    model = load_model(run, which, codec_fingerprint=codec.fingerprint)
+    model = load_model(run, codec_fingerprint=codec.fingerprint)
     rendition = render(model, codec, load_clip(input), load_clip(target), settings)
     save_audio(path, rendition.wav)
     folder, root = path.parent.resolve(), run.path.resolve()
@@ -127,8 +125,8 @@ def save_with_recipe(
     recipe = {
         "recipe": RECIPE_VERSION,
         "run": named(run.path),
-        "checkpoint": which,
-        "weights_sha256": run.weights_sha256(which),
+        "checkpoint": "best",
+        "weights_sha256": run.weights_sha256(),
         "codec": {"name": codec.name, "fingerprint": codec.fingerprint},
         "settings": dataclasses.asdict(settings),
         "input": dataclasses.asdict(input) | {"path": named(input.path)},
@@ -169,11 +167,9 @@ def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str
         raise UserError(f"{found.path}: its weights are not those of {path}; name the run that has them, by --run")
     loaded = load_codec(codec or recipe["codec"]["name"])
     found.check_codec(loaded.fingerprint)
-    try:
-        with torch_threads(recipe["threads"]):  # the last bits of sums depend on how many threads share them
-            wav = render(model, loaded, *wavs, recipe["settings"]).wav
-    except UserError as error:  # a setting that this model does not have
-        raise UserError(f"{path}: {error}") from None
+    # the last bits of sums depend on how many threads share them
+    with naming(path, FIX), torch_threads(recipe["threads"]):
+        wav = render(model, loaded, *wavs, recipe["settings"]).wav
     equal = samples_sha256(wav) == recipe["output"]["samples_sha256"]
     return Rerendering(wav, equal, recipe["versions"], tuple(Path(clip.path) for clip in clips))
 

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,20 @@ def figure_png(figure: Figure) -> bytes:
     figure.savefig(content)
     plt.close(figure)
     return content.getvalue()
+
+
+class Several(ipywidgets.SelectMultiple):
+    """A list to select one or more names from."""
+
+    def __init__(self, what: str, options: Sequence[str], first: str, rows: int):
+        super().__init__(options=options, value=(first,), rows=rows, description=f"{what} (one or more)", **CONTROL)
+        self.what = what
+
+    def chosen(self) -> tuple[str, ...]:
+        """`UserError` if none is."""
+        if not self.value:
+            raise UserError(f"{self.what}: none is selected; click one, or several with Ctrl")
+        return self.value
 
 
 class Message(ipywidgets.HTML):

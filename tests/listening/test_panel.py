@@ -197,7 +197,7 @@ def test_the_panel_is_all_of_its_parts_and_draws_a_real_picture(listening):
     before = plt.get_fignums()
     box = listening.panel()
     kinds = [type(child).__name__ for child in box.children]
-    controls = ["Dropdown", "VBox", "SelectMultiple", "FloatSlider", "Checkbox", "Message"]
+    controls = ["Dropdown", "VBox", "Several", "FloatSlider", "Checkbox", "Message"]
     assert kinds == [*controls, "Label", "PlayerWidget", "Image"]
     picture = imread(io.BytesIO(bytes(box.children[-1].value)))
     assert picture.std() > 0.05
