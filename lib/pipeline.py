@@ -41,6 +41,7 @@ from lib.util.files import file_sha256, make_folder, read_json, write_atomic
 from lib.util.provenance import code_fingerprint
 from lib.util.signals import StopSignals
 
+FOLDER = ROOT / "notebooks"
 # in the order of execution: listening comes early
 EXECUTED = ("01_encoding", "04_training", "05_listening", "02_stage_ablation", "03_rms_collapse", "06_super_resolution")
 NOTEBOOKS = tuple(sorted(EXECUTED))
@@ -96,7 +97,7 @@ def run_notebooks(
     chosen, failures, page = [name for name in EXECUTED if name in only], {}, out / "index.html"
     for number, name in enumerate(chosen, start=1):
         where, needed, executed = f"[{number}/{len(chosen)}] {name}", NEEDS.get(name, ""), out / f"{name}.ipynb"
-        conditions = json.dumps([*inputs, read_mark(out, needed), notebook_path(name).read_text()])
+        conditions = json.dumps([*inputs, read_mark(out, needed), (FOLDER / f"{name}.ipynb").read_text()])
         state = hashlib.sha256(conditions.encode()).hexdigest()
         if resume and read_mark(out, name).get("state") == state:
             say(f"{where}: done before, skipped")
@@ -137,7 +138,7 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
     # a folder of its own: two runs at once would talk to each other's kernel
     sockets = tempfile.TemporaryDirectory(prefix="kernel-")
     kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets.name}/kernel")
-    paths = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook_path(name), executed))
+    paths = (str(path).replace("{", "{{").replace("}", "}}") for path in (FOLDER / executed.name, executed))
 
     def interrupt(signal_name: str) -> None:
         if kernel.provisioner is None or kernel.provisioner.pid is None:
@@ -208,10 +209,6 @@ def read_mark(out: Path, name: str) -> dict[str, Any]:
     with contextlib.suppress(UserError):
         return read_json(out / "report" / f"{name}.mark")
     return {}
-
-
-def notebook_path(name: str) -> Path:
-    return ROOT / "notebooks" / f"{name}.ipynb"
 
 
 def say(message: str) -> None:

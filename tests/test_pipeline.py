@@ -61,7 +61,7 @@ def notebooks(tmp_path, monkeypatch) -> Callable[..., None]:
     """`notebooks(name=[cell, ...])` writes tiny notebooks, which the pipeline takes for its own."""
     folder = tmp_path / "notebooks"
     folder.mkdir()
-    monkeypatch.setattr(lib.pipeline, "notebook_path", lambda name: folder / f"{name}.ipynb")
+    monkeypatch.setattr(lib.pipeline, "FOLDER", folder)
 
     def write(**cells: list[str]) -> None:
         for name, sources in cells.items():
@@ -446,7 +446,7 @@ manifest = SimpleNamespace(skipped=(), split=lambda split: ())
 codec, index = SimpleNamespace(name="mdct", fingerprint="f"), pathlib.Path("index.json")
 project = SimpleNamespace(manifest=manifest, codec=codec, index=index)
 lib.pipeline.open_project = lambda *_: project
-lib.pipeline.notebook_path = lambda name: pathlib.Path({str(tmp_path / "notebooks")!r}, name + ".ipynb")
+lib.pipeline.FOLDER = pathlib.Path({str(tmp_path / "notebooks")!r})
 sys.argv = ["lib.pipeline", "--preset", "smoke", "--only", "01", "--out", {str(out)!r}]
 lib.pipeline.main()
 """
