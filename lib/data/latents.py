@@ -79,6 +79,7 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path, sha
         encoded, dropped = _encode_clips(mine, manifest, codec, store)
         names |= encoded
         facts = {"codec": codec.name, "fingerprint": codec.fingerprint, "dim": shape[0], "frames": shape[1]}
+        facts |= {"clip_length": manifest.clip_length, "sample_rate": manifest.sample_rate}
         index, num_pairs = _write_index(store, manifest, names, facts)
     except OSError as error:
         reason = f"cannot be written ({error.strerror}); choose a cache folder you may write to"
@@ -138,16 +139,12 @@ def _encode_clips(
         write_atomic(store / f"{name}.npy", content.getbuffer())
         return name, ""
 
-    names, dropped = {}, []
     # each clip on its own core: faster, and the same bits however busy the machine is
     with torch_threads(1), contextlib.closing(prefetch(encode, clips.values(), threads=threads)) as results:
         bar = tqdm(results, total=len(clips), desc=f"encoding ({codec.name})", unit="clip", disable=not clips)
-        for (key, clip), (name, reason) in zip(clips.items(), bar, strict=True):
-            if name:
-                names[key] = name
-            else:
-                dropped.append(f"{clip.path} at sample {clip.offset}: {reason}")
-    return names, dropped
+        found = dict(zip(clips, bar, strict=True))
+    names = {key: name for key, (name, _) in found.items() if name}
+    return names, [f"{clips[key].path} at sample {clips[key].offset}: {why}" for key, (_, why) in found.items() if why]
 
 
 def _write_index(store: Path, manifest: Manifest, names: dict[str, str], facts: dict) -> tuple[Path, int]:
@@ -160,7 +157,6 @@ def _write_index(store: Path, manifest: Manifest, names: dict[str, str], facts: 
     tables = {split: np.array(rows) for split, rows in splits.items()}
     identity = [[pair.id, pair.split, pair.input.key, pair.target.key] for pair in manifest.pairs]
     path = store / f"index-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}.npz"
-    facts |= {"clip_length": manifest.clip_length, "sample_rate": manifest.sample_rate}
     write_index(path, facts, tables)
     return path, sum(map(len, tables.values()))
 

@@ -20,6 +20,9 @@ from lib.model.rms_law import pair_rms
 from lib.training.losses import LossConfig, total_loss
 from lib.util.stats import Comparison, paired_comparison
 
+Models = Mapping[str, FusionModel]
+Measured = Mapping[str, Sequence[Mapping[str, float]]]  # output → one row of metrics per pair
+
 
 @torch.no_grad()
 def baseline_losses(pairs: LatentPairs, loss: LossConfig, untrained: Cascade) -> dict[str, float]:
@@ -43,9 +46,7 @@ def baseline_losses(pairs: LatentPairs, loss: LossConfig, untrained: Cascade) ->
 
 
 @torch.inference_mode()
-def fusions(
-    input: Tensor, target: Tensor, codec: Codec, models: Mapping[str, FusionModel]
-) -> Iterator[tuple[str, Tensor]]:
+def fusions(input: Tensor, target: Tensor, codec: Codec, models: Models) -> Iterator[tuple[str, Tensor]]:
     """Every fusion of two latents `[D, T]` by name, as sound `[1, N]` from the codec: each clip alone, the averages of
     waveforms and of latents, both clips combined by each fixed masking without a model, and every model's."""
     input, target = input[None], target[None]
@@ -62,10 +63,8 @@ def fusions(
     yield from ((name, codec.decode(x)[0]) for name, x in latents.items())
 
 
-def measure_fusions(
-    pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec, models: Mapping[str, FusionModel]
-) -> dict[str, list[dict[str, float]]]:
-    """`sound_metrics` of every output of `fusions`: name of the output → one row of metrics per pair."""
+def measure_fusions(pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec, models: Models) -> Measured:
+    """`sound_metrics` of every output of `fusions`."""
     rows: dict[str, list[dict[str, float]]] = {}
     for input, target in pairs:
         features = {name: sound_features(wav) for name, wav in fusions(input, target, codec, models)}
@@ -79,9 +78,7 @@ def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-def advantage(
-    rows: Mapping[str, Sequence[Mapping[str, float]]], name: str, over: str, songs: Sequence[tuple[str, str]]
-) -> Comparison:
+def advantage(rows: Measured, name: str, over: str, songs: Sequence[tuple[str, str]]) -> Comparison:
     """How far one output's figure of merit is above another's on the same pairs; `songs`: both songs of each pair."""
     differences = [a["merit"] - b["merit"] for a, b in zip(rows[name], rows[over], strict=True)]
     return paired_comparison(differences, *zip(*songs, strict=True))

@@ -1,18 +1,17 @@
 """Rows for the tables of notebook 04, numbers as text: the model's parts, masks, losses, fusions and baselines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from lib.evaluation.baselines import mean_metrics
+from lib.evaluation.baselines import Measured, mean_metrics
 from lib.model.discriminator import Discriminator
 from lib.model.fusion import FusionModel
 from lib.model.masks import Masks, complementarity
 from lib.util.stats import Comparison
 
 Row = dict[str, Any]
-Measured = Mapping[str, Sequence[Mapping[str, float]]]  # by `measure_fusions`
 STAGE_COLUMNS = "projection_rms", "rms_before_scaling", "output_rms", "target_scale", "applied_scale", "clamped"
 
 

@@ -72,9 +72,7 @@ class Job:
     masking: MaskingConfig
 
 
-def run_plan(
-    plan: Plan, index: Path, codec: str, folder: str | Path, *, workers: int | None = None
-) -> tuple[Result, ...]:
+def run_plan(plan: Plan, index: Path, codec: str, folder: str | Path, workers: int | None = None) -> tuple[Result, ...]:
     """All results of a plan, variant by variant, seed by seed; runs that are finished already are not repeated.
 
     `index`: latents by `encode_manifest`; `codec`: its name or folder. `workers`: how many at once, by default one per

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import gt, lt
 from typing import Any, NamedTuple
 
-from lib.evaluation.baselines import advantage
+from lib.evaluation.baselines import Measured, advantage
 from lib.lab import results as measured
 from lib.lab import variants
 from lib.lab.claims import NOT_TESTED, Verdict, judge
@@ -283,9 +283,7 @@ def audit_schedule(results: Runs, epochs: int) -> list[Verdict]:
     ]
 
 
-def audit_continuations(
-    measured: Mapping[str, Sequence[Mapping[str, float]]], name: str, songs: Sequence[tuple[str, str]]
-) -> Verdict:
+def audit_continuations(measured: Measured, name: str, songs: Sequence[tuple[str, str]]) -> Verdict:
     """C13: whether `name` has a higher figure of merit than the plain average, over `measure_fusions` of pairs."""
     pairs, found = len(measured[name]), advantage(measured, name, "average of latents", songs)
     return Said("C13", "continuations are coherent: they carry both clips better than their plain average does").of(

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lib.audio.plots import STYLE
 from lib.lab.plots import Waterfall, waterfalls
+from lib.lab.probes import untrained
 from lib.lab.variants import EXPLODING, VARIANTS
 from lib.listening.widgets import CONTROL, figure_png, observe
-from lib.model.cascade import Cascade, StageTrace, rms
+from lib.model.cascade import StageTrace, rms
 from lib.model.rms_law import pair_rms
 
 GRID = {  # what a headless run shows
@@ -30,7 +31,7 @@ GRID = {  # what a headless run shows
 class RmsExplorer:
     """The exploding three-stage cascade on a pair of latents `[1, D, T]`; the sliders change its last stage."""
 
-    def __init__(self, input: Tensor, target: Tensor, num_layers: int, seed: int = 0):
+    def __init__(self, input: Tensor, target: Tensor, num_layers: int):
         self.input, self.goal = input, pair_rms(rms(input), rms(target)).item()
         direction = input / input.norm()
         across = target - (target * direction).sum() * direction
@@ -39,9 +40,8 @@ class RmsExplorer:
         variant = next(variant for variant in VARIANTS if variant.name == EXPLODING)
         self.cascades = {}
         for spectral_norm in (True, False):
-            torch.manual_seed(seed)
             config = dataclasses.replace(variant, every={"spectral_norm": spectral_norm}).cascade(num_layers)
-            self.cascades[spectral_norm] = Cascade(config).eval()
+            self.cascades[spectral_norm] = untrained(config, seed=0)
         self.figure: Figure | None = None  # drawn once, then updated
         self.before_last = functools.lru_cache(maxsize=8)(self._before_last)
 

@@ -31,12 +31,10 @@ PREVIEW_STEPS = 20  # of the super-resolver's sampler, so that a listener does n
 class Listening:
     """Validation pairs and uploaded files, fused by runs that share a codec."""
 
-    def __init__(
-        self, codec: Codec, manifest: Manifest, runs: Mapping[str, Run], uploads: str | Path, superres: str | Path
-    ):
+    def __init__(self, codec: Codec, manifest: Manifest, runs: Mapping[str, Run], uploads: Path, superres: Path):
         """`runs`: name → run; the first is selected at the start. `uploads`: folder that keeps uploaded files, which
         recipes name. `superres`: folder of the super-resolver, which notebook 06 may not have trained yet."""
-        self.codec, self.runs, self.uploads, self.superres = codec, dict(runs), Path(uploads), Path(superres)
+        self.codec, self.runs, self.uploads, self.superres = codec, dict(runs), uploads, superres
         self.clip_length = manifest.clip_length
         pairs = [(pair.input, pair.target) for pair in manifest.split("val")]
         self.pairs = {describe_pair(*pair): tuple(whole_clip(manifest, clip) for clip in pair) for pair in pairs}

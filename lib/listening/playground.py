@@ -22,9 +22,9 @@ from lib.util.files import make_folder
 class Playground:
     """The clips of the validation pairs and all uploaded files, fused by any run with any settings."""
 
-    def __init__(self, listening: Listening, favourites: str | Path):
+    def __init__(self, listening: Listening, favourites: Path):
         """`favourites`: the folder that fusions are saved in."""
-        self.listening, self.favourites = listening, Path(favourites)
+        self.listening, self.favourites = listening, favourites
         self.clips = listening.clips | uploaded_clips(listening.uploads, listening.clip_length)
         self.first = tuple(self.clips)[:2]  # names of the first pair's input and target
 

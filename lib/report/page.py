@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import latex2mathml.converter
 import nbformat
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
@@ -18,9 +18,7 @@ from lib.util.files import write_atomic
 FOLDER = Path(__file__).with_name("templates")
 # code comes first: a $ in it begins no formula
 FORMULA = r"(?s)(?P<code>(?P<ticks>`+).+?(?P=ticks))|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$"
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined
-)
+TEMPLATES = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined)
 
 
 def write_page(path: Path, title: str, body: Markup, style: str = "") -> Path:
