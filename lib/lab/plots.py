@@ -105,9 +105,8 @@ def gradient_shares(groups: Groups) -> Figure:
                         axes.text(left + share / 2, y, f"{stage}", ha="center", va="center", fontsize=8, bbox=box)
                     left += share
         axes.set(xlabel="share of the squared gradient norm (number: stage)", xlim=(0, 1.02))
-        keys = [part for part in PARTS if part in used]
-        handles = [used[part] for part in keys]
-        figure.legend(handles, keys, fontsize=8, loc="outside upper center", ncols=max(1, len(keys)))
+        keys = {part: used[part] for part in PARTS if part in used}
+        figure.legend(keys.values(), keys, fontsize=8, loc="outside upper center", ncols=max(1, len(keys)))
     return figure
 
 

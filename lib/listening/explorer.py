@@ -42,7 +42,11 @@ class RmsExplorer:
         for spectral_norm in (True, False):
             config = dataclasses.replace(variant, every={"spectral_norm": spectral_norm}).cascade(num_layers)
             self.cascades[spectral_norm] = untrained(config, seed=0)
-        self.figure: Figure | None = None  # drawn once, then updated
+        with plt.rc_context(STYLE | {"axes.grid.axis": "y", "figure.constrained_layout.use": False}):
+            self.figure = Figure(figsize=(7, 3.3), dpi=90)  # drawn once, then updated
+            axes = self.figure.add_axes((0.09, 0.1, 0.72, 0.78))
+            self.waterfall = Waterfall(axes, variant.stages, self.goal)
+            axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         self.before_last = functools.lru_cache(maxsize=8)(self._before_last)
 
     @torch.inference_mode()
@@ -69,14 +73,7 @@ class RmsExplorer:
 
     def png(self, **settings: Any) -> bytes:
         """The waterfall of one setting as a PNG: what a slider redraws, in well under 200 ms."""
-        rows = self.traces(**settings)
-        if self.figure is None:
-            with plt.rc_context(STYLE | {"axes.grid.axis": "y", "figure.constrained_layout.use": False}):
-                self.figure = Figure(figsize=(7, 3.3), dpi=90)
-                axes = self.figure.add_axes((0.09, 0.1, 0.72, 0.78))
-                self.waterfall = Waterfall(axes, len(rows), self.goal)
-                axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        self.waterfall.update(rows)
+        self.waterfall.update(self.traces(**settings))
         return figure_png(self.figure)
 
     def grid(self) -> Figure:

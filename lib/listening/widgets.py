@@ -1,7 +1,4 @@
-"""What every panel is built from: styles, messages, pictures, uploaded files, and whether a front end shows widgets.
-
-A headless run (papermill, nbval, nbconvert) shows no widgets; it gets a static figure instead.
-"""
+"""What every panel is built from: styles, messages, pictures, uploaded files, and whether a front end shows widgets."""
 
 import contextlib
 import dataclasses
