@@ -179,11 +179,8 @@ def _check_files(root: Path, files: list[str], skipped: list[Skipped]) -> list[C
     return [result for result in results if isinstance(result, Clip)]
 
 
-Named = dict[tuple[str, str], dict[str, Clip]]  # (split, id) → role → file
-
-
-def _named_files(sources: list[Clip]) -> Named:
-    """Empty if the folder has no named pairs."""
+def _named_files(sources: list[Clip]) -> dict[tuple[str, str], dict[str, Clip]]:
+    """(split, id) → role → file; empty if the folder has no named pairs."""
     named = defaultdict(dict)
     for role in ("input", "target", "output"):  # in this order: a pair with both keeps its target
         for source in sources:
@@ -194,7 +191,9 @@ def _named_files(sources: list[Clip]) -> Named:
     return named
 
 
-def _named_pairs(sources: list[Clip], named: Named, clip_length: int, skipped: list[Skipped]) -> list[Pair]:
+def _named_pairs(
+    sources: list[Clip], named: dict[tuple[str, str], dict[str, Clip]], clip_length: int, skipped: list[Skipped]
+) -> list[Pair]:
     validation = {file.sha256 for (split, _), files in named.items() if split == "val" for file in files.values()}
     pairs, reasons = [], {}
     for (split, name), files in sorted(named.items()):
