@@ -109,15 +109,16 @@ def latent_histogram(latents: Mapping[str, Tensor]) -> Figure:
 
 
 @plt.rc_context(STYLE)
-def spectra(wavs: Mapping[str, Tensor], band_edge: float) -> Figure:
-    """Mean power spectra of `[1, N]` clips at 24 kHz in dB, and the upper edge of the codec's band (Hz)."""
+def spectra(wavs: Mapping[str, Tensor], band_edge: float | None) -> Figure:
+    """Mean power spectra of `[1, N]` clips at 24 kHz in dB, and the upper edge of the codec's band (Hz) if it has one."""
     figure, axes = plt.subplots(figsize=(7, 3.2))
     for (name, wav), colour in zip(wavs.items(), (INPUT, OUTPUT, TARGET), strict=False):
         power = torch.stft(wav[0], 2048, window=torch.hann_window(2048), return_complex=True).abs().square().mean(1)
         frequencies = torch.linspace(0, SAMPLE_RATE / 2000, len(power))
         axes.plot(frequencies, 10 * torch.log10(power + 1e-10), color=colour, label=name, linewidth=1)
-    edge = band_edge / 1000
-    axes.axvline(edge, color="black", linestyle=":", label=f"edge of the codec's band, {edge:g} kHz")
+    if band_edge:
+        label = f"edge of the codec's band, {band_edge / 1000:g} kHz"
+        axes.axvline(band_edge / 1000, color="black", linestyle=":", label=label)
     axes.set(xlabel="frequency (kHz)", ylabel="power (dB)")
     axes.legend()
     return figure

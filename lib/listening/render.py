@@ -24,7 +24,7 @@ from lib.training.batches import mix_noise
 from lib.training.run import Run
 from lib.util.configs import Count, NonNegative, Share, check, checked_dataclass, from_fields, number, whole
 from lib.util.errors import UserError
-from lib.util.files import FIX, file_sha256, naming, read_json, write_atomic
+from lib.util.files import file_sha256, naming, read_json, write_atomic
 from lib.util.provenance import versions
 from lib.util.tensors import torch_threads
 
@@ -167,9 +167,11 @@ def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str
         raise UserError(f"{found.path}: its weights are not those of {path}; name the run that has them, by --run")
     loaded = load_codec(codec or recipe["codec"]["name"])
     found.check_codec(loaded.fingerprint)
-    # the last bits of sums depend on how many threads share them
-    with naming(path, FIX), torch_threads(recipe["threads"]):
-        wav = render(model, loaded, *wavs, recipe["settings"]).wav
+    try:
+        with torch_threads(recipe["threads"]):  # the last bits of sums depend on how many threads share them
+            wav = render(model, loaded, *wavs, recipe["settings"]).wav
+    except UserError as error:  # a setting that this model does not have
+        raise UserError(f"{path}: {error}") from None
     equal = samples_sha256(wav) == recipe["output"]["samples_sha256"]
     return Rerendering(wav, equal, recipe["versions"], tuple(Path(clip.path) for clip in clips))
 

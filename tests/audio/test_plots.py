@@ -83,6 +83,8 @@ def test_spectra_peak_at_the_clips_frequency():
     assert x[int(np.argmax(y))] == pytest.approx(3.0, abs=0.02)  # kHz
     assert x[-1] == pytest.approx(12.0)
     assert curve(axes, "edge of the codec's band, 4.8 kHz")[0] == [4.8, 4.8]
+    (axes,) = plots.spectra({"a": sine(3000)}, None).axes
+    assert len(axes.lines) == 1
 
 
 def test_latent_histogram_has_the_rms_and_a_normal_distribution():
