@@ -31,7 +31,7 @@ UPPER_BAND = {"num_songs": 24, "seconds": 8.0, "sample_rate": 48_000}  # demo so
 
 @dataclass(frozen=True)
 class Project:
-    """A preset at work: its folder, codec, pairs and latents."""
+    """An opened project: a preset with its folder, codec, pairs and latents."""
 
     preset: Preset
     out_dir: Path
@@ -109,7 +109,7 @@ def open_project(
     codec = load_codec(preset.codec)
     data = ROOT / data_dir if data_dir else demo_folder("demo", preset.data.seed)
     if out.resolve().is_relative_to(data.resolve()):
-        raise UserError(f"{out}: is inside the data folder, so its sound would become training music; choose another")
+        raise UserError(f"{out}: is inside the data folder, where its audio would become training data; choose another")
     make_folder(out)
     main_first = processes.main_process_first if processes else contextlib.nullcontext
     cache = ROOT / "data" / "latents"

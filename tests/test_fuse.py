@@ -369,7 +369,7 @@ def test_a_recipe_reproduces_its_samples_in_another_process(tmp_path, recipe):
     assert np.sqrt(np.mean(again**2)) > 0.01
 
 
-def test_other_samples_than_the_recipes_are_exit_code_1_and_still_written(tmp_path, recipe, call, monkeypatch):
+def test_samples_that_differ_from_the_recipe_exit_with_1_and_still_written(tmp_path, recipe, call, monkeypatch):
     values = json.loads(recipe.read_text())
     values["output"]["samples_sha256"] = "0" * 64
     values["versions"] = {"torch": "1.0.0", "commit": "abc1234"}

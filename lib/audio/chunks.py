@@ -15,7 +15,7 @@ Chunk = TypeVar("Chunk")
 
 
 def chunk_starts(num_samples: int, chunk: int, overlap: int) -> list[int]:
-    """First samples of the chunks that cover `num_samples`; the last chunk ends there or beyond."""
+    """Start positions of the chunks that cover `num_samples`, in samples; the last chunk ends there or beyond."""
     return list(range(0, max(1, num_samples - overlap), chunk - overlap))
 
 
@@ -29,7 +29,7 @@ def reading(read: Callable[[int], Chunk], starts: Sequence[int], description: st
 def crossfaded(
     chunks: Iterable[Tensor], overlap: int, *, margin: int = 0, keep_power: bool = False
 ) -> Iterator[Tensor]:
-    """The pieces `[C, n]` of one signal, from chunks `[C, N]` of which each shares `overlap` samples with the next. The
+    """The pieces `[C, n]` of one signal, from chunks `[C, N]` that each overlap the next by `overlap` samples. The
     last `margin` samples of a chunk are dropped where another follows. The fade is linear in amplitude, for renderings
     that add in phase. `keep_power` also suits others, of correlation ρ: its gains a and b have a² + b² + 2·ρ·a·b = 1,
     linear for ρ = 1 and equal power for ρ = 0."""

@@ -110,7 +110,7 @@ def latent_histogram(latents: Mapping[str, Tensor]) -> Figure:
 
 @plt.rc_context(STYLE)
 def spectra(wavs: Mapping[str, Tensor], band_edge: float | None) -> Figure:
-    """Mean power spectra of `[1, N]` clips at 24 kHz in dB, and the upper edge of the codec's band (Hz) if it has one."""
+    """Mean power spectra of `[1, N]` clips at 24 kHz in dB, and the upper edge of the codec's band (Hz), if any."""
     figure, axes = plt.subplots(figsize=(7, 3.2))
     for (name, wav), colour in zip(wavs.items(), (INPUT, OUTPUT, TARGET), strict=False):
         power = torch.stft(wav[0], 2048, window=torch.hann_window(2048), return_complex=True).abs().square().mean(1)

@@ -101,7 +101,7 @@ def untrained(config: CascadeConfig, seed: int) -> Cascade:
 
 
 def predictions(config: CascadeConfig, x: Tensor, y: Tensor) -> list[tuple[StagePrediction, ...]]:
-    """The law for every pair, which it knows by two RMS and a cosine."""
+    """The law's prediction for each pair, from its two RMS values and cosine."""
     known = zip(rms(x).tolist(), rms(y).tolist(), cosine(x, y).tolist(), strict=True)
     return [config.predict_rms(Clips(*clips)) for clips in known]
 
@@ -188,7 +188,7 @@ def mixing_holds(config: CascadeConfig, row: Mapping[str, float]) -> bool:
 
 
 def training_row(name: str, config: CascadeConfig, runs: Runs, predicted: float, when: str) -> Row:
-    """The last stage at the 'start' or the 'end' of training, and the error of the law, which knows no training."""
+    """The last stage at the 'start' or 'end' of training, and the error of the law, which does not model training."""
     names = ("projection_rms", "alignment", "rms_before_scaling")
     p, rho, m = ([getattr(run, when)[last_stage(config, name)] for run in runs] for name in names)
     row = {"variant": name, "when": {"start": "first tenth", "end": "last tenth"}[when]}
@@ -197,7 +197,7 @@ def training_row(name: str, config: CascadeConfig, runs: Runs, predicted: float,
     if when == "end":
         row["ceiling now"] = describe([run.final[last_stage(config, "ceiling")] for run in runs if run.final])
         holds = [mixing_holds(config, step) for run in runs for step in training_steps(run.run)]
-        row["steps with step 4 within 5 %"] = f"{statistics.mean(holds):.0%}"
+        row["steps with mixing (7) within 5 %"] = f"{statistics.mean(holds):.0%}"
     return row
 
 

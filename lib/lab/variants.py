@@ -2,7 +2,7 @@
 
 To add one, add a `Variant` to the tuple of its group. `factor` names the group: what its members change, or 'named',
 the settings that the seeds describe; 'protection', a 2×2×2 of the three protections on the exploding cascade; 'cause',
-a 2×2×2 of the three causes that the seeds name; 'weak residual', ways to keep one; 'schedule', whole trainings.
+a 2×2×2 of the three causes that the seeds name; 'weak residual', ways to keep one; 'schedule', whole training runs.
 """
 
 import dataclasses

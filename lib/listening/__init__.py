@@ -4,7 +4,7 @@
 - `panel`: `Listening`, validation pairs and uploaded files, fused by one or several runs
 - `playground`: `Playground`, one input with several targets, and the model's settings on sliders
 - `explorer`: `RmsExplorer`, sliders over the RMS of an untrained cascade
-- `dashboard`: `watch` and `Dashboard`, a training with its curves, clips and a stop button
+- `dashboard`: `watch` and `Dashboard`, a training run with its curves, clips and a stop button
 - `player`: `Players` that keep levels as they are (`player.js`: their panel, with a blind test)
 - `widgets`: what the panels share; `show` displays one where a front end can
 

@@ -1,4 +1,4 @@
-"""Watch a training: curves, time left, the newest clips and a button that stops it.
+"""Watch a training run: curves, time left, the newest clips and a button that stops it.
 
 `watch("outputs/demo")` shows a run that trains anywhere on the same file system; notebook 04 shows the same panel below
 its cell. Everything is read from the run's folder, where the button writes a file that training looks for.

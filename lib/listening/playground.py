@@ -125,7 +125,7 @@ class _Panel:
     def save(self, button: Any) -> None:
         with self.message.show_errors():
             if self.favourite.value is None:
-                raise UserError("save the fusion with: nothing to save yet; choose a target that plays")
+                raise UserError("nothing to save yet: choose a target whose fusion is playing")
             choices = (self.name, self.run, self.input, self.favourite)
             recipe = self.playground.save(*(choice.value for choice in choices), self.settings())
             again = f"python -m lib.fuse --recipe {shlex.quote(str(recipe))} -o again.wav"

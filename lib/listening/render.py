@@ -177,7 +177,7 @@ def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str
 
 
 def samples_sha256(wav: Tensor) -> str:
-    """Of the samples as little-endian float32, independent of the file's format."""
+    """SHA-256 of the samples as little-endian float32, independent of the file's format."""
     return hashlib.sha256(wav.numpy().astype("<f4").tobytes()).hexdigest()
 
 

@@ -52,7 +52,7 @@ def sinusoidal_positions(T: int, d: int, device: torch.device) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`; on a CPU, where that took a fifth of a training step, from 16 random bits an element. Kept values
+    """`nn.Dropout`; on a CPU it draws 16 random bits per element, as the stock one took a fifth of a step. Kept values
     are divided by the share that is really kept, so the expectation is exact."""
 
     def forward(self, x: Tensor) -> Tensor:

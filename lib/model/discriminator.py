@@ -6,7 +6,7 @@ from lib.model.cascade import LATENT_DIM
 
 
 class Discriminator(nn.Module):
-    """Tells real latents from generated ones: `[B, D, T]` → one logit a clip `[B]`, positive for real. 3,802,881
+    """Tells real latents from generated ones: `[B, D, T]` → one logit per clip `[B]`, positive for real. 3,802,881
     parameters, named as in the original checkpoints: four convolutions, mean over time, two linear layers. Clips may
     have any length."""
 

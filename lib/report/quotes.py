@@ -48,18 +48,19 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     runs += "lowest to the highest run, a verdict is given where all runs agree"
     outputs = "trained model", *seeded[0]["against"]
     merits = ", ".join(f"{name} {span([row['merit'][name] for row in seeded])}" for name in outputs)
+    against = alike([row["against_envelope"] for row in seeded], "the mean envelope at ")
     gains = ", ".join(f"{span([mean_of(row['gain'][c]) for row in seeded])} at {c}" for c in seeded[0]["gain"])
     lines = [
-        f"{runs if len(seeded) > 1 else 'One run'} (Student's t, 5 %, standard errors clustered by song).",
+        f"{runs if len(seeded) > 1 else 'One run'} (t-test at the 5 % level, standard errors clustered by song).",
         "",
         f"- **Fusion.** Figure of merit: {merits}. Verdicts: {alike([row['against'] for row in seeded])}.",
         "- **Super-resolution**, trained only briefly. LSD reduction relative to the mean envelope, negative where "
-        f"the model is worse: {gains}. Verdicts: {alike([row['against_envelope'] for row in seeded], 'it at ')}.",
+        f"the model is worse: {gains}. Verdicts: {against}.",
     ]
     by_run = {row["run"]: row for row in rows}
     if "no-vectors" in by_run:
         here, *others = (by_run[name] for name in ("as it is", "songs-0-seed-0", "no-vectors"))
-        lines.append(f"- **Other processors.** {moved(here, others)}")
+        lines.append(f"- **Other CPUs.** {moved(here, others)}")
     return lines
 
 
@@ -105,7 +106,7 @@ def speed(rows: Sequence[Mapping[str, Any]]) -> str:
         own = [row for row in rows if row["what"] == what]
         ratio, highest = (span([row[name] for row in own]) for name in ("ratio", "highest_ratio"))
         memory = span([row["here_mib_per_clip"] / row["baseline_mib_per_clip"] for row in own])
-        fast = f"{ratio} times as fast as the stock build (highest possible: {highest})"
+        fast = f"{ratio} times as fast as stock PyTorch (upper bound: {highest})"
         parts.append(f"{what.capitalize()}: {fast}, with {memory} of its memory.")
     return f"{' '.join(parts)} Each size: [bench.md](outputs/record/bench.md)."
 

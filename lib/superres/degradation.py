@@ -82,7 +82,7 @@ def read_library(folder: str | Path, clip_length: int) -> Library:
         try:
             report, seconds = check_audio(path), clip_length / SAMPLE_RATE
             if (rate := report.sample_rate) < LOWEST_RATE:
-                raise AudioError(path, f"its rate is {rate} Hz, which holds no upper band; use 44.1 kHz or more")
+                raise AudioError(path, f"its sample rate of {rate} Hz leaves no upper band; use 44.1 kHz or more")
             if report.samples_at(SAMPLE_RATE) < clip_length:
                 raise AudioError(path, f"shorter than a clip of {seconds:g} s; use longer music or shorter clips")
             songs.setdefault(report.sha256, report)  # copies count once

@@ -99,7 +99,7 @@ class SuperResolver:
         return griffin_lim(mel, low, bin_of(cutoff), noise=noise)
 
     def starts(self, num_samples: int) -> list[int]:
-        """First samples of the overlapping clips that cover a signal."""
+        """Start positions of the overlapping clips that cover a signal, in samples."""
         return chunk_starts(num_samples, self.clip_length, round(OVERLAP * self.clip_length))
 
     def restored(self, clips: Iterable[Tensor], cutoff: float, settings: Restoration = DEFAULTS) -> Iterator[Tensor]:

@@ -6,7 +6,7 @@
 - `batches`: which pairs a step takes, prefetched
 - `trainer`: the loop, with validation, checkpoints, resuming and callbacks; `run`: the run directory
 - `distributed`: several processes; `nonfinite`: where a NaN appeared first
-- `callbacks`: demo clips and TensorBoard; `plots`: figures of a training
+- `callbacks`: demo clips and TensorBoard; `plots`: figures of a training run
 """
 
 from lib.training.config import TrainConfig

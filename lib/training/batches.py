@@ -12,7 +12,7 @@ from lib.training.config import LoopConfig
 from lib.util.files import prefetch
 
 Batch = tuple[Tensor, Tensor]  # the first and the second of its pairs, [B, …] each
-# What a training reads, in several threads: all firsts have one shape, and all seconds. It has a `clip_length`, samples
+# What training reads, in several threads: all firsts have one shape, and all seconds. It has a `clip_length`, samples
 # of sound that a pair stands for, and a `sample_rate` in Hz.
 Pairs = Sequence[Batch]
 
@@ -29,7 +29,7 @@ def epoch_order(num_pairs: int, epoch: int, seed: int, shuffled: float = 0.0) ->
 
 
 class TrainingOrder:
-    """The position of a training in its data: the epoch, and how many of its pairs have been taken. A checkpoint holds
+    """The position of training in its data: the epoch, and how many of its pairs have been taken. A checkpoint holds
     these two; everything else follows from the config and the number of processes, which may differ after a resume."""
 
     def __init__(self, num_pairs: int, config: LoopConfig, rank: int = 0, processes: int = 1):

@@ -1,4 +1,4 @@
-"""Callbacks of a training: clips to listen to, and TensorBoard."""
+"""Callbacks of training: clips to listen to, and TensorBoard."""
 
 from typing import Any
 

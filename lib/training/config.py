@@ -1,4 +1,4 @@
-"""Every setting of a training, with the reason beside its default; those of the objective are in `losses`."""
+"""Every setting of training, with the reason beside its default; those of the objective are in `losses`."""
 
 import math
 from dataclasses import field

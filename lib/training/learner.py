@@ -36,7 +36,7 @@ Losses = tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]  # loss,
 
 @dataclass(frozen=True)
 class StepInfo:
-    """Where in a training a step is."""
+    """Where in training a step is."""
 
     step: int  # from 0
     epoch: int = 0  # from 0
@@ -74,7 +74,7 @@ class Learner:
         return {}
 
     def warnings(self, row: dict[str, Any]) -> dict[Hashable, str]:
-        """Signs of trouble in a step's row. For each key, only a training's first message is logged."""
+        """Signs of trouble in a step's row. For each key, only the first message is logged."""
         return {}
 
     @property

@@ -23,7 +23,7 @@ STFT_SIZES = (512, 1024, 2048)  # samples
 OUTLIER_DEVIATIONS = 3.0  # above a band's mean in the sources, in its standard deviations
 
 Decode = Callable[[Tensor], Tensor]  # latents [B, D, T] → sound [B, 1, N], differentiable
-Critic = Callable[[Tensor], Tensor]  # latents [B, D, T] → logits [B], positive for music
+Critic = Callable[[Tensor], Tensor]  # latents [B, D, T] → logits [B], positive for real
 
 
 @checked_dataclass

@@ -1,4 +1,4 @@
-"""Where a NaN or an infinity appeared first: the report of a training that must stop."""
+"""Where a NaN or an infinity appeared first: the report of training that must stop."""
 
 import re
 from collections.abc import Callable, Sequence

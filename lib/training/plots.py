@@ -1,4 +1,4 @@
-"""Figures of a training: losses, gradients, stages, masks. Each function returns a matplotlib figure.
+"""Figures of a training run: losses, gradients, stages, masks. Each function returns a matplotlib figure.
 
 Rows are those of metrics.jsonl; a value that was not finite is null there and leaves a gap.
 """

@@ -52,7 +52,7 @@ class Run:
                 os.rename(path / "replaced", path / f"replaced-{len(list(path.glob('replaced-*'))) + 1}")
             else:
                 shutil.rmtree(path / "replaced", ignore_errors=True)
-        # an earlier run without its config.json is what a kill left on its way to replaced/
+        # an earlier run without its config.json was left half-moved to replaced/ by a kill
         for item in (path / name for name in ("config.json", "metrics.jsonl", "checkpoints", "best", "last")):
             if item.is_symlink() or item.exists():
                 (path / "replaced").mkdir(exist_ok=True)
@@ -95,7 +95,7 @@ class Run:
             fix = "resume with its own config, start again without resume, or choose another output folder"
             raise UserError(f"{path}: holds a run with another config ({'; '.join(differences[:4])}); {fix}")
         if missing := [part for part in code if part not in run.trained_by]:
-            logger.warning("%s: is resumed by other code than began it, and will not be reused when finished", path)
+            logger.warning("%s: was started by other code; it resumes, but will not be reused when finished", path)
             run.config["code"] = [*run.trained_by, *missing]
             write_atomic(path / "config.json", json.dumps(run.config, indent=1))
         run.config |= {part: had[part] for part in free}

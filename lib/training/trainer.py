@@ -30,7 +30,7 @@ VAL_BATCH = 8
 
 
 class Callback:
-    """Watches a training, in the main process. It must not change the model."""
+    """Watches training, in the main process. It must not change the model."""
 
     def on_start(self, trainer: "Trainer") -> None:
         """Before the first step, of a resumed run too."""

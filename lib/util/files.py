@@ -109,8 +109,8 @@ def file_sha256(path: Path) -> str:
 
 
 def prefetch(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int) -> Iterator[Result]:
-    """`map` in threads, in order. While one result is used, the next ones are computed: as many as there are threads,
-    so that memory stays bounded. An error is raised in its own place. Closing the iterator ends the threads."""
+    """`map` in threads, in order. While one result is used, as many of the next as there are threads are computed, so
+    that memory stays bounded. An error is raised when its result is reached. Closing the iterator ends the threads."""
     pool = ThreadPoolExecutor(threads, "prefetch")
     pending: deque[Future[Result]] = deque()
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import scipy.special
 
-TEST = "Student's t, 5 %, standard errors clustered by song"  # to be named beside the words below
+TEST = "t-test at the 5 % level, standard errors clustered by song"  # to be named beside the words below
 WORDS = {1: "better than", -1: "worse than", 0: "no statistically significant difference from"}  # by verdict
 COUNTED = {verdict: words + " {count} of {total} ({names})" for verdict, words in WORDS.items()}
 

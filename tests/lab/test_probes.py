@@ -177,7 +177,7 @@ def scaled(clamp: tuple[float, float] | None, level: float, goal: float) -> tupl
 
 
 @pytest.mark.parametrize(("level", "factor"), [(1.0, 1.5), (20.0, 0.7)])
-def test_a_clamped_factor_stretches_all_directions_alike(level, factor):
+def test_a_clamped_scale_stretches_all_directions_alike(level, factor):
     assert scaled((0.7, 1.5), level, goal=5.0) == pytest.approx((factor, factor), rel=1e-9)
 
 
@@ -369,7 +369,7 @@ def test_training_is_shown_beside_the_law_and_its_bound(pair, monkeypatch):
     first, last = (training_row(EXPLODING, config, [result()], 0.61**0.5 / 1.1, when) for when in ("start", "end"))
     assert (first["when"], first["error of the law"]) == ("first tenth", "+10%")
     assert "ceiling now" not in first
-    assert (last["ceiling now"], last["steps with step 4 within 5 %"]) == ("1.80", "67%")
+    assert (last["ceiling now"], last["steps with mixing (7) within 5 %"]) == ("1.80", "67%")
 
 
 @pytest.mark.parametrize(("end", "holds"), [(1.0, "yes"), (0.9, "no")])

@@ -428,7 +428,7 @@ def test_a_headless_run_gets_the_curves_as_they_are(run, monkeypatch):
     plt.close(figure)
 
 
-def test_a_place_without_a_run_is_reported(tmp_path):
+def test_a_folder_without_a_run_is_reported(tmp_path):
     with pytest.raises(UserError, match="no run here"):
         watch(tmp_path)
 

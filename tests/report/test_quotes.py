@@ -72,8 +72,8 @@ def test_only_what_held_in_every_run_is_said_with_the_range():
     assert "Figure of merit: trained model 0.70 to 0.91, average 0.50, masks 0.60." in text
     assert f"Verdicts: better than average; {DIFFERENT} masks." in text
     assert "the model is worse: −0.10 at 2 kHz, 0.20 at 4 kHz." in text
-    assert "Verdicts: no difference to it at 2 kHz; better than it at 4 kHz." in text
-    assert "Other processors" not in text
+    assert "Verdicts: no difference to the mean envelope at 2 kHz; better than the mean envelope at 4 kHz." in text
+    assert "Other CPUs" not in text
 
 
 def test_a_record_without_variations_quotes_the_one_run():
@@ -92,7 +92,7 @@ def test_what_moves_on_other_processors_is_said():
     bare["claims"]["C2: b"], bare["pairs"] = "reproduced", "q"
     other = "the demo has OTHER pairs and split, and 5 of its 6 verdicts are the same, all but: C2: b. "
     assert moved(here, [thread, bare]).endswith(other + moves)
-    assert "Other processors" in "\n".join(results([here, thread | {"data_seed": 0, "seed": 0}, bare]))
+    assert "Other CPUs" in "\n".join(results([here, thread | {"data_seed": 0, "seed": 0}, bare]))
 
 
 def test_small_numbers():
@@ -111,7 +111,7 @@ def test_speed_is_quoted_over_all_sizes():
         }
 
     said = speed([row("training step", 1.234, 1.0), row("training step", 2.5, 2.0), row("inference", 1.5, 3.0)])
-    faster = "times as fast as the stock build (highest possible: 3.00)"
+    faster = "times as fast as stock PyTorch (upper bound: 3.00)"
     step = f"Training step: 1.23 to 2.50 {faster}, with 0.25 to 0.50 of its memory."
     inference = f"Inference: 1.50 {faster}, with 0.75 of its memory."
     assert said == f"{step} {inference} Each size: [bench.md](outputs/record/bench.md)."

@@ -189,7 +189,7 @@ def test_first_channels_are_the_noisy_latents_and_last_the_low_ones():
         {"attention": (False, False, False), "head_channels": 8},
     ],
 )
-def test_every_option_runs_forth_and_back(changes):
+def test_every_option_runs_forward_and_backward(changes):
     """Every parameter gets a gradient; with 'pooled' what compares questions and keys gets none (C18)."""
     denoiser, batch = tiny(**changes), inputs()
     made = denoiser(**batch, keeps_context=torch.tensor([True, True, False]))

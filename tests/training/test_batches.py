@@ -149,7 +149,7 @@ def test_steps_may_be_asked_for_before_those_before_them_are_taken():
     assert (ahead.epoch, ahead.position) == (0, 2)
 
 
-def test_the_order_of_a_million_pairs_is_made_as_it_is_asked_for():
+def test_the_order_of_a_million_pairs_is_generated_lazily():
     """The first step of an epoch costs no more objects than the first of a small one."""
     order = TrainingOrder(1_000_000, TrainConfig(epochs=1000, batch_size=8))
     tracemalloc.start()

@@ -553,7 +553,7 @@ def test_an_unfinished_run_by_other_code_is_resumed_and_not_reused_when_finished
     take_steps(begin("a"), 3, 5)
     run = begin("b", train={"steps": 6, "rate": 0.1})
     assert run.saved_step == 3
-    assert "is resumed by other code than began it" in caplog.text
+    assert "was started by other code; it resumes" in caplog.text
     assert Run.open(tmp_path).config == run.config | {"train": {"steps": 5, "rate": 0.1}, "code": ["a", "b"]}
     assert begin("b").saved_step == 3
     assert not caplog.records  # said once

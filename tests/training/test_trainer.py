@@ -1235,7 +1235,7 @@ def test_a_run_that_other_code_began_is_resumed_but_not_reused(start, tmp_path, 
         start(callbacks=(Press(5),))
     edit_code("lib.training.trainer")
     run = start(resume=True)
-    assert "is resumed by other code than began it" in caplog.text
+    assert "was started by other code; it resumes" in caplog.text
     assert len(run.config["code"]) == 2
     assert run.is_finished
     start(resume=True)

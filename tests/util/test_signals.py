@@ -76,7 +76,7 @@ def test_a_file_asks_for_a_stop_as_long_as_it_is_there(handled, tmp_path):
     assert not file.exists()
 
 
-def test_a_file_from_before_is_forgotten(handled, tmp_path):
+def test_a_stale_stop_file_is_ignored(handled, tmp_path):
     file = tmp_path / "stop"
     file.touch()
     stop = StopSignals(file=file)
