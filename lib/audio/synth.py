@@ -247,6 +247,7 @@ def _snare(frequency: float, rng: np.random.Generator, sample_rate: int) -> np.n
 
 # NumPy and the C library choose sin, exp, tanh, pow and log by the processor, and the last bits differ. The functions
 # below use only what IEEE 754 defines exactly: sums, products and quotients of pairs, rounding, powers of two.
+# `np.polyval` is Horner's rule.
 
 
 def _sin(turns: np.ndarray) -> np.ndarray:
@@ -254,22 +255,13 @@ def _sin(turns: np.ndarray) -> np.ndarray:
     shifted = turns - 0.25
     shifted -= np.rint(shifted)
     x = 0.25 - np.abs(shifted)
-    return x * _polynomial(x * x, _SINE)
+    return x * np.polyval(_SINE, x * x)
 
 
 def _exp(x: np.ndarray) -> np.ndarray:
     """Relative error below 1e-12: 2^k·exp(r), |r| ≤ ln(2)/2, exp(r) by its Taylor series."""
     exponent = np.rint(x / math.log(2))
-    return np.ldexp(_polynomial(x - exponent * math.log(2), _EXPONENTIAL), exponent.astype(np.int32))
-
-
-def _polynomial(x: np.ndarray, coefficients: list[float]) -> np.ndarray:
-    """Horner's rule; highest power first."""
-    total = np.full(len(x), coefficients[0])
-    for coefficient in coefficients[1:]:
-        total *= x
-        total += coefficient
-    return total
+    return np.ldexp(np.polyval(_EXPONENTIAL, x - exponent * math.log(2)), exponent.astype(np.int32))
 
 
 _EXPONENTIAL = [1 / math.factorial(n) for n in range(11, -1, -1)]
