@@ -78,14 +78,12 @@ def clip_image(wav: Tensor, colour: str = INPUT, sample_rate: int = SAMPLE_RATE)
 
 
 @plt.rc_context(STYLE)
-def waveform_and_latents(wav: Tensor, latents: Tensor, title: str, sample_rate: int = SAMPLE_RATE) -> Figure:
+def waveform_and_latents(wav: Tensor, latents: Tensor, title: str) -> Figure:
     """A clip as waveform `[1, N]`, mel spectrogram and latents `[D, T]`."""
     figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(9, 6.5), height_ratios=(1, 1.5, 1.5), sharex=True)
-    _draw_waveform(top, wav, sample_rate, INPUT)
-    top.set_title(title)
-    figure.colorbar(_draw_mel(middle, wav, sample_rate), ax=middle, label=DECIBELS)
-    limit = float(latents.abs().quantile(0.995)) if latents.numel() < 1e7 else float(latents.abs().max())
-    picture = draw_image(bottom, latents.numpy(), wav.shape[-1] / sample_rate, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    figure.colorbar(_draw_clip(top, middle, wav, INPUT, title), ax=middle, label=DECIBELS)
+    limit = latents.abs().quantile(0.995).item()
+    picture = draw_image(bottom, latents.numpy(), wav.shape[-1] / SAMPLE_RATE, cmap="RdBu_r", vmin=-limit, vmax=limit)
     bottom.set(ylabel="latent channel", xlabel="time (s)")
     figure.colorbar(picture, ax=bottom, label="latent value")
     return figure
@@ -140,15 +138,13 @@ def mixing_maps(taken: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -> F
 
 
 @plt.rc_context(STYLE)
-def waveforms_and_mels(wavs: Mapping[str, Tensor], sample_rate: int = SAMPLE_RATE) -> Figure:
+def waveforms_and_mels(wavs: Mapping[str, Tensor]) -> Figure:
     """Clips `[1, N]` side by side on the same scale: waveform above, mel spectrogram below."""
     size = (3.4 * len(wavs), 4.2)
     figure, axes = plt.subplots(2, len(wavs), figsize=size, sharex=True, sharey="row", squeeze=False)
     colours = itertools.cycle((INPUT, TARGET, OUTPUT, AVERAGE))
     for (name, wav), (top, bottom), colour in zip(wavs.items(), axes.T, colours, strict=False):
-        _draw_waveform(top, wav, sample_rate, colour)
-        picture = _draw_mel(bottom, wav, sample_rate)
-        top.set_title(name)
+        picture = _draw_clip(top, bottom, wav, colour, name)
         bottom.set_xlabel("time (s)")
         top.label_outer()
         bottom.label_outer()
@@ -168,19 +164,15 @@ def mel_axes(titles: Sequence[str], width: float, height: float) -> tuple[Figure
     return figure, list(axes.flat[: len(titles)])
 
 
-def _draw_waveform(axes: plt.Axes, wav: Tensor, sample_rate: int, colour: str) -> None:
-    """Minimum and maximum of each of about 1,000 slices."""
+def _draw_clip(top: plt.Axes, bottom: plt.Axes, wav: Tensor, colour: str, title: str) -> AxesImage:
+    """Minimum and maximum of each of about 1,000 slices of the waveform, and below them its mel spectrogram."""
     width = max(1, wav.shape[-1] // 1000)
     slices = wav[0, : wav.shape[-1] // width * width].numpy().reshape(-1, width)
-    time = np.arange(len(slices)) * width / sample_rate
-    axes.fill_between(time, slices.min(1), slices.max(1), color=colour, linewidth=0.3)
-    axes.set_ylabel("amplitude")
-
-
-def _draw_mel(axes: plt.Axes, wav: Tensor, sample_rate: int) -> AxesImage:
-    axes.set_ylabel("mel band")
-    seconds = wav.shape[-1] / sample_rate
-    return draw_image(axes, mel_db(wav, sample_rate).numpy(), seconds, cmap="magma", vmin=-80, vmax=0)
+    time = np.arange(len(slices)) * width / SAMPLE_RATE
+    top.fill_between(time, slices.min(1), slices.max(1), color=colour, linewidth=0.3)
+    top.set(title=title, ylabel="amplitude")
+    bottom.set_ylabel("mel band")
+    return draw_image(bottom, mel_db(wav).numpy(), wav.shape[-1] / SAMPLE_RATE, cmap="magma", vmin=-80, vmax=0)
 
 
 def draw_image(axes: plt.Axes, values: np.ndarray, seconds: float, **options: Any) -> AxesImage:
