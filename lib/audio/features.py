@@ -50,7 +50,7 @@ class Sound:
     @functools.cached_property
     def chroma(self) -> Tensor:
         """Power of the twelve pitch classes, from C, normalised to sum 1 in each frame: `[B, 12, F]`."""
-        options = {"window": _hann(CHROMA_FFT, self.wav.device), "pad_mode": "constant", "return_complex": True}
+        options = {"window": hann(CHROMA_FFT, self.wav.device), "pad_mode": "constant", "return_complex": True}
         spectrum = torch.stft(self.wav[:, 0], CHROMA_FFT, HOP * 4, **options)
         power = spectrum.real.square() + spectrum.imag.square()  # [B, CHROMA_FFT / 2 + 1, F]
         classes = _chroma_bank(self.wav.device) @ power
@@ -59,7 +59,7 @@ class Sound:
 
 def magnitudes(wav: Tensor, size: int) -> Tensor:
     """STFT magnitudes, window `size`, hop a quarter of it: `[B, 1, N] → [B, size / 2 + 1, F]`. N above `size / 2`."""
-    spectrum = torch.stft(wav[:, 0], size, size // 4, window=_hann(size, wav.device), return_complex=True)
+    spectrum = torch.stft(wav[:, 0], size, size // 4, window=hann(size, wav.device), return_complex=True)
     return (spectrum.real.square() + spectrum.imag.square()).clamp_min(FLOOR).sqrt()
 
 
@@ -81,16 +81,15 @@ def rhythm_similarity(x: Sound, y: Sound) -> Tensor:
 
 
 @cached_table
-def _hann(size: int, device: torch.device) -> Tensor:
+def hann(size: int, device: torch.device) -> Tensor:
     return torch.hann_window(size, device=device)
 
 
 @cached_table
 def _mel(device: torch.device) -> torchaudio.transforms.MelSpectrogram:
-    mel = torchaudio.transforms.MelSpectrogram(
+    return torchaudio.transforms.MelSpectrogram(
         SAMPLE_RATE, MEL_FFT, hop_length=HOP, n_mels=MEL_BANDS, norm="slaney", mel_scale="slaney", pad_mode="constant"
-    )
-    return mel.to(device)
+    ).to(device)
 
 
 @cached_table

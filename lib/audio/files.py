@@ -51,7 +51,6 @@ class AudioReport:
     sample_rate: int
     channels: int
     num_frames: int  # at the file's own rate, as decoded
-    peak: float  # of the mono mix
     sha256: str  # of the file's bytes, hex
 
     def samples_at(self, sample_rate: int) -> int:
@@ -106,7 +105,7 @@ def check_audio(path: str | Path, min_samples: int = MIN_SAMPLES) -> AudioReport
     tolerance = rate if kind == "MP3" else 0
     if announced - decoded > tolerance or (kind == "OGG" and not _ogg_is_complete(path)):
         raise AudioError(path, f"truncated: only {decoded / rate:.2f} s are left; copy it again or export it again")
-    report = AudioReport(Path(path), rate, channels, decoded, peak, file_sha256(Path(path)))
+    report = AudioReport(Path(path), rate, channels, decoded, file_sha256(Path(path)))
     if report.num_samples < min_samples:
         fault = f"only {report.num_samples} samples at 24 kHz, less than one codec frame ({MIN_SAMPLES})"
         raise AudioError(path, f"{fault}; use a longer recording")

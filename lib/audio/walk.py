@@ -28,11 +28,10 @@ def walk_audio(root: Path, ignore: Iterable[Path] = ()) -> tuple[list[str], list
         skipped.append(Skipped(relative, f"folder cannot be read ({error.strerror}); check its permissions"))
 
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
+        if (place := os.path.realpath(folder)) in seen:
             subfolders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(place)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             relative = path.relative_to(root).as_posix()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lib.audio.features import hann
 from lib.superres.degradation import Degradation, Examples, Library
 from lib.superres.mel import N_FFT, bin_of, log_mel
 from lib.superres.resolver import DEFAULTS, Restoration, SuperResolver, join_bands
@@ -51,8 +52,7 @@ def lsd(estimate: Tensor, reference: Tensor, *, above: float = 0.0, matched: boo
 
 
 def _magnitudes(wav: Tensor) -> Tensor:
-    window = torch.hann_window(N_FFT, device=wav.device)
-    return torch.stft(wav[:, 0], N_FFT, LSD_HOP, window=window, return_complex=True).abs()
+    return torch.stft(wav[:, 0], N_FFT, LSD_HOP, window=hann(N_FFT, wav.device), return_complex=True).abs()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.audio.features import hann
 from lib.util.tensors import cached_table
 
 SAMPLE_RATE = 48_000
@@ -21,12 +22,12 @@ def spectrum(wav: Tensor) -> Tensor:
     if wav.shape[-1] % HOP or wav.shape[-1] <= PAD:
         raise ValueError(f"expected a multiple of {HOP} samples above {PAD}, got {wav.shape[-1]}")
     padded = torch.nn.functional.pad(wav, (PAD, PAD), mode="reflect")[:, 0]
-    return torch.stft(padded, N_FFT, HOP, window=window(wav.device), center=False, return_complex=True)
+    return torch.stft(padded, N_FFT, HOP, window=hann(N_FFT, wav.device), center=False, return_complex=True)
 
 
 def inverse_spectrum(spectrum: Tensor) -> Tensor:
     """The waveform `[B, 1, N]` whose spectrum is nearest to `[B, N_FFT / 2 + 1, N / HOP]`, by overlap and add."""
-    frames = torch.fft.irfft(spectrum.mT) * window(spectrum.device)  # [B, T, N_FFT]
+    frames = torch.fft.irfft(spectrum.mT) * hann(N_FFT, spectrum.device)  # [B, T, N_FFT]
     return _overlap_add(frames) / _weight(frames.shape[1], spectrum.device)
 
 
@@ -57,14 +58,9 @@ def bin_of(frequency: float) -> int:
 
 
 @cached_table
-def window(device: torch.device) -> Tensor:
-    return torch.hann_window(N_FFT, device=device)
-
-
-@cached_table
 def _weight(frames: int, device: torch.device) -> Tensor:
     """The sum of the squared windows of `frames` frames over each sample: `[1, 1, frames · HOP]`."""
-    return _overlap_add(window(device).square().expand(1, frames, -1))
+    return _overlap_add(hann(N_FFT, device).square().expand(1, frames, -1))
 
 
 @cached_table
