@@ -9,7 +9,6 @@ import io
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
@@ -52,24 +51,21 @@ _BASSES = ((0, 2, 4, 6), (0, 3, 4, 7), (0, 1, 2, 3, 4, 5, 6, 7), (0, 4, 6))
 _MELODIES = ((0, 2, 3, 4, 6), (0, 1, 2, 4, 6, 7), (0, 3, 4, 6), (0, 2, 4, 5, 6, 7))
 
 
-@dataclass(frozen=True)
 class Song:
-    """Everything that defines a song except the generator that draws its rhythms."""
+    """Key, tempo, harmony and instruments of song `index`, and the generator that draws its rhythms."""
 
-    tempo: int  # beats per minute
-    tonic: int  # MIDI note, 48 to 59
-    scale: str
-    progression: tuple[int, ...]
-    arrangement: tuple[str, ...]
-    lead: str  # timbres
-    pad: str
-    bass: str
-    sample_rate: int
-
-    @property
-    def step(self) -> float:
-        """Samples in an eighth note."""
-        return 30 / self.tempo * self.sample_rate
+    def __init__(self, seed: int, index: int, sample_rate: int = SAMPLE_RATE):
+        self.rng = rng = np.random.default_rng([seed, index])
+        self.scale = str(rng.choice(list(SCALES)))
+        self.tempo = int(rng.integers(80, 141))  # beats per minute
+        self.tonic = int(rng.integers(48, 60))  # MIDI note
+        self.progression = _PROGRESSIONS[self.scale][rng.integers(len(_PROGRESSIONS[self.scale]))]
+        self.arrangement = _ARRANGEMENTS[rng.integers(len(_ARRANGEMENTS))]
+        self.lead = str(rng.choice(["piano", "bell", "flute", "reed"]))
+        self.pad = str(rng.choice(["organ", "piano", "string"]))
+        self.bass = str(rng.choice(["piano", "reed", "flute"]))
+        self.sample_rate = sample_rate
+        self.step = 30 / self.tempo * sample_rate  # samples in an eighth note
 
     def note(self, degree: int) -> int:
         """MIDI note of a scale degree above the tonic; 7 is the octave."""
@@ -106,27 +102,9 @@ def make_demo_dataset(
     return paths
 
 
-def draw_song(seed: int, index: int, sample_rate: int = SAMPLE_RATE) -> tuple[Song, np.random.Generator]:
-    """Key, tempo, harmony and instruments of song `index`, and the generator to play it with."""
-    rng = np.random.default_rng([seed, index])
-    scale = str(rng.choice(list(SCALES)))
-    song = Song(
-        tempo=int(rng.integers(80, 141)),
-        tonic=int(rng.integers(48, 60)),
-        scale=scale,
-        progression=_PROGRESSIONS[scale][rng.integers(len(_PROGRESSIONS[scale]))],
-        arrangement=_ARRANGEMENTS[rng.integers(len(_ARRANGEMENTS))],
-        lead=str(rng.choice(["piano", "bell", "flute", "reed"])),
-        pad=str(rng.choice(["organ", "piano", "string"])),
-        bass=str(rng.choice(["piano", "reed", "flute"])),
-        sample_rate=sample_rate,
-    )
-    return song, rng
-
-
 def render_song(seed: int, index: int, num_samples: int, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
     """Song `index` as `[num_samples]`, float64, peak 0.8."""
-    song, rng = draw_song(seed, index, sample_rate)
+    song = Song(seed, index, sample_rate)
     bar = 8 * song.step
     num_bars = math.ceil(num_samples / bar)
     sections = [section for section in song.arrangement for _ in range(4 if num_bars >= 12 else 2)]  # by bar
@@ -134,7 +112,7 @@ def render_song(seed: int, index: int, num_samples: int, sample_rate: int = SAMP
     chords = [(number, song.progression[number % len(song.progression)]) for number in range(num_bars)]
     for letter, play in {"d": _drums, "b": _bass, "c": _chords, "m": _melody}.items():
         bars = [(number, chord) for number, chord in chords if letter in sections[number % len(sections)]]
-        for number, step, sound in play(song, rng, bars):
+        for number, step, sound in play(song, bars):
             start = round(number * bar + step * song.step)
             mix[start : start + len(sound)] += sound[: len(mix) - start]
     mix = 1 - 2 / (_exp(2 * (1.2 * mix[:num_samples])) + 1)  # tanh, which compresses the mix
@@ -148,16 +126,16 @@ Bars = list[tuple[int, int]]  # number, chord
 Notes = Iterator[tuple[int, float, np.ndarray]]  # number of the bar, step, sound
 
 
-def _drums(song: Song, rng: np.random.Generator, bars: Bars) -> Notes:
-    kicks = _KICKS[rng.integers(len(_KICKS))]
-    hats = range(8) if rng.random() < 0.6 else range(0, 8, 2)
+def _drums(song: Song, bars: Bars) -> Notes:
+    kicks = _KICKS[song.rng.integers(len(_KICKS))]
+    hats = range(8) if song.rng.random() < 0.6 else range(0, 8, 2)
     tuning = _frequency(song.tonic)  # drums in the song's key
     seconds = np.arange(round(0.3 * song.sample_rate)) / song.sample_rate
     sweep = tuning / 4 * seconds - 4 * _exp(-30 * seconds)  # reaches a quarter of `tuning` within 0.1 s
     kick = _sin(sweep) * _exp(-12 * seconds)
-    snare = _snare(tuning, rng, song.sample_rate)
+    snare = _snare(tuning, song.rng, song.sample_rate)
     seconds = seconds[: round(0.08 * song.sample_rate)]
-    hat = np.diff(_noise(rng, len(seconds) + 1)) * _exp(-70 * seconds)
+    hat = np.diff(_noise(song.rng, len(seconds) + 1)) * _exp(-70 * seconds)
     for number, _ in bars:
         yield from ((number, step, 0.9 * kick) for step in kicks)
         yield from ((number, step, 0.5 * snare) for step in (2, 6))
@@ -166,9 +144,9 @@ def _drums(song: Song, rng: np.random.Generator, bars: Bars) -> Notes:
             yield from ((number, step, 0.35 * snare) for step in (7, 7.5))
 
 
-def _bass(song: Song, rng: np.random.Generator, bars: Bars) -> Notes:
-    steps = _BASSES[rng.integers(len(_BASSES))]
-    fifths = rng.random() < 0.5
+def _bass(song: Song, bars: Bars) -> Notes:
+    steps = _BASSES[song.rng.integers(len(_BASSES))]
+    fifths = song.rng.random() < 0.5
     for number, chord in bars:
         for step, until in zip(steps, (*steps[1:], 8), strict=True):
             note = song.note((chord + 4 * (fifths and step == steps[-1])) % 7) - 12
@@ -176,8 +154,8 @@ def _bass(song: Song, rng: np.random.Generator, bars: Bars) -> Notes:
             yield number, step, 0.4 * _tone(song.bass, note, length, song.sample_rate)
 
 
-def _chords(song: Song, rng: np.random.Generator, bars: Bars) -> Notes:
-    stabs = rng.random() < 0.5  # short chords off the beat, or one that lasts the bar
+def _chords(song: Song, bars: Bars) -> Notes:
+    stabs = song.rng.random() < 0.5  # short chords off the beat, or one that lasts the bar
     steps, level, length = ((1, 3, 5, 7), 0.16, 0.8) if stabs else ((0,), 0.14, 7.8)
     for number, chord in bars:
         # close position around the tonic: each note in the octave nearest to it
@@ -186,10 +164,10 @@ def _chords(song: Song, rng: np.random.Generator, bars: Bars) -> Notes:
         yield from ((number, step, tone) for step in steps for tone in tones)
 
 
-def _melody(song: Song, rng: np.random.Generator, bars: Bars) -> Notes:
+def _melody(song: Song, bars: Bars) -> Notes:
     """A motif of two bars, repeated; its notes follow the chord."""
-    rhythm = [_MELODIES[rng.integers(len(_MELODIES))] for _ in range(2)]
-    moves = [np.cumsum(rng.choice([-2, -1, -1, 0, 1, 1, 2], size=len(steps))) for steps in rhythm]
+    rhythm = [_MELODIES[song.rng.integers(len(_MELODIES))] for _ in range(2)]
+    moves = [np.cumsum(song.rng.choice([-2, -1, -1, 0, 1, 1, 2], size=len(steps))) for steps in rhythm]
     echo = round(3 * song.step)  # dotted quarter
     for number, chord in bars:
         steps, walk = rhythm[number % 2], moves[number % 2]

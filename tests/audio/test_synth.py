@@ -17,12 +17,12 @@ import lib.audio.synth
 from lib.audio.files import SAMPLE_RATE, load_audio, save_audio
 from lib.audio.synth import (
     PEAK,
+    Song,
     _exp,
     _frequency,
     _harmonics,
     _noise,
     _sin,
-    draw_song,
     make_demo_dataset,
     render_song,
 )
@@ -75,7 +75,7 @@ def test_songs_are_finite_have_the_peak_and_lie_in_the_codecs_band(songs):
 
 def test_the_tempo_is_audible(songs):
     for index, wav in enumerate(songs):
-        beat = 60 / draw_song(0, index)[0].tempo * 100  # in lags of 10 ms
+        beat = 60 / Song(0, index).tempo * 100  # in lags of 10 ms
         correlation = _onset_correlation(wav)
         at_beat = correlation[round(beat) - 2 : round(beat) + 3].max()
         off_beat = correlation[round(beat * 1.13)], correlation[round(beat * 0.87)]
@@ -85,7 +85,7 @@ def test_the_tempo_is_audible(songs):
 
 def test_the_notes_are_in_the_key(songs):
     for index, wav in enumerate(songs):
-        song, _ = draw_song(0, index)
+        song = Song(0, index)
         chroma = _chroma(wav, song.tonic)
         inside = np.array([key == "1" for key in SCALES[song.scale]])
         assert chroma[inside].sum() > 0.8
@@ -94,7 +94,7 @@ def test_the_notes_are_in_the_key(songs):
 
 
 def test_songs_differ_and_depend_on_seed_and_index_alone(songs):
-    drawn = [draw_song(0, index)[0] for index in range(12)]
+    drawn = [Song(0, index) for index in range(12)]
     assert len({(song.tempo, song.tonic, song.scale) for song in drawn}) >= 10
     assert {song.scale for song in drawn} == {"major", "minor"}
     assert all(80 <= song.tempo <= 140 for song in drawn)
@@ -104,7 +104,7 @@ def test_songs_differ_and_depend_on_seed_and_index_alone(songs):
 
 
 def test_drums_drop_out_in_some_section():
-    song, _ = draw_song(0, 0)
+    song = Song(0, 0)
     assert any("d" not in section for section in song.arrangement)
     assert any("d" in section for section in song.arrangement)
 
