@@ -34,8 +34,7 @@ def main() -> None:
         if not Path(options.input).is_dir():
             report(*restore_file(options.input, options.out, resolver, settings))
             return
-        _, skipped = restore_folder(options.input, options.out, resolver, settings, report)
-        for path, problem in skipped:
+        for path, problem in restore_folder(options.input, options.out, resolver, settings, report):
             print(f"skipped {path}: {problem}", file=sys.stderr)
 
 

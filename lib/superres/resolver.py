@@ -20,6 +20,7 @@ from lib.superres.vocoder import griffin_lim
 from lib.training.run import Run
 from lib.util.configs import check, checked_dataclass, number, whole
 from lib.util.errors import UserError
+from lib.util.files import FIX, naming
 
 VOCODERS = ("griffin-lim", "hifigan")
 MARGIN = 1 / 4  # share of a clip, at its end, that the next one replaces: the autoencoder's convolutions pad there
@@ -62,14 +63,11 @@ class SuperResolver:
         if run.config.get("vae_sha256") != vae.weights_sha256():
             fix = "put that one back, or train the diffusion model again"
             raise UserError(f"{run.path}: was trained on latents of another autoencoder than {vae.path}; {fix}")
-        try:
+        with naming(run.path / "config.json", FIX):
             self.latent_scale = float(run.config["latent_scale"])
             self.clip_length = PartConfig(clip_seconds=run.config["train"]["clip_seconds"]).clip_length
             check(0 < self.latent_scale < math.inf, "latent_scale", self.latent_scale, "a finite number above 0")
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{run.path / 'config.json'}: damaged ({error!r}); restore it") from None
-        trained = vocoder == "hifigan"
-        self.vocoder = load_part(Run.open(folder / vocoder), vocoder).to(device) if trained else None
+        self.vocoder = load_part(Run.open(folder / vocoder), vocoder).to(device) if vocoder == "hifigan" else None
 
     @torch.inference_mode()
     def restore(self, low: Tensor, cutoff: float, settings: Restoration = DEFAULTS, numbers: Numbers = None) -> Tensor:
@@ -202,31 +200,30 @@ def file_band(info: AudioReport) -> float:
 
 def restore_folder(
     folder: str | Path, out: str | Path, resolver: SuperResolver, settings: Restoration, report: Callable
-) -> tuple[list[Written], list[tuple[Path, str]]]:
-    """Restore every audio file below `folder` into `out`, as .wav of the same name, and `report` each. Returns the
-    files written, and path and reason of those skipped; `UserError` for no usable file."""
+) -> list[tuple[Path, str]]:
+    """Restore every audio file below `folder` into `out`, as .wav of the same name, and `report` each. Returns path and
+    reason of the files skipped; `UserError` for no usable file."""
     folder, out = Path(folder), Path(out)
     files, others = walk_audio(folder)
     targets = {folder / name: (out / name).with_suffix(".wav") for name in files}
     if any(target.resolve().is_relative_to(folder.resolve()) for target in (out, *targets.values())):
         raise UserError(f"{out}: results would lie among the files of {folder}; choose another output folder")
-    skipped, done, sources = [], [], {}
+    skipped, sources = [], {}  # sources: of the files written, by target
     for path, target in targets.items():
         try:
             if target in sources:
                 raise AudioError(path, f"{sources[target].name} goes by the same name; rename one of them")
             target.parent.mkdir(parents=True, exist_ok=True)
-            done.append(restore_file(path, target, resolver, settings))
+            report(*restore_file(path, target, resolver, settings))
             sources[target] = path
-            report(*done[-1])
         except AudioError as error:
             skipped.append((path, error.problem))
         except OSError as error:
-            if not done:
+            if not sources:
                 raise UserError(f"{out}: cannot be written ({error.strerror}); choose another output folder") from None
             skipped.append((path, f"{target} cannot be written ({error.strerror})"))
     skipped += [(folder / item.path, item.reason) for item in others]
-    if not done:
+    if not sources:
         reasons = "; ".join(f"{path.name}: {problem}" for path, problem in skipped[:3])
         raise UserError(f"{folder}: no usable audio file ({reasons or 'none there'})")
-    return done, skipped
+    return skipped

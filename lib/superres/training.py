@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.data import Dataset
 
 from lib.superres import vocoder as hifigan
 from lib.superres.degradation import Examples, Library
@@ -24,7 +23,7 @@ from lib.superres.mel import SAMPLE_RATE, log_mel
 from lib.superres.unet import CONTEXTS, Denoiser, DenoiserConfig
 from lib.superres.vae import MelVae, VaeConfig
 from lib.training.adversary import Adversary
-from lib.training.batches import Batch
+from lib.training.batches import Batch, Pairs
 from lib.training.config import LENGTH, WITHOUT_EFFECT, AdversaryConfig, LoopConfig, resolved_precision
 from lib.training.distributed import open_accelerator
 from lib.training.learner import Learner, Losses, StepInfo
@@ -153,7 +152,7 @@ PARTS = {  # learner, model and sizes of each
 }
 
 
-class EncodedExamples(Dataset):
+class EncodedExamples:
     """`Examples` for the diffusion model: `[i]` is (scaled latents of the clip and of the degraded clip `[2·Z, H, W]`,
     log mel of the degraded clip `[1, 256, T]`), cached up to `CACHE`, as encoding costs more than a training step."""
 
@@ -186,7 +185,7 @@ def train_part(
     config: PartConfig,
     *,
     name: str | None = None,
-    data: dict[str, Dataset] | None = None,
+    data: dict[str, Pairs] | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
@@ -268,10 +267,8 @@ class Plan:
 
     def lasting(self, vae_steps: int, steps: int, vocoder_steps: int = 0, seed: int = 0) -> "Plan":
         """The plan with these numbers of steps (`vocoder_steps=0`: no HiFi-GAN) and this random seed."""
-        if vocoder_steps:
-            fix = "0, or a plan that trains a vocoder, such as 'full'"
-            check(self.vocoder_training, "vocoder_steps", vocoder_steps, fix)
-
+        fix = "0, or a plan that trains a vocoder, such as 'full'"
+        check(self.vocoder_training or not vocoder_steps, "vocoder_steps", vocoder_steps, fix)
         changes = {"vocoder_training": None}
         for part, count in {"vae_training": vae_steps, "training": steps, "vocoder_training": vocoder_steps}.items():
             if count:

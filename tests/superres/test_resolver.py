@@ -523,8 +523,11 @@ def test_each_file_is_reported_as_soon_as_it_is_written(low_file, tmp_path):
     def report(*written):
         seen.append((written, sorted(path.name for path in (tmp_path / "out").iterdir())))
 
-    done, _ = restore_folder(tmp_path / "in", tmp_path / "out", NoiseResolver(12_000), Restoration(), report)
-    assert seen == [(done[0], ["a.wav"]), (done[1], ["a.wav", "b.wav"])]
+    assert restore_folder(tmp_path / "in", tmp_path / "out", NoiseResolver(12_000), Restoration(), report) == []
+    assert [(writer.path.name, files) for (writer, _), files in seen] == [
+        ("a.wav", ["a.wav"]),
+        ("b.wav", ["a.wav", "b.wav"]),
+    ]
 
 
 def test_the_input_is_never_written_over(low_file, tmp_path):
@@ -576,7 +579,10 @@ def folder(low_file, tmp_path):
 
 
 def test_a_folder_is_restored_file_by_file(folder, tmp_path):
-    done, skipped = restore_folder(folder, tmp_path / "out", NoiseResolver(CLIP), Restoration(), print)
+    done = []
+    skipped = restore_folder(
+        folder, tmp_path / "out", NoiseResolver(CLIP), Restoration(), lambda *written: done.append(written)
+    )
     assert [restored.path.relative_to(tmp_path / "out").as_posix() for restored, _ in done] == ["a.wav", "more/b.wav"]
     assert all(soundfile.info(restored.path).samplerate == 48_000 for restored, _ in done)
     assert [restored.channels for restored, _ in done] == [1, 2]
@@ -594,7 +600,10 @@ def test_a_folder_is_restored_file_by_file(folder, tmp_path):
 
 def test_a_bad_file_does_not_take_the_name_of_a_good_one(folder, tmp_path):
     (folder / "a.flac").write_text("no audio")
-    done, skipped = restore_folder(folder, tmp_path / "out", NoiseResolver(CLIP), Restoration(), print)
+    done = []
+    skipped = restore_folder(
+        folder, tmp_path / "out", NoiseResolver(CLIP), Restoration(), lambda *written: done.append(written)
+    )
     assert done[0][1] == pytest.approx(5_000, abs=200)
     assert (folder / "a.flac", folder / "a.wav") != tuple(path for path, _ in skipped[:2])
 
