@@ -40,7 +40,7 @@ class ModelSettings:
     num_layers: Count
     num_stages: Count = 2
     anti_cheating: NonNegative = 0.0
-    masking: MaskingConfig = field(default_factory=lambda: MaskingConfig("learned"))
+    masking: MaskingConfig = MaskingConfig("learned")
 
     def __post_init__(self):
         _ = self.cascade  # refuses what no cascade can be built from
@@ -146,11 +146,11 @@ class Preset:
     model: ModelSettings
     train: TrainConfig
     listening: ListeningSettings
-    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    ablation: AblationSettings = field(default_factory=AblationSettings)
-    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
-    superres: SuperresSettings = field(default_factory=SuperresSettings)
-    record: RecordSettings = field(default_factory=RecordSettings)
+    evaluation: EvaluationSettings = EvaluationSettings()
+    ablation: AblationSettings = AblationSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    superres: SuperresSettings = SuperresSettings()
+    record: RecordSettings = RecordSettings()
 
     def __post_init__(self):
         self.train.check_masking(self.model.masking)

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -254,15 +253,15 @@ def encode(vae_run: Run, library: Library, config: PartConfig) -> dict[str, Enco
     return {split: EncodedExamples(own, vae, scale, device) for split, own in examples.items()}
 
 
-@dataclass(frozen=True)
+@checked_dataclass
 class Plan:
     """Sizes and training of the parts."""
 
-    vae: VaeConfig = field(default_factory=VaeConfig)
-    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
-    vocoder: hifigan.VocoderConfig = field(default_factory=hifigan.VocoderConfig)
-    vae_training: VaeTraining = field(default_factory=VaeTraining)
-    training: PartConfig = field(default_factory=PartConfig)
+    vae: VaeConfig = VaeConfig()
+    denoiser: DenoiserConfig = DenoiserConfig()
+    vocoder: hifigan.VocoderConfig = hifigan.VocoderConfig()
+    vae_training: VaeTraining = VaeTraining()
+    training: PartConfig = PartConfig()
     vocoder_training: VocoderTraining | None = None  # None: Griffin-Lim, which is not trained
 
     def lasting(self, vae_steps: int, steps: int, vocoder_steps: int = 0, seed: int = 0) -> "Plan":

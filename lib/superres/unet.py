@@ -1,8 +1,6 @@
 """The denoiser: a UNet over mel latents, conditioned on the low-resolution clip's latents by concatenation and on the
 global encoder's context by cross-attention. It is diffusers' `UNet2DConditionModel` with other transformers."""
 
-from dataclasses import field
-
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +22,7 @@ class DenoiserConfig:
     transformers: Count = 2  # in each stack
     norm_groups: Count = 32
     context: choice(CONTEXTS) = "sequence"  # of cross-attention: 'pooled' is the seed's one vector
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    encoder: EncoderConfig = EncoderConfig()
 
     def __post_init__(self):
         check(len(self.attention) == len(self.channels), "attention", self.attention, "one value for each of channels")
