@@ -10,7 +10,6 @@ which the playground of notebook 05 writes beside a favourite, reproduces its sa
 """
 
 import argparse
-import contextlib
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -28,7 +27,6 @@ from lib.superres import mel
 from lib.superres.resolver import Restoration, SuperResolver, Written, restore_file
 from lib.training.run import Run
 from lib.util.errors import UserError, exit_on_user_error
-from lib.util.files import prefetch
 from lib.util.provenance import versions
 
 CHUNK = 16 * SAMPLE_RATE  # samples: the clip length of the full preset
@@ -51,8 +49,7 @@ def fuse_files(
         codec.to(device)
     paths = (input_path, target_path)
     _check_out(out_path, paths)
-    with contextlib.closing(prefetch(check_audio, paths, threads=2)) as checks:
-        num_samples = min(report.num_samples for report in checks)
+    num_samples = min(check_audio(path).num_samples for path in paths)
     starts = chunk_starts(num_samples, CHUNK, OVERLAP)
 
     def read(start: int) -> list[Tensor]:

@@ -198,8 +198,7 @@ def load_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Preset
 def _advice(name: str, known: list[str]) -> str:
     """What to write instead of a name that is not an address."""
     # old names of settings had no prefix in data, model and training, and the section's name in the others
-    bare = [address for address in known if address.startswith(("data.", "model.", "train."))]
-    moved = {address.rpartition(".")[2]: address for address in bare}
+    moved = {address.rpartition(".")[2]: address for address in known if re.match("(data|model|train)[.]", address)}
     moved |= {address.replace(".", "_"): address for address in known} | RENAMED
     if name in moved:
         return f"is now {moved[name]}"

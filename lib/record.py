@@ -141,8 +141,7 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, folder: P
     write_atomic(folder / "claims.md", f"{CLAIMS_HEAD}\n\n{markdown_table(claims)}\n")
     record_variations(preset, overrides, data_dir, out, folder)
     facts["music"] = f"music in {Path(data_dir).name}" if data_dir else "generated songs"
-    instructions = torch.backends.cpu.get_cpu_capability()
-    machine = {"cores": os.cpu_count(), "instructions": instructions, "gpu": gpu_name()}
+    machine = {"cores": os.cpu_count(), "instructions": torch.backends.cpu.get_cpu_capability(), "gpu": gpu_name()}
     write_json(folder / "record.json", versions() | facts | {"machine": machine})
 
 
@@ -236,9 +235,8 @@ def run_variation(row: Mapping[str, Any], preset: Preset, overrides: dict[str, A
     """Run a variation and return its folder. `NotebookError` names the log if a notebook failed."""
     out = ROOT / "outputs" / "variations" / row["run"]
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "lib.pipeline", "--preset", preset.name, "--out", str(out), "--resume"]
-    command += ["--data", data_dir] if data_dir else []
-    command += [] if row["run"] in WHOLE else ["--only", "04,06"]
+    command = [sys.executable, "-m", "lib.pipeline", "--preset", preset.name, "--data", data_dir, "--out", str(out)]
+    command += ["--resume"] if row["run"] in WHOLE else ["--resume", "--only", "04,06"]
     for name, value in (overrides | {"data.seed": row["data_seed"], "train.seed": row["seed"]}).items():
         command += ["--set", f"{name}={json.dumps(value)}"]  # JSON is YAML
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (NO_VECTORS if row["run"] == "no-vectors" else {})

@@ -250,7 +250,7 @@ def test_a_variation_is_a_pipeline_of_its_own_on_one_thread(monkeypatch, tmp_pat
     out = run_variation(bare, load_preset("demo"), {"train.clip": None, "train.seed": 7}, "songs")
     ((command, env),) = called
     assert command[1:] == [
-        *("-m", "lib.pipeline", "--preset", "demo", "--out", str(out), "--resume", "--data", "songs"),
+        *("-m", "lib.pipeline", "--preset", "demo", "--data", "songs", "--out", str(out), "--resume"),
         *("--set", "train.clip=null", "--set", "train.seed=0", "--set", "data.seed=0"),
     ]
     assert {name: env[name] for name in ("OMP_NUM_THREADS", *NO_VECTORS)} == {"OMP_NUM_THREADS": "1"} | NO_VECTORS

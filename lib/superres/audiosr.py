@@ -91,16 +91,13 @@ def vae_name(name: str, levels: int) -> str:
 def without_weight_norm(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors, with one weight g · v / ‖v‖ for each magnitude g and direction v (arXiv 1602.07868)."""
     plain = dict(tensors)
-    for endings in WEIGHT_NORM:
-        stems = [name.removesuffix(ending) for name in tensors for ending in endings if name.endswith(ending)]
-        for stem in dict.fromkeys(stems):
-            names = [stem + ending for ending in endings]
-            if missing := [name for name in names if name not in tensors]:
-                (there,) = set(names) - set(missing)
-                raise UserError(f"{path}: {PREFIX}{there} is there without {PREFIX}{missing[0]}; {FIX}")
-            g, v = (plain.pop(name) for name in names)
+    for magnitude, direction in WEIGHT_NORM:
+        stems = [name.removesuffix(magnitude) for name in tensors if name.endswith(magnitude)]
+        for stem in (stem for stem in stems if stem + direction in tensors):
+            g, v = plain.pop(stem + magnitude), plain.pop(stem + direction)
             if g.shape != (len(v),) + (1,) * (v.ndim - 1):
-                raise UserError(f"{path}: {PREFIX}{names[0]} is {list(g.shape)}, not one magnitude an output; {FIX}")
+                fault = f"{PREFIX}{stem}{magnitude} is {list(g.shape)}, not one magnitude an output"
+                raise UserError(f"{path}: {fault}; {FIX}")
             plain[f"{stem}.weight"] = g * v / v.flatten(1).norm(dim=1).view_as(g)
     return plain
 

@@ -344,11 +344,11 @@ def test_half_precision_is_read(original, tmp_path):
         ),
         (
             {"vocoder__conv_pre__weight_v": torch.ones(32, 256, 7), "vocoder__conv_pre__weight": None},
-            "first_stage_model.vocoder.conv_pre.weight_v is there without first_stage_model.vocoder.conv_pre.weight_g",
+            "missing first_stage_model.vocoder.conv_pre.weight; unknown first_stage_model.vocoder.conv_pre.weight_v",
         ),
         (
             {"vocoder__ups__0__weight_g": torch.ones(32, 1, 1), "vocoder__ups__0__weight": None},
-            "first_stage_model.vocoder.ups.0.weight_g is there without first_stage_model.vocoder.ups.0.weight_v",
+            "missing first_stage_model.vocoder.ups.0.weight; unknown first_stage_model.vocoder.ups.0.weight_g",
         ),
         (
             {
