@@ -42,9 +42,8 @@ def fuse_files(
     A .wav may exceed full scale; a .flac may not (`AudioError`). Raises `UserError` for unusable files and for a run
     that was trained on the latents of another codec.
     """
-    model = load_model(run, which, codec_fingerprint=codec.fingerprint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
+    model = load_model(run, which, codec_fingerprint=codec.fingerprint).to(device)
     if isinstance(codec, torch.nn.Module):
         codec.to(device)
     paths = (input_path, target_path)

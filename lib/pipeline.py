@@ -28,9 +28,7 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
 from papermill.exceptions import PapermillExecutionError
 
-from lib.audio.files import AudioError
 from lib.codec.codec import CODECS
-from lib.data.latents import CorruptLatentsError
 from lib.presets import PRESETS, Preset, load_preset
 from lib.project import RECORD, ROOT, open_project
 from lib.report.page import write_notebook_page
@@ -52,7 +50,7 @@ TRAINING = ("04_training", "06_super_resolution")  # those that can resume
 # runs again after the notebook that it needs has run; without a trained run, listening has nothing to play
 NEEDS = {"05_listening": "04_training", "06_super_resolution": "04_training"}
 STOPPED = "stopped; resume with --resume"
-USER_ERRORS = {error.__name__ for error in (UserError, AudioError, CorruptLatentsError)}
+USER_ERRORS = {error.__name__ for error in (UserError, *UserError.__subclasses__())}
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 FAILED = re.compile(r"^-+> *\d+ +(.+)", re.MULTILINE)  # a line in a traceback
 

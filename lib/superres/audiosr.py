@@ -33,10 +33,8 @@ VAE_NAMES = {
     r"\.mid_block\.attentions\.0\.group_norm\.": ".mid.attn_1.norm.",
     r"\.mid_block\.attentions\.0\.to_([qkv])\.": r".mid.attn_1.\1.",
     r"\.mid_block\.attentions\.0\.to_out\.0\.": ".mid.attn_1.proj_out.",
-    r"\.down_blocks\.(\d+)\.resnets\.(\d+)\.": r".down.\1.block.\2.",
-    r"\.down_blocks\.(\d+)\.downsamplers\.0\.": r".down.\1.downsample.",
-    r"\.up_blocks\.(\d+)\.resnets\.(\d+)\.": r".up.\1.block.\2.",
-    r"\.up_blocks\.(\d+)\.upsamplers\.0\.": r".up.\1.upsample.",
+    r"\.(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.": r".\1.\2.block.\3.",
+    r"\.(down|up)_blocks\.(\d+)\.\1samplers\.0\.": r".\1.\2.\1sample.",
     r"\.conv_shortcut\.": ".nin_shortcut.",
 }
 
@@ -103,8 +101,7 @@ def without_weight_norm(path: Path, tensors: dict[str, Tensor]) -> dict[str, Ten
 
 
 def main() -> None:
-    about = "Import autoencoder and vocoder of an AudioSR checkpoint."
-    parser = argparse.ArgumentParser("python -m lib.superres.audiosr", description=about)
+    parser = argparse.ArgumentParser("python -m lib.superres.audiosr", description="Import an AudioSR checkpoint.")
     parser.add_argument("checkpoint", help="basic.pth or speech.pth")
     parser.add_argument("-o", "--out", required=True, help="folder for the runs vae and hifigan")
     options = parser.parse_args()

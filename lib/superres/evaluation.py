@@ -6,10 +6,9 @@ Energy-matched: after scaling the estimate to the reference's mean magnitude in 
 AudioSR's authors advise, to ignore a difference in level.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -109,7 +108,7 @@ def evaluate(
     mel, none = log_mel(original), torch.zeros(clips, dtype=torch.bool, device=resolver.device)
     with torch.inference_mode():
         coded = resolver.vae.decode(resolver.vae.encode(mel.to(resolver.device))).to(mel.device)
-    unguided = dataclasses.replace(settings, guidance=1.0)  # without a condition there is nothing to guide to
+    unguided = replace(settings, guidance=1.0)  # without a condition there is nothing to guide to
     blind = resolver.predict_mel(torch.zeros_like(original), unguided, keeps_low=none, keeps_context=none)
     envelope = mean_envelope(library, resolver.clip_length)[:, None].expand_as(mel)
     # mels of the methods that do not see the low band
