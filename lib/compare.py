@@ -127,9 +127,8 @@ def pairs_new_to_both(first: Path, second: Path) -> Pairs:
     pairs = [(pair.input, pair.target) for pair in manifest.split("val")]
     new = [clips for clips in pairs if (first_songs | second_songs).isdisjoint(clip.sha256 for clip in clips)]
     if not new:
-        raise UserError(
-            f"{second}: was trained on the music of every validation pair of {first}; nothing is new to both"
-        )
+        fault = f"was trained on the music of every validation pair of {first}"
+        raise UserError(f"{second}: {fault}; nothing is new to both")
     return {describe_pair(*clips): tuple(whole_clip(manifest, clip) for clip in clips) for clips in new}
 
 

@@ -34,27 +34,22 @@ OVERLAP = 1 * SAMPLE_RATE
 File = str | Path
 
 
-def fuse_files(
-    input_path: File, target_path: File, out_path: File, run: Run, codec: Codec, *, which: str = "best"
-) -> AudioWriter:
-    """Fuse two audio files; `out_path` appears when it is complete. Returns its closed writer, with length and peak.
-
-    A .wav may exceed full scale; a .flac may not (`AudioError`). Raises `UserError` for unusable files and for a run
-    that was trained on the latents of another codec.
-    """
+def fuse_files(input: File, target: File, out: File, run: Run, codec: Codec, *, which: str = "best") -> AudioWriter:
+    """Fuse two audio files; `out` appears when it is complete. Returns its closed writer, with length and peak.
+    `AudioError` for a .flac above full scale, `UserError` for unusable files and for a run of another codec."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(run, which, codec_fingerprint=codec.fingerprint).to(device)
     if isinstance(codec, torch.nn.Module):
         codec.to(device)
-    paths = (input_path, target_path)
-    _check_out(out_path, paths)
+    paths = (input, target)
+    _check_out(out, paths)
     num_samples = min(check_audio(path).num_samples for path in paths)
     starts = chunk_starts(num_samples, CHUNK, OVERLAP)
 
     def read(start: int) -> list[Tensor]:
         return [load_audio(path, start, min(CHUNK, num_samples - start))[None] for path in paths]
 
-    with AudioWriter(out_path) as writer, reading(read, starts, "fusing") as chunks:
+    with AudioWriter(out) as writer, reading(read, starts, "fusing") as chunks:
         fused = (fuse_clips(*(clip.to(device) for clip in clips), model, codec)[0].cpu() for clips in chunks)
         for piece in crossfaded(fused, OVERLAP):
             writer.write(piece)
@@ -62,23 +57,23 @@ def fuse_files(
 
 
 def fuse_and_restore(
-    input_path: File, target_path: File, out_path: File, run: Run, codec: Codec, resolver: SuperResolver, which: str
+    input: File, target: File, out: File, run: Run, codec: Codec, resolver: SuperResolver, which: str
 ) -> Written:
     """Fuse two audio files and write the result at 48 kHz with its upper band restored. Errors as in `fuse_files`."""
-    _check_out(out_path, (input_path, target_path))
+    _check_out(out, (input, target))
     try:
-        folder = tempfile.TemporaryDirectory(prefix=".fused-", dir=Path(out_path).parent)
+        folder = tempfile.TemporaryDirectory(prefix=".fused-", dir=Path(out).parent)
     except OSError as error:
         reason = f"cannot be written ({error.strerror}); choose an existing folder you may write to"
-        raise UserError(f"{out_path}: {reason}") from None
+        raise UserError(f"{out}: {reason}") from None
     with folder as name:
-        fused = fuse_files(input_path, target_path, Path(name) / "fusion.wav", run, codec, which=which)
-        return restore_file(fused.path, out_path, resolver, Restoration())
+        fused = fuse_files(input, target, Path(name) / "fusion.wav", run, codec, which=which)
+        return restore_file(fused.path, out, resolver, Restoration())
 
 
-def _check_out(out_path: File, clips: Iterable[File]) -> None:
-    if Path(out_path).resolve() in [Path(path).resolve() for path in clips]:
-        raise UserError(f"{out_path}: is one of the two clips; choose another output file")
+def _check_out(out: File, clips: Iterable[File]) -> None:
+    if Path(out).resolve() in [Path(path).resolve() for path in clips]:
+        raise UserError(f"{out}: is one of the two clips; choose another output file")
 
 
 @torch.inference_mode()

@@ -179,8 +179,7 @@ RENAMED = {
 
 
 def load_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Preset:
-    """A preset with the settings at some addresses changed. `UserError` lists the choices for an unknown name or a
-    value that a setting does not take."""
+    """A preset with some settings changed, by address. `UserError` lists the choices for an unknown name or value."""
     if name not in PRESETS:
         raise UserError(f"preset: unknown {name!r}; choose one of {', '.join(PRESETS)}")
     values = dataclasses.asdict(PRESETS[name])

@@ -99,11 +99,9 @@ class Project:
 def open_project(
     preset: Preset, data_dir: str | Path = "", out_dir: str | Path = "", processes: PartialState | None = None
 ) -> Project:
-    """Find or make everything that training needs. Bad data, codec or folders raise `UserError`.
-
-    `data_dir`: a folder of music (see data/README.md); empty: generated demo songs. `out_dir`: the run's folder; empty:
-    outputs/<preset>. Relative paths start at the repository. Latents are cached in data/latents, by content.
-    `processes` that call this together share the encoding.
+    """Find or make everything that training needs; `UserError` for bad data, codec or folders. `data_dir`: a folder of
+    music, empty: generated demo songs; `out_dir`: the run's folder, empty: outputs/<preset>; both relative to the
+    repository. Latents are cached in data/latents, by content. `processes` that call this together share the encoding.
     """
     out = ROOT / (out_dir or f"outputs/{preset.name}")
     codec = load_codec(preset.codec)

@@ -286,8 +286,7 @@ class Plan:
     def compare_contexts(
         self, folder: str | Path, library: Library, seeds: int, **options: Any
     ) -> dict[str, tuple[float, ...]]:
-        """Train diffusion models that differ only in the context of cross-attention on the autoencoder in `folder`:
-        context → last validation loss for each random seed."""
+        """Train diffusion models that differ only in their context: context → last validation loss of each seed."""
         losses: dict[str, tuple[float, ...]] = dict.fromkeys(CONTEXTS, ())
         for seed in range(seeds):
             config = dataclasses.replace(self.training, seed=self.training.seed + seed)

@@ -47,8 +47,7 @@ class GlobalTransformer(nn.Module):
         return self.block(x + self.attend(x, context), return_dict=False)[0]
 
     def attend(self, x: Tensor, context: Tensor) -> Tensor:
-        """The attention output, `[B, C, H, W]`. With L = 1 the softmax over one key is 1 whatever the query, so it is
-        the same at every position."""
+        """The output, `[B, C, H, W]`: with L = 1 the same everywhere, as a softmax over one key is 1 for any query."""
         keys = self.global_projection(context)  # [B, L, C]
         places = x.flatten(2).transpose(1, 2)  # [B, H·W, C]
         received, _ = self.global_attention(places, keys, keys, need_weights=False)
