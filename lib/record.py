@@ -190,7 +190,7 @@ def record_superres(preset: Preset, project: Project, folder: Path) -> None:
     for guidance in GUIDANCES:
         settings = dataclasses.replace(restoration, guidance=guidance)
         found = evaluate(resolver, library, settings, clips=clips, cutoffs=(4_000,), split="train")
-        guided[guidance] = found.score("model", 4_000).upper
+        guided[guidance] = next(score.upper for score in found.scores if score.method == "model")
     scores = evaluate(resolver, library, restoration, clips=clips).scores
     facts = {"preset": preset.name, "vae_steps": longer.vae_steps, "steps": longer.steps, "music": source}
     facts |= {"sampler_steps": restoration.steps, "guidance": restoration.guidance}

@@ -18,7 +18,7 @@ class Skipped:
 
 def walk_audio(root: Path, ignore: Iterable[Path] = ()) -> tuple[list[str], list[Skipped]]:
     """Music files below `root`, by suffix, as sorted posix paths relative to it; all other files with the reason.
-    Hidden files and folders and the files of `ignore` are left out. Links are followed, but no folder is entered twice.
+    Hidden files and folders, and others in `ignore`, are left out. Links are followed, but no folder is entered twice.
     A broken link counts as a file: `check_audio` names it."""
     files, skipped, seen = [], [], set()
     ignored = {path.resolve() for path in ignore}
@@ -35,10 +35,8 @@ def walk_audio(root: Path, ignore: Iterable[Path] = ()) -> tuple[list[str], list
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             relative = path.relative_to(root).as_posix()
-            if path.resolve() in ignored:
-                continue
             if path.suffix.lower() in AUDIO_SUFFIXES:
                 files.append(relative)
-            else:
+            elif path.resolve() not in ignored:
                 skipped.append(Skipped(relative, "not WAV, FLAC, OGG or MP3 by its name; convert it if it is music"))
     return sorted(files), skipped

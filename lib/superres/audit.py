@@ -84,9 +84,7 @@ def macs(run: Callable[[], Any]) -> int:
     return counter.get_total_flops() // 2
 
 
-def audit_sizes(
-    sizes: Sequence[Count], costs: Sequence[Count], transformers: int, latent: Sequence[int]
-) -> list[Verdict]:
+def audit_sizes(sizes: list[Count], costs: list[Count], transformers: int, latent: Sequence[int]) -> list[Verdict]:
     """C16 and C17, from the full configuration."""
     (inner,) = (size for size in sizes if "transformers" in size.what)
     (step,) = (cost for cost in costs if cost.what == "UNet, one step")

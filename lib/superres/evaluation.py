@@ -87,9 +87,6 @@ class Evaluation:
     scores: tuple[Score, ...]
     sounds: dict[int, dict[str, Tensor]]
 
-    def score(self, method: str, cutoff: int) -> Score:
-        return next(s for s in self.scores if (s.method, s.cutoff) == (method, cutoff))
-
 
 def evaluate(
     resolver: SuperResolver,

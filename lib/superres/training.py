@@ -283,18 +283,16 @@ class Plan:
             parts["hifigan"] = (self.vocoder, self.vocoder_training)
         return {part: train_part(folder, part, library, *how, **options) for part, how in parts.items()}
 
-    def compare_contexts(
-        self, folder: str | Path, library: Library, seeds: int, **options: Any
-    ) -> dict[str, tuple[float, ...]]:
+    def compare_contexts(self, folder: Path, library: Library, seeds: int, **options: Any) -> dict[str, list[float]]:
         """Train diffusion models that differ only in their context: context → last validation loss of each seed."""
-        losses: dict[str, tuple[float, ...]] = dict.fromkeys(CONTEXTS, ())
+        losses = {context: [] for context in CONTEXTS}
         for seed in range(seeds):
             config = dataclasses.replace(self.training, seed=self.training.seed + seed)
-            options["data"] = encode(Run.open(Path(folder) / "vae"), library, config)
+            options["data"] = encode(Run.open(folder / "vae"), library, config)
             for context in CONTEXTS:
                 sizes = dataclasses.replace(self.denoiser, context=context)
                 run = train_part(folder, "diffusion", library, sizes, config, name=f"{context}-{seed}", **options)
-                losses[context] += (run.metrics("val")[-1]["loss"],)
+                losses[context].append(run.metrics("val")[-1]["loss"])
         return losses
 
 

@@ -15,6 +15,7 @@ from lib.superres.evaluation import (
     LOWEST_TENTH,
     METHODS,
     SEED,
+    Evaluation,
     Score,
     evaluate,
     gains_in_words,
@@ -117,6 +118,11 @@ def compared(resolver, library):
     return evaluate(resolver, library, QUICK, clips=3, cutoffs=(4_000, 8_000))
 
 
+def score_of(compared: Evaluation, method: str, cutoff: int) -> Score:
+    (found,) = (s for s in compared.scores if (s.method, s.cutoff) == (method, cutoff))
+    return found
+
+
 def test_every_method_is_scored_at_every_cutoff(compared, library):
     methods = ["sinc", "envelope", "no condition", "no context", "model", "autoencoder", "vocoder"]
     assert [*methods, "griffin-lim"] == list(METHODS)  # the last one beside a trained vocoder
@@ -129,10 +135,8 @@ def test_every_method_is_scored_at_every_cutoff(compared, library):
             assert wav.isfinite().all()
             if name != "original":
                 songs = [Examples(library, "val", 3, CLIP, SEED).song(i).sha256 for i in range(3)]
-                assert compared.score(name, cutoff) == score(name, cutoff, sounds, sounds["original"], songs)
+                assert score_of(compared, name, cutoff) == score(name, cutoff, sounds, sounds["original"], songs)
     assert CUTOFFS == (2_000, 4_000, 8_000, 12_000, 16_000)
-    with pytest.raises(StopIteration):
-        compared.score("model", 2_000)
 
 
 def test_all_methods_have_the_same_clips_degraded_alike(compared, library):
@@ -141,7 +145,7 @@ def test_all_methods_have_the_same_clips_degraded_alike(compared, library):
         assert torch.equal(sounds["original"], torch.stack([examples[i][0] for i in range(3)]))
         assert torch.equal(sounds["sinc"], torch.stack([examples[i][1] for i in range(3)]))
     assert torch.equal(*(compared.sounds[cutoff]["original"] for cutoff in (4_000, 8_000)))
-    sinc, bound = (compared.score(method, 4_000).upper[0] for method in ("sinc", "vocoder"))
+    sinc, bound = (score_of(compared, method, 4_000).upper[0] for method in ("sinc", "vocoder"))
     assert bound < 0.5 * sinc  # an upper band is nearer than none
 
 
