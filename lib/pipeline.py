@@ -218,7 +218,7 @@ def parse_overrides(settings: list[str], codec: str | None = None) -> dict[str, 
     overrides: dict[str, Any] = {}
     for setting in settings:
         key, separator, value = setting.partition("=")
-        if not separator or not key:
+        if not (separator and key and value):
             raise UserError(f"--set {setting}: not of the form name=value; write for example --set train.max_steps=200")
         try:
             overrides[key] = yaml.safe_load(value)

@@ -10,7 +10,6 @@ import functools
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from lib.superres.training import Plan as SuperresPlan
 from lib.training.config import TrainConfig
 from lib.util.configs import Count, NonNegative, Positive, Whole, checked_dataclass, choice, flat
 from lib.util.errors import UserError
+from lib.util.files import FIX, naming
 
 PLANS = {"small": SMALL_PLAN, "full": FULL_PLAN}
 
@@ -157,9 +157,14 @@ class Preset:
 
 
 def _read_presets() -> dict[str, Preset]:
-    content = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
-    common = content.pop("common")
-    return {name: Preset(name=name, **_merged(common, own)) for name, own in content.items()}
+    path, presets = Path(__file__).with_suffix(".toml"), {}
+    with naming(path, FIX):
+        content = tomllib.loads(path.read_text())
+        common = content.pop("common")
+    for name, own in content.items():
+        with naming(f"{path}, preset {name}", FIX):
+            presets[name] = Preset(name=name, **_merged(common, own))
+    return presets
 
 
 def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -187,8 +192,8 @@ def load_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Preset
     for address, value in (overrides or {}).items():
         if address not in known:
             raise UserError(f"setting {address} {_advice(address, known)}")
-        # YAML 1.1 takes 1e-4 for text, because it has no dot
-        number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value)
+        # YAML 1.1 takes 1e-4 and 1.0e9 for text, because they lack a dot or a sign
+        number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
         *sections, setting = address.split(".")
         functools.reduce(dict.__getitem__, sections, values)[setting] = float(value) if number else value
     return Preset(**values)

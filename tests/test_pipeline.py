@@ -538,6 +538,7 @@ def check_one_line(result: tuple[object, str, str], *words: str) -> None:
         (["--set", "max_steps=4"], ["setting max_steps is now train.max_steps"]),
         (["--set", "name=x"], ["setting name is unknown; "]),
         (["--set", "train.max_steps"], ["--set train.max_steps: not of the form name=value; write for example"]),
+        (["--set", "train.max_steps="], ["--set train.max_steps=: not of the form name=value; write for example"]),
         (["--set", "train.max_steps=many"], ["train.max_steps='many' is not allowed; use a whole number, 1 or more"]),
         (["--set", "train.batch_size=0"], ["batch_size=0 is not allowed; use a whole number"]),
         (["--only", "04,99"], ["--only 04,99: unknown 99; choose from 01_encoding"]),

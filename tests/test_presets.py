@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
+import lib.presets
 from lib.lab.variants import NAMED, VARIANTS
 from lib.model.cascade import CascadeConfig
 from lib.model.masks import MaskingConfig
@@ -164,6 +166,7 @@ def test_an_unknown_preset_lists_the_choices():
 def test_numbers_are_taken_as_yaml_writes_them():
     assert isinstance(yaml.safe_load("1e-4"), str)  # YAML 1.1 wants a dot in it
     assert load_preset("smoke", {"train.learning_rate": "1e-4"}).train.learning_rate == 1e-4
+    assert load_preset("smoke", {"data.clip_seconds": yaml.safe_load("1.5e1")}).data.clip_seconds == 15.0
     clip = load_preset("smoke", {"train.clip": 5}).train.clip
     assert (clip, type(clip)) == (5.0, float)
     with pytest.raises(UserError, match=r"clip='2\.5' is not allowed"):  # in quotes, which YAML takes for text rightly
@@ -336,3 +339,22 @@ def test_the_schedule_takes_the_objective_and_its_own_sizes():
     assert plan.train.loss == preset.train.loss
     assert (plan.train.epochs, plan.train.max_train_pairs, plan.train.max_val_pairs) == (2, 5, 8)
     assert (plan.train.max_steps, plan.train.patience) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("max_steps = 24", "max_stepz = 24", "preset smoke: train.max_stepz is unknown"),
+        ("batch_size = 4", 'batch_size = "4"', "preset smoke: train.batch_size='4' is not allowed"),
+        ("[smoke.record]", "[smoke.records]", "preset smoke: records is unknown"),
+        ("[common.train]", "[common.train", "damaged"),
+        ("[common.", "[commons.", "no field 'common'"),
+    ],
+)
+def test_a_damaged_file_of_presets_is_named_with_the_preset_and_the_field(tmp_path, monkeypatch, old, new, fault):
+    text = Path(lib.presets.__file__).with_suffix(".toml").read_text()
+    assert old in text
+    (tmp_path / "presets.toml").write_text(text.replace(old, new))
+    monkeypatch.setattr(lib.presets, "__file__", str(tmp_path / "presets.py"))
+    with pytest.raises(UserError, match=rf"presets\.toml.*{fault}"):
+        lib.presets._read_presets()
