@@ -10,7 +10,7 @@ CLEAN := $(BIN)/nbstripout --keep-output --keep-count \
 # an interpreter that finds no compiled modules takes twice as long to import torch
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test stored-notebooks smoke-run e2e lab bench record notebooks lock
+.PHONY: demo test stored-notebooks smoke-run e2e lab music bench record notebooks lock
 
 demo: .venv/ready
 	$(BIN)/python -m lib.pipeline --preset demo
@@ -37,6 +37,10 @@ e2e: .venv/ready
 # a server of its own would close the connection on uploads above 10 MB
 lab: .venv/ready
 	$(BIN)/jupyter lab notebooks --ServerApp.tornado_settings='{"websocket_max_message_size": 500000000}'
+
+# real, free music into data/music; data/README.md says how to train on it
+music:
+	data/fetch_music.sh data/music
 
 # PARTS="cascade data" measures some of it
 BENCH ?= outputs/bench

@@ -4,9 +4,11 @@ import ast
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -206,3 +208,58 @@ def test_every_package_has_its_level():
     levels = {name.strip() for level in contract["layers"] for name in level.split(":")}
     assert levels == {path.stem for path in (ROOT / "lib").glob("*.py")} - {"__init__"} | set(PACKAGES)
     assert contract["exhaustive"]
+
+
+# ---- real music
+
+
+DPKG = """#!/bin/bash
+mkdir -p "$3/usr/share/doc/music" "$3/data/sounds"
+echo "GPL-2+ of $2" > "$3/usr/share/doc/music/copyright"
+for name in song.ogg thunder.ogg sounds/hit.ogg; do echo "$2" > "$3/data/$name"; done
+cp "$PACKED" "$3/data/music.pk3"
+"""
+
+
+@pytest.fixture
+def fetch(tmp_path):
+    """`fetch(tool=script, ...)` runs the script with these commands beside the ordinary ones."""
+    (tmp_path / "bin").mkdir()
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as packed:
+        packed.writestr("in/packed.ogg", "sound")
+    for name in ("bash", "env", "find", "mkdir", "mktemp", "rm", "mv", "cp", "wc"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    (tmp_path / "bin" / "python3").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    (tmp_path / "bin" / "python3").chmod(0o755)
+
+    def run(**tools: str) -> subprocess.CompletedProcess:
+        for name, script in tools.items():
+            path = tmp_path / "bin" / name.replace("_", "-")
+            path.write_text(script)
+            path.chmod(0o755)
+        command = [ROOT / "data" / "fetch_music.sh", tmp_path / "my music"]
+        environment = {"PATH": str(tmp_path / "bin"), "PACKED": str(tmp_path / "packed.zip")}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    return run
+
+
+def test_music_is_unpacked_with_its_licence_and_a_second_call_does_nothing(fetch, tmp_path):
+    found = fetch(apt_get='#!/bin/bash\necho > "$3_1.deb"\n', dpkg_deb=DPKG)
+    assert (found.returncode, found.stdout) == (0, f"4 tracks in {tmp_path}/my music\n"), found.stderr
+    for package in ("nexuiz-music", "wesnoth-1.16-music"):
+        folder = tmp_path / "my music" / package
+        assert {path.name for path in folder.iterdir()} == {"song.ogg", "packed.ogg", "COPYRIGHT"}
+        assert package in (folder / "COPYRIGHT").read_text()
+    again = fetch(apt_get="#!/bin/bash\nexit 1\n")
+    assert (again.returncode, again.stdout) == (0, found.stdout)
+
+
+def test_without_apt_or_a_mirror_it_says_what_to_download(fetch, tmp_path):
+    found = fetch()
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: apt-get is missing; download the Debian packages nexuiz-music wesnoth-1.16")
+    found = fetch(apt_get="#!/bin/bash\nexit 100\n", dpkg_deb=DPKG)
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: apt-get cannot download nexuiz-music; download and unpack it by hand")
+    assert not list((tmp_path / "my music").iterdir())

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Real, free music from Debian's packages, unpacked into a folder: data/fetch_music.sh DIR. Nothing is installed.
+set -euo pipefail
+packages=(nexuiz-music wesnoth-1.16-music)
+dir=${1:?usage: fetch_music.sh DIR}
+for tool in apt-get dpkg-deb; do
+    command -v "$tool" >/dev/null && continue
+    echo "error: $tool is missing; download the Debian packages ${packages[*]} and unpack their .ogg files into $dir" >&2
+    exit 2
+done
+mkdir -p "$dir"
+dir=$(cd "$dir" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+for package in "${packages[@]}"; do
+    [ -d "$dir/$package" ] && continue # a second call does nothing
+    cd "$work"
+    apt-get download -qq "$package" 2>/dev/null || { apt-get update -qq && apt-get download -qq "$package"; } || {
+        echo "error: apt-get cannot download $package; download and unpack it by hand into $dir/$package" >&2
+        exit 2
+    }
+    dpkg-deb -x "$package"_*.deb "$package"
+    find "$package" -name '*.pk3' -exec python3 -m zipfile -e {} "$package/unzipped" \;
+    rm -rf "$dir/$package.part"
+    mkdir "$dir/$package.part"
+    # thunder.ogg has 11 kHz, silence.ogg and what is below sounds/ is no music
+    find "$package" -name '*.ogg' ! -name thunder.ogg ! -name silence.ogg ! -path '*/sounds/*' -exec mv {} "$dir/$package.part" \;
+    cp "$package"/usr/share/doc/*/copyright "$dir/$package.part/COPYRIGHT"
+    mv "$dir/$package.part" "$dir/$package"
+done
+echo "$(find "$dir" -name '*.ogg' | wc -l) tracks in $dir"
