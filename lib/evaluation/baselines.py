@@ -6,10 +6,12 @@ Legend: B batch, N samples, D latent channels, T frames.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import librosa
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lib.audio.files import SAMPLE_RATE
 from lib.codec.codec import Codec
 from lib.data.latents import LatentPairs
 from lib.evaluation.metrics import sound_features, sound_metrics
@@ -20,6 +22,7 @@ from lib.model.rms_law import pair_rms
 from lib.training.losses import LossConfig, total_loss
 from lib.util.stats import Comparison, paired_comparison
 
+CROSSOVER = 900.0  # Hz
 Models = Mapping[str, FusionModel]
 Measured = Mapping[str, Sequence[Mapping[str, float]]]  # output → one row of metrics per pair
 
@@ -45,14 +48,35 @@ def baseline_losses(pairs: LatentPairs, loss: LossConfig, untrained: Cascade) ->
     return {name: value / len(pairs) for name, value in sums.items()}
 
 
+def recipes(input: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """What a musician would do by hand with two waveforms `[1, N]` at 24 kHz, without any training: a crossover, the
+    target's lows under the input's highs; HPSS, the input's percussive with the target's harmonic part (librosa's
+    median filters); and both, with the input's percussive part at all frequencies."""
+    tones, own_tones = (torch.from_numpy(librosa.effects.harmonic(wav.numpy())) for wav in (target, input))
+    hits = torch.from_numpy(librosa.effects.percussive(input.numpy()))
+    return {
+        "crossover": below(target) + input - below(input),
+        "HPSS": hits + tones,
+        "HPSS with crossover": below(tones) + hits + own_tones - below(own_tones),
+    }
+
+
+def below(wav: Tensor) -> Tensor:
+    """The part of a waveform `[1, N]` at 24 kHz below `CROSSOVER`."""
+    spectrum = torch.fft.rfft(wav)
+    high = torch.fft.rfftfreq(wav.shape[-1], 1 / SAMPLE_RATE) >= CROSSOVER
+    return torch.fft.irfft(spectrum.masked_fill(high, 0), wav.shape[-1])
+
+
 @torch.inference_mode()
 def fusions(input: Tensor, target: Tensor, codec: Codec, models: Models) -> Iterator[tuple[str, Tensor]]:
     """Every fusion of two latents `[D, T]` by name, as sound `[1, N]` from the codec: each clip alone, the averages of
-    waveforms and of latents, both clips combined by each fixed masking without a model, and every model's."""
+    waveforms and of latents, the recipes, both clips combined by each fixed masking, and every model's."""
     input, target = input[None], target[None]
     sounds = {"input": codec.decode(input), "target": codec.decode(target)}
     sounds["average of waveforms"] = (sounds["input"] + sounds["target"]) / 2
     yield from ((name, wav[0]) for name, wav in sounds.items())
+    yield from recipes(sounds["input"][0], sounds["target"][0]).items()
     latents = {"average of latents": (input + target) / 2}
     for kind in FIXED_MASKINGS:
         masks = fixed_masks(kind, input, target)

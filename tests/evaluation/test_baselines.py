@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from lib.codec.mdct import MdctCodec
-from lib.evaluation.baselines import advantage, baseline_losses, fusions, mean_metrics, measure_fusions
+from lib.evaluation.baselines import (
+    advantage,
+    baseline_losses,
+    below,
+    fusions,
+    mean_metrics,
+    measure_fusions,
+    recipes,
+)
 from lib.evaluation.metrics import sound_features, sound_metrics
 from lib.model.cascade import Cascade
 from lib.model.fusion import Fusion
@@ -12,7 +20,8 @@ from lib.model.masks import FIXED_MASKINGS
 from lib.training.losses import LossConfig
 from lib.util.stats import paired_comparison
 
-BASELINES = ("input", "target", "average of waveforms", "average of latents")
+RECIPES = ("crossover", "HPSS", "HPSS with crossover")
+BASELINES = ("input", "target", "average of waveforms", *RECIPES, "average of latents")
 
 
 @pytest.fixture
@@ -103,6 +112,38 @@ def test_fusions_are_the_baselines_and_then_the_models(clips, known_model):
     sounds = [found[name] for name in found if name != "swapped"]
     closest = min((x - y).square().mean().sqrt().item() for i, x in enumerate(sounds) for y in sounds[:i])
     assert closest > 1e-3  # no two of them are the same
+
+
+def sounds_at(*frequencies: float) -> torch.Tensor:
+    seconds = torch.arange(24_000) / 24_000
+    return sum(0.1 * (2 * torch.pi * f * seconds).sin() for f in frequencies)[None]
+
+
+def level_at(wav: torch.Tensor, frequency: int) -> float:
+    return 2 * torch.fft.rfft(wav[0])[frequency].abs().item() / wav.shape[-1]
+
+
+def test_the_crossover_has_the_targets_lows_and_the_inputs_highs():
+    found = recipes(sounds_at(200, 3000), sounds_at(440, 2000))["crossover"]
+    levels = {f: round(level_at(found, f), 3) for f in (200, 440, 2000, 3000)}
+    assert levels == {200: 0.0, 440: 0.1, 2000: 0.0, 3000: 0.1}
+    torch.testing.assert_close(below(found) + (found - below(found)), found)
+
+
+def test_hpss_has_the_inputs_clicks_and_the_targets_tones():
+    clicks = torch.zeros(1, 24_000)
+    clicks[:, 6_000::6_000] = 1.0
+    found = recipes(clicks + sounds_at(300, 2500), clicks.roll(2_000) + sounds_at(440, 2000))
+    for name in ("HPSS", "HPSS with crossover"):
+        peaks = found[name][0].abs()
+        assert peaks[6_000] > 0.5
+        assert peaks[8_000] < 0.4, name  # where the target clicks
+        assert level_at(found[name], 440) == pytest.approx(0.1, abs=0.02)
+        assert level_at(found[name], 300) < 0.02
+    assert level_at(found["HPSS"], 2000) == pytest.approx(0.1, abs=0.02)
+    assert level_at(found["HPSS"], 2500) < 0.02
+    assert level_at(found["HPSS with crossover"], 2500) == pytest.approx(0.1, abs=0.02)
+    assert level_at(found["HPSS with crossover"], 2000) < 0.02
 
 
 def test_the_energy_masking_takes_the_louder_clip(clips):
