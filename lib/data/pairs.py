@@ -85,7 +85,7 @@ class Manifest:
     clip_length: Count  # samples at `sample_rate`
     sample_rate: Count
     seed: int
-    pairs: tuple[Pair, ...]
+    pairs: Annotated[tuple[Pair, ...], Field(min_length=1)]
     skipped: tuple[Skipped, ...] = ()
     made_of: str = ""  # hash of the settings, the code, and the name, size and time of every file
 

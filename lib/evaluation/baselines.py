@@ -52,8 +52,8 @@ def recipes(input: Tensor, target: Tensor) -> dict[str, Tensor]:
     """What a musician would do by hand with two waveforms `[1, N]` at 24 kHz, without any training: a crossover, the
     target's lows under the input's highs; HPSS, the input's percussive with the target's harmonic part (librosa's
     median filters); and both, with the input's percussive part at all frequencies."""
-    tones, own_tones = (torch.from_numpy(librosa.effects.harmonic(wav.numpy())) for wav in (target, input))
-    hits = torch.from_numpy(librosa.effects.percussive(input.numpy()))
+    own_tones, hits = map(torch.from_numpy, librosa.effects.hpss(input.numpy()))
+    tones = torch.from_numpy(librosa.effects.harmonic(target.numpy()))
     return {
         "crossover": below(target) + input - below(input),
         "HPSS": hits + tones,
@@ -69,14 +69,17 @@ def below(wav: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def fusions(input: Tensor, target: Tensor, codec: Codec, models: Models) -> Iterator[tuple[str, Tensor]]:
+def fusions(
+    input: Tensor, target: Tensor, codec: Codec, models: Models, by_hand: bool = True
+) -> Iterator[tuple[str, Tensor]]:
     """Every fusion of two latents `[D, T]` by name, as sound `[1, N]` from the codec: each clip alone, the averages of
-    waveforms and of latents, the recipes, both clips combined by each fixed masking, and every model's."""
+    waveforms and of latents, the recipes if `by_hand`, both clips combined by each fixed masking, and every model's."""
     input, target = input[None], target[None]
     sounds = {"input": codec.decode(input), "target": codec.decode(target)}
     sounds["average of waveforms"] = (sounds["input"] + sounds["target"]) / 2
     yield from ((name, wav[0]) for name, wav in sounds.items())
-    yield from recipes(sounds["input"][0], sounds["target"][0]).items()
+    if by_hand:
+        yield from recipes(sounds["input"][0], sounds["target"][0]).items()
     latents = {"average of latents": (input + target) / 2}
     for kind in FIXED_MASKINGS:
         masks = fixed_masks(kind, input, target)
@@ -87,11 +90,13 @@ def fusions(input: Tensor, target: Tensor, codec: Codec, models: Models) -> Iter
     yield from ((name, codec.decode(x)[0]) for name, x in latents.items())
 
 
-def measure_fusions(pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec, models: Models) -> Measured:
+def measure_fusions(
+    pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec, models: Models, by_hand: bool = True
+) -> Measured:
     """`sound_metrics` of every output of `fusions`."""
     rows: dict[str, list[dict[str, float]]] = {}
     for input, target in pairs:
-        features = {name: sound_features(wav) for name, wav in fusions(input, target, codec, models)}
+        features = {name: sound_features(wav) for name, wav in fusions(input, target, codec, models, by_hand)}
         for name, output in features.items():
             rows.setdefault(name, []).append(sound_metrics(output, features["input"], features["target"]))
     return rows

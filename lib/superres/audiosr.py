@@ -101,7 +101,8 @@ def without_weight_norm(path: Path, tensors: dict[str, Tensor]) -> dict[str, Ten
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m lib.superres.audiosr", description="Import an AudioSR checkpoint.")
+    about = "Import autoencoder and vocoder of an AudioSR checkpoint."
+    parser = argparse.ArgumentParser("python -m lib.superres.audiosr", description=about)
     parser.add_argument("checkpoint", help="basic.pth or speech.pth")
     parser.add_argument("-o", "--out", required=True, help="folder for the runs vae and hifigan")
     options = parser.parse_args()

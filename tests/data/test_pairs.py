@@ -409,10 +409,16 @@ def test_a_missing_empty_or_cut_manifest(tmp_path):
     with pytest.raises(UserError, match=r"pairs\.json: no such file; build the manifest again"):
         read_manifest(out)
     build(tree(tmp_path / "data"), out)
-    for text in (out.read_text()[:-4], "", "[]"):
+    whole = out.read_text()
+    for text in (whole[:-4], "", "[]"):
         out.write_text(text)
         with pytest.raises(UserError, match=r"pairs\.json: damaged .*; build the manifest again"):
             read_manifest(out)
+    out.write_text(json.dumps(json.loads(whole) | {"pairs": []}))  # by hand, under the old `made_of`
+    with pytest.raises(UserError, match=r"pairs\.json: pairs=\[\] is not allowed"):
+        read_manifest(out)
+    build(tmp_path / "data", out)
+    assert out.read_text() == whole
 
 
 def test_a_manifest_that_cannot_be_written(tmp_path, monkeypatch):
