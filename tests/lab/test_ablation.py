@@ -489,6 +489,7 @@ def test_with_masks_objective_metrics_are_measured_too(mdct_index, tmp_path, mon
 
 
 PROGRAM = """
+import signal
 import sys
 from pathlib import Path
 import lib.lab.ablation
@@ -498,6 +499,7 @@ from lab.test_ablation import tiny_plan, tiny_work
 
 lib.lab.ablation.load_codec = lambda name: TinyCodec()
 lib.lab.ablation.work = tiny_work
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
 with exit_on_user_error():
     lib.lab.ablation.run_plan(tiny_plan(checkpoint_every=1000), Path(sys.argv[1]), "tiny", sys.argv[2], workers=2)
 """
