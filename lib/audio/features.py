@@ -4,9 +4,12 @@ Legend: B batch, N samples, M mel bands, F feature frames (hop 320: 75 a second)
 """
 
 import functools
+import itertools
 
 import librosa
+import numpy as np
 import torch
+import torch.nn.functional as F
 import torchaudio
 from torch import Tensor
 
@@ -17,6 +20,9 @@ HOP = 320
 SEGMENTS = 250  # of an envelope
 MEL_FFT, MEL_BANDS = 1024, 64  # a window short enough to locate an onset
 CHROMA_FFT = 4096  # 5.9 Hz a bin: resolves semitones from 100 Hz up
+ONSET_BANDS = (0, 120, 300, 700, 1500, 3000, 12_000)  # Hz, edges: a kick is as much rhythm as a hi-hat
+NOTE_FFT, NOTE_HOP = 8192, 3 * HOP  # 2.9 Hz a bin: separates semitones from E1 up
+LOWEST_NOTE, HIGHEST_NOTE = 28, 99  # MIDI: E1 (41 Hz) to D sharp 7 (2.5 kHz)
 FLOOR = 1e-8  # of a power: far below any music, and avoids the logarithm of zero
 
 
@@ -39,7 +45,7 @@ class Sound:
     @functools.cached_property
     def log_mel(self) -> Tensor:
         """Natural logarithm of the mel power spectrogram, `[B, M, F]`."""
-        return (_mel(self.wav.device)(self.wav[:, 0]) + FLOOR).log()
+        return (_mel(self.wav.device, MEL_BANDS)(self.wav[:, 0]) + FLOOR).log()
 
     @functools.cached_property
     def onsets(self) -> Tensor:
@@ -48,12 +54,26 @@ class Sound:
         return self.log_mel.diff(dim=2).relu().mean(dim=1)
 
     @functools.cached_property
+    def band_onsets(self) -> Tensor:
+        """Mean rise of the log mel power in each of `ONSET_BANDS`, `[B, bands, F − 1]`, 0 or more; power below −60 dB
+        of the clip's loudest counts as silence."""
+        power = _mel(self.wav.device, 2 * MEL_BANDS)(self.wav[:, 0])
+        rises = (power + 1e-6 * power.amax(dim=(1, 2), keepdim=True) + FLOOR).log().diff(dim=2).relu()
+        return _onset_bands(self.wav.device) @ rises
+
+    @functools.cached_property
+    def notes(self) -> Tensor:
+        """How far the log power of each semitone rises above that of the octave around it, `[B, semitones, F]`, 0 or
+        more: lines of a spectrum, whatever its colour and level."""
+        power = _semitone_bank(self.wav.device) @ power_spectrum(self.wav, NOTE_FFT, NOTE_HOP)
+        log = (power / (power.amax(dim=(1, 2), keepdim=True) + FLOOR) + 1e-4).log()
+        around = F.avg_pool1d(F.pad(log.mT, (6, 6), mode="replicate"), 13, stride=1).mT
+        return (log - around).relu()
+
+    @functools.cached_property
     def chroma(self) -> Tensor:
         """Power of the twelve pitch classes, from C, normalised to sum 1 in each frame: `[B, 12, F]`."""
-        options = {"window": hann(CHROMA_FFT, self.wav.device), "pad_mode": "constant", "return_complex": True}
-        spectrum = torch.stft(self.wav[:, 0], CHROMA_FFT, HOP * 4, **options)
-        power = spectrum.real.square() + spectrum.imag.square()  # [B, CHROMA_FFT / 2 + 1, F]
-        classes = _chroma_bank(self.wav.device) @ power
+        classes = _chroma_bank(self.wav.device) @ power_spectrum(self.wav, CHROMA_FFT, HOP * 4)
         return (classes + FLOOR) / (classes.sum(dim=1, keepdim=True) + 12 * FLOOR)
 
 
@@ -63,16 +83,23 @@ def magnitudes(wav: Tensor, size: int) -> Tensor:
     return (spectrum.real.square() + spectrum.imag.square()).clamp_min(FLOOR).sqrt()
 
 
+def power_spectrum(wav: Tensor, size: int, hop: int) -> Tensor:
+    """STFT powers, silence around the clip: `[B, 1, N] → [B, size / 2 + 1, F]`."""
+    options = {"window": hann(size, wav.device), "pad_mode": "constant", "return_complex": True}
+    spectrum = torch.stft(wav[:, 0], size, hop, **options)
+    return spectrum.real.square() + spectrum.imag.square()
+
+
 def correlation(x: Tensor, y: Tensor) -> Tensor:
     """Pearson's correlation along the last axis, `[B, n]` twice → `[B]`; 0 if one is constant."""
     x, y = x - x.mean(dim=-1, keepdim=True), y - y.mean(dim=-1, keepdim=True)
-    return torch.nn.functional.cosine_similarity(x, y, dim=-1)
+    return F.cosine_similarity(x, y, dim=-1)
 
 
 def harmony_similarity(x: Sound, y: Sound) -> Tensor:
     """Cosine similarity of two clips' chroma minus its mean of 1/12, over all frames, → `[B]`."""
     x, y = (sound.chroma.flatten(1) - 1 / 12 for sound in (x, y))
-    return torch.nn.functional.cosine_similarity(x, y, dim=1)
+    return F.cosine_similarity(x, y, dim=1)
 
 
 def rhythm_similarity(x: Sound, y: Sound) -> Tensor:
@@ -86,10 +113,27 @@ def hann(size: int, device: torch.device) -> Tensor:
 
 
 @cached_table
-def _mel(device: torch.device) -> torchaudio.transforms.MelSpectrogram:
+def _mel(device: torch.device, bands: int) -> torchaudio.transforms.MelSpectrogram:
     return torchaudio.transforms.MelSpectrogram(
-        SAMPLE_RATE, MEL_FFT, hop_length=HOP, n_mels=MEL_BANDS, norm="slaney", mel_scale="slaney", pad_mode="constant"
+        SAMPLE_RATE, MEL_FFT, hop_length=HOP, n_mels=bands, norm="slaney", mel_scale="slaney", pad_mode="constant"
     ).to(device)
+
+
+@cached_table
+def _onset_bands(device: torch.device) -> Tensor:
+    """`[bands, 2 MEL_BANDS]`: the mean of the mel bands whose centre lies in each of `ONSET_BANDS`."""
+    centres = torch.from_numpy(librosa.mel_frequencies(2 * MEL_BANDS + 2, fmax=SAMPLE_RATE / 2)[1:-1])
+    inside = [(centres >= low) & (centres < high) for low, high in itertools.pairwise(ONSET_BANDS)]
+    return torch.stack([band.float() / band.sum() for band in inside]).to(device)
+
+
+@cached_table
+def _semitone_bank(device: torch.device) -> Tensor:
+    """`[semitones, NOTE_FFT / 2 + 1]`: the mean of the bins within a semitone of each, falling off linearly."""
+    pitches = librosa.hz_to_midi(np.arange(1, NOTE_FFT // 2 + 1) * SAMPLE_RATE / NOTE_FFT)
+    distance = np.abs(pitches - np.arange(LOWEST_NOTE, HIGHEST_NOTE + 1)[:, None])
+    weights = np.pad(np.maximum(1 - distance, 0), ((0, 0), (1, 0)))
+    return torch.from_numpy(weights / weights.sum(axis=1, keepdims=True)).float().to(device)
 
 
 @cached_table

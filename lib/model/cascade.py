@@ -233,14 +233,16 @@ class StageConfig:
 class CascadeConfig:
     """A cascade: its stages from first to last, and what they share. `rms_law.check_collapse` judges its weights."""
 
-    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
+    stages: tuple[StageConfig, ...]
     latent_dim: Count = LATENT_DIM
     anti_cheating: NonNegative = 0.0  # noise level, in standard deviations of the clip, added in training only
 
     def __post_init__(self):
-        first = self.stages[0]
-        check("previous" not in first.sources, "stages[0].sources", first.sources, "no 'previous' in the first stage")
-        check(first.residual_source != "previous", "stages[0].residual_source", "previous", "'mean' in stage 0")
+        for first in self.stages[:1]:
+            check(
+                "previous" not in first.sources, "stages[0].sources", first.sources, "no 'previous' in the first stage"
+            )
+            check(first.residual_source != "previous", "stages[0].residual_source", "previous", "'mean' in stage 0")
         for i, stage in enumerate(self.stages):
             width, rule = self.width(i), f"a multiple of num_heads ({stage.num_heads}), and even"
             check(width % stage.num_heads == 0 and width % 2 == 0, f"stages[{i}].width", width, rule)
@@ -259,9 +261,10 @@ class CascadeConfig:
     def reference(cls, num_stages: int = 2, *, anti_cheating: float = 0.0, **changes: Any) -> "CascadeConfig":
         """The reference of seed 000: stage 0 fuses (input, target), each later one (input, previous, target). `changes`
         are `StageConfig` fields of every stage: `CascadeConfig.reference(3, num_layers=2)`."""
-        check(num_stages >= 1, "num_stages", num_stages, "1 or more")
+        check(num_stages >= 0, "num_stages", num_stages, "0 or more")
         later = StageConfig(sources=("noisy_input", "previous", "noisy_target"), **changes)
-        return cls((StageConfig(**changes), *[later] * (num_stages - 1)), anti_cheating=anti_cheating)
+        stages = (StageConfig(**changes), *[later] * (num_stages - 1))
+        return cls(stages[:num_stages], anti_cheating=anti_cheating)
 
     def with_stage(self, index: int, **changes: Any) -> "CascadeConfig":
         """A copy with some fields of one stage changed: `config.with_stage(-1, residual_weight=0.1)`."""
@@ -288,8 +291,8 @@ class Cascade(nn.Module):
         self, input: Tensor, target: Tensor, stages: int | None = None
     ) -> tuple[Tensor, tuple[StageTrace, ...]]:
         """`input`, `target` `[B, D, T]`, any T ≥ 1 → fused latents `[B, D, T]` and one trace for each of the `stages`
-        that are applied, from the first; None: all."""
-        assert stages is None or 1 <= stages <= len(self.stages), (stages, len(self.stages))
+        that are applied, from the first; None: all. Without stages, the sum of both."""
+        assert stages is None or 0 <= stages <= len(self.stages), (stages, len(self.stages))
         signals, traces = self.run_stages(input, target, stages)
         return signals["previous"], traces
 
@@ -298,7 +301,7 @@ class Cascade(nn.Module):
     ) -> tuple[dict[str, Tensor], tuple[StageTrace, ...]]:
         """All signals by the names of `SOURCES`, `[B, D, T]`, as the next stage reads them, and one trace per stage."""
         self.check_shapes(input, target)
-        signals = {"input": input, "target": target}
+        signals = {"input": input, "target": target, "previous": input + target}
         signals["noisy_input"], signals["noisy_target"] = self.add_noise(input), self.add_noise(target)
         traces = []
         for stage in self.stages[:stages]:

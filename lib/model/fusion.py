@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lib.model.cascade import Cascade, CascadeConfig, StageTrace
-from lib.model.masks import MaskGenerator, MaskingConfig, Masks, apply_mask, fixed_masks
+from lib.model.masks import GENERATORS, MaskingConfig, Masks, apply_mask, fixed_masks
 from lib.util.configs import from_fields
 from lib.util.errors import UserError
 from lib.util.files import naming
@@ -21,15 +21,15 @@ class Fusion(NamedTuple):
 
 class FusionModel(nn.Module):
     """Fuse two latents into one. With learned masks and the two-stage reference: 16,553,984 parameters. The masks are
-    computed once per forward pass. Everything after them, residuals and RMS scaling included, sees the masked latents,
-    each rescaled to the RMS of its clip (as in the original)."""
+    computed once per forward pass. Everything after them, residuals and RMS scaling included, sees the masked latents.
+    A cascade without stages leaves their sum."""
 
     def __init__(self, cascade: CascadeConfig | None = None, masking: MaskingConfig | None = None):
         super().__init__()
         self.cascade = Cascade(cascade)
         self.masking = masking or MaskingConfig()
-        learned = self.masking.masking == "learned"
-        self.mask_generator = MaskGenerator(self.cascade.config.latent_dim) if learned else None
+        generator = GENERATORS.get(self.masking.masking)
+        self.mask_generator = generator and generator(self.cascade.config.latent_dim)
 
     def forward(self, input: Tensor, target: Tensor, masks: Masks | None = None, stages: int | None = None) -> Fusion:
         """`input`, `target` `[B, D, T]`, any T ≥ 1; `masks` of their shape replace the model's own; `stages` as in
@@ -37,7 +37,8 @@ class FusionModel(nn.Module):
         self.cascade.check_shapes(input, target)  # before the masks, whose own errors would name no cause
         masks = masks or self.make_masks(input, target)
         if masks is not None:
-            input, target = apply_mask(input, masks.input), apply_mask(target, masks.target)
+            restore = self.masking.restore_rms
+            input, target = apply_mask(input, masks.input, restore), apply_mask(target, masks.target, restore)
         latents, traces = self.cascade(input, target, stages)
         return Fusion(latents, traces, masks)
 

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.model.cascade import LATENT_DIM, rms
-from lib.util.configs import check, checked_dataclass, choice
+from lib.util.configs import Flag, check, checked_dataclass, choice
 
-MASKINGS = ("none", "temporal", "frequency", "channel", "energy", "hybrid", "learned")
-FIXED_MASKINGS = MASKINGS[1:-1]  # each assigns every element to one of the clips
+MASKINGS = ("none", "temporal", "frequency", "channel", "energy", "hybrid", "learned", "wide")
+FIXED_MASKINGS = MASKINGS[1:-2]  # each assigns every element to one of the clips
 SEGMENT = 25  # frames, a third of a second: the resolution of fixed masks in time
 MAX_RESTORATION = 1000.0  # largest scale that restores the RMS of masked latents
 SMOOTHING = 5  # frames over which energies are averaged to find the louder clip
@@ -20,7 +20,8 @@ SMOOTHING = 5  # frames over which energies are averaged to find the louder clip
 class MaskingConfig:
     """What is taken from each clip before the cascade sees it."""
 
-    masking: choice(MASKINGS) = "none"  # a fixed rule, or 'learned' (the mask generator)
+    masking: choice(MASKINGS) = "none"  # a fixed rule, 'learned' (the original generator) or 'wide' (ours)
+    restore_rms: Flag = True  # bring each masked clip back to its RMS: however little is taken of it, it stays as loud
 
 
 class Masks(NamedTuple):
@@ -55,9 +56,57 @@ class MaskGenerator(nn.Module):
         )
 
 
+class WideMaskGenerator(nn.Module):
+    """Learned masks from a wide view: two-dimensional convolutions over channels and frames of both clips together,
+    dilated so that an element's masks depend on 0.6 s to either side; 62,666 parameters. Made for codecs whose channels
+    are bands in order, as mdct's are. It starts with one half everywhere."""
+
+    DILATIONS = ((1, 1), (1, 2), (2, 4), (1, 8), (2, 1), (1, 4))  # of bands and frames, block by block
+    BAND = 4  # channels that the blocks treat as one
+
+    def __init__(self, latent_dim: int = LATENT_DIM, width: int = 24):
+        super().__init__()
+        check(latent_dim % self.BAND == 0, "latent_dim", latent_dim, f"a multiple of {self.BAND} for wide masks")
+        self.bands = nn.Conv2d(4, width, (self.BAND, 3), stride=(self.BAND, 1), padding=(0, 1))
+        self.positions = nn.Parameter(torch.zeros(width, latent_dim // self.BAND, 1))
+        self.blocks = nn.ModuleList(_block(width, *dilation) for dilation in self.DILATIONS)
+        self.channels = nn.ConvTranspose2d(width, width, (self.BAND, 1), stride=(self.BAND, 1))
+        self.head = nn.Sequential(nn.Conv2d(width + 4, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, 2, 1))
+        nn.init.zeros_(self.head[-1].weight)
+        nn.init.zeros_(self.head[-1].bias)
+
+    def forward(self, input: Tensor, target: Tensor) -> Masks:
+        """`input`, `target` `[B, D, T]` → masks between 0 and 1."""
+        powers = torch.stack([_log_power(input), _log_power(target)], dim=1)  # [B, 2, D, T]
+        powers = (powers - powers.mean(dim=(1, 2, 3), keepdim=True)) / 4
+        clips = torch.cat([powers, F.pad(2 * powers.diff(dim=3), (1, 0))], dim=1)  # [B, 4, D, T]
+        x = self.bands(clips) + self.positions  # [B, width, D / 4, T]
+        for block in self.blocks:
+            x = x + block(x)
+        masks = self.head(torch.cat([self.channels(x), clips], dim=1)).sigmoid()
+        return Masks(*masks.unbind(dim=1))
+
+
+def _block(width: int, bands: int, frames: int) -> nn.Module:
+    convolution = nn.Conv2d(width, width, (3, 5), padding=(bands, 2 * frames), dilation=(bands, frames))
+    return nn.Sequential(convolution, nn.GroupNorm(4, width), nn.GELU())
+
+
+def _log_power(x: Tensor) -> Tensor:
+    """Logarithm of the power, smoothed: an mdct coefficient alone depends on the phase, its neighbours' difference
+    supplies the other part. Latents are cube roots, so their sixth power is meant."""
+    cubes = x.pow(3)
+    padded = F.pad(cubes, (1, 1), mode="replicate")
+    slopes = padded[..., 2:] - padded[..., :-2]
+    return (cubes.square() + slopes.square() + 1e-2).log()
+
+
 def _convolutions(inputs: int, hidden: int, outputs: int, kernel: int) -> list[nn.Module]:
     first = nn.Conv1d(inputs, hidden, 3, padding=1)
     return [first, nn.ReLU(), nn.Conv1d(hidden, outputs, kernel, padding=kernel // 2)]
+
+
+GENERATORS = {"learned": MaskGenerator, "wide": WideMaskGenerator}
 
 
 @torch.no_grad()
@@ -94,11 +143,14 @@ def _smoothed_energy(x: Tensor) -> Tensor:
     return F.avg_pool1d(x.square(), SMOOTHING, stride=1, padding=SMOOTHING // 2, count_include_pad=False)
 
 
-def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
-    """Masked latents `[B, D, T]`, rescaled to their RMS before. A mask of another shape raises `ValueError`."""
+def apply_mask(x: Tensor, mask: Tensor, restore_rms: bool = True) -> Tensor:
+    """Masked latents `[B, D, T]`, with `restore_rms` rescaled to their RMS before. A mask of another shape raises
+    `ValueError`."""
     if mask.shape != x.shape:
         raise ValueError(f"mask is {list(mask.shape)}, the latents are {list(x.shape)}; give a mask of their shape")
     masked = x * mask
+    if not restore_rms:
+        return masked
     # bounded, or a clip that is masked out entirely would get a gradient a million times too large
     scale = (rms(x) / rms(masked)).clamp(max=MAX_RESTORATION)
     return masked * scale[:, None, None]

@@ -43,6 +43,11 @@ class LossConfig:
     mel_weight: NonNegative = 0.0  # the same on the mel scale
     rhythm_weight: NonNegative = 0.0  # the input's onsets ...
     harmony_weight: NonNegative = 0.0  # ... with the target's pitch classes
+    # the same by finer features, in which neither treble nor loud notes win
+    onsets_weight: NonNegative = 0.0  # the input's onsets, in bands that count alike ...
+    notes_weight: NonNegative = 0.0  # ... with the target's semitones
+    onsets_left_weight: NonNegative = 0.0  # against the target's onsets
+    notes_left_weight: NonNegative = 0.0  # against semitones that only the input has
     anti_modulation_weight: NonNegative = 0.0  # against an output that copies the sources' loudness curve
     # 'log' has no bound: value and gradient grow without limit towards |corr| = 1
     anti_modulation: choice(("squared", "log")) = "squared"
@@ -122,6 +127,12 @@ def spectral_outliers(output: Sound, input: Sound, target: Sound) -> Tensor:
     return ((output.log_mel - mean) / deviation - OUTLIER_DEVIATIONS).relu().square().mean()
 
 
+def notes_left(output: Sound, input: Sound, target: Sound) -> Tensor:
+    """Cosine of the output's semitones with those that stand out further in the input than in the target, 0 to 1."""
+    only = (input.notes - target.notes).relu()
+    return F.cosine_similarity(output.notes.flatten(1), only.flatten(1)).mean()
+
+
 def overlap(masks: Masks) -> Tensor:
     """Mean of m_in · m_tgt, 1 − complementarity: 0 if nothing is taken from both clips, 0.25 for two masks of 0.5."""
     return (masks.input * masks.target).mean()
@@ -148,6 +159,10 @@ ON_SOUND: dict[str, Callable[[Sound, Sound, Sound, LossConfig], Tensor]] = {  # 
     "mel": lambda y, a, b, config: (mel_distance(y, a) + mel_distance(y, b)) / 2,
     "rhythm": lambda y, a, b, config: 1 - rhythm_similarity(y, a).mean(),  # 0 to 2
     "harmony": lambda y, a, b, config: 1 - harmony_similarity(y, b).mean(),  # of pitch classes over time
+    "onsets": lambda y, a, b, config: 1 - correlation(y.band_onsets, a.band_onsets).mean(),
+    "notes": lambda y, a, b, config: 1 - F.cosine_similarity(y.notes.flatten(1), b.notes.flatten(1)).mean(),
+    "onsets_left": lambda y, a, b, config: correlation(y.band_onsets, b.band_onsets).relu().mean(),
+    "notes_left": lambda y, a, b, config: notes_left(y, a, b),
     "anti_modulation": lambda y, a, b, config: sum(anti_modulation(y, x, config.anti_modulation) for x in (a, b)),
     "outlier": lambda y, a, b, config: spectral_outliers(y, a, b),
 }

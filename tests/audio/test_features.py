@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lib.audio.features
-from lib.audio.features import CHROMA_FFT, HOP, Sound, correlation
+from lib.audio.features import CHROMA_FFT, HIGHEST_NOTE, HOP, LOWEST_NOTE, ONSET_BANDS, Sound, correlation
 from lib.audio.files import SAMPLE_RATE
 from lib.audio.synth import render_song
 
@@ -28,6 +28,14 @@ def chroma(wav: Tensor) -> Tensor:
     return Sound(wav).chroma
 
 
+def band_onsets(wav: Tensor) -> Tensor:
+    return Sound(wav).band_onsets
+
+
+def notes(wav: Tensor) -> Tensor:
+    return Sound(wav).notes
+
+
 def onset_envelope(wav: Tensor) -> Tensor:
     return Sound(wav).onsets
 
@@ -40,7 +48,7 @@ def harmony_similarity(x: Tensor, y: Tensor) -> Tensor:
     return lib.audio.features.harmony_similarity(Sound(x), Sound(y))
 
 
-FEATURES = (envelope, log_mel, onset_envelope, chroma)
+FEATURES = (envelope, log_mel, onset_envelope, band_onsets, chroma, notes)
 SIMILARITIES = (harmony_similarity, rhythm_similarity)
 
 
@@ -237,6 +245,35 @@ def test_chords_in_another_order_are_less_similar():
     assert harmony_similarity(chords(0), backwards).item() < 0.7
 
 
+# --- bands and semitones ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("frequency", "band"), [(60, 0), (200, 1), (500, 2), (1000, 3), (2000, 4), (6000, 5)])
+def test_a_tone_burst_is_an_onset_of_its_band(frequency, band):
+    burst = tone(frequency)
+    burst[..., :SAMPLE_RATE] = 0
+    onsets = band_onsets(burst + 0.3 * tone(440))[0]  # the other tone sounds all through
+    frame = SAMPLE_RATE // HOP
+    assert onsets.shape == (len(ONSET_BANDS) - 1, 150)
+    strongest = onsets[:, frame - 4 : frame + 4].amax(dim=1)
+    if frequency != 500:  # the band of the tone that sounds
+        assert strongest.argmax() == band
+    assert strongest[band] > 10 * onsets[band, 20 : frame - 8].max()
+
+
+@pytest.mark.parametrize("note", [28, 45, 60, 72, 99])
+def test_a_tone_stands_out_in_its_semitone_at_any_level(note):
+    found = [notes(tone(librosa.midi_to_hz(note), amplitude=level))[0, :, 20] for level in (0.3, 0.003)]
+    assert found[0].argmax() == note - LOWEST_NOTE
+    assert found[0].shape == (HIGHEST_NOTE - LOWEST_NOTE + 1,)
+    torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.05)
+
+
+def test_noise_has_no_notes():
+    noise = 0.1 * torch.randn(1, 1, 2 * SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
+    assert notes(noise).amax(dim=1).mean() < 0.4 * notes(tone(440)).amax(dim=1).mean()
+
+
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +331,7 @@ def test_first_used_in_inference_mode_they_still_train_later(feature):
 
 
 def test_a_sound_computes_each_feature_once_on_first_use(wavs):
-    sound, names = Sound(wavs), ["envelope", "log_mel", "onsets", "chroma"]
+    sound, names = Sound(wavs), ["envelope", "log_mel", "onsets", "band_onsets", "chroma", "notes"]
     assert not vars(sound).keys() & set(names)
     for name in names:
         assert getattr(sound, name) is getattr(sound, name)

@@ -410,7 +410,20 @@ def test_the_first_stages_alone_give_the_output_of_the_last_of_them(tiny_cascade
     assert learning == [True] * wanted + [False] * (3 - wanted)
 
 
-@pytest.mark.parametrize("stages", [0, -1, 4])
+@torch.no_grad()
+def test_no_stages_leave_the_sum_of_both(tiny_cascade):
+    input, target = clips()
+    none = CascadeConfig((), latent_dim=input.shape[1])
+    for cascade, stages in ((Cascade(none), None), (Cascade(tiny_cascade(3)), 0)):
+        fused, traces = cascade(input, target, stages)
+        assert torch.equal(fused, input + target)
+        assert traces == ()
+    assert CascadeConfig.reference(0).predict_rms() == ()
+    with pytest.raises(UserError, match=r"^num_stages=-1 is not allowed; use 0 or more"):
+        CascadeConfig.reference(-1)
+
+
+@pytest.mark.parametrize("stages", [-1, 4])
 def test_as_many_stages_as_there_are_not_is_our_mistake(tiny_cascade, stages):
     with pytest.raises(AssertionError, match=str(stages)):
         Cascade(tiny_cascade(3))(*clips(), stages)
@@ -544,7 +557,6 @@ def test_bad_stage_values_name_the_field(field, value):
 def test_bad_cascade_values_name_the_field(tiny_cascade):
     stage = StageConfig()
     for changes, name in (
-        ({"stages": ()}, "stages="),
         ({"stages": (stage,), "latent_dim": 0}, "latent_dim=0"),
         ({"stages": (stage,), "anti_cheating": -1.0}, "anti_cheating=-1.0"),
         ({"stages": (StageConfig(sources=("previous",)),)}, "stages[0].sources="),
@@ -556,8 +568,6 @@ def test_bad_cascade_values_name_the_field(tiny_cascade):
         with pytest.raises(UserError) as error:
             CascadeConfig(**changes)
         assert str(error.value).startswith(name)
-    with pytest.raises(UserError, match="num_stages=0"):
-        CascadeConfig.reference(0)
     with pytest.raises(UserError, match=r"dropout=2 .*0 or more, below 1"):  # the message lists what is allowed
         tiny_cascade(dropout=2)
 

@@ -13,7 +13,7 @@ import lib.model.fusion
 from lib.model.cascade import Cascade, CascadeConfig, StageTrace
 from lib.model.discriminator import Discriminator
 from lib.model.fusion import FusionModel, load_model
-from lib.model.masks import MASKINGS, MaskGenerator, MaskingConfig, Masks, complementarity
+from lib.model.masks import MASKINGS, MaskGenerator, MaskingConfig, Masks, WideMaskGenerator, complementarity
 from lib.util.errors import UserError
 
 CASCADE = CascadeConfig.reference(2, num_layers=1)
@@ -46,7 +46,10 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
 
 def build(masking: MaskingConfig | None = None, cascade: CascadeConfig = CASCADE, seed: int = 0) -> FusionModel:
     torch.manual_seed(seed)
-    return FusionModel(cascade, masking)
+    model = FusionModel(cascade, masking)
+    if isinstance(model.mask_generator, WideMaskGenerator):  # whose masks are one half before training
+        nn.init.normal_(model.mask_generator.head[-1].weight)
+    return model
 
 
 # --- size -------------------------------------------------------------------------------------------------------------
@@ -241,13 +244,26 @@ def test_masks_are_computed_once_a_pass(tiny_cascade, monkeypatch, masking, trai
     calls = []
     by_rule = lib.model.fusion.fixed_masks
     monkeypatch.setattr(lib.model.fusion, "fixed_masks", lambda *args: calls.append("rule") or by_rule(*args))
-    generate = MaskGenerator.forward
-    monkeypatch.setattr(MaskGenerator, "forward", lambda *args: calls.append("generator") or generate(*args))
+    for kind in (MaskGenerator, WideMaskGenerator):
+        generate = kind.forward
+        monkeypatch.setattr(kind, "forward", lambda *args, run=generate: calls.append("generator") or run(*args))
     model = build(masking, tiny_cascade(3)).train(training)
     for passes in (1, 2, 3):
         model(*clips(D=8))
-        kind = {"none": [], "learned": ["generator"]}.get(masking.masking, ["rule"])
+        kind = {"none": []}.get(masking.masking, ["generator" if model.mask_generator else "rule"])
         assert calls == passes * kind
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masking", ["wide", "energy"])
+def test_without_stages_the_output_is_the_sum_of_what_the_masks_take(masking):
+    model = build(MaskingConfig(masking, restore_rms=False), CascadeConfig.reference(0))
+    input, target = clips()
+    fused = model(input, target)
+    assert torch.equal(fused.latents, fused.masks.input * input + fused.masks.target * target)
+    assert fused.traces == ()
+    given = Masks(torch.ones_like(input), torch.zeros_like(input))
+    assert torch.equal(model(input, target, given).latents, input)
 
 
 def test_what_a_fixed_mask_leaves_out_counts_by_its_rms_alone(tiny_cascade):

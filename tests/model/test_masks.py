@@ -12,6 +12,7 @@ from lib.model.masks import (
     MaskGenerator,
     MaskingConfig,
     Masks,
+    WideMaskGenerator,
     apply_mask,
     complementarity,
     fixed_masks,
@@ -179,6 +180,73 @@ def test_untrained_masks_are_near_a_half(seed):
         assert 1e-3 < mask.std() < 0.05
 
 
+def wide(latent_dim: int = 8) -> WideMaskGenerator:
+    """With a random head, which is zero before training."""
+    torch.manual_seed(0)
+    generator = WideMaskGenerator(latent_dim, 8)
+    torch.nn.init.normal_(generator.head[-1].weight)
+    return generator
+
+
+def test_wide_masks_parameter_count_against_arithmetic():
+    bands, positions, channels = 24 * 4 * 4 * 3 + 24, 24 * 32, 24 * 24 * 4 + 24
+    block = 24 * 24 * 3 * 5 + 24 + 2 * 24
+    head = 24 * 28 * 3 * 3 + 24 + 2 * 24 + 2
+    assert sum(p.numel() for p in WideMaskGenerator().parameters()) == bands + positions + 6 * block + channels + head
+    assert bands + positions + 6 * block + channels + head == 62_666
+
+
+@torch.no_grad()
+def test_wide_masks_start_at_a_half_for_both_clips():
+    masks = WideMaskGenerator()(*clips(2, 128, 30))
+    assert masks.input.shape == masks.target.shape == (2, 128, 30)
+    assert all((mask == 0.5).all() for mask in masks)
+
+
+def test_wide_masks_see_more_than_half_a_second_to_either_side_of_both_clips():
+    """The slope, the difference, the first convolution and the head see a frame each, the blocks 2 · (1 + 2 + 4 + 8 + 1
+    + 4): 44 frames. Beyond lie the mean, which all frames share, and normalisation, which is left out here."""
+    generator = wide(64)
+    generator.blocks = torch.nn.ModuleList(torch.nn.Sequential(block[0], block[2]) for block in generator.blocks)
+    input, target = (x.requires_grad_() for x in clips(1, 64, 120))
+    for mask in generator(input, target):
+        gradients = torch.autograd.grad(mask[0, 20, 60], (input, target), retain_graph=True)
+        for clip, gradient in zip((input, target), gradients, strict=True):
+            influence = (gradient * clip)[0].abs().sum(dim=0)
+            distance = (torch.arange(120) - 60).abs()
+            assert influence[distance > 44].sum() < 0.02 * influence.sum()
+            for side in (slice(20, 40), slice(81, 101)):
+                assert influence[side].mean() > 2 * influence[distance > 44].mean()
+
+
+@torch.no_grad()
+def test_wide_masks_follow_the_clips_and_not_their_common_level():
+    generator = wide()
+    input, target = clips(1, 8, 60, scale=5.0)
+    masks, louder, swapped = generator(input, target), generator(3 * input, 3 * target), generator(target, input)
+    assert masks.input.std() > 0.05
+    torch.testing.assert_close(louder.input, masks.input, rtol=0, atol=0.1)
+    assert (swapped.input - masks.input).abs().mean() > 0.05
+    assert (generator(3 * input, target).input - masks.input).abs().mean() > 0.02  # which is the louder one, it sees
+
+
+@pytest.mark.parametrize("T", [1, 2, 3])
+def test_wide_masks_of_any_length_and_of_silence(T):
+    generator = wide()
+    for clip in (clips(2, 8, T)[0], torch.zeros(2, 8, T)):
+        clip.requires_grad_()
+        masks = generator(clip, clip)
+        assert masks.input.shape == (2, 8, T)
+        masks.input.sum().backward()
+        assert masks.input.isfinite().all()
+        assert clip.grad.isfinite().all()
+
+
+def test_wide_masks_need_whole_bands():
+    with pytest.raises(UserError, match=r"^latent_dim=10 is not allowed; use a multiple of 4 for wide masks"):
+        WideMaskGenerator(10)
+
+
 # --- masks applied ----------------------------------------------------------------------------------------------------
 
 
@@ -188,6 +256,12 @@ def test_masking_by_hand():
     for level in (1.0, 0.5, 0.01):
         masked = apply_mask(x, level * torch.tensor([[[1.0, 0.0]]]))
         torch.testing.assert_close(masked, torch.tensor([[[5.0, 0.0]]]), rtol=1e-4, atol=0)
+
+
+def test_without_restoration_the_mask_is_a_factor():
+    x, noise = clips()
+    assert torch.equal(apply_mask(x, noise.sigmoid(), restore_rms=False), x * noise.sigmoid())
+    assert MaskingConfig().restore_rms  # as the original has it
 
 
 def test_the_rms_of_every_sample_is_restored():
@@ -252,7 +326,7 @@ def test_bad_masking_values_name_the_field(values, field, use):
 
 
 def test_every_masking_is_a_config():
-    assert MASKINGS == ("none", "temporal", "frequency", "channel", "energy", "hybrid", "learned")
+    assert MASKINGS == ("none", "temporal", "frequency", "channel", "energy", "hybrid", "learned", "wide")
     assert FIXED_MASKINGS == ("temporal", "frequency", "channel", "energy", "hybrid")
     assert MaskingConfig() == MaskingConfig("none")
     for masking in MASKINGS:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import lib.audio.features
 import lib.training.losses
-from lib.audio.features import Sound, harmony_similarity, rhythm_similarity
+from lib.audio.features import Sound, correlation, harmony_similarity, rhythm_similarity
 from lib.audio.synth import render_song
 from lib.codec.encodec import EncodecCodec
 from lib.codec.mdct import MdctCodec
@@ -99,6 +99,9 @@ def on_sound(term):
 stft_distance, mel_distance = on_sound(lib.training.losses.stft_distance), on_sound(lib.training.losses.mel_distance)
 rhythm = on_sound(lambda output, input: lib.training.losses.ON_SOUND["rhythm"](output, input, None, None))
 harmony = on_sound(lambda output, target: lib.training.losses.ON_SOUND["harmony"](output, None, target, None))
+band_agreement = on_sound(lambda x, y: correlation(x.band_onsets, y.band_onsets))  # [B, bands]
+note_distance = on_sound(lambda output, target: lib.training.losses.ON_SOUND["notes"](output, None, target, None))
+notes_left = on_sound(lib.training.losses.notes_left)
 anti_modulation, spectral_outliers = (
     on_sound(lib.training.losses.anti_modulation),
     on_sound(lib.training.losses.spectral_outliers),
@@ -119,7 +122,7 @@ def test_bad_weights_name_the_field(name, value):
 
 
 def test_all_weights_zero_is_refused():
-    assert len(WEIGHTS) == 16
+    assert len(WEIGHTS) == 20
     with pytest.raises(UserError, match=f"^{', '.join(WEIGHTS)} are all 0; give at least one term a weight"):
         LossConfig(0.0, 0.0)
 
@@ -308,6 +311,22 @@ def test_rhythm_and_harmony_are_what_lacks_of_similarity(songs):
 # --- outliers ---------------------------------------------------------------------------------------------------------
 
 
+def test_what_is_left_counts_only_what_the_wanted_clip_lacks(songs):
+    """An output that is the target leaves no notes of the input's own; one that is the input leaves them all."""
+    input, target = songs[:4], songs[4:8]
+    left = [notes_left(x, input, target).item() for x in (target, (input + target) / 2, input)]
+    assert left == sorted(left)
+    assert left[0] < 0.15
+    assert left[2] > 0.4
+    assert notes_left(target, target, target).item() == 0
+    onsets_left = lib.training.losses.ON_SOUND["onsets_left"]
+    sounds = Sound(input), Sound(target)
+    assert onsets_left(sounds[1], *sounds, None).item() == pytest.approx(1, abs=1e-4)
+    assert onsets_left(sounds[0], *sounds, None).item() < 0.3
+    assert note_distance(target, target).item() == pytest.approx(0, abs=1e-5)
+    assert note_distance(input, target).item() > 0.3
+
+
 def test_outliers_are_what_rises_above_three_deviations(songs):
     """The formula a second time, in float64. Music with some tones far louder than either source has them."""
     input, target = songs[:3], songs[3:6]
@@ -494,6 +513,10 @@ def test_total_is_the_weighted_sum_of_all_terms(batch, form):
         "mel": (mel_distance(*sounds[:2]) + mel_distance(sounds[0], sounds[2])) / 2,
         "rhythm": rhythm(*sounds[:2]),
         "harmony": harmony(sounds[0], sounds[2]),
+        "onsets": 1 - band_agreement(*sounds[:2]).mean(),
+        "notes": note_distance(sounds[0], sounds[2]),
+        "onsets_left": band_agreement(sounds[0], sounds[2]).clamp_min(0).mean(),
+        "notes_left": notes_left(*sounds),
         "anti_modulation": anti_modulation(*sounds[:2], form) + anti_modulation(sounds[0], sounds[2], form),
         "outlier": spectral_outliers(*sounds),
         "overlap": overlap(masks),
