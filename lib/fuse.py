@@ -5,8 +5,11 @@
     python -m lib.fuse --recipe FAVOURITE.json -o OUT.wav
 
 Files may have any length: they are fused in chunks of 16 s that overlap by a second and are crossfaded. The output is
-as long as the shorter file, mono, 24 kHz; with a trained super-resolver, 48 kHz with the upper band restored. A recipe,
-which the playground of notebook 05 writes beside a favourite, reproduces its samples bit for bit.
+as long as the shorter file, 24 kHz; with a trained super-resolver, 48 kHz with the upper band restored. What codec
+`mdct` does not carry, 4.8 to 12 kHz, is mixed by the masks too (`--narrow` leaves it out). If a file is stereo, so is
+the output (`--mono`): the masks are those of the mid signal, the mean of both channels. Mono counts as two equal
+channels; more than two are mixed to mono. A recipe, which the playground of notebook 05 writes beside a favourite,
+reproduces its samples, mono, bit for bit.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +27,8 @@ from lib.audio.files import SAMPLE_RATE, AudioWriter, check_audio, load_audio, s
 from lib.codec.codec import Codec, load_codec
 from lib.listening.render import follow_recipe
 from lib.model.fusion import FusionModel, load_model
+from lib.model.masks import Masks
+from lib.model.whole_band import decode_fusion, left_out
 from lib.superres import mel
 from lib.superres.resolver import Restoration, SuperResolver, Written, restore_file
 from lib.training.run import Run
@@ -34,32 +40,41 @@ OVERLAP = 1 * SAMPLE_RATE
 File = str | Path
 
 
-def fuse_files(input: File, target: File, out: File, run: Run, codec: Codec, *, which: str = "best") -> AudioWriter:
-    """Fuse two audio files; `out` appears when it is complete. Returns its closed writer, with length and peak.
-    `AudioError` for a .flac above full scale, `UserError` for unusable files and for a run of another codec."""
+def fuse_files(
+    input: File, target: File, out: File, run: Run, codec: Codec, *, which: str = "best", mono=False, whole_band=True
+) -> AudioWriter:
+    """Fuse two audio files; `out` appears when it is complete, in stereo if one of them is, unless `mono`. Returns its
+    closed writer, with length and peak. `AudioError` for a .flac above full scale, `UserError` for unusable files and
+    for a run of another codec."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(run, which, codec_fingerprint=codec.fingerprint).to(device)
     if isinstance(codec, torch.nn.Module):
         codec.to(device)
     paths = (input, target)
     _check_out(out, paths)
-    num_samples = min(check_audio(path).num_samples for path in paths)
+    infos = [check_audio(path, mix=mono) for path in paths]
+    num_samples = min(info.num_samples for info in infos)
     starts = chunk_starts(num_samples, CHUNK, OVERLAP)
+    mixed = [mono or info.channels != 2 for info in infos]
+    channels = 1 if all(mixed) else 2
 
     def read(start: int) -> list[Tensor]:
-        return [load_audio(path, start, min(CHUNK, num_samples - start))[None] for path in paths]
+        length = min(CHUNK, num_samples - start)
+        wavs = (load_audio(path, start, length, mix=mix) for path, mix in zip(paths, mixed, strict=True))
+        return [wav.expand(channels, -1)[None].to(device) for wav in wavs]
 
-    with AudioWriter(out) as writer, reading(read, starts, "fusing") as chunks:
-        fused = (fuse_clips(*(clip.to(device) for clip in clips), model, codec)[0].cpu() for clips in chunks)
+    with AudioWriter(out, channels=channels) as writer, reading(read, starts, "fusing") as chunks:
+        fused = (fuse_clips(*clips, model, codec, whole_band)[0].cpu() for clips in chunks)
         for piece in crossfaded(fused, OVERLAP):
             writer.write(piece)
     return writer
 
 
 def fuse_and_restore(
-    input: File, target: File, out: File, run: Run, codec: Codec, resolver: SuperResolver, which: str
+    input: File, target: File, out: File, run: Run, codec: Codec, resolver: SuperResolver, **options: Any
 ) -> Written:
-    """Fuse two audio files and write the result at 48 kHz with its upper band restored. Errors as in `fuse_files`."""
+    """Fuse two audio files and write the result at 48 kHz with its upper band restored. Options and errors as in
+    `fuse_files`."""
     _check_out(out, (input, target))
     try:
         folder = tempfile.TemporaryDirectory(prefix=".fused-", dir=Path(out).parent)
@@ -67,7 +82,7 @@ def fuse_and_restore(
         reason = f"cannot be written ({error.strerror}); choose an existing folder you may write to"
         raise UserError(f"{out}: {reason}") from None
     with folder as name:
-        fused = fuse_files(input, target, Path(name) / "fusion.wav", run, codec, which=which)
+        fused = fuse_files(input, target, Path(name) / "fusion.wav", run, codec, **options)
         return restore_file(fused.path, out, resolver, Restoration())
 
 
@@ -77,10 +92,17 @@ def _check_out(out: File, clips: Iterable[File]) -> None:
 
 
 @torch.inference_mode()
-def fuse_clips(input: Tensor, target: Tensor, model: FusionModel, codec: Codec) -> Tensor:
-    """Waveforms `[B, 1, N]` twice → fused waveform `[B, 1, N]`."""
-    latents = model(*codec.encode(torch.cat([input, target])).chunk(2)).latents
-    return codec.decode(latents, length=input.shape[-1])
+def fuse_clips(input: Tensor, target: Tensor, model: FusionModel, codec: Codec, whole_band: bool = True) -> Tensor:
+    """Waveforms `[B, C, N]` twice → fused waveforms `[B, C, N]`. Several channels share the masks of their mean."""
+    B, C, N = input.shape
+    clips = torch.cat([input, target])
+    wavs, masks = clips.reshape(-1, 1, N), None
+    latents = codec.encode(wavs)
+    if C > 1 and (masks := model.make_masks(*codec.encode(clips.mean(1, keepdim=True)).chunk(2))):
+        masks = Masks(*(mask.repeat_interleave(C, 0) for mask in masks))
+    fusion = model(*latents.chunk(2), masks=masks)
+    rest = left_out(codec, wavs, latents) if whole_band else None
+    return decode_fusion(codec, fusion, latents, rest, N).view(B, C, N)
 
 
 def main() -> None:
@@ -92,11 +114,13 @@ def main() -> None:
     parser.add_argument("--run", help="run directory, such as outputs/demo (default: the recipe's)")
     parser.add_argument("--superres", help="trained super-resolver, such as outputs/demo/superres: 48 kHz")
     parser.add_argument("--codec", help="mdct, encodec or a directory of EnCodec weights (default: the run's codec)")
+    parser.add_argument("--mono", action="store_true", help="mix stereo files to mono first")
+    parser.add_argument("--narrow", action="store_true", help="the codec's own band alone: with mdct up to 4.8 kHz")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or the recipe's")
     options = parser.parse_args()
     if options.recipe:
-        if options.input or options.checkpoint or options.superres:
-            parser.error("--recipe reproduces a favourite; leave out the files, --checkpoint and --superres")
+        if options.input or options.checkpoint or options.superres or options.mono or options.narrow:
+            parser.error("--recipe reproduces a favourite; give it -o, --run and --codec only")
     elif not (options.target and options.run):
         parser.error("give INPUT, TARGET and --run, or --recipe")
     with exit_on_user_error():
@@ -106,14 +130,15 @@ def main() -> None:
 def fuse(options: argparse.Namespace) -> int:
     run = Run.open(options.run)
     codec = load_codec(options.codec or run.codec["name"])
-    which, files = options.checkpoint or "best", (options.input, options.target, options.out)
+    files = options.input, options.target, options.out
+    chosen = {"which": options.checkpoint or "best", "mono": options.mono, "whole_band": not options.narrow}
     if options.superres is None:
-        written = fuse_files(*files, run, codec, which=which)
+        written = fuse_files(*files, run, codec, **chosen)
         seconds, chunks = written.num_samples / SAMPLE_RATE, chunk_starts(written.num_samples, CHUNK, OVERLAP)
         print(f"{written.path}: {seconds:.2f} s in {len(chunks)} chunk(s), peak {written.peak:.3f}")
     else:
         resolver = SuperResolver(options.superres, device="cuda" if torch.cuda.is_available() else "cpu")
-        restored, cutoff = fuse_and_restore(*files, run, codec, resolver, which)
+        restored, cutoff = fuse_and_restore(*files, run, codec, resolver, **chosen)
         seconds, above = restored.num_samples / mel.SAMPLE_RATE, cutoff / 1000
         print(f"{restored.path}: {seconds:.2f} s at 48 kHz, restored above {above:.1f} kHz, peak {restored.peak:.3f}")
     return 0

@@ -33,7 +33,8 @@ def train_project(
     def start(*callbacks: Callback) -> Run:
         data = (project.out_dir, project.index, project.codec)
         configs = (preset.model.cascade, preset.train, preset.model.masking)
-        callbacks = (DemoClips(project.codec, preset.listening.every), TensorBoard(), *callbacks)
+        clips = DemoClips(project.codec, preset.listening.every, manifest=project.manifest)
+        callbacks = (clips, TensorBoard(), *callbacks)
         return train(*data, *configs, resume=resume, callbacks=callbacks)
 
     def start_forked() -> None:

@@ -40,9 +40,10 @@ class TinyCodec:
         """`[B, 1, T · 320] → [B, 8, T]`."""
         return 300.0 * wav[:, 0].unflatten(1, (-1, self.dim, self.hop // self.dim)).mean(3).transpose(1, 2)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """`[B, 8, T] → [B, 1, T · 320]`, each mean held for its 40 samples."""
-        return latents.transpose(1, 2).repeat_interleave(self.hop // self.dim, 2).flatten(1)[:, None] / 300.0
+    def decode(self, latents: Tensor, length: int | None = None) -> Tensor:
+        """`[B, 8, T] → [B, 1, T · 320]` or `[B, 1, length]`, each mean held for its 40 samples."""
+        wav = latents.transpose(1, 2).repeat_interleave(self.hop // self.dim, 2).flatten(1)[:, None] / 300.0
+        return wav[..., :length]
 
 
 class TinyDiscriminator(nn.Module):

@@ -23,9 +23,9 @@ from lib.data.pairs import Clip
 from lib.fuse import CHUNK, OVERLAP, fuse_and_restore, fuse_clips, fuse_files, main
 from lib.listening.render import Settings, save_with_recipe
 from lib.model.cascade import CascadeConfig
-from lib.model.fusion import FusionModel, load_model
-from lib.model.masks import MaskingConfig
-from lib.superres.resolver import SuperResolver
+from lib.model.fusion import Fusion, FusionModel, load_model
+from lib.model.masks import MaskingConfig, Masks
+from lib.superres.resolver import SuperResolver, band_edge
 from lib.training.run import Run
 from lib.util.errors import UserError
 from lib.util.files import file_sha256
@@ -87,7 +87,7 @@ def test_memory_does_not_grow_with_the_files(tmp_path, run, codec, monkeypatch):
             file.write(minute)
     used = []
 
-    def average(input, target, model, codec):
+    def average(input, target, model, codec, whole_band):
         used.append(psutil.Process().memory_info().rss)
         return (input + target) / 2
 
@@ -121,8 +121,9 @@ def test_fuse_clips_is_encode_model_decode(run, codec):
     with torch.no_grad():
         latents = model(codec.encode(input), codec.encode(target)).latents
         wanted = codec.decode(latents, length=1000)
-    assert torch.allclose(fuse_clips(input, target, model, codec), wanted, atol=1e-5)  # two clips in one batch
-    assert not torch.allclose(fuse_clips(target, input, model, codec), wanted, atol=1e-3)
+    assert torch.allclose(fuse_clips(input, target, model, codec, False), wanted, atol=1e-5)  # two clips in one batch
+    assert not torch.allclose(fuse_clips(target, input, model, codec, False), wanted, atol=1e-3)
+    assert not torch.allclose(fuse_clips(input, target, model, codec), wanted, atol=1e-3)  # has noise above the band
 
 
 def test_the_order_of_the_clips_and_the_weights_matter(tmp_path, clip, run, codec):
@@ -170,7 +171,112 @@ def test_the_output_is_as_long_as_the_shorter_file(tmp_path, clip, run, codec, f
     report = fuse_files(clip(*first), clip(*second, seed=1), tmp_path / "out.wav", run, codec)
     info = soundfile.info(report.path)
     assert report.num_samples == info.frames == wanted
-    assert (info.samplerate, info.channels, info.subtype) == (24_000, 1, "FLOAT")
+    assert (info.samplerate, info.channels, info.subtype) == (24_000, max(first[3], second[3]), "FLOAT")
+
+
+class FirstClip(torch.nn.Module):
+    """Takes one clip whole, which one by the second; remembers what its masks were made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def make_masks(self, input, target):
+        self.seen.append((input, target))
+        second = (torch.arange(input.shape[-1]) // 75 % 2).float().expand_as(input)
+        return Masks(1 - second, second)
+
+    def forward(self, input, target, masks=None):
+        masks = masks or self.make_masks(input, target)
+        return Fusion(input * masks.input + target * masks.target, (), masks)
+
+
+@pytest.fixture
+def taking_turns(monkeypatch) -> FirstClip:
+    model = FirstClip()
+    monkeypatch.setattr(lib.fuse, "load_model", lambda *args, **options: model)
+    return model
+
+
+def test_both_channels_are_fused_to_12_khz_without_seams_by_the_masks_of_their_mean(
+    tmp_path, clip, run, codec, taking_turns
+):
+    """Chunks begin on whole seconds, as do the turns."""
+    num_samples = 2 * CHUNK - OVERLAP + 4_321
+    a, b = clip("a.wav", num_samples, channels=2, subtype="FLOAT"), clip("b.wav", num_samples, seed=1, subtype="FLOAT")
+    report = fuse_files(a, b, tmp_path / "out.wav", run, codec)
+    written, left_and_right = load_audio(report.path, mix=False), load_audio(a, mix=False)
+    assert (written.shape, report.num_samples) == ((2, num_samples), num_samples)
+    mid, other = load_audio(a), load_audio(b)
+    seen = [torch.cat([masked[i] for masked in taking_turns.seen[:1]]) for i in (0, 1)]
+    for latents, wav in zip(seen, (mid, other), strict=True):
+        torch.testing.assert_close(latents, codec.encode(wav[None, :, :CHUNK]), rtol=0, atol=1e-2)
+    wanted, second = left_and_right.clone(), torch.arange(num_samples) // SAMPLE_RATE % 2 == 1
+    wanted[:, second] = other.expand(2, -1)[:, second]
+    # the chunks begin at 0, 15 and 30 s: a chunk of an odd start takes turns the other way round
+    first, last = slice(0, CHUNK - OVERLAP), slice(2 * (CHUNK - OVERLAP) + OVERLAP, None)
+    near = torch.arange(num_samples) % SAMPLE_RATE
+    steady = (near > codec.hop) & (near < SAMPLE_RATE - codec.hop)
+    for part in (first, last):
+        torch.testing.assert_close(
+            written[:, part][:, steady[part]], wanted[:, part][:, steady[part]], rtol=0, atol=1e-5
+        )
+    assert not torch.allclose(written[0], written[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("num_samples", [CHUNK + 40_001, 2 * CHUNK])
+def test_a_clip_fused_with_itself_has_no_seams_above_the_codecs_band(
+    tmp_path, clip, run, codec, monkeypatch, num_samples
+):
+    """Each sample of two chunks, whose masks differ: one half and one half make the clip itself."""
+    monkeypatch.setattr(lib.fuse, "load_model", lambda *args, **options: FusionModelOfHalves())
+    path, out = clip("a.wav", num_samples, channels=2, subtype="FLOAT"), tmp_path / "out.wav"
+    fuse_files(path, path, out, run, codec)
+    torch.testing.assert_close(load_audio(out, mix=False), load_audio(path, mix=False), rtol=0, atol=1e-5)
+    fuse_files(path, path, out, run, codec, whole_band=False)
+    assert not torch.allclose(load_audio(out, mix=False), load_audio(path, mix=False), atol=1e-3)
+
+
+class FusionModelOfHalves(torch.nn.Module):
+    """Without masks."""
+
+    def make_masks(self, input, target):
+        return None
+
+    def forward(self, input, target, masks=None):
+        return Fusion((input + target) / 2, (), masks)
+
+
+def test_equal_channels_are_mono_twice_and_mono_is_as_the_codec_alone(tmp_path, clip, run, codec):
+    a, b = clip("a.wav", 12_345), clip("b.wav", 12_345, seed=1)
+    for path in (a, b):
+        samples, _ = soundfile.read(path, always_2d=True)
+        soundfile.write(path.with_stem(f"{path.stem}2"), np.hstack([samples, samples]), SAMPLE_RATE)
+    stereo = [path.with_stem(f"{path.stem}2") for path in (a, b)]
+    wavs = []
+    for number, (pair, options) in enumerate(
+        (((a, b), {}), (stereo, {}), ((stereo[0], b), {}), (stereo, {"mono": True}))
+    ):
+        fuse_files(*pair, tmp_path / f"{number}.wav", run, codec, **options)
+        wavs.append(load_audio(tmp_path / f"{number}.wav", mix=False))
+    assert [len(wav) for wav in wavs] == [1, 2, 2, 1]
+    for wav in wavs[1:]:
+        torch.testing.assert_close(wav, wavs[0].expand_as(wav), rtol=0, atol=1e-5)
+
+
+def test_channels_that_cancel_are_fused_and_three_are_mixed(tmp_path, clip, run, codec):
+    wav = music(12_000).astype(np.float32)
+    soundfile.write(tmp_path / "anti.wav", np.hstack([wav, -wav]), SAMPLE_RATE, subtype="FLOAT")
+    out = tmp_path / "out.wav"
+    fuse_files(tmp_path / "anti.wav", clip("b.wav", seed=1), out, run, codec)
+    fused = load_audio(out, mix=False)
+    assert fused.shape == (2, 12_000)
+    assert fused.square().mean(1).sqrt().gt(0.01).all()
+    assert fused.abs().max() < 2
+    with pytest.raises(AudioError, match="silent throughout"):
+        fuse_files(tmp_path / "anti.wav", tmp_path / "b.wav", out, run, codec, mono=True)
+    fuse_files(clip("c.wav", channels=3), tmp_path / "b.wav", out, run, codec)
+    assert soundfile.info(out).channels == 1
 
 
 def test_best_and_last_are_different_checkpoints(tmp_path, clip, codec):
@@ -184,7 +290,7 @@ def test_best_and_last_are_different_checkpoints(tmp_path, clip, codec):
 
 
 def test_no_file_is_left_when_the_output_would_clip(tmp_path, clip, run, codec, monkeypatch):
-    monkeypatch.setattr(lib.fuse, "fuse_clips", lambda input, target, model, codec: 50 * input)
+    monkeypatch.setattr(lib.fuse, "fuse_clips", lambda input, target, *_: 50 * input)
     a, b = clip("a.wav"), clip("b.wav")
     with pytest.raises(AudioError, match="would clip"):
         fuse_files(a, b, tmp_path / "out.flac", run, codec)
@@ -447,18 +553,18 @@ def test_a_recipe_is_never_written_over_its_own_clips(tmp_path, recipe, call):
         (("a.wav", "b.wav", "-o", "x.wav"), "give INPUT, TARGET and --run, or --recipe"),
         (("--recipe", "", "-o", "x.wav"), "give INPUT, TARGET and --run, or --recipe"),
         (("--run", "r", "--checkpoint", "last", "-o", "x.wav"), "give INPUT, TARGET and --run, or --recipe"),
-        (("a.wav", "--recipe", "r.json", "-o", "x.wav"), "leave out the files, --checkpoint and --superres"),
+        (("a.wav", "--recipe", "r.json", "-o", "x.wav"), "give it -o, --run and --codec only"),
         (
             ("a.wav", "b.wav", "--recipe", "r.json", "-o", "x.wav", "--run", "r"),
-            "leave out the files, --checkpoint and --superres",
+            "give it -o, --run and --codec only",
         ),
         (
             ("--recipe", "r.json", "-o", "x.wav", "--superres", "s"),
-            "leave out the files, --checkpoint and --superres",
+            "give it -o, --run and --codec only",
         ),
         (
             ("--recipe", "r.json", "-o", "x.wav", "--checkpoint", "best"),
-            "leave out the files, --checkpoint and --superres",
+            "give it -o, --run and --codec only",
         ),
         (("a.wav", "b.wav", "--run", "r", "-o", "x.wav", "--checkpoint", "first"), "invalid choice: 'first'"),
     ],
@@ -491,13 +597,14 @@ def test_a_super_resolver_takes_the_fusion_to_48_khz(tmp_path, clip, run, tiny_s
     paths = [str(clip(name, n, seed=n)) for name, n in (("a.wav", 30_000), ("b.wav", 26_000))]
     plain, restored = tmp_path / "plain.wav", tmp_path / "restored.wav"
     for out, more in ((plain, ()), (restored, ("--superres", str(tiny_superres)))):
-        monkeypatch.setattr(sys, "argv", ["fuse", *paths, "-o", str(out), "--run", str(run.path), *more])
+        monkeypatch.setattr(sys, "argv", ["fuse", *paths, "-o", str(out), "--run", str(run.path), "--narrow", *more])
         with pytest.raises(SystemExit) as ended:
             main()
         assert not ended.value.code
     assert "1.08 s at 48 kHz, restored above" in capsys.readouterr().out
     assert soundfile.info(restored).samplerate == 48_000
     assert soundfile.info(restored).frames == 52_000
+    assert band_edge(load_audio(plain), SAMPLE_RATE) < 5_000  # `--narrow`
     before, after = load_audio(plain, sample_rate=48_000)[0], load_audio(restored, sample_rate=48_000)[0]
     below, above = (slice(0, 4500 * 52_000 // 48_000), slice(6000 * 52_000 // 48_000, None))
     spectra = [torch.fft.rfft(wav).abs() for wav in (before, after)]
@@ -506,15 +613,28 @@ def test_a_super_resolver_takes_the_fusion_to_48_khz(tmp_path, clip, run, tiny_s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "b.wav", "plain.wav", "restored.wav"]
 
 
+def test_a_super_resolver_begins_where_the_whole_band_ends(tmp_path, clip, run, tiny_superres, call):
+    paths, out = (
+        [clip(name, 48_000, 44_100, 2, seed) for seed, name in enumerate(("a.wav", "b.wav"))],
+        tmp_path / "o.wav",
+    )
+    options = ("-o", out, "--run", run.path, "--superres", tiny_superres)
+    for more, edge, channels in (((), (11.5, 12.1), 2), (("--mono",), (11.5, 12.1), 1), (("--narrow",), (4.7, 5.1), 2)):
+        code, said, errors = call(*paths, *options, *more)
+        assert code == 0, errors
+        assert edge[0] < float(re.search(r"restored above (\S+) kHz", said)[1]) < edge[1]
+        assert (soundfile.info(out).channels, soundfile.info(out).samplerate) == (channels, 48_000)
+
+
 def test_no_file_is_left_when_the_super_resolver_cannot_be_used(tmp_path, clip, run, tiny_superres, codec):
     paths = [clip(name) for name in ("a.wav", "b.wav")]
     resolver = SuperResolver(tiny_superres)
     with pytest.raises(UserError, match=r"missing/out\.wav: cannot be written"):
-        fuse_and_restore(*paths, tmp_path / "missing" / "out.wav", run, codec, resolver, "best")
+        fuse_and_restore(*paths, tmp_path / "missing" / "out.wav", run, codec, resolver)
     with pytest.raises(UserError, match="one of the two clips"):
-        fuse_and_restore(*paths, paths[0], run, codec, resolver, "best")
+        fuse_and_restore(*paths, paths[0], run, codec, resolver)
     with pytest.raises(AudioError, match=r"cannot write \.xyz"):
-        fuse_and_restore(*paths, tmp_path / "out.xyz", run, codec, resolver, "best")
+        fuse_and_restore(*paths, tmp_path / "out.xyz", run, codec, resolver)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "b.wav"]
 
 

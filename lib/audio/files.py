@@ -92,12 +92,13 @@ def load_audio(
     return wav[:, offset - first * target : end - first * target].contiguous()
 
 
-def check_audio(path: str | Path, min_samples: int = MIN_SAMPLES) -> AudioReport:
+def check_audio(path: str | Path, min_samples: int = MIN_SAMPLES, *, mix: bool = True) -> AudioReport:
     """Decode a whole file in constant memory. `AudioError` for what `load_audio` refuses, truncated files, silence
-    throughout (peak below 1e-4), and fewer than `min_samples` at 24 kHz, by default one codec frame."""
+    throughout (peak below 1e-4, of the mean of its channels or, without `mix`, of all), and fewer than `min_samples` at
+    24 kHz, by default one codec frame."""
     with _open(path) as file:
         announced, decoded, peak = _announced_frames(file), 0, 0.0
-        for block in _blocks(path, file, 0, file.frames):
+        for block in _blocks(path, file, 0, file.frames, mix=mix):
             decoded += block.shape[1]
             peak = max(peak, float(np.abs(block).max()))
         rate, channels, kind = file.samplerate, file.channels, file.format
@@ -110,7 +111,7 @@ def check_audio(path: str | Path, min_samples: int = MIN_SAMPLES) -> AudioReport
         fault = f"only {report.num_samples} samples at 24 kHz, less than one codec frame ({MIN_SAMPLES})"
         raise AudioError(path, f"{fault}; use a longer recording")
     if peak < SILENCE_PEAK:
-        raise AudioError(path, f"silent throughout (mono peak {peak:.1e}); use a recording with sound in it")
+        raise AudioError(path, f"silent throughout ({'mono ' * mix}peak {peak:.1e}); use a recording with sound in it")
     return report
 
 

@@ -19,6 +19,7 @@ from lib.listening.render import Rendition, Settings, load_pair, render
 from lib.listening.widgets import CONTROL, PICTURE, SLIDER, Message, Several, Upload, describe_clip, figure_png, observe
 from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import apply_mask
+from lib.model.whole_band import left_out
 from lib.superres import mel
 from lib.superres.resolver import Restoration, SuperResolver, band_edge
 from lib.training.run import Run
@@ -53,8 +54,8 @@ class Listening:
     def compare(
         self, input: Clip, target: Clip, runs: Sequence[str], settings: Settings | None = None, restored: bool = False
     ) -> tuple[Players, dict[str, tuple[Tensor, Tensor]]]:
-        """A pair beside its fusion by each run and the plain average, which goes through the codec like the fusions, so
-        that all have the same band; and for each run with masks, mel powers `[80, F]` of what it took from input and
+        """A pair beside its fusion by each run and the plain average, which goes through the codec like the fusions and
+        has the same band; and for each run with masks, mel powers `[80, F]` of what it took from input and
         target. `restored`: everything at 48 kHz, the outputs with a restored upper band."""
         pair = load_pair(input, target)
         wavs, parts = dict(zip(("input", "target"), pair, strict=True)), {}
@@ -64,8 +65,11 @@ class Listening:
             if rendition.masks is not None:
                 parts[run] = taken(self.codec, rendition)
         with torch.inference_mode():
-            latents = self.codec.encode((pair[0] + pair[1])[None] / 2)
-            wavs["plain average"] = self.codec.decode(latents, length=pair[0].shape[-1])[0]
+            average = (pair[0] + pair[1])[None] / 2
+            latents = self.codec.encode(average)
+            decoded = self.codec.decode(latents, length=average.shape[-1])
+            whole = (settings or Settings()).whole_band
+            wavs["plain average"] = (decoded + left_out(self.codec, average, latents) if whole else decoded)[0]
         return (Players(self.restore(wavs), mel.SAMPLE_RATE) if restored else Players(wavs)), parts
 
     def restore(self, wavs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,6 +122,7 @@ class _Panel:
         self.files = {role: Upload(role, listening.uploads, listening.clip_length) for role in ("input", "target")}
         self.runs = Several("runs", names, names[0], rows=min(5, max(2, len(names))))
         self.blend = FloatSlider(0, min=0, max=1, step=0.05, description="blend masks with 0.5", **SLIDER)
+        self.whole = Checkbox(True, description="whole band, beyond the codec's", **CONTROL)
         can_restore = (listening.superres / "diffusion" / "best").exists()
         upper_band = "restore the outputs' upper band (48 kHz)"
         upper_band += "" if can_restore else ": needs notebook 06, which trains the super-resolver"
@@ -126,10 +131,10 @@ class _Panel:
         self.uploads = VBox([file.box for file in self.files.values()])
         self.playing = Label()  # which pair the players hold
         self.players, self.masks = PlayerWidget(), Image(**PICTURE)
-        controls = (self.pair, self.uploads, self.runs, self.blend, self.restored, self.message)
+        controls = (self.pair, self.uploads, self.runs, self.blend, self.whole, self.restored, self.message)
         self.box = VBox([*controls, self.playing, self.players, self.masks])
         uploads = [control for file in self.files.values() for control in (file.button, file.begin)]
-        observe((self.pair, self.runs, self.blend, self.restored, *uploads), self.redraw)
+        observe((self.pair, self.runs, self.blend, self.whole, self.restored, *uploads), self.redraw)
         self.redraw()
 
     def redraw(self, change: Any = None) -> None:
@@ -141,7 +146,7 @@ class _Panel:
                 return self.message.say("Choose two audio files: WAV, FLAC, OGG or MP3.")
             if uploaded:
                 title = " + ".join(f"{file.name.value} from {file.begin.value:g} s" for file in self.files.values())
-            settings = Settings(mask_blend=self.blend.value)
+            settings = Settings(mask_blend=self.blend.value, whole_band=self.whole.value)
             players, parts = self.listening.compare(*clips, self.runs.chosen(), settings, self.restored.value)
             self.players.html = players._repr_html_()
             self.playing.value = f"playing {title}"

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ipywidgets import BoundedIntText, Button, Dropdown, FloatLogSlider, FloatSlider, IntSlider, Text, VBox
+from ipywidgets import BoundedIntText, Button, Checkbox, Dropdown, FloatLogSlider, FloatSlider, IntSlider, Text, VBox
 from matplotlib.figure import Figure
 
 from lib.audio.plots import waveforms_and_mels
@@ -54,7 +54,8 @@ class Playground:
         changed = {"as trained": {}, "half noise": {"noise": 0.5}}
         if len(model.cascade.stages) > 1:
             changed["one stage"] = {"stages": 1}
-        changed["last residual 0.1"] = {"residual_weight": 0.1}
+        if len(model.cascade.stages):
+            changed["last residual 0.1"] = {"residual_weight": 0.1}
         if model.masking.masking != "none":
             changed["all-or-nothing masks"] = {"mask_hardness": 100.0}
         pair, codec = load_pair(*(self.clips[name] for name in self.first)), self.listening.codec
@@ -82,6 +83,7 @@ class _Panel:
             "noise": FloatSlider(0, min=0, max=1, step=0.05, description="noise share", **SLIDER),
             "seed": BoundedIntText(0, min=0, max=2**31 - 1, description="seed of the noise", **CONTROL),
             "mask_hardness": FloatLogSlider(1, min=-2, max=2, step=0.1, description="mask hardness", **SLIDER),
+            "whole_band": Checkbox(True, description="whole band, beyond the codec's", **CONTROL),
         }
         self.message, self.players = Message(), PlayerWidget()
         self.shown: Any = None  # what the players hold: two sliders that change together redraw once
@@ -100,16 +102,18 @@ class _Panel:
     def fit(self, change: Any = None) -> None:
         """Offer as many stages as the run has, the last one's own weight, and hardness only where there are masks."""
         with self.message.show_errors():
-            model, stages = self.model(self.run.value), self.controls["stages"]
+            model = self.model(self.run.value)
+            stages, weight = self.controls["stages"], self.controls["residual_weight"]
             if change is None or change["owner"] is self.run:
-                stages.max = stages.value = len(model.cascade.stages)
+                stages.disabled = weight.disabled = not len(model.cascade.stages)
+                stages.max = stages.value = max(1, len(model.cascade.stages))
                 self.controls["mask_hardness"].disabled = model.masking.masking == "none"
-            own = model.cascade.stages[stages.value - 1].config.residual_weight
-            weight = self.controls["residual_weight"]
-            weight.max, weight.value = max(2.0, own), own
+            if not weight.disabled:
+                own = model.cascade.stages[stages.value - 1].config.residual_weight
+                weight.max, weight.value = max(2.0, own), own
 
     def settings(self) -> Settings:
-        return Settings(**{name: control.value for name, control in self.controls.items()})
+        return Settings(**{name: control.value for name, control in self.controls.items() if not control.disabled})
 
     def redraw(self, change: Any = None) -> None:
         with self.message.show_errors():

@@ -4,6 +4,7 @@ All is computed on the CPU in float32, one pair at a time, so that a recipe repr
 channels, T frames, N samples.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,9 +21,10 @@ from lib.data.pairs import Clip
 from lib.model.cascade import StageTrace
 from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import Masks
+from lib.model.whole_band import decode_fusion, left_out
 from lib.training.batches import mix_noise
 from lib.training.run import Run
-from lib.util.configs import Count, NonNegative, Share, check, checked_dataclass, from_fields, number, whole
+from lib.util.configs import Count, Flag, NonNegative, Share, check, checked_dataclass, from_fields, number, whole
 from lib.util.errors import UserError
 from lib.util.files import file_sha256, naming, read_json, write_atomic
 from lib.util.provenance import versions
@@ -45,6 +47,7 @@ class Settings:
     mask_blend: Share = 0.0  # 0: the masks as they are; 1: one half everywhere
     mask_hardness: number(0, HARDEST) = 1.0  # factor on the log-odds: 0 gives one half everywhere, a large one 0 or 1
     seed: whole(0, 2**64 - 1) = 0  # of the noise
+    whole_band: Flag = True  # mix what the codec leaves out of both clips too, up to 12 kHz
 
 
 class Rendition(NamedTuple):
@@ -61,19 +64,22 @@ def render(
     """Fuse two waveforms `[1, N]` of one length. `UserError` for a setting that this model does not have."""
     assert input.shape == target.shape, (input.shape, target.shape)
     settings = settings or Settings()
-    stages = model.cascade.stages
-    check(settings.stages is None or settings.stages <= len(stages), "stages", settings.stages, f"1 to {len(stages)}")
-    stages = stages[: settings.stages]
+    stages, weight, none = model.cascade.stages, settings.residual_weight, "None: this model has no stages"
+    rule = f"1 to {len(stages)}" if stages else none
+    check(settings.stages is None or settings.stages <= len(stages), "stages", settings.stages, rule)
+    check(weight is None or stages, "residual_weight", weight, none)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)  # torch.manual_seed would seed GPUs too
-        latents = tuple(mix_noise(codec.encode(wav[None]), settings.noise) for wav in (input, target))  # [1, D, T] each
+        clean = codec.encode(input[None]), codec.encode(target[None])  # [1, D, T] each
+        latents = tuple(mix_noise(x, settings.noise) for x in clean)
     masks = model.make_masks(*latents)
     if masks is not None:
         masks = Masks(*(adjusted(mask, settings) for mask in masks))
-    changes = {} if settings.residual_weight is None else {"residual_weight": settings.residual_weight}
-    with stages[-1].override(**changes):
-        fusion = model(*latents, masks=masks, stages=len(stages))
-    return Rendition(codec.decode(fusion.latents, length=input.shape[-1])[0], latents, masks, fusion.traces)
+    with contextlib.nullcontext() if weight is None else stages[: settings.stages][-1].override(residual_weight=weight):
+        fusion = model(*latents, masks=masks, stages=settings.stages)
+    rest = left_out(codec, torch.stack([input, target]), torch.cat(clean)) if settings.whole_band else None
+    wav = decode_fusion(codec, fusion, torch.cat(latents), rest, input.shape[-1])[0]
+    return Rendition(wav, latents, masks, fusion.traces)
 
 
 def adjusted(mask: Tensor, settings: Settings) -> Tensor:
@@ -197,7 +203,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     with naming(path, fix):
         if (version := recipe["recipe"]) != RECIPE_VERSION:
             raise UserError(f"recipe version {version!r}, this code reads {RECIPE_VERSION}; use the code that wrote it")
-        recipe["settings"] = from_fields(Settings, recipe["settings"])
+        # one without `whole_band` is older than the field, and of the codec's band alone
+        recipe["settings"] = from_fields(Settings, {"whole_band": False} | recipe["settings"])
         recipe |= {role: from_fields(Clip, recipe[role]) for role in ROLES}
         length, other, threads = recipe["input"].length, recipe["target"].length, recipe["threads"]
         check(length == other, "target.length", other, f"the input's, {length}")

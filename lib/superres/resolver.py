@@ -172,7 +172,7 @@ def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, set
     path = Path(path)
     if Path(out).resolve() == path.resolve():
         raise UserError(f"{out}: is the input itself; choose another output file")
-    info = check_audio(path, min_samples=0)
+    info = check_audio(path, min_samples=0, mix=False)
     cutoff = settings.cutoff or max(file_band(info), LOWEST)
     if cutoff > FULL:
         fault = f"its band, or what a resampler left of its images, reaches {cutoff / 1000:.1f} kHz already"

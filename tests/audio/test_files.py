@@ -327,6 +327,7 @@ def test_silence(tmp_path):
     left = tone()
     opposite = write(tmp_path / "opposite.wav", np.hstack([left, -left]), subtype="FLOAT")
     assert "silent" in refusal(opposite)  # its mono mix is what would be used
+    assert check_audio(opposite, mix=False).channels == 2
     click = np.zeros((24_000, 1))
     click[12_000] = 0.01
     assert check_audio(write(tmp_path / "click.wav", click)).num_samples == 24_000

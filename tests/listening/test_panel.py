@@ -103,8 +103,8 @@ def sounds_like(heard: Tensor, wanted: Tensor) -> bool:
 # --- what plays -------------------------------------------------------------------------------------------------------
 
 
-def test_input_and_target_are_untouched_and_the_average_has_been_through_the_codec(compare, codec, models, pair):
-    wavs, _ = compare(["a"])
+def test_input_and_target_are_untouched_and_the_average_has_the_fusions_band(compare, codec, models, pair):
+    wavs, _ = compare(["a"], Settings(whole_band=False))
     assert list(wavs) == ["input", "target", "output", "plain average"]
     assert torch.equal(wavs["input"], pair[0])
     assert torch.equal(wavs["target"], pair[1])
@@ -112,8 +112,11 @@ def test_input_and_target_are_untouched_and_the_average_has_been_through_the_cod
     wanted = codec.decode(codec.encode(average[None]), length=HALF)[0]
     assert torch.equal(wavs["plain average"], wanted)
     assert not torch.allclose(wanted, average, atol=1e-3)  # which would have another band
-    wanted = fuse_clips(*(wav[None] for wav in pair), models["a"], codec)[0]
-    assert torch.allclose(wavs["output"], wanted, rtol=0, atol=1e-5)  # two clips in one batch
+    for whole in (False, True):
+        wanted = fuse_clips(*(wav[None] for wav in pair), models["a"], codec, whole)[0]
+        assert torch.allclose(wavs["output"], wanted, rtol=0, atol=1e-5)  # two clips in one batch
+        wavs, _ = compare(["a"])
+    torch.testing.assert_close(wavs["plain average"], average, rtol=0, atol=1e-5)
 
 
 def test_several_outputs_have_their_runs_names(compare, codec, models, pair):
@@ -197,7 +200,7 @@ def test_the_panel_is_all_of_its_parts_and_draws_a_real_picture(listening):
     before = plt.get_fignums()
     box = listening.panel()
     kinds = [type(child).__name__ for child in box.children]
-    controls = ["Dropdown", "VBox", "Several", "FloatSlider", "Checkbox", "Message"]
+    controls = ["Dropdown", "VBox", "Several", "FloatSlider", "Checkbox", "Checkbox", "Message"]
     assert kinds == [*controls, "Label", "PlayerWidget", "Image"]
     picture = imread(io.BytesIO(bytes(box.children[-1].value)))
     assert picture.std() > 0.05
@@ -256,6 +259,14 @@ def test_the_slider_blends_the_masks_of_what_plays_and_is_seen(panel, codec, mod
     assert not sounds_like(heard["output"], before["output"])
     assert sounds_like(heard["input"], before["input"])
     assert bytes(panel.masks.value) != picture
+
+
+def test_the_codecs_band_alone_plays_where_the_whole_band_is_off(panel, codec, models, pair):
+    before = played(panel.players.html)
+    panel.whole.value = False
+    heard = played(panel.players.html)
+    assert sounds_like(heard["output"], render(models["a"], codec, *pair, Settings(whole_band=False)).wav)
+    assert not sounds_like(heard["output"], before["output"])
 
 
 def test_a_damaged_run_is_reported(tmp_path, codec, songs, save_run, runs):

@@ -33,7 +33,7 @@ from lib.listening.render import (
 )
 from lib.listening.render import save_with_recipe as save
 from lib.model.cascade import CascadeConfig, StageTrace
-from lib.model.fusion import FusionModel, load_model
+from lib.model.fusion import Fusion, FusionModel, load_model
 from lib.model.masks import FIXED_MASKINGS, MaskingConfig, Masks
 from lib.training.batches import mix_noise
 from lib.training.run import Run
@@ -51,13 +51,7 @@ def label(masking: MaskingConfig) -> str:
 
 @pytest.fixture(scope="module")
 def codec(tiny_codec):
-    """The tiny codec, with the `length` of `decode`."""
-
-    class WithLength(type(tiny_codec)):
-        def decode(self, latents: Tensor, length: int | None = None) -> Tensor:
-            return super().decode(latents)[..., :length]
-
-    return WithLength()
+    return tiny_codec
 
 
 @pytest.fixture
@@ -117,9 +111,37 @@ def test_a_clip_of_any_length_is_rendered_to_the_sample(num_samples):
     input, target = (0.1 * wav[:, :num_samples] for wav in clips(40, level=1.0))
     with torch.inference_mode():
         wanted = codec.decode(model(codec.encode(input[None]), codec.encode(target[None])).latents, length=num_samples)
-    rendition = render(model, codec, input, target)
+    rendition = render(model, codec, input, target, Settings(whole_band=False))
     assert rendition.wav.shape == (1, num_samples)
     assert torch.equal(rendition.wav, wanted[0])
+    whole = render(model, codec, input, target)
+    assert whole.wav.shape == (1, num_samples)
+    batch = fuse_clips(input[None], target[None], model, codec)[0]
+    torch.testing.assert_close(whole.wav, batch, rtol=0, atol=3e-4)  # cube roots enlarge the last bits
+    above = level((whole.wav - rendition.wav)[0]) / level(wanted)
+    assert 0.1 < above < 3  # noise has three bands as wide as the codec's two
+
+
+@pytest.mark.parametrize("masking", ["none", "learned"])
+def test_a_model_without_stages_is_rendered_and_has_none_to_change(mdct, masking):
+    """As the cascade will be without stages: the sum of the masked clips."""
+
+    class Sum(FusionModel):
+        def forward(self, input, target, masks=None, stages=None):
+            assert stages is None
+            m, n = masks or Masks(torch.tensor(0.5), torch.tensor(0.5))
+            return Fusion(m * input + n * target, (), masks)
+
+    model, (input, target) = Sum(CascadeConfig.reference(1, num_layers=1), MaskingConfig(masking)).eval(), clips()
+    model.cascade.stages = torch.nn.ModuleList()
+    rendition = render(model, mdct, input, input)
+    assert rendition.traces == ()
+    if masking == "none":
+        torch.testing.assert_close(rendition.wav, input, rtol=0, atol=1e-5)
+    assert not torch.allclose(render(model, mdct, input, target).wav, rendition.wav, atol=1e-3)
+    for field, value in (("stages", 1), ("residual_weight", 0.5)):
+        with pytest.raises(UserError, match=rf"^{field}={value} is not allowed; use None: this model has no stages$"):
+            render(model, mdct, input, target, Settings(**{field: value}))
 
 
 def test_a_rendition_holds_what_it_was_made_of(codec, build):
@@ -414,7 +436,7 @@ def test_every_setting_changes_the_rendition(codec, build):
     """All at once, and each of them counts."""
     model, (input, target) = build(residual_weight=0.5), clips()
     moved = {"stages": 2, "residual_weight": 0.9, "noise": 0.3, "mask_blend": 0.2, "mask_hardness": 4.0, "seed": 3}
-    assert set(moved) == {field.name for field in dataclasses.fields(Settings)}
+    assert set(moved) | {"whole_band"} == {field.name for field in dataclasses.fields(Settings)}  # for codecs of bands
     wav = render(model, codec, input, target, Settings(**moved)).wav
     for name in moved:
         other = render(model, codec, input, target, Settings(**{k: v for k, v in moved.items() if k != name})).wav
@@ -517,6 +539,19 @@ def test_a_recipe_gives_the_same_bits_again(tmp_path, project, mdct, settings):
     assert torch.equal(written, render(load_model(run), mdct, load_clip(input), load_clip(target), settings).wav)
     assert made.versions == json.loads(recipe.read_text())["versions"]
     assert [path.resolve() for path in made.files] == [Path(clip.path) for clip in (input, target)]
+
+
+def test_a_recipe_older_than_the_whole_band_gives_the_codecs_band_again(tmp_path, project, mdct):
+    run, clips = Run.open(project / "an output é"), pair(project)
+    recipes = [save(tmp_path / f"{on}.wav", run, mdct, *clips, Settings(whole_band=on)) for on in (True, False)]
+    old = [json.loads(path.read_text()) for path in recipes]
+    for recipe, path in zip(old, recipes, strict=True):
+        del recipe["settings"]["whole_band"]
+        path.write_text(json.dumps(recipe))
+    whole, narrow = map(follow_recipe, recipes)
+    assert narrow.equal
+    assert not whole.equal
+    assert torch.equal(whole.wav, narrow.wav)
 
 
 def test_a_recipe_may_name_the_last_checkpoint(project, favourite, mdct):
@@ -775,7 +810,7 @@ def test_a_recipe_that_is_not_there_or_no_file_is_refused(tmp_path, favourite):
 FIELDS = (
     *("recipe", "run", "checkpoint", "weights_sha256", "threads", "versions", "output", "codec", "settings"),
     *("input", "target", "codec.name", "codec.fingerprint", "output.samples_sha256"),
-    *(f"settings.{field.name}" for field in dataclasses.fields(Settings)),
+    *(f"settings.{field.name}" for field in dataclasses.fields(Settings) if field.name != "whole_band"),
     *(f"{role}.{field.name}" for role in ("input", "target") for field in dataclasses.fields(Clip)),
 )
 
