@@ -174,77 +174,55 @@ def test_the_output_is_as_long_as_the_shorter_file(tmp_path, clip, run, codec, f
     assert (info.samplerate, info.channels, info.subtype) == (24_000, max(first[3], second[3]), "FLOAT")
 
 
-class FirstClip(torch.nn.Module):
-    """Takes one clip whole, which one by the second; remembers what its masks were made of."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
+class TakingTurns(torch.nn.Module):
+    """Takes one clip whole, the target in every third second: chunks begin at multiples of 15 s, so all agree on it."""
 
     def make_masks(self, input, target):
-        self.seen.append((input, target))
-        second = (torch.arange(input.shape[-1]) // 75 % 2).float().expand_as(input)
-        return Masks(1 - second, second)
+        self.seen = input, target
+        of_target = (torch.arange(input.shape[-1]) // 75 % 3 == 0).float().expand_as(input)
+        return Masks(1 - of_target, of_target)
 
     def forward(self, input, target, masks=None):
         masks = masks or self.make_masks(input, target)
         return Fusion(input * masks.input + target * masks.target, (), masks)
 
 
-@pytest.fixture
-def taking_turns(monkeypatch) -> FirstClip:
-    model = FirstClip()
-    monkeypatch.setattr(lib.fuse, "load_model", lambda *args, **options: model)
-    return model
-
-
-def test_both_channels_are_fused_to_12_khz_without_seams_by_the_masks_of_their_mean(
-    tmp_path, clip, run, codec, taking_turns
-):
-    """Chunks begin on whole seconds, as do the turns."""
-    num_samples = 2 * CHUNK - OVERLAP + 4_321
-    a, b = clip("a.wav", num_samples, channels=2, subtype="FLOAT"), clip("b.wav", num_samples, seed=1, subtype="FLOAT")
-    report = fuse_files(a, b, tmp_path / "out.wav", run, codec)
-    written, left_and_right = load_audio(report.path, mix=False), load_audio(a, mix=False)
-    assert (written.shape, report.num_samples) == ((2, num_samples), num_samples)
-    mid, other = load_audio(a), load_audio(b)
-    seen = [torch.cat([masked[i] for masked in taking_turns.seen[:1]]) for i in (0, 1)]
-    for latents, wav in zip(seen, (mid, other), strict=True):
-        torch.testing.assert_close(latents, codec.encode(wav[None, :, :CHUNK]), rtol=0, atol=1e-2)
-    wanted, second = left_and_right.clone(), torch.arange(num_samples) // SAMPLE_RATE % 2 == 1
-    wanted[:, second] = other.expand(2, -1)[:, second]
-    # the chunks begin at 0, 15 and 30 s: a chunk of an odd start takes turns the other way round
-    first, last = slice(0, CHUNK - OVERLAP), slice(2 * (CHUNK - OVERLAP) + OVERLAP, None)
-    near = torch.arange(num_samples) % SAMPLE_RATE
-    steady = (near > codec.hop) & (near < SAMPLE_RATE - codec.hop)
-    for part in (first, last):
-        torch.testing.assert_close(
-            written[:, part][:, steady[part]], wanted[:, part][:, steady[part]], rtol=0, atol=1e-5
-        )
-    assert not torch.allclose(written[0], written[1], atol=1e-3)
-
-
-@pytest.mark.parametrize("num_samples", [CHUNK + 40_001, 2 * CHUNK])
-def test_a_clip_fused_with_itself_has_no_seams_above_the_codecs_band(
+@pytest.mark.parametrize("num_samples", [24_321, 2 * CHUNK - OVERLAP + 54_321])
+def test_stereo_is_fused_to_12_khz_without_seams_by_the_masks_of_the_mid_signal(
     tmp_path, clip, run, codec, monkeypatch, num_samples
 ):
-    """Each sample of two chunks, whose masks differ: one half and one half make the clip itself."""
-    monkeypatch.setattr(lib.fuse, "load_model", lambda *args, **options: FusionModelOfHalves())
-    path, out = clip("a.wav", num_samples, channels=2, subtype="FLOAT"), tmp_path / "out.wav"
-    fuse_files(path, path, out, run, codec)
-    torch.testing.assert_close(load_audio(out, mix=False), load_audio(path, mix=False), rtol=0, atol=1e-5)
-    fuse_files(path, path, out, run, codec, whole_band=False)
-    assert not torch.allclose(load_audio(out, mix=False), load_audio(path, mix=False), atol=1e-3)
+    model = TakingTurns()
+    monkeypatch.setattr(lib.fuse, "load_model", lambda *args, **options: model)
+    a, b = clip("a.wav", num_samples, channels=2, subtype="FLOAT"), clip("b.wav", num_samples, seed=1, subtype="FLOAT")
+    report = fuse_files(a, b, tmp_path / "out.wav", run, codec)
+    written, input, target = (load_audio(path, mix=False) for path in (report.path, a, b))
+    assert (written.shape, report.num_samples) == ((2, num_samples), num_samples)
+    begin = (num_samples - OVERLAP) // (CHUNK - OVERLAP) * (CHUNK - OVERLAP)  # of the last chunk
+    for latents, wav in zip(model.seen, (load_audio(a), load_audio(b)), strict=True):
+        torch.testing.assert_close(latents, codec.encode(wav[None, :, begin:]), rtol=0, atol=1e-2)
+    second, within = torch.arange(num_samples) // SAMPLE_RATE, torch.arange(num_samples) % SAMPLE_RATE
+    wanted = torch.where(second % 3 == 0, target, input)
+    steady = (within > codec.hop) & (within < SAMPLE_RATE - codec.hop)  # a turn takes a frame
+    torch.testing.assert_close(written[:, steady], wanted[:, steady], rtol=0, atol=1e-5)
+    assert written.abs().max() < 1.25 * wanted.abs().max()
+    fuse_files(a, b, tmp_path / "narrow.wav", run, codec, whole_band=False)
+    narrow = load_audio(tmp_path / "narrow.wav", mix=False)
+    assert (narrow - wanted)[:, steady].abs().max() > 0.01
 
 
-class FusionModelOfHalves(torch.nn.Module):
-    """Without masks."""
-
-    def make_masks(self, input, target):
-        return None
-
-    def forward(self, input, target, masks=None):
-        return Fusion((input + target) / 2, (), masks)
+@pytest.mark.parametrize("masking", ["none", "energy", "learned"])
+def test_channels_are_fused_one_by_one_with_the_masks_of_their_mean(codec, masking):
+    torch.manual_seed(0)
+    model = FusionModel(CascadeConfig.reference(1, num_layers=1), MaskingConfig(masking)).eval()
+    clips = [torch.from_numpy(music(4 * 5_000, seed=seed)).float().reshape(2, 2, -1) for seed in (0, 1)]  # [2, 2, N]
+    fused = fuse_clips(*clips, model, codec, False)
+    with torch.no_grad():
+        masks = model.make_masks(*(codec.encode(clip.mean(1, keepdim=True)) for clip in clips))
+        for i in range(2):
+            latents = model(*(codec.encode(clip[:, i : i + 1]) for clip in clips), masks=masks).latents
+            torch.testing.assert_close(
+                fused[:, i : i + 1], codec.decode(latents, 5_000)[..., :5_000], rtol=0, atol=1e-4
+            )
 
 
 def test_equal_channels_are_mono_twice_and_mono_is_as_the_codec_alone(tmp_path, clip, run, codec):

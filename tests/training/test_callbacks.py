@@ -1,10 +1,12 @@
 """Callbacks write and draw what happened, and change nothing."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -13,15 +15,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lib.listening.dashboard
 from lib.audio.files import load_audio
-from lib.data.latents import LatentPairs
+from lib.codec.mdct import MdctCodec
+from lib.data.latents import LatentPairs, encode_manifest
+from lib.data.pairs import Clip, Manifest, Pair
+from lib.fuse import fuse_clips
 from lib.listening.dashboard import Dashboard
+from lib.model.cascade import CascadeConfig
 from lib.model.fusion import load_model
+from lib.model.masks import MaskingConfig
 from lib.training.callbacks import DemoClips, TensorBoard
 from lib.training.config import TrainConfig
 from lib.training.distributed import rng_state
 from lib.training.fusion_learner import train
 from lib.training.run import Run
 from lib.training.trainer import Callback, Trainer
+from lib.util.files import file_sha256
 
 # Three steps per epoch, so that checkpoints fall within epochs.
 CONFIG = TrainConfig(epochs=4, batch_size=2, checkpoint_every=4, learning_rate=1e-2, seed=2)
@@ -134,6 +142,36 @@ def test_outputs_are_those_of_the_model_that_is_kept(start, tiny_codec, tiny_ind
     difference = (tiny_codec.decode(in_training)[0] - found).abs().max()
     assert (difference > 1e-4) == (ema > 0)
     assert found.square().mean().sqrt() > 0.01
+
+
+def test_with_a_manifest_the_clips_have_the_whole_band(tmp_path, mdct_pairs):
+    manifest, codec = mdct_pairs
+    index, masking = encode_manifest(manifest, codec, tmp_path / "cache"), MaskingConfig("learned")
+    cascade = CascadeConfig.reference(1, num_layers=1)
+    config = dataclasses.replace(CONFIG, epochs=1, batch_size=1)
+    callbacks = [DemoClips(codec, every=2, manifest=manifest)]
+    run = train(tmp_path / "run", index, codec, cascade, config, masking, progress=False, callbacks=callbacks)
+    for number, (pair, length) in enumerate(zip(manifest.split("val"), (5_120, 5_000), strict=True)):
+        clips = [load_audio(manifest.path(clip), clip.offset, length) for clip in (pair.input, pair.target)]
+        wavs = [load_audio(run.path / "audio" / f"pair_{number}_{name}.wav") for name in ("input", "target", "last")]
+        for found, wanted in zip(wavs, clips, strict=False):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+        fused = fuse_clips(*(clip[None] for clip in clips), load_model(run, "last"), codec)[0]
+        assert wavs[2].shape == fused.shape
+        if length == manifest.clip_length:  # the short clip's latents are of its zeros too
+            torch.testing.assert_close(wavs[2], fused, rtol=0, atol=1e-3)
+
+
+@pytest.fixture
+def mdct_pairs(tmp_path) -> tuple[Manifest, MdctCodec]:
+    """Noise; the last clip of a song is shorter than the others."""
+    pairs = []
+    for seed, split in enumerate(("train", "val")):
+        wav = 0.1 * np.random.default_rng(seed).standard_normal(15_240)
+        soundfile.write(path := tmp_path / f"{split}.wav", wav, 24_000, subtype="FLOAT")
+        clips = Clip(path.name, 0, 15_240, file_sha256(path)).cut(5_120)
+        pairs += [Pair(f"{split}{i}", split, "continuation", *two) for i, two in enumerate(itertools.pairwise(clips))]
+    return Manifest(tmp_path, 5_120, 24_000, 0, tuple(pairs)), MdctCodec()
 
 
 class Compare(Callback):
