@@ -88,8 +88,8 @@ def run_notebooks(
         for item in skipped[:5]:
             say(f"  {item.path}: {item.reason}")
     parameters = {"preset": preset_name, "overrides": overrides, "data_dir": data, "out_dir": str(out)}
-    # the index is named by its content; notebooks show recorded results, too
-    recorded = [file_sha256(path) for path in sorted(RECORD.glob("*.json"))]
+    # the index is named by its content; notebooks show recorded results, too, and what lib's TOML files say
+    recorded = [file_sha256(path) for path in sorted([*RECORD.glob("*.json"), *(ROOT / "lib").rglob("*.toml")])]
     inputs = [parameters, dataclasses.asdict(preset), project.codec.fingerprint, project.index.name]
     inputs += [code_of_lib(), recorded]
     chosen, failures, page = [name for name in EXECUTED if name in only], {}, out / "index.html"

@@ -1,35 +1,38 @@
-"""The claims of the seed documents, and verdicts on them: `judge` makes one, `collect` gathers a finished run's."""
+"""The claims of the seed documents, and verdicts on them: `decide` and `judge` make one, `collect` gathers a finished
+run's."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from lib.util.configs import Number, checked_dataclass, choice, read_entries
 from lib.util.stats import describe
 
-# id → seed documents that state it, and what they state
-CLAIMS = {
-    "C1": ("000", "384,000 samples become latents [B, 128, 1200] and come back; RMS 5.66 and 5.69"),
-    "C2": ("000", "stages of the two-stage cascade leave RMS 5.73 and 5.68, with factors 1.01 and 1.02"),
-    "C3": ("000, 001", "stages of 6.3 M and 14.2 M parameters; 27.4 M become 18.3 M, 33 % fewer"),
-    "C4": ("000, 002", "spectral norm keeps σ ≤ 1, and so the Lipschitz constant ≤ 1"),
-    "C5": (
-        "002",
-        "a third stage at 0.1×: projection RMS 0.85, 1.09 before scaling, needs 5.2×, ends at 1.64, 71 % too quiet",
-    ),
-    "C6": ("002", "a third stage at 0.3×: RMS 2.5 to 3.0 before scaling, needs 2.0 to 2.3×, ends at 4.05"),
-    "C7": ("001, 002", "gradient norm: 0.1× 2.45 → 6.66 → 16.71 → NaN; 0.3× 3.93 → 5.36 → 6 to 7; two stages 2 to 5"),
-    "C8": ("003", "learnable RMS scalars get gradients 100 to 10,000 times larger; norm 15,438, then NaN"),
-    "C9": ("000, 002", "spectral norm, clamp and clipping together keep training stable"),
-    "C10": ("001", "the two-stage cascade completes 200 epochs without NaN"),
-    "C11": ("001", "no scale factor above 1.3 in either stage"),
-    "C12": ("001", "complementarity of the masks reaches 85 % by epoch 50"),
-    "C13": ("001", "the two-stage output sounds as good as the three-stage one; continuations are coherent"),
-    "C14": ("001", "safe fallbacks: stage 1 at 512 wide; three stages at 0.3×; three or more at 1.0×"),
-    "C15": ("003", "health: gradient norm < 100, RMS ratio 0.8 to 1.2, movement, correlation with sources < 0.3"),
-    "C16": ("004", "parameters of the super-resolver: 3.23 M, 64.9 M, 100.0 M, 39.3 M, together 207.4 M"),
-    "C17": ("004", "18 (or 12) conditioned transformers, 14.3 M; latent [16, 64, 64]; 57.5 GMACs a step"),
-    "C18": ("004", "cross-attention lets each position query the global context"),
-}
+Values = Sequence[float] | None  # one per seed
+LIMITS = {"above": operator.gt, "below": operator.lt, "least": operator.ge, "most": operator.le}
+
+
+@checked_dataclass
+class Part:
+    """A part of a claim that has its own verdict: by its limits, if it has some, for the value of every seed."""
+
+    said: str  # as the seed says it
+    unit: str = ""  # after the median, a format string
+    limits: dict[choice(LIMITS), Number] = field(default_factory=dict)
+
+
+@checked_dataclass
+class Claim:
+    """A claim of the seed documents in claims.toml."""
+
+    seeds: str  # that state it
+    text: str
+    parts: dict[str, Part] = field(default_factory=dict)
+
+
+CLAIMS: dict[str, Claim] = read_entries(Path(__file__).with_suffix(".toml"), Claim)
 VERDICTS = REPRODUCED, REFUTED, NOT_TESTED = "reproduced", "refuted", "not tested here"
 
 
@@ -49,7 +52,7 @@ def judge(
     claim: str,
     said: str,
     holds: bool | None,
-    values: Sequence[float] | None = None,
+    values: Values = None,
     *,
     found: str = "",
     why: str = "",
@@ -74,6 +77,24 @@ def judge(
     return Verdict(claim, said, measured, spread.rstrip(")"), verdict, why)
 
 
+def decide(
+    part: str,
+    values: Values = None,
+    holds: bool | None = None,
+    *,
+    found: str = "",
+    facts: Mapping[str, Any] = {},
+    **reasons: Any,
+) -> Verdict:
+    """The verdict on a part of a claim, such as 'C7.weak_rises': by its limits for `values`, or by whether it `holds`.
+    `facts`: what its unit has in braces; `found` replaces the unit. `reasons`: why, short and unless of `judge`."""
+    claim, _, name = part.partition(".")
+    own = CLAIMS[claim].parts[name]
+    if own.limits:
+        holds = bool(values) and all(LIMITS[rule](v, limit) for v in values for rule, limit in own.limits.items())
+    return judge(claim, own.said, holds, values, found=found or own.unit.format(**facts), **reasons)
+
+
 def collect(sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The verdicts that notebooks stored in their sections, by number of the claim."""
     found = [row for section in sections for item in section["items"] for row in item.get("claims", [])]
@@ -83,7 +104,7 @@ def collect(sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def with_untested(verdicts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The verdicts, and every claim that has none, with the reason."""
     tested, why = {row["claim"] for row in verdicts}, "no notebook has tested it"
-    missing = [asdict(judge(claim, said, None, why=why)) for claim, (_, said) in CLAIMS.items() if claim not in tested]
+    missing = [asdict(judge(claim, CLAIMS[claim].text, None, why=why)) for claim in CLAIMS if claim not in tested]
     return sorted([*verdicts, *missing], key=lambda row: int(row["claim"][1:]))
 
 
@@ -103,6 +124,6 @@ def markdown_table(verdicts: Sequence[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for claim, said, measured, verdict in map(dict.values, claim_rows(verdicts)):
         word, colon, why = verdict.partition(":")
-        cells = (claim, CLAIMS[claim][0], said, measured, f"**{word}**{colon}{why}")
+        cells = (claim, CLAIMS[claim].seeds, said, measured, f"**{word}**{colon}{why}")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

@@ -3,7 +3,9 @@ annotations of a `checked_dataclass` say what each field takes; its `__post_init
 
 import dataclasses
 import functools
+import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, ValidationError, WrapValidator
@@ -11,6 +13,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic_core import PydanticCustomError
 
 from lib.util.errors import UserError
+from lib.util.files import FIX, naming
 
 Bound = float | None
 
@@ -96,6 +99,17 @@ def from_fields(cls: type, values: dict[str, Any]) -> Any:
     if lost := [address for address in flat(config) if address not in given]:
         raise UserError(f"{cls.__name__} lacks the field {', '.join(lost)}; restore the config that was written")
     return config
+
+
+def read_entries(path: Path, cls: type) -> dict[str, Any]:
+    """Name → config for each entry of a TOML file; `UserError` names the entry and the field that do not fit."""
+    with naming(path, FIX):
+        entries = tomllib.loads(path.read_text())
+    configs = {}
+    for name, values in entries.items():
+        with naming(f"{path}, {name}", FIX):
+            configs[name] = cls(**values)
+    return configs
 
 
 def flat(config: Any, address: str = "") -> dict[str, Any]:

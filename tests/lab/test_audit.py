@@ -18,7 +18,7 @@ from lib.lab.audit import (
     audit_untrained,
     disagreements,
 )
-from lib.lab.claims import NOT_TESTED, REFUTED, REPRODUCED
+from lib.lab.claims import CLAIMS, NOT_TESTED, REFUTED, REPRODUCED
 from lib.lab.results import Result
 from lib.lab.variants import (
     CREATIVE,
@@ -290,7 +290,7 @@ def test_a_cure_needs_an_ill_output_and_more_movement(name):
     better = [final(model_movement_ratio=0.16)(name, seed) for seed in range(2)]
     same = [final(model_movement_ratio=0.14)(name, seed) for seed in range(2)]
     well = [scheduled(CREATIVE, seed) for seed in range(2)]
-    of_this = CURES[name]
+    of_this = CLAIMS["C15"].parts[name].said
     assert verdict_of(audit_cures(ill, {name: better}), "C15", of_this) == REPRODUCED
     assert verdict_of(audit_cures(ill, {name: same}), "C15", of_this) == REFUTED
     assert verdict_of(audit_cures(well, {name: better}), "C15", of_this) == NOT_TESTED

@@ -4,7 +4,17 @@ import dataclasses
 
 import pytest
 
-from lib.lab.claims import CLAIMS, NOT_TESTED, REFUTED, REPRODUCED, collect, judge, markdown_table, with_untested
+from lib.lab.claims import (
+    CLAIMS,
+    NOT_TESTED,
+    REFUTED,
+    REPRODUCED,
+    collect,
+    decide,
+    judge,
+    markdown_table,
+    with_untested,
+)
 from lib.report.report import Section, sections
 
 
@@ -14,7 +24,21 @@ def row(claim: str, holds: bool | None = True, **more) -> dict:
 
 def test_every_claim_has_its_seed_and_text():
     assert list(CLAIMS) == [f"C{i}" for i in range(1, 19)]
-    assert all(seed and text for seed, text in CLAIMS.values())
+    assert all(claim.seeds and claim.text for claim in CLAIMS.values())
+
+
+def test_limits_hold_for_every_seed():
+    verdicts = {values: decide("C7.reference", values).verdict for values in ((2, 5), (2, 5.1), (1.9, 5), ())}
+    assert list(verdicts.values()) == [REPRODUCED, REFUTED, REFUTED, REFUTED]
+    assert decide("C8.all", [1.0]).verdict == REFUTED
+    assert decide("C8.all", [float("inf")]).verdict == REPRODUCED
+    assert decide("C15.nearer", [0.3]).verdict == REFUTED
+    assert decide("C15.nearer", [0.3], short="few").verdict == NOT_TESTED
+
+
+def test_a_part_has_the_claims_words_and_its_unit_the_facts():
+    found = decide("C7.weak_rises", [2.0], facts={"steps": 9})
+    assert (found.claim, found.said[:5], found.measured[-7:]) == ("C7", "0.1×:", "9 steps")
 
 
 @pytest.mark.parametrize(("holds", "verdict"), [(True, REPRODUCED), (False, REFUTED), (None, NOT_TESTED)])

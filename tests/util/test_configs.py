@@ -25,6 +25,7 @@ from lib.util.configs import (
     flat,
     from_fields,
     number,
+    read_entries,
     whole,
 )
 from lib.util.errors import UserError
@@ -142,3 +143,20 @@ def test_every_value_has_an_address():
     stages = {"stages[0].count": 2, "stages[0].share": 0.5, "stages[1].count": 3, "stages[1].share": 0.5}
     assert flat(config) == {"kind": "a"} | inner | stages | {"size": None}
     assert flat({"a": (1, 2), "b": {}}) == {"a": [1, 2]}
+
+
+def test_entries_of_a_file_are_named_where_they_do_not_fit(tmp_path):
+    file = tmp_path / "sizes.toml"
+    file.write_text("[small]\nleast = 1\n[large]\nleast = 0\n")
+
+    @checked_dataclass
+    class Size:
+        least: Count
+
+    with pytest.raises(UserError, match=r"sizes\.toml, large: least=0 is not allowed"):
+        read_entries(file, Size)
+    file.write_text("[small\n")
+    with pytest.raises(UserError, match=r"sizes\.toml: damaged"):
+        read_entries(file, Size)
+    file.write_text("[small]\nleast = 1\n")
+    assert read_entries(file, Size) == {"small": Size(1)}
