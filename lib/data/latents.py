@@ -182,13 +182,6 @@ def _read_latents(path: Path, shape: tuple[int, int]) -> np.ndarray:
     return latents
 
 
-def _is_intact(path: Path, sha256: str) -> bool:
-    try:
-        return file_sha256(path) == sha256
-    except OSError:
-        return False
-
-
 class LatentPairs(Dataset):
     """The pairs of one split of an index: `pairs[i]` is (input `[D, T]`, target `[D, T]`), float32.
 

@@ -27,6 +27,7 @@ class Part:
 class Claim:
     """A claim of the seed documents in claims.toml."""
 
+    name: str
     seeds: str  # that state it
     text: str
     parts: dict[str, Part] = field(default_factory=dict)

@@ -17,7 +17,6 @@ from torch.nn.utils import parametrize
 from lib.superres import vocoder as hifigan
 from lib.superres.degradation import Examples, Library
 from lib.superres.diffusion import TIMESTEPS, add_noise
-from lib.superres.encoder import EncoderConfig
 from lib.superres.mel import SAMPLE_RATE, log_mel
 from lib.superres.unet import CONTEXTS, Denoiser, DenoiserConfig
 from lib.superres.vae import MelVae, VaeConfig
@@ -28,7 +27,7 @@ from lib.training.distributed import open_accelerator
 from lib.training.learner import Learner, Losses, StepInfo
 from lib.training.run import Run
 from lib.training.trainer import Callback, Trainer
-from lib.util.configs import Count, NonNegative, check, checked_dataclass, from_fields
+from lib.util.configs import Count, NonNegative, check, checked_dataclass, from_fields, read_entries
 from lib.util.errors import UserError
 from lib.util.provenance import code_fingerprint
 
@@ -296,22 +295,5 @@ class Plan:
         return losses
 
 
-# trains in minutes on two cores: the same parts with a hundredth of the width
-SMALL = {"clip": 1.0, "warmup_steps": 10, "schedule": "cosine", "checkpoint_every": 100, "clip_seconds": 0.64}
-SMALL_ENCODER = {"channels": (8, 16, 32), "hidden_dim": 64, "num_layers": 1, "num_heads": 4, "ffn_dim": 128}
-SMALL_UNET = {"latent_channels": 4, "channels": (32, 48, 64), "attention": (False, False, True), "num_res_blocks": 1}
-SMALL_UNET |= {"encoder": EncoderConfig(**SMALL_ENCODER, context_dim=32, positions=64)}
-SMALL_PLAN = Plan(
-    VaeConfig(channels=(8, 16, 32, 32), num_res_blocks=1, latent_channels=4, norm_groups=4),
-    DenoiserConfig(**SMALL_UNET, head_channels=16, transformers=1, norm_groups=8),
-    vae_training=VaeTraining(**SMALL, examples=1024, val_examples=16, batch_size=2, learning_rate=3e-3, kl_weight=0.05),
-    training=PartConfig(
-        **SMALL, examples=512, val_examples=32, batch_size=16, learning_rate=1e-3, ema=0.99, cpu_threads=1
-    ),
-)
-FULL = {"checkpoint_every": 1000, "num_workers": 8, "precision": "auto"}
-FULL_PLAN = Plan(
-    vae_training=VaeTraining(**FULL, batch_size=4, warmup_steps=1000),
-    training=PartConfig(**FULL, batch_size=16, warmup_steps=5000, ema=0.9999),
-    vocoder_training=VocoderTraining(**FULL, batch_size=16),
-)
+PLANS: dict[str, Plan] = read_entries(Path(__file__).with_name("plans.toml"), lambda name, **parts: Plan(**parts))
+SMALL_PLAN, FULL_PLAN = PLANS["small"], PLANS["full"]

@@ -4,7 +4,7 @@ annotations of a `checked_dataclass` say what each field takes; its `__post_init
 import dataclasses
 import functools
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -101,14 +101,14 @@ def from_fields(cls: type, values: dict[str, Any]) -> Any:
     return config
 
 
-def read_entries(path: Path, cls: type) -> dict[str, Any]:
-    """Name → config for each entry of a TOML file; `UserError` names the entry and the field that do not fit."""
+def read_entries(path: Path, make: Callable[..., Any]) -> dict[str, Any]:
+    """Name → `make(name, **fields)` for each entry of a TOML file; `UserError` names the entry that does not fit."""
     with naming(path, FIX):
         entries = tomllib.loads(path.read_text())
     configs = {}
     for name, values in entries.items():
         with naming(f"{path}, {name}", FIX):
-            configs[name] = cls(**values)
+            configs[name] = make(name, **values)
     return configs
 
 

@@ -151,6 +151,7 @@ def test_entries_of_a_file_are_named_where_they_do_not_fit(tmp_path):
 
     @checked_dataclass
     class Size:
+        name: str
         least: Count
 
     with pytest.raises(UserError, match=r"sizes\.toml, large: least=0 is not allowed"):
@@ -159,4 +160,4 @@ def test_entries_of_a_file_are_named_where_they_do_not_fit(tmp_path):
     with pytest.raises(UserError, match=r"sizes\.toml: damaged"):
         read_entries(file, Size)
     file.write_text("[small]\nleast = 1\n")
-    assert read_entries(file, Size) == {"small": Size(1)}
+    assert read_entries(file, Size) == {"small": Size("small", 1)}
