@@ -1,7 +1,6 @@
 """The variants of the ablation, as data: each is a change of the two-stage reference, with a name.
 
-To add one, add an entry to variants.toml. Two groups are computed here: 'protection', a 2×2×2 of the three protections
-on the exploding cascade, and 'cause', a 2×2×2 of the three causes that the seeds name.
+To add one, add an entry to variants.toml.
 """
 
 import dataclasses
@@ -54,8 +53,6 @@ class Variant:
         return dataclasses.replace(base, loss=dataclasses.replace(base.loss, **self.loss), **self.train)
 
 
-WEAK = {"residual_weight": 0.1, "residual_source": "previous"}  # the third stage of seeds 001 and 002
-
 # A weak residual without the collapse: the third stage stays at 0.1×, a gain on its projection brings the missing RMS.
 CEILING_GAIN = LATENT_RMS / rms_ceiling(384, 128)  # full RMS once training has lifted the projection to its ceiling
 START_GAIN = LATENT_RMS / initial_projection_rms(384, 128)  # full RMS from the first step
@@ -67,37 +64,20 @@ def _variant(name: str, **fields: Any) -> Variant:
     return Variant(name, **fields | {p: {k: WORDS.get(v, v) for k, v in part.items()} for p, part in parts.items()})
 
 
-_READ = read_entries(Path(__file__).with_suffix(".toml"), _variant).values()
-_SETS = ("named", "weak residual", "schedule")
-NAMED, WEAK_RESIDUALS, SCHEDULED = (tuple(v for v in _READ if v.factor == factor) for factor in _SETS)
-SINGLE_CHANGES = tuple(v for v in _READ if v.factor not in _SETS)
+_READ = tuple(read_entries(Path(__file__).with_suffix(".toml"), _variant).values())
+_GROUPS = ("named", "protection", "cause", "weak residual", "schedule")
+NAMED, _PROTECTIONS, _CAUSES, WEAK_RESIDUALS, SCHEDULED = (tuple(v for v in _READ if v.factor == g) for g in _GROUPS)
+SINGLE_CHANGES = tuple(variant for variant in _READ if variant.factor not in _GROUPS)
+VARIANTS = tuple(variant for variant in _READ if variant.factor != "schedule")
+SETS = {"named": NAMED, "all": VARIANTS}
 
-
-def _protection(norm: bool, clamp: bool, clip: bool) -> Variant:
-    on = " + ".join(itertools.compress(PROTECTION_NAMES, (norm, clamp, clip))) or "no protection"
-    every = ({} if norm else {"spectral_norm": False}) | ({} if clamp else {"clamp": None})
-    train = {} if clip else {"clip": None}
-    return Variant(f"exploding, {on}", "protection", stages=3, every=every, last=WEAK, train=train)
-
-
+# cells of two factorials: which of its factors are on → variant
 PROTECTION_NAMES = ("norm", "clamp", "clipping")
-PROTECTIONS = {cell: _protection(*cell) for cell in itertools.product((False, True), repeat=3)}
-
-
-def _cause(weak: bool, learnable: bool, log_penalty: bool) -> Variant:
-    """Three stages without a clamp: a clamped scale passes no gradient to the learnable scalars."""
-    on = " + ".join(itertools.compress(("weak", "learnable", "log penalty"), (weak, learnable, log_penalty))) or "none"
-    every = {"clamp": None} | ({"rms_scaling": "learnable"} if learnable else {})
-    loss = {"anti_modulation_weight": 1.0, "anti_modulation": "log"} if log_penalty else {}
-    return Variant(f"causes: {on}", "cause", stages=3, every=every, last=WEAK if weak else {}, loss=loss)
-
-
 CAUSE_NAMES = ("weak residual", "learnable scalars", "log penalty")
-CAUSES = {cell: _cause(*cell) for cell in itertools.product((False, True), repeat=3)}
+PROTECTIONS, CAUSES = (
+    dict(zip(itertools.product((False, True), repeat=3), variants, strict=True)) for variants in (_PROTECTIONS, _CAUSES)
+)
 
 WHOLE, WHOLE_3 = "whole system", "whole system, 3 stages"
 CREATIVE, RECONSTRUCTION = "creative terms alone", "creative terms, reconstruction"
 NOVELTY, RESIDUAL = "creative terms, novelty 0.6", "creative terms, residual 0.3"
-
-VARIANTS = (*NAMED, *SINGLE_CHANGES, *PROTECTIONS.values(), *CAUSES.values(), *WEAK_RESIDUALS)
-SETS = {"named": NAMED, "all": VARIANTS}
