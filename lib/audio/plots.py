@@ -5,12 +5,14 @@ import io
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torchaudio
+from matplotlib import rc_params_from_file
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -25,17 +27,7 @@ INPUT, TARGET, OUTPUT, AVERAGE = "#0072B2", "#E69F00", "#009E73", "#777777"
 STAGES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 DECIBELS = "dB below the clip's peak"
 SHADES = 48  # of a small mel spectrogram: steps of 1.7 dB
-STYLE = {
-    "figure.dpi": 80,
-    "savefig.dpi": 110,
-    "figure.constrained_layout.use": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "font.size": 10,
-}
+STYLE = dict(rc_params_from_file(Path(__file__).with_suffix(".mplstyle"), use_default_template=False))
 
 
 def mel_power(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> Tensor:
