@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from lib.superres.degradation import Library, read_library
-from lib.superres.encoder import EncoderConfig
 from lib.superres.mel import SAMPLE_RATE
 from lib.superres.resolver import SuperResolver
 from lib.superres.training import PartConfig, VaeTraining, train_part
-from lib.superres.unet import DenoiserConfig
+from lib.superres.unet import DenoiserConfig, EncoderConfig
 from lib.superres.vae import VaeConfig
 from lib.superres.vocoder import VocoderConfig
 

@@ -18,8 +18,7 @@ from lib.superres.audit import (
     macs,
     spread_over_places,
 )
-from lib.superres.encoder import EncoderConfig
-from lib.superres.unet import Denoiser, DenoiserConfig, GlobalTransformer
+from lib.superres.unet import Denoiser, DenoiserConfig, EncoderConfig, GlobalTransformer
 from lib.superres.vae import MelVae, VaeConfig
 from lib.superres.vocoder import Vocoder, VocoderConfig
 
