@@ -21,7 +21,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -137,7 +136,7 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
         raise RuntimeError(f"{len(failed)} of {len(jobs)} runs failed, the others are kept: {'; '.join(failed[:4])}")
 
 
-worker = SimpleNamespace(busy=False, stopped=False)  # the state of this process, if it is a worker
+busy, stopped = threading.Lock(), threading.Event()  # of this process, if it is a worker
 
 
 def start_worker(devices: Any, pids: Any) -> None:
@@ -156,34 +155,29 @@ def start_worker(devices: Any, pids: Any) -> None:
 
 
 def stop_worker(signal_name: str) -> None:
-    worker.stopped = True
-    if worker.busy:
+    stopped.set()
+    if busy.locked():
         raise KeyboardInterrupt
 
 
 def follow_parent() -> None:
     """End this process when its parent has ended; a run in training saves first."""
     multiprocessing.parent_process().join()
-    if worker.busy:
-        os.kill(os.getpid(), signal.SIGTERM)
-    else:
-        os._exit(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    busy.acquire()
+    os._exit(1)
 
 
 def work(job: Job) -> None:
     """A job in a worker. After a stop signal the pool still hands out jobs; none is begun."""
-    if worker.stopped:
-        raise KeyboardInterrupt
-    worker.busy = True
-    try:
-        run_job(job)
-    except KeyboardInterrupt:
-        worker.stopped = True
-        raise
-    finally:
-        worker.busy = False
-        if worker.stopped and not multiprocessing.parent_process().is_alive():
-            os._exit(1)
+    with busy:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        try:
+            run_job(job)
+        except KeyboardInterrupt:
+            stopped.set()  # training takes the signal itself
+            raise
 
 
 @contextmanager

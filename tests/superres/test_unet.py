@@ -1,4 +1,4 @@
-"""The denoiser: what a global transformer adds to each place, what a condition left out really leaves out; its encoder."""
+"""The denoiser and its encoder: what each output depends on, and what a condition left out really leaves out."""
 
 import math
 
