@@ -52,12 +52,7 @@ GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
 # without AVX2, sums are rounded differently; NumPy has had two sets of names for the features it can disable
 NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 X86_V3 X86_V4 AVX512_ICL"}
 WHOLE = ("songs-0-seed-0", "no-vectors")  # variations that run all notebooks, and are compared as a whole
-CLAIMS_HEAD = """# The claims of the seeds, audited
-
-Every number that the seed documents state, beside what was measured. Verdicts are computed from runs and could have \
-come out the other way; ranges are over seeds, and a value without one does not vary. With `mdct` the latents are not \
-EnCodec's, and the runs are short: levels and trends compare with the seeds, absolute losses and norms do not. Written \
-by `make record`, whose commit record.json names."""
+CLAIMS_HEAD = ROOT / "lib" / "report" / "templates" / "claims.md"
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -138,7 +133,7 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, folder: P
     write_json(folder / "summary.json", summary)
     claims = with_untested(collect(sections(out)))
     write_json(folder / "claims.json", claims)
-    write_atomic(folder / "claims.md", f"{CLAIMS_HEAD}\n\n{markdown_table(claims)}\n")
+    write_atomic(folder / "claims.md", f"{CLAIMS_HEAD.read_text()}\n{markdown_table(claims)}\n")
     record_variations(preset, overrides, data_dir, out, folder)
     facts["music"] = f"music in {Path(data_dir).name}" if data_dir else "generated songs"
     machine = {"cores": os.cpu_count(), "instructions": torch.backends.cpu.get_cpu_capability(), "gpu": gpu_name()}

@@ -27,12 +27,7 @@ SCRIPT, STYLE = (Path(__file__).with_name(f"player.{suffix}") for suffix in ("js
 COLOURS = {"input": INPUT, "target": TARGET, "output": OUTPUT, "plain average": AVERAGE}
 OTHERS = (OUTPUT, *STAGES[3:], STAGES[1])  # for clips with other names: neither the input's colour nor the target's
 PANEL = Markup('<div class="players" data-seconds="{:.6f}"><small class="note">{}</small>{}</div>')
-PLAYER = Markup(
-    '<figure class="player" data-name="{name}" data-gain="{gain:.6g}"><figcaption>{name} <small>{levels}</small>'
-    '</figcaption><div class="picture"><img src="{picture}" style="width: {width:.3f}%" '
-    'alt="waveform and mel spectrogram of {name}"></div>'
-    '<audio controls preload="metadata" aria-label="{name}" src="{sound}"></audio></figure>'
-)
+PLAYER = Markup(Path(__file__).with_suffix(".html").read_text().replace("\n", ""))
 
 
 def loudness(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> float:
