@@ -1,4 +1,4 @@
-"""The settings of a run of the notebooks: three presets, whose sections nest, with their values in presets.toml.
+"""The settings of a run of the notebooks: four presets, whose sections nest, with their values in presets.toml.
 
 The address of a setting is its attribute path: `load_preset("demo", {"train.max_steps": 40})` or
 `--set train.max_steps=40` sets `preset.train.max_steps`.
@@ -20,7 +20,7 @@ from lib.model.cascade import CascadeConfig
 from lib.model.masks import MaskingConfig
 from lib.superres.training import FULL_PLAN, SMALL_PLAN
 from lib.superres.training import Plan as SuperresPlan
-from lib.training.config import TrainConfig
+from lib.training.config import CurriculumConfig, TrainConfig
 from lib.util.configs import Count, NonNegative, Positive, Whole, checked_dataclass, choice, flat
 from lib.util.errors import UserError
 from lib.util.files import FIX, naming
@@ -38,7 +38,7 @@ class DataSettings:
 @checked_dataclass
 class ModelSettings:
     num_layers: Count
-    num_stages: Count = 2
+    num_stages: Whole = 2
     anti_cheating: NonNegative = 0.0
     masking: MaskingConfig = MaskingConfig("learned")
 
@@ -95,14 +95,17 @@ class ScheduleSettings:
     seeds: Count = 2
     val_pairs: Count = 32
 
-    def plan(self, train: TrainConfig) -> Plan:
-        """The objective and discriminator of `train` with everything that preset full's schedule has."""
+    @property
+    def plan(self) -> Plan:
+        """The objective and discriminator of the seeds' system with everything that their schedule has."""
         sizes = {"batch_size": self.batch_size, "max_train_pairs": self.pairs, "max_val_pairs": self.val_pairs}
         length = {"epochs": self.epochs, "max_steps": None, "patience": None, "accumulate": 1, "checkpoint_every": 500}
         schedule = {"warmup_steps": 20, "schedule": "cosine", "ema": 0.99}
-        schedule["curriculum"] = PRESETS["full"].train.curriculum
-        scheduled = dataclasses.replace(train, precision="fp32", **sizes, **length, **schedule)
-        return Plan(SCHEDULED, self.layers, self.seeds, scheduled, MaskingConfig("learned"))
+        # noise that reaches its ceiling after 160 epochs, targets that change places
+        schedule["curriculum"] = CurriculumConfig(noise_rate=0.002, noise_start=10, target_shuffling=0.25)
+        reference = PRESETS["reference"]
+        scheduled = dataclasses.replace(reference.train, precision="fp32", **sizes, **length, **schedule)
+        return Plan(SCHEDULED, self.layers, self.seeds, scheduled, reference.model.masking)
 
 
 @checked_dataclass
@@ -153,7 +156,7 @@ class Preset:
     record: RecordSettings = RecordSettings()
 
     def __post_init__(self):
-        self.train.check_masking(self.model.masking)
+        self.train.check_model(self.model.cascade, self.model.masking)
 
 
 def _read_presets() -> dict[str, Preset]:

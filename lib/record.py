@@ -164,7 +164,7 @@ def record_ablations(preset: Preset, project: Project, folder: Path, facts: dict
     depth = {"steps": preset.record.steps, "changed_by_depth": changed_by_depth(results)}
     write_record(folder / "ablation.json", [result.for_record() for result in results], facts | depth)
     say(f"the whole schedule in miniature: {preset.schedule.epochs} epochs, {preset.schedule.seeds} seeds")
-    scheduled = project.ablation(preset.schedule.plan(preset.train))
+    scheduled = project.ablation(preset.schedule.plan)
     length = {"epochs": preset.schedule.epochs, "steps": max(result.steps for result in scheduled)}
     write_record(folder / "schedule.json", [result.for_record() for result in scheduled], facts | length)
 

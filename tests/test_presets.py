@@ -12,7 +12,7 @@ from lib.lab.variants import NAMED, VARIANTS
 from lib.model.cascade import CascadeConfig
 from lib.model.masks import MaskingConfig
 from lib.presets import PRESETS, load_preset
-from lib.training.config import TrainConfig
+from lib.training.config import CurriculumConfig, TrainConfig
 from lib.util.errors import UserError
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -24,7 +24,7 @@ def test_every_preset_builds(name):
     assert preset.name == name
     assert isinstance(preset.model.cascade, CascadeConfig)
     assert isinstance(preset.train, TrainConfig)
-    assert len(preset.model.cascade.stages) == 2
+    assert len(preset.model.cascade.stages) == preset.model.num_stages
     assert all(stage.num_layers == preset.model.num_layers for stage in preset.model.cascade.stages)
 
 
@@ -36,13 +36,24 @@ def test_the_presets_are_those_of_the_design():
     assert demo.listening.seconds == full.listening.seconds == 16
     train = full.train
     assert (train.epochs, train.batch_size, train.learning_rate) == (200, 8, 1e-4)
-    assert (train.weight_decay, train.clip, train.max_steps) == (0.01, 10.0, None)
+    assert (train.weight_decay, train.max_steps) == (0.01, None)
     for preset in (smoke, demo, full):  # what is trained is the same; only how long and on what differs
-        assert preset.model.masking == MaskingConfig("learned")
+        assert preset.model.masking == MaskingConfig("wide", restore_rms=False)
         assert preset.train.loss == demo.train.loss
-        assert preset.train.adversary.discriminator_learning_rate == 1e-4
         assert preset.train.agent_learning_rate > preset.train.learning_rate
-        assert preset.train.ema
+    assert [preset.model.num_stages for preset in (smoke, demo, full)] == [0, 0, 2]
+
+
+def test_the_reference_is_the_system_of_the_seeds():
+    """Two stages behind masks whose clips stay as loud, every term of the seeds, a discriminator, noise."""
+    preset = PRESETS["reference"]
+    assert (preset.model.num_stages, preset.model.masking) == (2, MaskingConfig("learned", restore_rms=True))
+    weights = preset.train.loss.weights
+    ours = {f"{name}_weight" for name in ("onsets", "notes", "onsets_left", "notes_left")}
+    assert {name for name, weight in weights.items() if not weight} == ours | {"input_rms_weight", "target_rms_weight"}
+    assert {name for name, weight in PRESETS["demo"].train.loss.weights.items() if weight} == ours
+    assert preset.train.adversary.discriminator_learning_rate == 1e-4
+    assert preset.train.curriculum.noise_rate == 0.1
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -66,11 +77,12 @@ def leaves(config, prefix=""):
 
 
 ONLY_FULL = "superres.vocoder_steps"  # refused by the other presets
-ADDRESSES = [address for address, _ in leaves(PRESETS["smoke"]) if address not in ("name", ONLY_FULL)]
+ONLY_REFERENCE = "train.loss.adversarial_weight"  # refused without a discriminator
+ADDRESSES = [a for a, _ in leaves(PRESETS["smoke"]) if a not in ("name", ONLY_FULL, ONLY_REFERENCE)]
 OTHER = {  # values that the smoke preset does not have, where the type does not tell one
     "codec": "encodec",
     "data.pair_mode": "cross",
-    "model.masking.masking": "energy",
+    "model.masking.masking": "learned",
     "train.schedule": "cosine",
     "train.precision": "bf16",
     "train.loss.anti_modulation": "log",
@@ -159,7 +171,7 @@ def test_an_unknown_name_is_answered_with_close_ones_or_the_choices(name, words)
 
 
 def test_an_unknown_preset_lists_the_choices():
-    with pytest.raises(UserError, match="preset: unknown 'big'; choose one of smoke, demo, full"):
+    with pytest.raises(UserError, match="preset: unknown 'big'; choose one of smoke, demo, reference, full"):
         load_preset("big")
 
 
@@ -196,7 +208,7 @@ def test_numbers_are_taken_as_yaml_writes_them():
         ("data.clip_seconds", ".nan", "a finite number, above 0"),
         ("listening.seconds", float("nan"), "above 0"),
         ("listening.pairs", 0, "1 or more"),
-        ("model.num_stages", 0, "1 or more"),
+        ("model.num_stages", -1, "0 or more"),
         ("model.num_layers", 0, "1 or more"),
         ("model.anti_cheating", -1, "0 or more"),
         ("train.loss.input_weight", -0.3, "0 or more"),
@@ -225,16 +237,20 @@ def test_a_bad_value_names_the_setting_and_what_it_takes(setting, value, words):
     ("setting", "value", "message"),
     [
         ("model.masking.masking", "none", "overlap_weight needs masks: set "),
-        (
-            "train.adversary.discriminator_learning_rate",
-            None,
-            "train: adversarial_weight=0.05 needs a discriminator: set ",
-        ),
+        ("train.adversary.discriminator_learning_rate", None, "train: adversarial_weight=0.05 needs a discriminator: "),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(setting, value, message):
     with pytest.raises(UserError, match=f"^{message}"):
-        load_preset("smoke", {setting: value})
+        load_preset("reference", {setting: value})
+
+
+def test_masks_by_rule_alone_leave_nothing_to_train():
+    with pytest.raises(
+        UserError, match=r"^num_stages=0 with masking='energy' leaves nothing to train; set one or more"
+    ):
+        load_preset("demo", {"model.masking.masking": "energy"})
+    assert not load_preset("demo", {"model.masking.masking": "learned"}).model.cascade.stages
 
 
 # --- the ablation's settings ------------------------------------------------------------------------------------------
@@ -334,9 +350,11 @@ def test_only_the_full_preset_trains_a_vocoder():
 
 
 def test_the_schedule_takes_the_objective_and_its_own_sizes():
-    preset = load_preset("smoke", {"train.loss.rhythm_weight": 0.5, "schedule.pairs": 5, "train.patience": 2})
-    plan = preset.schedule.plan(preset.train)
-    assert plan.train.loss == preset.train.loss
+    reference = PRESETS["reference"]
+    plan = load_preset("smoke", {"schedule.pairs": 5, "train.patience": 2}).schedule.plan
+    assert (plan.train.loss, plan.train.adversary) == (reference.train.loss, reference.train.adversary)
+    assert plan.masking == reference.model.masking
+    assert plan.train.curriculum == CurriculumConfig(0.002, noise_start=10, target_shuffling=0.25)
     assert (plan.train.epochs, plan.train.max_train_pairs, plan.train.max_val_pairs) == (2, 5, 8)
     assert (plan.train.max_steps, plan.train.patience) == (None, None)
 

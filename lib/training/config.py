@@ -5,7 +5,8 @@ from dataclasses import field
 
 import torch
 
-from lib.model.masks import MaskingConfig
+from lib.model.cascade import CascadeConfig
+from lib.model.masks import GENERATORS, MaskingConfig
 from lib.training.losses import MASK_TERMS, LossConfig
 from lib.util.configs import Count, Flag, Fraction, NonNegative, Positive, Seed, Share, Whole, checked_dataclass, choice
 from lib.util.errors import UserError
@@ -107,8 +108,10 @@ class TrainConfig(LoopConfig):
     def target_shuffling(self) -> float:
         return self.curriculum.target_shuffling
 
-    def check_masking(self, masking: MaskingConfig) -> None:
-        """`UserError` if a term on masks has a weight and there are no masks."""
+    def check_model(self, cascade: CascadeConfig, masking: MaskingConfig) -> None:
+        """`UserError` if there is nothing to train, or if a term on masks has a weight and there are no masks."""
+        if not cascade.stages and masking.masking not in GENERATORS:
+            raise UserError(f"num_stages=0 with masking={masking.masking!r} leaves nothing to train; set one or more")
         if masking.masking == "none" and (terms := self.loss.weighted(MASK_TERMS)):
             raise UserError(f"{terms[0]}_weight needs masks: set masking='learned', or the weight to 0")
 

@@ -132,7 +132,7 @@ def train(
         "codec": {"name": codec.name, "fingerprint": codec.fingerprint},
         "data": Path(index).stem,  # names the pairs by their content
     }
-    config.check_masking(masking)
+    config.check_model(cascade, masking)
     if config.loss.anti_modulation == "log" and config.loss.anti_modulation_weight:
         logger.warning("anti_modulation='log' has no bound: it is infinite where an output's envelope is a source's")
     for message in check_collapse(cascade):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from lib.model.cascade import CascadeConfig
 from lib.model.masks import MASKINGS, MaskingConfig
 from lib.training.config import (
     AdversaryConfig,
@@ -127,10 +128,10 @@ def test_an_adversarial_weight_needs_a_discriminator():
 def test_terms_on_masks_need_a_masking(term):
     config = TrainConfig(loss=LossConfig(**{f"{term}_weight": 0.5}))
     with pytest.raises(UserError, match=f"^{term}_weight needs masks: set masking='learned', or the weight to 0"):
-        config.check_masking(MaskingConfig("none"))
+        config.check_model(CascadeConfig.reference(), MaskingConfig("none"))
     for masking in MASKINGS[1:]:
-        config.check_masking(MaskingConfig(masking))
-    TrainConfig().check_masking(MaskingConfig("none"))
+        config.check_model(CascadeConfig.reference(), MaskingConfig(masking))
+    TrainConfig().check_model(CascadeConfig.reference(), MaskingConfig("none"))
 
 
 # --- curriculum -------------------------------------------------------------------------------------------------------
