@@ -1,5 +1,4 @@
-"""Meta's EnCodec at 24 kHz as a codec: encoder and decoder without the quantiser, weights from a directory or the hub.
-Legend as in `lib.codec`."""
+"""Meta's EnCodec at 24 kHz, without the quantiser; weights from a directory or the hub. Legend as in `lib.codec`."""
 
 import hashlib
 import os
@@ -22,10 +21,8 @@ WEIGHTS_FILE = "encodec_24khz-d7cc33bc.th"  # the public file; the digits begin 
 
 
 class EncodecCodec(nn.Module):
-    """EnCodec at 24 kHz (Défossez et al. 2022) along its continuous path.
-
-    It computes in float32 on its own device, regardless of the input's device and of autocast.
-    """
+    """EnCodec at 24 kHz (Défossez et al. 2022) along its continuous path, in float32 on its own device, regardless of
+    the input's device and of autocast."""
 
     sample_rate, hop, dim, name = SAMPLE_RATE, HOP, DIM, "encodec"
 

@@ -1,9 +1,5 @@
-"""The verdicts on the claims about training and collapse, from what the ablation's runs measured.
-
-    decide("C7.repair_rises", each(repair, growth))
-
-The parts of the claims, with their limits and units, are in claims.toml; values are one per seed.
-"""
+"""The verdicts on the claims about training and collapse, from what the ablation's runs measured, one value per seed.
+The parts of the claims, with their limits and units, are in claims.toml."""
 
 import math
 import statistics

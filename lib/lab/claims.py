@@ -1,5 +1,4 @@
-"""The claims of the seed documents, and verdicts on them: `decide` and `judge` make one, `collect` gathers a finished
-run's."""
+"""The claims of the seed documents, and verdicts on them, made by `decide` and `judge` and gathered by `collect`."""
 
 import operator
 from collections.abc import Mapping, Sequence

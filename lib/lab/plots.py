@@ -1,7 +1,4 @@
-"""Figures of the ablation and of the collapse.
-
-The settings that the seeds name keep one colour and marker, from Okabe and Ito's palette for colour-blind readers.
-"""
+"""Figures of the ablation and of the collapse. The settings that the seeds name keep one colour and marker each."""
 
 import itertools
 import math
@@ -74,9 +71,7 @@ def ranges(axes: Axes, rows: Sequence[tuple[Values, str, str]], size: float) -> 
 
 def variant_ranges(groups: Groups, measures: Mapping[str, Mapping[str, Values]], log: Sequence[str] = ()) -> Figure:
     """A row per variant, a panel per measure: every seed as a point, the range as a line, the reference's as a band.
-
-    `measures`: axis label with its unit → variant → values. `log`: the labels of logarithmic axes.
-    """
+    `measures`: axis label with its unit → variant → values. `log`: the labels of logarithmic axes."""
     size = (4 + 2.9 * len(measures), 1.1 + 0.24 * len(groups))
     with panels(list(measures), size, list(groups), fontsize=8) as (figure, row):
         for axes, (label, values) in zip(row, measures.items(), strict=True):

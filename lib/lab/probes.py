@@ -49,10 +49,8 @@ def scaling_gains(scaling: RmsScaling, x: Tensor, goal: Tensor) -> tuple[float, 
 
 
 def jacobian_norm(function: Callable[[Tensor], Tensor], x: Tensor, *, iterations: int = 20, seed: int = 0) -> float:
-    """Largest singular value of the Jacobian of `function` at `x`: its local Lipschitz constant there.
-
-    Power iteration on JᵀJ, which approaches the true value from below. `function` must be deterministic.
-    """
+    """Largest singular value of the Jacobian of `function`, which must be deterministic, at `x`: its local Lipschitz
+    constant there. By power iteration on JᵀJ, which approaches it from below."""
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype).to(x.device)
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no forward-mode derivative
         _, pull_back = torch.func.vjp(function, x)

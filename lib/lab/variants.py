@@ -1,7 +1,4 @@
-"""The variants of the ablation, as data: each is a change of the two-stage reference, with a name.
-
-To add one, add an entry to variants.toml.
-"""
+"""The variants of the ablation, each a change of the two-stage reference. A new one is an entry in variants.toml."""
 
 import dataclasses
 import itertools

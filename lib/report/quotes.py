@@ -7,6 +7,7 @@ from typing import Any
 
 from lib.lab.results import read_record
 from lib.superres.evaluation import METHODS, Score
+from lib.superres.plots import upper_rows
 from lib.util.errors import UserError
 from lib.util.files import read_json
 
@@ -113,9 +114,7 @@ def speed(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def distances_table(scores: Sequence[Score]) -> str:
     """LSD above the cutoff: a row for each method, a column for each cutoff."""
-    cutoffs = sorted({score.cutoff for score in scores})
-    lines = [["method", *(f"{cutoff / 1000:g} kHz" for cutoff in cutoffs)], ["---"] * (len(cutoffs) + 1)]
-    for method in dict.fromkeys(score.method for score in scores):
-        own = {score.cutoff: score.upper for score in scores if score.method == method}
-        lines.append([f"{method}: {METHODS[method]}", *("{:.2f} ± {:.2f}".format(*own[cutoff]) for cutoff in cutoffs)])
+    rows = upper_rows(sorted(scores, key=lambda score: score.cutoff))
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines += [[f"{row['method']}: {METHODS[row['method']]}", *list(row.values())[1:]] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -101,9 +101,7 @@ def write_report(
     out_dir: Path, title: str, lead: str, facts: Facts, failures: Mapping[str, str] = {}, to_come: Sequence[str] = ()
 ) -> Path:
     """Join the sections in `out_dir` into `index.html`, and return its path; facts and tables go to `summary.json`.
-
-    `failures`: notebook → why it did not finish. `to_come`: notebooks that have not run yet, which the page lists.
-    """
+    `failures`: notebook → why it did not finish. `to_come`: notebooks that have not run yet, which the page lists."""
     stored = {section["name"]: section for section in sections(out_dir) if section["name"] not in to_come}
     for name in failures.keys() - stored.keys():
         stored[name] = {"name": name, "title": title_of(name), "items": []}

@@ -25,8 +25,7 @@ class Adversary:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     def critic(self, step: int) -> Critic | None:
-        """The discriminator as the model's loss uses it after `step` steps: its weights get no gradient. None
-        during its warm-up."""
+        """The discriminator for the loss after `step` steps, with weights that get no gradient; None in its warm-up."""
         if step < self.config.discriminator_warmup:
             return None
         model = self.accelerator.unwrap_model(self.model)

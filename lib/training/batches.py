@@ -18,8 +18,7 @@ Pairs = Sequence[Batch]
 
 
 def epoch_order(num_pairs: int, epoch: int, seed: int, shuffled: float = 0.0) -> Tensor:
-    """The pairs of an epoch, `[P, 2]`: the pair that gives the input, and the one that gives the target. The share
-    `shuffled` of the targets change places."""
+    """The pairs of an epoch that give input and target, `[P, 2]`; the share `shuffled` of the targets change places."""
     generator = torch.Generator().manual_seed(seed + epoch * 1_000_003)
     inputs = torch.randperm(num_pairs, generator=generator)
     targets = inputs.clone()

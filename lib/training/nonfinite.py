@@ -30,9 +30,8 @@ def not_finite(x: Tensor) -> Tensor:
 def find_non_finite(
     model: nn.Module, batch: tuple[Tensor, ...], names: Sequence[str], forward: Callable[[tuple[Tensor, ...]], Tensor]
 ) -> tuple[int | None, str]:
-    """The stage (None: outside the stages) and the first tensor that is not finite: of a batch, whose tensors have the
-    `names`, of the parameters, and of the forward and the backward pass, repeated under hooks. `forward`: batch → loss,
-    always under the same random numbers."""
+    """The stage (None: outside the stages) and the first tensor that is not finite: of a batch with these `names`, of
+    the parameters, or of a forward and a backward pass. `forward`: batch → loss, under the same random numbers."""
     for name, tensor in zip(names, batch, strict=True):
         if not tensor.isfinite().all():
             return None, name

@@ -1,7 +1,4 @@
-"""Figures of a training run: losses, gradients, stages, masks. Each function returns a matplotlib figure.
-
-Rows are those of metrics.jsonl; a value that was not finite is null there and leaves a gap.
-"""
+"""Figures of a training run. Rows are those of metrics.jsonl; a value that was not finite is null, a gap here."""
 
 import contextlib
 import itertools

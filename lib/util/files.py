@@ -62,8 +62,7 @@ def read_json(path: Path, shape: Shape = dict, *, missing: str = "", fix: str = 
 
 
 def read_json_lines(path: Path, *, fix: str = FIX) -> list[dict[str, Any]]:
-    """The object in every line; a last line without a newline is left out, as half written. Errors as in `read_json`,
-    with the number of the line."""
+    """The object in every line but a half-written last one. Errors as in `read_json`, with the number of the line."""
     rows = []
     for number, line in enumerate(_read_bytes(path, f"{path}: no such file; {fix}").split(b"\n")[:-1], 1):
         with naming(f"{path}, line {number}", fix):
