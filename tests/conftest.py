@@ -179,7 +179,7 @@ def save_run() -> Callable[..., Run]:
         run = Run.create(folder, config | {"codec": {"name": codec.name, "fingerprint": codec.fingerprint}})
         torch.manual_seed(seed)
         model = FusionModel(cascade, MaskingConfig(masking))
-        if model.mask_generator is not None:
+        if masking == "learned":
             for head in (model.mask_generator.input_mask_generator, model.mask_generator.target_mask_generator):
                 nn.init.normal_(head[-1].weight, std=1.0)
         run.save(0, model.eval(), {}, is_best=True)

@@ -555,7 +555,7 @@ def test_a_kernel_that_has_used_a_gpu_cannot_be_forked(tmp_path, monkeypatch):
 def test_in_one_process_callbacks_are_called(tmp_path, monkeypatch):
     index = make_data(tmp_path)
     preset = dataclasses.replace(load_preset("smoke"), train=dataclasses.replace(CONFIG, batch_size=4, max_steps=3))
-    project = SimpleNamespace(preset=preset, codec=TinyCodec(), out_dir=tmp_path / "out", index=index)
+    project = SimpleNamespace(preset=preset, codec=TinyCodec(), out_dir=tmp_path / "out", index=index, manifest=None)
     monkeypatch.setattr(ModelSettings, "cascade", tiny_cascade(0.1))
     told = []
     mine = Callback()

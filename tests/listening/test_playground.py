@@ -25,7 +25,7 @@ from lib.listening.playground import Playground, _Panel
 from lib.listening.render import Settings, follow_recipe, load_pair, render
 from lib.listening.widgets import describe_clip
 from lib.model.cascade import CascadeConfig
-from lib.model.fusion import Fusion, FusionModel, load_model
+from lib.model.fusion import FusionModel, load_model
 from lib.training.run import Run
 
 AS_TRAINED = Settings(stages=2, residual_weight=0.3)
@@ -197,28 +197,20 @@ def test_the_sliders_fit_another_run(panel, rendered, renderings):
     assert sounds_like(output(panel), rendered())
 
 
-def test_a_run_without_stages_offers_none(panel, monkeypatch, renderings):
-    kept = panel.playground.listening.model("two").cascade.stages
-    without = FusionModel(CascadeConfig.reference(1, num_layers=1))
-    without.cascade.stages = torch.nn.ModuleList()
-    forward = lambda input, target, masks=None, stages=None: Fusion((input + target) / 2, (), None)  # noqa: E731
-    monkeypatch.setattr(without, "forward", forward)
-    loaded = {"one": without, "two": panel.model("two")}
-    monkeypatch.setattr(panel.playground.listening, "model", loaded.get)
-    monkeypatch.setattr(panel, "model", loaded.get)
-    panel.run.value = "one"
+def test_a_run_without_stages_offers_none(tmp_path, codec, songs, runs, save_run, renderings):
+    none = {"none": save_run(tmp_path / "none", codec, CascadeConfig.reference(0), "wide")}
+    playground = make(codec, songs, none | runs, tmp_path / "favourites")
+    panel = _Panel(playground)
     assert panel.message.value == ""
     assert renderings[-1] == Settings()
-    assert {name for name, control in panel.controls.items() if control.disabled} == {
-        "stages",
-        "residual_weight",
-        "mask_hardness",
-    }
-    monkeypatch.setattr(panel.playground.listening, "runs", dict.fromkeys(["one"]))
-    assert len(panel.playground.settings_side_by_side().axes) >= 2
+    off = [name for name, control in panel.controls.items() if control.disabled]
+    assert off == ["stages", "residual_weight"]
+    assert len(playground.settings_side_by_side().axes) >= 2 * 3
     panel.run.value = "two"
     assert renderings[-1] == AS_TRAINED
-    assert (panel.controls["stages"].max, panel.controls["stages"].disabled) == (len(kept), False)
+    assert not any(control.disabled for control in panel.controls.values())
+    panel.run.value = "none"
+    assert renderings[-1] == Settings()
 
 
 def test_nothing_is_rendered_twice_in_a_row(panel, renderings):

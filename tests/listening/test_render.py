@@ -33,7 +33,7 @@ from lib.listening.render import (
 )
 from lib.listening.render import save_with_recipe as save
 from lib.model.cascade import CascadeConfig, StageTrace
-from lib.model.fusion import Fusion, FusionModel, load_model
+from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import FIXED_MASKINGS, MaskingConfig, Masks
 from lib.training.batches import mix_noise
 from lib.training.run import Run
@@ -122,22 +122,13 @@ def test_a_clip_of_any_length_is_rendered_to_the_sample(num_samples):
     assert 0.1 < above < 3  # noise has three bands as wide as the codec's two
 
 
-@pytest.mark.parametrize("masking", ["none", "learned"])
-def test_a_model_without_stages_is_rendered_and_has_none_to_change(mdct, masking):
-    """As the cascade will be without stages: the sum of the masked clips."""
-
-    class Sum(FusionModel):
-        def forward(self, input, target, masks=None, stages=None):
-            assert stages is None
-            m, n = masks or Masks(torch.tensor(0.5), torch.tensor(0.5))
-            return Fusion(m * input + n * target, (), masks)
-
-    model, (input, target) = Sum(CascadeConfig.reference(1, num_layers=1), MaskingConfig(masking)).eval(), clips()
-    model.cascade.stages = torch.nn.ModuleList()
+@pytest.mark.parametrize(("masking", "factor"), [(MaskingConfig("none"), 8), (MaskingConfig("wide", False), 1)])
+def test_a_model_without_stages_is_rendered_and_has_none_to_change(mdct, masking, factor):
+    """Masks of one half make a clip of itself; without masks it is doubled in latents, eightfold in sound."""
+    model, (input, target) = FusionModel(CascadeConfig.reference(0), masking).eval(), clips()
     rendition = render(model, mdct, input, input)
     assert rendition.traces == ()
-    if masking == "none":
-        torch.testing.assert_close(rendition.wav, input, rtol=0, atol=1e-5)
+    torch.testing.assert_close(rendition.wav, factor * input, rtol=0, atol=1e-5)
     assert not torch.allclose(render(model, mdct, input, target).wav, rendition.wav, atol=1e-3)
     for field, value in (("stages", 1), ("residual_weight", 0.5)):
         with pytest.raises(UserError, match=rf"^{field}={value} is not allowed; use None: this model has no stages$"):
