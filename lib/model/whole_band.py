@@ -31,16 +31,15 @@ def left_out(codec: Codec, wavs: Tensor, latents: Tensor) -> Tensor:
 
 def decode_fusion(codec: Codec, fusion: Fusion, latents: Tensor, rest: Tensor | None, length: int) -> Tensor:
     """A fusion of latents `[2·B, D, T]` as sound `[B, 1, length]`. `rest`: what the codec left out of their clips; None
-    for its band alone. If the cascade changes the RMS of the masked clips' sum, the bins above follow; without masks,
-    both clips count by half."""
+    for its band alone. If the cascade changes the RMS of the masked clips' sum, the bins above follow."""
     wav = codec.decode(fusion.latents, length=length)
     if rest is None:
         return wav
-    masks = torch.cat(fusion.masks or 2 * [torch.full_like(fusion.latents, 0.5)])
+    masks = torch.cat(fusion.masks or 2 * [torch.ones_like(fusion.latents)])
     scale = rms(fusion.latents) / rms(sum((latents * masks).chunk(2)))
     gains = scale.repeat(2)[:, None, None] * masks[:, -TOP:].mean(1, keepdim=True)  # [2·B, 1, T]
     cosines = _cosines(wav.device, wav.dtype)
-    bins = _butterfly(pad(rest[:, 0], (0, -length % HOP)).unflatten(1, (-1, HOP))) @ cosines  # [2·B, T, H]
+    bins = _butterfly(pad(rest.to(wav)[:, 0], (0, -length % HOP)).unflatten(1, (-1, HOP))) @ cosines  # [2·B, T, H]
     mixed = sum((gains.clamp(max=MAX_GAIN).mT * bins.sign() * bins.abs().pow(1 / ROOT)).chunk(2))
     return wav + _butterfly(mixed.pow(ROOT) @ cosines, inverse=True).flatten(1)[:, None, :length]
 
