@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lib.codec.codec import load_codec
 from lib.data.pairs import Clip, read_manifest
 from lib.evaluation.baselines import advantage, mean_metrics
-from lib.evaluation.metrics import sound_features, sound_metrics
+from lib.evaluation.fusion_metrics import sound_features, sound_metrics
 from lib.evaluation.tables import count_parameters
 from lib.listening.panel import describe_pair, whole_clip
 from lib.listening.player import Players
@@ -32,7 +32,7 @@ from lib.util.files import make_folder
 from lib.util.stats import TEST
 
 LEAD = "Two runs on validation pairs that neither was trained on: how their configs, metrics and sounds differ."
-MEASURES = ("merit", "rhythm", "harmony", "input_mel", "target_mel", "rms_ratio", "movement_ratio")
+MEASURES = ("merit", "onsets", "notes", "onsets_left", "notes_left", "artifacts", "level", "plain_merit")
 SECTIONS = {"config", "metrics", "sounds"}
 Pairs = dict[str, tuple[Clip, Clip]]
 

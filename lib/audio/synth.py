@@ -102,23 +102,26 @@ def make_demo_dataset(
     return paths
 
 
-def render_song(seed: int, index: int, num_samples: int, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
-    """Song `index` as `[num_samples]`, float64, peak 0.8."""
+def render_song(
+    seed: int, index: int, num_samples: int, sample_rate: int = SAMPLE_RATE, parts: str = "dbcm"
+) -> np.ndarray:
+    """Song `index` as `[num_samples]`, float64, peak 0.8. Fewer `parts` (drums, bass, chords, melody by first letter)
+    make a stem, at its level in the song."""
     song = Song(seed, index, sample_rate)
     bar = 8 * song.step
     num_bars = math.ceil(num_samples / bar)
     sections = [section for section in song.arrangement for _ in range(4 if num_bars >= 12 else 2)]  # by bar
-    mix = np.zeros(int((num_bars + 1) * bar) + 2 * sample_rate)  # the last notes ring out
+    mixes = np.zeros((2, int((num_bars + 1) * bar) + 2 * sample_rate))  # song and stem; the last notes ring out
     chords = [(number, song.progression[number % len(song.progression)]) for number in range(num_bars)]
     for letter, play in {"d": _drums, "b": _bass, "c": _chords, "m": _melody}.items():
         bars = [(number, chord) for number, chord in chords if letter in sections[number % len(sections)]]
-        for number, step, sound in play(song, bars):
+        for number, step, sound in play(song, bars):  # all parts draw from one generator
             start = round(number * bar + step * song.step)
-            mix[start : start + len(sound)] += sound[: len(mix) - start]
-    mix = 1 - 2 / (_exp(2 * (1.2 * mix[:num_samples])) + 1)  # tanh, which compresses the mix
+            mixes[: 1 + (letter in parts), start : start + len(sound)] += sound[: mixes.shape[1] - start]
+    mixes = 1 - 2 / (_exp(2 * (1.2 * mixes[:, :num_samples])) + 1)  # tanh, which compresses
     fade = min(num_samples, sample_rate // 2)
-    mix[-fade:] *= np.linspace(1, 0, fade)
-    return PEAK * mix / np.abs(mix).max()
+    mixes[:, -fade:] *= np.linspace(1, 0, fade)
+    return PEAK * mixes[1] / np.abs(mixes[0]).max()
 
 
 # A part draws its pattern for a song, then plays the bars that it is given

@@ -4,7 +4,10 @@ Legend: B batch, N samples, D latent channels, T frames.
 """
 
 import math
+import os
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import librosa
 import torch
@@ -14,7 +17,7 @@ from torch.utils.data import DataLoader
 from lib.audio.files import SAMPLE_RATE
 from lib.codec.codec import Codec
 from lib.data.latents import LatentPairs
-from lib.evaluation.metrics import sound_features, sound_metrics
+from lib.evaluation.fusion_metrics import SoundFeatures, sound_features, sound_metrics
 from lib.model.cascade import Cascade, rms
 from lib.model.fusion import FusionModel
 from lib.model.masks import FIXED_MASKINGS, fixed_masks
@@ -22,7 +25,8 @@ from lib.model.rms_law import pair_rms
 from lib.training.losses import LossConfig, total_loss
 from lib.util.stats import Comparison, paired_comparison
 
-CROSSOVER = 900.0  # Hz
+CROSSOVERS = 200.0, 320.0, 500.0, 750.0, 1100.0, 1700.0, 2600.0, 4000.0  # Hz, from which `best_crossovers` chooses
+ORACLE = "best crossover for each pair (oracle)"
 Models = Mapping[str, FusionModel]
 Measured = Mapping[str, Sequence[Mapping[str, float]]]  # output → one row of metrics per pair
 
@@ -48,38 +52,65 @@ def baseline_losses(pairs: LatentPairs, loss: LossConfig, untrained: Cascade) ->
     return {name: value / len(pairs) for name, value in sums.items()}
 
 
-def recipes(input: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """What a musician would do by hand with two waveforms `[1, N]` at 24 kHz, without any training: a crossover, the
-    target's lows under the input's highs; HPSS, the input's percussive with the target's harmonic part (librosa's
-    median filters); and both, with the input's percussive part at all frequencies."""
+def recipes(input: Tensor, target: Tensor, crossovers: Mapping[str, float]) -> dict[str, Tensor]:
+    """What a musician would do by hand with two waveforms `[1, N]` at 24 kHz, without any training: both crossovers;
+    HPSS, the input's percussive with the target's harmonic part (librosa's median filters); and HPSS with a crossover,
+    with the input's percussive part at all frequencies. `crossovers`: Hz by recipe, as `best_crossovers` finds them."""
+    parts = low_and_high(input, target)
+    crossed = {name: crossover(*parts[name], frequency) for name, frequency in crossovers.items()}
+    return crossed | {"HPSS": parts["HPSS with crossover"][0]}
+
+
+def low_and_high(input: Tensor, target: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """What each recipe with a crossover plays below it and above it."""
     own_tones, hits = map(torch.from_numpy, librosa.effects.hpss(input.numpy()))
     tones = torch.from_numpy(librosa.effects.harmonic(target.numpy()))
     return {
-        "crossover": below(target) + input - below(input),
-        "HPSS": hits + tones,
-        "HPSS with crossover": below(tones) + hits + own_tones - below(own_tones),
+        "crossover": (target, input),
+        "crossover, input below": (input, target),
+        "HPSS with crossover": (hits + tones, hits + own_tones),
     }
 
 
-def below(wav: Tensor) -> Tensor:
-    """The part of a waveform `[1, N]` at 24 kHz below `CROSSOVER`."""
-    spectrum = torch.fft.rfft(wav)
-    high = torch.fft.rfftfreq(wav.shape[-1], 1 / SAMPLE_RATE) >= CROSSOVER
-    return torch.fft.irfft(spectrum.masked_fill(high, 0), wav.shape[-1])
+def crossover(low: Tensor, high: Tensor, frequency: float) -> Tensor:
+    """One waveform `[1, N]` below a frequency (Hz), the other one above."""
+    below = torch.fft.rfftfreq(low.shape[-1], 1 / SAMPLE_RATE) < frequency
+    return torch.fft.irfft(torch.where(below, torch.fft.rfft(low), torch.fft.rfft(high)), low.shape[-1])
+
+
+def best_crossovers(pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec) -> dict[str, float]:
+    """The frequency (Hz) of `CROSSOVERS` at which each recipe has the highest mean merit on `pairs` of latents, which
+    should be of training songs."""
+    merits: dict[tuple[str, float], list[float]] = {}
+    for pair in pairs:
+        clips = [codec.decode(latents[None])[0] for latents in pair]
+        wavs = {(name, hz): crossover(*lh, hz) for name, lh in low_and_high(*clips).items() for hz in CROSSOVERS}
+        *found, input, target = features_of([*wavs.values(), *clips])
+        for key, output in zip(wavs, found, strict=True):
+            merits.setdefault(key, []).append(sound_metrics(output, input, target)["merit"])
+    means = {key: statistics.fmean(values) for key, values in merits.items()}
+    return {name: max(CROSSOVERS, key=lambda hz: means[name, hz]) for name, _ in means}
+
+
+def features_of(wavs: Sequence[Tensor]) -> list[SoundFeatures]:
+    """`sound_features` of each, on all processors."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(sound_features, wavs))
 
 
 @torch.inference_mode()
 def fusions(
-    input: Tensor, target: Tensor, codec: Codec, models: Models, by_hand: bool = True
+    input: Tensor, target: Tensor, codec: Codec, models: Models, crossovers: Mapping[str, float] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Every fusion of two latents `[D, T]` by name, as sound `[1, N]` from the codec: each clip alone, the averages of
-    waveforms and of latents, the recipes if `by_hand`, both clips combined by each fixed masking, and every model's."""
+    waveforms and of latents, the recipes if there are `crossovers`, both clips combined by each fixed masking, and
+    every model's."""
     input, target = input[None], target[None]
     sounds = {"input": codec.decode(input), "target": codec.decode(target)}
     sounds["average of waveforms"] = (sounds["input"] + sounds["target"]) / 2
     yield from ((name, wav[0]) for name, wav in sounds.items())
-    if by_hand:
-        yield from recipes(sounds["input"][0], sounds["target"][0]).items()
+    if crossovers:
+        yield from recipes(sounds["input"][0], sounds["target"][0], crossovers).items()
     latents = {"average of latents": (input + target) / 2}
     for kind in FIXED_MASKINGS:
         masks = fixed_masks(kind, input, target)
@@ -91,14 +122,23 @@ def fusions(
 
 
 def measure_fusions(
-    pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec, models: Models, by_hand: bool = True
+    pairs: Iterable[tuple[Tensor, Tensor]],
+    codec: Codec,
+    models: Models,
+    crossovers: Mapping[str, float] | None = None,
 ) -> Measured:
-    """`sound_metrics` of every output of `fusions`."""
+    """`sound_metrics` of every output of `fusions`, and with `crossovers` of the crossover with the highest merit on
+    this very pair: a mark, since nobody knows it beforehand."""
     rows: dict[str, list[dict[str, float]]] = {}
     for input, target in pairs:
-        features = {name: sound_features(wav) for name, wav in fusions(input, target, codec, models, by_hand)}
-        for name, output in features.items():
-            rows.setdefault(name, []).append(sound_metrics(output, features["input"], features["target"]))
+        wavs = dict(fusions(input, target, codec, models, crossovers))
+        marks = [crossover(wavs["target"], wavs["input"], hz) for hz in CROSSOVERS] if crossovers else []
+        features = features_of([*wavs.values(), *marks])
+        found = [sound_metrics(output, features[0], features[1]) for output in features]  # input and target come first
+        for name, row in zip(wavs, found, strict=False):
+            rows.setdefault(name, []).append(row)
+        if crossovers:
+            rows.setdefault(ORACLE, []).append(max(found[len(wavs) :], key=lambda row: row["merit"]))
     return rows
 
 
@@ -107,7 +147,7 @@ def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
-def advantage(rows: Measured, name: str, over: str, songs: Sequence[tuple[str, str]]) -> Comparison:
-    """How far one output's figure of merit is above another's on the same pairs; `songs`: both songs of each pair."""
-    differences = [a["merit"] - b["merit"] for a, b in zip(rows[name], rows[over], strict=True)]
+def advantage(rows: Measured, name: str, over: str, songs: Sequence[tuple[str, str]], by: str = "merit") -> Comparison:
+    """How far one output is above another on the same pairs by a metric; `songs`: both songs of each pair."""
+    differences = [a[by] - b[by] for a, b in zip(rows[name], rows[over], strict=True)]
     return paired_comparison(differences, *zip(*songs, strict=True))

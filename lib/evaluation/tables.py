@@ -1,6 +1,6 @@
 """Rows for the tables of notebook 04, numbers as text: the model's parts, masks, losses, fusions and baselines."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,17 @@ from lib.model.masks import Masks, complementarity
 from lib.util.stats import Comparison
 
 Row = dict[str, Any]
+JUDGED = "merit", "onsets", "notes", "onsets_left", "notes_left", "beats", "artifacts", "level", "peak"
+PLAIN = (
+    "plain_merit",
+    "rhythm",
+    "harmony",
+    "input_envelope",
+    "target_envelope",
+    "input_mel",
+    "target_mel",
+    "movement_ratio",
+)
 STAGE_COLUMNS = "projection_rms", "rms_before_scaling", "output_rms", "target_scale", "applied_scale", "clamped"
 
 
@@ -61,9 +72,10 @@ def stage_rows(row: Mapping[str, Any], num_stages: int) -> list[Row]:
     return [number_row({"stage": i}, {c: row[f"stage{i}/{c}"] for c in STAGE_COLUMNS}) for i in range(num_stages)]
 
 
-def fusion_rows(measured: Measured) -> list[Row]:
-    """Mean objective metrics of every output."""
-    return [number_row({"output": name}, mean_metrics(rows)) for name, rows in measured.items()]
+def fusion_rows(measured: Measured, metrics: Sequence[str] = JUDGED) -> list[Row]:
+    """Means of some objective metrics of every output."""
+    means = {name: mean_metrics(rows) for name, rows in measured.items()}
+    return [number_row({"output": name}, {metric: mean[metric] for metric in metrics}) for name, mean in means.items()]
 
 
 def advantage_rows(measured: Measured, name: str, found: Mapping[str, Comparison]) -> list[Row]:

@@ -217,7 +217,7 @@ def train_and_evaluate(job: Job) -> dict[str, float]:
         ceiling = projection_ceiling(stage.post_norm, stage.output_projection)
         final[f"stage{i}/ceiling"] = stage.config.projection_gain * ceiling
     if job.masking.masking != "none":
-        measured = measure_fusions((pairs[i] for i in range(len(pairs))), codec, {"model": model}, by_hand=False)
+        measured = measure_fusions((pairs[i] for i in range(len(pairs))), codec, {"model": model})
         for name in ("model", "average of latents"):
             final |= {f"{name}/{key}": value for key, value in mean_metrics(measured[name]).items()}
     return final

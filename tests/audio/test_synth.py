@@ -277,3 +277,18 @@ def test_songs_of_another_rate_are_replaced(tmp_path):
     make_demo_dataset(tmp_path, num_songs=1, seconds=1.0, sample_rate=48_000)
     assert soundfile.info(path).samplerate == 48_000
     assert soundfile.info(path).frames == 48_000
+
+
+def test_stems_are_the_parts_of_a_song_at_their_level():
+    """Each part plays what it plays in the whole song; all parts are the song."""
+    length = 8 * SAMPLE_RATE
+    song, drums, rest = (render_song(0, 1, length, parts=parts) for parts in ("dbcm", "d", "bcm"))
+    assert np.array_equal(song, render_song(0, 1, length))
+    error = np.square(drums + rest - song).mean() / np.square(song).mean()
+    assert error < 0.05  # the song's compression
+    assert (
+        np.square(render_song(0, 1, length, parts="d") + 0.5 * rest - song).mean() > 2 * error * np.square(song).mean()
+    )
+    assert np.abs(render_song(0, 1, length, parts="")).max() == 0
+    assert min(np.abs(drums).max(), np.abs(rest).max()) > 0.2
+    assert abs(np.corrcoef(drums, rest)[0, 1]) < 0.2

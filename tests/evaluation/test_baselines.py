@@ -5,22 +5,27 @@ import torch
 
 from lib.codec.mdct import MdctCodec
 from lib.evaluation.baselines import (
+    CROSSOVERS,
+    ORACLE,
     advantage,
     baseline_losses,
-    below,
+    best_crossovers,
+    crossover,
     fusions,
+    low_and_high,
     mean_metrics,
     measure_fusions,
     recipes,
 )
-from lib.evaluation.metrics import sound_features, sound_metrics
+from lib.evaluation.fusion_metrics import sound_features, sound_metrics
 from lib.model.cascade import Cascade
 from lib.model.fusion import Fusion
 from lib.model.masks import FIXED_MASKINGS
 from lib.training.losses import LossConfig
 from lib.util.stats import paired_comparison
 
-RECIPES = ("crossover", "HPSS", "HPSS with crossover")
+CHOSEN = {"crossover": 900.0, "crossover, input below": 500.0, "HPSS with crossover": 900.0}
+RECIPES = (*CHOSEN, "HPSS")
 BASELINES = ("input", "target", "average of waveforms", *RECIPES, "average of latents")
 
 
@@ -85,7 +90,7 @@ def test_fusions_are_the_baselines_and_then_the_models(clips, known_model):
     input, target = clips[:2]
     decode = MdctCodec().decode
     models = {"louder target": known_model(lambda i, t: 0.2 * i + 0.8 * t), "swapped": known_model(lambda i, t: t)}
-    found = dict(fusions(input, target, MdctCodec(), models))
+    found = dict(fusions(input, target, MdctCodec(), models, CHOSEN))
     assert tuple(found) == (*BASELINES, *(f"{kind} masks" for kind in FIXED_MASKINGS), *models)
     assert FIXED_MASKINGS == ("temporal", "frequency", "channel", "energy", "hybrid")
     first, second = decode(input[None])[0], decode(target[None])[0]
@@ -123,17 +128,20 @@ def level_at(wav: torch.Tensor, frequency: int) -> float:
     return 2 * torch.fft.rfft(wav[0])[frequency].abs().item() / wav.shape[-1]
 
 
-def test_the_crossover_has_the_targets_lows_and_the_inputs_highs():
-    found = recipes(sounds_at(200, 3000), sounds_at(440, 2000))["crossover"]
-    levels = {f: round(level_at(found, f), 3) for f in (200, 440, 2000, 3000)}
-    assert levels == {200: 0.0, 440: 0.1, 2000: 0.0, 3000: 0.1}
-    torch.testing.assert_close(below(found) + (found - below(found)), found)
+def test_crossovers_have_the_lows_of_one_clip_and_the_highs_of_the_other():
+    found = recipes(sounds_at(200, 700, 3000), sounds_at(440, 600, 2000), CHOSEN)
+    frequencies = (200, 440, 600, 700, 2000, 3000)
+    levels = {name: [round(level_at(found[name], f), 3) for f in frequencies] for name in CHOSEN}
+    assert levels["crossover"] == [0, 0.1, 0.1, 0, 0, 0.1]  # at 900 Hz
+    assert levels["crossover, input below"] == [0.1, 0, 0.1, 0, 0.1, 0]  # at 500 Hz
+    whole = crossover(sounds_at(200, 3000), sounds_at(200, 3000), 1000)
+    torch.testing.assert_close(whole, sounds_at(200, 3000), rtol=0, atol=1e-6)
 
 
 def test_hpss_has_the_inputs_clicks_and_the_targets_tones():
     clicks = torch.zeros(1, 24_000)
     clicks[:, 6_000::6_000] = 1.0
-    found = recipes(clicks + sounds_at(300, 2500), clicks.roll(2_000) + sounds_at(440, 2000))
+    found = recipes(clicks + sounds_at(300, 2500), clicks.roll(2_000) + sounds_at(440, 2000), CHOSEN)
     for name in ("HPSS", "HPSS with crossover"):
         peaks = found[name][0].abs()
         assert peaks[6_000] > 0.5
@@ -163,11 +171,11 @@ def test_a_model_fuses_without_dropout(clips, known_model):
 
 def test_every_pair_is_measured_against_its_own_clips(clips, known_model):
     pairs = [(clips[0], clips[1]), (clips[2], clips[3])]
-    rows = measure_fusions(pairs, MdctCodec(), {"model": known_model(lambda i, t: (2 * i + t) / 3)})
-    assert tuple(rows) == (*BASELINES, *(f"{kind} masks" for kind in FIXED_MASKINGS), "model")
+    rows = measure_fusions(pairs, MdctCodec(), {"model": known_model(lambda i, t: (2 * i + t) / 3)}, CHOSEN)
+    assert set(rows) == {*BASELINES, *(f"{kind} masks" for kind in FIXED_MASKINGS), "model", ORACLE}
     assert all(len(of_output) == 2 for of_output in rows.values())
     for number, (input, target) in enumerate(pairs):
-        features = {name: sound_features(wav) for name, wav in fusions(input, target, MdctCodec(), {})}
+        features = {name: sound_features(wav) for name, wav in fusions(input, target, MdctCodec(), {}, CHOSEN)}
         for name in BASELINES:
             assert rows[name][number] == sound_metrics(features[name], features["input"], features["target"])
         model = sound_features(MdctCodec().decode((2 * input + target)[None] / 3)[0])
@@ -181,14 +189,42 @@ def test_every_pair_is_measured_against_its_own_clips(clips, known_model):
     assert means == pytest.approx({name: (first[name] + second[name]) / 2 for name in first})
 
 
+def test_without_crossovers_there_are_no_recipes(clips):
+    rows = measure_fusions([(clips[0], clips[1])], MdctCodec(), {})
+    assert not {*RECIPES, ORACLE} & set(rows)
+    assert {"input", "target", "average of waveforms", "average of latents"} <= set(rows)
+
+
+def test_the_best_crossovers_are_found_on_the_pairs_and_the_oracle_on_each(clips):
+    pairs, codec = [(clips[0], clips[1]), (clips[2], clips[3])], MdctCodec()
+    chosen = best_crossovers(iter(pairs), codec)
+    assert list(chosen) == list(CHOSEN)
+    merits = {}
+    for input, target in pairs:
+        first, second = codec.decode(input[None])[0], codec.decode(target[None])[0]
+        own, other = sound_features(first), sound_features(second)
+        for name, parts in low_and_high(first, second).items():
+            for hz in CROSSOVERS:
+                merit = sound_metrics(sound_features(crossover(*parts, hz)), own, other)["merit"]
+                merits.setdefault(name, {}).setdefault(hz, []).append(merit)
+    for name, by_frequency in merits.items():
+        assert sum(by_frequency[chosen[name]]) == max(map(sum, by_frequency.values()))
+        assert len({round(sum(values), 6) for values in by_frequency.values()}) > 4
+    rows = measure_fusions(pairs, codec, {}, chosen)
+    for pair in range(2):
+        assert rows[ORACLE][pair]["merit"] == max(values[pair] for values in merits["crossover"].values())
+        assert rows[ORACLE][pair]["merit"] >= rows["crossover"][pair]["merit"]
+
+
 def test_an_advantage_is_of_the_merit_and_clustered_by_song():
     merits = {"model": (0.9, 0.8, 0.7, 0.4), "average": (0.5, 0.6, 0.1, 0.1)}
-    rows = {name: [{"merit": merit, "rhythm": 0.0} for merit in values] for name, values in merits.items()}
+    rows = {name: [{"merit": merit, "rhythm": 2 * merit} for merit in values] for name, values in merits.items()}
     songs = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "z")]
     found = advantage(rows, "model", "average", songs)
     differences = [a - b for a, b in zip(*merits.values(), strict=True)]
     assert found == paired_comparison(differences, "aabb", "xyxz")
     assert found.mean == pytest.approx(0.375)
     assert advantage(rows, "average", "model", songs).mean == pytest.approx(-0.375)
+    assert advantage(rows, "model", "average", songs, by="rhythm").mean == pytest.approx(0.75)
     with pytest.raises(ValueError, match="zip"):
         advantage(rows, "model", "average", songs[:-1])

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-import librosa
 import numpy as np
 import pytest
 import torch
@@ -14,10 +13,7 @@ from lib.evaluation.metrics import (
     band_snr,
     evaluate_fusion,
     kurtosis,
-    merit,
     movement,
-    sound_features,
-    sound_metrics,
     survival,
 )
 from lib.model.cascade import StageTrace
@@ -170,136 +166,3 @@ def test_evaluation_leaves_weights_and_gradients_alone(tiny_index, tiny_cascade)
     assert first == second
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-
-
-# --- fused sound ------------------------------------------------------------------------------------------------------
-
-FIELDS = ("rhythm", "harmony", "merit", "input_envelope", "target_envelope", "input_mel", "target_mel", "rms_ratio")
-
-
-def harmony_by_hand(x: torch.Tensor, y: torch.Tensor) -> float:
-    shares = []
-    for wav in (x, y):
-        power = np.abs(librosa.stft(wav[0].numpy(), n_fft=4096, hop_length=1280)) ** 2
-        classes = librosa.filters.chroma(sr=RATE, n_fft=4096) @ power
-        shares.append((classes / classes.sum(axis=0) - 1 / 12).ravel())
-    return shares[0] @ shares[1] / np.linalg.norm(shares[0]) / np.linalg.norm(shares[1])
-
-
-def rhythm_by_hand(x: torch.Tensor, y: torch.Tensor) -> float:
-    strengths = []
-    for wav in (x, y):
-        decibels = librosa.power_to_db(librosa.feature.melspectrogram(y=wav[0].numpy(), sr=RATE, hop_length=320))
-        strengths.append(np.maximum(np.diff(decibels), 0).mean(axis=0)[:-3])  # librosa delays by three frames
-    return np.corrcoef(*strengths)[0, 1]
-
-
-def test_sound_metrics_are_what_the_formulas_give(wavs):
-    input, target, output = wavs[0], wavs[1], 0.5 * wavs[0] + 0.3 * wavs[1] + 0.4 * wavs[2]
-    found = sound_metrics(*(sound_features(wav) for wav in (output, input, target)))
-
-    def curve(wav):
-        return np.sqrt((wav[0].double().numpy().reshape(250, -1) ** 2).mean(axis=1))
-
-    def mel_db(wav):
-        power = librosa.feature.melspectrogram(
-            y=wav[0].numpy(), sr=RATE, n_fft=1024, hop_length=320, n_mels=64, pad_mode="constant"
-        )
-        return 10 * np.log10(power + 1e-8)
-
-    def level(wav):
-        return np.sqrt((wav.double().numpy() ** 2).mean())
-
-    moves = [np.std(curve(wav), ddof=1) / curve(wav).mean() for wav in (output, input, target)]
-    wanted = {
-        "harmony": harmony_by_hand(output, target),
-        "input_envelope": np.corrcoef(curve(output), curve(input))[0, 1],
-        "target_envelope": np.corrcoef(curve(output), curve(target))[0, 1],
-        "input_mel": np.abs(mel_db(output) - mel_db(input)).mean(),
-        "target_mel": np.abs(mel_db(output) - mel_db(target)).mean(),
-        "rms_ratio": level(output) / np.sqrt((level(input) ** 2 + level(target) ** 2) / 2),
-        "movement_ratio": moves[0] / ((moves[1] + moves[2]) / 2),
-    }
-    wanted["merit"] = 2 * found["rhythm"] * wanted["harmony"] / (found["rhythm"] + wanted["harmony"])
-    assert set(found) == {*wanted, "rhythm"} == {*FIELDS, "movement_ratio"}
-    assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=2e-3)
-    # librosa cuts quiet bands 80 dB below the loudest one and pads the start, hence no closer
-    assert found["rhythm"] == pytest.approx(rhythm_by_hand(output, input), abs=0.02)
-    assert abs(rhythm_by_hand(output, target) - found["rhythm"]) > 0.1
-    assert abs(harmony_by_hand(output, input) - found["harmony"]) > 0.05
-
-
-def test_a_copy_of_the_input_has_its_rhythm_and_the_harmony_of_an_unrelated_song(wavs):
-    """So its merit is near 0, and that of a copy of the target likewise."""
-    features = [sound_features(wav) for wav in wavs]
-    for input in range(4):
-        target = (input + 1) % 4
-        copy = sound_metrics(features[input], features[input], features[target])
-        assert copy["rhythm"] == pytest.approx(1, abs=1e-6)
-        assert copy["input_envelope"] == pytest.approx(1, abs=1e-6)
-        assert copy["input_mel"] == 0
-        assert copy["harmony"] == pytest.approx(harmony_by_hand(wavs[input], wavs[target]), abs=1e-3)
-        assert copy["harmony"] < 0.35
-        other = sound_metrics(features[target], features[input], features[target])
-        assert other["harmony"] == pytest.approx(1, abs=1e-6)
-        assert other["rhythm"] < 0.5
-        assert max(copy["merit"], other["merit"]) < 0.6
-
-
-@pytest.mark.parametrize(
-    ("rhythm", "harmony", "wanted"),
-    [
-        (1.0, 1.0, 1.0),
-        (0.5, 0.5, 0.5),
-        (1.0, 0.5, 2 / 3),
-        (0.9, 0.1, 0.18),
-        (1.0, 0.0, 0.0),
-        (-0.5, 0.9, 0.0),
-        (0.9, -0.5, 0.0),
-        (-0.9, -0.8, 0.0),
-        (0.0, 0.0, 0.0),
-    ],
-)
-def test_merit_is_the_harmonic_mean(rhythm, harmony, wanted):
-    assert merit(rhythm, harmony) == pytest.approx(wanted)
-
-
-def test_a_constant_tone_does_not_move(wavs):
-    steady = sine(1000, 0.3)
-    swelling = sine(1000, 0.3) * torch.linspace(0, 2, N)  # deviates from its mean by 1/√3 of it
-    assert sound_features(steady).movement < 1e-4
-    assert sound_features(swelling).movement == pytest.approx(1 / math.sqrt(3), rel=0.01)
-    still = sound_metrics(sound_features(steady), sound_features(swelling), sound_features(swelling))
-    assert still["movement_ratio"] < 1e-3
-
-
-def test_twice_the_sound_has_twice_the_rms_and_the_same_shape(wavs):
-    input = sound_features(wavs[0])
-    found = sound_metrics(sound_features(2 * wavs[0]), input, input)
-    assert found["rms_ratio"] == pytest.approx(2, rel=1e-5)
-    assert found["movement_ratio"] == pytest.approx(1, rel=1e-4)
-    assert found["rhythm"] == pytest.approx(1, abs=1e-3)
-    assert found["harmony"] == pytest.approx(1, abs=1e-3)
-    assert 3 < found["input_mel"] < 20 * math.log10(2)  # 6 dB, and less where the floor lies
-    tones = sine(500, 0.3) + 0.01 * torch.randn(1, N, generator=torch.Generator().manual_seed(0))
-    found = sound_metrics(sound_features(2 * tones), sound_features(tones), sound_features(4 * tones))
-    assert (found["input_mel"], found["target_mel"]) == pytest.approx((20 * math.log10(2),) * 2, rel=1e-2)
-
-
-@pytest.mark.parametrize("silent", [(0,), (1,), (0, 1), (0, 1, 2)])
-def test_metrics_of_silence_are_finite_and_find_nothing_alike(wavs, silent):
-    features = [sound_features(torch.zeros_like(wav) if i in silent else wav) for i, wav in enumerate(wavs[:3])]
-    found = sound_metrics(*features)
-    assert all(math.isfinite(value) for value in found.values())
-    if 0 in silent:
-        assert found["rhythm"] == found["harmony"] == found["merit"] == 0
-        assert found["rms_ratio"] == 0
-
-
-def test_silence_at_the_same_time_is_no_common_harmony(wavs):
-    """Two songs that pause together are as alike as before."""
-    pause = torch.cat([torch.ones(N), torch.zeros(3 * N)])
-    whole, paused = (sound_metrics(*(sound_features(gate * wav) for wav in wavs[:3])) for gate in (1, pause))
-    first = sound_metrics(*(sound_features(wav[:, :N]) for wav in wavs[:3]))
-    assert paused["harmony"] == pytest.approx(first["harmony"], abs=0.1)
-    assert whole["harmony"] < 0.5

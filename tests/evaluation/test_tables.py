@@ -63,10 +63,10 @@ def test_stages_by_their_columns():
 
 def test_fusions_are_means_and_advantages_count_the_pairs_won():
     measured = {
-        "model": [{"merit": 0.5, "rms_ratio": 1.0}, {"merit": 0.3, "rms_ratio": 3.0}],
-        "average": [{"merit": 0.4, "rms_ratio": 1.0}, {"merit": 0.4, "rms_ratio": 1.0}],
+        "model": [{"merit": 0.5, "level": 1.0}, {"merit": 0.3, "level": 3.0}],
+        "average": [{"merit": 0.4, "level": 1.0}, {"merit": 0.4, "level": 1.0}],
     }
-    assert fusion_rows(measured)[0] == {"output": "model", "merit": "0.40", "rms ratio": "2.00"}
+    assert fusion_rows(measured, ("level", "merit"))[0] == {"output": "model", "level": "2.00", "merit": "0.40"}
     (row,) = advantage_rows(measured, "model", {"average": Comparison(0.1, 0.01, 9)})
     assert row == {
         "baseline": "average",

@@ -1,0 +1,64 @@
+"""Outputs whose worth is known, from the stems of demo songs: whether the figure of merit ranks them right.
+
+The perfect fusion is the input's drums with the target's harmony (bass, chords and melody).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lib.audio.files import SAMPLE_RATE
+from lib.audio.synth import render_song
+from lib.evaluation.baselines import Measured, crossover, features_of, recipes
+from lib.evaluation.fusion_metrics import sound_metrics
+
+PAIRS = (0, 1), (4, 5), (8, 9), (1, 8), (5, 2), (10, 11)  # songs of seed 0 whose parts all play from `START` on
+START, SECONDS = 10, 4
+Songs = Sequence[tuple[int, int]]
+
+
+def stem(song: int, parts: str = "dbcm") -> Tensor:
+    """Parts of a demo song, `[1, N]`."""
+    start, length = START * SAMPLE_RATE, SECONDS * SAMPLE_RATE
+    samples = render_song(0, song, start + length + SAMPLE_RATE, parts=parts)[start : start + length]
+    return torch.from_numpy(samples).float()[None]
+
+
+def constructed_cases(input: int, target: int) -> dict[str, Tensor]:
+    """Outputs `[1, N]` for two demo songs by name, from the perfect fusion to silence."""
+    clips = first, second = stem(input), stem(target)
+    silence, drums = torch.zeros_like(first), stem(input, "d")
+    return {
+        "perfect fusion": drums + stem(target, "bcm"),
+        "input": first,
+        "target": second,
+        "half and half": sum(clips) / 2,
+        "input above 2 kHz": crossover(silence, first, 2000),
+        "input below 200 Hz": crossover(first, silence, 200),
+        "input's drums": drums,
+        "silence": silence,
+        "white noise": 0.1 * torch.randn(first.shape, generator=torch.Generator().manual_seed(0)),
+    }
+
+
+def measure_cases(crossovers: Mapping[str, float], pairs: Songs = PAIRS) -> tuple[Measured, Measured]:
+    """`sound_metrics` of the constructed cases and the recipes against both clips; and against their stems: the onsets
+    are those of the drums, the notes those of the other parts."""
+    by_clips, by_stems = {}, {}
+    for pair in pairs:
+        wavs = constructed_cases(*pair)
+        wavs |= recipes(wavs["input"], wavs["target"], crossovers)
+        stems = [stem(song, parts) for song in pair for parts in ("d", "bcm")]
+        *found, drums, harmony, target_drums, target_harmony = features_of([*wavs.values(), *stems])
+        features = dict(zip(wavs, found, strict=True))
+        clips = [features["input"], features["target"]]
+        references = [
+            dataclasses.replace(clip, rises=hits.rises, full=hits.full, notes=tones.notes)
+            for clip, hits, tones in zip(clips, (drums, target_drums), (harmony, target_harmony), strict=True)
+        ]
+        for name, output in features.items():
+            by_clips.setdefault(name, []).append(sound_metrics(output, *clips))
+            by_stems.setdefault(name, []).append(sound_metrics(output, *references))
+    return by_clips, by_stems
