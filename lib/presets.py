@@ -137,6 +137,7 @@ class RecordSettings:
     superres_seeds: Count = 3  # with which both contexts are compared
     data_seeds: Count = 3  # each with its own songs, combined with each of `seeds`
     seeds: Count = 2  # training seeds; 1 and 1: no variations
+    seeds_on_music: Count = 3  # training seeds on real music
 
 
 @checked_dataclass

@@ -25,6 +25,11 @@ from lib.util.files import make_folder
 
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in notebooks mean this folder, wherever a kernel starts
 RECORD = ROOT / "outputs" / "record"  # what `make record` wrote
+SEEDS_SYSTEM, MASKS_ALONE, WITH_CASCADE = (
+    "the seeds' system",
+    "wide masks",
+    "wide masks and a cascade",
+)  # in fusion.json
 DEMO_SONGS = 16
 UPPER_BAND = {"num_songs": 24, "seconds": 8.0, "sample_rate": 48_000}  # demo songs for super-resolution
 
@@ -80,6 +85,11 @@ class Project:
             raise UserError(f"{path}: lacks {', '.join(sorted(lacking))}; restore it or run `make record`")
         source = f"recorded: preset {facts['preset']}, {facts['steps']} steps, codec {facts['codec']}"
         return results, facts | {"source": source}
+
+    def recorded_fusion(self) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
+        """The runs of notebook 04 on real music, and their facts; none while they are being recorded."""
+        path = RECORD / "fusion.json"
+        return read_record(path, dict) if path.exists() else ((), {})
 
     def recorded_superres(self) -> tuple[tuple[Score, ...], dict[str, Any]]:
         """The same for the distances of a super-resolver that was trained for longer."""

@@ -8,6 +8,7 @@ Everything is measured in a clone of the commit, in outputs/recording/, so neith
     ablation.json      every run of the grid, and which verdicts depth changes
     schedule.json      every run of the whole schedule in miniature
     superres.json      distances of a super-resolver that was trained for longer
+    fusion.json        notebook 04 on real music: several training seeds, and what each change of the system brings
     variations.json    the demo with other songs and seeds, on one thread, and without vector instructions
     bench.json         speed compared with stock PyTorch modules, and bench.md, the same as tables
     summary.json       facts and tables of the notebooks, and the figures in FIGURES
@@ -32,17 +33,19 @@ from typing import Any
 
 import torch
 
+from lib.evaluation.progress import SPLIT
 from lib.lab.audit import audit_named, disagreements
 from lib.lab.claims import collect, markdown_table, with_untested
 from lib.lab.results import Result, write_record
 from lib.pipeline import NotebookError, add_arguments, gpu_name, parse_overrides, run_notebooks, say
 from lib.presets import Preset, load_preset
-from lib.project import RECORD, ROOT, Project, open_project
+from lib.project import MASKS_ALONE, RECORD, ROOT, SEEDS_SYSTEM, WITH_CASCADE, Project, open_project
 from lib.report.quotes import BLOCKS, readme_blocks, with_blocks
 from lib.report.report import sections, tables_of
 from lib.superres.evaluation import GAIN, evaluate
 from lib.superres.resolver import Restoration, SuperResolver
 from lib.superres.training import train_part
+from lib.training.run import Run
 from lib.util.errors import UserError, exit_on_user_error
 from lib.util.files import read_json, write_atomic
 from lib.util.provenance import versions
@@ -51,6 +54,18 @@ FIGURES = ("listening_0", "grid", "collapse")  # that the README shows
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
 # without AVX2, sums are rounded differently; NumPy has had two sets of names for the features it can disable
 NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 X86_V3 X86_V4 AVX512_ICL"}
+LICENCES = {"nexuiz-music": "GPL-2 or later", "wesnoth-1.16-music": "GPL-2 or later"}  # of data/fetch_music.sh
+# From the seeds' system, preset reference, to the masks alone, one change after the other; then the cascade once more
+MASKED = {"model.num_stages": 2, "model.masking.masking": "learned", "model.masking.restore_rms": True}
+STUDY: dict[str, dict[str, Any]] = {
+    SEEDS_SYSTEM: {},
+    "our objective": MASKED,
+    "masked clips not restored": MASKED | {"model.masking.restore_rms": False},
+    "no cascade": MASKED | {"model.masking.restore_rms": False, "model.num_stages": 0},
+    MASKS_ALONE: {},
+    WITH_CASCADE: {"model.num_stages": 2},
+    "a cascade alone": {"model.num_stages": 2, "model.masking.masking": "none"},
+}
 WHOLE = ("songs-0-seed-0", "no-vectors")  # variations that run all notebooks, and are compared as a whole
 CLAIMS_HEAD = ROOT / "lib" / "report" / "templates" / "claims.md"
 
@@ -125,6 +140,7 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, folder: P
     facts = {"preset": preset.name, "codec": project.codec.name}
     record_ablations(preset, project, folder, facts)
     record_superres(preset, project, folder)
+    record_fusion(preset, overrides, folder)
     out = run_notebooks(preset_name, overrides, data_dir, resume=True).parent
     for name in FIGURES:
         shutil.copyfile(out / "figures" / f"{name}.png", folder / f"{name}.png")
@@ -192,6 +208,49 @@ def record_superres(preset: Preset, project: Project, folder: Path) -> None:
     write_record(folder / "superres.json", scores, facts | {"contexts": contexts, "guided": guided})
 
 
+def record_fusion(preset: Preset, overrides: dict[str, Any], folder: Path) -> None:
+    """Notebook 04 on real music, one run per core: the preset with several training seeds, and the other settings of
+    `STUDY` with the first, with as many steps and with stages of the ablation's depth."""
+    music = ROOT / "data" / "music"
+    if subprocess.run([ROOT / "data" / "fetch_music.sh", music], check=False).returncode:
+        raise UserError(f"{music}: lacks the music to measure on; data/README.md says where it comes from")
+    first, same = (
+        preset.train.seed,
+        {"model.num_layers": preset.ablation.layers, "train.max_steps": preset.train.max_steps},
+    )
+    runs = [
+        (name, first + k) for name in STUDY for k in range(preset.record.seeds_on_music if name == MASKS_ALONE else 1)
+    ]
+    say(f"{len(runs)} runs on the music in {music}")
+
+    def run(name: str, seed: int) -> dict[str, Any]:
+        of = "reference" if name == SEEDS_SYSTEM else preset.name
+        settings = overrides | same | STUDY[name] | {"train.seed": seed}
+        out = run_apart(f"music-{name.replace(' ', '-')}-{seed}", of, str(music), settings, "04")
+        return {"setting": name, "seed": seed} | measured_in(out)
+
+    with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
+        rows = list(pool.map(run, *zip(*runs, strict=True)))
+    tracks = {package: sorted(path.stem for path in (music / package).glob("*.ogg")) for package in LICENCES}
+    facts = {"preset": preset.name, "steps": preset.train.max_steps, "layers": preset.ablation.layers}
+    write_record(folder / "fusion.json", rows, facts | {"tracks": tracks, "licences": LICENCES})
+
+
+def measured_in(out: Path) -> dict[str, Any]:
+    """What a run of notebook 04 measured, and its figure of merit over the seconds of training."""
+    tables = tables_of(sections(out))
+    metrics, compared = rows_with(tables, "output", "merit", "onsets"), rows_with(tables, "baseline", "verdict")
+    plain = {row["output"]: row["plain merit"] for row in rows_with(tables, "output", "plain merit")}
+    followed = Run.open(out).metrics(SPLIT)
+    curve = [{"seconds": round(row["seconds"]), "merit": round(row["merit"], 3)} for row in followed]
+    return {
+        "measured": {row["output"]: row | {"plain merit": plain[row["output"]]} for row in metrics},
+        "against": {row.pop("baseline"): row for row in map(dict, compared)},
+        "pairs": len(read_json(out / "manifest.json")["pairs"]),
+        "curve": curve,
+    }
+
+
 def changed_by_depth(results: list[Result]) -> list[str]:
     """The verdicts on the named settings that differ between the smallest and the largest depth."""
     depths = [result.num_layers for result in results]
@@ -227,20 +286,43 @@ def record_variations(preset: Preset, overrides: dict[str, Any], data_dir: str, 
 
 
 def run_variation(row: Mapping[str, Any], preset: Preset, overrides: dict[str, Any], data_dir: str) -> Path:
-    """Run a variation and return its folder. `NotebookError` names the log if a notebook failed."""
-    out = ROOT / "outputs" / "variations" / row["run"]
+    """Run a variation and return its folder."""
+    settings = overrides | {"data.seed": row["data_seed"], "train.seed": row["seed"]}
+    only = "" if row["run"] in WHOLE else "04,06"
+    return run_apart(
+        row["run"], preset.name, data_dir, settings, only, NO_VECTORS if row["run"] == "no-vectors" else {}
+    )
+
+
+def run_apart(
+    name: str, preset: str, data_dir: str, settings: Mapping[str, Any], only: str, environment: Mapping[str, str] = {}
+) -> Path:
+    """Run notebooks on one thread in a folder of their own, which is returned. `NotebookError` names the log if one
+    failed."""
+    out = ROOT / "outputs" / "variations" / name
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "lib.pipeline", "--preset", preset.name, "--data", data_dir, "--out", str(out)]
-    command += ["--resume"] if row["run"] in WHOLE else ["--resume", "--only", "04,06"]
-    for name, value in (overrides | {"data.seed": row["data_seed"], "train.seed": row["seed"]}).items():
-        command += ["--set", f"{name}={json.dumps(value)}"]  # JSON is YAML
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (NO_VECTORS if row["run"] == "no-vectors" else {})
+    command = [
+        sys.executable,
+        "-m",
+        "lib.pipeline",
+        "--preset",
+        preset,
+        "--data",
+        data_dir,
+        "--out",
+        str(out),
+        "--resume",
+    ]
+    command += ["--only", only] if only else []
+    for setting, value in settings.items():
+        command += ["--set", f"{setting}={json.dumps(value)}"]  # JSON is YAML
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     with open(out / "log.txt", "w") as log:
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, check=False)
     if done.returncode == 130:
         raise KeyboardInterrupt("stopped; run `make record` again to resume")
     if done.returncode:
-        raise NotebookError(row["run"], f"failed; {out / 'log.txt'} and {out / 'index.html'} say why")
+        raise NotebookError(name, f"failed; {out / 'log.txt'} and {out / 'index.html'} say why")
     return out
 
 

@@ -17,11 +17,13 @@ from torch.utils.data import DataLoader
 from lib.audio.files import SAMPLE_RATE
 from lib.codec.codec import Codec
 from lib.data.latents import LatentPairs
+from lib.data.pairs import Manifest
 from lib.evaluation.fusion_metrics import SoundFeatures, sound_features, sound_metrics
 from lib.model.cascade import Cascade, rms
 from lib.model.fusion import FusionModel
 from lib.model.masks import FIXED_MASKINGS, fixed_masks
 from lib.model.rms_law import pair_rms
+from lib.training.batches import evenly_spread
 from lib.training.losses import LossConfig, total_loss
 from lib.util.stats import Comparison, paired_comparison
 
@@ -29,6 +31,17 @@ CROSSOVERS = 200.0, 320.0, 500.0, 750.0, 1100.0, 1700.0, 2600.0, 4000.0  # Hz, f
 ORACLE = "best crossover for each pair (oracle)"
 Models = Mapping[str, FusionModel]
 Measured = Mapping[str, Sequence[Mapping[str, float]]]  # output → one row of metrics per pair
+
+
+def pairs_to_measure(
+    manifest: Manifest, pairs: LatentPairs, count: int, of_two_songs: bool = True
+) -> dict[int, tuple[str, str]]:
+    """At most `count` pairs of two songs, or of one song that continues, spread evenly: place in `pairs` → both songs,
+    by their hashes. Where all pairs are of the other kind, none."""
+    songs = {pair.id: (pair.input.sha256, pair.target.sha256) for pair in manifest.pairs}
+    all_songs = [songs[pairs.pair_id(i)] for i in range(len(pairs))]
+    found = [i for i, (input, target) in enumerate(all_songs) if (input != target) is of_two_songs]
+    return {found[k]: all_songs[found[k]] for k in evenly_spread(len(found), count).tolist()}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib.audio.plots import OUTPUT, STAGES, STYLE
 from lib.codec.codec import Codec
-from lib.evaluation.metrics import SoundFeatures, sound_features, sound_metrics
+from lib.evaluation.fusion_metrics import SoundFeatures, sound_features, sound_metrics
 from lib.model.fusion import FusionModel
 from lib.training.learner import evaluating
 from lib.training.trainer import Callback, Trainer

@@ -1,5 +1,6 @@
 """Rows for the tables of notebook 04, numbers as text: the model's parts, masks, losses, fusions and baselines."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ PLAIN = (
     "target_mel",
     "movement_ratio",
 )
+STUDIED = "onsets", "notes", "onsets_left", "notes_left", "plain_merit"  # of settings in fusion.json
 STAGE_COLUMNS = "projection_rms", "rms_before_scaling", "output_rms", "target_scale", "applied_scale", "clamped"
 
 
@@ -35,12 +37,13 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def part_rows(model: FusionModel, discriminator: Discriminator) -> list[Row]:
+def part_rows(model: FusionModel, discriminator: Discriminator | None = None) -> list[Row]:
     """What every part reads, and how many parameters it has."""
     parts = [(f"stage {i}", ", ".join(stage.config.sources), stage) for i, stage in enumerate(model.cascade.stages)]
     if model.mask_generator is not None:
         parts.append(("mask generator", "input, target", model.mask_generator))
-    parts.append(("discriminator", "clips and fusions", discriminator))
+    if discriminator is not None:
+        parts.append(("discriminator", "clips and fusions", discriminator))
     return [{"part": name, "reads": reads, "parameters": f"{count_parameters(part):,}"} for name, reads, part in parts]
 
 
@@ -86,3 +89,22 @@ def advantage_rows(measured: Measured, name: str, found: Mapping[str, Comparison
         row = {"baseline": other, "advantage in merit": str(comparison), "pairs won": f"{sum(won)} of {len(won)}"}
         rows.append(row | {"verdict": comparison.in_words("the baseline")})
     return rows
+
+
+def study_rows(studied: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The settings of fusion.json: the trained model's metrics as means over training seeds, and how long training took
+    (s). Merit as a range over seeds."""
+    rows = []
+    for setting in dict.fromkeys(row["setting"] for row in studied):
+        own = [row for row in studied if row["setting"] == setting]
+        merits = [float(row["measured"]["trained model"]["merit"]) for row in own]
+        seconds = statistics.fmean(row["curve"][-1]["seconds"] for row in own)
+        head = {"setting": setting, "runs": len(own), "seconds": f"{seconds:.0f}"}
+        head["merit"] = f"{min(merits):.2f}" + (f" to {max(merits):.2f}" if len(own) > 1 else "")
+        rows.append(number_row(head, {name: trained_mean(own, "trained model", name) for name in STUDIED}))
+    return rows
+
+
+def trained_mean(studied: Sequence[Mapping[str, Any]], output: str, metric: str) -> float:
+    """A metric of one output, averaged over runs of fusion.json."""
+    return statistics.fmean(float(row["measured"][output][metric.replace("_", " ")]) for row in studied)

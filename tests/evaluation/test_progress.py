@@ -8,7 +8,7 @@ import torch
 import lib.evaluation.progress
 from lib.codec.mdct import MdctCodec
 from lib.data.latents import encode_manifest
-from lib.evaluation.metrics import sound_features, sound_metrics
+from lib.evaluation.fusion_metrics import sound_features, sound_metrics
 from lib.evaluation.progress import SPLIT, MeritOverTime, merit_over_time
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import load_model
