@@ -13,18 +13,10 @@ from lib.model.masks import Masks, complementarity
 from lib.util.stats import Comparison
 
 Row = dict[str, Any]
-JUDGED = "merit", "onsets", "notes", "onsets_left", "notes_left", "beats", "artifacts", "level", "peak"
-PLAIN = (
-    "plain_merit",
-    "rhythm",
-    "harmony",
-    "input_envelope",
-    "target_envelope",
-    "input_mel",
-    "target_mel",
-    "movement_ratio",
-)
-STUDIED = "onsets", "notes", "onsets_left", "notes_left", "plain_merit"  # of settings in fusion.json
+JUDGED = ("merit", "onsets", "notes", "onsets_left", "notes_left", "beats", "artifacts", "level", "peak")
+PLAIN = ("plain_merit", "rhythm", "harmony")
+COPIED = ("input_envelope", "target_envelope", "input_mel", "target_mel", "movement_ratio")
+STUDIED = ("onsets", "notes", "onsets_left", "notes_left", "plain_merit")  # of settings in fusion.json
 STAGE_COLUMNS = "projection_rms", "rms_before_scaling", "output_rms", "target_scale", "applied_scale", "clamped"
 
 
