@@ -38,7 +38,7 @@ def test_the_presets_are_those_of_the_design():
     assert (train.epochs, train.batch_size, train.learning_rate) == (200, 8, 1e-4)
     assert (train.weight_decay, train.max_steps) == (0.01, None)
     for preset in (smoke, demo, full):  # what is trained is the same; only how long and on what differs
-        assert preset.model.masking == MaskingConfig("wide", restore_rms=False)
+        assert preset.model.masking == MaskingConfig("wide", restore_rms=False, root=3)
         assert preset.train.loss == demo.train.loss
         assert preset.train.agent_learning_rate > preset.train.learning_rate
     assert [preset.model.num_stages for preset in (smoke, demo, full)] == [0, 0, 2]

@@ -5,6 +5,7 @@ Legend: B batch, N samples, M mel bands, F feature frames (hop 320: 75 a second)
 
 import functools
 import itertools
+import math
 
 import librosa
 import numpy as np
@@ -20,7 +21,8 @@ HOP = 320
 SEGMENTS = 250  # of an envelope
 MEL_FFT, MEL_BANDS = 1024, 64  # a window short enough to locate an onset
 CHROMA_FFT = 4096  # 5.9 Hz a bin: resolves semitones from 100 Hz up
-ONSET_BANDS = (0, 120, 300, 700, 1500, 3000, 12_000)  # Hz, edges: a kick is as much rhythm as a hi-hat
+HIT_BANDS = (20, 190, 560, 1500, 2800, 4800)  # Hz, edges: a kick is as much rhythm as a hi-hat
+LASTING = 17  # frames, 0.23 s: what lasts as long is no hit
 NOTE_FFT, NOTE_HOP = 8192, 3 * HOP  # 2.9 Hz a bin: separates semitones from E1 up
 LOWEST_NOTE, HIGHEST_NOTE = 28, 99  # MIDI: E1 (41 Hz) to D sharp 7 (2.5 kHz)
 FLOOR = 1e-8  # of a power: far below any music, and avoids the logarithm of zero
@@ -45,7 +47,7 @@ class Sound:
     @functools.cached_property
     def log_mel(self) -> Tensor:
         """Natural logarithm of the mel power spectrogram, `[B, M, F]`."""
-        return (_mel(self.wav.device, MEL_BANDS)(self.wav[:, 0]) + FLOOR).log()
+        return (_mel(self.wav.device)(self.wav[:, 0]) + FLOOR).log()
 
     @functools.cached_property
     def onsets(self) -> Tensor:
@@ -54,12 +56,17 @@ class Sound:
         return self.log_mel.diff(dim=2).relu().mean(dim=1)
 
     @functools.cached_property
-    def band_onsets(self) -> Tensor:
-        """Mean rise of the log mel power in each of `ONSET_BANDS`, `[B, bands, F − 1]`, 0 or more; power below −60 dB
-        of the clip's loudest counts as silence."""
-        power = _mel(self.wav.device, 2 * MEL_BANDS)(self.wav[:, 0])
-        rises = (power + 1e-6 * power.amax(dim=(1, 2), keepdim=True) + FLOOR).log().diff(dim=2).relu()
-        return _onset_bands(self.wav.device) @ rises
+    def hits(self) -> Tensor:
+        """Rise of what does not last in each of `HIT_BANDS`, `[B, bands, F − 1]`, 0 or more: a hit raises most
+        frequencies of a band, so the middle half of them is averaged, and a note's onset, which raises its partials,
+        hardly counts. Power below −30 dB of the loudest hit counts as silence."""
+        spectrum = power_spectrum(self.wav, MEL_FFT, HOP).clamp_min(FLOOR**2).sqrt()
+        lasting = F.avg_pool1d(F.pad(spectrum, 2 * [LASTING // 2], mode="replicate"), LASTING, stride=1)
+        power = (spectrum - lasting).relu().square()
+        rises = (power + 1e-3 * power.amax(dim=(1, 2), keepdim=True) + FLOOR).log().diff(dim=2).relu()
+        edges = [math.ceil(hz * MEL_FFT / SAMPLE_RATE) for hz in HIT_BANDS]
+        bands = (rises[:, low:high].sort(dim=1).values for low, high in itertools.pairwise(edges))
+        return torch.stack([band[:, (n := band.shape[1]) // 4 : n - n // 4].mean(dim=1) for band in bands], dim=1)
 
     @functools.cached_property
     def notes(self) -> Tensor:
@@ -113,18 +120,10 @@ def hann(size: int, device: torch.device) -> Tensor:
 
 
 @cached_table
-def _mel(device: torch.device, bands: int) -> torchaudio.transforms.MelSpectrogram:
+def _mel(device: torch.device) -> torchaudio.transforms.MelSpectrogram:
     return torchaudio.transforms.MelSpectrogram(
-        SAMPLE_RATE, MEL_FFT, hop_length=HOP, n_mels=bands, norm="slaney", mel_scale="slaney", pad_mode="constant"
+        SAMPLE_RATE, MEL_FFT, hop_length=HOP, n_mels=MEL_BANDS, norm="slaney", mel_scale="slaney", pad_mode="constant"
     ).to(device)
-
-
-@cached_table
-def _onset_bands(device: torch.device) -> Tensor:
-    """`[bands, 2 MEL_BANDS]`: the mean of the mel bands whose centre lies in each of `ONSET_BANDS`."""
-    centres = torch.from_numpy(librosa.mel_frequencies(2 * MEL_BANDS + 2, fmax=SAMPLE_RATE / 2)[1:-1])
-    inside = [(centres >= low) & (centres < high) for low, high in itertools.pairwise(ONSET_BANDS)]
-    return torch.stack([band.float() / band.sum() for band in inside]).to(device)
 
 
 @cached_table

@@ -291,8 +291,8 @@ class Cascade(nn.Module):
         self, input: Tensor, target: Tensor, stages: int | None = None
     ) -> tuple[Tensor, tuple[StageTrace, ...]]:
         """`input`, `target` `[B, D, T]`, any T ≥ 1 → fused latents `[B, D, T]` and one trace for each of the `stages`
-        that are applied, from the first; None: all. Without stages, the sum of both."""
-        assert stages is None or 0 <= stages <= len(self.stages), (stages, len(self.stages))
+        that are applied, from the first; None: all."""
+        assert stages is None or 1 <= stages <= len(self.stages), (stages, len(self.stages))
         signals, traces = self.run_stages(input, target, stages)
         return signals["previous"], traces
 
@@ -301,7 +301,7 @@ class Cascade(nn.Module):
     ) -> tuple[dict[str, Tensor], tuple[StageTrace, ...]]:
         """All signals by the names of `SOURCES`, `[B, D, T]`, as the next stage reads them, and one trace per stage."""
         self.check_shapes(input, target)
-        signals = {"input": input, "target": target, "previous": input + target}
+        signals = {"input": input, "target": target}
         signals["noisy_input"], signals["noisy_target"] = self.add_noise(input), self.add_noise(target)
         traces = []
         for stage in self.stages[:stages]:

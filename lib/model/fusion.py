@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lib.model.cascade import Cascade, CascadeConfig, StageTrace
-from lib.model.masks import GENERATORS, MaskingConfig, Masks, apply_mask, fixed_masks
+from lib.model.masks import GENERATORS, MaskingConfig, Masks, added, apply_mask, fixed_masks
 from lib.util.configs import from_fields
 from lib.util.errors import UserError
 from lib.util.files import naming
@@ -17,6 +17,7 @@ class Fusion(NamedTuple):
     latents: Tensor  # [B, D, T]
     traces: tuple[StageTrace, ...]  # one per stage
     masks: Masks | None  # None without masking
+    root: int = 1  # as in `added`, by which a model without stages has summed the masked clips
 
 
 class FusionModel(nn.Module):
@@ -39,6 +40,8 @@ class FusionModel(nn.Module):
         if masks is not None:
             restore = self.masking.restore_rms
             input, target = apply_mask(input, masks.input, restore), apply_mask(target, masks.target, restore)
+        if not self.cascade.stages:
+            return Fusion(added(input, target, self.masking.root), (), masks, self.masking.root)
         latents, traces = self.cascade(input, target, stages)
         return Fusion(latents, traces, masks)
 

@@ -7,12 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.model.cascade import LATENT_DIM, rms
-from lib.util.configs import Flag, check, checked_dataclass, choice
+from lib.util.configs import Count, Flag, check, checked_dataclass, choice
 
 MASKINGS = ("none", "temporal", "frequency", "channel", "energy", "hybrid", "learned", "wide")
 FIXED_MASKINGS = MASKINGS[1:-2]  # each assigns every element to one of the clips
 SEGMENT = 25  # frames, a third of a second: the resolution of fixed masks in time
+SMALLEST = 1e-6  # squared amplitude below which a sum's root is not exact
 MAX_RESTORATION = 1000.0  # largest scale that restores the RMS of masked latents
+HIT_CHANNELS, NOTE_FRAMES = 13, 25  # 490 Hz of mdct's bands and a third of a second
 SMOOTHING = 5  # frames over which energies are averaged to find the louder clip
 
 
@@ -22,6 +24,7 @@ class MaskingConfig:
 
     masking: choice(MASKINGS) = "none"  # a fixed rule, 'learned' (the original generator) or 'wide' (ours)
     restore_rms: Flag = True  # bring each masked clip back to its RMS: however little is taken of it, it stays as loud
+    root: Count = 1  # of amplitudes that latents are (mdct: 3); without a cascade, the clips' amplitudes are added
 
 
 class Masks(NamedTuple):
@@ -59,7 +62,7 @@ class MaskGenerator(nn.Module):
 class WideMaskGenerator(nn.Module):
     """Learned masks from a wide view: two-dimensional convolutions over channels and frames of both clips together,
     dilated so that an element's masks depend on 0.6 s to either side; 62,666 parameters. Made for codecs whose channels
-    are bands in order, as mdct's are. It starts with one half everywhere."""
+    are bands in order, as mdct's are. It starts as HPSS: the input's hits with the target's held notes."""
 
     DILATIONS = ((1, 1), (1, 2), (2, 4), (1, 8), (2, 1), (1, 4))  # of bands and frames, block by block
     BAND = 4  # channels that the blocks treat as one
@@ -67,29 +70,44 @@ class WideMaskGenerator(nn.Module):
     def __init__(self, latent_dim: int = LATENT_DIM, width: int = 24):
         super().__init__()
         check(latent_dim % self.BAND == 0, "latent_dim", latent_dim, f"a multiple of {self.BAND} for wide masks")
-        self.bands = nn.Conv2d(4, width, (self.BAND, 3), stride=(self.BAND, 1), padding=(0, 1))
+        self.bands = nn.Conv2d(6, width, (self.BAND, 3), stride=(self.BAND, 1), padding=(0, 1))
         self.positions = nn.Parameter(torch.zeros(width, latent_dim // self.BAND, 1))
         self.blocks = nn.ModuleList(_block(width, *dilation) for dilation in self.DILATIONS)
         self.channels = nn.ConvTranspose2d(width, width, (self.BAND, 1), stride=(self.BAND, 1))
-        self.head = nn.Sequential(nn.Conv2d(width + 4, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, 2, 1))
+        self.head = nn.Sequential(nn.Conv2d(width + 6, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, 2, 1))
+        self.gains = nn.Parameter(torch.tensor([1.0, -1.0]))
         nn.init.zeros_(self.head[-1].weight)
         nn.init.zeros_(self.head[-1].bias)
 
     def forward(self, input: Tensor, target: Tensor) -> Masks:
         """`input`, `target` `[B, D, T]` → masks between 0 and 1."""
         powers = torch.stack([_log_power(input), _log_power(target)], dim=1)  # [B, 2, D, T]
+        hits = _hits(powers)
         powers = (powers - powers.mean(dim=(1, 2, 3), keepdim=True)) / 4
-        clips = torch.cat([powers, F.pad(2 * powers.diff(dim=3), (1, 0))], dim=1)  # [B, 4, D, T]
+        clips = torch.cat([powers, F.pad(2 * powers.diff(dim=3), (1, 0)), hits], dim=1)  # [B, 6, D, T]
         x = self.bands(clips) + self.positions  # [B, width, D / 4, T]
         for block in self.blocks:
             x = x + block(x)
-        masks = self.head(torch.cat([self.channels(x), clips], dim=1)).sigmoid()
-        return Masks(*masks.unbind(dim=1))
+        odds = self.gains[:, None, None] * hits + self.head(torch.cat([self.channels(x), clips], dim=1))
+        return Masks(*odds.sigmoid().unbind(dim=1))
 
 
 def _block(width: int, bands: int, frames: int) -> nn.Module:
     convolution = nn.Conv2d(width, width, (3, 5), padding=(bands, 2 * frames), dilation=(bands, frames))
     return nn.Sequential(convolution, nn.GroupNorm(4, width), nn.GELU())
+
+
+@torch.no_grad()
+def _hits(log_power: Tensor) -> Tensor:
+    """How much more a place belongs to a hit than to a held note, in nepers of amplitude, `[B, 2, D, T]`: the median
+    over neighbouring channels less the one over frames (Fitzgerald, DAFx 2010)."""
+    return (_median(log_power, 2, HIT_CHANNELS) - _median(log_power, 3, NOTE_FRAMES)) / 2
+
+
+def _median(x: Tensor, dim: int, size: int) -> Tensor:
+    around = [size // 2] * 2
+    padded = F.pad(x, [0, 0, *around] if dim == 2 else [*around, 0, 0], mode="replicate")
+    return padded.unfold(dim, size, 1).median(dim=-1).values
 
 
 def _log_power(x: Tensor) -> Tensor:
@@ -154,6 +172,15 @@ def apply_mask(x: Tensor, mask: Tensor, restore_rms: bool = True) -> Tensor:
     # bounded, or a clip that is masked out entirely would get a gradient a million times too large
     scale = (rms(x) / rms(masked)).clamp(max=MAX_RESTORATION)
     return masked * scale[:, None, None]
+
+
+def added(input: Tensor, target: Tensor, root: int) -> Tensor:
+    """The sum of latents `[B, D, T]` that are the `root`-th roots of amplitudes, an odd number: of those amplitudes. So
+    nothing is distorted where both clips sound."""
+    if root == 1:
+        return input + target
+    total = input.pow(root) + target.pow(root)
+    return total / (total.square() + SMALLEST).pow((1 - 1 / root) / 2)  # a root whose gradient at 0 is finite
 
 
 def complementarity(masks: Masks) -> Tensor:

@@ -1,7 +1,7 @@
 """The band above the codec's, fused beside the model, so that a fusion reaches 12 kHz.
 
 `mdct` carries 0 to 4.8 kHz. What it leaves out of each clip goes through a lapped transform like its own, but with all
-320 bins, is companded by the same power law, and is mixed as a cascade without stages mixes latents: each clip's bins
+320 bins, is companded by the same power law, and is mixed as a model without stages mixes latents: each clip's bins
 times its mask, frame by frame. So both bands follow one law of level, and a clip that a mask takes whole is unchanged.
 Legend as in `cascade`; N samples, H hop (320). Both clips lie in one batch of 2·B, first the inputs, then the targets.
 """
@@ -16,6 +16,7 @@ from lib.codec.codec import Codec
 from lib.codec.mdct import HOP, ROOT, MdctCodec, _butterfly
 from lib.model.cascade import rms
 from lib.model.fusion import Fusion
+from lib.model.masks import added
 from lib.util.tensors import cached_table
 
 TOP = 8  # channels, 4.5 to 4.8 kHz, whose mean mask goes for all bins above
@@ -36,11 +37,12 @@ def decode_fusion(codec: Codec, fusion: Fusion, latents: Tensor, rest: Tensor | 
     if rest is None:
         return wav
     masks = torch.cat(fusion.masks or 2 * [torch.ones_like(fusion.latents)])
-    scale = rms(fusion.latents) / rms(sum((latents * masks).chunk(2)))
+    scale = rms(fusion.latents) / rms(added(*(latents * masks).chunk(2), fusion.root))
     gains = scale.repeat(2)[:, None, None] * masks[:, -TOP:].mean(1, keepdim=True)  # [2·B, 1, T]
     cosines = _cosines(wav.device, wav.dtype)
     bins = _butterfly(pad(rest.to(wav)[:, 0], (0, -length % HOP)).unflatten(1, (-1, HOP))) @ cosines  # [2·B, T, H]
-    mixed = sum((gains.clamp(max=MAX_GAIN).mT * bins.sign() * bins.abs().pow(1 / ROOT)).chunk(2))
+    clips = (gains.clamp(max=MAX_GAIN).mT * bins.sign() * bins.abs().pow(1 / ROOT)).chunk(2)
+    mixed = added(*clips, fusion.root)
     return wav + _butterfly(mixed.pow(ROOT) @ cosines, inverse=True).flatten(1)[:, None, :length]
 
 

@@ -44,9 +44,9 @@ class LossConfig:
     rhythm_weight: NonNegative = 0.0  # the input's onsets ...
     harmony_weight: NonNegative = 0.0  # ... with the target's pitch classes
     # the same by finer features, in which neither treble nor loud notes win
-    onsets_weight: NonNegative = 0.0  # the input's onsets, in bands that count alike ...
+    onsets_weight: NonNegative = 0.0  # the input's hits, in bands that count alike ...
     notes_weight: NonNegative = 0.0  # ... with the target's semitones
-    onsets_left_weight: NonNegative = 0.0  # against the target's onsets
+    onsets_left_weight: NonNegative = 0.0  # against the target's hits
     notes_left_weight: NonNegative = 0.0  # against semitones that only the input has
     anti_modulation_weight: NonNegative = 0.0  # against an output that copies the sources' loudness curve
     # 'log' has no bound: value and gradient grow without limit towards |corr| = 1
@@ -159,9 +159,9 @@ ON_SOUND: dict[str, Callable[[Sound, Sound, Sound, LossConfig], Tensor]] = {  # 
     "mel": lambda y, a, b, config: (mel_distance(y, a) + mel_distance(y, b)) / 2,
     "rhythm": lambda y, a, b, config: 1 - rhythm_similarity(y, a).mean(),  # 0 to 2
     "harmony": lambda y, a, b, config: 1 - harmony_similarity(y, b).mean(),  # of pitch classes over time
-    "onsets": lambda y, a, b, config: 1 - correlation(y.band_onsets, a.band_onsets).mean(),
+    "onsets": lambda y, a, b, config: 1 - correlation(y.hits, a.hits).mean(),
     "notes": lambda y, a, b, config: 1 - F.cosine_similarity(y.notes.flatten(1), b.notes.flatten(1)).mean(),
-    "onsets_left": lambda y, a, b, config: correlation(y.band_onsets, b.band_onsets).relu().mean(),
+    "onsets_left": lambda y, a, b, config: correlation(y.hits, b.hits).relu().mean(),
     "notes_left": lambda y, a, b, config: notes_left(y, a, b),
     "anti_modulation": lambda y, a, b, config: sum(anti_modulation(y, x, config.anti_modulation) for x in (a, b)),
     "outlier": lambda y, a, b, config: spectral_outliers(y, a, b),

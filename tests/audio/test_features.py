@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lib.audio.features
-from lib.audio.features import CHROMA_FFT, HIGHEST_NOTE, HOP, LOWEST_NOTE, ONSET_BANDS, Sound, correlation
+from lib.audio.features import CHROMA_FFT, HIGHEST_NOTE, HIT_BANDS, HOP, LOWEST_NOTE, Sound, correlation
 from lib.audio.files import SAMPLE_RATE
 from lib.audio.synth import render_song
 
@@ -28,8 +28,8 @@ def chroma(wav: Tensor) -> Tensor:
     return Sound(wav).chroma
 
 
-def band_onsets(wav: Tensor) -> Tensor:
-    return Sound(wav).band_onsets
+def hits(wav: Tensor) -> Tensor:
+    return Sound(wav).hits
 
 
 def notes(wav: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def harmony_similarity(x: Tensor, y: Tensor) -> Tensor:
     return lib.audio.features.harmony_similarity(Sound(x), Sound(y))
 
 
-FEATURES = (envelope, log_mel, onset_envelope, band_onsets, chroma, notes)
+FEATURES = (envelope, log_mel, onset_envelope, hits, chroma, notes)
 SIMILARITIES = (harmony_similarity, rhythm_similarity)
 
 
@@ -248,17 +248,31 @@ def test_chords_in_another_order_are_less_similar():
 # --- bands and semitones ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("frequency", "band"), [(60, 0), (200, 1), (500, 2), (1000, 3), (2000, 4), (6000, 5)])
-def test_a_tone_burst_is_an_onset_of_its_band(frequency, band):
-    burst = tone(frequency)
-    burst[..., :SAMPLE_RATE] = 0
-    onsets = band_onsets(burst + 0.3 * tone(440))[0]  # the other tone sounds all through
-    frame = SAMPLE_RATE // HOP
-    assert onsets.shape == (len(ONSET_BANDS) - 1, 150)
-    strongest = onsets[:, frame - 4 : frame + 4].amax(dim=1)
-    if frequency != 500:  # the band of the tone that sounds
-        assert strongest.argmax() == band
-    assert strongest[band] > 10 * onsets[band, 20 : frame - 8].max()
+@pytest.mark.parametrize(
+    ("low", "high", "band"), [(30, 180, 0), (200, 550, 1), (600, 1400, 2), (1600, 2700, 3), (2900, 4700, 4)]
+)
+def test_a_burst_of_noise_is_a_hit_in_its_band(low, high, band):
+    noise = torch.fft.rfft(torch.randn(2 * SAMPLE_RATE, generator=torch.Generator().manual_seed(0)))
+    frequencies = torch.fft.rfftfreq(2 * SAMPLE_RATE, 1 / SAMPLE_RATE)
+    burst = torch.fft.irfft(noise * ((frequencies >= low) & (frequencies < high)), 2 * SAMPLE_RATE)
+    burst[:SAMPLE_RATE] = 0
+    burst[SAMPLE_RATE + 2400 :] = 0
+    found = hits(0.3 * burst[None, None])[0]
+    assert found.shape == (len(HIT_BANDS) - 1, 150)
+    around = found[:, 71:80].amax(dim=1)
+    assert around.argmax() == band
+    assert around[band] > 10 * found[band, 5:65].max()
+
+
+def test_the_onset_of_a_note_is_hardly_a_hit():
+    """A note with ten partials sets in within 10 ms, and later there is a click of noise."""
+    time = torch.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
+    attack = 1 - torch.exp(-(time - 0.5).clamp_min(0) / 0.01)
+    note = sum(torch.sin(2 * math.pi * 220 * k * time) / k for k in range(1, 11)) * attack
+    click = torch.zeros(2 * SAMPLE_RATE)
+    click[SAMPLE_RATE + 7000 :][:200] = 3 * torch.randn(200, generator=torch.Generator().manual_seed(0))
+    found = hits(0.2 * (note + click)[None, None])[0].mean(dim=0)
+    assert found[94:102].max() > 10 * found[34:42].max()
 
 
 @pytest.mark.parametrize("note", [28, 45, 60, 72, 99])
@@ -331,7 +345,7 @@ def test_first_used_in_inference_mode_they_still_train_later(feature):
 
 
 def test_a_sound_computes_each_feature_once_on_first_use(wavs):
-    sound, names = Sound(wavs), ["envelope", "log_mel", "onsets", "band_onsets", "chroma", "notes"]
+    sound, names = Sound(wavs), ["envelope", "log_mel", "onsets", "hits", "chroma", "notes"]
     assert not vars(sound).keys() & set(names)
     for name in names:
         assert getattr(sound, name) is getattr(sound, name)

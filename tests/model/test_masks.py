@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from lib.codec.mdct import MdctCodec
 from lib.model.masks import (
     FIXED_MASKINGS,
     MASKINGS,
@@ -189,18 +190,27 @@ def wide(latent_dim: int = 8) -> WideMaskGenerator:
 
 
 def test_wide_masks_parameter_count_against_arithmetic():
-    bands, positions, channels = 24 * 4 * 4 * 3 + 24, 24 * 32, 24 * 24 * 4 + 24
+    bands, positions, channels = 24 * 6 * 4 * 3 + 24, 24 * 32, 24 * 24 * 4 + 24
     block = 24 * 24 * 3 * 5 + 24 + 2 * 24
-    head = 24 * 28 * 3 * 3 + 24 + 2 * 24 + 2
-    assert sum(p.numel() for p in WideMaskGenerator().parameters()) == bands + positions + 6 * block + channels + head
-    assert bands + positions + 6 * block + channels + head == 62_666
+    head = 24 * 30 * 3 * 3 + 24 + 2 * 24 + 2
+    own = bands + positions + 6 * block + channels + head + 2
+    assert sum(p.numel() for p in WideMaskGenerator().parameters()) == own == 63_676
 
 
 @torch.no_grad()
-def test_wide_masks_start_at_a_half_for_both_clips():
-    masks = WideMaskGenerator()(*clips(2, 128, 30))
-    assert masks.input.shape == masks.target.shape == (2, 128, 30)
-    assert all((mask == 0.5).all() for mask in masks)
+def test_wide_masks_start_as_hpss():
+    """Of the input hits are taken, of the target held notes: a click and a tone, in latents of mdct."""
+    time = torch.arange(48_000) / 24_000
+    tone, click = 0.3 * torch.sin(2 * torch.pi * 1000 * time), torch.zeros(48_000)
+    click[24_000:24_200] = torch.randn(200, generator=torch.Generator().manual_seed(0))
+    both = MdctCodec().encode((tone + click)[None, None])
+    masks = WideMaskGenerator()(both, both)
+    assert masks.input.shape == masks.target.shape == (1, 128, 150)
+    hit, note = (slice(None), slice(40, 120), 75), (slice(None), 26, slice(20, 60))  # 1.5 to 4.5 kHz; 1 kHz
+    assert masks.input[hit].mean() > 0.9
+    assert masks.target[hit].mean() < 0.1
+    assert masks.input[note].mean() < 0.2
+    assert masks.target[note].mean() > 0.8
 
 
 def test_wide_masks_see_more_than_half_a_second_to_either_side_of_both_clips():
@@ -225,7 +235,7 @@ def test_wide_masks_follow_the_clips_and_not_their_common_level():
     input, target = clips(1, 8, 60, scale=5.0)
     masks, louder, swapped = generator(input, target), generator(3 * input, 3 * target), generator(target, input)
     assert masks.input.std() > 0.05
-    torch.testing.assert_close(louder.input, masks.input, rtol=0, atol=0.1)
+    torch.testing.assert_close(louder.input, masks.input, rtol=0, atol=0.2)
     assert (swapped.input - masks.input).abs().mean() > 0.05
     assert (generator(3 * input, target).input - masks.input).abs().mean() > 0.02  # which is the louder one, it sees
 

@@ -99,7 +99,7 @@ def on_sound(term):
 stft_distance, mel_distance = on_sound(lib.training.losses.stft_distance), on_sound(lib.training.losses.mel_distance)
 rhythm = on_sound(lambda output, input: lib.training.losses.ON_SOUND["rhythm"](output, input, None, None))
 harmony = on_sound(lambda output, target: lib.training.losses.ON_SOUND["harmony"](output, None, target, None))
-band_agreement = on_sound(lambda x, y: correlation(x.band_onsets, y.band_onsets))  # [B, bands]
+band_agreement = on_sound(lambda x, y: correlation(x.hits, y.hits))  # [B, bands]
 note_distance = on_sound(lambda output, target: lib.training.losses.ON_SOUND["notes"](output, None, target, None))
 notes_left = on_sound(lib.training.losses.notes_left)
 anti_modulation, spectral_outliers = (

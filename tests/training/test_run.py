@@ -243,11 +243,11 @@ def test_a_masking_of_other_fields_is_refused(run, config):
     for masking, words in (
         ({"masking": "none", "colour": 1}, r"config\.json: colour is unknown; choose from masking"),
         ({}, r"config\.json: MaskingConfig lacks the field masking"),
-        ({"masking": "loud", "restore_rms": True}, r"config\.json: masking='loud' is not allowed"),
+        ({"masking": "loud", "restore_rms": True, "root": 1}, r"config\.json: masking='loud' is not allowed"),
     ):
         with pytest.raises(UserError, match=words):
             load_model(Run(run.path, run.config | {"masking": masking}))
-    learned = {"masking": "learned", "restore_rms": True}
+    learned = {"masking": "learned", "restore_rms": True, "root": 1}
     with pytest.raises(UserError, match=r"does not fit this model: missing mask_generator\."):
         load_model(Run(run.path, run.config | {"masking": learned}))
 
