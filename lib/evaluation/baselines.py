@@ -6,7 +6,7 @@ Legend: B batch, N samples, D latent channels, T frames.
 import math
 import os
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import librosa
@@ -21,7 +21,6 @@ from lib.data.pairs import Manifest
 from lib.evaluation.fusion_metrics import SoundFeatures, sound_features, sound_metrics
 from lib.model.cascade import Cascade, rms
 from lib.model.fusion import FusionModel
-from lib.model.masks import FIXED_MASKINGS, fixed_masks
 from lib.model.rms_law import pair_rms
 from lib.training.batches import evenly_spread
 from lib.training.losses import LossConfig, total_loss
@@ -114,37 +113,28 @@ def features_of(wavs: Sequence[Tensor]) -> list[SoundFeatures]:
 @torch.inference_mode()
 def fusions(
     input: Tensor, target: Tensor, codec: Codec, models: Models, crossovers: Mapping[str, float] | None = None
-) -> Iterator[tuple[str, Tensor]]:
+) -> dict[str, Tensor]:
     """Every fusion of two latents `[D, T]` by name, as sound `[1, N]` from the codec: each clip alone, the averages of
-    waveforms and of latents, the recipes if there are `crossovers`, both clips combined by each fixed masking, and
-    every model's."""
-    input, target = input[None], target[None]
-    sounds = {"input": codec.decode(input), "target": codec.decode(target)}
-    sounds["average of waveforms"] = (sounds["input"] + sounds["target"]) / 2
-    yield from ((name, wav[0]) for name, wav in sounds.items())
+    waveforms and of latents, the recipes if there are `crossovers`, and every model's."""
+    first, second = codec.decode(input[None])[0], codec.decode(target[None])[0]
+    wavs = {"input": first, "target": second, "average of waveforms": (first + second) / 2}
     if crossovers:
-        yield from recipes(sounds["input"][0], sounds["target"][0], crossovers).items()
-    latents = {"average of latents": (input + target) / 2}
-    for kind in FIXED_MASKINGS:
-        masks = fixed_masks(kind, input, target)
-        latents[f"{kind} masks"] = masks.input * input + masks.target * target
+        wavs |= recipes(first, second, crossovers)
+    latents = {"average of latents": (input + target)[None] / 2}
     for name, model in models.items():
         device = next(model.parameters()).device
-        latents[name] = model.eval()(input.to(device), target.to(device)).latents.cpu()
-    yield from ((name, codec.decode(x)[0]) for name, x in latents.items())
+        latents[name] = model.eval()(input[None].to(device), target[None].to(device)).latents.cpu()
+    return wavs | {name: codec.decode(x)[0] for name, x in latents.items()}
 
 
 def measure_fusions(
-    pairs: Iterable[tuple[Tensor, Tensor]],
-    codec: Codec,
-    models: Models,
-    crossovers: Mapping[str, float] | None = None,
+    pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec, models: Models, crossovers: Mapping[str, float] | None = None
 ) -> Measured:
     """`sound_metrics` of every output of `fusions`, and with `crossovers` of the crossover with the highest merit on
     this very pair: a mark, since nobody knows it beforehand."""
     rows: dict[str, list[dict[str, float]]] = {}
     for input, target in pairs:
-        wavs = dict(fusions(input, target, codec, models, crossovers))
+        wavs = fusions(input, target, codec, models, crossovers)
         marks = [crossover(wavs["target"], wavs["input"], hz) for hz in CROSSOVERS] if crossovers else []
         features = features_of([*wavs.values(), *marks])
         found = [sound_metrics(output, features[0], features[1]) for output in features]  # input and target come first

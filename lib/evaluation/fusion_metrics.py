@@ -24,13 +24,7 @@ from lib.model.rms_law import pair_rms
 HOP = 320
 FFT = 1024
 LASTING = 17  # frames
-EDGES = (
-    0,
-    150,
-    2400,
-    4800,
-    12000,
-)  # Hz, of the bands whose onsets count alike: a kick, a snare's body and noise, a hi-hat
+EDGES = 0, 150, 2400, 4800, 12000  # Hz, of bands that count alike: a kick, a snare's body and noise, a hi-hat
 EMPTY = 10**-4.5  # of a clip's power: −45 dB; what leaks past the upper end of a codec lies below
 NOTE = 0.3  # posterior above which there is a note
 CHROMA_FFT = 4096  # 5.9 Hz a bin
