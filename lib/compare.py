@@ -49,8 +49,7 @@ class Compared:
 def compare_runs(
     first: str | Path, second: str | Path, out: str | Path = "", *, pairs: int = 3, judged: int = 24, codec: str = ""
 ) -> tuple[Path, dict[str, Table]]:
-    """Compare two run directories, with the command's options; returns the page's path and its tables by name.
-    `UserError` if a run cannot be used, or if no pair is new to both."""
+    """Compare two run directories; returns the page's path and its tables by name. `UserError` if no pair is new."""
     if pairs < 1 or judged < 1:
         raise UserError(f"--pairs {pairs}, --judged {judged}: at least one pair each is needed")
     paths = [Path(path) for path in (first, second)]

@@ -44,8 +44,7 @@ def fuse_files(
     input: File, target: File, out: File, run: Run, codec: Codec, *, which: str = "best", mono=False, whole_band=True
 ) -> AudioWriter:
     """Fuse two audio files; `out` appears when it is complete, in stereo if one of them is, unless `mono`. Returns its
-    closed writer, with length and peak. `AudioError` for a .flac above full scale, `UserError` for unusable files and
-    for a run of another codec."""
+    closed writer, with length and peak. `UserError` for unusable files, a run of another codec, a .flac that clips."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(run, which, codec_fingerprint=codec.fingerprint).to(device)
     if isinstance(codec, torch.nn.Module):
@@ -73,8 +72,7 @@ def fuse_files(
 def fuse_and_restore(
     input: File, target: File, out: File, run: Run, codec: Codec, resolver: SuperResolver, **options: Any
 ) -> Written:
-    """Fuse two audio files and write the result at 48 kHz with its upper band restored. Options and errors as in
-    `fuse_files`."""
+    """Fuse two audio files, with the options of `fuse_files`; write 48 kHz with the upper band restored."""
     _check_out(out, (input, target))
     try:
         folder = tempfile.TemporaryDirectory(prefix=".fused-", dir=Path(out).parent)

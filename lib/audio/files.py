@@ -1,7 +1,6 @@
 """Audio files: read, write, resample, validate. soundfile does the I/O, torchaudio the resampling.
 
-Inside the project audio is mono float32 at 24 kHz, `[C, N]` (C channels, N samples). Files may have any rate and any
-number of channels.
+Inside the project audio is mono float32 at 24 kHz, `[C, N]` (C channels, N samples); files may have any rate.
 """
 
 import contextlib
@@ -93,9 +92,8 @@ def load_audio(
 
 
 def check_audio(path: str | Path, min_samples: int = MIN_SAMPLES, *, mix: bool = True) -> AudioReport:
-    """Decode a whole file in constant memory. `AudioError` for what `load_audio` refuses, truncated files, silence
-    throughout (peak below 1e-4, of the mean of its channels or, without `mix`, of all), and fewer than `min_samples` at
-    24 kHz, by default one codec frame."""
+    """Decode a whole file in constant memory. `AudioError` for what `load_audio` refuses, truncated files, a peak below
+    1e-4 (of the mean of its channels or, without `mix`, of all), and fewer than `min_samples` at 24 kHz."""
     with _open(path) as file:
         announced, decoded, peak = _announced_frames(file), 0, 0.0
         for block in _blocks(path, file, 0, file.frames, mix=mix):

@@ -116,8 +116,7 @@ def spectra(wavs: Mapping[str, Tensor], band_edge: float | None) -> Figure:
 
 @plt.rc_context(STYLE)
 def mixing_maps(taken: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -> Figure:
-    """Mel powers `[80, frames]` that a mixture takes from the input and from the target, by name. Blue: input only,
-    orange: target only, grey: both; paler is quieter."""
+    """Mel powers `[80, frames]` taken from input and target, by name. Blue: input, orange: target, grey: both."""
     colours = LinearSegmentedColormap.from_list("taken", (TARGET, "#BBBBBB", INPUT))
     figure, axes = mel_axes(list(taken), 4.2, 3.1)
     for ax, (of_input, of_target) in zip(axes, taken.values(), strict=True):

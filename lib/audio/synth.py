@@ -105,8 +105,7 @@ def make_demo_dataset(
 def render_song(
     seed: int, index: int, num_samples: int, sample_rate: int = SAMPLE_RATE, parts: str = "dbcm"
 ) -> np.ndarray:
-    """Song `index` as `[num_samples]`, float64, peak 0.8. Fewer `parts` (drums, bass, chords, melody by first letter)
-    make a stem, at its level in the song."""
+    """Song `index` as `[num_samples]`, float64, peak 0.8. Fewer `parts`, by first letter, make a stem at its level."""
     song = Song(seed, index, sample_rate)
     bar = 8 * song.step
     num_bars = math.ceil(num_samples / bar)
@@ -207,8 +206,7 @@ def _tone(timbre: str, note: int, num_samples: int, sample_rate: int) -> np.ndar
 
 
 def _harmonics(turns: np.ndarray, first: int, last: int) -> np.ndarray:
-    """Σ sin(n·x)/n for n from `first` to `last`, by sin((n+1)x) = 2·cos(x)·sin(n·x) − sin((n−1)x): hundreds of
-    harmonics for the cost of three sines."""
+    """Σ sin(n·x)/n for n from `first` to `last`, by sin((n+1)x) = 2·cos(x)·sin(n·x) − sin((n−1)x): three sines."""
     twice, before, now = 2 * _sin(turns + 0.25), _sin((first - 1) * turns), _sin(first * turns)
     total = np.zeros(len(turns))
     for number in range(first, last + 1):

@@ -21,8 +21,7 @@ WEIGHTS_FILE = "encodec_24khz-d7cc33bc.th"  # the public file; the digits begin 
 
 
 class EncodecCodec(nn.Module):
-    """EnCodec at 24 kHz (Défossez et al. 2022) along its continuous path, in float32 on its own device, regardless of
-    the input's device and of autocast."""
+    """EnCodec at 24 kHz (Défossez et al. 2022) along its continuous path, always in float32 on its own device."""
 
     sample_rate, hop, dim, name = SAMPLE_RATE, HOP, DIM, "encodec"
 

@@ -185,9 +185,8 @@ def _read_latents(path: Path, shape: tuple[int, int]) -> np.ndarray:
 class LatentPairs(Dataset):
     """The pairs of one split of an index: `pairs[i]` is (input `[D, T]`, target `[D, T]`), float32.
 
-    Every clip is verified when it is read; several threads may read at once. Raises `UserError` for a missing or
-    damaged index, an unknown split, or latents of a codec other than `codec_fingerprint`; `CorruptLatentsError` for a
-    file that is missing or damaged.
+    Every clip is verified when it is read, also by several threads; `CorruptLatentsError` if it is missing or damaged.
+    `UserError` for such an index, an unknown split, or latents of a codec other than `codec_fingerprint`.
     """
 
     def __init__(self, index_path: str | Path, split: str, codec_fingerprint: str | None = None):

@@ -91,8 +91,7 @@ def crossover(low: Tensor, high: Tensor, frequency: float) -> Tensor:
 
 
 def best_crossovers(pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec) -> dict[str, float]:
-    """The frequency (Hz) of `CROSSOVERS` at which each recipe has the highest mean merit on `pairs` of latents, which
-    should be of training songs."""
+    """For each recipe, the frequency of `CROSSOVERS` with the highest mean merit on `pairs` of training latents."""
     merits: dict[tuple[str, float], list[float]] = {}
     for pair in pairs:
         clips = [codec.decode(latents[None])[0] for latents in pair]
@@ -130,8 +129,7 @@ def fusions(
 def measure_fusions(
     pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec, models: Models, crossovers: Mapping[str, float] | None = None
 ) -> Measured:
-    """`sound_metrics` of every output of `fusions`, and with `crossovers` of the crossover with the highest merit on
-    this very pair: a mark, since nobody knows it beforehand."""
+    """`sound_metrics` of every output of `fusions`, and with `crossovers` of each pair's own best one, as a mark."""
     rows: dict[str, list[dict[str, float]]] = {}
     for input, target in pairs:
         wavs = fusions(input, target, codec, models, crossovers)

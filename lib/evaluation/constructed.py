@@ -44,8 +44,7 @@ def constructed_cases(input: int, target: int) -> dict[str, Tensor]:
 
 
 def measure_cases(crossovers: Mapping[str, float], pairs: Songs = PAIRS) -> tuple[Measured, Measured]:
-    """`sound_metrics` of the constructed cases and the recipes against both clips; and against their stems: the onsets
-    are those of the drums, the notes those of the other parts."""
+    """`sound_metrics` of cases and recipes against both clips; and by stems: onsets of drums, notes of the others."""
     by_clips, by_stems = {}, {}
     for pair in pairs:
         wavs = constructed_cases(*pair)

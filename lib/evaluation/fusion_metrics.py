@@ -49,8 +49,7 @@ class SoundFeatures:
 
 
 def sound_features(wav: Tensor) -> SoundFeatures:
-    """Features of a clip `[1, N]` at 24 kHz. A clip with a sample that is not finite counts as silence. N below 320
-    raises `ValueError`."""
+    """Features of a clip `[1, N]` at 24 kHz, N at least 320 (`ValueError`). A non-finite clip counts as silence."""
     samples = wav[0].float().cpu().numpy()
     if len(samples) < HOP:
         raise ValueError(f"onsets need at least {HOP} samples, got {len(samples)}")

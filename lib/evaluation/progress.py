@@ -24,8 +24,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 class MeritOverTime(Callback):
     """Measures the model before the first step and at every validation, on a few pairs of latents `[D, T]`, and logs
-    the mean figure of merit beside the seconds of training so far, its own time left out. A resumed training continues
-    from the last row's time."""
+    the mean figure of merit beside the seconds of training, before a resume too, its own time left out."""
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], codec: Codec):
         self.pairs, self.codec = pairs, codec

@@ -1,5 +1,4 @@
-"""The verdicts on the claims about training and collapse, from what the ablation's runs measured, one value per seed.
-The parts of the claims, with their limits and units, are in claims.toml."""
+"""Verdicts on the claims about training and collapse, whose parts are in claims.toml, from the ablation's runs."""
 
 import math
 import statistics

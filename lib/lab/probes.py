@@ -49,8 +49,7 @@ def scaling_gains(scaling: RmsScaling, x: Tensor, goal: Tensor) -> tuple[float, 
 
 
 def jacobian_norm(function: Callable[[Tensor], Tensor], x: Tensor, *, iterations: int = 20, seed: int = 0) -> float:
-    """Largest singular value of the Jacobian of `function`, which must be deterministic, at `x`: its local Lipschitz
-    constant there. By power iteration on JᵀJ, which approaches it from below."""
+    """Largest singular value of a deterministic function's Jacobian at `x`: power iteration on JᵀJ, from below."""
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype).to(x.device)
     with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no forward-mode derivative
         _, pull_back = torch.func.vjp(function, x)

@@ -1,7 +1,6 @@
 """One pair rendered by a trained model, with settings changed if wanted, and recipes that reproduce a rendering.
 
-All is computed on the CPU in float32, one pair at a time, so that a recipe reproduces it bit for bit. Legend: D latent
-channels, T frames, N samples.
+All is on the CPU in float32, one pair at a time, so that a recipe reproduces it bit for bit. Legend as in `cascade`.
 """
 
 import contextlib
@@ -154,8 +153,7 @@ class Rerendering(NamedTuple):
 
 
 def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str | Path | None = None) -> Rerendering:
-    """Render a recipe again. `run`: where its run is now; `codec`: a name or a folder of weights. `UserError` if the
-    recipe is damaged, or if a clip or the weights have changed since."""
+    """Render a recipe again. `run`: where it is now; `codec`: name or folder. `UserError` if a file has changed."""
     path = Path(path)
     recipe = _read_recipe(path)
     clips = [dataclasses.replace(recipe[role], path=str(path.parent / recipe[role].path)) for role in ROLES]

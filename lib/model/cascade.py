@@ -317,8 +317,7 @@ class Cascade(nn.Module):
             raise ValueError(f"input and target must both be [B, {D}, T] with T ≥ 1, got {found}")
 
     def add_noise(self, x: Tensor) -> Tensor:
-        """Anti-cheating noise, `level · std · randn`, in training only. The std is each clip's own, so that a sample's
-        noise does not depend on its batch (seed 000 takes it over the batch)."""
+        """Anti-cheating noise, `level · std · randn`, in training only; std of each clip (seed 000: of the batch)."""
         if not self.training or self.config.anti_cheating == 0:
             return x
         return x + self.config.anti_cheating * x.std(dim=(1, 2), keepdim=True) * torch.randn_like(x)

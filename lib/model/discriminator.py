@@ -6,9 +6,8 @@ from lib.model.cascade import LATENT_DIM
 
 
 class Discriminator(nn.Module):
-    """Tells real latents from generated ones: `[B, D, T]` → one logit per clip `[B]`, positive for real. 3,802,881
-    parameters, named as in the original checkpoints: four convolutions, mean over time, two linear layers. Clips may
-    have any length."""
+    """Tells real latents from generated ones, any T: `[B, D, T]` → one logit per clip `[B]`, positive for real.
+    3,802,881 parameters, named as in the original checkpoints: four convolutions, mean over time, two linear layers."""
 
     def __init__(self, latent_dim: int = LATENT_DIM):
         super().__init__()

@@ -1,5 +1,4 @@
-"""Checkpoints of the original implementation: files that its training script wrote with `torch.save`. Nothing from the
-file is run."""
+"""Checkpoints that the original training script wrote with `torch.save`. Nothing from the file is run."""
 
 import argparse
 import logging

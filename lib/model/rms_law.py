@@ -110,9 +110,8 @@ class StagePrediction:
 def predict_stage(
     stage: "StageConfig", residual: Mixture, clips: Clips, *, d: int, D: int
 ) -> tuple[StagePrediction, Mixture]:
-    """One stage at initialisation: its prediction, and its output as a mixture for the next stage. The projection of a
-    random stage is taken as orthogonal to both clips. Learnable RMS scaling starts at the mean of both RMS values,
-    where fixed scaling aims at `pair_rms`."""
+    """One stage at initialisation: its prediction, and its output as a mixture for the next stage. A random projection
+    is taken as orthogonal to both clips. Learnable scaling aims at the mean of both RMS, fixed at `pair_rms`."""
     weight, gain, share = stage.residual_weight, stage.projection_gain, stage.projection_weight
     p, r = gain * initial_projection_rms(d, D, spectral_norm=stage.spectral_norm), residual.rms(clips)
     mixed = Mixture(weight * residual.input, weight * residual.target, math.hypot(weight * residual.other, share * p))

@@ -38,8 +38,7 @@ def sample(
     denoiser: Denoiser, low: Tensor, mel: Tensor, noise: Tensor, *, steps: int, guidance: float = 1.0, **keeps: Tensor
 ) -> Tensor:
     """Latents of the full band `[B, Z, H, W]`, from the low band's latents, its mel `[B, 1, 256, T]` and unit normal
-    noise. Guidance g extrapolates from the unconditional velocity: v = v₀ + g·(v − v₀); 1 needs half the time. `keeps`
-    as in `Denoiser`."""
+    noise; `keeps` as in `Denoiser`. Guidance g: velocity v₀ + g·(v − v₀), v₀ unconditional; 1 takes half the time."""
     timesteps = sampled_timesteps(steps)
     low, context = denoiser.conditions(low, mel, **keeps)
     if guidance != 1:

@@ -40,8 +40,7 @@ GAIN = "LSD less than the envelope's"  # a column of the table of gains, which t
 
 
 def lsd(estimate: Tensor, reference: Tensor, *, above: float = 0.0, matched: bool = False) -> Tensor:
-    """Log-spectral distance of waveforms `[B, 1, N]` at 48 kHz, in decades of power: `[B]`. `above`: lowest frequency
-    (Hz) to compare. `matched`: after matching energies."""
+    """Log-spectral distance of `[B, 1, N]` twice, in decades: `[B]`. `above`: lowest Hz. `matched`: in energy."""
     first, second = (_magnitudes(wav) for wav in (estimate, reference))
     if matched:
         levels = [x[:, :LOWEST_TENTH].mean(dim=(1, 2), keepdim=True) for x in (first, second)]

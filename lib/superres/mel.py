@@ -47,8 +47,7 @@ def log_mel(wav: Tensor) -> Tensor:
 
 
 def magnitudes_of(mel: Tensor) -> Tensor:
-    """Magnitudes `[B, N_FFT / 2 + 1, T]` whose mel spectrogram is about `mel [B, 1, 256, T]`, by interpolation: the
-    filters' pseudo-inverse would swing below zero between narrow bands."""
+    """Magnitudes `[B, N_FFT / 2 + 1, T]` of a mel `[B, 1, 256, T]`, interpolated: a pseudo-inverse goes below 0."""
     return interpolation(mel.device) @ mel[:, 0].exp()
 
 

@@ -89,8 +89,7 @@ class SuperResolver:
     def vocode(
         self, mel: Tensor, low: Tensor, cutoff: float, settings: Restoration, numbers: Numbers = None, neural=True
     ) -> Tensor:
-        """A waveform `[B, 1, N]` for a log mel: by HiFi-GAN if it is loaded and `neural`, otherwise by Griffin-Lim,
-        which keeps the band of `low [B, 1, N]` below the cutoff."""
+        """A waveform `[B, 1, N]` for a log mel: by HiFi-GAN if loaded and `neural`, else by Griffin-Lim over `low`."""
         if neural and self.vocoder is not None:
             return self.vocoder(mel.to(self.device)).to(low.device)
         noise = drawn(torch.rand, (len(mel), N_FFT // 2 + 1, mel.shape[-1]), settings, numbers)
@@ -167,8 +166,7 @@ def audible(low: Tensor) -> Tensor:
 
 
 def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, settings: Restoration) -> Written:
-    """Restore the upper band of a file clip by clip into `out` (48 kHz, as many channels), which appears when complete.
-    `AudioError` if a file cannot be read or written, or its band is complete."""
+    """Restore a file into `out`, 48 kHz, which appears complete. `AudioError` if it is unusable or of full band."""
     path = Path(path)
     if Path(out).resolve() == path.resolve():
         raise UserError(f"{out}: is the input itself; choose another output file")
@@ -201,8 +199,7 @@ def file_band(info: AudioReport) -> float:
 def restore_folder(
     folder: str | Path, out: str | Path, resolver: SuperResolver, settings: Restoration, report: Callable
 ) -> list[tuple[Path, str]]:
-    """Restore every audio file below `folder` into `out`, as .wav of the same name, and `report` each. Returns path and
-    reason of the files skipped; `UserError` for no usable file."""
+    """Restore every file below `folder` into `out`, as .wav, and `report` each. Returns paths skipped, with reasons."""
     folder, out = Path(folder), Path(out)
     files, others = walk_audio(folder)
     targets = {folder / name: (out / name).with_suffix(".wav") for name in files}

@@ -1,6 +1,5 @@
-"""The denoiser: a UNet over mel latents, conditioned on the low-resolution clip's latents by concatenation and, by
-cross-attention, on the context that an encoder makes of its mel spectrogram. It is diffusers' `UNet2DConditionModel`
-with other transformers."""
+"""The denoiser: diffusers' `UNet2DConditionModel` over mel latents, with other transformers, conditioned on the low
+clip's latents by concatenation and, by cross-attention, on the context that an encoder makes of its mel spectrogram."""
 
 import itertools
 
@@ -147,8 +146,7 @@ class Denoiser(nn.Module):
         self.null_context = nn.Parameter(torch.zeros(1, 1, config.encoder.context_dim))
 
     def forward(self, noisy: Tensor, timesteps: Tensor, low: Tensor, mel: Tensor, **keeps: Tensor) -> Tensor:
-        """Predicted velocity `[B, Z, H, W]`, from noisy and low-resolution latents of that shape and the low-resolution
-        mel `[B, 1, 256, T]`; `keeps` as in `conditions`."""
+        """Velocity `[B, Z, H, W]` from noisy and low latents and the low mel `[B, 1, 256, T]`; see `conditions`."""
         return self.denoise(noisy, timesteps, *self.conditions(low, mel, **keeps))
 
     def conditions(

@@ -47,8 +47,7 @@ class MelVae(nn.Module):
         return normal * self.config.mel_std + self.config.mel_mean
 
     def forward(self, mel: Tensor, *, sampled: bool = True) -> tuple[Tensor, Tensor]:
-        """Reconstruction `[B, 1, 256, T]` from a sample of the posterior, or from its mean, and the KL divergence from
-        a unit normal `[B]`, in nats per latent value."""
+        """Reconstruction from a sample of the posterior or its mean, and KL divergence `[B]`, nats a latent value."""
         posterior = self._posterior(mel)
         latents = posterior.sample() if sampled else posterior.mode()
         return self.decode(latents), posterior.kl() / latents[0].numel()

@@ -50,9 +50,8 @@ class Vocoder(nn.Module):
 
 
 def griffin_lim(mel: Tensor, known: Tensor, bins: int, *, noise: Tensor, iterations: int = 32) -> Tensor:
-    """A waveform `[B, 1, N]` for a log mel `[B, 1, 256, N / 480]` (Griffin and Lim 1984). The first `bins` bins of the
-    spectrum are copied from the waveform `known [B, 1, N]`. The others have the mel's magnitudes, and phases that start
-    from `noise [B, N_FFT / 2 + 1, N / 480]`."""
+    """A waveform `[B, 1, N]` for a log mel `[B, 1, 256, N / 480]` (Griffin and Lim 1984). The first `bins` of its
+    spectrum are those of `known [B, 1, N]`, other phases start from `noise [B, N_FFT / 2 + 1, N / 480]`."""
     low, magnitudes = spectrum(known)[:, :bins], magnitudes_of(mel)[:, bins:]
     phases = torch.polar(torch.ones_like(noise), 2 * torch.pi * noise)[:, bins:]
     for _ in range(iterations):

@@ -33,8 +33,7 @@ class Adversary:
         return lambda samples: torch.func.functional_call(model, weights, (samples,))
 
     def train_step(self, batches: Sequence[tuple[Tensor, Tensor]], failed: Tensor | None = None) -> dict[str, Tensor]:
-        """One step on batches of (fake, real) samples, `[B, …]` and `[B', …]`; returns its metrics. It skips the update
-        if the gradient is not finite, or if `failed` is 1."""
+        """One step on (fake, real) batches; returns its metrics. Skipped if `failed` or the gradient is not finite."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         means = accumulate_gradients(self.accelerator, self.model, batches, lambda batch: self.loss(*batch))

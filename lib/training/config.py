@@ -17,8 +17,7 @@ WITHOUT_EFFECT = ("num_workers", "cpu_threads", "gather_every")  # on what a run
 
 @checked_dataclass
 class LoopConfig:
-    """Settings of every training, whatever its model. It ends after `epochs`, after `max_steps` or when `patience` runs
-    out, whichever comes first."""
+    """Settings of every training, which ends by `epochs`, `max_steps` or `patience`, whichever comes first."""
 
     epochs: Count = 200
     max_steps: Count | None = None

@@ -35,8 +35,7 @@ SCALE_WARNING = 1.3  # seed 001 calls a scale above it a warning sign
 
 
 class FusionLearner(Learner):
-    """The fusion model in training, on batches of (input, target) latents `[B, D, T]`. To its discriminator the clean
-    latents of both clips are real."""
+    """The fusion model in training, on (input, target) latents `[B, D, T]`; real are both clips' clean latents."""
 
     batch_names = ("input latents", "target latents")
 

@@ -61,8 +61,7 @@ class Learner:
 
     def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
         """Loss and metrics of a batch on the device, and the discriminator's samples: (fake, real), or None. `model`
-        may be wrapped by a launcher, so call it and use none of its parts. `info` is None in validation, which must not
-        depend on the step: no noise, no critic."""
+        may be wrapped by a launcher: use none of its parts. `info` is None in validation: no noise, no critic."""
         raise NotImplementedError
 
     def parts(self, model: nn.Module) -> dict[str, nn.Module]:

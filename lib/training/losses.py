@@ -91,8 +91,7 @@ def novelty(output: Tensor, source: Tensor) -> Tensor:
 
 
 def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's side of the hinge loss (Lim and Ye 2017, arXiv 1705.02894): it wants logits `[B]` above 1 for
-    real samples and below −1 for fake ones."""
+    """Hinge loss (Lim and Ye 2017, arXiv 1705.02894): wants logits `[B]` above 1 for real and below −1 for fake."""
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 

@@ -167,8 +167,7 @@ class Trainer:
 
     def gather(self) -> tuple[list[dict[str, Any]], bool]:
         """Fetch the metrics of the steps since the last call in one transfer, log them and call the callbacks. Returns
-        their rows, and whether any process was asked to stop. Raises `NonFiniteError`, in every process; the updates
-        from the bad step on were skipped."""
+        their rows, and whether any process was asked to stop. Raises `NonFiniteError` in every process."""
         taken, self.ungathered = self.ungathered, []
         asked = torch.full((), float(self.stop.asked is not None), device=self.accelerator.device)
         tensors = {(i, name): value for i, (_, metrics, _, _) in enumerate(taken) for name, value in metrics.items()}

@@ -72,8 +72,7 @@ def _version(package: str) -> str:
 
 
 def _without_layout(node: Any) -> Any:
-    """A syntax tree as nested lists, without positions and bare strings. Empty fields are left out: they differ between
-    Python versions."""
+    """A syntax tree as nested lists, without positions, bare strings and empty fields, which vary with Python."""
     if isinstance(node, list):
         bare = [isinstance(item, ast.Expr) and isinstance(getattr(item.value, "value", None), str) for item in node]
         return [_without_layout(item) for item, is_string in zip(node, bare, strict=True) if not is_string]

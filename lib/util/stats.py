@@ -88,8 +88,7 @@ def factorial_effects(
 
 
 def mean_and_error(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> tuple[float, float]:
-    """Mean and standard error, clustered by `groups`, such as the songs of clips; infinite for a single group (Liang
-    and Zeger 1986, doi 10.1093/biomet/73.1.13)."""
+    """Mean and standard error, clustered by `groups` (Liang and Zeger 1986, doi 10.1093/biomet/73.1.13), ∞ for one."""
     mean, count, sums = statistics.fmean(values), len(values), {}
     for group, value in zip(range(count) if groups is None else groups, values, strict=True):
         sums[group] = sums.get(group, 0.0) + value - mean
