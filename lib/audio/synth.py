@@ -8,47 +8,28 @@ processor, because a hash of its bytes decides the split. Sounds are arrays `[nu
 import io
 import json
 import math
+import tomllib
 from collections.abc import Iterator
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.io.wavfile
 
 from lib.audio.files import SAMPLE_RATE
 from lib.util.errors import UserError
-from lib.util.files import write_atomic
+from lib.util.files import file_sha256, write_atomic
 from lib.util.provenance import code_fingerprint
 
 PEAK = 0.8
-HIGHEST_TONE = {24_000: 4_500, 48_000: 20_000}  # sample rate → Hz, the limit of harmonics
-SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}  # semitones above the tonic
+MUSIC = Path(__file__).with_suffix(".toml")
+TABLES = tomllib.loads(MUSIC.read_text())
 
-# scale degrees of the triads, one per bar
-_PROGRESSIONS = {
-    "major": ((0, 4, 5, 3), (0, 5, 3, 4), (5, 3, 0, 4), (0, 3, 0, 4), (0, 2, 3, 4)),
-    "minor": ((0, 5, 2, 6), (0, 3, 5, 6), (0, 6, 5, 6), (0, 3, 0, 4), (0, 5, 3, 4)),
-}
-# amplitudes of the harmonics, decay to 1/e in seconds, attack in seconds
-_TIMBRES = {
-    "organ": ((1.0, 0.5, 0.35, 0.2, 0.05, 0.1), 30.0, 0.02),
-    "piano": ((1.0, 0.6, 0.3, 0.2, 0.12, 0.08, 0.05), 0.7, 0.004),
-    "bell": ((1.0, 0.1, 0.4, 0.05, 0.25), 0.5, 0.002),
-    "flute": ((1.0, 0.25, 0.08, 0.03), 30.0, 0.05),
-    "reed": ((1.0, 0.1, 0.6, 0.1, 0.4, 0.05, 0.2), 4.0, 0.02),
-    "string": ((1.0, 0.55, 0.4, 0.3, 0.22, 0.16, 0.12, 0.09), 30.0, 0.12),
-}
-# the parts that play in each section: drums, bass, chords, melody
-_ARRANGEMENTS = (
-    ("dbc", "dbcm", "cm", "dbcm", "dbc"),
-    ("bc", "dbcm", "dbc", "bcm", "dbcm"),
-    ("dc", "dbcm", "bcm", "dbcm", "dm"),
-)
-# steps are eighths of a bar of four beats
-_KICKS = ((0, 4), (0, 3, 4), (0, 4, 7), (0, 2, 4, 6))
-_BASSES = ((0, 2, 4, 6), (0, 3, 4, 7), (0, 1, 2, 3, 4, 5, 6, 7), (0, 4, 6))
-_MELODIES = ((0, 2, 3, 4, 6), (0, 1, 2, 4, 6, 7), (0, 3, 4, 6), (0, 2, 4, 5, 6, 7))
+
+def drawn(rng: np.random.Generator, choices: list) -> Any:
+    return choices[rng.integers(len(choices))]
 
 
 class Song:
@@ -56,11 +37,11 @@ class Song:
 
     def __init__(self, seed: int, index: int, sample_rate: int = SAMPLE_RATE):
         self.rng = rng = np.random.default_rng([seed, index])
-        self.scale = str(rng.choice(list(SCALES)))
+        self.scale = str(rng.choice(list(TABLES["scales"])))
         self.tempo = int(rng.integers(80, 141))  # beats per minute
         self.tonic = int(rng.integers(48, 60))  # MIDI note
-        self.progression = _PROGRESSIONS[self.scale][rng.integers(len(_PROGRESSIONS[self.scale]))]
-        self.arrangement = _ARRANGEMENTS[rng.integers(len(_ARRANGEMENTS))]
+        self.progression = drawn(rng, TABLES["progressions"][self.scale])
+        self.arrangement = drawn(rng, TABLES["arrangements"])
         self.lead = str(rng.choice(["piano", "bell", "flute", "reed"]))
         self.pad = str(rng.choice(["organ", "piano", "string"]))
         self.bass = str(rng.choice(["piano", "reed", "flute"]))
@@ -70,7 +51,7 @@ class Song:
     def note(self, degree: int) -> int:
         """MIDI note of a scale degree above the tonic; 7 is the octave."""
         octave, index = divmod(degree, 7)
-        return self.tonic + 12 * octave + SCALES[self.scale][index]
+        return self.tonic + 12 * octave + TABLES["scales"][self.scale][index]
 
 
 def make_demo_dataset(
@@ -80,7 +61,8 @@ def make_demo_dataset(
     right length and `.songs.json` names this seed, rate and code. `UserError` for a folder that cannot be written, or
     that holds other songs under these names: they are never overwritten."""
     root, num_samples = Path(root), round(seconds * sample_rate)
-    recipe = json.dumps({"seed": seed, "sample_rate": sample_rate, "code": code_fingerprint("lib.audio.synth")})
+    code = [code_fingerprint("lib.audio.synth"), file_sha256(MUSIC)]
+    recipe = json.dumps({"seed": seed, "sample_rate": sample_rate, "code": code})
     paths = [root / f"song_{index:02d}.wav" for index in range(num_songs)]
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -129,7 +111,7 @@ Notes = Iterator[tuple[int, float, np.ndarray]]  # number of the bar, step, soun
 
 
 def _drums(song: Song, bars: Bars) -> Notes:
-    kicks = _KICKS[song.rng.integers(len(_KICKS))]
+    kicks = drawn(song.rng, TABLES["kicks"])
     hats = range(8) if song.rng.random() < 0.6 else range(0, 8, 2)
     tuning = _frequency(song.tonic)  # drums in the song's key
     seconds = np.arange(round(0.3 * song.sample_rate)) / song.sample_rate
@@ -147,7 +129,7 @@ def _drums(song: Song, bars: Bars) -> Notes:
 
 
 def _bass(song: Song, bars: Bars) -> Notes:
-    steps = _BASSES[song.rng.integers(len(_BASSES))]
+    steps = drawn(song.rng, TABLES["basses"])
     fifths = song.rng.random() < 0.5
     for number, chord in bars:
         for step, until in zip(steps, (*steps[1:], 8), strict=True):
@@ -168,7 +150,7 @@ def _chords(song: Song, bars: Bars) -> Notes:
 
 def _melody(song: Song, bars: Bars) -> Notes:
     """A motif of two bars, repeated; its notes follow the chord."""
-    rhythm = [_MELODIES[song.rng.integers(len(_MELODIES))] for _ in range(2)]
+    rhythm = [drawn(song.rng, TABLES["melodies"]) for _ in range(2)]
     moves = [np.cumsum(song.rng.choice([-2, -1, -1, 0, 1, 1, 2], size=len(steps))) for steps in rhythm]
     echo = round(3 * song.step)  # dotted quarter
     for number, chord in bars:
@@ -187,12 +169,12 @@ def _melody(song: Song, bars: Bars) -> Notes:
 @lru_cache(maxsize=256)  # a song repeats few notes
 def _tone(timbre: str, note: int, num_samples: int, sample_rate: int) -> np.ndarray:
     """A note `[num_samples]` as a sum of harmonics; higher ones are weaker and decay faster."""
-    amplitudes, decay, attack = _TIMBRES[timbre]
+    amplitudes, decay, attack = TABLES["timbres"][timbre]
     frequency, seconds = _frequency(note), np.arange(num_samples) / sample_rate
     turns = frequency * seconds
     if timbre in ("flute", "string"):
         turns += 0.3 / (2 * math.pi) * _sin(5 * seconds) * np.minimum(seconds, 1)  # vibrato
-    sound, highest = np.zeros(num_samples), HIGHEST_TONE[sample_rate]
+    sound, highest = np.zeros(num_samples), TABLES["highest_tone"][str(sample_rate)]
     for number, amplitude in enumerate(amplitudes, start=1):
         if number * frequency < highest:
             sound += amplitude * _sin(number * turns) * _exp(-_power(number, "0.7") / decay * seconds)

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import re
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,7 @@ from lib.util.tensors import check_tensors, safe_torch_load
 
 logger = logging.getLogger(__name__)
 
-NAMES = {  # part of our name → the original's; those of the mask generator's modules and the discriminator's are equal
-    r"^cascade\.stages\.": "cascade_stages.",
-    r"^mask_generator\.": "creative_agent.mask_generator.",
-    r"\.layers\.": ".transformer.layers.",
-    r"\.qkv\.": ".self_attn.in_proj_",
-    r"\.attention_out\.": ".self_attn.out_proj.",
-    r"\.ffn_in\.": ".linear1.",
-    r"\.ffn_out\.": ".linear2.",
-    r"\.output_projection\.": ".output_proj.",
-    r"\.parametrizations\.weight\.original$": ".weight_orig",
-    r"\.parametrizations\.weight\.0\._": ".weight_",  # _u and _v
-}
+NAMES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())  # part of our name → the original's
 STYLE_DISCRIMINATOR = "creative_agent.discriminator."
 
 

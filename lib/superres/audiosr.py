@@ -8,6 +8,7 @@ Its spectrograms are `[B, 1, T, F]`, so the kernels of the autoencoder are trans
 import argparse
 import dataclasses
 import re
+import tomllib
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -26,17 +27,7 @@ ATTENTION = re.compile(r"\.attn_1\.(q|k|v|proj_out)\.weight$")
 WEIGHT_NORM = ((".weight_g", ".weight_v"), (".parametrizations.weight.original0", ".parametrizations.weight.original1"))
 UNUSED = ("mean", "scale")  # of a normalisation that transformers' class has
 # patterns of diffusers' names → the file's
-VAE_NAMES = {
-    r"\.conv_norm_out\.": ".norm_out.",
-    r"\.mid_block\.resnets\.0\.": ".mid.block_1.",
-    r"\.mid_block\.resnets\.1\.": ".mid.block_2.",
-    r"\.mid_block\.attentions\.0\.group_norm\.": ".mid.attn_1.norm.",
-    r"\.mid_block\.attentions\.0\.to_([qkv])\.": r".mid.attn_1.\1.",
-    r"\.mid_block\.attentions\.0\.to_out\.0\.": ".mid.attn_1.proj_out.",
-    r"\.(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.": r".\1.\2.block.\3.",
-    r"\.(down|up)_blocks\.(\d+)\.\1samplers\.0\.": r".\1.\2.\1sample.",
-    r"\.conv_shortcut\.": ".nin_shortcut.",
-}
+VAE_NAMES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 
 
 def import_audiosr(

@@ -292,3 +292,15 @@ def test_stems_are_the_parts_of_a_song_at_their_level():
     assert np.abs(render_song(0, 1, length, parts="")).max() == 0
     assert min(np.abs(drums).max(), np.abs(rest).max()) > 0.2
     assert abs(np.corrcoef(drums, rest)[0, 1]) < 0.2
+
+
+def test_other_tables_make_the_songs_anew(tmp_path, monkeypatch):
+    (song,) = make_demo_dataset(tmp_path / "songs", num_songs=1, seconds=1.0)
+    written = song.stat().st_mtime_ns
+    other = tmp_path / "other.toml"
+    other.write_text(lib.audio.synth.MUSIC.read_text() + "# changed\n")
+    make_demo_dataset(tmp_path / "songs", num_songs=1, seconds=1.0)
+    assert song.stat().st_mtime_ns == written
+    monkeypatch.setattr(lib.audio.synth, "MUSIC", other)
+    make_demo_dataset(tmp_path / "songs", num_songs=1, seconds=1.0)
+    assert song.stat().st_mtime_ns > written
