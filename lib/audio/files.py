@@ -1,4 +1,4 @@
-"""Audio files: read, write, resample, validate. soundfile does the I/O, torchaudio the resampling.
+"""Audio files: find, read, write, resample, validate. soundfile does the I/O, torchaudio the resampling.
 
 Inside the project audio is mono float32 at 24 kHz, `[C, N]` (C channels, N samples); files may have any rate.
 """
@@ -8,7 +8,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -111,6 +111,40 @@ def check_audio(path: str | Path, min_samples: int = MIN_SAMPLES, *, mix: bool =
     if peak < SILENCE_PEAK:
         raise AudioError(path, f"silent throughout ({'mono ' * mix}peak {peak:.1e}); use a recording with sound in it")
     return report
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file or folder that is not used. `path`: posix, relative to the folder that was walked."""
+
+    path: str
+    reason: str
+
+
+def walk_audio(root: Path, ignore: Iterable[Path] = ()) -> tuple[list[str], list[Skipped]]:
+    """Music files below `root`, by suffix, as sorted posix paths relative to it; all other files with the reason.
+    Hidden files and folders, and others in `ignore`, are left out. Links are followed, but no folder is entered twice.
+    A broken link counts as a file: `check_audio` names it."""
+    files, skipped, seen = [], [], set()
+    ignored = {path.resolve() for path in ignore}
+
+    def unreadable(error: OSError) -> None:
+        relative = Path(error.filename).relative_to(root).as_posix()
+        skipped.append(Skipped(relative, f"folder cannot be read ({error.strerror}); check its permissions"))
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        if (place := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(place)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            relative = path.relative_to(root).as_posix()
+            if path.suffix.lower() in AUDIO_SUFFIXES:
+                files.append(relative)
+            elif path.resolve() not in ignored:
+                skipped.append(Skipped(relative, "not WAV, FLAC, OGG or MP3 by its name; convert it if it is music"))
+    return sorted(files), skipped
 
 
 class AudioWriter:

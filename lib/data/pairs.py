@@ -32,8 +32,7 @@ from typing import Annotated
 from pydantic import Field
 from tqdm import tqdm
 
-from lib.audio.files import MIN_SAMPLES, SAMPLE_RATE, AudioError, check_audio
-from lib.audio.walk import Skipped, walk_audio
+from lib.audio.files import MIN_SAMPLES, SAMPLE_RATE, AudioError, Skipped, check_audio, walk_audio
 from lib.util.configs import Count, Whole, checked_dataclass, choice
 from lib.util.errors import UserError
 from lib.util.files import naming, read_json, write_atomic

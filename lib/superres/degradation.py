@@ -14,8 +14,7 @@ from scipy import signal
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lib.audio.files import AudioError, AudioReport, check_audio, load_audio
-from lib.audio.walk import walk_audio
+from lib.audio.files import AudioError, AudioReport, check_audio, load_audio, walk_audio
 from lib.superres.mel import SAMPLE_RATE
 from lib.util.configs import checked_dataclass, choice, whole
 from lib.util.errors import UserError

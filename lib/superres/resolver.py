@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lib.audio.chunks import chunk_starts, crossfaded, reading
-from lib.audio.files import AudioError, AudioReport, AudioWriter, check_audio, load_audio
-from lib.audio.walk import walk_audio
+from lib.audio.files import AudioError, AudioReport, AudioWriter, check_audio, load_audio, walk_audio
 from lib.superres.degradation import LOWEST
 from lib.superres.diffusion import sample
 from lib.superres.mel import HOP, N_FFT, SAMPLE_RATE, bin_of, inverse_spectrum, log_mel, spectrum

@@ -20,11 +20,10 @@ from lib.superres.diffusion import TIMESTEPS, add_noise
 from lib.superres.mel import SAMPLE_RATE, log_mel
 from lib.superres.unet import CONTEXTS, Denoiser, DenoiserConfig
 from lib.superres.vae import MelVae, VaeConfig
-from lib.training.adversary import Adversary
 from lib.training.batches import Batch, Pairs
 from lib.training.config import LENGTH, WITHOUT_EFFECT, AdversaryConfig, LoopConfig, resolved_precision
 from lib.training.distributed import open_accelerator
-from lib.training.learner import Learner, Losses, StepInfo
+from lib.training.learner import Adversary, Learner, Losses, StepInfo
 from lib.training.run import Run
 from lib.training.trainer import Callback, Trainer
 from lib.util.configs import Count, NonNegative, check, checked_dataclass, from_fields, read_entries

@@ -17,11 +17,10 @@ from lib.model.discriminator import Discriminator
 from lib.model.fusion import Fusion, FusionModel
 from lib.model.masks import MaskingConfig, complementarity
 from lib.model.rms_law import check_collapse
-from lib.training.adversary import Adversary
 from lib.training.batches import Batch, Pairs, mix_noise
 from lib.training.config import LENGTH, WITHOUT_EFFECT, TrainConfig, resolved_precision
 from lib.training.distributed import open_accelerator
-from lib.training.learner import Learner, Losses, StepInfo
+from lib.training.learner import Adversary, Learner, Losses, StepInfo
 from lib.training.losses import Decode, total_loss
 from lib.training.run import Run
 from lib.training.trainer import Callback, Trainer

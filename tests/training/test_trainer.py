@@ -22,9 +22,9 @@ from accelerate.state import AcceleratorState
 from conftest import TinyDiscriminator
 from torch import nn
 
-import lib.training.adversary
 import lib.training.distributed
 import lib.training.fusion_learner
+import lib.training.learner
 import lib.training.run
 from lib.data.latents import LatentPairs
 from lib.model.cascade import Cascade, CascadeConfig
@@ -1282,7 +1282,7 @@ def rms(x: torch.Tensor) -> float:
 
 def test_the_discriminators_steps_are_its_own(start, monkeypatch, tiny_discriminator):
     """It learns from the first step on; the model's loss uses it later."""
-    learned, train_step = [], lib.training.adversary.Adversary.train_step
+    learned, train_step = [], lib.training.learner.Adversary.train_step
 
     def watched(adversary, batches, failed):
         before = [p.detach().clone() for p in adversary.model.parameters()]
@@ -1290,7 +1290,7 @@ def test_the_discriminators_steps_are_its_own(start, monkeypatch, tiny_discrimin
         learned.append((before, [p.detach().clone() for p in adversary.model.parameters()]))
         return metrics
 
-    monkeypatch.setattr(lib.training.adversary.Adversary, "train_step", watched)
+    monkeypatch.setattr(lib.training.learner.Adversary, "train_step", watched)
     adversary = AdversaryConfig(discriminator_learning_rate=1e-2, discriminator_warmup=3)
     loss = LossConfig(adversarial_weight=0.5)
     run = start(adversary=adversary, loss=loss, curriculum=CurriculumConfig(noise_rate=0.2), max_steps=6)
@@ -1311,7 +1311,7 @@ def test_the_discriminators_steps_are_its_own(start, monkeypatch, tiny_discrimin
 def test_the_discriminators_real_samples_are_clean_latents_and_its_fake_ones_the_outputs(
     start, tiny_index, monkeypatch, tiny_discriminator
 ):
-    batches, train_step = [], lib.training.adversary.Adversary.train_step
+    batches, train_step = [], lib.training.learner.Adversary.train_step
     outputs, forward = [], FusionModel.forward
 
     def watched_forward(model, input, target):
@@ -1322,7 +1322,7 @@ def test_the_discriminators_real_samples_are_clean_latents_and_its_fake_ones_the
 
     monkeypatch.setattr(FusionModel, "forward", watched_forward)
     monkeypatch.setattr(
-        lib.training.adversary.Adversary,
+        lib.training.learner.Adversary,
         "train_step",
         lambda a, given, failed: batches.extend(given) or train_step(a, given),
     )
@@ -1508,7 +1508,7 @@ class Regression(Learner):
         model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 2))
         groups = [{"params": list(model.parameters()), "full_lr": config.learning_rate}]
         super().__init__(config, model, groups, accelerator)
-        self.adversary = lib.training.adversary.Adversary(
+        self.adversary = lib.training.learner.Adversary(
             AdversaryConfig(1e-3), nn.Sequential(nn.Linear(2, 1), nn.Flatten(0)), config.max_norm, accelerator
         )
 
