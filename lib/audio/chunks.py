@@ -29,10 +29,9 @@ def reading(read: Callable[[int], Chunk], starts: Sequence[int], description: st
 def crossfaded(
     chunks: Iterable[Tensor], overlap: int, *, margin: int = 0, keep_power: bool = False
 ) -> Iterator[Tensor]:
-    """The pieces `[C, n]` of one signal, from chunks `[C, N]` that each overlap the next by `overlap` samples. The
-    last `margin` samples of a chunk are dropped where another follows. The fade is linear in amplitude, for renderings
-    that add in phase. `keep_power` also suits others, of correlation ρ: its gains a and b have a² + b² + 2·ρ·a·b = 1,
-    linear for ρ = 1 and equal power for ρ = 0."""
+    """The pieces `[C, n]` of one signal, from chunks `[C, N]` that each overlap the next by `overlap` samples, the last
+    `margin` of which are dropped. The fade is linear in amplitude, for renderings that add in phase; `keep_power` suits
+    others too, of correlation ρ: its gains a and b have a² + b² + 2·ρ·a·b = 1."""
     tail = None  # the next chunk's beginning is faded into it
     for chunk in chunks:
         if tail is not None:

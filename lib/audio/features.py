@@ -1,7 +1,5 @@
-"""Differentiable features of a waveform: spectrum, rhythm, harmony and loudness, in batches, on its device.
-
-Legend: B batch, N samples, M mel bands, F feature frames (hop 320: 75 a second).
-"""
+"""Differentiable features of waveforms: spectrum, rhythm, harmony, loudness. Legend: B batch, N samples, M mel bands, F
+feature frames (hop 320: 75 a second)."""
 
 import functools
 import itertools

@@ -1,7 +1,5 @@
-"""Audio files: find, read, write, resample, validate. soundfile does the I/O, torchaudio the resampling.
-
-Inside the project audio is mono float32 at 24 kHz, `[C, N]` (C channels, N samples); files may have any rate.
-"""
+"""Audio files: find, read, write, resample, validate, by soundfile and torchaudio. Inside the project audio is mono
+float32 at 24 kHz, `[C, N]` (C channels, N samples); files may have any rate."""
 
 import contextlib
 import math
@@ -66,11 +64,9 @@ def load_audio(
     path: str | Path, offset: int = 0, length: int | None = None, sample_rate: int = SAMPLE_RATE, *, mix: bool = True
 ) -> torch.Tensor:
     """Read a window of a file at `sample_rate` as float32 `[1, N]`, the mean of its channels; `[C, N]` without `mix`.
-
-    `offset` and `length` count samples at `sample_rate`; without a length it reads to the end. Only the window is read,
-    and the result equals that slice of the whole resampled file, shorter or empty past its end. `AudioError` for a
-    missing, unreadable or damaged file and for non-finite samples.
-    """
+    `offset` and `length` count samples at `sample_rate`; without a length it reads to the end. The result equals that
+    slice of the whole resampled file, shorter or empty past its end. `AudioError` for a damaged file and non-finite
+    samples."""
     if offset < 0 or (length is not None and length < 0):
         raise ValueError(f"offset and length must not be negative, got {offset} and {length}")
     with _open(path) as file:
@@ -122,9 +118,8 @@ class Skipped:
 
 
 def walk_audio(root: Path, ignore: Iterable[Path] = ()) -> tuple[list[str], list[Skipped]]:
-    """Music files below `root`, by suffix, as sorted posix paths relative to it; all other files with the reason.
-    Hidden files and folders, and others in `ignore`, are left out. Links are followed, but no folder is entered twice.
-    A broken link counts as a file: `check_audio` names it."""
+    """Music files below `root`, by suffix, as sorted posix paths relative to it; all other files with the reason,
+    except hidden ones and those to `ignore`. Links are followed, but no folder twice; a broken one counts as a file."""
     files, skipped, seen = [], [], set()
     ignored = {path.resolve() for path in ignore}
 
@@ -148,12 +143,9 @@ def walk_audio(root: Path, ignore: Iterable[Path] = ()) -> tuple[list[str], list
 
 
 class AudioWriter:
-    """Write a file piece by piece: `with AudioWriter("out.wav") as writer: writer.write(wav)`, as often as needed.
-
-    It is a hidden temporary file in the same folder until it is complete, removed if the block raises. A .wav holds
-    32-bit floats, any value; a .flac 24 bits. `AudioError` if the file cannot be written, for non-finite samples, and
-    for |x| > 1 in a .flac, which would clip.
-    """
+    """Write a file piece by piece: `with AudioWriter("out.wav") as writer: writer.write(wav)`. Until it is complete, it
+    is a hidden temporary file, removed if the block raises. A .wav holds 32-bit floats, any value; a .flac 24 bits.
+    `AudioError` if it cannot be written, for non-finite samples, and for |x| > 1 in a .flac, which would clip."""
 
     def __init__(self, path: str | Path, sample_rate: int = SAMPLE_RATE, channels: int = 1):
         self.path, self.sample_rate, self.channels = Path(path), sample_rate, channels

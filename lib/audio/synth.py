@@ -57,9 +57,8 @@ class Song:
 def make_demo_dataset(
     root: str | Path, num_songs: int = 12, seconds: float = 40.0, seed: int = 0, sample_rate: int = SAMPLE_RATE
 ) -> list[Path]:
-    """Write `song_00.wav`, ... (mono, 16 bit) under `root`; return their paths. Songs are kept if they have the
-    right length and `.songs.json` names this seed, rate and code. `UserError` for a folder that cannot be written, or
-    that holds other songs under these names: they are never overwritten."""
+    """Write `song_00.wav`, ... (mono, 16 bit) under `root`; return their paths. Songs are kept if their length is right
+    and `.songs.json` names this seed, rate and code. `UserError` for a folder with other songs."""
     root, num_samples = Path(root), round(seconds * sample_rate)
     code = [code_fingerprint("lib.audio.synth"), file_sha256(MUSIC)]
     recipe = json.dumps({"seed": seed, "sample_rate": sample_rate, "code": code})

@@ -52,16 +52,12 @@ class CorruptLatentsError(UserError):
 
 
 def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path, share: tuple[int, int] = (0, 1)) -> Path:
-    """Bring the latents of every clip into the cache, encoding only what it lacks; returns the manifest's index.
-
-    Clips shorter than `clip_length` are padded with zeros. A clip that cannot be read, or whose file changed since the
-    manifest, is dropped with its pairs, and a warning says why. Raises `UserError` if no pair is left, if the codec has
-    another sample rate, or if the cache cannot be written.
-
-    `share` (i, n): this is the i-th of n processes that encode the manifest together. Its clips depend on their content
-    alone, so that none is left out or done twice, whenever each process begins. The index holds what was there when it
-    was written; after all have finished, one more call completes it.
-    """
+    """Bring the latents of every clip into the cache, encoding only what it lacks; returns the manifest's index. Clips
+    shorter than `clip_length` are padded with zeros. One that cannot be read, or whose file changed since the manifest,
+    is dropped with its pairs, and a warning says why. `UserError` if no pair is left, if the codec has another sample
+    rate, or if the cache cannot be written. `share` (i, n): this is the i-th of n processes that encode together,
+    whenever each begins, as its clips depend on their content alone. The index holds what was there when it was
+    written; after all have finished, one more call completes it."""
     if codec.sample_rate != manifest.sample_rate:
         raise UserError(f"codec {codec.name}: takes {codec.sample_rate} Hz, the manifest has {manifest.sample_rate} Hz")
     code, shape = code_fingerprint("lib.data.latents"), (codec.dim, math.ceil(manifest.clip_length / codec.hop))
@@ -183,11 +179,9 @@ def _read_latents(path: Path, shape: tuple[int, int]) -> np.ndarray:
 
 
 class LatentPairs(Dataset):
-    """The pairs of one split of an index: `pairs[i]` is (input `[D, T]`, target `[D, T]`), float32.
-
-    Every clip is verified when it is read, also by several threads; `CorruptLatentsError` if it is missing or damaged.
-    `UserError` for such an index, an unknown split, or latents of a codec other than `codec_fingerprint`.
-    """
+    """The pairs of one split of an index: `pairs[i]` is (input `[D, T]`, target `[D, T]`), float32. Every clip is
+    verified when it is read, also by several threads; `CorruptLatentsError` if it is missing or damaged. `UserError`
+    for such an index, an unknown split, or latents of a codec other than `codec_fingerprint`."""
 
     def __init__(self, index_path: str | Path, split: str, codec_fingerprint: str | None = None):
         self.path = Path(index_path)

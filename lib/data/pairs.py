@@ -106,12 +106,10 @@ class Manifest:
 def build_manifest(
     data_dir: str | Path, out_path: str | Path, clip_seconds: float = 16.0, mode: str = "auto", seed: int = 0
 ) -> Manifest:
-    """Check every file under `data_dir`, make pairs and write the manifest, or read it if nothing has changed.
-
-    The result does not depend on the order of listing. Split, except in mode `named`: distinct contents are ordered by
-    sha256(seed, hash); the first ceil(n / 5) are validation. Each split gets at least one file, with four files or more
-    at least two (a cross pair needs two). `UserError` for a folder without one usable pair in each split.
-    """
+    """Check every file under `data_dir`, make pairs and write the manifest, or read it if nothing has changed. Split,
+    except in mode `named`: contents in the order of sha256(seed, hash); the first ceil(n / 5) are validation. Each
+    split has at least one file, with four files or more two, as a cross pair needs. `UserError` for a folder without
+    one usable pair in each split."""
     root, out_path = Path(data_dir), Path(out_path)
     if mode not in MODES:
         raise UserError(f"mode: unknown {mode!r}; choose one of {', '.join(MODES)}")

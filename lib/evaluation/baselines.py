@@ -1,7 +1,5 @@
-"""Baselines that need no training, and the comparison of a model with them on the same pairs.
-
-Legend: B batch, N samples, D latent channels, T frames.
-"""
+"""Baselines that need no training, and a model compared with them on the same pairs. Legend: B batch, N samples, D
+latent channels, T frames."""
 
 import math
 import os

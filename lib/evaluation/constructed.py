@@ -1,7 +1,5 @@
-"""Outputs whose worth is known, from the stems of demo songs: whether the figure of merit ranks them right.
-
-The perfect fusion is the input's drums with the target's harmony (bass, chords and melody).
-"""
+"""Outputs whose worth is known, from the stems of demo songs: whether the figure of merit ranks them right. The perfect
+fusion is the input's drums with the target's harmony (bass, chords and melody)."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

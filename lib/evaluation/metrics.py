@@ -1,7 +1,5 @@
-"""Objective metrics of a reconstruction and of a model's fused latents. Fused sound has `fusion_metrics`.
-
-Legend: N samples, D latent channels, T frames.
-"""
+"""Objective metrics of a reconstruction and of fused latents; `fusion_metrics` are of fused sound. Legend: N samples, D
+latent channels, T frames."""
 
 import itertools
 import math

@@ -72,12 +72,10 @@ class Job:
 
 
 def run_plan(plan: Plan, index: Path, codec: str, folder: str | Path, workers: int | None = None) -> tuple[Result, ...]:
-    """All results of a plan, variant by variant, seed by seed; runs that are finished already are not repeated.
-
-    `index`: latents by `encode_manifest`; `codec`: its name or folder. `workers`: how many at once, by default one per
-    GPU or, without one, per core; on Ctrl-C, or when this process is killed, they save their runs and end. `UserError`
-    for bad settings; `RuntimeError` names runs that failed for another reason, after all others have ended.
-    """
+    """All results of a plan, variant by variant, seed by seed; finished runs are not repeated. `index`: latents by
+    `encode_manifest`; `codec`: its name or folder. `workers`: how many at once, by default one per GPU or core; on
+    Ctrl-C, or when this process is killed, they save their runs and end. `UserError` for bad settings; `RuntimeError`
+    names runs that failed for another reason, after all others have ended."""
     folder = Path(folder).resolve()
     make_folder(folder)
     fingerprint = load_codec(codec).fingerprint
@@ -140,11 +138,9 @@ busy, stopped = threading.Lock(), threading.Event()  # of this process, if it is
 
 
 def start_worker(devices: Any, pids: Any) -> None:
-    """Before a process takes its first job: its device, one thread, and how it stops.
-
-    In a group of its own, a terminal's Ctrl-C does not reach it: only the parent's SIGTERM stops it. That must not end
-    the process: the pool would then kill the other workers while they save.
-    """
+    """Before a process takes its first job: its device, one thread, and how it stops. In a group of its own, a
+    terminal's Ctrl-C does not reach it: only the parent's SIGTERM stops it. It must not end the process, or the pool
+    kills the others."""
     os.setpgrp()
     StopSignals(stop_worker, second_acts=False).__enter__()  # for as long as the process lives
     os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get()) if torch.cuda.device_count() else ""

@@ -1,8 +1,5 @@
 """What notebook 03 measures: gains and Jacobian norms of parts of a cascade, and the law of the RMS against untrained
-cascades and the ablation's runs.
-
-Legend: B batch, D latent channels, T frames. `x`, `y`: the latents of a few pairs, `[B, D, T]` each.
-"""
+cascades and the ablation's runs. `x`, `y`: the latents of a few pairs, `[B, D, T]` each."""
 
 import math
 import statistics
@@ -33,11 +30,9 @@ def last_stage_over_weights(cascade: Cascade, weights: list[float], input: Tenso
 
 
 def scaling_gains(scaling: RmsScaling, x: Tensor, goal: Tensor) -> tuple[float, float]:
-    """The gain of RMS scaling on a gradient parallel to its input `x [1, D, T]`, and on an orthogonal one, by autograd.
-
-    Unclamped, x ↦ g·x/rms(x) does not change when x grows: the gain is 0 along x, and g/rms(x) across. A clamped scale
-    c makes it the linear map x ↦ c·x, whose gain is c in both directions. `goal`: the RMS of both clips, `[1]`.
-    """
+    """The gain of RMS scaling on a gradient parallel to its input `x [1, D, T]`, and on an orthogonal one, by autograd;
+    `goal`: the RMS of both clips, `[1]`. Unclamped, x ↦ g·x/rms(x) does not change when x grows: the gain is 0 along x,
+    and g/rms(x) across. A clamped scale c makes it the linear map x ↦ c·x, whose gain is c in both."""
     x = x.detach().requires_grad_()
     output = scaling(x, goal, goal)[0]
     along = x.detach() / x.detach().norm()

@@ -1,8 +1,6 @@
-"""Watch a training run: curves, time left, the newest clips and a button that stops it.
-
-`watch("outputs/demo")` shows a run that trains anywhere on the same file system; notebook 04 shows the same panel below
-its cell. Everything is read from the run's folder, where the button writes a file that training looks for.
-"""
+"""Watch a training run: curves, time left, the newest clips and a button that stops it. `watch("outputs/demo")` shows a
+run that trains anywhere on the same file system, notebook 04 its own. The button writes a file into the run's
+folder."""
 
 import asyncio
 import contextlib
@@ -136,8 +134,7 @@ class Panel:
 
 def leave_subshell_to_front_end(widget: Widget) -> None:
     """Let a widget's messages reach the subshell that the front end sends them to. ipykernel 7.4 sends them to the one
-    that the widget was created in, which is busy while the cell runs, and has no public switch for that. So its private
-    note of that shell is removed; a test names it should it change."""
+    that the widget was created in, which is busy while the cell runs. Its private note of that shell is removed."""
     if widget.comm is not None:
         vars(widget.comm).pop("_reply_subshell_id", None)
 

@@ -54,9 +54,8 @@ class Listening:
     def compare(
         self, input: Clip, target: Clip, runs: Sequence[str], settings: Settings | None = None, restored: bool = False
     ) -> tuple[Players, dict[str, tuple[Tensor, Tensor]]]:
-        """A pair beside its fusion by each run and the plain average, which goes through the codec like the fusions and
-        has the same band; and for each run with masks, mel powers `[80, F]` of what it took from input and
-        target. `restored`: everything at 48 kHz, the outputs with a restored upper band."""
+        """A pair beside its fusion by each run and the plain average through the codec; and for each run with masks,
+        mel powers `[80, F]` of what it took from input and target. `restored`: at 48 kHz, with an upper band."""
         pair = load_pair(input, target)
         wavs, parts = dict(zip(("input", "target"), pair, strict=True)), {}
         for run in runs:

@@ -1,8 +1,6 @@
 """Audio players that keep levels as they are: embedded, never normalised, with RMS, peak and loudness beside them.
-
-The HTML written here works anywhere. Where scripts run, `player.js` turns it into a panel: switching clips keeps the
-position, levels are true or equally loud, a cursor moves over the pictures, and a blind test keeps score.
-"""
+Where scripts run, `player.js` turns the HTML into a panel: switching clips keeps the position, levels are true or
+equally loud, a cursor moves over the pictures, and a blind test keeps score."""
 
 import base64
 import io

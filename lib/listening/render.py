@@ -1,7 +1,5 @@
-"""One pair rendered by a trained model, with settings changed if wanted, and recipes that reproduce a rendering.
-
-All is on the CPU in float32, one pair at a time, so that a recipe reproduces it bit for bit. Legend as in `cascade`.
-"""
+"""One pair rendered by a trained model, with settings changed if wanted, and recipes that reproduce a rendering bit for
+bit: all is on the CPU in float32, one pair at a time. Legend as in `cascade`; N samples."""
 
 import contextlib
 import dataclasses
@@ -108,11 +106,8 @@ def load_pair(input: Clip, target: Clip) -> tuple[Tensor, Tensor]:
 
 
 def save_with_recipe(path: str | Path, run: Run, codec: Codec, input: Clip, target: Clip, settings: Settings) -> Path:
-    """Render a pair, at the length of its shorter clip, into `path` (.wav); returns the recipe's path beside it.
-
-    So that an output folder can be moved, the recipe's paths are relative to it for files in the run's folder or, where
-    the recipe lies elsewhere, in the folder above the recipe's.
-    """
+    """Render a pair, at the length of its shorter clip, into `path` (.wav); returns the recipe's path beside it. Its
+    paths are relative to it for files in the run's folder or, where it lies elsewhere, in the folder above its own."""
     path = Path(path)
     input, target = cut_to_shorter(input, target)
     for clip in (input, target):

@@ -96,11 +96,9 @@ class TransformerLayer(nn.Module):
 
 
 class RmsScaling(nn.Module):
-    """Scale a stage's output towards the RMS of its two clips.
-
-    fixed: target scale √((rms_in² + rms_tgt²)/2) / rms. learnable (seed 003): two learned weights average the clips'
-    RMS values, and a learned log-scale multiplies the result. off: the target scale is measured but not applied.
-    """
+    """Scale a stage's output towards the RMS of its two clips. fixed: target scale √((rms_in² + rms_tgt²)/2) / rms.
+    learnable (seed 003): two learned weights average the clips' RMS values, and a learned log-scale multiplies the
+    result. off: the target scale is measured but not applied."""
 
     def __init__(self, config: "StageConfig"):
         super().__init__()

@@ -36,9 +36,8 @@ class OriginalCheckpoint:
 
 def import_original_checkpoint(path: str | Path, *, last_residual_weight: float | None = None) -> OriginalCheckpoint:
     """Widths, layers, stages and the creative agent are inferred from the tensors. The residual weight of a third stage
-    is not in the file: with three or more stages, pass it as `last_residual_weight` (seed 001: 0.1, its repair 0.3);
-    the last stage's residual is then the previous stage's output, as in seed 002. `UserError` lists unknown, missing
-    and misshapen tensors by their names in the file."""
+    is not in the file: pass it as `last_residual_weight` (seed 001: 0.1, its repair 0.3); its residual is then the
+    previous stage's output, as in seed 002. `UserError` lists unknown, missing and misshapen tensors."""
     path = Path(path)
     content = safe_torch_load(path, allowed=(argparse.Namespace,))  # its `args` holds numbers and strings only
     if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):

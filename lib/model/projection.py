@@ -1,7 +1,5 @@
 """The spectral-norm projection that ends every stage, its true largest singular value, and the RMS ceiling it implies.
-
-Legend: d width of the stage, D latent channels, γ scale of the LayerNorm before the projection.
-"""
+Legend: d width of the stage, D latent channels, γ scale of the LayerNorm before the projection."""
 
 import math
 
@@ -11,13 +9,10 @@ from torch import Tensor, nn
 
 
 class SpectralLinear(nn.Linear):
-    """Linear map with bias whose weight is divided by its largest singular value: `[..., d] → [..., D]`.
-
-    The division is `torch.nn.utils.parametrizations.spectral_norm` (Miyato et al. 2018, arXiv 1802.05957). Its one
-    power iteration per training forward cannot keep up with Adam: the true σ exceeds 1 by several per cent (shown in
-    the tests). So every training forward first realigns the singular vectors with the weight. In eval mode they are
-    fixed: call `realign` after an optimizer step, before the layer is evaluated or saved.
-    """
+    """Linear map with bias whose weight is divided by its largest singular value: `[..., d] → [..., D]`. The division
+    is torch's `spectral_norm` (Miyato et al. 2018, arXiv 1802.05957), whose one power iteration per training forward
+    cannot keep up with Adam: the true σ exceeds 1 by several per cent (shown in the tests). So every training forward
+    first realigns the singular vectors. In eval mode they are fixed: call `realign` after an optimizer step."""
 
     SQUARINGS = 12  # 2¹² power iterations: σ is right to 1e-3 even where no gap separates the singular values
 

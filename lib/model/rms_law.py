@@ -139,9 +139,8 @@ def predict_stage(
 
 
 def check_collapse(config: "CascadeConfig") -> list[str]:
-    """A message for each stage whose RMS collapses by design, naming the smallest safe weight; none for a sound config.
-    A stage collapses where, for two unlike clips, the law predicts a target scale above what its clamp allows (1.5
-    without a clamp). Training logs the messages when it starts."""
+    """A message for each stage whose RMS collapses by design, naming the smallest safe weight: where, for two unlike
+    clips, the law predicts a target scale above what its clamp allows (1.5 without a clamp)."""
     messages = []
     for i, (stage, found) in enumerate(zip(config.stages, config.predict_rms(), strict=True)):
         if found.target_scale <= found.safe_scale * (1 + 1e-9):

@@ -1,10 +1,7 @@
-"""Log-spectral distance of restored clips to the originals, beside baselines without a model.
-
-LSD = mean over frames of √(mean over bins of (log₁₀ |X|² − log₁₀ |Y|²)²) (Gray and Markel 1976; in this form in Wang
-and Wang 2021, doi 10.1109/TASLP.2021.3054302, and in AudioSR), with powers floored at the rounding noise of 16 bits.
-Energy-matched: after scaling the estimate to the reference's mean magnitude in the lowest tenth of the bins, as
-AudioSR's authors advise, to ignore a difference in level.
-"""
+"""Log-spectral distance of restored clips to the originals, beside baselines without a model. LSD = mean over frames of
+√(mean over bins of (log₁₀ |X|² − log₁₀ |Y|²)²) (Gray and Markel 1976; in this form in Wang and Wang 2021, doi
+10.1109/TASLP.2021.3054302, and in AudioSR), powers floored at the rounding noise of 16 bits. Energy-matched: after
+scaling the estimate to the reference's mean magnitude in the lowest tenth of the bins, as AudioSR's authors advise."""
 
 import itertools
 from collections.abc import Mapping, Sequence

@@ -99,9 +99,8 @@ class SuperResolver:
         return chunk_starts(num_samples, self.clip_length, round(OVERLAP * self.clip_length))
 
     def restored(self, clips: Iterable[Tensor], cutoff: float, settings: Restoration = DEFAULTS) -> Iterator[Tensor]:
-        """Pieces `[C, n]` of a long signal, from clips `[C, clip_length]` at its `starts`, shorter at its end. All
-        channels share random numbers. The crossfade gains follow from the added band alone: neighbouring clips agree on
-        their own band, which would hide how much the rest differs."""
+        """Pieces `[C, n]` of a long signal, from clips `[C, clip_length]` at its `starts`, shorter at its end. Channels
+        share random numbers. Crossfade gains follow from the added band: neighbouring clips agree on their own band."""
         length = self.clip_length
         batch_size = max(1, round(BATCH_SECONDS * SAMPLE_RATE / length))
 

@@ -187,8 +187,8 @@ def train_part(
     callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Train a part, a key of `PARTS`, into `folder/<name>`, by default the part's name. The autoencoder's sizes get the
-    log mel's mean and deviation. The denoiser trains on latents of `folder/vae`; pass the result of `encode` as `data`
-    to reuse it. `resume` and `callbacks` as in `lib.training.fusion_learner.train`."""
+    log mel's mean and deviation. The denoiser's latents are of `folder/vae`, by `encode`, or `data`. `resume` and
+    `callbacks` as in `lib.training.fusion_learner.train`."""
     accelerator = open_accelerator()
     facts, code = {}, [code_fingerprint("lib.superres.training")[:16]]
     if part == "vae":

@@ -29,11 +29,9 @@ class EncoderConfig:
 
 
 class GlobalAudioEncoder(nn.Module):
-    """Log mel `[B, 1, 256, T]` → pooled context `[B, context_dim]` and context sequence `[B, T, context_dim]`.
-
-    The seed's kernels and strides reduce 256 bands to 16, not to the 8 of its table, so neighbours are averaged. It
-    creates the frame projection after the optimizer, so it would never be trained; here it is an ordinary layer.
-    """
+    """Log mel `[B, 1, 256, T]` → pooled context `[B, context_dim]` and context sequence `[B, T, context_dim]`. The
+    seed's kernels reduce 256 bands to 16, not to the 8 of its table, so neighbours are averaged; and its frame
+    projection, created after the optimizer, would never be trained."""
 
     def __init__(self, config: EncoderConfig | None = None):
         super().__init__()

@@ -87,8 +87,7 @@ def prefetch_batches(
     pairs: Pairs, chosen: Tensor, steps: Iterable[list[Tensor]], *, threads: int, pin_memory: bool
 ) -> Iterator[list[Batch]]:
     """The batches of every step, in order, while as many threads read the steps that follow. A step is a list of
-    batches `[≤ B, 2]`: places among the `chosen` pairs, one for the input and one for the target. `pin_memory`: in
-    memory that a GPU can fetch while it computes."""
+    batches `[≤ B, 2]`: places of input and target among the `chosen` pairs. `pin_memory`: for a GPU."""
 
     def read(places: list[list[int]]) -> Batch:
         inputs = [pairs[i] for i, _ in places]

@@ -17,10 +17,9 @@ from lib.training.trainer import Callback, Trainer
 
 
 class DemoClips(Callback):
-    """Fuses the same validation pairs every few epochs and at the end. Writes audio/pair_0_input.wav,
-    audio/pair_0_target.wav and the fusion, audio/pair_0_epoch_0010.wav or audio/pair_0_last.wav, into the run's folder
-    at the codec's levels, and a figure of the three into figures/. With the pairs' `manifest`, by which their clips
-    are read, all have the whole band; without, the codec's."""
+    """Fuses the same validation pairs every few epochs and at the end. Writes audio/pair_0_input.wav, pair_0_target.wav
+    and the fusion, pair_0_epoch_0010.wav or pair_0_last.wav, at the codec's levels, and a figure of the three. With the
+    pairs' `manifest`, by which their clips are read, all have the whole band; without, the codec's."""
 
     def __init__(self, codec: Codec, every: int, count: int = 2, manifest: Manifest | None = None):
         self.codec, self.every, self.count, self.manifest = codec, every, count, manifest

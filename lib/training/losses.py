@@ -1,8 +1,6 @@
-"""The terms of the objective, each a small function with its domain: latents `[B, D, T]`, sound or masks.
-
-Every term is a mean over clips of something that depends on one clip alone, so that a batch split over processes has
-the same loss. Legend: B batch, D latent channels, T frames, N samples.
-"""
+"""The terms of the objective, each a small function with its domain: latents `[B, D, T]`, sound or masks. Each is a
+mean over clips of what depends on one clip alone, so that a batch split over processes has the same loss. Legend: B
+batch, D latent channels, T frames, N samples."""
 
 from collections.abc import Callable
 

@@ -73,13 +73,11 @@ class Run:
         code: Sequence[str],
         measured: Sequence[str] = (),
     ) -> "Run":
-        """With `resume` the run in `path`, if there is one with this config; otherwise a new one.
-
-        `code`: fingerprints of the code that trains the run now, and of what it is trained on. If other code finished
-        the run, a new one starts; if other code began it, it resumes and remembers both. `free`: section of the config
-        → its fields that may differ; the values in `config` apply. `measured`: fields that may follow from the code; if
-        only they differ, and the code does too, a new run starts. Any other difference raises `UserError`.
-        """
+        """With `resume` the run in `path`, if there is one with this config; otherwise a new one. `code`: fingerprints
+        of the code that trains the run now, and of what it is trained on. If other code finished the run, a new one
+        starts; if other code began it, it resumes and remembers both. `free`: section of the config → its fields that
+        may differ; the values in `config` apply. `measured`: fields that may follow from the code; if only they differ,
+        and the code does too, a new run starts. Any other difference raises `UserError`."""
         path, code = Path(path), list(code)
         if not (resume and (path / "config.json").exists()):
             return cls.create(path, config | {"code": code})

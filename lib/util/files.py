@@ -52,10 +52,8 @@ def fsync(path: Path) -> None:
 
 def read_json(path: Path, shape: Shape = dict, *, missing: str = "", fix: str = FIX, errors: str = "strict") -> Any:
     """The content of a JSON file: an object, one of another type, or an object that has certain fields (name → type).
-
     `UserError` for a file that is missing, cannot be read, is not JSON in UTF-8, or has another shape. `fix`: what to
-    do about it; `missing`: the whole message where there is no such file; `errors`: as in `open`.
-    """
+    do about it; `missing`: the whole message where there is no such file; `errors`: as in `open`."""
     content = _read_bytes(path, missing or f"{path}: no such file; {fix}")
     with naming(path, fix):
         return _parsed(content.decode(errors=errors), shape)

@@ -21,11 +21,8 @@ SOURCE = Path(__file__).resolve().parents[2]
 
 @functools.cache
 def code_fingerprint(*modules: str, packages: bool = True) -> str:
-    """sha256 of the code of `modules` ('lib.audio.synth') and of what they import from `lib`, except this module.
-
-    With `packages`, the hash covers the versions of the installed packages that this code imports; without, it is the
-    same on a machine with another build of torch.
-    """
+    """sha256 of the code of `modules` ('lib.audio.synth') and of what they import from `lib`, except this module; with
+    `packages` also of the versions of installed packages that it imports, such as the build of torch."""
     found, outside, waiting = {}, set(), list(modules)
     while waiting:
         name = waiting.pop()

@@ -71,11 +71,9 @@ def factorial_effects(
     cells: Mapping[tuple[bool, ...], Sequence[float]], factors: Sequence[str]
 ) -> dict[str, list[float]]:
     """Main effects and interactions of a full two-level factorial: 'norm', 'norm × clamp', … → one value per seed.
-
     `cells`: levels → one value per seed, in the same order of seeds. The effect of a set of factors is the mean over
-    the cells in which an even number of them is off, minus the mean over the others (Box, Hunter and Hunter,
-    Statistics for Experimenters, chapter 5).
-    """
+    the cells in which an even number of them is off, minus the mean over the others (Box, Hunter and Hunter, Statistics
+    for Experimenters, chapter 5)."""
     if len(cells) != 2 ** len(factors):
         raise ValueError(f"needs all {2 ** len(factors)} cells, got {len(cells)}")
     effects = {}
@@ -97,12 +95,9 @@ def mean_and_error(values: Sequence[float], groups: Sequence[Hashable] | None = 
 
 
 def paired_comparison(values: Sequence[float], first: Sequence[Hashable], second: Sequence[Hashable]) -> Comparison:
-    """Mean of paired differences, with a standard error clustered two ways, as by a pair's input song and target song.
-
+    """Mean of paired differences, with a standard error clustered two ways, as by a pair's input song and target song:
     V = V₁ + V₂ − V₁₂, but at least the variance of independent differences; the smaller number of clusters counts as
-    draws (Cameron, Gelbach and Miller 2011, doi 10.1198/jbes.2010.07136). A song that is the input of one pair and the
-    target of another counts as two.
-    """
+    draws (Cameron, Gelbach and Miller 2011, doi 10.1198/jbes.2010.07136). A song that is input and target is two."""
     draws = min(len(set(first)), len(set(second)))
     groupings = (None, first, second, list(zip(first, second, strict=True)))
     independent, by_first, by_second, by_both = (mean_and_error(values, groups)[1] ** 2 for groups in groupings)
