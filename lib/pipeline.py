@@ -31,8 +31,7 @@ from papermill.exceptions import PapermillExecutionError
 from lib.codec.codec import CODECS
 from lib.presets import PRESETS, Preset, load_preset
 from lib.project import RECORD, ROOT, open_project
-from lib.report.page import write_notebook_page
-from lib.report.report import FIRST, write_report
+from lib.report.report import FIRST, write_notebook_page, write_report
 from lib.training.run import Run
 from lib.util.errors import UserError, exit_on_user_error
 from lib.util.files import file_sha256, make_folder, read_json, write_atomic

@@ -10,6 +10,7 @@ from lib.util.configs import Number, checked_dataclass, choice, read_entries
 from lib.util.stats import describe
 
 Values = Sequence[float] | None  # one per seed
+Holds = bool | None  # None: not known
 LIMITS = {"above": operator.gt, "below": operator.lt, "least": operator.ge, "most": operator.le}
 
 
@@ -49,15 +50,7 @@ class Verdict:
 
 
 def judge(
-    claim: str,
-    said: str,
-    holds: bool | None,
-    values: Values = None,
-    *,
-    found: str = "",
-    why: str = "",
-    short: str = "",
-    unless: bool | None = None,
+    claim: str, said: str, holds: Holds, values: Values = None, *, found="", why="", short="", unless: Holds = None
 ) -> Verdict:
     """A verdict: `holds` decides it; None is 'not tested here', and `why` says what a test would take. `values`: one
     per seed, for `measured` and `spread`. `found`: what was measured in words, or the unit after the median. `short`:
@@ -76,13 +69,7 @@ def judge(
 
 
 def decide(
-    part: str,
-    values: Values = None,
-    holds: bool | None = None,
-    *,
-    found: str = "",
-    facts: Mapping[str, Any] = {},
-    **reasons: Any,
+    part: str, values: Values = None, holds: Holds = None, *, found="", facts: Mapping[str, Any] = {}, **reasons: Any
 ) -> Verdict:
     """The verdict on a part of a claim, such as 'C7.weak_rises': by its limits for `values`, or by whether it `holds`.
     `facts`: what its unit has in braces; `found` replaces the unit. `reasons`: why, short and unless of `judge`."""

@@ -1,27 +1,38 @@
-"""The page `index.html`: notebooks store what they show through a `Section`, and `write_report` joins the sections."""
+"""Self-contained pages, which request nothing from anywhere: executed notebooks, and `index.html`. Notebooks store what
+they show through a `Section`, and `write_report` joins the sections."""
 
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import latex2mathml.converter
+import nbformat
 from IPython import display
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
+from nbconvert import HTMLExporter
 from PIL import Image
+from pygments.formatters import HtmlFormatter
 
 from lib.lab.claims import VERDICTS, Verdict, claim_rows, collect
-from lib.listening.player import Players, data_uri
+from lib.listening.player import SCRIPT, STYLE, Players, data_uri
 from lib.listening.widgets import figure_png
-from lib.report.page import render, write_page
 from lib.util.errors import UserError
 from lib.util.files import read_json, write_atomic
 
 LIMIT = 20_000_000  # bytes of a page, so that a phone can open it
 FIRST = "05_listening"  # the section at the top of the page
 Facts = Mapping[str, str]
+FOLDER = Path(__file__).with_name("templates")
+# code comes first: a $ in it begins no formula
+FORMULA = r"(?s)(?P<code>(?P<ticks>`+).+?(?P=ticks))|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$"
+TEMPLATES = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined)
 
 
 class Table:
@@ -152,3 +163,38 @@ def leave_out_largest_players(sections: Sequence[dict[str, Any]], limit: int) ->
         text = f"{item['caption']}: left out to keep this page below {limit / 1e6:g} MB; the players are {where}."
         size -= length
         item |= {"kind": "text", "text": text, "html": ""}
+
+
+def write_page(path: Path, title: str, body: Markup, style: str = "") -> Path:
+    """Write a page with this `body`, whose players become panels; returns its path."""
+    styles = (FOLDER / "page.css").read_text() + STYLE.read_text() + style
+    script = Markup(SCRIPT.read_text())
+    write_atomic(path, str(render("page.html.j2", title=title, body=body, style=Markup(styles), script=script)))
+    return path
+
+
+def render(template: str, **values: Any) -> Markup:
+    """A template of this folder, with all values escaped that are not markup already."""
+    return Markup(TEMPLATES.get_template(template).render(**values))
+
+
+def write_notebook_page(notebook: Path) -> Path:
+    """Write an executed notebook as a page beside it, with formulas as MathML; returns its path."""
+    content = nbformat.read(notebook, as_version=4)
+    formulas: list[str] = []
+
+    def keep(match: re.Match[str]) -> str:
+        if match["code"]:
+            return match[0]
+        display = "block" if match["block"] else "inline"
+        formulas.append(latex2mathml.converter.convert(match[display], display=display))
+        return f"formula{len(formulas) - 1}elumrof"  # Markdown leaves this word alone
+
+    for cell in content.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(FORMULA, keep, cell.source)
+    body, _ = HTMLExporter(template_name="basic").from_notebook_node(content)
+    body = re.sub(r"formula(\d+)elumrof", lambda match: formulas[int(match[1])], body)
+    colours, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("default", "monokai"))
+    style = f"{colours}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n.highlight {{ background: none; }}"
+    return write_page(notebook.with_suffix(".html"), notebook.stem, Markup(f'<main id="main">{body}</main>'), style)

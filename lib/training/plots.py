@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lib.audio.plots import AVERAGE, INPUT, OUTPUT, STAGES, STYLE
+from lib.audio.plots import AVERAGE, INPUT, OUTPUT, STAGES, STYLE, draw_image
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -73,11 +73,9 @@ def mask_pictures(input_mask: Tensor, target_mask: Tensor, frame_rate: float) ->
     """Both masks `[D, T]` over channels and time: dark where nothing is taken from a clip, bright where all is."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), sharex=True, sharey=True)
-        extent = (0, input_mask.shape[1] / frame_rate, 0, input_mask.shape[0])
         for ax, mask, name in zip(axes, (input_mask, target_mask), ("input", "target"), strict=True):
-            image = ax.imshow(mask.numpy(), origin="lower", aspect="auto", vmin=0, vmax=1, extent=extent)
+            image = draw_image(ax, mask.numpy(), mask.shape[1] / frame_rate, vmin=0, vmax=1)
             ax.set(title=f"taken from the {name}", xlabel="time (s)")
-            ax.grid(False)
         axes[0].set_ylabel("latent channel")
         figure.colorbar(image, ax=axes, label="mask")
     return figure
