@@ -1,5 +1,4 @@
-"""Long signals in overlapping chunks of one length, crossfaded: fusing and super-resolution read, compute and write a
-chunk at a time, so that memory does not grow with a file. Legend: C channels, N samples."""
+"""Long signals in overlapping chunks, crossfaded, so that memory does not grow with a file. C channels, N samples."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence

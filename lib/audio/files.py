@@ -282,8 +282,7 @@ def _ogg_is_complete(path: str | Path) -> bool:
 
 
 def _rate_ratio(native: int, target: int) -> Fraction:
-    """Native frames per target sample. Odd rates (44,099 Hz) are rounded, by 0.1 % (2 cents) at the very worst, since
-    torchaudio's filter bank holds numerator times denominator taps and would not fit in memory."""
+    """Native frames per target sample. Odd rates (44,099 Hz) are rounded, by 0.1 % at most: the filters must fit."""
     return Fraction(native, target).limit_denominator(1000)
 
 

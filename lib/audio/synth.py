@@ -1,9 +1,6 @@
-"""A seeded generator of demo songs: drums, bass, chords and melody, in one key and one tempo per song.
-
-At 24 kHz most of the energy lies below 4.8 kHz, the band that the embedded codec keeps; at 48 kHz it reaches 20 kHz,
-for super-resolution. A song depends only on (seed, index), rate and length, and is identical to the bit on every
-processor, because a hash of its bytes decides the split. Sounds are arrays `[num_samples]`, float64.
-"""
+"""A seeded generator of demo songs: drums, bass, chords and melody, in one key and one tempo per song. At 24 kHz most
+energy lies below 4.8 kHz, the band of the embedded codec; at 48 kHz it reaches 20 kHz. A song depends on (seed, index),
+rate and length, to the bit on every processor: a hash of it decides the split. Sounds are `[num_samples]`, float64."""
 
 import io
 import json

@@ -1,5 +1,4 @@
-"""The protocol of every codec, and `load_codec`. To add a codec, write a class that implements `Codec` and give it a
-name in `CODECS`: `load_codec`, `--codec` and the presets then know it."""
+"""The protocol of every codec, and `load_codec`. A new codec is a class that implements it, and a name in `CODECS`."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -129,8 +129,7 @@ def _design() -> dict[str, Tensor]:
 
 
 def _edge_functions(fold: Tensor, cosines: Tensor) -> Tensor:
-    """`[D, H]`, orthonormal: the functions that capture most of a folded block's energy for band-limited sound
-    (Slepian; eigenvectors of its covariance), rotated closest to the cosines (orthogonal Procrustes)."""
+    """`[D, H]`: eigenvectors of most energy for band-limited sound (Slepian), rotated to the cosines (Procrustes)."""
     covariance = fold.T @ _autocovariance(fold.shape[0]) @ fold
     subspace = torch.linalg.eigh(covariance).eigenvectors[:, -DIM:]  # [H, D]
     u, _, vh = torch.linalg.svd(cosines @ subspace)

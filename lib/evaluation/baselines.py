@@ -43,8 +43,7 @@ def pairs_to_measure(
 
 @torch.no_grad()
 def baseline_losses(pairs: LatentPairs, loss: LossConfig, untrained: Cascade) -> dict[str, float]:
-    """The training objective of outputs without training, as means over `pairs`. The plain average minimises a loss
-    with two equal weights; 'at full level' scales it to the RMS that the cascade aims at."""
+    """Mean objective of outputs without training; the plain average minimises a loss with two equal weights."""
     sums: dict[str, float] = {}
     untrained.eval()
     for input, target in DataLoader(pairs, batch_size=8):  # each [B, D, T]
@@ -63,9 +62,8 @@ def baseline_losses(pairs: LatentPairs, loss: LossConfig, untrained: Cascade) ->
 
 
 def recipes(input: Tensor, target: Tensor, crossovers: Mapping[str, float]) -> dict[str, Tensor]:
-    """What a musician would do by hand with two waveforms `[1, N]` at 24 kHz, without any training: both crossovers;
-    HPSS, the input's percussive with the target's harmonic part (librosa's median filters); and HPSS with a crossover,
-    with the input's percussive part at all frequencies. `crossovers`: Hz by recipe, as `best_crossovers` finds them."""
+    """What a musician would do by hand with two waveforms `[1, N]`: both crossovers; HPSS, the input's percussive with
+    the target's harmonic part (librosa's); and HPSS with a crossover. `crossovers`: Hz, of `best_crossovers`."""
     parts = low_and_high(input, target)
     crossed = {name: crossover(*parts[name], frequency) for name, frequency in crossovers.items()}
     return crossed | {"HPSS": parts["HPSS with crossover"][0]}

@@ -19,8 +19,7 @@ from lib.training.losses import latent_mse
 
 
 def band_snr(reference: Tensor, estimate: Tensor, edges: Sequence[float]) -> list[float]:
-    """Signal-to-noise ratio in dB of `estimate [1, N]` within each band between neighbouring `edges` (Hz), by one
-    Fourier transform of the whole clip. NaN for a band in which the reference has no energy."""
+    """Signal-to-noise ratio (dB) of `estimate [1, N]` between neighbouring `edges` (Hz); NaN without a signal."""
     signal, noise = (torch.fft.rfft(x[0].double()).abs().square() for x in (reference, reference - estimate))
     frequencies = torch.fft.rfftfreq(reference.shape[-1], 1 / SAMPLE_RATE)
     bands = [(frequencies >= low) & (frequencies < high) for low, high in itertools.pairwise(edges)]

@@ -1,9 +1,6 @@
 """Notes of a clip as a packaged transcriber finds them: basic-pitch (Bittner et al., ICASSP 2022, doi
-10.1109/ICASSP43922.2022.9746549), a network of 17,000 parameters by Spotify, Apache-2.0 (`basic_pitch.LICENSE`).
-
-The network reads windows of two seconds. Neighbours overlap by 31 frames, and the frames near a window's ends, which
-lack context, are dropped. A whole number of frames lies between windows, so that time does not drift.
-"""
+10.1109/ICASSP43922.2022.9746549), a network of 17,000 parameters by Spotify, Apache-2.0 (`basic_pitch.LICENSE`). It
+reads windows of two seconds, a whole number of frames apart, and frames near their ends are dropped."""
 
 import functools
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""How the ablation's runs went: a result for each, the record, a small file of results in the repository, and what is
-measured of a run and of the runs of a variant."""
+"""How the ablation's runs went: a result for each, the record of all, and what is measured of a run or a variant."""
 
 import json
 import math

@@ -53,8 +53,7 @@ class RmsExplorer:
     def traces(
         self, weight: float = 0.1, clamp: bool = True, similarity: float = 0.0, spectral_norm: bool = True
     ) -> list[dict[str, float]]:
-        """RMS through the stages in the form of `Waterfall.update`. `similarity`: cosine between input and target, 0 to
-        1; `clamp`: whether the last stage's scale has one."""
+        """RMS by stage for `Waterfall.update`. `similarity`: the clips' cosine; `clamp`: whether the last has one."""
         stages = self.cascades[spectral_norm].stages
         signals, traces = self.before_last(similarity, spectral_norm)
         with stages[-1].override(residual_weight=weight, **({} if clamp else {"clamp": None})):

@@ -52,8 +52,7 @@ def sinusoidal_positions(T: int, d: int, device: torch.device) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`; on a CPU it draws 16 random bits per element, as the stock one took a fifth of a step. Kept values
-    are divided by the share that is really kept, so the expectation is exact."""
+    """`nn.Dropout` by 16 random bits an element: the stock one took a fifth of a step on a CPU. The mean is exact."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0 or x.device.type != "cpu":

@@ -63,9 +63,8 @@ def spectral_sigma(linear: nn.Linear) -> float:
 
 
 def rms_ceiling(d: int, D: int, gamma: float = 1.0) -> float:
-    """Largest RMS that a projection `d → D` with σ ≤ 1 can give to LayerNorm's output, before its bias: √(d/D)·γ.
-    LayerNorm's output has norm √d·γ in every frame, which σ ≤ 1 cannot increase; over D channels that is an RMS of
-    √(d/D)·γ. For D > d it is still an upper bound. Derived in notebook 03."""
+    """Largest RMS that a projection `d → D` with σ ≤ 1 can give to LayerNorm's output, before its bias: √(d/D)·γ, as
+    that has norm √d·γ in every frame, over D channels. For D > d it is still an upper bound (notebook 03)."""
     if d < 1 or D < 1 or gamma < 0:
         raise ValueError(f"rms_ceiling needs d ≥ 1, D ≥ 1 and gamma ≥ 0, got d={d}, D={D}, gamma={gamma}")
     return math.sqrt(d / D) * gamma

@@ -1,11 +1,8 @@
-"""The law of the RMS collapse: the RMS of every stage, predicted from widths, weights and clips before any training.
-
-Derived in notebook 03. A stage adds w · residual to a projection. LayerNorm fixes the norm of what the projection
-reads, and the projection's σ is 1, so its RMS starts at a value, and stays below a ceiling, that follow from d and D.
-Whatever the sum lacks of the clips' RMS, RMS scaling has to amplify.
-
-Legend: d width of the stage, D latent channels, w residual weight, p and r RMS of projection and residual.
-"""
+"""The law of the RMS collapse, derived in notebook 03: the RMS of every stage from widths, weights and clips alone. A
+stage adds w · residual to a projection. LayerNorm fixes the norm of what the projection reads, and the projection's σ
+is 1, so its RMS starts at a value, and stays below a ceiling, that follow from d and D. What the sum lacks of the
+clips' RMS, RMS scaling has to amplify. Legend: d width, D latent channels, w residual weight, p, r RMS of projection,
+residual."""
 
 import math
 from dataclasses import dataclass

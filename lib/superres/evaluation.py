@@ -93,8 +93,7 @@ def evaluate(
     cutoffs: Sequence[int] = CUTOFFS,
     split: str = "val",
 ) -> Evaluation:
-    """Score every method on the same clips, resampled to twice each cutoff and back. `SEED` differs from the
-    training's, so they are not the clips whose validation loss chose the best checkpoint."""
+    """Score every method on the same clips, not those that chose the checkpoint, resampled to twice each cutoff."""
     whole = Examples(library, split, clips, resolver.clip_length, SEED)
     songs = [whole.song(i).sha256 for i in range(clips)]
     original = torch.stack([whole[i][0] for i in range(clips)])

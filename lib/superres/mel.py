@@ -1,5 +1,4 @@
-"""The log-mel spectrogram that the public AudioSR checkpoints were trained on (Liu et al. 2023, arXiv 2309.07314), and
-its approximate inverse. A clip of 10.24 s becomes `[B, 1, 256, 1024]`."""
+"""The log-mel spectrogram of the public AudioSR checkpoints (Liu et al. 2023, arXiv 2309.07314), and its inverse."""
 
 import librosa
 import numpy as np

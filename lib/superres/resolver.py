@@ -118,8 +118,7 @@ class SuperResolver:
             yield own + added
 
     def restore_signal(self, wav: Tensor, settings: Restoration = DEFAULTS) -> Tensor:
-        """A signal `[C, N]` at 48 kHz of any length with its upper band restored; unchanged if it is silent or its band
-        complete. For a resampled signal give the cutoff: `band_edge` of it before resampling."""
+        """A signal `[C, N]` at 48 kHz, restored unless silent or complete; for a resampled one give its `band_edge`."""
         edge = settings.cutoff or band_edge(wav)
         if not 0 < edge <= FULL:
             return wav

@@ -81,8 +81,7 @@ class DenoiserConfig:
 
 
 class GlobalTransformer(nn.Module):
-    """Cross-attention from every position of a map to the projected global context, added to the map, then an ordinary
-    transformer block: seed 004's `GlobalConditionedSpatialTransformer`."""
+    """Cross-attention to the projected context, added to a map, then a transformer block, as in seed 004."""
 
     def __init__(self, channels: int, head_channels: int, context_dim: int, norm_groups: int):
         from diffusers import Transformer2DModel  # seconds to import

@@ -28,8 +28,7 @@ def epoch_order(num_pairs: int, epoch: int, seed: int, shuffled: float = 0.0) ->
 
 
 class TrainingOrder:
-    """The position of training in its data: the epoch, and how many of its pairs have been taken. A checkpoint holds
-    these two; everything else follows from the config and the number of processes, which may differ after a resume."""
+    """The position of training in its data, all that a checkpoint holds: epoch, and how many of its pairs are taken."""
 
     def __init__(self, num_pairs: int, config: LoopConfig, rank: int = 0, processes: int = 1):
         self.num_pairs, self.config, self.rank, self.processes = num_pairs, config, rank, processes

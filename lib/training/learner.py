@@ -208,8 +208,7 @@ def step_unless(failed: Tensor, optimizer: Any) -> None:
 
 @torch.no_grad()
 def update_ema(ema_model: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the EMA weights towards the model's. The decay is smaller in the first steps, or the initial weights would
-    dominate for long. Statistics of batch norms are averages already, and are copied."""
+    """Move the EMA weights towards the model's, further in the first steps. Statistics of batch norms are copied."""
     decay = min(decay, (1 + step) / (10 + step))
     get_ema_multi_avg_fn(decay)(list(ema_model.parameters()), list(model.parameters()), step)
     for ema_module, module in zip(ema_model.modules(), model.modules(), strict=True):

@@ -78,8 +78,7 @@ def latent_mse(output: Tensor, reference: Tensor) -> Tensor:
 
 
 def rms_error(output: Tensor, reference: Tensor) -> Tensor:
-    """Root of each clip's mean squared error over (D, T), mean over clips, in latent units. Its gradient has the same
-    length for errors of every size, while the gradient of `latent_mse` grows with the error."""
+    """Root of each clip's mean squared error, mean over clips: its gradient is as long for errors of every size."""
     return rms(output - reference).mean()
 
 
@@ -146,8 +145,7 @@ def balance(masks: Masks) -> Tensor:
 
 
 def temporal_diversity(masks: Masks) -> Tensor:
-    """1 − twice the standard deviation of each channel's mask over time, mean over channels and both masks: 1 for
-    constant masks, 0 for masks that are 0 half of the time and 1 the other half."""
+    """1 − twice the deviation of each channel's mask over time, mean: 1 for constant masks, 0 for half on, half off."""
     return 1 - sum((mask.var(dim=2, correction=0) + 1e-8).sqrt().mean() for mask in masks)
 
 

@@ -87,8 +87,7 @@ class Trainer:
         return self.config.patience is not None and self.stale >= self.config.patience
 
     def run_to_end(self, *, progress: bool = True) -> None:
-        """Train the steps that are left, with a progress bar on stderr or without one. After a stop signal: save, and
-        raise `KeyboardInterrupt`. Out of memory: `UserError` that says what to lower."""
+        """Train the steps that are left. A stop signal saves, then `KeyboardInterrupt`; out of memory: `UserError`."""
         run, total = self.run, self.order.total_steps(self.step)
         if self.step >= total or self.out_of_patience:
             return

@@ -52,8 +52,7 @@ Share, Fraction = number(0, 1), number(0, below=1)
 
 
 def checked_dataclass(cls: type) -> type:
-    """A frozen dataclass whose fields are checked; dicts become nested configs, lists tuples. `UserError` names every
-    field that does not fit by its address, its value and what is allowed."""
+    """A frozen dataclass with checked fields; dicts become nested configs. `UserError` names each bad field."""
     cls = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
     validate = cls.__init__
     names = dict(enumerate(field.name for field in dataclasses.fields(cls)))

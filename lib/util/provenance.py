@@ -1,9 +1,6 @@
-"""What produced a number or a file: a hash of the code, the commit, versions.
-
-A fingerprint covers modules of `lib` and all modules of `lib` that they import, at the top or inside a function. A
-package's `__init__` only re-exports, so it counts only where a name is imported from the package itself. Comments,
-docstrings and layout do not count, and the same code has the same hash on every Python version.
-"""
+"""What produced a number or a file: a hash of the code, the commit, versions. A fingerprint covers modules of `lib` and
+all that they import from it, at the top or inside a function; a package's `__init__` only where a name is imported from
+the package. Comments, docstrings and layout do not count, nor does the version of Python."""
 
 import ast
 import functools

@@ -11,12 +11,9 @@ OnStop = Callable[[str], None]
 
 class StopSignals:
     """As a context: the first stop signal is noted in `asked` and passed to `on_stop` by its name; then the earlier
-    handlers are back, so that a second one acts at once.
-
-    Without `second_acts` the later ones are noted and passed on as well: among a launcher's processes, which pass on a
-    Ctrl-C that all have had, or in a process that must not end while another one saves. A file of the name `file` asks
-    for a stop too, so that a dashboard can write it in another process; it is removed on entering and leaving.
-    """
+    handlers are back, so that a second one acts at once. Without `second_acts` later ones are noted and passed on too:
+    among a launcher's processes, or in one that must not end while another saves. A file of the name `file` asks for a
+    stop too, from a dashboard in another process; it is removed on entering and leaving."""
 
     def __init__(self, on_stop: OnStop = lambda name: None, *, file: Path | None = None, second_acts: bool = True):
         self.on_stop, self.file, self.second_acts = on_stop, file, second_acts

@@ -19,8 +19,7 @@ Function = TypeVar("Function", bound=Callable)
 
 @contextlib.contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """Compute with `count` threads of torch's pool; None changes nothing. One is best for small matrices: on busy
-    cores, waiting for the other threads costs far more than the work."""
+    """Compute with `count` threads, None: as before. One is best for small matrices: waiting costs more than work."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -30,8 +29,7 @@ def torch_threads(count: int | None) -> Iterator[None]:
 
 
 def cached_table(function: Function) -> Function:
-    """Cache a function that computes a constant tensor, such as a window or a filter bank. It runs outside of inference
-    mode: a tensor created there could never take part in a backward pass."""
+    """Cache a function that computes a constant tensor, outside of inference mode: a backward pass may use it."""
     return functools.lru_cache(maxsize=16)(torch.inference_mode(False)(torch.no_grad()(function)))
 
 
