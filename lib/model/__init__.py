@@ -1,13 +1,4 @@
-"""The model, and the law of its instability.
-
-- `cascade`: stages of transformers and the configs that describe them; read it top to bottom
-- `projection`: the spectral-norm projection that ends every stage, and the RMS ceiling it implies
-- `rms_law`: the RMS of every stage, predicted before training; `check_collapse`
-- `masks`: what is taken from each clip, learned or by rule
-- `discriminator`: its logit says whether latents are real or generated
-- `fusion`: masks and cascade as one model; `load_model` for that of a trained run
-- `import_original`: checkpoints of the original implementation
-"""
+"""The model, and the law of its instability. Read `cascade` first, top to bottom."""
 
 from lib.model.cascade import Cascade, CascadeConfig, StageConfig, StageTrace
 from lib.model.discriminator import Discriminator

@@ -4,8 +4,10 @@
 scaling the estimate to the reference's mean magnitude in the lowest tenth of the bins, as AudioSR's authors advise."""
 
 import itertools
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,16 +24,7 @@ SEED = 2**31 - 1  # of the clips
 FLOOR = 2**-30 / 12 * 0.375 * N_FFT  # power of a bin: rounding to 16 bits, through a Hann window
 LOWEST_TENTH = (N_FFT // 2 + 1) // 10
 
-METHODS = {
-    "sinc": "resampled only: no upper band",
-    "envelope": "the training set's mean mel above the cutoff",
-    "no condition": "the model, unconditional",
-    "no context": "the model without its global context",
-    "model": "the model",
-    "autoencoder": "the original's mel through autoencoder and vocoder: a lower bound",
-    "vocoder": "the original's mel through the vocoder: a lower bound",
-    "griffin-lim": "the original's mel through Griffin-Lim, beside a trained vocoder: a lower bound",
-}
+METHODS = tomllib.loads(Path(__file__).with_name("methods.toml").read_text())
 BOUNDS = ("autoencoder", "vocoder", "griffin-lim")
 GAIN = "LSD less than the envelope's"  # a column of the table of gains, which the record reads
 
