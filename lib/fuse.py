@@ -4,12 +4,11 @@
     python -m lib.fuse INPUT TARGET -o OUT.wav --run outputs/demo --superres outputs/demo/superres
     python -m lib.fuse --recipe FAVOURITE.json -o OUT.wav
 
-Files may have any length: they are fused in chunks of 16 s that overlap by a second and are crossfaded. The output is
-as long as the shorter file, 24 kHz; with a trained super-resolver, 48 kHz with the upper band restored. What codec
-`mdct` does not carry, 4.8 to 12 kHz, is mixed by the masks too (`--narrow` leaves it out). If a file is stereo, so is
-the output (`--mono`): the masks are those of the mid signal, the mean of both channels. Mono counts as two equal
-channels; more than two are mixed to mono. A recipe, which the playground of notebook 05 writes beside a favourite,
-reproduces its samples, mono, bit for bit.
+Files of any length are fused in chunks of 16 s that overlap by a second and are crossfaded. The output is as long as
+the shorter file, 24 kHz; with a trained super-resolver, 48 kHz with the upper band restored. What codec `mdct` does not
+carry, 4.8 to 12 kHz, is mixed by the masks too (`--narrow` leaves it out). If a file is stereo, so is the output
+(`--mono`), by the masks of the mean of both channels; mono counts as two equal channels, more than two are mixed. A
+recipe, which the playground of notebook 05 writes beside a favourite, reproduces its samples, mono, bit for bit.
 """
 
 import argparse

@@ -63,12 +63,7 @@ class NotebookError(RuntimeError):
 
 
 def run_notebooks(
-    preset_name: str,
-    overrides: dict[str, Any],
-    data_dir: str = "",
-    out_dir: str | Path = "",
-    only: tuple[str, ...] = NOTEBOOKS,
-    resume: bool = False,
+    preset_name: str, overrides: dict[str, Any], data_dir="", out_dir: str | Path = "", only=NOTEBOOKS, resume=False
 ) -> Path:
     """Execute the notebooks, rewriting `index.html` after each; returns its path. If one fails, the others that do not
     need it run first; then `NotebookError` is raised, or `UserError` if bad settings or data caused every failure."""

@@ -7,9 +7,8 @@ Every file in it is written atomically and carries a checksum.
     index-*.npz               one for each manifest: codec and sizes as JSON, and for each split a table of pairs, bytes
                               [P, 3]: a pair's id and the names of its input's and its target's latents
 
-So a killed run loses at most the clips in flight, a new song adds its own clips, a damaged one is encoded again alone,
-and two processes that encode at once only do some work twice. Reading verifies the two clips of a pair: that costs the
-same among a thousand and among a million. Legend: P pairs, D latent channels, T frames.
+So a killed run loses at most the clips in flight, a new song adds its own clips, a damaged one is encoded again alone.
+Reading verifies the two clips of a pair, whatever the size of the cache. P pairs, D latent channels, T frames.
 """
 
 import contextlib

@@ -1,11 +1,9 @@
 """Objective metrics of fused sound against its two clips. Training uses none of these features: librosa, mir_eval and a
 packaged transcriber judge.
 
-Onsets are those of hits, not of notes, which `notes` measures: a fusion cannot have the target's notes without their
-onsets. A hit is short and raises most of a band; a note lasts and raises its partials only. So what lasts is removed
-first (the median over 0.2 s of each frequency), and a band rises by the median over its frequencies.
-
-Legend: N samples, M mel bands, K bands, F frames of a spectrogram (hop 320: 75 a second).
+Onsets are those of hits, not of notes, which `notes` measures. A hit is short and raises most of a band; a note lasts
+and raises its partials only. So what lasts is removed first (the median over 0.2 s of each frequency), and a band rises
+by the median over its frequencies. Legend: N samples, M mel bands, K bands, F frames of a spectrogram (75 a second).
 """
 
 import itertools

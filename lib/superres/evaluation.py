@@ -15,7 +15,7 @@ from torch import Tensor
 from lib.audio.features import hann
 from lib.superres.degradation import Degradation, Examples, Library
 from lib.superres.mel import N_FFT, bin_of, log_mel
-from lib.superres.resolver import DEFAULTS, Restoration, SuperResolver, join_bands
+from lib.superres.resolver import DEFAULTS, SuperResolver, join_bands
 from lib.util.stats import Comparison, in_words, mean_and_error
 
 CUTOFFS = (2_000, 4_000, 8_000, 12_000, 16_000)  # Hz
@@ -78,13 +78,7 @@ class Evaluation:
 
 
 def evaluate(
-    resolver: SuperResolver,
-    library: Library,
-    settings: Restoration = DEFAULTS,
-    *,
-    clips: int = 16,
-    cutoffs: Sequence[int] = CUTOFFS,
-    split: str = "val",
+    resolver: SuperResolver, library: Library, settings=DEFAULTS, *, clips=16, cutoffs=CUTOFFS, split="val"
 ) -> Evaluation:
     """Score every method on the same clips, not those that chose the checkpoint, resampled to twice each cutoff."""
     whole = Examples(library, split, clips, resolver.clip_length, SEED)

@@ -163,7 +163,7 @@ def audible(low: Tensor) -> Tensor:
 
 
 def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, settings: Restoration) -> Written:
-    """Restore a file into `out`, 48 kHz, which appears complete. `AudioError` if it is unusable or of full band."""
+    """Restore a file into `out`, 48 kHz, which appears when complete. `AudioError` if it is unusable."""
     path = Path(path)
     if Path(out).resolve() == path.resolve():
         raise UserError(f"{out}: is the input itself; choose another output file")

@@ -90,16 +90,10 @@ def period_discriminator(period: int, c: int) -> Discriminator:
 
 
 def scale_discriminator(norm: Callable[[nn.Module], nn.Module], c: int) -> Discriminator:
-    sizes = (  # in, out, kernel, stride, groups
-        (1, c, 15, 1, 1),
-        (c, c, 41, 2, 4),
-        (c, 2 * c, 41, 2, 16),
-        (2 * c, 4 * c, 41, 4, 16),
-        (4 * c, 8 * c, 41, 4, 16),
-        (8 * c, 8 * c, 41, 1, 16),
-        (8 * c, 8 * c, 5, 1, 1),
-    )
-    layers = [norm(nn.Conv1d(a, b, k, stride, k // 2, groups=groups)) for a, b, k, stride, groups in sizes]
+    widths = itertools.pairwise((1, c, c, 2 * c, 4 * c, 8 * c, 8 * c, 8 * c))
+    kernels, strides, groups = (15, 41, 41, 41, 41, 41, 5), (1, 2, 2, 4, 4, 1, 1), (1, 4, 16, 16, 16, 16, 1)
+    sizes = zip(widths, kernels, strides, groups, strict=True)
+    layers = [norm(nn.Conv1d(a, b, k, stride, k // 2, groups=g)) for (a, b), k, stride, g in sizes]
     return Discriminator(layers, norm(nn.Conv1d(8 * c, 1, 3, 1, 1)))
 
 
