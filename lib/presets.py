@@ -18,14 +18,12 @@ from lib.lab.ablation import Plan
 from lib.lab.variants import SCHEDULED, SETS
 from lib.model.cascade import CascadeConfig
 from lib.model.masks import MaskingConfig
-from lib.superres.training import FULL_PLAN, SMALL_PLAN
+from lib.superres.training import PLANS
 from lib.superres.training import Plan as SuperresPlan
 from lib.training.config import CurriculumConfig, TrainConfig
 from lib.util.configs import Count, NonNegative, Positive, Whole, checked_dataclass, choice, flat
 from lib.util.errors import UserError
 from lib.util.files import FIX, naming
-
-PLANS = {"small": SMALL_PLAN, "full": FULL_PLAN}
 
 
 @checked_dataclass
@@ -178,14 +176,6 @@ def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 PRESETS = _read_presets()
 
-# old names of settings that do not follow from their addresses, from before presets had sections
-RENAMED = {
-    "demo_every": "listening.every",
-    "judged_pairs": "evaluation.pairs",
-    "listen_seconds": "listening.seconds",
-    "listen_pairs": "listening.pairs",
-}
-
 
 def load_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Preset:
     """A preset with some settings changed, by address. `UserError` lists the choices for an unknown name or value."""
@@ -207,7 +197,7 @@ def _advice(name: str, known: list[str]) -> str:
     """What to write instead of a name that is not an address."""
     # old names of settings had no prefix in data, model and training, and the section's name in the others
     moved = {address.rpartition(".")[2]: address for address in known if re.match("(data|model|train)[.]", address)}
-    moved |= {address.replace(".", "_"): address for address in known} | RENAMED
+    moved |= {address.replace(".", "_"): address for address in known}
     if name in moved:
         return f"is now {moved[name]}"
     if inside := [address for address in known if address.startswith(f"{name}.")]:

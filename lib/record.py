@@ -127,8 +127,9 @@ def replace_record(new: Path, root: Path) -> None:
     write_atomic(root / "README.md", readme)
 
 
-def record(preset_name: str, overrides: dict[str, Any], data_dir: str, folder: Path = RECORD) -> None:
-    """Measure everything into `folder`, emptied first; finished runs are reused. `UserError` for bad settings."""
+def record(preset_name: str, overrides: dict[str, Any], data_dir: str, music: Path, folder: Path = RECORD) -> None:
+    """Measure everything into `folder`, emptied first; finished runs are reused. `music`: where real music is, or is
+    brought. `UserError` for bad settings."""
     preset = load_preset(preset_name, overrides)
     with_blocks((ROOT / "README.md").read_text(), dict.fromkeys(BLOCKS, ""))  # fail now if marks are missing
     if preset.name == "full" and not torch.cuda.is_available():
@@ -140,7 +141,7 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, folder: P
     facts = {"preset": preset.name, "codec": project.codec.name}
     record_ablations(preset, project, folder, facts)
     record_superres(preset, project, folder)
-    record_fusion(preset, overrides, folder)
+    record_fusion(preset, overrides, music, folder)
     out = run_notebooks(preset_name, overrides, data_dir, resume=True).parent
     for name in FIGURES:
         shutil.copyfile(out / "figures" / f"{name}.png", folder / f"{name}.png")
@@ -208,10 +209,9 @@ def record_superres(preset: Preset, project: Project, folder: Path) -> None:
     write_record(folder / "superres.json", scores, facts | {"contexts": contexts, "guided": guided})
 
 
-def record_fusion(preset: Preset, overrides: dict[str, Any], folder: Path) -> None:
+def record_fusion(preset: Preset, overrides: dict[str, Any], music: Path, folder: Path) -> None:
     """Notebook 04 on real music, one run per core: the preset with several training seeds, and the other settings of
     `STUDY` with the first, with as many steps and with stages of the ablation's depth."""
-    music = ROOT / "data" / "music"
     if subprocess.run([ROOT / "data" / "fetch_music.sh", music], check=False).returncode:
         raise UserError(f"{music}: lacks the music to measure on; data/README.md says where it comes from")
     first, same = (
@@ -222,6 +222,7 @@ def record_fusion(preset: Preset, overrides: dict[str, Any], folder: Path) -> No
         (name, first + k) for name in STUDY for k in range(preset.record.seeds_on_music if name == MASKS_ALONE else 1)
     ]
     say(f"{len(runs)} runs on the music in {music}")
+    open_project(preset, music, "outputs/variations/music")  # so that they find its latents
 
     def run(name: str, seed: int) -> dict[str, Any]:
         of = "reference" if name == SEEDS_SYSTEM else preset.name
@@ -375,7 +376,7 @@ def main() -> None:
         if options.into.resolve() == ROOT:
             raise UserError(f"--into {options.into}: is where this command runs; leave it out, and a clone is made")
         try:
-            record(options.preset, overrides, data)
+            record(options.preset, overrides, data, options.into / "data" / "music")
         except NotebookError as error:
             sys.exit(f"error: {error}")
         replace_record(RECORD, options.into)

@@ -533,7 +533,7 @@ def check_one_line(result: tuple[object, str, str], *words: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--preset", "big"], ["preset: unknown 'big'; choose one of smoke, demo, full"]),
+        (["--preset", "big"], ["preset: unknown 'big'; choose one of smoke, demo, reference, full"]),
         (["--set", "train.max_step=4"], ["setting train.max_step is unknown; did you mean train.max_steps"]),
         (["--set", "max_steps=4"], ["setting max_steps is now train.max_steps"]),
         (["--set", "name=x"], ["setting name is unknown; "]),

@@ -140,10 +140,6 @@ def test_the_model_is_built_from_its_section():
         ("superres_steps", "superres.steps"),
         ("record_superres_steps", "record.superres_steps"),
         ("record_seeds", "record.seeds"),
-        ("demo_every", "listening.every"),
-        ("judged_pairs", "evaluation.pairs"),
-        ("listen_seconds", "listening.seconds"),
-        ("listen_pairs", "listening.pairs"),
     ],
 )
 def test_an_old_name_is_answered_with_the_new_one(old, address):

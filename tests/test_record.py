@@ -289,6 +289,9 @@ def test_what_a_run_has_found_is_read_from_its_tables(tmp_path):
     assert found_in(tmp_path)["pairs"] != found["pairs"]
 
 
+MUSIC = Path("where music is")
+
+
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
     """The command with its parts replaced: no run is made, the committed results are given back."""
@@ -322,6 +325,7 @@ def stub(monkeypatch, tmp_path):
 
     monkeypatch.setattr(lib.record, "record_superres", lambda preset, project, folder: None)
     monkeypatch.setattr(lib.record, "record_variations", lambda *given: None)
+    monkeypatch.setattr(lib.record, "record_fusion", lambda *given: said.append(given[2]))
     monkeypatch.setattr(lib.record, "open_project", Project)
     monkeypatch.setattr(lib.record, "run_notebooks", run_notebooks)
     monkeypatch.setattr(lib.record, "ROOT", tmp_path)
@@ -334,8 +338,8 @@ def test_a_record_holds_everything_and_names_its_commit_in_one_file(stub, monkey
     written = folder / "record"
     written.mkdir()
     (written / "of an earlier record.json").write_text("")
-    lib.record.record("demo", {}, "songs", written)
-    assert said == [("demo", {}, "songs")]
+    lib.record.record("demo", {}, "songs", MUSIC, written)
+    assert said == [MUSIC, ("demo", {}, "songs")]
     names = {"ablation.json", "schedule.json", "bench.json", "summary.json", "claims.json", "record.json"}
     names |= {"bench.md", "claims.md"}
     assert {path.name for path in written.iterdir()} == names | {f"{name}.png" for name in FIGURES}
@@ -357,7 +361,7 @@ def test_a_broken_readme_is_seen_before_any_run(stub):
     folder, said = stub
     (folder / "README.md").write_text("no marks")
     with pytest.raises(UserError, match="marks"):
-        lib.record.record("demo", {}, "", folder / "record")
+        lib.record.record("demo", {}, "", MUSIC, folder / "record")
     assert not said
     assert not (folder / "record").exists()
 
@@ -369,7 +373,7 @@ def test_the_full_preset_says_what_it_needs(stub, capsys, monkeypatch):
     monkeypatch.setattr(lib.record, "open_project", no_weights)
     monkeypatch.setattr(lib.record.torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="weights are missing"):
-        lib.record.record("full", {}, "")
+        lib.record.record("full", {}, "", MUSIC)
     assert "no GPU was found" in capsys.readouterr().err
 
 

@@ -64,7 +64,7 @@ def evaluate_fusion(model: FusionModel, pairs: Dataset) -> dict[str, float]:
     model.eval()
     for input, target in DataLoader(pairs, batch_size=8):
         input, target = input.to(device), target.to(device)
-        output, traces, masks = model(input, target)
+        output, traces, masks, _ = model(input, target)
         values = {
             "input_mse": latent_mse(output, input),
             "target_mse": latent_mse(output, target),

@@ -67,10 +67,10 @@ def stage_rows(row: Mapping[str, Any], num_stages: int) -> list[Row]:
     return [number_row({"stage": i}, {c: row[f"stage{i}/{c}"] for c in STAGE_COLUMNS}) for i in range(num_stages)]
 
 
-def fusion_rows(measured: Measured, metrics: Sequence[str] = JUDGED) -> list[Row]:
+def fusion_rows(measured: Measured, metrics: Sequence[str] = JUDGED, head: str = "output") -> list[Row]:
     """Means of some objective metrics of every output."""
     means = {name: mean_metrics(rows) for name, rows in measured.items()}
-    return [number_row({"output": name}, {metric: mean[metric] for metric in metrics}) for name, mean in means.items()]
+    return [number_row({head: name}, {metric: mean[metric] for metric in metrics}) for name, mean in means.items()]
 
 
 def advantage_rows(measured: Measured, name: str, found: Mapping[str, Comparison]) -> list[Row]:

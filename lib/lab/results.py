@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,8 +79,9 @@ def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def write_record(path: Path, results: Sequence[Any], facts: Mapping[str, Any]) -> None:
-    """Dataclass instances as one JSON file, one per line, after the facts that hold for all of them."""
-    lines = ",\n".join(json.dumps(asdict(result), ensure_ascii=False) for result in results)
+    """Dataclass instances or rows as one JSON file, one per line, after the facts that hold for all of them."""
+    rows = (asdict(result) if is_dataclass(result) else result for result in results)
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     write_atomic(path, f'{{"facts": {json.dumps(dict(facts))},\n"results": [\n{lines}\n]}}\n')
 
 

@@ -110,7 +110,7 @@ def test_evaluate_fusion_is_what_the_formulas_give(tiny_index, tiny_cascade):
     rows = []
     for input, target in (pairs[i] for i in range(9)):
         with torch.no_grad():
-            output, traces, masks = model(input[None], target[None])
+            output, traces, masks, _ = model(input[None], target[None])
         row = by_hand(*(x.double().numpy() for x in (output[0], input, target)))
         row["complementarity"] = 1 - (masks.input * masks.target).mean().item()
         for i, trace in enumerate(traces):

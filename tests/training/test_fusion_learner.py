@@ -69,9 +69,8 @@ class WaitsForbidden(TorchDispatchMode):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_with_everything_on_never_asks_what_a_tensor_holds(build, precision, monkeypatch):
     monkeypatch.setattr(lib.training.losses, "_window", lambda frames, seconds, random: (3, 18))  # drawn on the host
-    loss = dataclasses.replace(
-        PRESETS["demo"].train.loss, input_rms_weight=0.1, target_rms_weight=0.1, window_seconds=0.2
-    )
+    every = {name: weight or 0.1 for name, weight in PRESETS["reference"].train.loss.weights.items()}
+    loss = LossConfig(**every, window_seconds=0.2)
     adversary = AdversaryConfig(discriminator_learning_rate=1e-3)
     learner = build(
         dim=128,
@@ -87,7 +86,14 @@ def test_a_step_with_everything_on_never_asks_what_a_tensor_holds(build, precisi
     learner.train_step(batches, StepInfo(0, 1))  # fills the caches
     with WaitsForbidden():
         metrics = learner.train_step(batches, StepInfo(1, 1, progress=0.5))
-    assert {"loss", "grad_norm", "loss/stft", "discriminator/loss", "masks/complementarity"} <= metrics.keys()
+    assert {
+        "loss",
+        "grad_norm",
+        "loss/stft",
+        "loss/onsets_left",
+        "discriminator/loss",
+        "masks/complementarity",
+    } <= metrics.keys()
     assert all(isinstance(value, torch.Tensor) and value.numel() == 1 for value in metrics.values())
 
 

@@ -188,7 +188,7 @@ def test_gradient_norm_is_measured_before_clipping_and_clipping_takes_place(new_
     ((input, target),) = batches = next(trainer.steps())
     manual = FusionModel(tiny_cascade(dropout=0.0))
     manual.load_state_dict(trainer.learner.unwrapped_model.state_dict())
-    output, traces, _ = manual(input, target)
+    output, traces, *_ = manual(input, target)
     (0.3 * (output - input).pow(2).mean() + 0.3 * (output - target).pow(2).mean()).backward()
     norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in manual.parameters()))
     row = take(trainer, batches)
@@ -232,7 +232,7 @@ def test_validation_is_the_mean_over_pairs_in_eval_mode(start, tiny_index):
     losses, factors = [], []
     with torch.no_grad():
         for input, target in (pairs[i] for i in range(len(pairs))):
-            output, traces, _ = model(input[None], target[None])
+            output, traces, *_ = model(input[None], target[None])
             losses.append(0.3 * (output - input).square().mean() + 0.3 * (output - target).square().mean())
             factors.append(traces[1].target_scale)
     (row,) = run.metrics("val")
