@@ -78,6 +78,7 @@ class WideMaskGenerator(nn.Module):
         self.gains = nn.Parameter(torch.tensor([1.0, -1.0]))
         nn.init.zeros_(self.head[-1].weight)
         nn.init.zeros_(self.head[-1].bias)
+        self.to(memory_format=torch.channels_last)  # a step takes two thirds of the time on a CPU
 
     def forward(self, input: Tensor, target: Tensor) -> Masks:
         """`input`, `target` `[B, D, T]` → masks between 0 and 1."""
@@ -97,17 +98,15 @@ def _block(width: int, bands: int, frames: int) -> nn.Module:
     return nn.Sequential(convolution, nn.GroupNorm(4, width), nn.GELU())
 
 
-@torch.no_grad()
 def _hits(log_power: Tensor) -> Tensor:
-    """How much more a place belongs to a hit than to a held note, in nepers of amplitude, `[B, 2, D, T]`: the median
-    over neighbouring channels less the one over frames (Fitzgerald, DAFx 2010)."""
-    return (_median(log_power, 2, HIT_CHANNELS) - _median(log_power, 3, NOTE_FRAMES)) / 2
+    """How much more a place belongs to a hit than to a held note, in nepers of amplitude, `[B, 2, D, T]`: the geometric
+    mean over neighbouring channels less the one over frames. HPSS (Fitzgerald, DAFx 2010) takes medians."""
+    return (_average(log_power, HIT_CHANNELS, 1) - _average(log_power, 1, NOTE_FRAMES)) / 2
 
 
-def _median(x: Tensor, dim: int, size: int) -> Tensor:
-    around = [size // 2] * 2
-    padded = F.pad(x, [0, 0, *around] if dim == 2 else [*around, 0, 0], mode="replicate")
-    return padded.unfold(dim, size, 1).median(dim=-1).values
+def _average(x: Tensor, channels: int, frames: int) -> Tensor:
+    """Moving average of `[B, 2, D, T]`, over fewer elements at the edges."""
+    return F.avg_pool2d(x, (channels, frames), 1, (channels // 2, frames // 2), count_include_pad=False)
 
 
 def _log_power(x: Tensor) -> Tensor:
