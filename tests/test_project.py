@@ -13,8 +13,9 @@ import lib.data.pairs
 import lib.project
 from lib.audio.synth import make_demo_dataset
 from lib.data.latents import LatentPairs
+from lib.lab.results import write_record
 from lib.presets import load_preset
-from lib.project import DEMO_SONGS, UPPER_BAND, open_project
+from lib.project import DEMO_SONGS, UPPER_BAND, Project, open_project
 from lib.util.errors import UserError
 
 SMALL = {"data.clip_seconds": 1.0, "listening.seconds": 2.0, "data.pair_mode": "both"}
@@ -229,6 +230,14 @@ def test_listening_clips_that_the_music_cannot_give_name_their_setting(root):
     project = open_project(load_preset("smoke", SMALL | {"listening.seconds": 500.0}), "my songs é")
     with pytest.raises(UserError, match=r"listening\.seconds=500 is too long"):
         project.listening()
+
+
+def test_while_fusion_is_being_recorded_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(lib.project, "RECORD", tmp_path)
+    project = Project(load_preset("smoke"), tmp_path, None, None, tmp_path)
+    assert project.recorded_fusion() == ((), {})
+    write_record(tmp_path / "fusion.json", [{"setting": "wide masks", "seed": 0}], {"steps": 3})
+    assert project.recorded_fusion() == (({"setting": "wide masks", "seed": 0},), {"steps": 3})
 
 
 def test_a_record_that_lacks_what_the_notebooks_need_is_named(tmp_path, monkeypatch):

@@ -17,11 +17,13 @@ from lib.lab.results import read_record
 from lib.lab.variants import NAMED, SCHEDULED, VARIANTS
 from lib.pipeline import NotebookError
 from lib.presets import load_preset
-from lib.project import RECORD
+from lib.project import MASKS_ALONE, RECORD, SEEDS_SYSTEM
 from lib.record import (
     FIGURES,
     GUIDANCES,
+    LICENCES,
     NO_VECTORS,
+    STUDY,
     changed_by_depth,
     clean_commit,
     clone_of,
@@ -35,6 +37,7 @@ from lib.report.quotes import BLOCKS, MARKS
 from lib.report.report import Section
 from lib.superres.evaluation import CUTOFFS, GAIN, Evaluation, Score
 from lib.superres.resolver import Restoration
+from lib.training.run import Run
 from lib.util.errors import UserError
 
 TEXT = "\n".join(f"{MARKS[0].format(name)}\nold\n{MARKS[1].format(name)}" for name in BLOCKS)
@@ -229,6 +232,63 @@ def test_the_variations_stand_beside_the_run_as_it_is_in_their_order(monkeypatch
     pairs["no-vectors"] = "c"
     with pytest.raises(NotebookError, match="no-vectors: has other pairs than the run as it is"):
         lib.record.record_variations(preset, {}, "", tmp_path / "out", tmp_path)
+
+
+def test_the_study_on_real_music_runs_notebook_04_for_every_setting_and_seed(monkeypatch, tmp_path):
+    preset, ran = load_preset("smoke"), []
+    music = tmp_path / "music"
+    for package in LICENCES:
+        (music / package).mkdir(parents=True)
+        (music / package / "one.ogg").write_text("")
+
+    def run_apart(*given):
+        ran.append(given)
+        return given[0]
+
+    monkeypatch.setattr(lib.record, "run_apart", run_apart)
+    monkeypatch.setattr(lib.record, "measured_in", lambda out: {"curve": [], "out": out})
+    monkeypatch.setattr(lib.record, "open_project", lambda *given: None)
+    monkeypatch.setattr(lib.record.subprocess, "run", lambda *given, **options: subprocess.CompletedProcess(given, 0))
+    lib.record.record_fusion(preset, {"train.clip": 2.0}, music, tmp_path)
+    rows, facts = read_record(tmp_path / "fusion.json", dict)
+    assert [(row["setting"], row["seed"]) for row in rows] == [
+        (name, seed) for name in STUDY for seed in range(preset.record.seeds_on_music if name == MASKS_ALONE else 1)
+    ]
+    assert {row["out"] for row in rows} == {given[0] for given in ran}
+    by_name = {given[0]: given for given in ran}
+    _, of, data, settings, only = by_name["music-wide-masks-1"]
+    assert (of, data, only) == ("smoke", str(music), "04")
+    assert settings == {"train.clip": 2.0, "model.num_layers": 1, "train.max_steps": 24, "train.seed": 1}
+    assert by_name["music-the-seeds'-system-0"][1] == "reference"
+    assert by_name["music-a-cascade-alone-0"][3]["model.masking.masking"] == "none"
+    assert facts["tracks"] == {package: ["one"] for package in LICENCES}
+    for name, settings in STUDY.items():  # every setting is one that trains
+        load_preset("reference" if name == SEEDS_SYSTEM else "demo", settings)
+
+
+def test_without_music_the_study_says_where_it_comes_from(monkeypatch, tmp_path):
+    monkeypatch.setattr(lib.record.subprocess, "run", lambda *given, **options: subprocess.CompletedProcess(given, 2))
+    with pytest.raises(UserError, match=r"music: lacks the music to measure on; data/README\.md says"):
+        lib.record.record_fusion(load_preset("smoke"), {}, tmp_path / "music", tmp_path)
+
+
+def test_what_notebook_04_measured_is_read_from_its_tables(tmp_path, monkeypatch):
+    merits = {"input": "0.00", "trained model": "0.50"}
+    tables = {
+        "cases": [{"case": "perfect fusion", "merit": "0.9", "onsets": "1"}],
+        "means": [{"output": name, "merit": merit, "onsets": "0.30"} for name, merit in merits.items()],
+        "older": [{"output": name, "plain merit": "0.70"} for name in merits],
+        "against": [{"baseline": "HPSS", "advantage in merit": "+0.1 ± 0.0", "verdict": "better than the baseline"}],
+    }
+    monkeypatch.setattr(lib.record, "sections", lambda out: [])
+    monkeypatch.setattr(lib.record, "tables_of", lambda found: tables)
+    run = Run.create(tmp_path / "run", {})
+    run.log({"split": "merit", "step": 3, "seconds": 1.6, "merit": 0.12345})
+    (run.path / "manifest.json").write_text(json.dumps({"pairs": [1, 2]}))
+    found = lib.record.measured_in(run.path)
+    assert found["measured"]["trained model"] == tables["means"][1] | {"plain merit": "0.70"}
+    assert found["against"] == {"HPSS": {"advantage in merit": "+0.1 ± 0.0", "verdict": "better than the baseline"}}
+    assert (found["pairs"], found["curve"]) == (2, [{"seconds": 2, "merit": 0.123}])
 
 
 def test_a_table_that_no_notebook_shows_is_named():

@@ -1,9 +1,12 @@
 """Baselines against the formulas by hand, and what a model is compared with on the same pairs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from lib.codec.mdct import MdctCodec
+from lib.data.latents import LatentPairs
 from lib.evaluation.baselines import (
     CROSSOVERS,
     ORACLE,
@@ -15,6 +18,7 @@ from lib.evaluation.baselines import (
     low_and_high,
     mean_metrics,
     measure_fusions,
+    pairs_to_measure,
     recipes,
 )
 from lib.evaluation.fusion_metrics import sound_features, sound_metrics
@@ -211,3 +215,20 @@ def test_an_advantage_is_of_the_merit_and_clustered_by_song():
     assert advantage(rows, "model", "average", songs, by="rhythm").mean == pytest.approx(0.75)
     with pytest.raises(ValueError, match="zip"):
         advantage(rows, "model", "average", songs[:-1])
+
+
+def test_pairs_of_two_songs_and_of_one_are_told_from_their_files(tiny_index, monkeypatch):
+    """Of nine validation pairs every third is of two songs."""
+    pairs = LatentPairs(tiny_index, "val")
+    hashes = {i: ("a" * 64, ("b" if i % 3 == 0 else "a") * 64) for i in range(9)}
+    manifest = SimpleNamespace(
+        pairs=[
+            SimpleNamespace(id=pairs.pair_id(i), input=SimpleNamespace(sha256=x), target=SimpleNamespace(sha256=y))
+            for i, (x, y) in hashes.items()
+        ]
+    )
+    assert pairs_to_measure(manifest, pairs, 24) == {i: hashes[i] for i in (0, 3, 6)}
+    assert list(pairs_to_measure(manifest, pairs, 2)) == [0, 3]
+    assert list(pairs_to_measure(manifest, pairs, 24, of_two_songs=False)) == [1, 2, 4, 5, 7, 8]
+    of_one = SimpleNamespace(pairs=[SimpleNamespace(id=p.id, input=p.input, target=p.input) for p in manifest.pairs])
+    assert pairs_to_measure(of_one, pairs, 24) == {}

@@ -11,7 +11,9 @@ from lib.evaluation.tables import (
     part_rows,
     rows_of,
     stage_rows,
+    study_rows,
     term_rows,
+    trained_mean,
 )
 from lib.model.discriminator import Discriminator
 from lib.model.fusion import FusionModel
@@ -74,3 +76,25 @@ def test_fusions_are_means_and_advantages_count_the_pairs_won():
         "pairs won": "1 of 2",
         "verdict": "better than the baseline",
     }
+
+
+def study_row(setting: str, merit: float, seconds: int) -> dict:
+    trained = dict.fromkeys(("onsets", "onsets left", "notes left", "plain merit"), "0.10")
+    trained |= {"output": "trained model", "merit": f"{merit:.2f}", "notes": f"{merit / 2:.2f}"}
+    curve = [{"seconds": 0, "merit": 0.0}, {"seconds": seconds, "merit": merit}]
+    return {"setting": setting, "measured": {"trained model": trained}, "curve": curve}
+
+
+def test_a_study_has_a_row_for_each_setting_with_its_range_over_seeds():
+    studied = [study_row("masks", 0.5, 60), study_row("masks", 0.6, 80), study_row("cascade", 0.2, 300)]
+    masks, cascade = study_rows(studied)
+    assert masks == {
+        "setting": "masks", "runs": 2, "seconds": "70", "merit": "0.50 to 0.60",
+        "onsets": "0.10", "notes": "0.28", "onsets left": "0.10", "notes left": "0.10", "plain merit": "0.10",
+    }  # fmt: skip
+    assert (cascade["setting"], cascade["runs"], cascade["seconds"], cascade["merit"]) == ("cascade", 1, "300", "0.20")
+    assert trained_mean(studied[:2], "trained model", "merit") == pytest.approx(0.55)
+
+
+def test_without_a_discriminator_it_has_no_row(tiny_cascade):
+    assert [row["part"] for row in part_rows(FusionModel(tiny_cascade()))] == ["stage 0", "stage 1"]

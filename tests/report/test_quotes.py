@@ -32,6 +32,7 @@ NOT_MEASURED = {
     "3.11": "the oldest Python",
     "5": "GB of packages",
     "24": "kHz of codecs and fusions",
+    "12": "kHz, the highest in them",
     "48": "kHz of super-resolution",
     "0.1.1": "the encodec package",
     "4.0": "its licence",
