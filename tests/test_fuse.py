@@ -629,6 +629,5 @@ def test_the_readmes_example_runs(run, clip, tmp_path, monkeypatch, capsys):
         clip(f"song_0{seed}.wav", 16 * SAMPLE_RATE, seed=seed)
     exec(example, {})
     assert soundfile.info("fusion.wav").duration == 16
-    share, scales = re.fullmatch(r"tensor\((.*?)\) \[(.*)\]\n", capsys.readouterr().out).groups()
-    assert 0 < float(share.split(",")[0]) < 1
-    assert scales.count("tensor") == 2
+    shares = re.fullmatch(r"tensor\((.*?)\) tensor\((.*?)\)\n", capsys.readouterr().out).groups()
+    assert all(0 < float(share.split(",")[0]) < 1 for share in shares)
