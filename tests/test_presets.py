@@ -83,6 +83,7 @@ OTHER = {  # values that the smoke preset does not have, where the type does not
     "codec": "encodec",
     "data.pair_mode": "cross",
     "model.masking.masking": "learned",
+    "model.masking.root": 5,
     "train.schedule": "cosine",
     "train.precision": "bf16",
     "train.loss.anti_modulation": "log",

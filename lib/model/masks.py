@@ -26,6 +26,9 @@ class MaskingConfig:
     restore_rms: Flag = True  # bring each masked clip back to its RMS: however little is taken of it, it stays as loud
     root: Count = 1  # of amplitudes that latents are (mdct: 3); without a cascade, the clips' amplitudes are added
 
+    def __post_init__(self):
+        check(self.root % 2, "root", self.root, "an odd number: latents keep their sign")
+
 
 class Masks(NamedTuple):
     """How much of each clip is taken, `[B, D, T]`, 0 to 1."""
@@ -61,7 +64,7 @@ class MaskGenerator(nn.Module):
 
 class WideMaskGenerator(nn.Module):
     """Learned masks from a wide view: two-dimensional convolutions over channels and frames of both clips together,
-    dilated so that an element's masks depend on 0.6 s to either side; 62,666 parameters. Made for codecs whose channels
+    dilated so that an element's masks depend on 0.6 s to either side; 63,676 parameters. Made for codecs whose channels
     are bands in order, as mdct's are. It starts as HPSS: the input's hits with the target's held notes."""
 
     DILATIONS = ((1, 1), (1, 2), (2, 4), (1, 8), (2, 1), (1, 4))  # of bands and frames, block by block

@@ -328,7 +328,8 @@ def test_complementarity_by_hand():
 @pytest.mark.parametrize(
     ("values", "field", "use"),
     [({"masking": "soft"}, "masking='soft'", "one of none, temporal,"), ({"masking": None}, "masking=None", "one of"),
-     ({"masking": ""}, "masking=''", "one of")],
+     ({"masking": ""}, "masking=''", "one of"), ({"root": 2}, "root=2", "an odd number"),
+     ({"root": 0}, "root=0", "a whole number, 1 or more")],
 )  # fmt: skip
 def test_bad_masking_values_name_the_field(values, field, use):
     with pytest.raises(UserError, match=f"^{field} is not allowed; use {use}"):
