@@ -40,7 +40,15 @@ File = str | Path
 
 
 def fuse_files(
-    input: File, target: File, out: File, run: Run, codec: Codec, *, which: str = "best", mono=False, whole_band=True
+    input: File,
+    target: File,
+    out: File,
+    run: Run,
+    codec: Codec,
+    *,
+    which: str = "best",
+    mono: bool = False,
+    whole_band: bool = True,
 ) -> AudioWriter:
     """Fuse two audio files; `out` appears when it is complete, in stereo if one of them is, unless `mono`. Returns its
     closed writer, with length and peak. `UserError` for unusable files, a run of another codec, a .flac that clips."""

@@ -33,12 +33,14 @@ Measured = Mapping[str, Sequence[Mapping[str, float]]]  # output → one row of 
 def pairs_to_measure(
     manifest: Manifest, pairs: LatentPairs, count: int, of_two_songs: bool = True
 ) -> dict[int, tuple[str, str]]:
-    """At most `count` pairs of two songs, or of one song that continues, spread evenly: place in `pairs` → both songs,
-    by their hashes. Where all pairs are of the other kind, none."""
+    """At most `count` pairs, spread evenly: place in `pairs` → both songs, by their hashes. They are of two songs, or
+    of any where there are none; or of one song that continues."""
     songs = {pair.id: (pair.input.sha256, pair.target.sha256) for pair in manifest.pairs}
     all_songs = [songs[pairs.pair_id(i)] for i in range(len(pairs))]
     found = [i for i, (input, target) in enumerate(all_songs) if (input != target) is of_two_songs]
-    return {found[k]: all_songs[found[k]] for k in evenly_spread(len(found), count).tolist()}
+    if of_two_songs and not found:  # one song, or continuations alone
+        found = list(range(len(all_songs)))
+    return {found[k]: all_songs[found[k]] for k in evenly_spread(len(found), max(1, count)).tolist()}
 
 
 @torch.no_grad()
