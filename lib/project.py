@@ -13,6 +13,7 @@ from lib.audio.synth import make_demo_dataset
 from lib.codec.codec import Codec, load_codec
 from lib.data.latents import encode_manifest
 from lib.data.pairs import Manifest, build_manifest
+from lib.evaluation.tables import MASKS_ALONE, WITH_CASCADE  # noqa: F401 (notebook 04 finds them here)
 from lib.lab.ablation import Plan, run_plan
 from lib.lab.results import Result, read_record
 from lib.lab.variants import NAMED, Variant
@@ -25,11 +26,6 @@ from lib.util.files import make_folder
 
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in notebooks mean this folder, wherever a kernel starts
 RECORD = ROOT / "outputs" / "record"  # what `make record` wrote
-SEEDS_SYSTEM, MASKS_ALONE, WITH_CASCADE = (
-    "the seeds' system",
-    "wide masks",
-    "wide masks and a cascade",
-)  # in fusion.json
 DEMO_SONGS = 16
 UPPER_BAND = {"num_songs": 24, "seconds": 8.0, "sample_rate": 48_000}  # demo songs for super-resolution
 

@@ -34,12 +34,13 @@ from typing import Any
 import torch
 
 from lib.evaluation.progress import SPLIT
+from lib.evaluation.tables import MASKS_ALONE, SEEDS_SYSTEM, WITH_CASCADE
 from lib.lab.audit import audit_named, disagreements
 from lib.lab.claims import collect, markdown_table, with_untested
 from lib.lab.results import Result, write_record
 from lib.pipeline import NotebookError, add_arguments, gpu_name, parse_overrides, run_notebooks, say
 from lib.presets import Preset, load_preset
-from lib.project import MASKS_ALONE, RECORD, ROOT, SEEDS_SYSTEM, WITH_CASCADE, Project, open_project
+from lib.project import RECORD, ROOT, Project, open_project
 from lib.report.quotes import BLOCKS, readme_blocks, with_blocks
 from lib.report.report import sections, tables_of
 from lib.superres.evaluation import GAIN, evaluate

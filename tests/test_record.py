@@ -12,12 +12,13 @@ import pytest
 
 import lib.record
 import lib.superres.training
+from lib.evaluation.tables import MASKS_ALONE, SEEDS_SYSTEM
 from lib.lab.claims import CLAIMS, VERDICTS, judge
 from lib.lab.results import read_record
 from lib.lab.variants import NAMED, SCHEDULED, VARIANTS
 from lib.pipeline import NotebookError
 from lib.presets import load_preset
-from lib.project import MASKS_ALONE, RECORD, SEEDS_SYSTEM
+from lib.project import RECORD
 from lib.record import (
     FIGURES,
     GUIDANCES,

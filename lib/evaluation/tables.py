@@ -16,6 +16,7 @@ Row = dict[str, Any]
 JUDGED = ("merit", "onsets", "notes", "onsets_left", "notes_left", "beats", "artifacts", "level", "peak")
 PLAIN = ("plain_merit", "rhythm", "harmony")
 COPIED = ("input_envelope", "target_envelope", "input_mel", "target_mel", "movement_ratio")
+SEEDS_SYSTEM, MASKS_ALONE, WITH_CASCADE = "the seeds' system", "wide masks", "wide masks and a cascade"  # settings
 STUDIED = ("onsets", "notes", "onsets_left", "notes_left", "plain_merit")  # of settings in fusion.json
 STAGE_COLUMNS = "projection_rms", "rms_before_scaling", "output_rms", "target_scale", "applied_scale", "clamped"
 

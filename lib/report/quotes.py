@@ -1,19 +1,25 @@
 """The blocks that the README quotes from a record: text between marks, written from the files of outputs/record/."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lib.evaluation.baselines import ORACLE
+from lib.evaluation.tables import MASKS_ALONE, WITH_CASCADE, study_rows, trained_mean
 from lib.lab.results import read_record
 from lib.superres.evaluation import METHODS, Score
 from lib.superres.plots import upper_rows
 from lib.util.errors import UserError
 from lib.util.files import read_json
+from lib.util.stats import TEST
 
-BLOCKS = ("results", "speed", "distances")
+BLOCKS = ("music", "results", "speed", "distances")
 MARKS = "<!-- {}: written by make record -->", "<!-- end of {} -->"
 DIFFERENT = "runs disagree on"
+COLUMNS = {"merit": "merit", "onsets": "input's onsets", "notes": "target's notes"}  # metrics on real music
+COLUMNS |= {"onsets_left": "target's onsets left", "notes_left": "input's notes left"}
+COLUMNS |= {"beats": "beats", "level": "level (dB)", "plain_merit": "merit by the old figure"}
 
 
 def with_blocks(readme: str, blocks: Mapping[str, str]) -> str:
@@ -35,10 +41,59 @@ def readme_blocks(folder: Path) -> dict[str, str]:
         minutes = sum(map(int, re.findall(r"(\d+) s\b", took))) / 60
         made += f" All notebooks took {minutes:.0f} minutes on {facts['machine']['cores']} cores."
     return {
+        "music": music(folder),
         "results": "\n".join([*results(read_json(folder / "variations.json", list)), "", f"*{made}*"]),
         "speed": speed(bench["cascade"]),
         "distances": distances_table(read_record(folder / "superres.json", Score)[0]),
     }
+
+
+def music(folder: Path) -> str:
+    """Fusion on real music (fusion.json) and longer training on a GPU (gpu.json), where the record has them."""
+    text = "This record is older than the measurements on real music."
+    if (folder / "fusion.json").exists():
+        text = "\n".join(study(*read_record(folder / "fusion.json", dict)))
+    if (folder / "gpu.json").exists():
+        gpu = read_json(folder / "gpu.json", {"gpu": str, "batch_size": int, "runs": dict, "marks": dict})
+        text += f"\n\nOn one {gpu['gpu']}, clips of {gpu['clip_seconds']:g} s, batch size {gpu['batch_size']}: merit "
+        for name, (*_, end) in gpu["runs"].items():
+            text += f"{end['merit']:.2f} after {end['epoch']} epochs and {end['seconds'] / 60:.1f} minutes ({name}), "
+        mark = max(gpu["marks"], key=gpu["marks"].get)
+        text += f"beside {span([gpu['marks'][mark]])} of the best mark ({mark})."
+    return text.replace("crossover, input below", "crossover with the input below")
+
+
+def study(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[str]:
+    """Outputs on real music, the trained masks against each baseline, and the merit of each setting."""
+    masks, cascade = ([row for row in rows if row["setting"] == name] for name in (MASKS_ALONE, WITH_CASCADE))
+    against = [row["against"] for row in masks]
+    shown = {f"trained masks (mean; training seeds: {len(masks)})": (masks, "trained model")}
+    shown |= {"masks with a cascade": (cascade, "trained model")}
+    recipes = sorted(against[0], key=lambda name: -trained_mean(masks, name, "merit"))
+    shown |= {name: (masks, name) for name in (*recipes, ORACLE, "input", "target")}
+    cells = [[label, *(span([trained_mean(*of, metric)]) for metric in COLUMNS)] for label, of in shown.items()]
+    best = max((merit for label, merit, *_ in cells if label != ORACLE), key=mean_of)
+    cells = [[label, f"**{m}**" if m == best and label != ORACLE else m, *rest] for label, m, *rest in cells]
+    said = []
+    for name in recipes:
+        found = sorted((seed[name]["advantage in merit"].replace("-", "−") for seed in against), key=mean_of)
+        said.append(f"{' to '.join(dict.fromkeys((found[0], found[-1])))} over {name}")
+    verdicts = [{name: row["verdict"].removesuffix(" the baseline") for name, row in seed.items()} for seed in against]
+    pairs = against[0][recipes[0]]["pairs won"].split()[-1]
+    tracks = ", ".join(f"{len(t)} of {name} ({facts['licences'][name]})" for name, t in facts["tracks"].items())
+    merits = ", ".join(f"{row['setting']} {row['merit']}" for row in study_rows(rows))
+    return [
+        *table(["output", *COLUMNS.values()], cells),
+        "",
+        f"- **Advantage in merit of the trained masks** (± standard error, lowest to highest seed): {'; '.join(said)}. "
+        f"Verdicts: {alike(verdicts)} ({TEST}). Measured on {pairs} pairs of held-out songs; tracks: {tracks}.",
+        "- **What each change brought**: from the seeds' system to the masks alone, then the cascade with and without "
+        f"masks; {facts['steps']} steps and {facts['layers']}-layer stages each. Merit: {merits}.",
+    ]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -52,7 +107,7 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     against = alike([row["against_envelope"] for row in seeded], "the mean envelope at ")
     gains = ", ".join(f"{span([mean_of(row['gain'][c]) for row in seeded])} at {c}" for c in seeded[0]["gain"])
     lines = [
-        f"{runs if len(seeded) > 1 else 'One run'} (t-test at the 5 % level, standard errors clustered by song).",
+        f"{runs if len(seeded) > 1 else 'One run'} ({TEST}).",
         "",
         f"- **Fusion.** Figure of merit: {merits}. Verdicts: {alike([row['against'] for row in seeded])}.",
         "- **Super-resolution**, trained only briefly. LSD reduction relative to the mean envelope, negative where "
@@ -115,6 +170,5 @@ def speed(rows: Sequence[Mapping[str, Any]]) -> str:
 def distances_table(scores: Sequence[Score]) -> str:
     """LSD above the cutoff: a row for each method, a column for each cutoff."""
     rows = upper_rows(sorted(scores, key=lambda score: score.cutoff))
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [[f"{row['method']}: {METHODS[row['method']]}", *list(row.values())[1:]] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    named = ([f"{row['method']}: {METHODS[row['method']]}", *list(row.values())[1:]] for row in rows)
+    return "\n".join(table(list(rows[0]), named))

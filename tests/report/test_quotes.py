@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 
+from lib.evaluation.baselines import ORACLE
+from lib.evaluation.tables import MASKS_ALONE, SEEDS_SYSTEM, WITH_CASCADE
 from lib.lab.claims import markdown_table
-from lib.lab.results import read_record
+from lib.lab.results import read_record, write_record
 from lib.project import RECORD, ROOT
 from lib.report.quotes import (
     BLOCKS,
@@ -17,6 +19,7 @@ from lib.report.quotes import (
     distances_table,
     mean_of,
     moved,
+    music,
     readme_blocks,
     results,
     span,
@@ -25,6 +28,7 @@ from lib.report.quotes import (
 )
 from lib.superres.evaluation import CUTOFFS, GAIN, METHODS, Score
 from lib.util.errors import UserError
+from lib.util.stats import TEST
 
 README = (ROOT / "README.md").read_text()
 # numbers of the README that nothing has measured, outside code and quoted blocks
@@ -94,6 +98,140 @@ def test_what_moves_on_other_processors_is_said():
     other = "the demo has OTHER pairs and split, and 5 of its 6 verdicts are the same, all but: C2: b. "
     assert moved(here, [thread, bare]).endswith(other + moves)
     assert "Other CPUs" in "\n".join(results([here, thread | {"data_seed": 0, "seed": 0}, bare]))
+
+
+RECIPES = {"average of waveforms": 0.15, "crossover, input below": 0.18, "HPSS": 0.45}  # merit of each
+FACTS = {
+    "steps": 300,
+    "layers": 2,
+    "tracks": {"nexuiz-music": ["a", "b"], "wesnoth-1.16-music": ["c"]},
+    "licences": {"nexuiz-music": "GPL-2 or later", "wesnoth-1.16-music": "CC0"},
+}
+ON_GPU = {
+    "gpu": "NVIDIA H200",
+    "clip_seconds": 16,
+    "batch_size": 8,
+    "runs": {
+        "masks": [{"epoch": 1, "seconds": 3.0, "merit": 0.9}, {"epoch": 200, "seconds": 750.0, "merit": 0.631}],
+        "cascade": [{"epoch": 50, "seconds": 60.0, "merit": 0.4}],
+    },
+    "marks": {"crossover": 0.33, "HPSS": 0.452, "average": 0.2},
+}
+
+
+def studied(setting: str, merit: float, advantage: str = "+0.100 ± 0.040", verdict: str = "better than") -> dict:
+    """A run of fusion.json: every metric of an output is its merit, but for its level, which is negative."""
+    merits = {"trained model": merit, ORACLE: 0.95, "untrained model": 0.99, "input": 0.0, "target": 0.02, **RECIPES}
+    names = ("merit", "onsets", "notes", "onsets left", "notes left", "beats", "plain merit")
+    measured = {name: dict.fromkeys(names, f"{m:.2f}") | {"level": f"{-m:.2f}"} for name, m in merits.items()}
+    found = {"advantage in merit": "+0.300 ± 0.010", "pairs won": "24 of 24", "verdict": "better than the baseline"}
+    own = {"advantage in merit": advantage, "pairs won": "9 of 24", "verdict": f"{verdict} the baseline"}
+    against = dict.fromkeys(RECIPES, found) | {"HPSS": own}
+    curve = [{"seconds": 9, "merit": merit}]
+    return {"setting": setting, "seed": 0, "measured": measured, "against": against, "pairs": 999, "curve": curve}
+
+
+STUDIED = [
+    studied(SEEDS_SYSTEM, 0.2),
+    studied(MASKS_ALONE, 0.5, "+0.050 ± 0.030", "no statistically significant difference from"),
+    studied(MASKS_ALONE, 0.61, "-0.010 ± 0.020"),
+    studied(MASKS_ALONE, 0.6, "+0.150 ± 0.040"),
+    studied(WITH_CASCADE, 0.4),
+]
+
+
+def on_music(tmp_path, rows: list[dict], gpu: dict | None = None) -> str:
+    write_record(tmp_path / "fusion.json", rows, FACTS)
+    if gpu is not None:
+        (tmp_path / "gpu.json").write_text(json.dumps(gpu))
+    return music(tmp_path)
+
+
+def test_outputs_on_real_music_are_a_table_with_the_mean_over_seeds(tmp_path):
+    lines = on_music(tmp_path, STUDIED).splitlines()
+    assert lines[0] == (
+        "| output | merit | input's onsets | target's notes | target's onsets left | input's notes left | beats "
+        "| level (dB) | merit by the old figure |"
+    )
+    assert set(lines[1].split()) == {"|", "---"}
+    rows = {cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in lines[2 : lines.index("")])}
+    assert {name: cells[0] for name, cells in rows.items()} == {
+        "trained masks (mean; training seeds: 3)": "**0.57**",
+        "masks with a cascade": "0.40",
+        "HPSS": "0.45",
+        "crossover with the input below": "0.18",
+        "average of waveforms": "0.15",
+        ORACLE: "0.95",
+        "input": "0.00",
+        "target": "0.02",
+    }
+    assert list(rows)[2:6] == ["HPSS", "crossover with the input below", "average of waveforms", ORACLE]
+    assert rows["HPSS"][1:] == ["0.45"] * 5 + ["−0.45", "0.45"]
+
+
+def test_each_column_on_real_music_is_its_own_metric(tmp_path):
+    values = ("0.60", "0.11", "0.12", "0.13", "0.14", "0.15", "-1.60", "0.17")
+    names = ("merit", "onsets", "notes", "onsets left", "notes left", "beats", "level", "plain merit")
+    run = studied(MASKS_ALONE, 0.6)
+    run["measured"]["trained model"] = dict(zip(names, values, strict=True))
+    cells = "**0.60** | 0.11 | 0.12 | 0.13 | 0.14 | 0.15 | −1.60 | 0.17"
+    text = on_music(tmp_path, [run, studied(WITH_CASCADE, 0.4)])
+    assert f"\n| trained masks (mean; training seeds: 1) | {cells} |\n" in text
+
+
+def test_the_best_on_real_music_is_bold_whoever_it_is(tmp_path):
+    text = on_music(tmp_path, [studied(MASKS_ALONE, 0.3), studied(WITH_CASCADE, 0.4)])
+    assert text.count("**0.") == 1
+    assert "| HPSS | **0.45** | 0.45 |" in text
+
+
+def test_the_advantage_on_real_music_is_said_with_its_errors_and_where_it_comes_from(tmp_path):
+    text = on_music(tmp_path, STUDIED)
+    assert (
+        "(± standard error, lowest to highest seed): −0.010 ± 0.020 to +0.150 ± 0.040 over HPSS; +0.300 ± 0.010 over "
+        "crossover with the input below; +0.300 ± 0.010 over average of waveforms. Verdicts: better than average of "
+        f"waveforms, crossover with the input below; {DIFFERENT} HPSS ({TEST})."
+    ) in text
+    assert "24 pairs of held-out songs" in text
+    assert "tracks: 2 of nexuiz-music (GPL-2 or later), 1 of wesnoth-1.16-music (CC0)." in text
+    changes = f"{SEEDS_SYSTEM} 0.20, {MASKS_ALONE} 0.50 to 0.61, {WITH_CASCADE} 0.40."
+    assert f"; 300 steps and 2-layer stages each. Merit: {changes}" in text
+    assert "GPU" not in text
+    assert "older" not in text
+
+
+def test_an_advantage_without_an_error_is_quoted_as_it_is(tmp_path):
+    text = on_music(tmp_path, [studied(MASKS_ALONE, 0.5, "-0.050"), studied(WITH_CASCADE, 0.4)])
+    assert "lowest to highest seed): −0.050 over HPSS; " in text
+
+
+GPU_SAID = (
+    "On one NVIDIA H200, clips of 16 s, batch size 8: merit 0.63 after 200 epochs and 12.5 minutes (masks), "
+    "0.40 after 50 epochs and 1.0 minutes (cascade), beside 0.45 of the best mark (HPSS)."
+)
+
+
+def test_training_on_a_gpu_is_quoted_where_it_is_recorded(tmp_path):
+    (tmp_path / "gpu.json").write_text(json.dumps(ON_GPU))
+    assert music(tmp_path) == f"This record is older than the measurements on real music.\n\n{GPU_SAID}"
+    without = on_music(tmp_path, STUDIED).removesuffix(f"\n\n{GPU_SAID}")
+    (tmp_path / "gpu.json").unlink()
+    assert music(tmp_path) == without
+    with pytest.raises(UserError, match=r"gpu\.json: damaged \(no field 'marks'\)"):
+        on_music(tmp_path, STUDIED, {name: value for name, value in ON_GPU.items() if name != "marks"})
+
+
+def test_a_record_without_real_music_says_so_and_has_all_other_blocks(tmp_path):
+    shutil.copytree(RECORD, tmp_path / "record")
+    for name in ("fusion.json", "gpu.json"):
+        (tmp_path / "record" / name).unlink(missing_ok=True)
+    older = readme_blocks(tmp_path / "record")
+    assert older["music"] == "This record is older than the measurements on real music."
+    write_record(tmp_path / "record" / "fusion.json", STUDIED, FACTS)
+    newer = readme_blocks(tmp_path / "record")
+    assert tuple(older) == tuple(newer) == BLOCKS
+    assert {name for name in BLOCKS if older[name] != newer[name]} == {"music"}
+    assert with_blocks(with_blocks(README, newer), older) == with_blocks(README, older)
 
 
 def test_small_numbers():
