@@ -21,7 +21,9 @@ from lib.audio.features import Sound, correlation, harmony_similarity, rhythm_si
 from lib.audio.synth import render_song
 from lib.codec.encodec import EncodecCodec
 from lib.codec.mdct import MdctCodec
+from lib.model.cascade import rms
 from lib.model.masks import Masks
+from lib.model.rms_law import pair_rms
 from lib.training.losses import (
     MASK_TERMS,
     SOUND_TERMS,
@@ -30,6 +32,7 @@ from lib.training.losses import (
     coverage,
     discriminator_hinge,
     latent_mse,
+    level,
     novelty,
     overlap,
     rms_error,
@@ -122,7 +125,7 @@ def test_bad_weights_name_the_field(name, value):
 
 
 def test_all_weights_zero_is_refused():
-    assert len(WEIGHTS) == 20
+    assert len(WEIGHTS) == 21
     with pytest.raises(UserError, match=f"^{', '.join(WEIGHTS)} are all 0; give at least one term a weight"):
         LossConfig(0.0, 0.0)
 
@@ -517,6 +520,7 @@ def test_total_is_the_weighted_sum_of_all_terms(batch, form):
         "notes": note_distance(sounds[0], sounds[2]),
         "onsets_left": band_agreement(sounds[0], sounds[2]).clamp_min(0).mean(),
         "notes_left": notes_left(*sounds),
+        "level": level(*map(Sound, sounds)),
         "anti_modulation": anti_modulation(*sounds[:2], form) + anti_modulation(sounds[0], sounds[2], form),
         "outlier": spectral_outliers(*sounds),
         "overlap": overlap(masks),
@@ -714,3 +718,15 @@ def test_the_sources_get_no_gradient_from_their_sound(batch):
     for source in (input, target):
         assert source.grad is None or source.grad.abs().max() == 0
     assert output.grad.abs().max() > 0
+
+
+def test_level_is_the_squared_distance_in_nepers_from_the_level_of_both_clips():
+    noise = torch.randn(1, 1, 24_000, generator=torch.Generator().manual_seed(0))
+    noise = noise / rms(noise)
+    input, target = Sound(0.3 * noise), Sound(0.1 * noise.flip(2))
+    for times in (1, 1 / 4, 3):
+        output = Sound(times * pair_rms(0.3, 0.1) * noise)
+        assert level(output, input, target).item() == pytest.approx(math.log(times) ** 2, abs=1e-3)  # 0, 1.92, 1.21
+    quiet = torch.zeros_like(noise, requires_grad=True)
+    level(Sound(quiet), input, target).backward()
+    assert quiet.grad.isfinite().all()
