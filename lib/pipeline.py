@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import papermill
-import torch
 import yaml
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
@@ -35,7 +34,7 @@ from lib.report.report import FIRST, write_notebook_page, write_report
 from lib.training.run import Run
 from lib.util.errors import UserError, exit_on_user_error
 from lib.util.files import file_sha256, make_folder, read_json, write_atomic
-from lib.util.provenance import code_fingerprint
+from lib.util.provenance import code_fingerprint, gpu_name
 from lib.util.signals import StopSignals
 
 FOLDER = ROOT / "notebooks"
@@ -178,10 +177,6 @@ def facts(preset: Preset, out: Path, train: int, val: int) -> dict[str, str]:
     marks = {name: mark for name in NOTEBOOKS if "seconds" in (mark := read_mark(out, name))}
     took = (f"{name} {mark['seconds']} s" + " after a stop" * mark["resumed"] for name, mark in marks.items())
     return head | {"time": ", ".join(took)}
-
-
-def gpu_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 
 
 def code_of_lib() -> str:

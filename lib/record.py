@@ -10,11 +10,16 @@ Everything is measured in a clone of the commit, in outputs/recording/, so neith
     superres.json      distances of a super-resolver that was trained for longer
     fusion.json        notebook 04 on real music: several training seeds, and what each change of the system brings
     variations.json    the demo with other songs and seeds, on one thread, and without vector instructions
+    gpu.json, gpu.png  only where a GPU trained runs for it: their figure of merit over time
     bench.json         speed compared with stock PyTorch modules, and bench.md, the same as tables
     summary.json       facts and tables of the notebooks, and the figures in FIGURES
     claims.json        the audit of every claim, and claims.md, the same as a table
 
-A stopped record resumes on the same commit and starts again on another.
+A stopped record resumes on the same commit and starts again on another. What takes a GPU is trained and recorded there,
+by hand, and stays when the rest is recorded again:
+
+    python -m lib.train --preset full --codec mdct --data data/music --follow 24 --out outputs/long [--set ...]
+    python -m lib.record --preset full --codec mdct --data data/music --followed outputs/long [RUN ...]
 """
 
 import argparse
@@ -33,12 +38,14 @@ from typing import Any
 
 import torch
 
-from lib.evaluation.progress import SPLIT
+from lib.data.latents import LatentPairs
+from lib.evaluation.baselines import best_crossovers, mean_metrics, measure_fusions, pairs_to_measure
+from lib.evaluation.progress import SPLIT, merit_over_time
 from lib.evaluation.tables import MASKS_ALONE, SEEDS_SYSTEM, WITH_CASCADE
 from lib.lab.audit import audit_named, disagreements
 from lib.lab.claims import collect, markdown_table, with_untested
 from lib.lab.results import Result, write_record
-from lib.pipeline import NotebookError, add_arguments, gpu_name, parse_overrides, run_notebooks, say
+from lib.pipeline import NotebookError, add_arguments, parse_overrides, run_notebooks, say
 from lib.presets import Preset, load_preset
 from lib.project import RECORD, ROOT, Project, open_project
 from lib.report.quotes import BLOCKS, readme_blocks, with_blocks
@@ -46,10 +53,11 @@ from lib.report.report import sections, tables_of
 from lib.superres.evaluation import GAIN, evaluate
 from lib.superres.resolver import Restoration, SuperResolver
 from lib.superres.training import train_part
+from lib.train import pairs_to_follow
 from lib.training.run import Run
 from lib.util.errors import UserError, exit_on_user_error
 from lib.util.files import read_json, write_atomic
-from lib.util.provenance import versions
+from lib.util.provenance import gpu_name, versions
 
 FIGURES = ("listening_0", "grid", "collapse")  # that the README shows
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
@@ -116,11 +124,13 @@ def continue_in_clone(arguments: Sequence[str]) -> None:
 
 def replace_record(new: Path, root: Path) -> None:
     """Replace `root`'s record by the folder `new`, and update the quotes of it in the README."""
-    readme = with_blocks((root / "README.md").read_text(), readme_blocks(new))
     target, staged, old = (root / "outputs" / name for name in ("record", ".record-new", ".record-old"))
     for folder in (staged, old):
         shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(new, staged)
+    for path in target.glob("gpu.*"):
+        shutil.copy(path, staged)
+    readme = with_blocks((root / "README.md").read_text(), readme_blocks(staged))
     if target.exists():
         os.rename(target, old)
     os.rename(staged, target)
@@ -156,6 +166,26 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, music: Pa
     facts["music"] = f"music in {Path(data_dir).name}" if data_dir else "generated songs"
     machine = {"cores": os.cpu_count(), "instructions": torch.backends.cpu.get_cpu_capability(), "gpu": gpu_name()}
     write_json(folder / "record.json", versions() | facts | {"machine": machine})
+
+
+def record_followed(project: Project, paths: Sequence[str], folder: Path) -> None:
+    """The figure of merit over the time of runs that `lib.train --follow` trained on this project's data, beside what
+    recipes reach on the same pairs, and a figure. `UserError` for other runs."""
+    runs = [Run.open(path) for path in paths]
+    for run in runs:
+        if run.config["data"] != project.index.stem or not run.metrics(SPLIT):
+            raise UserError(f"{run.path}: is not a run on {project.manifest.root} that --follow followed; train one")
+    rows = {MASKS_ALONE if not run.config["cascade"]["stages"] else WITH_CASCADE: run.metrics(SPLIT) for run in runs}
+    training = LatentPairs(project.index, "train")
+    pairs = pairs_to_follow(project, runs[0].metrics(SPLIT)[0]["pairs"])
+    tuning = pairs_to_measure(project.manifest, training, len(pairs) // 3)
+    crossovers = best_crossovers((training[i] for i in tuning), project.codec)
+    measured = measure_fusions(pairs, project.codec, {}, crossovers)
+    marks = {name: mean_metrics(found)["merit"] for name, found in measured.items()}
+    merit_over_time(rows, {name: marks[name] for name in [*crossovers, "HPSS"]}).savefig(folder / "gpu.png")
+    facts = runs[0].config["versions"] | {"gpu": runs[0].metrics(SPLIT)[-1]["gpu"], "marks": marks, "runs": rows}
+    sizes = {"clip_seconds": project.preset.data.clip_seconds, "batch_size": runs[0].config["train"]["batch_size"]}
+    write_json(folder / "gpu.json", facts | sizes)
 
 
 def record_bench(folder: Path) -> None:
@@ -248,7 +278,6 @@ def measured_in(out: Path) -> dict[str, Any]:
     return {
         "measured": {row["output"]: row | {"plain merit": plain[row["output"]]} for row in metrics},
         "against": {row.pop("baseline"): row for row in map(dict, compared)},
-        "pairs": len(read_json(out / "manifest.json")["pairs"]),
         "curve": curve,
     }
 
@@ -366,11 +395,15 @@ def write_json(path: Path, content: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.record", description="Measure what the README quotes.")
     add_arguments(parser, out=False)
+    parser.add_argument("--followed", nargs="+", metavar="RUN", help="record runs of lib.train --follow, and only them")
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)  # in the clone: whose record is to be replaced
     options = parser.parse_args()
     with exit_on_user_error():
         overrides = parse_overrides(options.set, options.codec)
         data = str(Path(options.data).resolve()) if options.data else ""
+        if options.followed:
+            record_followed(open_project(load_preset(options.preset, overrides), data), options.followed, RECORD)
+            return
         if options.into is None:
             settings = [part for name, value in overrides.items() for part in ("--set", f"{name}={json.dumps(value)}")]
             continue_in_clone(["--preset", options.preset, "--data", data, *settings])

@@ -1,6 +1,6 @@
 """Train a preset's model: one process, or several, which share the encoding and every step, and stop together.
 
-python -m lib.train --preset full --data DIR --out outputs/full [--resume] [--set train.epochs=50]
+python -m lib.train --preset full --data DIR --out outputs/full [--resume] [--follow 24] [--set train.epochs=50]
 accelerate launch --num_processes 4 -m lib.train --preset full ...
 torchrun --nproc_per_node 4 -m lib.train --preset full ...
 """
@@ -10,8 +10,12 @@ import argparse
 import torch
 from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState
+from torch import Tensor
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+from lib.data.latents import LatentPairs
+from lib.evaluation.baselines import pairs_to_measure
+from lib.evaluation.progress import MeritOverTime
 from lib.pipeline import add_arguments, parse_overrides
 from lib.presets import load_preset
 from lib.project import Project, open_project
@@ -51,16 +55,26 @@ def train_project(
     return Run.open(project.out_dir)
 
 
+def pairs_to_follow(project: Project, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Held-out latents `[D, T]` of at most `count` pairs of two songs."""
+    pairs = LatentPairs(project.index, "val")
+    return [pairs[i] for i in pairs_to_measure(project.manifest, pairs, count)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.train", description="Train a preset's model.")
     add_arguments(parser)
     parser.add_argument("--resume", action="store_true", help="resume the run in the output folder")
+    followed = "measure the figure of merit at every validation, on N held-out pairs, for metrics.jsonl"
+    parser.add_argument("--follow", type=int, default=0, metavar="N", help=followed)
     options = parser.parse_args()
     with exit_on_user_error():
         preset = load_preset(options.preset, parse_overrides(options.set, options.codec))
         processes = join_processes()
         project = open_project(preset, options.data, options.out, processes)
-        run = train_project(project, resume=options.resume)
+        followed = options.follow and pairs_to_follow(project, options.follow)
+        callbacks = (MeritOverTime(followed, project.codec),) if followed else ()
+        run = train_project(project, resume=options.resume, callbacks=callbacks)
         if processes.is_main_process:
             print(f"run: {run.path}")
 

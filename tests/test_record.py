@@ -10,8 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
+import lib.evaluation.progress
 import lib.record
 import lib.superres.training
+import lib.train
+from lib.audio.synth import make_demo_dataset
 from lib.evaluation.tables import MASKS_ALONE, SEEDS_SYSTEM
 from lib.lab.claims import CLAIMS, VERDICTS, judge
 from lib.lab.results import read_record
@@ -30,6 +33,7 @@ from lib.record import (
     clone_of,
     continue_in_clone,
     found_in,
+    main,
     replace_record,
     run_variation,
     variations,
@@ -145,18 +149,21 @@ def test_a_record_takes_the_place_of_the_old_one_as_a_whole(checkout, tmp_path, 
     new = tmp_path / "new"
     new.mkdir()
     (new / "record.json").write_text("1")
-    monkeypatch.setattr(lib.record, "readme_blocks", lambda folder: dict.fromkeys(BLOCKS, "new"))
+    (checkout / "outputs" / "record" / "gpu.json").write_text("2")  # stays: it takes another machine
+    quoted = lambda folder: dict.fromkeys(BLOCKS, "new" if (folder / "gpu.json").exists() else "gpu.json is missing")  # noqa: E731
+    monkeypatch.setattr(lib.record, "readme_blocks", quoted)
     replace_record(new, checkout)
-    assert [path.name for path in (checkout / "outputs" / "record").iterdir()] == ["record.json"]
+    assert sorted(path.name for path in (checkout / "outputs" / "record").iterdir()) == ["gpu.json", "record.json"]
     assert [path.name for path in (checkout / "outputs").iterdir()] == ["record"]
     assert (checkout / "README.md").read_text() == TEXT.replace("old", "new")
 
 
 def test_a_readme_without_marks_leaves_the_old_record(checkout, tmp_path, monkeypatch):
+    (new := tmp_path / "new").mkdir()
     (checkout / "README.md").write_text("")
     monkeypatch.setattr(lib.record, "readme_blocks", lambda folder: dict.fromkeys(BLOCKS, "new"))
     with pytest.raises(UserError, match="marks"):
-        replace_record(tmp_path, checkout)
+        replace_record(new, checkout)
     assert (checkout / "outputs" / "record" / "old.json").exists()
 
 
@@ -285,11 +292,41 @@ def test_what_notebook_04_measured_is_read_from_its_tables(tmp_path, monkeypatch
     monkeypatch.setattr(lib.record, "tables_of", lambda found: tables)
     run = Run.create(tmp_path / "run", {})
     run.log({"split": "merit", "step": 3, "seconds": 1.6, "merit": 0.12345})
-    (run.path / "manifest.json").write_text(json.dumps({"pairs": [1, 2]}))
     found = lib.record.measured_in(run.path)
     assert found["measured"]["trained model"] == tables["means"][1] | {"plain merit": "0.70"}
     assert found["against"] == {"HPSS": {"advantage in merit": "+0.1 ± 0.0", "verdict": "better than the baseline"}}
-    assert (found["pairs"], found["curve"]) == (2, [{"seconds": 2, "merit": 0.123}])
+    assert found["curve"] == [{"seconds": 2, "merit": 0.123}]
+
+
+def test_runs_that_were_followed_are_recorded_beside_what_recipes_reach(tmp_path, monkeypatch, capsys):
+    """Trained by the command, with the figure of merit at every validation; for a GPU, whose name the rows bear."""
+    monkeypatch.setattr(lib.record, "RECORD", tmp_path)
+    monkeypatch.setattr(lib.evaluation.progress, "gpu_name", lambda: "a GPU")
+    make_demo_dataset(tmp_path / "songs", num_songs=4, seconds=9)
+    common = ["--preset", "smoke", "--data", str(tmp_path / "songs")]
+    settings = ["train.max_steps=2", "train.checkpoint_every=1", "model.num_layers=1"]
+    runs = {"wide masks": 0, "wide masks and a cascade": 1}
+    for name, stages in runs.items():
+        changed = [part for value in (*settings, f"model.num_stages={stages}") for part in ("--set", value)]
+        monkeypatch.setattr(
+            sys, "argv", ["lib.train", *common, "--out", str(tmp_path / name), "--follow", "3", *changed]
+        )
+        lib.train.main()
+    followed = ["--followed", *(str(tmp_path / name) for name in runs)]
+    monkeypatch.setattr(sys, "argv", ["lib.record", *common, *followed])
+    main()
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert (found["gpu"], found["clip_seconds"], found["batch_size"]) == ("a GPU", 2.0, 4)
+    assert list(found["runs"]) == list(runs)
+    for rows in found["runs"].values():
+        assert [row["step"] for row in rows] == [0, 1, 2]
+        assert {row["pairs"] for row in rows} == {3}
+    assert found["marks"]["average of waveforms"] < found["marks"]["HPSS"] < 1
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    (tmp_path / "wide masks" / "metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit):
+        main()
+    assert "wide masks: is not a run on" in capsys.readouterr().err
 
 
 def test_a_table_that_no_notebook_shows_is_named():

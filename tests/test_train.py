@@ -598,5 +598,5 @@ def test_the_options_reach_the_training(tmp_path, monkeypatch, capsys):
     assert (preset.name, preset.train.max_steps) == ("demo", 5)
     assert folders[:2] == ["songs", "there"]
     assert folders[2].num_processes == 1
-    assert asked[1] == (("project",), {"resume": True})
+    assert asked[1] == (("project",), {"resume": True, "callbacks": ()})
     assert capsys.readouterr().out == f"run: {tmp_path}\n"

@@ -1,6 +1,5 @@
 """How the figure of merit grows with the time that training takes."""
 
-import itertools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,11 @@ from torch import Tensor
 
 from lib.audio.plots import OUTPUT, STAGES, STYLE
 from lib.codec.codec import Codec
-from lib.evaluation.fusion_metrics import SoundFeatures, sound_features, sound_metrics
-from lib.model.fusion import FusionModel
+from lib.evaluation.baselines import features_of
+from lib.evaluation.fusion_metrics import SoundFeatures, sound_metrics
 from lib.training.learner import evaluating
 from lib.training.trainer import Callback, Trainer
+from lib.util.provenance import gpu_name
 
 SPLIT = "merit"  # of its rows in metrics.jsonl
 Rows = Sequence[Mapping[str, Any]]
@@ -30,7 +30,9 @@ class MeritOverTime(Callback):
         self.pairs, self.codec = pairs, codec
 
     def on_start(self, trainer: Trainer) -> None:
-        self.clips = [[sound_features(self.codec.decode(x[None])[0]) for x in pair] for pair in self.pairs]
+        device = trainer.learner.accelerator.device  # of a codec with weights, too
+        self.latents = [[x[None].to(device) for x in pair] for pair in self.pairs]
+        self.clips = self.features([x for pair in self.latents for x in pair])
         rows = trainer.run.metrics(SPLIT)
         self.begun = time.perf_counter() - (rows[-1]["seconds"] if rows else 0.0)
         if not rows:
@@ -38,16 +40,18 @@ class MeritOverTime(Callback):
 
     def on_validation(self, trainer: Trainer, row: dict[str, Any]) -> None:
         paused = time.perf_counter()
-        with torch.random.fork_rng(devices=[]), evaluating(trainer.learner.eval_model) as model:
-            merit = statistics.fmean(map(self.measure, itertools.repeat(model), self.pairs, self.clips))
-        trainer.run.log({"split": SPLIT, "step": trainer.step, "seconds": paused - self.begun, "merit": merit})
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(), evaluating(trainer.learner.eval_model) as model:
+            outputs = self.features([model(*pair).latents.float() for pair in self.latents])
+        clips = zip(self.clips[::2], self.clips[1::2], strict=True)
+        merit = statistics.fmean(sound_metrics(x, *pair)["merit"] for x, pair in zip(outputs, clips, strict=True))
+        when = {"step": trainer.step, "epoch": trainer.order.epoch, "seconds": paused - self.begun}
+        trainer.run.log({"split": SPLIT, "merit": merit, "pairs": len(self.pairs), "gpu": gpu_name()} | when)
         self.begun += time.perf_counter() - paused
 
-    @torch.inference_mode()
-    def measure(self, model: FusionModel, pair: Sequence[Tensor], clips: Sequence[SoundFeatures]) -> float:
-        device = next(model.parameters()).device
-        fused = model(*(x[None].to(device) for x in pair)).latents.float()
-        return sound_metrics(sound_features(self.codec.decode(fused)[0].cpu()), *clips)["merit"]
+    def features(self, latents: Sequence[Tensor]) -> list[SoundFeatures]:
+        """Features of each of the latents `[1, D, T]` as sound."""
+        with torch.inference_mode():
+            return features_of([self.codec.decode(x)[0].cpu() for x in latents])
 
 
 def merit_over_time(runs: Mapping[str, Rows], marks: Mapping[str, float]) -> Figure:

@@ -80,6 +80,10 @@ def _without_layout(node: Any) -> Any:
     return parts
 
 
+def gpu_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
 def versions() -> dict[str, str]:
     """What to quote with every number: torch's version and this repository's commit, with '+' if lib/ has changed."""
     git = {"cwd": SOURCE / "lib", "capture_output": True, "text": True, "check": False}

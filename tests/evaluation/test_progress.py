@@ -35,18 +35,18 @@ def config(steps: int) -> TrainConfig:
 
 def test_the_model_is_measured_before_training_and_at_every_validation(index, tmp_path, pairs, monkeypatch):
     """A resumed training continues its clock, and the time that measuring takes is not on it."""
-    clock, measure = [0.0], MeritOverTime.measure
+    clock, features = [0.0], MeritOverTime.features
 
-    def slow_measure(*args) -> float:
+    def slow_features(*args) -> list:
         clock[0] += 100
-        return measure(*args)
+        return features(*args)
 
     class Watch(Callback):
         def on_step(self, trainer, row) -> None:
             clock[0] += 1
 
     monkeypatch.setattr(lib.evaluation.progress.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(MeritOverTime, "measure", slow_measure)
+    monkeypatch.setattr(MeritOverTime, "features", slow_features)
     codec, cascade, masking = MdctCodec(), CascadeConfig.reference(0), MaskingConfig("wide", restore_rms=False)
     for steps, resume in ((4, False), (6, True)):
         callbacks = (MeritOverTime(pairs, codec), Watch())
