@@ -210,7 +210,7 @@ def test_stereo_is_fused_to_12_khz_without_seams_by_the_masks_of_the_mid_signal(
     assert (narrow - wanted)[:, steady].abs().max() > 0.01
 
 
-@pytest.mark.parametrize("masking", ["none", "energy", "learned"])
+@pytest.mark.parametrize("masking", ["none", "wide", "learned"])
 def test_channels_are_fused_one_by_one_with_the_masks_of_their_mean(codec, masking):
     torch.manual_seed(0)
     model = FusionModel(CascadeConfig.reference(1, num_layers=1), MaskingConfig(masking)).eval()

@@ -214,7 +214,7 @@ def test_numbers_are_taken_as_yaml_writes_them():
         ("train.accumulate", 0, "whole number, 1 or more"),
         ("train.ema", 1, "0 or more, below 1"),
         ("train.schedule", "linear", "use one of constant, cosine"),
-        ("model.masking.masking", "loud", "use one of none, temporal"),
+        ("model.masking.masking", "loud", "use one of none, learned, wide"),
         ("train.curriculum.noise_ceiling", 1.5, "at most 1"),
         ("train.curriculum.target_shuffling", -0.1, "0 or more"),
         ("train.adversary.discriminator_warmup", -1, "whole number, 0 or more"),
@@ -242,11 +242,9 @@ def test_settings_that_do_not_fit_together_are_refused(setting, value, message):
         load_preset("reference", {setting: value})
 
 
-def test_masks_by_rule_alone_leave_nothing_to_train():
-    with pytest.raises(
-        UserError, match=r"^num_stages=0 with masking='energy' leaves nothing to train; set one or more"
-    ):
-        load_preset("demo", {"model.masking.masking": "energy"})
+def test_without_masks_and_stages_there_is_nothing_to_train():
+    with pytest.raises(UserError, match=r"^num_stages=0 with masking='none' leaves nothing to train; set one or more"):
+        load_preset("demo", {"model.masking.masking": "none"})
     assert not load_preset("demo", {"model.masking.masking": "learned"}).model.cascade.stages
 
 

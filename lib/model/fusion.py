@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lib.model.cascade import Cascade, CascadeConfig, StageTrace
-from lib.model.masks import GENERATORS, MaskingConfig, Masks, added, apply_mask, fixed_masks
+from lib.model.masks import GENERATORS, MaskingConfig, Masks, added, apply_mask
 from lib.util.configs import from_fields
 from lib.util.errors import UserError
 from lib.util.files import naming
@@ -46,9 +46,9 @@ class FusionModel(nn.Module):
 
     def make_masks(self, input: Tensor, target: Tensor) -> Masks | None:
         """What is taken from each clip; None without masking."""
-        if self.mask_generator is not None:
-            return Masks(*(mask.float() for mask in self.mask_generator(input, target)))
-        return None if self.masking.masking == "none" else fixed_masks(self.masking.masking, input, target)
+        if self.mask_generator is None:
+            return None
+        return Masks(*(mask.float() for mask in self.mask_generator(input, target)))
 
 
 def load_model(run: Any, which: str = "best", *, codec_fingerprint: str | None = None) -> FusionModel:

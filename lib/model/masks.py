@@ -1,4 +1,4 @@
-"""Masks that decide what is taken from each clip: learned, or by a fixed rule. Legend as in `cascade`."""
+"""Learned masks that decide what is taken from each clip. Legend as in `cascade`."""
 
 from typing import NamedTuple
 
@@ -9,20 +9,17 @@ from torch import Tensor, nn
 from lib.model.cascade import LATENT_DIM, rms
 from lib.util.configs import Count, Flag, check, checked_dataclass, choice
 
-MASKINGS = ("none", "temporal", "frequency", "channel", "energy", "hybrid", "learned", "wide")
-FIXED_MASKINGS = MASKINGS[1:-2]  # each assigns every element to one of the clips
-SEGMENT = 25  # frames, a third of a second: the resolution of fixed masks in time
+MASKINGS = ("none", "learned", "wide")
 SMALLEST = 1e-6  # squared amplitude below which a sum's root is not exact
 MAX_RESTORATION = 1000.0  # largest scale that restores the RMS of masked latents
 HIT_CHANNELS, NOTE_FRAMES = 13, 25  # 490 Hz of mdct's bands and a third of a second
-SMOOTHING = 5  # frames over which energies are averaged to find the louder clip
 
 
 @checked_dataclass
 class MaskingConfig:
     """What is taken from each clip before the cascade sees it."""
 
-    masking: choice(MASKINGS) = "none"  # a fixed rule, 'learned' (the original generator) or 'wide' (ours)
+    masking: choice(MASKINGS) = "none"  # 'learned' (the original generator) or 'wide' (ours)
     restore_rms: Flag = True  # bring each masked clip back to its RMS: however little is taken of it, it stays as loud
     root: Count = 1  # of amplitudes that latents are (mdct: 3); without a cascade, the clips' amplitudes are added
 
@@ -127,40 +124,6 @@ def _convolutions(inputs: int, hidden: int, outputs: int, kernel: int) -> list[n
 
 
 GENERATORS = {"learned": MaskGenerator, "wide": WideMaskGenerator}
-
-
-@torch.no_grad()
-def fixed_masks(kind: str, input: Tensor, target: Tensor) -> Masks:
-    """Masks by rule, for latents `[B, D, T]`: every element belongs to exactly one clip.
-
-    temporal   alternating segments of a third of a second
-    frequency  the input's lower half of the channels, the target's upper half (mdct's channels are bands in order)
-    channel    alternating channels
-    energy     whichever clip is louder there
-    hybrid     a checkerboard of temporal segments and frequency halves
-    """
-    check(kind in FIXED_MASKINGS, "masking", kind, f"one of {', '.join(FIXED_MASKINGS)}")
-    _, D, T = input.shape
-    channels = torch.arange(D, device=input.device)[:, None]  # [D, 1]
-    frames = torch.arange(T, device=input.device)[None, :]  # [1, T]
-    if kind == "energy":
-        from_input = _smoothed_energy(input) >= _smoothed_energy(target)  # [B, D, T]
-    else:
-        segment = min(SEGMENT, (T + 1) // 2)  # a short clip is halved, so that both have a segment
-        odd_segment, upper_half = frames // segment % 2 == 1, channels >= (D + 1) // 2
-        from_input = {
-            "temporal": ~odd_segment,
-            "frequency": ~upper_half,
-            "channel": channels % 2 == 0,
-            "hybrid": odd_segment == upper_half,
-        }[kind]
-    mask = from_input.to(input.dtype).expand_as(input)
-    return Masks(mask, 1 - mask)
-
-
-def _smoothed_energy(x: Tensor) -> Tensor:
-    """Energy of every channel, averaged over neighbouring frames, `[B, D, T]` → the same shape."""
-    return F.avg_pool1d(x.square(), SMOOTHING, stride=1, padding=SMOOTHING // 2, count_include_pad=False)
 
 
 def apply_mask(x: Tensor, mask: Tensor, restore_rms: bool = True) -> Tensor:

@@ -155,8 +155,9 @@ def test_movement_is_the_standard_deviation_of_the_frames_rms():
 def test_without_masks_there_is_no_complementarity(tiny_index, tiny_cascade):
     pairs = LatentPairs(tiny_index, "val")
     assert "complementarity" not in evaluate_fusion(FusionModel(tiny_cascade()), pairs)
-    apart = evaluate_fusion(FusionModel(tiny_cascade(), MaskingConfig("channel")), pairs)
-    assert apart["complementarity"] == pytest.approx(1.0)
+    halves = FusionModel(tiny_cascade(), MaskingConfig("wide"))
+    torch.nn.init.zeros_(halves.mask_generator.gains)  # so that its masks are one half everywhere
+    assert evaluate_fusion(halves, pairs)["complementarity"] == pytest.approx(0.75)
 
 
 def test_evaluation_leaves_weights_and_gradients_alone(tiny_index, tiny_cascade):

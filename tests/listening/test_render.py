@@ -34,7 +34,7 @@ from lib.listening.render import (
 from lib.listening.render import save_with_recipe as save
 from lib.model.cascade import CascadeConfig, StageTrace
 from lib.model.fusion import FusionModel, load_model
-from lib.model.masks import FIXED_MASKINGS, MaskingConfig, Masks
+from lib.model.masks import MASKINGS, MaskingConfig, Masks
 from lib.training.batches import mix_noise
 from lib.training.run import Run
 from lib.util.errors import UserError
@@ -42,7 +42,7 @@ from lib.util.files import file_sha256
 
 MODULE = importlib.import_module("lib.listening.render")  # as an attribute, the name is the function
 
-MASKINGS = [MaskingConfig(name) for name in ("none", *FIXED_MASKINGS, "learned")]
+CONFIGS = [MaskingConfig(name) for name in MASKINGS]
 
 
 def label(masking: MaskingConfig) -> str:
@@ -62,9 +62,10 @@ def build(tiny_cascade):
         torch.manual_seed(0)
         masking = MaskingConfig(masking) if isinstance(masking, str) else masking
         model = FusionModel(tiny_cascade(num_stages, **changes), masking).eval()
-        if model.mask_generator is not None:
-            for head in (model.mask_generator.input_mask_generator, model.mask_generator.target_mask_generator):
-                torch.nn.init.normal_(head[-1].weight, std=1.0)
+        generator = model.mask_generator
+        heads = ("head",) if masking.masking == "wide" else ("input_mask_generator", "target_mask_generator")
+        for name in heads if generator is not None else ():
+            torch.nn.init.normal_(getattr(generator, name)[-1].weight, std=1.0)
         return model
 
     return model
@@ -91,7 +92,7 @@ def cosine(x: Tensor, y: Tensor) -> float:
 # --- the defaults -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("masking", MASKINGS, ids=label)
+@pytest.mark.parametrize("masking", CONFIGS, ids=label)
 def test_the_defaults_are_fuse_clips_bit_for_bit(codec, build, masking):
     model, (input, target) = build(masking), clips()
     wanted = fuse_clips(input[None], target[None], model, codec)[0]
@@ -322,7 +323,7 @@ def test_masks_of_one_half_are_the_model_with_such_masks(codec, build):
     assert torch.equal(soft.wav, rendition.wav)
 
 
-@pytest.mark.parametrize("masking", MASKINGS[1:], ids=label)
+@pytest.mark.parametrize("masking", CONFIGS[1:], ids=label)
 def test_both_masks_are_moved_whatever_made_them(codec, build, masking):
     model, (input, target) = build(masking), clips()
     own = render(model, codec, input, target)

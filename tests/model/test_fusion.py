@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lib.model.fusion
 from lib.codec.mdct import MdctCodec
 from lib.model.cascade import Cascade, CascadeConfig, StageTrace
 from lib.model.discriminator import Discriminator
@@ -62,7 +61,6 @@ def test_parameter_counts():
 
     cascade = 4_772_480 + 10_697_600
     assert count(FusionModel()) == cascade
-    assert count(FusionModel(masking=MaskingConfig("energy"))) == cascade
     assert count(FusionModel(masking=MaskingConfig("learned"))) == cascade + 1_083_904 == 16_553_984
 
 
@@ -71,7 +69,7 @@ def test_the_mask_generator_has_the_cascades_channels(tiny_cascade):
     assert model.mask_generator.input_analyzer[0].in_channels == 8
     names = {name.split(".")[0] for name in model.state_dict()}
     assert names == {"cascade", "mask_generator"}
-    assert all(name.startswith("cascade.") for name in build(MaskingConfig("hybrid")).state_dict())
+    assert all(name.startswith("cascade.") for name in build(MaskingConfig("none")).state_dict())
 
 
 # --- every masking ----------------------------------------------------------------------------------------------------
@@ -195,7 +193,7 @@ def test_residuals_and_wanted_rms_are_of_the_masked_latents(masking):
 @torch.no_grad()
 def test_a_clip_that_the_mask_leaves_out_altogether_counts_for_nothing():
     """Where every element is the input's, neither residual nor target scale depends on the other clip."""
-    model = build(MaskingConfig("temporal")).eval()
+    model = build(MaskingConfig("learned")).eval()
     seen = seen_by_stages(model)
     input, target = clips(T=8)
     all_input = Masks(torch.ones_like(input), torch.zeros_like(target))
@@ -211,10 +209,12 @@ def test_a_clip_that_the_mask_leaves_out_altogether_counts_for_nothing():
 
 def test_noise_is_added_after_the_masks():
     """Its level is that of what they left, and it falls on masked places too."""
-    model = build(MaskingConfig("frequency"), dataclasses.replace(CASCADE, anti_cheating=0.5))
+    model = build(MaskingConfig("learned"), dataclasses.replace(CASCADE, anti_cheating=0.5))
     seen = seen_by_stages(model)
     input, target = clips(8, 100)
-    fused = model(input, target)
+    given = torch.zeros_like(input)
+    given[:, :64] = 1.0
+    fused = model(input, target, Masks(given, 1 - given))
     sources = seen[0]
     for name, mask in zip(("input", "target"), fused.masks, strict=True):
         noise = sources[f"noisy_{name}"] - sources[name]
@@ -243,20 +243,17 @@ def test_the_masks_returned_are_those_applied(masking):
 @pytest.mark.parametrize("masking", CONFIGS, ids=label)
 def test_masks_are_computed_once_a_pass(tiny_cascade, monkeypatch, masking, training):
     calls = []
-    by_rule = lib.model.fusion.fixed_masks
-    monkeypatch.setattr(lib.model.fusion, "fixed_masks", lambda *args: calls.append("rule") or by_rule(*args))
     for kind in (MaskGenerator, WideMaskGenerator):
         generate = kind.forward
-        monkeypatch.setattr(kind, "forward", lambda *args, run=generate: calls.append("generator") or run(*args))
+        monkeypatch.setattr(kind, "forward", lambda *args, run=generate: calls.append(args[0]) or run(*args))
     model = build(masking, tiny_cascade(3)).train(training)
     for passes in (1, 2, 3):
         model(*clips(D=8))
-        kind = {"none": []}.get(masking.masking, ["generator" if model.mask_generator else "rule"])
-        assert calls == passes * kind
+        assert calls == passes * [model.mask_generator] * (masking.masking != "none")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("masking", ["wide", "energy"])
+@pytest.mark.parametrize("masking", ["wide", "learned"])
 def test_without_stages_the_output_is_the_sum_of_what_the_masks_take(masking):
     model = build(MaskingConfig(masking, restore_rms=False), CascadeConfig.reference(0))
     input, target = clips()
@@ -285,11 +282,12 @@ def test_the_sum_of_amplitudes_has_a_finite_gradient_at_0():
     assert x.grad.isfinite().all()
 
 
-def test_what_a_fixed_mask_leaves_out_counts_by_its_rms_alone(tiny_cascade):
+def test_what_a_given_mask_leaves_out_counts_by_its_rms_alone(tiny_cascade):
     """The gradient there is the clip itself, times one number a sample; where the mask takes it, it is not."""
-    model = build(MaskingConfig("channel"), tiny_cascade()).eval()
+    model = build(MaskingConfig("learned"), tiny_cascade()).eval()
     input, target = (x.requires_grad_() for x in clips(D=8))
-    (model(input, target).latents ** 3).sum().backward()
+    even = (torch.arange(8) % 2 == 0).float()[:, None].expand_as(input)
+    (model(input, target, Masks(even, 1 - even)).latents ** 3).sum().backward()
     for x, left_out in ((input, slice(1, None, 2)), (target, slice(0, None, 2))):
         cosines = torch.cosine_similarity(x.grad[:, left_out].flatten(1), x[:, left_out].flatten(1)).abs()
         torch.testing.assert_close(cosines, torch.ones(2), rtol=1e-5, atol=0)

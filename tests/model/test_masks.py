@@ -1,4 +1,4 @@
-"""Masks against their rules written out place by place, straight-through gradients, and the discriminator's norms."""
+"""Learned masks, how they are applied, and the discriminator's norms."""
 
 import re
 
@@ -7,20 +7,15 @@ import torch
 
 from lib.codec.mdct import MdctCodec
 from lib.model.masks import (
-    FIXED_MASKINGS,
     MASKINGS,
-    SEGMENT,
     MaskGenerator,
     MaskingConfig,
     Masks,
     WideMaskGenerator,
     apply_mask,
     complementarity,
-    fixed_masks,
 )
 from lib.util.errors import UserError
-
-SIZES = [(8, 60), (7, 61), (128, 75), (5, 133), (2, 26)]  # [D, T], long enough for two segments
 
 
 def clips(B: int = 2, D: int = 8, T: int = 60, scale: float = 5.0, seed: int = 0):
@@ -30,102 +25,6 @@ def clips(B: int = 2, D: int = 8, T: int = 60, scale: float = 5.0, seed: int = 0
 def true_rms(x: torch.Tensor) -> torch.Tensor:
     """`[B, D, T] → [B]`, in float64 and without the 1e-8."""
     return x.detach().double().pow(2).flatten(1).mean(1).sqrt()
-
-
-# --- fixed masks ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("D", "T"), SIZES)
-@pytest.mark.parametrize("kind", FIXED_MASKINGS)
-def test_every_place_belongs_to_exactly_one_clip(kind, D, T):
-    input, target = clips(3, D, T)
-    masks = fixed_masks(kind, input, target)
-    for mask in masks:
-        assert mask.shape == (3, D, T)
-        assert mask.dtype == input.dtype
-        assert set(mask.unique().tolist()) == {0, 1}  # and both clips are used
-    assert torch.equal(masks.input + masks.target, torch.ones(3, D, T))
-    assert torch.equal(complementarity(masks), torch.ones(3))
-
-
-def first_turn(t: int, T: int) -> bool:
-    """By turns of a third of a second, or of half of a clip that is shorter than two of them."""
-    return t // min(25, (T + 1) // 2) % 2 == 0
-
-
-RULES = {  # does this place belong to the input?
-    "temporal": lambda c, t, D, T: first_turn(t, T),
-    "frequency": lambda c, t, D, T: c < D / 2,  # an odd number's middle channel too
-    "channel": lambda c, t, D, T: c % 2 == 0,
-    "hybrid": lambda c, t, D, T: first_turn(t, T) == (c < D / 2),
-}
-
-
-@pytest.mark.parametrize(("D", "T"), [*SIZES, (8, 8), (1, 1), (3, 25)])
-@pytest.mark.parametrize("kind", RULES)
-def test_masks_by_rule_place_by_place(kind, D, T):
-    mask, _ = fixed_masks(kind, *clips(1, D, T))
-    wanted = torch.tensor([[float(RULES[kind](c, t, D, T)) for t in range(T)] for c in range(D)])
-    assert torch.equal(mask[0], wanted)
-    assert SEGMENT == 25  # which the rules here know by themselves
-
-
-def test_the_rules_share_out_evenly():
-    """Over whole pairs of segments each clip gets half of the places; of two channels more, one each."""
-    for kind in RULES:
-        mask, _ = fixed_masks(kind, *clips(1, 8, 100))
-        assert mask.mean() == 0.5, kind
-    assert fixed_masks("frequency", *clips(1, 5, 9)).input[0, :, 0].tolist() == [1, 1, 1, 0, 0]
-    assert fixed_masks("channel", *clips(1, 5, 9)).input[0, :, 0].tolist() == [1, 0, 1, 0, 1]
-
-
-def test_energy_gives_a_place_to_the_louder_clip():
-    """Channel 0: the input is louder, 1: the target, 2: equal, 3: a click in the input, seen two frames either side."""
-    T = 20
-    input, target = torch.ones(1, 4, T), torch.ones(1, 4, T)
-    input[0, 0], target[0, 1] = -2.0, -1.1
-    input[0, 3] = 0.0
-    input[0, 3, 10] = 2.3  # 2.3²/5 > 1: louder than the target wherever the mean over five frames has it
-    masks = fixed_masks("energy", input, target)
-    assert masks.input[0, 0].all()
-    assert masks.target[0, 1].all()
-    assert masks.input[0, 2].all()
-    assert masks.input[0, 3].nonzero().flatten().tolist() == [8, 9, 10, 11, 12]
-    input[0, 3, 10] = 2.2  # 2.2²/5 < 1
-    assert not fixed_masks("energy", input, target).input[0, 3].any()
-
-
-def test_energy_judges_every_sample_by_itself_and_by_its_own_clips():
-    input, target = clips(3, 8, 40)
-    masks = fixed_masks("energy", input, target)
-    swapped = fixed_masks("energy", target, input)
-    assert torch.equal(masks.input, swapped.target)
-    for b in range(3):
-        alone = fixed_masks("energy", input[b : b + 1], target[b : b + 1])
-        assert torch.equal(alone.input[0], masks.input[b])
-    assert fixed_masks("energy", input, 1e-3 * target).input.all()
-    assert fixed_masks("energy", 1e-3 * input, target).target.all()
-
-
-@pytest.mark.parametrize("kind", FIXED_MASKINGS)
-def test_fixed_masks_carry_no_gradient_and_work_at_any_length(kind):
-    for T in (1, 2, 4, 25, 26):
-        input, target = clips(T=T)
-        masks = fixed_masks(kind, input.requires_grad_(), target.requires_grad_())
-        assert all(mask.shape == input.shape and not mask.requires_grad for mask in masks)
-        assert torch.equal(masks.input + masks.target, torch.ones_like(input))
-
-
-def test_a_short_clip_is_halved_between_the_two():
-    for T in (2, 7, 8, 25):
-        masks = fixed_masks("temporal", *clips(T=T))
-        assert masks.input[0, 0].tolist() == [1.0] * ((T + 1) // 2) + [0.0] * (T // 2)
-
-
-@pytest.mark.parametrize("kind", ["none", "learned", "spectral", None])
-def test_no_rule_by_this_name(kind):
-    with pytest.raises(UserError, match=rf"^masking={kind!r} is not allowed; use one of temporal, .*hybrid$"):
-        fixed_masks(kind, *clips())
 
 
 # --- learned masks ----------------------------------------------------------------------------------------------------
@@ -327,8 +226,9 @@ def test_complementarity_by_hand():
 
 @pytest.mark.parametrize(
     ("values", "field", "use"),
-    [({"masking": "soft"}, "masking='soft'", "one of none, temporal,"), ({"masking": None}, "masking=None", "one of"),
-     ({"masking": ""}, "masking=''", "one of"), ({"root": 2}, "root=2", "an odd number"),
+    [({"masking": "soft"}, "masking='soft'", "one of none, learned, wide$"),
+     ({"masking": None}, "masking=None", "one of"), ({"masking": ""}, "masking=''", "one of"),
+     ({"root": 2}, "root=2", "an odd number"),
      ({"root": 0}, "root=0", "a whole number, 1 or more")],
 )  # fmt: skip
 def test_bad_masking_values_name_the_field(values, field, use):
@@ -337,8 +237,7 @@ def test_bad_masking_values_name_the_field(values, field, use):
 
 
 def test_every_masking_is_a_config():
-    assert MASKINGS == ("none", "temporal", "frequency", "channel", "energy", "hybrid", "learned", "wide")
-    assert FIXED_MASKINGS == ("temporal", "frequency", "channel", "energy", "hybrid")
+    assert MASKINGS == ("none", "learned", "wide")
     assert MaskingConfig() == MaskingConfig("none")
     for masking in MASKINGS:
         assert MaskingConfig(masking).masking == masking

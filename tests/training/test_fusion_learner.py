@@ -176,7 +176,7 @@ def compiled_without_a_compiler(monkeypatch):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("masking", ["learned", "energy", "none"])
+@pytest.mark.parametrize("masking", ["learned", "wide", "none"])
 def test_a_compiled_model_has_no_graph_break_and_takes_the_same_steps(build, compiled_without_a_compiler, masking):
     config = {"masking": masking, "curriculum": CurriculumConfig(noise_rate=0.1)}
     learners = build(**config), build(**config, compile=True)
@@ -229,7 +229,7 @@ def test_every_parameter_is_in_one_group_with_its_rate(tiny_cascade, agent_rate,
 
 
 def test_without_a_mask_generator_there_is_one_group(tiny_cascade):
-    model = FusionModel(tiny_cascade(), MaskingConfig("hybrid"))
+    model = FusionModel(tiny_cascade(), MaskingConfig("none"))
     (group,) = parameter_groups(model, TrainConfig(agent_learning_rate=1.0))
     assert group["full_lr"] == 1e-4
     assert len(group["params"]) == len(list(model.parameters()))

@@ -225,7 +225,7 @@ def test_weights_of_any_model_are_loaded_where_they_belong(tmp_path):
         run.load_weights(other, "last")
 
 
-@pytest.mark.parametrize("masking", [MaskingConfig("energy"), MaskingConfig("learned")])
+@pytest.mark.parametrize("masking", [MaskingConfig("wide"), MaskingConfig("learned")])
 def test_the_masks_come_back_with_the_model(tmp_path, config, masking):
     run = Run.create(tmp_path, described(config, masking))
     model = seeded(config, 1, masking)
@@ -243,7 +243,10 @@ def test_a_masking_of_other_fields_is_refused(run, config):
     for masking, words in (
         ({"masking": "none", "colour": 1}, r"config\.json: colour is unknown; choose from masking"),
         ({}, r"config\.json: MaskingConfig lacks the field masking"),
-        ({"masking": "loud", "restore_rms": True, "root": 1}, r"config\.json: masking='loud' is not allowed"),
+        (
+            {"masking": "energy", "restore_rms": True, "root": 1},  # which an older version had
+            r"config\.json: masking='energy' is not allowed; use one of none, learned, wide$",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             load_model(Run(run.path, run.config | {"masking": masking}))
@@ -472,8 +475,8 @@ def test_differing_fields_come_with_both_values():
     assert differing_fields({"stages": a["stages"]}, tuples) == []  # JSON knows lists only
     assert differing_fields({"x": [1]}, {"x": [1, 2]}) == [("x", [1], [1, 2])]
     assert differing_fields({"x": {"y": 1}}, {"x": 2}) == [("x", None, 2), ("x.y", 1, None)]
-    masks = MaskingConfig("learned"), MaskingConfig("energy")
-    assert differing_fields(masks[0], dataclasses.asdict(masks[1])) == [("masking", "learned", "energy")]
+    masks = MaskingConfig("learned"), MaskingConfig("wide")
+    assert differing_fields(masks[0], dataclasses.asdict(masks[1])) == [("masking", "learned", "wide")]
 
 
 # --- which runs there are ---------------------------------------------------------------------------------------------

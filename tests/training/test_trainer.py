@@ -1454,9 +1454,9 @@ def test_a_term_on_masks_without_masks_is_refused(start, tmp_path):
 
 
 def test_resume_with_other_masks_is_refused(start):
-    start(masking=MaskingConfig("energy"), max_steps=2)
-    with pytest.raises(UserError, match=r"masking\.masking: 'energy' → 'temporal'"):
-        start(masking=MaskingConfig("temporal"), max_steps=2, resume=True)
+    start(masking=MaskingConfig("learned"), max_steps=2)
+    with pytest.raises(UserError, match=r"masking\.masking: 'learned' → 'wide'"):
+        start(masking=MaskingConfig("wide"), max_steps=2, resume=True)
 
 
 def test_a_step_larger_than_the_data_names_all_that_makes_it(start, tiny_index, tmp_path):
