@@ -195,14 +195,9 @@ def load_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Preset
 
 def _advice(name: str, known: list[str]) -> str:
     """What to write instead of a name that is not an address."""
-    # old names of settings had no prefix in data, model and training, and the section's name in the others
-    moved = {address.rpartition(".")[2]: address for address in known if re.match("(data|model|train)[.]", address)}
-    moved |= {address.replace(".", "_"): address for address in known}
-    if name in moved:
-        return f"is now {moved[name]}"
     if inside := [address for address in known if address.startswith(f"{name}.")]:
         return f"is a section; choose from {', '.join(inside)}"
-    names = moved | {address: address for address in known}
+    names = {address.rpartition(".")[2]: address for address in known} | {address: address for address in known}
     if close := difflib.get_close_matches(name, names, n=3):
         return f"is unknown; did you mean {' or '.join(dict.fromkeys(names[match] for match in close))}?"
     return f"is unknown; choose from {', '.join(known)}"

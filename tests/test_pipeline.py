@@ -535,7 +535,7 @@ def check_one_line(result: tuple[object, str, str], *words: str) -> None:
     [
         (["--preset", "big"], ["preset: unknown 'big'; choose one of smoke, demo, reference, full"]),
         (["--set", "train.max_step=4"], ["setting train.max_step is unknown; did you mean train.max_steps"]),
-        (["--set", "max_steps=4"], ["setting max_steps is now train.max_steps"]),
+        (["--set", "max_steps=4"], ["setting max_steps is unknown; did you mean train.max_steps"]),
         (["--set", "name=x"], ["setting name is unknown; "]),
         (["--set", "train.max_steps"], ["--set train.max_steps: not of the form name=value; write for example"]),
         (["--set", "train.max_steps="], ["--set train.max_steps=: not of the form name=value; write for example"]),
