@@ -1,7 +1,6 @@
 """Presets: each builds, each setting is changed by its address, bad values and old names are answered in one line."""
 
 import dataclasses
-import re
 from pathlib import Path
 
 import pytest
