@@ -46,9 +46,6 @@ AGAIN = "encode the manifest again, which rebuilds only what is missing or damag
 class CorruptLatentsError(UserError):
     """A file of the cache that is missing or damaged: one line with its name and the fix."""
 
-    def __init__(self, path: Path, fault: str):
-        super().__init__(f"{path}: {fault}; {AGAIN}")
-
 
 def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path, share: tuple[int, int] = (0, 1)) -> Path:
     """Bring the latents of every clip into the cache, encoding only what it lacks; returns the manifest's index. Clips
@@ -98,8 +95,7 @@ def _find_latents(store: Path, clips: dict[str, Clip], shape: tuple[int, int]) -
             _read_latents(path, shape)
         except CorruptLatentsError:
             path.unlink(missing_ok=True)
-            return False
-        return True
+        return path.exists()
 
     with contextlib.closing(prefetch(check, paths, threads=os.cpu_count() or 1)) as checks:
         bar = tqdm(checks, total=len(paths), desc="checking latents", disable=len(paths) < 20_000)
@@ -171,9 +167,9 @@ def _read_latents(path: Path, shape: tuple[int, int]) -> np.ndarray:
             file.seek(-latents.nbytes, os.SEEK_END)  # after the header
             file.readinto(latents)
     except OSError as error:  # also if it is shorter than the latents
-        raise CorruptLatentsError(path, f"cannot be read ({error.strerror})") from error
+        raise CorruptLatentsError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from error
     if f"{zlib.crc32(latents):08x}" != path.stem.split("-")[1]:
-        raise CorruptLatentsError(path, "damaged (its checksum is wrong)")
+        raise CorruptLatentsError(f"{path}: damaged (its checksum is wrong); {AGAIN}")
     return latents
 
 
