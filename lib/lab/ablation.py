@@ -18,7 +18,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,12 +107,12 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
     """In worker processes. The first `UserError` ends all of them; other errors are collected."""
     context = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP does not work
     workers = min(workers, len(jobs))
-    devices, pids = context.SimpleQueue(), context.SimpleQueue()
+    devices = context.SimpleQueue()
     for i in range(workers):
         devices.put(i % max(1, torch.cuda.device_count()))
     failed = []
     with (
-        ProcessPoolExecutor(workers, context, start_worker, (devices, pids)) as pool,
+        ProcessPoolExecutor(workers, context, start_worker, (devices,)) as pool,
         tqdm(total=len(jobs), desc="ablation", unit="run", mininterval=1.0) as progress,
     ):
         started = {pool.submit(work, job): job for job in jobs}
@@ -126,9 +126,8 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
                     failed.append(f"{started[future].folder}: {type(error).__name__}: {error}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            while not pids.empty():
-                with suppress(ProcessLookupError):
-                    os.kill(pids.get(), signal.SIGTERM)  # its trainer saves, which the end of `with` waits for
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # its trainer saves, which the end of `with` waits for
             raise
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(jobs)} runs failed, the others are kept: {'; '.join(failed[:4])}")
@@ -137,7 +136,7 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
 busy, stopped = threading.Lock(), threading.Event()  # of this process, if it is a worker
 
 
-def start_worker(devices: Any, pids: Any) -> None:
+def start_worker(devices: Any) -> None:
     """Before a process takes its first job: its device, one thread, and how it stops. In a group of its own, a
     terminal's Ctrl-C does not reach it: only the parent's SIGTERM stops it. It must not end the process, or the pool
     kills the others."""
@@ -146,7 +145,6 @@ def start_worker(devices: Any, pids: Any) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get()) if torch.cuda.device_count() else ""
     logging.getLogger("lib.training").setLevel(logging.ERROR)  # variants collapse on purpose
     torch.set_num_threads(1)
-    pids.put(os.getpid())
     threading.Thread(target=follow_parent, daemon=True).start()
 
 

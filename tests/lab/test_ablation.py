@@ -374,7 +374,7 @@ def test_a_record_of_real_results_names_no_folder_of_this_machine(whole, tmp_pat
 def threads(monkeypatch) -> None:
     """Workers that are threads of this process: for what `run_jobs` makes of their errors."""
     monkeypatch.setattr(lib.lab.ablation, "ProcessPoolExecutor", ThreadPoolExecutor)
-    monkeypatch.setattr(lib.lab.ablation, "start_worker", lambda devices, pids: None)
+    monkeypatch.setattr(lib.lab.ablation, "start_worker", lambda devices: None)
 
 
 def jobs_called(*names: str) -> list[Job]:
