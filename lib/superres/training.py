@@ -21,7 +21,7 @@ from lib.superres.mel import SAMPLE_RATE, log_mel
 from lib.superres.unet import CONTEXTS, Denoiser, DenoiserConfig
 from lib.superres.vae import MelVae, VaeConfig
 from lib.training.batches import Batch, Pairs
-from lib.training.config import LENGTH, WITHOUT_EFFECT, AdversaryConfig, LoopConfig, resolved_precision
+from lib.training.config import AdversaryConfig, LoopConfig, resolved_precision
 from lib.training.distributed import open_accelerator
 from lib.training.learner import Adversary, Learner, Losses, StepInfo
 from lib.training.run import Run
@@ -62,18 +62,10 @@ class VocoderTraining(PartConfig):
     scale_channels: Count = 128  # and of the scale discriminators
 
 
-class PartLearner(Learner):
-    """A part with one learning rate for all its parameters."""
+class VaeLearner(Learner):
+    """Reconstruction of the mel spectrograms of clips and degraded clips: mean absolute error and KL divergence."""
 
     batch_names = ("clips", "degraded clips")
-
-    def __init__(self, config: PartConfig, model: nn.Module, accelerator: Accelerator):
-        groups = [{"params": list(model.parameters()), "full_lr": config.learning_rate}]
-        super().__init__(config, model, groups, accelerator)
-
-
-class VaeLearner(PartLearner):
-    """Reconstruction of the mel spectrograms of clips and degraded clips: mean absolute error and KL divergence."""
 
     def parts(self, model: MelVae) -> dict[str, nn.Module]:
         return {"encoder": model.autoencoder.encoder, "decoder": model.autoencoder.decoder}
@@ -87,7 +79,7 @@ class VaeLearner(PartLearner):
         return error + self.config.kl_weight * divergence, {"loss/mel": error, "loss/kl": divergence}, None
 
 
-class DiffusionLearner(PartLearner):
+class DiffusionLearner(Learner):
     """Velocity of noisy latents. A batch is high and low latents `[B, 2·Z, H, W]`, and the low mel."""
 
     batch_names = ("latents", "degraded mel")
@@ -119,8 +111,10 @@ class VocoderAdversary(Adversary):
         return loss, {"loss": loss}
 
 
-class VocoderLearner(PartLearner):
+class VocoderLearner(Learner):
     """Clips from mel spectrograms: mel distance, adversarial loss, and feature matching."""
+
+    batch_names = ("clips", "degraded clips")
 
     def __init__(self, config: VocoderTraining, model: hifigan.Vocoder, accelerator: Accelerator):
         super().__init__(config, model, accelerator)
@@ -212,8 +206,7 @@ def train_part(
             Path(folder) / (name or part),
             wanted | facts,
             resume=resume or not accelerator.is_main_process,
-            free={"train": LENGTH + WITHOUT_EFFECT},
-            code=dict.fromkeys(code),
+            code=list(dict.fromkeys(code)),
             measured=("sizes.mel_mean", "sizes.mel_std", "latent_scale", "vae_sha256"),
         )
     config, (learner, model, _) = from_fields(type(config), run.config["train"]), PARTS[part]

@@ -18,7 +18,7 @@ from lib.model.fusion import Fusion, FusionModel
 from lib.model.masks import MaskingConfig, complementarity
 from lib.model.rms_law import check_collapse
 from lib.training.batches import Batch, Pairs, mix_noise
-from lib.training.config import LENGTH, WITHOUT_EFFECT, TrainConfig, resolved_precision
+from lib.training.config import TrainConfig, resolved_precision
 from lib.training.distributed import open_accelerator
 from lib.training.learner import Adversary, Learner, Losses, StepInfo
 from lib.training.losses import Decode, total_loss
@@ -48,7 +48,7 @@ class FusionLearner(Learner):
     ):
         self.decode = decode
         model = FusionModel(cascade, masking)
-        super().__init__(config, model, parameter_groups(model, config), accelerator)
+        super().__init__(config, model, accelerator, parameter_groups(model, config))
         if config.adversary.discriminator_learning_rate is not None:
             discriminator = Discriminator(cascade.latent_dim)
             self.adversary = Adversary(config.adversary, discriminator, config.max_norm, accelerator)
@@ -143,7 +143,6 @@ def train(
             out_dir,
             settings,
             resume=resume or not accelerator.is_main_process,
-            free={"train": LENGTH + WITHOUT_EFFECT},
             code=[code_fingerprint("lib.training.fusion_learner")[:16]],
         )
     if isinstance(codec, nn.Module):  # a codec with weights decodes on the training's device

@@ -33,6 +33,7 @@ from lib.training.losses import Critic, discriminator_hinge
 from lib.training.nonfinite import not_finite
 
 Losses = tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]  # loss, metrics, (fake, real)
+Groups = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,15 @@ class StepInfo:
 
 class Learner:
     """A model in training with its optimizer, EMA weights and discriminator. A subclass defines `loss`, and what its
-    reports contain. `groups` are the optimizer's parameter groups, each with its full learning rate as 'full_lr'."""
+    reports contain. `groups` are the optimizer's parameter groups, each with its full learning rate as 'full_lr'; None:
+    one, with the config's."""
 
     batch_names: tuple[str, ...] = ("input", "target")  # of a batch's tensors, for the report of a non-finite one
     adversary: "Adversary | None" = None
 
-    def __init__(self, config: LoopConfig, model: nn.Module, groups: list[dict[str, Any]], accelerator: Accelerator):
+    def __init__(self, config: LoopConfig, model: nn.Module, accelerator: Accelerator, groups: Groups | None = None):
         self.config, self.accelerator = config, accelerator
+        groups = groups or [{"params": list(model.parameters()), "full_lr": config.learning_rate}]
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
         self.ema_model = copy.deepcopy(model).to(accelerator.device) if config.ema else None
         if config.compile:
@@ -208,7 +211,8 @@ def step_unless(failed: Tensor, optimizer: Any) -> None:
 
 @torch.no_grad()
 def update_ema(ema_model: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the EMA weights towards the model's, further in the first steps. Statistics of batch norms are copied."""
+    """Move the EMA weights towards the model's, further in the first steps, or the initial ones dominate for long.
+    Statistics of batch norms are averages already, and are copied."""
     decay = min(decay, (1 + step) / (10 + step))
     get_ema_multi_avg_fn(decay)(list(ema_model.parameters()), list(model.parameters()), step)
     for ema_module, module in zip(ema_model.modules(), model.modules(), strict=True):

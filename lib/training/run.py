@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from lib.training.config import LENGTH, WITHOUT_EFFECT
 from lib.util.configs import differing_fields
 from lib.util.errors import UserError
 from lib.util.files import file_sha256, fsync, make_folder, naming, read_json, read_json_lines, write_atomic
@@ -64,27 +65,19 @@ class Run:
 
     @classmethod
     def start(
-        cls,
-        path: str | Path,
-        config: dict[str, Any],
-        *,
-        resume: bool,
-        free: dict[str, Sequence[str]],
-        code: Sequence[str],
-        measured: Sequence[str] = (),
+        cls, path: str | Path, config: dict[str, Any], *, resume: bool, code: list[str], measured: Sequence[str] = ()
     ) -> "Run":
         """With `resume` the run in `path`, if there is one with this config; otherwise a new one. `code`: fingerprints
         of the code that trains the run now, and of what it is trained on. If other code finished the run, a new one
-        starts; if other code began it, it resumes and remembers both. `free`: section of the config → its fields that
-        may differ; the values in `config` apply. `measured`: fields that may follow from the code; if only they differ,
-        and the code does too, a new run starts. Any other difference raises `UserError`."""
-        path, code = Path(path), list(code)
+        starts; if other code began it, it resumes and remembers both. Of the section 'train', what is in `LENGTH` and
+        `WITHOUT_EFFECT` may differ; the values in `config` apply. `measured`: fields that may follow from the code; if
+        only they differ, and the code does too, a new run starts. Any other difference raises `UserError`."""
+        path = Path(path)
         if not (resume and (path / "config.json").exists()):
             return cls.create(path, config | {"code": code})
         run = cls.open(path)
         had = {key: run.config.get(key) for key in config}
-        for part, names in free.items():
-            had[part] = (had[part] or {}) | {name: config[part][name] for name in names}
+        had["train"] = (had["train"] or {}) | {name: config["train"][name] for name in LENGTH + WITHOUT_EFFECT}
         fields = {field for field, *_ in differing_fields(had, config)}
         if run.trained_by != code and fields <= set(measured) and (fields or run.is_finished):
             logger.warning("%s: was trained by other code and is trained again; the old run is in replaced/", path)
@@ -96,7 +89,7 @@ class Run:
             logger.warning("%s: was started by other code; it resumes, but will not be reused when finished", path)
             run.config["code"] = [*run.trained_by, *missing]
             write_atomic(path / "config.json", json.dumps(run.config, indent=1))
-        run.config |= {part: had[part] for part in free}
+        run.config["train"] = had["train"]
         return run
 
     @classmethod

@@ -97,9 +97,9 @@ class Trainer:
         # without `disable`, tqdm's own environment variables decide
         shown = {} if progress and self.accelerator.is_main_process else {"disable": True}
         bar = tqdm(total=total, initial=self.step, desc="training", unit="step", mininterval=1.0, **shown)
-        steps, threads = contextlib.closing(self.steps()), torch_threads(self.config.cpu_threads)
+        steps, threads = self.read("train", self.order.steps()), torch_threads(self.config.cpu_threads)
         try:
-            with self.stop, bar, threads, steps as batches_of_steps:
+            with self.stop, bar, threads, contextlib.closing(steps) as batches_of_steps:
                 for callback in self.callbacks:  # a dashboard may ask for a stop from here on
                     callback.on_start(self)
                 for batches in batches_of_steps:
@@ -143,11 +143,8 @@ class Trainer:
             raise KeyboardInterrupt(f"stopped by {name}; step {self.step} is saved in {self.run.path}")
         return over
 
-    def steps(self) -> Iterator[list[Batch]]:
-        """The batches of every step that is left, prefetched."""
-        yield from self.read("train", self.order.steps())
-
     def read(self, split: str, steps: Iterable[list[Tensor]]) -> Iterator[list[Batch]]:
+        """The batches of some steps, prefetched."""
         on_gpu = self.accelerator.device.type == "cuda"
         pairs, chosen, threads = self.pairs[split], self.chosen[split], self.config.num_workers
         return prefetch_batches(pairs, chosen, steps, threads=threads, pin_memory=on_gpu)

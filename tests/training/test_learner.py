@@ -41,7 +41,7 @@ class Regression(Learner):
             {"params": list(model[0].parameters()), "full_lr": config.learning_rate},
             {"params": list(model[2].parameters()), "full_lr": config.learning_rate / 10},
         ]
-        super().__init__(config, model, groups, accelerator)
+        super().__init__(config, model, accelerator, groups)
         if adversary:
             self.adversary = Adversary(adversary, discriminator, config.max_norm, accelerator)
         self.infos: list[StepInfo | None] = []

@@ -14,6 +14,7 @@ from torch import nn
 import lib.training.run
 from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import MaskingConfig
+from lib.training.config import LENGTH, WITHOUT_EFFECT
 from lib.training.run import Run, find_runs
 from lib.util.configs import differing_fields
 from lib.util.errors import UserError
@@ -514,15 +515,19 @@ def test_the_stop_file_is_in_the_runs_folder_and_goes_to_no_other_run(run):
     assert Run.open(run.path).stop_file.exists()
 
 
+def section(max_steps: int, rate: float) -> dict:
+    """A config's section 'train'."""
+    return dict.fromkeys(LENGTH + WITHOUT_EFFECT) | {"max_steps": max_steps, "rate": rate}
+
+
 @pytest.fixture
 def begin(tmp_path, caplog):
     """`begin(*code, **fields of its config)`: start or resume a run that is measured to be 1, its length free."""
 
     def start(*code, resume=True, **changes) -> Run:
         caplog.clear()
-        config = {"train": {"steps": 5, "rate": 0.1}, "sizes": {"width": 2, "mean": 1.0}} | changes
-        options = {"free": {"train": ("steps",)}, "measured": ("sizes.mean",)}
-        return Run.start(tmp_path, config, resume=resume, code=code, **options)
+        config = {"train": section(5, 0.1), "sizes": {"width": 2, "mean": 1.0}} | changes
+        return Run.start(tmp_path, config, resume=resume, code=list(code), measured=["sizes.mean"])
 
     return start
 
@@ -543,21 +548,21 @@ def test_a_finished_run_by_other_code_is_not_reused(begin, caplog, tmp_path):
     assert json.loads((tmp_path / "replaced" / "config.json").read_text())["code"] == ["a"]
     assert "was trained by other code and is trained again" in caplog.text
     take_steps(run, 5, 5)
-    assert begin("b", train={"steps": 9, "rate": 0.1}).saved_step == 5  # longer, by the same code
+    assert begin("b", train=section(9, 0.1)).saved_step == 5  # longer, by the same code
     begin("c")
     kept = {
         name: json.loads((tmp_path / name / "config.json").read_text())["code"] for name in ("replaced", "replaced-1")
     }
     assert kept == {"replaced": ["b"], "replaced-1": ["a"]}  # nothing that was trained to its end is deleted
-    assert not begin("c", train={"steps": 9, "rate": 0.1}).has_checkpoint()
+    assert not begin("c", train=section(9, 0.1)).has_checkpoint()
 
 
 def test_an_unfinished_run_by_other_code_is_resumed_and_not_reused_when_finished(begin, caplog, tmp_path):
     take_steps(begin("a"), 3, 5)
-    run = begin("b", train={"steps": 6, "rate": 0.1})
+    run = begin("b", train=section(6, 0.1))
     assert run.saved_step == 3
     assert "was started by other code; it resumes" in caplog.text
-    assert Run.open(tmp_path).config == run.config | {"train": {"steps": 5, "rate": 0.1}, "code": ["a", "b"]}
+    assert Run.open(tmp_path).config == run.config | {"train": section(5, 0.1), "code": ["a", "b"]}
     assert begin("b").saved_step == 3
     assert not caplog.records  # said once
     take_steps(run, 5, 5)
@@ -567,7 +572,7 @@ def test_an_unfinished_run_by_other_code_is_resumed_and_not_reused_when_finished
 
 @pytest.mark.parametrize("step", [3, 5])
 def test_a_run_of_unknown_code_is_by_other_code(begin, tmp_path, step):
-    take_steps(Run.create(tmp_path, {"train": {"steps": 5, "rate": 0.1}, "sizes": {"width": 2, "mean": 1.0}}), step, 5)
+    take_steps(Run.create(tmp_path, {"train": section(5, 0.1), "sizes": {"width": 2, "mean": 1.0}}), step, 5)
     assert begin("a").config["code"] == (["a"] if step == 5 else ["unknown", "a"])
 
 
@@ -577,7 +582,7 @@ def test_what_was_measured_by_other_code_may_differ_and_nothing_else(begin, tmp_
     other = {"width": 2, "mean": 1.5}
     with pytest.raises(UserError, match=r"another config \(sizes\.mean: 1\.0 → 1\.5\)"):
         begin("a", sizes=other)
-    for fields in ({"sizes": {"width": 3, "mean": 1.5}}, {"train": {"steps": 5, "rate": 0.2}}):
+    for fields in ({"sizes": {"width": 3, "mean": 1.5}}, {"train": section(5, 0.2)}):
         with pytest.raises(UserError, match="another config"):
             begin("b", **fields)
         assert Run.open(tmp_path).config["code"] == ["a"]

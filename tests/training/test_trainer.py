@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from lib.model.cascade import Cascade, CascadeConfig
 from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import GENERATORS, MASKINGS, MaskingConfig
 from lib.model.projection import spectral_sigma
-from lib.training.batches import epoch_order
+from lib.training.batches import Batch, epoch_order
 from lib.training.config import AdversaryConfig, CurriculumConfig, LoopConfig, TrainConfig
 from lib.training.distributed import rng_state
 from lib.training.fusion_learner import fusion_trainer, train
@@ -65,6 +65,11 @@ EVERYTHING = {
     "adversary": AdversaryConfig(discriminator_learning_rate=1e-2, discriminator_warmup=2),
 }
 LEARNED = MaskingConfig("learned")
+
+
+def steps_of(trainer: Trainer) -> Iterator[list[Batch]]:
+    """The batches of every step that is left."""
+    return trainer.read("train", trainer.order.steps())
 
 
 @pytest.fixture
@@ -185,7 +190,7 @@ def test_every_row_has_every_metric(start):
 
 def test_gradient_norm_is_measured_before_clipping_and_clipping_takes_place(new_trainer, tiny_cascade):
     trainer = new_trainer(tiny_cascade(dropout=0.0), clip=1e-3)
-    ((input, target),) = batches = next(trainer.steps())
+    ((input, target),) = batches = next(steps_of(trainer))
     manual = FusionModel(tiny_cascade(dropout=0.0))
     manual.load_state_dict(trainer.learner.unwrapped_model.state_dict())
     output, traces, *_ = manual(input, target)
@@ -203,7 +208,7 @@ def test_gradient_norm_is_measured_before_clipping_and_clipping_takes_place(new_
 def test_one_step_is_adamw(new_trainer, tiny_cascade):
     trainer = new_trainer(tiny_cascade(dropout=0.0), weight_decay=0.5, clip=None)
     before = [p.detach().clone() for p in trainer.learner.model.parameters()]
-    trainer.train_step(next(trainer.steps()))
+    trainer.train_step(next(steps_of(trainer)))
     for old, new in zip(before, trainer.learner.model.parameters(), strict=True):
         step = new.grad / (new.grad.abs() + 1e-8)  # Adam's first step: m̂ / (√v̂ + ε)
         torch.testing.assert_close(new.detach(), old * (1 - 0.1 * 0.5) - 0.1 * step, rtol=1e-4, atol=1e-6)
@@ -213,7 +218,7 @@ def test_an_epoch_takes_every_pair_once_in_an_order_of_its_own(new_trainer):
     trainer = new_trainer()
     orders = []
     for trainer.order.epoch in (0, 1, 0):
-        batches = list(itertools.islice(trainer.steps(), 3))
+        batches = list(itertools.islice(steps_of(trainer), 3))
         assert [len(input) for ((input, _),) in batches] == [2, 2, 1]
         orders.append(torch.cat([input for ((input, _),) in batches]))
     everything = torch.stack([trainer.pairs["train"][i][0] for i in range(5)])
@@ -222,7 +227,7 @@ def test_an_epoch_takes_every_pair_once_in_an_order_of_its_own(new_trainer):
     assert torch.equal(orders[0], orders[2])
     assert not torch.equal(orders[0], orders[1])
     trainer.order.position = 2  # within an epoch: the rest of it
-    assert torch.equal(torch.cat([input for ((input, _),) in itertools.islice(trainer.steps(), 2)]), orders[0][2:])
+    assert torch.equal(torch.cat([input for ((input, _),) in itertools.islice(steps_of(trainer), 2)]), orders[0][2:])
 
 
 def test_validation_is_the_mean_over_pairs_in_eval_mode(start, tiny_index):
@@ -1043,7 +1048,7 @@ def test_the_parts_gradient_norms_add_up_to_the_whole(start, tiny_cascade, chang
 
 def test_a_parts_gradient_norm_is_that_of_its_parameters(new_trainer, tiny_cascade):
     trainer = new_trainer(tiny_cascade(rms_scaling="learnable", clamp=None), clip=None)
-    row = take(trainer, next(trainer.steps()))
+    row = take(trainer, next(steps_of(trainer)))
     for i, stage in enumerate(trainer.learner.unwrapped_model.cascade.stages):
         for name in ("input_norm", "layers", "post_norm", "output_projection", "rms_scaling"):
             squares = sum(p.grad.double().square().sum().item() for p in getattr(stage, name).parameters())
@@ -1098,9 +1103,9 @@ def test_accumulated_batches_equal_one(new_trainer, tiny_cascade):
     masks = MaskingConfig("learned")
     loss = LossConfig(novelty_weight=1.0, overlap_weight=1.0, anti_modulation_weight=1.0, window_seconds=None)
     together = new_trainer(tiny_cascade(dropout=0.0), masks, batch_size=5, loss=loss)
-    expected = take(together, next(together.steps()))
+    expected = take(together, next(steps_of(together)))
     apart = new_trainer(tiny_cascade(dropout=0.0), masks, batch_size=2, accumulate=3, loss=loss)
-    batches = next(apart.steps())
+    batches = next(steps_of(apart))
     assert [len(input) for input, _ in batches] == [2, 2, 1]
     row = take(apart, batches)
     assert row.pop("split") == expected.pop("split") == "train"
@@ -1175,7 +1180,7 @@ def test_the_agents_rate_is_its_own(new_trainer, tiny_cascade):
     """Adam's first step is as long as the rate, wherever there is a gradient."""
     trainer = new_trainer(masking=MaskingConfig("learned"), agent_learning_rate=1e-3, weight_decay=0.0)
     before = parameters(trainer)
-    trainer.train_step(next(trainer.steps()))
+    trainer.train_step(next(steps_of(trainer)))
     longest = {"cascade": 0.0, "mask_generator": 0.0}
     for name, value in parameters(trainer).items():
         part = name.split(".")[0]
@@ -1349,7 +1354,7 @@ def test_the_discriminator_is_no_part_of_the_models_optimizer(new_trainer, tiny_
     assert len(optimized) == len(own)
     trainer.learner.adversary.optimizer.zero_grad()
     learner = trainer.learner
-    loss, terms, _ = learner.loss(learner.model.train(), next(trainer.steps())[0], StepInfo(0, 0))
+    loss, terms, _ = learner.loss(learner.model.train(), next(steps_of(trainer))[0], StepInfo(0, 0))
     loss.backward()
     assert "adversarial" in "".join(terms)
     assert all(
@@ -1506,8 +1511,7 @@ class Regression(Learner):
 
     def __init__(self, config: LoopConfig, accelerator):
         model = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 2))
-        groups = [{"params": list(model.parameters()), "full_lr": config.learning_rate}]
-        super().__init__(config, model, groups, accelerator)
+        super().__init__(config, model, accelerator)
         self.adversary = lib.training.learner.Adversary(
             AdversaryConfig(1e-3), nn.Sequential(nn.Linear(2, 1), nn.Flatten(0)), config.max_norm, accelerator
         )
@@ -1531,7 +1535,7 @@ REGRESSION = LoopConfig(epochs=4, batch_size=2, accumulate=2, checkpoint_every=2
 def regress(folder: Path, data: Points | None = None, callbacks: tuple[Callback, ...] = ()) -> Run:
     """Start it, or resume it."""
     config = {"train": dataclasses.asdict(REGRESSION)}
-    run = Run.start(folder, config, resume=True, free={}, code=["regression"])
+    run = Run.start(folder, config, resume=True, code=["regression"])
     pairs = {"train": data or Points(), "val": Points()}
     Trainer(run, REGRESSION, pairs, lambda on: Regression(REGRESSION, on), callbacks).run_to_end(progress=False)
     return run
