@@ -28,7 +28,6 @@ from lib.listening.render import follow_recipe
 from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import Masks
 from lib.model.whole_band import decode_fusion, left_out
-from lib.superres import mel
 from lib.superres.resolver import Restoration, SuperResolver, Written, restore_file
 from lib.training.run import Run
 from lib.util.errors import UserError, exit_on_user_error
@@ -139,13 +138,12 @@ def fuse(options: argparse.Namespace) -> int:
     chosen = {"which": options.checkpoint or "best", "mono": options.mono, "whole_band": not options.narrow}
     if options.superres is None:
         written = fuse_files(*files, run, codec, **chosen)
-        seconds, chunks = written.num_samples / SAMPLE_RATE, chunk_starts(written.num_samples, CHUNK, OVERLAP)
-        print(f"{written.path}: {seconds:.2f} s in {len(chunks)} chunk(s), peak {written.peak:.3f}")
+        how = f"in {len(chunk_starts(written.num_samples, CHUNK, OVERLAP))} chunk(s)"
     else:
         resolver = SuperResolver(options.superres, device="cuda" if torch.cuda.is_available() else "cpu")
-        restored, cutoff = fuse_and_restore(*files, run, codec, resolver, **chosen)
-        seconds, above = restored.num_samples / mel.SAMPLE_RATE, cutoff / 1000
-        print(f"{restored.path}: {seconds:.2f} s at 48 kHz, restored above {above:.1f} kHz, peak {restored.peak:.3f}")
+        written, cutoff = fuse_and_restore(*files, run, codec, resolver, **chosen)
+        how = f"at 48 kHz, restored above {cutoff / 1000:.1f} kHz"
+    print(f"{written.path}: {written.num_samples / written.sample_rate:.2f} s {how}, peak {written.peak:.3f}")
     return 0
 
 

@@ -15,7 +15,7 @@ class Codec(Protocol):
     """What every codec offers. It is frozen: `encode` carries no gradient, `decode` carries one to the latents."""
 
     sample_rate: int  # Hz: 24,000, at which the pairs are cut
-    hop: int  # samples per frame: 320, on which losses, metrics and fixed masks count
+    hop: int  # samples per frame: 320, on which losses and metrics count
     dim: int  # latent channels: 128 in the presets' model
     name: str
     fingerprint: str  # hex sha256 of everything that changes latents

@@ -31,7 +31,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from lib.audio.files import MIN_SAMPLES, SAMPLE_RATE, AudioError, Skipped, check_audio, walk_audio
-from lib.util.configs import Count, Whole, checked_dataclass, choice
+from lib.util.configs import Count, Whole, check, checked_dataclass, choice
 from lib.util.errors import UserError
 from lib.util.files import naming, read_json, write_atomic
 from lib.util.provenance import code_fingerprint
@@ -109,11 +109,9 @@ def build_manifest(
     split has at least one file, with four files or more two, as a cross pair needs. `UserError` for a folder without
     one usable pair in each split."""
     root, out_path = Path(data_dir), Path(out_path)
-    if mode not in MODES:
-        raise UserError(f"mode: unknown {mode!r}; choose one of {', '.join(MODES)}")
-    if not math.isfinite(clip_seconds) or round(clip_seconds * SAMPLE_RATE) < MIN_SAMPLES:
-        least = f"{MIN_SAMPLES / SAMPLE_RATE:.4f}+"
-        raise UserError(f"clip_seconds: {clip_seconds} is shorter than one codec frame; use {least}")
+    check(mode in MODES, "mode", mode, f"one of {', '.join(MODES)}")
+    long_enough = math.isfinite(clip_seconds) and round(clip_seconds * SAMPLE_RATE) >= MIN_SAMPLES
+    check(long_enough, "clip_seconds", clip_seconds, f"{MIN_SAMPLES / SAMPLE_RATE:.4f} or more, one codec frame")
     if not root.is_dir():
         fault = "a file, not a folder; name the folder it is in" if root.exists() else "no such folder; check the path"
         raise UserError(f"{root}: {fault}")

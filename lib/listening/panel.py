@@ -66,9 +66,8 @@ class Listening:
         with torch.inference_mode():
             average = (pair[0] + pair[1])[None] / 2
             latents = self.codec.encode(average)
-            decoded = self.codec.decode(latents, length=average.shape[-1])
-            whole = (settings or Settings()).whole_band
-            wavs["plain average"] = (decoded + left_out(self.codec, average, latents) if whole else decoded)[0]
+            rest = left_out(self.codec, average, latents) if (settings or Settings()).whole_band else 0
+            wavs["plain average"] = (self.codec.decode(latents, length=average.shape[-1]) + rest)[0]
         return (Players(self.restore(wavs), mel.SAMPLE_RATE) if restored else Players(wavs)), parts
 
     def restore(self, wavs: Mapping[str, Tensor]) -> dict[str, Tensor]:

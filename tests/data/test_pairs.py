@@ -326,9 +326,9 @@ def test_named_layout_without_val(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "random"}, "mode: unknown 'random'; choose one of auto, named, continuation, cross, both"),
-        ({"clip_seconds": 0}, "clip_seconds: 0 is shorter"),
-        ({"clip_seconds": float("nan")}, "clip_seconds: nan"),
+        ({"mode": "random"}, "mode='random' is not allowed; use one of auto, named, continuation, cross, both"),
+        ({"clip_seconds": 0}, "clip_seconds=0 is not allowed; use 0.0133 or more, one codec frame"),
+        ({"clip_seconds": float("nan")}, "clip_seconds=nan is not allowed"),
     ],
 )
 def test_impossible_options_are_refused(tmp_path, options, message):
