@@ -30,7 +30,7 @@ def crossfaded(
 ) -> Iterator[Tensor]:
     """The pieces `[C, n]` of one signal, from chunks `[C, N]` that each overlap the next by `overlap` samples, the last
     `margin` of which are dropped. The fade is linear in amplitude, for renderings that add in phase; `keep_power` suits
-    others too, of correlation ρ: its gains a and b have a² + b² + 2·ρ·a·b = 1."""
+    others too, of correlation ρ: its gains a and b have a² + b² + 2·ρ·a·b = 1: linear for ρ = 1, equal power for 0."""
     tail = None  # the next chunk's beginning is faded into it
     for chunk in chunks:
         if tail is not None:

@@ -66,7 +66,7 @@ def load_audio(
     """Read a window of a file at `sample_rate` as float32 `[1, N]`, the mean of its channels; `[C, N]` without `mix`.
     `offset` and `length` count samples at `sample_rate`; without a length it reads to the end. The result equals that
     slice of the whole resampled file, shorter or empty past its end. `AudioError` for a damaged file and non-finite
-    samples."""
+    samples. Only the window is read."""
     if offset < 0 or (length is not None and length < 0):
         raise ValueError(f"offset and length must not be negative, got {offset} and {length}")
     with _open(path) as file:
@@ -282,7 +282,7 @@ def _ogg_is_complete(path: str | Path) -> bool:
 
 
 def _rate_ratio(native: int, target: int) -> Fraction:
-    """Native frames per target sample. Odd rates (44,099 Hz) are rounded, by 0.1 % at most: the filters must fit."""
+    """Native frames per target sample. Odd rates (44,099 Hz) are rounded, by 0.1 % at most: filters must fit memory."""
     return Fraction(native, target).limit_denominator(1000)
 
 

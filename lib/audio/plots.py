@@ -1,4 +1,5 @@
-"""Figures of sound, in Okabe and Ito's colours; none computes a result. N samples, D latent channels, T frames."""
+"""Figures of sound, in Okabe and Ito's colours, which colour-blind readers can distinguish; none computes a result.
+Legend: N samples, D latent channels, T frames."""
 
 import io
 import itertools

@@ -134,7 +134,8 @@ class Panel:
 
 def leave_subshell_to_front_end(widget: Widget) -> None:
     """Let a widget's messages reach the subshell that the front end sends them to. ipykernel 7.4 sends them to the one
-    that the widget was created in, which is busy while the cell runs. Its private note of that shell is removed."""
+    that the widget was created in, which is busy while the cell runs, and has no public switch for that: its private
+    note of that shell is removed."""
     if widget.comm is not None:
         vars(widget.comm).pop("_reply_subshell_id", None)
 

@@ -48,7 +48,7 @@ def flac(wav: Tensor, sample_rate: int) -> bytes:
 
 
 class Players:
-    """Clips `[1, N]` by name, one player each, at one gain: 1, or less if one exceeds full scale."""
+    """Clips `[1, N]` by name, one player each, at one gain, so that levels compare: 1, or less above full scale."""
 
     def __init__(self, wavs: Mapping[str, Tensor], sample_rate: int = SAMPLE_RATE):
         self.wavs, self.sample_rate = dict(wavs), sample_rate

@@ -23,7 +23,7 @@ class SpectralLinear(nn.Linear):
 
     @torch.no_grad()
     def realign(self) -> None:
-        """Set u and v to the weight's leading singular vectors, by a dozen squarings of W·Wᵀ on the device."""
+        """Set u and v to the weight's leading singular vectors. Squarings of W·Wᵀ never wait for the device."""
         weight, norm = self.parametrizations.weight.original, self.parametrizations.weight[0]
         with torch.autocast(weight.device.type, enabled=False):
             gram = weight @ weight.T  # [D, D]
