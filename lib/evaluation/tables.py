@@ -47,10 +47,12 @@ def rows_of(values: Mapping[str, float], name: str, value: str, form: str = ".2f
 
 def mask_rows(masks: Mapping[str, Masks | None]) -> list[Row]:
     """Complementarity, and the share that is taken of the input."""
-    measured = {name: (complementarity(m).mean(), m.input.mean()) for name, m in masks.items() if m is not None}
     return [
-        number_row({"masks": name}, {"complementarity": found, "taken of the input": share})
-        for name, (found, share) in measured.items()
+        number_row(
+            {"masks": name}, {"complementarity": complementarity(m).mean(), "taken of the input": m.input.mean()}
+        )
+        for name, m in masks.items()
+        if m is not None
     ]
 
 

@@ -138,12 +138,10 @@ def audit_protections(cells: Mapping[tuple[bool, ...], Runs]) -> list[Verdict]:
     bare_peaks = each(bare, peak)
     facts = {"bare": max(bare_peaks), "ended": first_non_finite(bare)}
     short = "" if max(bare_peaks) > limit else f"without any protection no norm passed the limit of {limit:g}"
-    verdicts = []
-    for name, on in {"all": (True,) * 3, "norm": (True, False, False), "clamp": (False, True, False)}.items():
-        peaks = each(cells[on], peak)
-        verdicts.append(decide(f"C9.{name}", peaks, difference(peaks, bare_peaks) == "lower", facts=facts))
+    protected = {"all": (True,) * 3, "norm": (True, False, False), "clamp": (False, True, False)}
+    peaks = {name: each(cells[on], peak) for name, on in protected.items()}
     return [
-        *verdicts,
+        *(decide(f"C9.{n}", p, difference(p, bare_peaks) == "lower", facts=facts) for n, p in peaks.items()),
         decide("C9.clipping", each(clipped, peak), stable(clipped) and not stable(bare), short=short),
         decide("C9.bare", each(bare, growth), not stable(bare), facts=facts),
     ]

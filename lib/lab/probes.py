@@ -105,12 +105,8 @@ def law_row(what: str, measured: Sequence[float], predicted: float, tolerance: f
         f"{what}, predicted": f"{predicted:.3g}",
         f"{what}, measured": describe(measured),
         "largest error": f"{error:.1%}",
-        f"within {100 * tolerance:g} %": yes_no(error < tolerance),
+        f"within {100 * tolerance:g} %": "yes" if error < tolerance else "no",
     }
-
-
-def yes_no(holds: bool) -> str:
-    return "yes" if holds else "no"
 
 
 def stage_rows(name: str, config: CascadeConfig, x: Tensor, y: Tensor, seeds: Sequence[int]) -> list[Row]:
@@ -152,7 +148,7 @@ def weight_row(weight: float, safe_weight: float, traces: Sequence[StageTrace]) 
         "law": "collapses" if weight < safe_weight else "safe",
         "target scale": describe([trace.target_scale.mean().item() for trace in traces], 2),
         "clamped": f"{statistics.median(clamped):.0%}",
-        "as the law says": yes_no(all(share == float(weight < safe_weight) for share in clamped)),
+        "as the law says": "yes" if all(share == float(weight < safe_weight) for share in clamped) else "no",
     }
 
 
@@ -204,5 +200,5 @@ def clamped_row(name: str, config: CascadeConfig, runs: Runs) -> Row:
         "law": "safe" if weight >= safe else "collapses",
         "clamped, first tenth": describe(start, 2),
         "last tenth": describe(end, 2),
-        "the law holds": yes_no(all(share == float(weight < safe) for share in end)),
+        "the law holds": "yes" if all(share == float(weight < safe) for share in end) else "no",
     }

@@ -147,9 +147,6 @@ class Metrics:
 
     def __init__(self, path: Path):
         self.path = path
-        self.forget()
-
-    def forget(self) -> None:
         self.rows: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
         self.newest: dict[str, Any] = {"step": 0, "epoch": 0}
         self.file_number, self.offset = 0, 0
@@ -161,7 +158,7 @@ class Metrics:
         with open(self.path, "rb") as file:
             status = os.fstat(file.fileno())
             if status.st_ino != self.file_number or status.st_size < self.offset:
-                self.forget()
+                self.__init__(self.path)
                 self.file_number = status.st_ino
             file.seek(self.offset)
             added = file.read()

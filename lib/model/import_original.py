@@ -4,9 +4,8 @@ import argparse
 import logging
 import re
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,7 @@ NAMES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())  # part o
 STYLE_DISCRIMINATOR = "creative_agent.discriminator."
 
 
-@dataclass(frozen=True)
-class OriginalCheckpoint:
+class OriginalCheckpoint(NamedTuple):
     """What `import_original_checkpoint` found in the file."""
 
     model: FusionModel  # in eval mode; its outputs and masks equal the original's

@@ -1,8 +1,7 @@
 """Parameters and operations of the full configuration, and the verdicts on what seed 004 claims of it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,7 @@ TOLERANCE = 0.01  # relative: a count within it is the claimed one
 ALIKE = 1e-5  # relative spread over positions, below which all of them receive the same
 
 
-@dataclass(frozen=True)
-class Count:
+class Count(NamedTuple):
     """Parameters of a part, or multiply-accumulate operations of one pass over 10.24 s: counted and claimed."""
 
     what: str

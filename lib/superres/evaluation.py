@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,8 +70,7 @@ def gains_in_words(scores: Sequence[Score]) -> str:
     return in_words({f"{s.cutoff / 1000:g}": s.comparison for s in scores if s.method == "model"}, wordings)
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """`scores` by cutoff, then method; `sounds`: cutoff → method or 'original' → waveforms `[B, 1, N]`."""
 
     scores: tuple[Score, ...]

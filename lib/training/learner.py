@@ -18,8 +18,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -36,8 +35,7 @@ Losses = tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor] | None]  # loss,
 Groups = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class StepInfo:
+class StepInfo(NamedTuple):
     """Where in training a step is."""
 
     step: int  # from 0

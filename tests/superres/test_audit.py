@@ -1,7 +1,5 @@
 """Counting, against layers whose operations are known by hand, and verdicts that come out both ways."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
@@ -196,7 +194,7 @@ def test_what_is_as_said_is_reproduced():
 @pytest.mark.parametrize("place", range(4))
 def test_another_count_is_refuted_and_nothing_else(place):
     sizes = list(AS_SAID)
-    sizes[place] = dataclasses.replace(sizes[place], counted=round(1.02 * sizes[place].counted))
+    sizes[place] = sizes[place]._replace(counted=round(1.02 * sizes[place].counted))
     refuted = [said for said, verdict in outcomes(sizes).items() if verdict == REFUTED]
     assert len(refuted) == 1
     named = (
