@@ -5,7 +5,6 @@ clips' RMS, RMS scaling has to amplify. Legend: w residual weight, p, r RMS of p
 in `projection`."""
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -27,8 +26,7 @@ def pair_rms(input_rms: Value, target_rms: Value) -> Value:
     return mean_square.sqrt() if isinstance(mean_square, Tensor) else math.sqrt(mean_square)
 
 
-@dataclass(frozen=True)
-class Clips:
+class Clips(NamedTuple):
     """What the law needs to know of a pair: the RMS of both latents, and their cosine as vectors."""
 
     input_rms: float = LATENT_RMS
@@ -89,8 +87,7 @@ def smallest_safe_weight(projection: float, residual: float, needed: float, *, p
     return math.inf if preserving and weight > 1 else weight
 
 
-@dataclass(frozen=True)
-class StagePrediction:
+class StagePrediction(NamedTuple):
     """Predicted RMS of one stage, in latent units. Names as in `StageTrace`."""
 
     projection_rms: float

@@ -5,7 +5,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -56,8 +56,7 @@ class Degradation:
         return torch.from_numpy(np.ascontiguousarray(up[..., : wav.shape[-1]], dtype=np.float32))
 
 
-@dataclass(frozen=True)
-class Library:
+class Library(NamedTuple):
     """The songs of a folder, split by file."""
 
     songs: dict[str, tuple[AudioReport, ...]]  # 'train' and 'val'

@@ -5,7 +5,7 @@ import math
 import operator
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import scipy.special
 
@@ -14,8 +14,7 @@ WORDS = {1: "better than", -1: "worse than", 0: "no statistically significant di
 COUNTED = {verdict: words + " {count} of {total} ({names})" for verdict, words in WORDS.items()}
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """A mean advantage, its standard error (infinite for one draw), and the number of independent draws (songs)."""
 
     mean: float
