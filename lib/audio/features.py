@@ -72,8 +72,7 @@ class Sound:
         more: lines of a spectrum, whatever its colour and level."""
         power = _semitone_bank(self.wav.device) @ power_spectrum(self.wav, NOTE_FFT, NOTE_HOP)
         log = (power / (power.amax(dim=(1, 2), keepdim=True) + FLOOR) + 1e-4).log()
-        around = F.avg_pool1d(F.pad(log.mT, (6, 6), mode="replicate"), 13, stride=1).mT
-        return (log - around).relu()
+        return (log - F.avg_pool1d(F.pad(log.mT, (6, 6), mode="replicate"), 13, stride=1).mT).relu()
 
     @functools.cached_property
     def chroma(self) -> Tensor:
@@ -84,14 +83,12 @@ class Sound:
 
 def magnitudes(wav: Tensor, size: int) -> Tensor:
     """STFT magnitudes, window `size`, hop a quarter of it: `[B, 1, N] → [B, size / 2 + 1, F]`. N above `size / 2`."""
-    spectrum = torch.stft(wav[:, 0], size, size // 4, window=hann(size, wav.device), return_complex=True)
-    return (spectrum.real.square() + spectrum.imag.square()).clamp_min(FLOOR).sqrt()
+    return power_spectrum(wav, size, size // 4, "reflect").clamp_min(FLOOR).sqrt()
 
 
-def power_spectrum(wav: Tensor, size: int, hop: int) -> Tensor:
-    """STFT powers, silence around the clip: `[B, 1, N] → [B, size / 2 + 1, F]`."""
-    options = {"window": hann(size, wav.device), "pad_mode": "constant", "return_complex": True}
-    spectrum = torch.stft(wav[:, 0], size, hop, **options)
+def power_spectrum(wav: Tensor, size: int, hop: int, padding: str = "constant") -> Tensor:
+    """STFT powers, `[B, 1, N] → [B, size / 2 + 1, F]`; `padding`: of the clip, by default with silence."""
+    spectrum = torch.stft(wav[:, 0], size, hop, window=hann(size, wav.device), pad_mode=padding, return_complex=True)
     return spectrum.real.square() + spectrum.imag.square()
 
 
