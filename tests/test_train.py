@@ -84,10 +84,9 @@ class Watched(Trainer):
         Watched.last = self
         super().__init__(*arguments)
 
-    def steps(self):
-        for batches in super().steps():
-            self.taken.append([clip.sum().item() for input, _ in batches for clip in input])
-            yield batches
+    def train_step(self, batches):
+        self.taken.append([clip.sum().item() for input, _ in batches for clip in input])
+        super().train_step(batches)
 
 
 def tiny_cascade(dropout: float) -> CascadeConfig:
