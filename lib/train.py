@@ -35,11 +35,9 @@ def train_project(
     preset = project.preset
 
     def start(*callbacks: Callback) -> Run:
-        data = (project.out_dir, project.index, project.codec)
-        configs = (preset.model.cascade, preset.train, preset.model.masking)
-        clips = DemoClips(project.codec, preset.listening.every, manifest=project.manifest)
-        callbacks = (clips, TensorBoard(), *callbacks)
-        return train(*data, *configs, resume=resume, callbacks=callbacks)
+        model, clips = preset.model, DemoClips(project.codec, preset.listening.every, manifest=project.manifest)
+        what = (project.out_dir, project.index, project.codec, model.cascade, preset.train, model.masking)
+        return train(*what, resume=resume, callbacks=(clips, TensorBoard(), *callbacks))
 
     def start_forked() -> None:
         torch.set_num_threads(1)  # OpenMP's threads do not follow into a fork: a step would wait for them forever

@@ -97,8 +97,7 @@ def check_audio(path: str | Path, min_samples: int = MIN_SAMPLES, *, mix: bool =
             peak = max(peak, float(np.abs(block).max()))
         rate, channels, kind = file.samplerate, file.channels, file.format
     # without a Xing header the frame count of an MP3 is an estimate, off by the tags at the end of the file
-    tolerance = rate if kind == "MP3" else 0
-    if announced - decoded > tolerance or (kind == "OGG" and not _ogg_is_complete(path)):
+    if announced - decoded > (rate if kind == "MP3" else 0) or (kind == "OGG" and not _ogg_is_complete(path)):
         raise AudioError(path, f"truncated: only {decoded / rate:.2f} s are left; copy it again or export it again")
     report = AudioReport(Path(path), rate, channels, decoded, file_sha256(Path(path)))
     if report.num_samples < min_samples:

@@ -151,8 +151,7 @@ def _made_of(root: Path, files: list[str], settings: list[int | str]) -> str:
         with contextlib.suppress(OSError):  # a broken link
             status = (root / name).stat()
             listing.append([name, status.st_size, status.st_mtime_ns])
-    content = json.dumps([settings, code_fingerprint("lib.data.pairs"), listing])
-    return hashlib.sha256(content.encode()).hexdigest()
+    return hashlib.sha256(json.dumps([settings, code_fingerprint("lib.data.pairs"), listing]).encode()).hexdigest()
 
 
 def _check_files(root: Path, files: list[str], skipped: list[Skipped]) -> list[Clip]:
@@ -166,8 +165,7 @@ def _check_files(root: Path, files: list[str], skipped: list[Skipped]) -> list[C
         return Clip(relative, 0, report.num_samples, report.sha256)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        checks = pool.map(check, files)
-        results = list(tqdm(checks, total=len(files), desc="checking audio", disable=len(files) < 8))
+        results = list(tqdm(pool.map(check, files), total=len(files), desc="checking audio", disable=len(files) < 8))
     skipped.extend(result for result in results if isinstance(result, Skipped))
     return [result for result in results if isinstance(result, Clip)]
 
@@ -238,8 +236,7 @@ def _tree_pairs(
     alone = f"no partner: it needs {' or '.join(needs[kind] for kind in kinds)}; add files or shorten the clips"
     for source in distinct.values():
         if source.path not in used:
-            has_clips = source.cut(clip_length)
-            skipped.append(Skipped(source.path, alone if has_clips else _too_short(source, clip_length)))
+            skipped.append(Skipped(source.path, alone if source.cut(clip_length) else _too_short(source, clip_length)))
     return pairs
 
 

@@ -50,12 +50,11 @@ def baseline_losses(pairs: LatentPairs, loss: LossConfig, untrained: Cascade) ->
     untrained.eval()
     for input, target in DataLoader(pairs, batch_size=8):  # each [B, D, T]
         mean = (input + target) / 2
-        scale = pair_rms(rms(input), rms(target)) / rms(mean)
         outputs = {
             "input alone": input,
             "target alone": target,
             "plain average": mean,
-            "plain average at full level": mean * scale[:, None, None],
+            "plain average at full level": mean * (pair_rms(rms(input), rms(target)) / rms(mean))[:, None, None],
             "untrained cascade": untrained(input, target)[0],
         }
         for name, output in outputs.items():

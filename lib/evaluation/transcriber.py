@@ -31,7 +31,6 @@ def note_posteriors(samples: np.ndarray) -> np.ndarray:
     frames = max(1, len(samples) // HOP)
     windows = -(-frames // KEPT)
     padded = np.pad(samples, (MARGIN * HOP, windows * KEPT * HOP + WINDOW - len(samples)))
-    starts = KEPT * HOP * np.arange(windows)
-    batch = np.stack([padded[start : start + WINDOW] for start in starts])[..., None]
+    batch = np.stack([padded[start : start + WINDOW] for start in KEPT * HOP * np.arange(windows)])[..., None]
     (notes,) = _network().run(["StatefulPartitionedCall:1"], {"serving_default_input_2:0": batch})
     return notes[:, MARGIN : MARGIN + KEPT].reshape(-1, PITCHES)[:frames]

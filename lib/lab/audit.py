@@ -88,7 +88,6 @@ def audit_named(results: Runs) -> list[Verdict]:
     no_step = "" if trained else "no run took a step"
     peaks, healthy_peaks, quiet = each(exploding, peak), each(reference, peak), known(exploding, final("rms_ratio"))
     facts = {"steps": steps, "healthy": f"{max(healthy_peaks):.2g}", "ended": first_non_finite(learnable)}
-    larger = difference(peaks, healthy_peaks) == "higher"
     weak_ends, learnable_ends = (not measured.never_non_finite(runs) for runs in (exploding, learnable))
     level_tells = at_level(reference) and not any(measured.within([r], *measured.HEALTHY_RATIO) for r in quiet)
     moves, fewer_moves = (
@@ -96,18 +95,16 @@ def audit_named(results: Runs) -> list[Verdict]:
         for runs in (repair, exploding)
     )
     before_scaling = "stage2/rms_before_scaling"
-    projection = passing(exploding, "stage2/projection_rms", 0.85, 0.85)
-    norms = [r.end.get("grad_norm", math.inf) for r in reference]
     return [
         decide("C5.before_scaling", **passing(exploding, before_scaling, 1.09, 1.09)),
         decide("C6.before_scaling", **passing(repair, before_scaling, 2.5, 3.0)),
-        decide("C5.projection", **projection | {"found": "at the end"}),
+        decide("C5.projection", **passing(exploding, "stage2/projection_rms", 0.85, 0.85) | {"found": "at the end"}),
         decide("C5.quiet", quiet),
         decide("C7.weak_rises", each(exploding, growth), facts=facts),
         decide("C7.weak_ends", holds=weak_ends, found=first_non_finite(exploding), short=short, unless=True),
         decide("C7.repair_rises", each(repair, growth), short=short, unless=True),
-        decide("C7.weak_is_larger", peaks, larger, facts=facts),
-        decide("C7.reference", norms, short=short),
+        decide("C7.weak_is_larger", peaks, difference(peaks, healthy_peaks) == "higher", facts=facts),
+        decide("C7.reference", [r.end.get("grad_norm", math.inf) for r in reference], short=short),
         decide("C7.last_projection", each(exploding, measured.last_projection_share)),
         decide("C8.ends", each(learnable, peak), learnable_ends, facts=facts, short=late, unless=True),
         decide("C8.one", each(trained, measured.scalar_ratio), short=no_step),
@@ -201,8 +198,7 @@ def audit_cures(ill: Runs, cured: Mapping[str, Runs]) -> list[Verdict]:
         if name == variants.NOVELTY and not novelty_acts:
             short = "the novelty term never acted, whatever its weight: no cosine passed 0.7"
         moves, facts = each(results, measured.movement), {"without": statistics.median(without)}
-        holds = difference(moves, without) == "higher"
-        verdicts.append(decide(f"C15.{name}", moves, holds, facts=facts, short=short))
+        verdicts.append(decide(f"C15.{name}", moves, difference(moves, without) == "higher", facts=facts, short=short))
     return verdicts
 
 

@@ -33,8 +33,7 @@ class Variant:
 
     def cascade(self, num_layers: int) -> CascadeConfig:
         """The config; some variants collapse on purpose."""
-        config = CascadeConfig.reference(self.stages, num_layers=num_layers, **self.every)
-        return config.with_stage(-1, **self.last)
+        return CascadeConfig.reference(self.stages, num_layers=num_layers, **self.every).with_stage(-1, **self.last)
 
     @property
     def changes(self) -> str:

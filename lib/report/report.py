@@ -119,8 +119,7 @@ def write_report(
     if not stored:
         raise UserError(f"{out_dir}: no sections to report on; run the notebooks first")
     shown = [stored[name] for name in sorted(stored, key=lambda name: (name != FIRST, name))]
-    summary = {"facts": dict(facts), "tables": tables_of(shown)}
-    write_atomic(out_dir / "summary.json", json.dumps(summary, indent=1))
+    write_atomic(out_dir / "summary.json", json.dumps({"facts": dict(facts), "tables": tables_of(shown)}, indent=1))
     for section in shown:
         section["failure"] = failures.get(section["name"])
         section["executed"] = (out_dir / f"{section['name']}.html").exists()

@@ -23,8 +23,7 @@ def schedule() -> Any:
 
 def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """Noisy latents and the velocity to predict, `[B, Z, H, W]` each, at `timesteps [B]`, 0 to 999."""
-    noisy = schedule().add_noise(latents, noise, timesteps)
-    return noisy, schedule().get_velocity(latents, noise, timesteps)
+    return schedule().add_noise(latents, noise, timesteps), schedule().get_velocity(latents, noise, timesteps)
 
 
 def sampled_timesteps(steps: int) -> Tensor:

@@ -136,8 +136,7 @@ def drawn(draw: Callable, shape: Sequence[int], settings: Restoration, numbers: 
 
 def join_bands(low: Tensor, high: Tensor, cutoff: float) -> Tensor:
     """`low [B, 1, N]` below the cutoff (Hz), `high [B, 1, N]` above it: the shares of both in a bin add up to 1."""
-    bins = torch.arange(N_FFT // 2 + 1)
-    share = ((bins - bin_of(cutoff) + TRANSITION) / TRANSITION).clamp(0, 1)[:, None]
+    share = ((torch.arange(N_FFT // 2 + 1) - bin_of(cutoff) + TRANSITION) / TRANSITION).clamp(0, 1)[:, None]
     return low + inverse_spectrum(share * spectrum(high - low))
 
 

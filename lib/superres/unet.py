@@ -138,8 +138,7 @@ class Denoiser(nn.Module):
         for block in (*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks):
             for i, replaced in enumerate(getattr(block, "attentions", ())):
                 sizes = (replaced.in_channels, config.head_channels, config.encoder.context_dim, config.norm_groups)
-                stack = (GlobalTransformer(*sizes) for _ in range(config.transformers))
-                block.attentions[i] = TransformerStack(*stack)
+                block.attentions[i] = TransformerStack(*(GlobalTransformer(*sizes) for _ in range(config.transformers)))
         self.null_context = nn.Parameter(torch.zeros(1, 1, config.encoder.context_dim))
 
     def forward(self, noisy: Tensor, timesteps: Tensor, low: Tensor, mel: Tensor, **keeps: Tensor) -> Tensor:

@@ -43,8 +43,7 @@ class MelVae(nn.Module):
         return self._posterior(mel).mode()
 
     def decode(self, latents: Tensor) -> Tensor:
-        normal = self.autoencoder.decode(latents, return_dict=False)[0]
-        return normal * self.config.mel_std + self.config.mel_mean
+        return self.autoencoder.decode(latents, return_dict=False)[0] * self.config.mel_std + self.config.mel_mean
 
     def forward(self, mel: Tensor, *, sampled: bool = True) -> tuple[Tensor, Tensor]:
         """Reconstruction from a sample of the posterior or its mean, and KL divergence `[B]`, nats a latent value."""
@@ -53,5 +52,4 @@ class MelVae(nn.Module):
         return self.decode(latents), posterior.kl() / latents[0].numel()
 
     def _posterior(self, mel: Tensor) -> Any:
-        normal = (mel - self.config.mel_mean) / self.config.mel_std
-        return self.autoencoder.encode(normal, return_dict=False)[0]
+        return self.autoencoder.encode((mel - self.config.mel_mean) / self.config.mel_std, return_dict=False)[0]

@@ -55,8 +55,7 @@ def griffin_lim(mel: Tensor, known: Tensor, bins: int, *, noise: Tensor, iterati
     low, magnitudes = spectrum(known)[:, :bins], magnitudes_of(mel)[:, bins:]
     phases = torch.polar(torch.ones_like(noise), 2 * torch.pi * noise)[:, bins:]
     for _ in range(iterations):
-        wav = inverse_spectrum(torch.cat([low, magnitudes * phases], dim=1))
-        phases = spectrum(wav)[:, bins:].sgn()
+        phases = spectrum(inverse_spectrum(torch.cat([low, magnitudes * phases], dim=1)))[:, bins:].sgn()
     return inverse_spectrum(torch.cat([low, magnitudes * phases], dim=1))
 
 

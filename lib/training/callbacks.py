@@ -45,8 +45,7 @@ class DemoClips(Callback):
                     rest = left_out(self.codec, self.load(pairs.pair_id(place)).to(device), latents)
                     wavs = wavs[..., : rest.shape[-1]] + rest
                 fusion = fusion._replace(latents=fusion.latents.float())
-                output = decode_fusion(self.codec, fusion, latents, rest, wavs.shape[-1])
-                wavs = [*wavs.cpu(), output[0].cpu()]
+                wavs = [*wavs.cpu(), decode_fusion(self.codec, fusion, latents, rest, wavs.shape[-1])[0].cpu()]
             for name, wav in zip(("input", "target", when), wavs, strict=True):
                 save_audio(audio / f"pair_{number}_{name}.wav", wav)
             figure = plots.waveforms_and_mels(dict(zip(("input", "target", "output"), wavs, strict=True)))

@@ -90,8 +90,7 @@ class Learner:
 
     def autocast(self) -> torch.autocast:
         """bf16 where the config says so: for a model's forward pass, not for its loss."""
-        enabled = self.config.precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def train_step(self, batches: Sequence[Batch], info: StepInfo) -> dict[str, Tensor]:
         """One optimizer step on one batch or several; returns its metrics as scalars on the device. From the first step
@@ -154,8 +153,7 @@ class Adversary:
 
     def loss(self, fake: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The hinge loss, and its metrics."""
-        logits = self.model(torch.cat([real, fake]).detach())
-        of_real, of_fake = logits.split([len(real), len(fake)])
+        of_real, of_fake = self.model(torch.cat([real, fake]).detach()).split([len(real), len(fake)])
         hinge = discriminator_hinge(of_real, of_fake)
         return hinge, {"loss": hinge, "real": of_real.mean(), "fake": of_fake.mean()}
 
