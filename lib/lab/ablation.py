@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -59,8 +59,7 @@ class Plan:
     masking: MaskingConfig = field(default_factory=MaskingConfig)  # with masks, objective metrics are measured too
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One run, as it is sent to a worker."""
 
     folder: Path  # named by the job's key
