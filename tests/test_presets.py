@@ -48,7 +48,7 @@ def test_the_reference_is_the_system_of_the_seeds():
     preset = PRESETS["reference"]
     assert (preset.model.num_stages, preset.model.masking) == (2, MaskingConfig("learned", restore_rms=True))
     weights = preset.train.loss.weights
-    ours = {f"{name}_weight" for name in ("onsets", "notes", "onsets_left", "notes_left", "level")}
+    ours = {f"{name}_weight" for name in ("onsets", "notes", "onsets_left", "notes_left", "tones")}
     assert {name for name, weight in weights.items() if not weight} == ours | {"input_rms_weight", "target_rms_weight"}
     assert {name for name, weight in PRESETS["demo"].train.loss.weights.items() if weight} == ours
     assert preset.train.adversary.discriminator_learning_rate == 1e-4

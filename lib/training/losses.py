@@ -12,7 +12,6 @@ from lib.audio.features import HOP, Sound, correlation, harmony_similarity, rhyt
 from lib.audio.files import SAMPLE_RATE
 from lib.model.cascade import cosine, rms
 from lib.model.masks import Masks
-from lib.model.rms_law import pair_rms
 from lib.util.configs import NonNegative, checked_dataclass, choice, number
 from lib.util.errors import UserError
 
@@ -47,7 +46,8 @@ class LossConfig:
     notes_weight: NonNegative = 0.0  # ... with the target's semitones
     onsets_left_weight: NonNegative = 0.0  # against the target's hits
     notes_left_weight: NonNegative = 0.0  # against semitones that only the input has
-    level_weight: NonNegative = 0.0  # as loud as both: without it, masks take ever less, and only what stands out most
+    # towards all that lasts in the target, as loud as there: the four above are as good for the few loudest lines alone
+    tones_weight: NonNegative = 0.0
     anti_modulation_weight: NonNegative = 0.0  # against an output that copies the sources' loudness curve
     # 'log' has no bound: value and gradient grow without limit towards |corr| = 1
     anti_modulation: choice(("squared", "log")) = "squared"
@@ -151,10 +151,9 @@ def temporal_diversity(masks: Masks) -> Tensor:
     return 1 - sum((mask.var(dim=2, correction=0) + 1e-8).sqrt().mean() for mask in masks)
 
 
-def level(output: Sound, input: Sound, target: Sound) -> Tensor:
-    """Squared distance in nepers of the output's RMS from `pair_rms` of both clips, mean over clips."""
-    found, first, second = (rms(sound.wav) for sound in (output, input, target))
-    return (found / pair_rms(first, second)).log().square().mean()
+def tones(output: Sound, target: Sound) -> Tensor:
+    """Distance of what lasts in output and target, over the target's own size: 0, or 1 for silence; mean over clips."""
+    return (rms(output.tones - target.tones) / rms(target.tones)).mean()
 
 
 ON_SOUND: dict[str, Callable[[Sound, Sound, Sound, LossConfig], Tensor]] = {  # of output, input and target
@@ -166,7 +165,7 @@ ON_SOUND: dict[str, Callable[[Sound, Sound, Sound, LossConfig], Tensor]] = {  # 
     "notes": lambda y, a, b, config: 1 - F.cosine_similarity(y.notes.flatten(1), b.notes.flatten(1)).mean(),
     "onsets_left": lambda y, a, b, config: correlation(y.hits, b.hits).relu().mean(),
     "notes_left": lambda y, a, b, config: notes_left(y, a, b),
-    "level": lambda y, a, b, config: level(y, a, b),
+    "tones": lambda y, a, b, config: tones(y, b),
     "anti_modulation": lambda y, a, b, config: sum(anti_modulation(y, x, config.anti_modulation) for x in (a, b)),
     "outlier": lambda y, a, b, config: spectral_outliers(y, a, b),
 }

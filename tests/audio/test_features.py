@@ -32,6 +32,10 @@ def hits(wav: Tensor) -> Tensor:
     return Sound(wav).hits
 
 
+def tones(wav: Tensor) -> Tensor:
+    return Sound(wav).tones
+
+
 def notes(wav: Tensor) -> Tensor:
     return Sound(wav).notes
 
@@ -48,7 +52,7 @@ def harmony_similarity(x: Tensor, y: Tensor) -> Tensor:
     return lib.audio.features.harmony_similarity(Sound(x), Sound(y))
 
 
-FEATURES = (envelope, log_mel, onset_envelope, hits, chroma, notes)
+FEATURES = (envelope, log_mel, onset_envelope, hits, tones, chroma, notes)
 SIMILARITIES = (harmony_similarity, rhythm_similarity)
 
 

@@ -21,9 +21,7 @@ from lib.audio.features import Sound, correlation, harmony_similarity, rhythm_si
 from lib.audio.synth import render_song
 from lib.codec.encodec import EncodecCodec
 from lib.codec.mdct import MdctCodec
-from lib.model.cascade import rms
 from lib.model.masks import Masks
-from lib.model.rms_law import pair_rms
 from lib.training.losses import (
     MASK_TERMS,
     SOUND_TERMS,
@@ -32,11 +30,11 @@ from lib.training.losses import (
     coverage,
     discriminator_hinge,
     latent_mse,
-    level,
     novelty,
     overlap,
     rms_error,
     temporal_diversity,
+    tones,
     total_loss,
 )
 from lib.util.errors import UserError
@@ -520,7 +518,7 @@ def test_total_is_the_weighted_sum_of_all_terms(batch, form):
         "notes": note_distance(sounds[0], sounds[2]),
         "onsets_left": band_agreement(sounds[0], sounds[2]).clamp_min(0).mean(),
         "notes_left": notes_left(*sounds),
-        "level": level(*map(Sound, sounds)),
+        "tones": tones(*map(Sound, sounds[::2])),
         "anti_modulation": anti_modulation(*sounds[:2], form) + anti_modulation(sounds[0], sounds[2], form),
         "outlier": spectral_outliers(*sounds),
         "overlap": overlap(masks),
@@ -720,13 +718,18 @@ def test_the_sources_get_no_gradient_from_their_sound(batch):
     assert output.grad.abs().max() > 0
 
 
-def test_level_is_the_squared_distance_in_nepers_from_the_level_of_both_clips():
-    noise = torch.randn(1, 1, 24_000, generator=torch.Generator().manual_seed(0))
-    noise = noise / rms(noise)
-    input, target = Sound(0.3 * noise), Sound(0.1 * noise.flip(2))
-    for times in (1, 1 / 4, 3):
-        output = Sound(times * pair_rms(0.3, 0.1) * noise)
-        assert level(output, input, target).item() == pytest.approx(math.log(times) ** 2, abs=1e-3)  # 0, 1.92, 1.21
-    quiet = torch.zeros_like(noise, requires_grad=True)
-    level(Sound(quiet), input, target).backward()
-    assert quiet.grad.isfinite().all()
+def test_tones_are_the_targets_with_its_level_and_without_hits():
+    """Chords with clicks on them: another click changes little, another chord or a lower level much."""
+    time = torch.arange(48_000) / 24_000
+    chord, other = (
+        sum((2 * math.pi * hz * time).sin() for hz in notes) for notes in ((220, 277, 330), (247, 311, 370))
+    )
+    clicks = torch.zeros(48_000)
+    clicks[6_000::12_000] = 20.0
+    sound = lambda wav: Sound(0.1 * wav[None, None])  # noqa: E731
+    target = sound(chord + clicks)
+    assert tones(target, target).item() < 1e-3  # `rms` has an epsilon
+    without, quiet, wrong, silent = (tones(sound(x), target).item() for x in (chord, chord / 4, other, 0 * chord))
+    assert without < 0.1 < 0.4 < quiet < 0.6  # an eighth of the power is half of a magnitude's root
+    assert wrong > 0.6
+    assert silent == pytest.approx(1, abs=0.1)
