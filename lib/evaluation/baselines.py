@@ -10,18 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 import librosa
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lib.audio.files import SAMPLE_RATE
 from lib.codec.codec import Codec
 from lib.data.latents import LatentPairs
 from lib.data.pairs import Manifest
 from lib.evaluation.fusion_metrics import SoundFeatures, sound_features, sound_metrics
-from lib.model.cascade import Cascade, rms
 from lib.model.fusion import FusionModel
-from lib.model.rms_law import pair_rms
 from lib.training.batches import evenly_spread
-from lib.training.losses import LossConfig, total_loss
 from lib.util.stats import Comparison, paired_comparison
 
 CROSSOVERS = 200.0, 320.0, 500.0, 750.0, 1100.0, 1700.0, 2600.0, 4000.0  # Hz, from which `best_crossovers` chooses
@@ -41,25 +37,6 @@ def pairs_to_measure(
     if of_two_songs and not found:  # one song, or continuations alone
         found = list(range(len(all_songs)))
     return {found[k]: all_songs[found[k]] for k in evenly_spread(len(found), max(1, count)).tolist()}
-
-
-@torch.no_grad()
-def baseline_losses(pairs: LatentPairs, loss: LossConfig, untrained: Cascade) -> dict[str, float]:
-    """Mean objective of outputs without training; the plain average minimises a loss with two equal weights."""
-    sums: dict[str, float] = {}
-    untrained.eval()
-    for input, target in DataLoader(pairs, batch_size=8):  # each [B, D, T]
-        mean = (input + target) / 2
-        outputs = {
-            "input alone": input,
-            "target alone": target,
-            "plain average": mean,
-            "plain average at full level": mean * (pair_rms(rms(input), rms(target)) / rms(mean))[:, None, None],
-            "untrained cascade": untrained(input, target)[0],
-        }
-        for name, output in outputs.items():
-            sums[name] = sums.get(name, 0.0) + total_loss(output, input, target, loss)[0].item() * len(input)
-    return {name: value / len(pairs) for name, value in sums.items()}
 
 
 def recipes(input: Tensor, target: Tensor, crossovers: Mapping[str, float]) -> dict[str, Tensor]:

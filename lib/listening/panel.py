@@ -1,6 +1,7 @@
 """The listening panel: a pair of clips and its fusion by one or several runs; headless, the masks of one pair."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class Listening:
             rendition = render(self.model(run), self.codec, *pair, settings)
             wavs["output" if len(runs) == 1 else f"output: {run}"] = rendition.wav
             if rendition.masks is not None:
-                parts[run] = taken(self.codec, rendition)
+                parts[run] = taken(self.model(run), self.codec, rendition)
         with torch.inference_mode():
             average = (pair[0] + pair[1])[None] / 2
             latents = self.codec.encode(average)
@@ -86,7 +87,7 @@ class Listening:
         if model.masking.masking == "none":
             return None
         blended = {title: Settings(mask_blend=blend) for title, blend in BLENDS.items()}
-        shown = {title: taken(self.codec, render(model, self.codec, *pair, s)) for title, s in blended.items()}
+        shown = {title: taken(model, self.codec, render(model, self.codec, *pair, s)) for title, s in blended.items()}
         return mixing_maps(shown, pair[0].shape[-1] / SAMPLE_RATE)
 
     def panel(self) -> VBox:
@@ -95,9 +96,10 @@ class Listening:
 
 
 @torch.inference_mode()
-def taken(codec: Codec, rendition: Rendition) -> tuple[Tensor, Tensor]:
+def taken(model: FusionModel, codec: Codec, rendition: Rendition) -> tuple[Tensor, Tensor]:
     """Mel powers `[80, F]` of the masked input and of the masked target, each decoded separately."""
-    masked = map(apply_mask, rendition.latents, rendition.masks)
+    restored = itertools.repeat(model.masking.restore_rms)
+    masked = map(apply_mask, rendition.latents, rendition.masks, restored)
     return tuple(mel_power(codec.decode(latents)[0]) for latents in masked)
 
 

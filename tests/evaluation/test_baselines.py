@@ -11,7 +11,6 @@ from lib.evaluation.baselines import (
     CROSSOVERS,
     ORACLE,
     advantage,
-    baseline_losses,
     best_crossovers,
     crossover,
     fusions,
@@ -22,71 +21,12 @@ from lib.evaluation.baselines import (
     recipes,
 )
 from lib.evaluation.fusion_metrics import sound_features, sound_metrics
-from lib.model.cascade import Cascade
 from lib.model.fusion import Fusion
-from lib.training.losses import LossConfig
 from lib.util.stats import paired_comparison
 
 CHOSEN = {"crossover": 900.0, "crossover, input below": 500.0, "HPSS with crossover": 900.0}
 RECIPES = (*CHOSEN, "HPSS")
 BASELINES = ("input", "target", "average of waveforms", *RECIPES, "average of latents")
-
-
-@pytest.fixture
-def pairs():
-    """Nine pairs `[8, 5]`, one more than a batch of the loader: a mean of batch means would be wrong."""
-    generator = torch.Generator().manual_seed(3)
-    return [tuple((i + 1) * torch.randn(8, 5, generator=generator) for _ in range(2)) for i in range(9)]
-
-
-@pytest.fixture
-def untrained(tiny_cascade):
-    torch.manual_seed(1)
-    return Cascade(tiny_cascade())
-
-
-def mean_loss(pairs, output, loss: LossConfig) -> float:
-    """The objective by hand, pair by pair; `output` maps input and target `[D, T]` to the output."""
-    total = 0.0
-    for input, target in pairs:
-        fused = output(input, target)
-        total += loss.input_weight * (fused - input).square().mean().item()
-        total += loss.target_weight * (fused - target).square().mean().item()
-    return total / len(pairs)
-
-
-def test_baselines_are_what_the_formula_gives(pairs, untrained):
-    loss = LossConfig(0.3, 0.5)
-    losses = baseline_losses(pairs, loss, untrained)
-
-    def rms(x):
-        return x.square().mean().sqrt()
-
-    def full_level(input, target):
-        mean = (input + target) / 2
-        return mean * ((rms(input) ** 2 + rms(target) ** 2) / 2).sqrt() / rms(mean)
-
-    assert losses["input alone"] == pytest.approx(mean_loss(pairs, lambda i, t: i, loss), rel=1e-5)
-    assert losses["target alone"] == pytest.approx(mean_loss(pairs, lambda i, t: t, loss), rel=1e-5)
-    assert losses["plain average"] == pytest.approx(mean_loss(pairs, lambda i, t: (i + t) / 2, loss), rel=1e-5)
-    assert losses["plain average at full level"] == pytest.approx(mean_loss(pairs, full_level, loss), rel=1e-5)
-    cascade = untrained.eval()
-    with torch.no_grad():
-        own = mean_loss(pairs, lambda i, t: cascade(i[None], t[None])[0][0], loss)
-    assert losses["untrained cascade"] == pytest.approx(own, rel=1e-4)
-
-
-def test_the_plain_average_is_the_minimum_for_equal_weights_only(pairs, untrained):
-    equal = baseline_losses(pairs, LossConfig(0.3, 0.3), untrained)
-    assert min(equal, key=equal.get) == "plain average"
-    leaning = baseline_losses(pairs, LossConfig(1.0, 0.0), untrained)
-    assert min(leaning, key=leaning.get) == "input alone"
-    assert leaning["input alone"] == 0
-
-
-def test_baselines_are_measured_without_dropout(pairs, untrained):
-    first, second = (baseline_losses(pairs, LossConfig(), untrained.train()) for _ in range(2))
-    assert first == second
 
 
 def test_fusions_are_the_baselines_and_then_the_models(clips, known_model):

@@ -27,7 +27,7 @@ from lib.listening.panel import BLENDS, UPLOADED, Listening, _Panel, describe_pa
 from lib.listening.render import Rendition, Settings, render
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import FusionModel, load_model
-from lib.model.masks import Masks
+from lib.model.masks import MaskingConfig, Masks
 from lib.training.run import Run
 from listening.test_widgets import audio
 
@@ -127,7 +127,7 @@ def test_several_outputs_have_their_runs_names(compare, codec, models, pair):
         wanted = render(model, codec, *pair, Settings(mask_blend=0.5))
         assert torch.equal(wavs[f"output: {name}"], wanted.wav)
         if name in parts:
-            powers = taken(codec, wanted)
+            powers = taken(model, codec, wanted)
             assert all(torch.equal(x, y) for x, y in zip(parts[name], powers, strict=True))
 
 
@@ -144,18 +144,24 @@ def test_a_model_is_loaded_again_once_another_training_has_replaced_it(tmp_path,
     assert not all(torch.equal(x, y) for x, y in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_what_is_taken_has_energy_where_its_mask_is_open(codec, pair):
-    """The input for the first half, the target throughout: the powers are those of the clips' own sound."""
+@pytest.mark.parametrize("restored", [False, True])
+def test_what_is_taken_has_energy_where_its_mask_is_open(codec, pair, restored):
+    """The input for the first half, the target throughout: the powers are those of the clips' own sound, or more where
+    the model restores levels."""
     latents = tuple(codec.encode(wav[None]) for wav in pair)
     frames = latents[0].shape[-1]
     opened = torch.ones_like(latents[0])
     opened[..., frames // 2 :] = 0
     masks = Masks(opened, torch.ones_like(opened))
-    of_input, of_target = taken(codec, Rendition(pair[0], latents, masks, ()))
+    model = FusionModel(masking=MaskingConfig("learned", restore_rms=restored))
+    of_input, of_target = taken(model, codec, Rendition(pair[0], latents, masks, ()))
     assert of_input.shape == of_target.shape == (80, 320 * frames // 256 + 1)
     half = of_input.shape[1] // 2
     assert of_input[:, half + 3 :].sum() < 1e-4 * of_input[:, : half - 3].sum()
     torch.testing.assert_close(of_target, mel_power(codec.decode(latents[1])[0]))
+    unmasked = mel_power(codec.decode(latents[0])[0])
+    louder = (of_input[:, 3 : half - 3].sum() / unmasked[:, 3 : half - 3].sum()).item()
+    assert louder > 1.5 if restored else louder == pytest.approx(1, rel=1e-4)
 
 
 # --- without a front end ----------------------------------------------------------------------------------------------
@@ -166,7 +172,7 @@ def test_blends_go_from_the_masks_to_one_half(listening, codec, models, pair):
     shown = {}
     for title, blend in BLENDS.items():
         rendition = render(models["a"], codec, *pair, Settings(mask_blend=blend))
-        shown[title] = taken(codec, rendition)
+        shown[title] = taken(models["a"], codec, rendition)
     wanted = mixing_maps(shown, 0.5)
     for axes, expected in zip(figure.axes[:3], wanted.axes[:3], strict=True):
         assert axes.get_title() == expected.get_title()
