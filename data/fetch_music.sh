@@ -3,17 +3,17 @@
 set -euo pipefail
 packages=(nexuiz-music wesnoth-1.16-music)
 dir=${1:?usage: fetch_music.sh DIR}
-for tool in apt-get dpkg-deb; do
-    command -v "$tool" >/dev/null && continue
-    echo "error: $tool is missing; download the Debian packages ${packages[*]} and unpack their .ogg files into $dir" >&2
-    exit 2
-done
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 for package in "${packages[@]}"; do
     [ -d "$dir/$package" ] && continue # a second call does nothing
+    for tool in apt-get dpkg-deb; do
+        command -v "$tool" >/dev/null && continue
+        echo "error: $tool is missing; download the Debian package $package and unpack its .ogg files into $dir/$package" >&2
+        exit 2
+    done
     cd "$work"
     apt-get download -qq "$package" 2>/dev/null || { apt-get update -qq && apt-get download -qq "$package"; } || {
         echo "error: apt-get cannot download $package; download and unpack it by hand into $dir/$package" >&2
@@ -28,4 +28,4 @@ for package in "${packages[@]}"; do
     cp "$package"/usr/share/doc/*/copyright "$dir/$package.part/COPYRIGHT"
     mv "$dir/$package.part" "$dir/$package"
 done
-echo "$(find "$dir" -name '*.ogg' | wc -l) tracks in $dir"
+echo "$(find -L "$dir" -name '*.ogg' | wc -l) tracks in $dir"

@@ -48,7 +48,7 @@ from lib.lab.results import Result, write_record
 from lib.pipeline import NotebookError, add_arguments, parse_overrides, run_notebooks, say
 from lib.presets import Preset, load_preset
 from lib.project import RECORD, ROOT, Project, open_project
-from lib.report.quotes import BLOCKS, readme_blocks, with_blocks
+from lib.report.quotes import BLOCKS, music_block, readme_blocks, with_blocks
 from lib.report.report import sections, tables_of
 from lib.superres.evaluation import GAIN, evaluate
 from lib.superres.resolver import Restoration, SuperResolver
@@ -68,7 +68,7 @@ LICENCES = {"nexuiz-music": "GPL-2 or later", "wesnoth-1.16-music": "GPL-2 or la
 MASKED = {"model.num_stages": 2, "model.masking.masking": "learned", "model.masking.restore_rms": True}
 STUDY: dict[str, dict[str, Any]] = {
     SEEDS_SYSTEM: {},
-    "our objective": MASKED,
+    "our objective and schedule": MASKED,
     "masked clips not restored": MASKED | {"model.masking.restore_rms": False},
     "no cascade": MASKED | {"model.masking.restore_rms": False, "model.num_stages": 0},
     MASKS_ALONE: {},
@@ -168,24 +168,30 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, music: Pa
     write_json(folder / "record.json", versions() | facts | {"machine": machine})
 
 
-def record_followed(project: Project, paths: Sequence[str], folder: Path) -> None:
-    """The figure of merit over the time of runs that `lib.train --follow` trained on this project's data, beside what
-    recipes reach on the same pairs, and a figure. `UserError` for other runs."""
-    runs = [Run.open(path) for path in paths]
-    for run in runs:
-        if run.config["data"] != project.index.stem or not run.metrics(SPLIT):
-            raise UserError(f"{run.path}: is not a run on {project.manifest.root} that --follow followed; train one")
-    rows = {MASKS_ALONE if not run.config["cascade"]["stages"] else WITH_CASCADE: run.metrics(SPLIT) for run in runs}
-    training = LatentPairs(project.index, "train")
-    pairs = pairs_to_follow(project, runs[0].metrics(SPLIT)[0]["pairs"])
+def record_followed(project: Project, paths: Sequence[str], root: Path) -> None:
+    """The figure of merit over the time of runs with wide masks that `lib.train --follow` trained on a GPU and this
+    project's data, beside what recipes reach on the same pairs: gpu.json and gpu.png of `root`'s record, and its
+    README. `UserError` for other runs."""
+    runs = {MASKS_ALONE if not run.config["cascade"]["stages"] else WITH_CASCADE: run for run in map(Run.open, paths)}
+    rows = {name: run.metrics(SPLIT) for name, run in runs.items()}
+    first = next(iter(rows.values()))
+    for name, run in runs.items():
+        same = run.config["data"] == project.index.stem and run.config["masking"]["masking"] == "wide"
+        followed = rows[name] and rows[name][0]["step"] == 0 and rows[name][-1]["gpu"] == first[-1]["gpu"] != "no GPU"
+        if not same or not followed or rows[name][0]["pairs"] != first[0]["pairs"] or len(runs) < len(paths):
+            rule = "one run of each kind, followed from its first step on one GPU, on as many pairs of this data"
+            raise UserError(f"--followed {run.path}: needs {rule}")
+    training, pairs = LatentPairs(project.index, "train"), pairs_to_follow(project, first[0]["pairs"])
     tuning = pairs_to_measure(project.manifest, training, len(pairs) // 3)
     crossovers = best_crossovers((training[i] for i in tuning), project.codec)
     measured = measure_fusions(pairs, project.codec, {}, crossovers)
     marks = {name: mean_metrics(found)["merit"] for name, found in measured.items()}
+    folder, readme, config = root / "outputs" / "record", root / "README.md", next(iter(runs.values())).config
     merit_over_time(rows, {name: marks[name] for name in [*crossovers, "HPSS"]}).savefig(folder / "gpu.png")
-    facts = runs[0].config["versions"] | {"gpu": runs[0].metrics(SPLIT)[-1]["gpu"], "marks": marks, "runs": rows}
-    sizes = {"clip_seconds": project.preset.data.clip_seconds, "batch_size": runs[0].config["train"]["batch_size"]}
-    write_json(folder / "gpu.json", facts | sizes)
+    sizes = {"batch_size": config["train"]["batch_size"], "clip_seconds": project.preset.data.clip_seconds}
+    facts = {"trained_by": config["versions"]["commit"], "gpu": first[-1]["gpu"], "pairs": len(pairs), **sizes}
+    write_json(folder / "gpu.json", facts | {"marks": marks, "runs": rows})
+    write_atomic(readme, with_blocks(readme.read_text(), {"music": music_block(folder)}))
 
 
 def record_bench(folder: Path) -> None:
@@ -245,10 +251,9 @@ def record_fusion(preset: Preset, overrides: dict[str, Any], music: Path, folder
     `STUDY` with the first, with as many steps and with stages of the ablation's depth."""
     if subprocess.run([ROOT / "data" / "fetch_music.sh", music], check=False).returncode:
         raise UserError(f"{music}: lacks the music to measure on; data/README.md says where it comes from")
-    first, same = (
-        preset.train.seed,
-        {"model.num_layers": preset.ablation.layers, "train.max_steps": preset.train.max_steps},
-    )
+    first = preset.train.seed
+    same = {"model.num_layers": preset.ablation.layers, "train.max_steps": preset.train.max_steps}
+    same["evaluation.pairs"] = preset.evaluation.pairs
     runs = [
         (name, first + k) for name in STUDY for k in range(preset.record.seeds_on_music if name == MASKS_ALONE else 1)
     ]
@@ -402,7 +407,7 @@ def main() -> None:
         overrides = parse_overrides(options.set, options.codec)
         data = str(Path(options.data).resolve()) if options.data else ""
         if options.followed:
-            record_followed(open_project(load_preset(options.preset, overrides), data), options.followed, RECORD)
+            record_followed(open_project(load_preset(options.preset, overrides), data), options.followed, ROOT)
             return
         if options.into is None:
             settings = [part for name, value in overrides.items() for part in ("--set", f"{name}={json.dumps(value)}")]

@@ -24,6 +24,7 @@ from lib.training.distributed import join_processes
 from lib.training.fusion_learner import train
 from lib.training.run import Run
 from lib.training.trainer import Callback
+from lib.util.configs import check
 from lib.util.errors import UserError, exit_on_user_error
 
 
@@ -70,6 +71,7 @@ def main() -> None:
         preset = load_preset(options.preset, parse_overrides(options.set, options.codec))
         processes = join_processes()
         project = open_project(preset, options.data, options.out, processes)
+        check(options.follow >= 0, "--follow", options.follow, "0 or more")
         followed = options.follow and pairs_to_follow(project, options.follow)
         callbacks = (MeritOverTime(followed, project.codec),) if followed else ()
         run = train_project(project, resume=options.resume, callbacks=callbacks)

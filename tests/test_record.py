@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import lib.evaluation.progress
+import lib.project
 import lib.record
 import lib.superres.training
 import lib.train
@@ -266,7 +267,8 @@ def test_the_study_on_real_music_runs_notebook_04_for_every_setting_and_seed(mon
     by_name = {given[0]: given for given in ran}
     _, of, data, settings, only = by_name["music-wide-masks-1"]
     assert (of, data, only) == ("smoke", str(music), "04")
-    assert settings == {"train.clip": 2.0, "model.num_layers": 1, "train.max_steps": 24, "train.seed": 1}
+    same = {"model.num_layers": 1, "train.max_steps": 24, "evaluation.pairs": 4}  # the reference has others
+    assert settings == {"train.clip": 2.0, "train.seed": 1} | same
     assert by_name["music-the-seeds'-system-0"][1] == "reference"
     assert by_name["music-a-cascade-alone-0"][3]["model.masking.masking"] == "none"
     assert facts["tracks"] == {package: ["one"] for package in LICENCES}
@@ -300,8 +302,11 @@ def test_what_notebook_04_measured_is_read_from_its_tables(tmp_path, monkeypatch
 
 def test_runs_that_were_followed_are_recorded_beside_what_recipes_reach(tmp_path, monkeypatch, capsys):
     """Trained by the command, with the figure of merit at every validation; for a GPU, whose name the rows bear."""
-    monkeypatch.setattr(lib.record, "RECORD", tmp_path)
+    for module in (lib.record, lib.project):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(lib.evaluation.progress, "gpu_name", lambda: "a GPU")
+    (record := tmp_path / "outputs" / "record").mkdir(parents=True)
+    (tmp_path / "README.md").write_text(TEXT)
     make_demo_dataset(tmp_path / "songs", num_songs=4, seconds=9)
     common = ["--preset", "smoke", "--data", str(tmp_path / "songs")]
     settings = ["train.max_steps=2", "train.checkpoint_every=1", "model.num_layers=1"]
@@ -315,18 +320,23 @@ def test_runs_that_were_followed_are_recorded_beside_what_recipes_reach(tmp_path
     followed = ["--followed", *(str(tmp_path / name) for name in runs)]
     monkeypatch.setattr(sys, "argv", ["lib.record", *common, *followed])
     main()
-    found = json.loads((tmp_path / "gpu.json").read_text())
+    found = json.loads((record / "gpu.json").read_text())
     assert (found["gpu"], found["clip_seconds"], found["batch_size"]) == ("a GPU", 2.0, 4)
     assert list(found["runs"]) == list(runs)
     for rows in found["runs"].values():
         assert [row["step"] for row in rows] == [0, 1, 2]
         assert {row["pairs"] for row in rows} == {3}
     assert found["marks"]["average of waveforms"] < found["marks"]["HPSS"] < 1
-    assert (tmp_path / "gpu.png").stat().st_size > 10_000
-    (tmp_path / "wide masks" / "metrics.jsonl").write_text("")
-    with pytest.raises(SystemExit):
-        main()
-    assert "wide masks: is not a run on" in capsys.readouterr().err
+    assert (record / "gpu.png").stat().st_size > 10_000
+    said = (tmp_path / "README.md").read_text()
+    assert "On one a GPU" in said
+    assert said.count("\nold\n") == len(BLOCKS) - 1
+    (kept := tmp_path / "wide masks" / "metrics.jsonl").write_text(kept.read_text().replace("a GPU", "no GPU"))
+    for asked in (followed, [*followed, followed[1]], followed[:2]):  # not on a GPU, or two of a kind
+        monkeypatch.setattr(sys, "argv", ["lib.record", *common, *asked])
+        with pytest.raises(SystemExit):
+            main()
+        assert "wide masks: needs one run of each kind, followed from its first step" in capsys.readouterr().err
 
 
 def test_a_table_that_no_notebook_shows_is_named():

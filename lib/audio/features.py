@@ -78,10 +78,10 @@ class Sound:
     @functools.cached_property
     def notes(self) -> Tensor:
         """How far the log power of each semitone rises above that of the octave around it, `[B, semitones, F]`, 0 or
-        more: lines of a spectrum, whatever its colour and level."""
+        more: lines of a spectrum, whatever its colour and level; less what rounding leaves of silence."""
         power = _semitone_bank(self.wav.device) @ power_spectrum(self.wav, NOTE_FFT, NOTE_HOP)
         log = (power / (power.amax(dim=(1, 2), keepdim=True) + FLOOR) + 1e-4).log()
-        return (log - F.avg_pool1d(F.pad(log.mT, (6, 6), mode="replicate"), 13, stride=1).mT).relu()
+        return (log - F.avg_pool1d(F.pad(log.mT, (6, 6), mode="replicate"), 13, stride=1).mT - 1e-4).relu()
 
     @functools.cached_property
     def chroma(self) -> Tensor:

@@ -16,6 +16,7 @@ from lib.evaluation.baselines import features_of
 from lib.evaluation.fusion_metrics import SoundFeatures, sound_metrics
 from lib.training.learner import evaluating
 from lib.training.trainer import Callback, Trainer
+from lib.util.errors import UserError
 from lib.util.provenance import gpu_name
 
 SPLIT = "merit"  # of its rows in metrics.jsonl
@@ -24,7 +25,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 class MeritOverTime(Callback):
     """Measures the model before the first step and at every validation, on a few pairs of latents `[D, T]`, and logs
-    the mean figure of merit beside the seconds of training, before a resume too, its own time left out."""
+    the mean figure of merit beside the seconds since the start, its own time left out. A resumed clock goes on from the
+    last validation before the stop. `UserError` where a run follows another number of pairs."""
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], codec: Codec):
         self.pairs, self.codec = pairs, codec
@@ -34,6 +36,9 @@ class MeritOverTime(Callback):
         self.latents = [[x[None].to(device) for x in pair] for pair in self.pairs]
         self.clips = self.features([x for pair in self.latents for x in pair])
         rows = trainer.run.metrics(SPLIT)
+        if rows and rows[-1]["pairs"] != len(self.pairs):
+            counts = f"follows {rows[-1]['pairs']} pairs, not {len(self.pairs)}"
+            raise UserError(f"{trainer.run.path}: {counts}; follow as many, or start another run")
         self.begun = time.perf_counter() - (rows[-1]["seconds"] if rows else 0.0)
         if not rows:
             self.on_validation(trainer, {})
@@ -63,6 +68,6 @@ def merit_over_time(runs: Mapping[str, Rows], marks: Mapping[str, float]) -> Fig
             axes.plot(seconds, merits, marker="o", color=colour, label=name)
         for i, (name, merit) in enumerate(marks.items()):
             axes.axhline(merit, color="black", linestyle=":", linewidth=1 + 0.5 * i, label=name)
-        axes.set(xlabel="seconds of training", ylabel="figure of merit", ylim=(0, 1))
+        axes.set(xlabel="seconds", ylabel="figure of merit", ylim=(0, 1))
         axes.legend(fontsize=8, loc="lower right")
     return figure

@@ -15,6 +15,7 @@ from lib.audio.files import SAMPLE_RATE, resample
 from lib.audio.plots import mel_power, mixing_maps
 from lib.codec.codec import Codec
 from lib.data.pairs import Clip, Manifest
+from lib.evaluation.baselines import recipes
 from lib.listening.player import Players, PlayerWidget
 from lib.listening.render import Rendition, Settings, load_pair, render
 from lib.listening.widgets import CONTROL, PICTURE, SLIDER, Message, Several, Upload, describe_clip, figure_png, observe
@@ -55,8 +56,9 @@ class Listening:
     def compare(
         self, input: Clip, target: Clip, runs: Sequence[str], settings: Settings | None = None, restored: bool = False
     ) -> tuple[Players, dict[str, tuple[Tensor, Tensor]]]:
-        """A pair beside its fusion by each run and the plain average through the codec; and for each run with masks,
-        mel powers `[80, F]` of what it took from input and target. `restored`: at 48 kHz, with an upper band."""
+        """A pair beside its fusion by each run, and by hand: the plain average and HPSS, through the codec. And for
+        each run with masks, mel powers `[80, F]` of what it took from input and target. `restored`: at 48 kHz, with an
+        upper band."""
         pair = load_pair(input, target)
         wavs, parts = dict(zip(("input", "target"), pair, strict=True)), {}
         for run in runs:
@@ -64,11 +66,12 @@ class Listening:
             wavs["output" if len(runs) == 1 else f"output: {run}"] = rendition.wav
             if rendition.masks is not None:
                 parts[run] = taken(self.model(run), self.codec, rendition)
+        by_hand = {"plain average": (pair[0] + pair[1]) / 2} | recipes(*pair, {})
         with torch.inference_mode():
-            average = (pair[0] + pair[1])[None] / 2
-            latents = self.codec.encode(average)
-            rest = left_out(self.codec, average, latents) if (settings or Settings()).whole_band else 0
-            wavs["plain average"] = (self.codec.decode(latents, length=average.shape[-1]) + rest)[0]
+            for name, wav in by_hand.items():
+                latents = self.codec.encode(wav[None])
+                rest = left_out(self.codec, wav[None], latents) if (settings or Settings()).whole_band else 0
+                wavs[name] = (self.codec.decode(latents, length=wav.shape[-1]) + rest)[0]
         return (Players(self.restore(wavs), mel.SAMPLE_RATE) if restored else Players(wavs)), parts
 
     def restore(self, wavs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -218,7 +218,7 @@ class Panel {
       select.addEventListener("change", () => this.newTest());
       return [select, element("label", {}, [`${label} is `, select])];
     };
-    const outputs = this.clips.flatMap(({ name }, i) => (["input", "target", "plain average"].includes(name) ? [] : [i]));
+    const outputs = this.clips.flatMap(({ name }, i) => (["input", "target", "plain average", "HPSS"].includes(name) ? [] : [i]));
     const [first, second] = outputs.length > 1 ? outputs : [0, outputs[0] || 1]; // two outputs, else input against output
     const [a, labelA] = pick("A", first);
     const [b, labelB] = pick("B", second);

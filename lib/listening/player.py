@@ -22,7 +22,7 @@ from lib.listening.widgets import can_show_widgets
 HEADROOM = 0.99  # of full scale: the peak that too loud clips are turned down to
 BLOCK = 0.4  # seconds: the shortest window of the loudness standard
 SCRIPT, STYLE = (Path(__file__).with_name(f"player.{suffix}") for suffix in ("js", "css"))
-COLOURS = {"input": INPUT, "target": TARGET, "output": OUTPUT, "plain average": AVERAGE}
+COLOURS = {"input": INPUT, "target": TARGET, "output": OUTPUT, "plain average": AVERAGE, "HPSS": AVERAGE}
 OTHERS = (OUTPUT, *STAGES[3:], STAGES[1])  # for clips with other names: neither the input's colour nor the target's
 PANEL = Markup('<div class="players" data-seconds="{:.6f}"><small class="note">{}</small>{}</div>')
 PLAYER = Markup(Path(__file__).with_suffix(".html").read_text().replace("\n", ""))

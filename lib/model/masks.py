@@ -61,7 +61,8 @@ class MaskGenerator(nn.Module):
 
 class WideMaskGenerator(nn.Module):
     """Learned masks from a wide view: two-dimensional convolutions over channels and frames of both clips together,
-    dilated so that an element's masks depend on 0.6 s to either side; 63,676 parameters. Made for codecs whose channels
+    dilated so that an element's masks depend on 0.6 s to either side, and through normalisation on the level of all;
+    63,676 parameters. Made for codecs whose channels
     are bands in order, as mdct's are. It starts as HPSS: the input's hits with the target's held notes."""
 
     DILATIONS = ((1, 1), (1, 2), (2, 4), (1, 8), (2, 1), (1, 4))  # of bands and frames, block by block

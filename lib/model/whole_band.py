@@ -41,7 +41,7 @@ def decode_fusion(codec: Codec, fusion: Fusion, latents: Tensor, rest: Tensor | 
     gains = scale.repeat(2)[:, None, None] * masks[:, -TOP:].mean(1, keepdim=True)  # [2·B, 1, T]
     cosines = _cosines(wav.device, wav.dtype)
     bins = _butterfly(pad(rest.to(wav)[:, 0], (0, -length % HOP)).unflatten(1, (-1, HOP))) @ cosines  # [2·B, T, H]
-    clips = (gains.clamp(max=MAX_GAIN).mT * bins.sign() * bins.abs().pow(1 / ROOT)).chunk(2)
+    clips = (gains[..., : bins.shape[1]].clamp(max=MAX_GAIN).mT * bins.sign() * bins.abs().pow(1 / ROOT)).chunk(2)
     mixed = added(*clips, fusion.root)
     return wav + _butterfly(mixed.pow(ROOT) @ cosines, inverse=True).flatten(1)[:, None, :length]
 

@@ -41,21 +41,23 @@ def readme_blocks(folder: Path) -> dict[str, str]:
         minutes = sum(map(int, re.findall(r"(\d+) s\b", took))) / 60
         made += f" All notebooks took {minutes:.0f} minutes on {facts['machine']['cores']} cores."
     return {
-        "music": music(folder),
+        "music": music_block(folder),
         "results": "\n".join([*results(read_json(folder / "variations.json", list)), "", f"*{made}*"]),
         "speed": speed(bench["cascade"]),
         "distances": distances_table(read_record(folder / "superres.json", Score)[0]),
     }
 
 
-def music(folder: Path) -> str:
+def music_block(folder: Path) -> str:
     """Fusion on real music (fusion.json) and longer training on a GPU (gpu.json), where the record has them."""
     text = "This record is older than the measurements on real music."
     if (folder / "fusion.json").exists():
         text = "\n".join(study(*read_record(folder / "fusion.json", dict)))
     if (folder / "gpu.json").exists():
-        gpu = read_json(folder / "gpu.json", {"gpu": str, "batch_size": int, "runs": dict, "marks": dict})
-        text += f"\n\nOn one {gpu['gpu']}, clips of {gpu['clip_seconds']:g} s, batch size {gpu['batch_size']}: merit "
+        fields = {"gpu": str, "trained_by": str, "clip_seconds": float, "batch_size": int, "runs": dict, "marks": dict}
+        gpu = read_json(folder / "gpu.json", fields)
+        text += f"\n\nOn one {gpu['gpu']} (commit {gpu['trained_by']}), clips of {gpu['clip_seconds']:g} s, batch size "
+        text += f"{gpu['batch_size']}: merit "
         for name, (*_, end) in gpu["runs"].items():
             text += f"{end['merit']:.2f} after {end['epoch']} epochs and {end['seconds'] / 60:.1f} minutes ({name}), "
         mark = max(gpu["marks"], key=gpu["marks"].get)

@@ -16,7 +16,7 @@ from lib.util.configs import NonNegative, checked_dataclass, choice, number
 from lib.util.errors import UserError
 
 NOVELTY_THRESHOLD = 0.7  # cosine above which an output counts as a copy
-SHORTEST_WINDOW = 0.1  # seconds: 8 frames, more than half of the longest window of the terms on sound
+SHORTEST_WINDOW = 0.1  # seconds: 8 frames, more than half of the longest window that is reflected at the ends
 STFT_SIZES = (512, 1024, 2048)  # samples
 OUTLIER_DEVIATIONS = 3.0  # above a band's mean in the sources, in its standard deviations
 
@@ -151,9 +151,11 @@ def temporal_diversity(masks: Masks) -> Tensor:
     return 1 - sum((mask.var(dim=2, correction=0) + 1e-8).sqrt().mean() for mask in masks)
 
 
-def tones(output: Sound, target: Sound) -> Tensor:
-    """Distance of what lasts in output and target, over the target's own size: 0, or 1 for silence; mean over clips."""
-    return (rms(output.tones - target.tones) / rms(target.tones)).mean()
+def tones(output: Sound, input: Sound, target: Sound) -> Tensor:
+    """Distance of what lasts in output and target, over the target's own size or, if that is more, a quarter of the
+    input's: 0 for the target, at most 1 for silence, bounded where the target is silent. Mean over clips."""
+    size = torch.maximum(rms(target.tones), rms(input.tones) / 4)
+    return (rms(output.tones - target.tones) / size).mean()
 
 
 ON_SOUND: dict[str, Callable[[Sound, Sound, Sound, LossConfig], Tensor]] = {  # of output, input and target
@@ -165,7 +167,7 @@ ON_SOUND: dict[str, Callable[[Sound, Sound, Sound, LossConfig], Tensor]] = {  # 
     "notes": lambda y, a, b, config: 1 - F.cosine_similarity(y.notes.flatten(1), b.notes.flatten(1)).mean(),
     "onsets_left": lambda y, a, b, config: correlation(y.hits, b.hits).relu().mean(),
     "notes_left": lambda y, a, b, config: notes_left(y, a, b),
-    "tones": lambda y, a, b, config: tones(y, b),
+    "tones": lambda y, a, b, config: tones(y, a, b),
     "anti_modulation": lambda y, a, b, config: sum(anti_modulation(y, x, config.anti_modulation) for x in (a, b)),
     "outlier": lambda y, a, b, config: spectral_outliers(y, a, b),
 }

@@ -1,5 +1,6 @@
 """The figure of merit over the time of training: what is measured, when, and what its own time does."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from lib.model.masks import MaskingConfig
 from lib.training.config import TrainConfig
 from lib.training.fusion_learner import train
 from lib.training.trainer import Callback
+from lib.util.errors import UserError
 
 
 @pytest.fixture
@@ -65,6 +67,16 @@ def test_the_model_is_measured_before_training_and_at_every_validation(index, tm
     assert rows[-1]["merit"] == pytest.approx(sum(expected) / 2, rel=1e-4)
 
 
+def test_a_curve_is_of_the_same_pairs_all_along(index, tmp_path, pairs):
+    codec, cascade, masking = MdctCodec(), CascadeConfig.reference(0), MaskingConfig("wide", restore_rms=False)
+    for steps, resume, followed in ((2, False, pairs), (4, True, pairs[:1])):
+        with pytest.raises(UserError, match="run: follows 2 pairs, not 1; follow as many") if resume else nullcontext():
+            train(
+                tmp_path / "run", index, codec, cascade, config(steps), masking,
+                resume=resume, progress=False, callbacks=(MeritOverTime(followed, codec),),
+            )  # fmt: skip
+
+
 def test_measuring_changes_nothing_in_training(index, tmp_path, pairs):
     codec, cascade, masking = MdctCodec(), CascadeConfig.reference(1, num_layers=1), MaskingConfig("wide")
     runs = [
@@ -83,5 +95,5 @@ def test_the_figure_shows_every_run_and_every_mark():
     assert lines["with the cascade"] == [0.1]
     assert lines["crossover"] == [0.3, 0.3]
     assert set(lines) == {"masks alone", "with the cascade", "crossover", "HPSS"}
-    assert figure.axes[0].get_xlabel() == "seconds of training"
+    assert figure.axes[0].get_xlabel() == "seconds"
     assert lib.evaluation.progress.SPLIT not in ("train", "val")

@@ -105,7 +105,7 @@ def sounds_like(heard: Tensor, wanted: Tensor) -> bool:
 
 def test_input_and_target_are_untouched_and_the_average_has_the_fusions_band(compare, codec, models, pair):
     wavs, _ = compare(["a"], Settings(whole_band=False))
-    assert list(wavs) == ["input", "target", "output", "plain average"]
+    assert list(wavs) == ["input", "target", "output", "plain average", "HPSS"]
     assert torch.equal(wavs["input"], pair[0])
     assert torch.equal(wavs["target"], pair[1])
     average = (pair[0] + pair[1]) / 2
@@ -121,7 +121,7 @@ def test_input_and_target_are_untouched_and_the_average_has_the_fusions_band(com
 
 def test_several_outputs_have_their_runs_names(compare, codec, models, pair):
     wavs, parts = compare(list(models), Settings(mask_blend=0.5))
-    assert list(wavs) == ["input", "target", "output: a", "output: b", "output: plain", "plain average"]
+    assert list(wavs) == ["input", "target", "output: a", "output: b", "output: plain", "plain average", "HPSS"]
     assert list(parts) == ["a", "b"]
     for name, model in models.items():
         wanted = render(model, codec, *pair, Settings(mask_blend=0.5))
@@ -192,7 +192,7 @@ def test_a_run_without_masks_has_no_picture(tmp_path, codec, songs, runs):
 
 def test_the_first_pair_and_the_first_run_play_at_once(panel, codec, models, pair, songs):
     heard = played(panel.players.html)
-    assert list(heard) == ["input", "target", "output", "plain average"]
+    assert list(heard) == ["input", "target", "output", "plain average", "HPSS"]
     assert sounds_like(heard["input"], pair[0])
     assert sounds_like(heard["target"], pair[1])
     assert sounds_like(heard["output"], render(models["a"], codec, *pair).wav)
@@ -232,7 +232,7 @@ def test_several_runs_play_and_show_their_masks(panel, monkeypatch, codec, model
     )
     panel.runs.value = ("a", "plain", "b")
     heard = played(panel.players.html)
-    assert list(heard) == ["input", "target", "output: a", "output: plain", "output: b", "plain average"]
+    assert list(heard) == ["input", "target", "output: a", "output: plain", "output: b", "plain average", "HPSS"]
     for name, model in models.items():
         assert sounds_like(heard[f"output: {name}"], render(model, codec, *pair).wav)
     assert titles == [["taken by a", "taken by b"]]
@@ -252,7 +252,7 @@ def test_without_a_run_the_players_stay_and_the_message_says_what_to_do(panel):
 def test_a_run_without_masks_hides_the_picture(panel):
     panel.runs.value = ("plain",)
     assert panel.masks.layout.display == "none"
-    assert list(played(panel.players.html)) == ["input", "target", "output", "plain average"]
+    assert list(played(panel.players.html)) == ["input", "target", "output", "plain average", "HPSS"]
     panel.runs.value = ("plain", "b")
     assert panel.masks.layout.display is None
 

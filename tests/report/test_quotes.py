@@ -19,7 +19,7 @@ from lib.report.quotes import (
     distances_table,
     mean_of,
     moved,
-    music,
+    music_block,
     readme_blocks,
     results,
     span,
@@ -109,7 +109,8 @@ FACTS = {
 }
 ON_GPU = {
     "gpu": "NVIDIA H200",
-    "clip_seconds": 16,
+    "trained_by": "1234567",
+    "clip_seconds": 16.0,
     "batch_size": 8,
     "runs": {
         "masks": [{"epoch": 1, "seconds": 3.0, "merit": 0.9}, {"epoch": 200, "seconds": 750.0, "merit": 0.631}],
@@ -144,7 +145,7 @@ def on_music(tmp_path, rows: list[dict], gpu: dict | None = None) -> str:
     write_record(tmp_path / "fusion.json", rows, FACTS)
     if gpu is not None:
         (tmp_path / "gpu.json").write_text(json.dumps(gpu))
-    return music(tmp_path)
+    return music_block(tmp_path)
 
 
 def test_outputs_on_real_music_are_a_table_with_the_mean_over_seeds(tmp_path):
@@ -208,17 +209,17 @@ def test_an_advantage_without_an_error_is_quoted_as_it_is(tmp_path):
 
 
 GPU_SAID = (
-    "On one NVIDIA H200, clips of 16 s, batch size 8: merit 0.63 after 200 epochs and 12.5 minutes (masks), "
-    "0.40 after 50 epochs and 1.0 minutes (cascade), beside 0.45 of the best mark (HPSS)."
+    "On one NVIDIA H200 (commit 1234567), clips of 16 s, batch size 8: merit 0.63 after 200 epochs and 12.5 minutes "
+    "(masks), 0.40 after 50 epochs and 1.0 minutes (cascade), beside 0.45 of the best mark (HPSS)."
 )
 
 
 def test_training_on_a_gpu_is_quoted_where_it_is_recorded(tmp_path):
     (tmp_path / "gpu.json").write_text(json.dumps(ON_GPU))
-    assert music(tmp_path) == f"This record is older than the measurements on real music.\n\n{GPU_SAID}"
+    assert music_block(tmp_path) == f"This record is older than the measurements on real music.\n\n{GPU_SAID}"
     without = on_music(tmp_path, STUDIED).removesuffix(f"\n\n{GPU_SAID}")
     (tmp_path / "gpu.json").unlink()
-    assert music(tmp_path) == without
+    assert music_block(tmp_path) == without
     with pytest.raises(UserError, match=r"gpu\.json: damaged \(no field 'marks'\)"):
         on_music(tmp_path, STUDIED, {name: value for name, value in ON_GPU.items() if name != "marks"})
 

@@ -518,7 +518,7 @@ def test_total_is_the_weighted_sum_of_all_terms(batch, form):
         "notes": note_distance(sounds[0], sounds[2]),
         "onsets_left": band_agreement(sounds[0], sounds[2]).clamp_min(0).mean(),
         "notes_left": notes_left(*sounds),
-        "tones": tones(*map(Sound, sounds[::2])),
+        "tones": tones(*map(Sound, sounds)),
         "anti_modulation": anti_modulation(*sounds[:2], form) + anti_modulation(sounds[0], sounds[2], form),
         "outlier": spectral_outliers(*sounds),
         "overlap": overlap(masks),
@@ -728,8 +728,13 @@ def test_tones_are_the_targets_with_its_level_and_without_hits():
     clicks[6_000::12_000] = 20.0
     sound = lambda wav: Sound(0.1 * wav[None, None])  # noqa: E731
     target = sound(chord + clicks)
-    assert tones(target, target).item() < 1e-3  # `rms` has an epsilon
-    without, quiet, wrong, silent = (tones(sound(x), target).item() for x in (chord, chord / 4, other, 0 * chord))
+    assert tones(target, target, target).item() < 1e-3  # `rms` has an epsilon
+    without, quiet, wrong, silent = (
+        tones(sound(x), target, target).item() for x in (chord, chord / 4, other, 0 * chord)
+    )
     assert without < 0.1 < 0.4 < quiet < 0.6  # an eighth of the power is half of a magnitude's root
     assert wrong > 0.6
     assert silent == pytest.approx(1, abs=0.1)
+    nothing = sound(0 * chord)
+    assert tones(target, target, nothing).item() < 5  # where the target is silent
+    assert tones(nothing, target, nothing).item() < 1e-3
