@@ -263,7 +263,8 @@ def record_fusion(preset: Preset, overrides: dict[str, Any], music: Path, folder
     def run(name: str, seed: int) -> dict[str, Any]:
         of = "reference" if name == SEEDS_SYSTEM else preset.name
         settings = overrides | same | STUDY[name] | {"train.seed": seed}
-        out = run_apart(f"music-{name.replace(' ', '-')}-{seed}", of, str(music), settings, "04")
+        place = f"music-{name}-{seed}".replace(" ", "-").replace("'", "")
+        out = run_apart(place, of, str(music), settings, "04")
         return {"setting": name, "seed": seed} | measured_in(out)
 
     with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
