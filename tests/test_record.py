@@ -269,7 +269,7 @@ def test_the_study_on_real_music_runs_notebook_04_for_every_setting_and_seed(mon
     assert (of, data, only) == ("smoke", str(music), "04")
     same = {"model.num_layers": 1, "train.max_steps": 24, "evaluation.pairs": 4}  # the reference has others
     assert settings == {"train.clip": 2.0, "train.seed": 1} | same
-    assert by_name["music-the-seeds'-system-0"][1] == "reference"
+    assert by_name["music-the-seeds-system-0"][1] == "reference"
     assert by_name["music-a-cascade-alone-0"][3]["model.masking.masking"] == "none"
     assert facts["tracks"] == {package: ["one"] for package in LICENCES}
     for name, settings in STUDY.items():  # every setting is one that trains

@@ -1,6 +1,7 @@
 """The listening panel: a pair of clips and its fusion by one or several runs; headless, the masks of one pair."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,9 +67,8 @@ class Listening:
             wavs["output" if len(runs) == 1 else f"output: {run}"] = rendition.wav
             if rendition.masks is not None:
                 parts[run] = taken(self.model(run), self.codec, rendition)
-        by_hand = {"plain average": (pair[0] + pair[1]) / 2} | recipes(*pair, {})
         with torch.inference_mode():
-            for name, wav in by_hand.items():
+            for name, wav in by_hand(input, target).items():
                 latents = self.codec.encode(wav[None])
                 rest = left_out(self.codec, wav[None], latents) if (settings or Settings()).whole_band else 0
                 wavs[name] = (self.codec.decode(latents, length=wav.shape[-1]) + rest)[0]
@@ -96,6 +96,13 @@ class Listening:
     def panel(self) -> VBox:
         """The live panel."""
         return _Panel(self).box
+
+
+@functools.lru_cache(maxsize=8)  # a slider plays the same pair again and again
+def by_hand(input: Clip, target: Clip) -> dict[str, Tensor]:
+    """What needs no model, `[1, N]`."""
+    pair = load_pair(input, target)
+    return {"plain average": (pair[0] + pair[1]) / 2} | recipes(*pair, {})
 
 
 @torch.inference_mode()
