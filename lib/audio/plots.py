@@ -132,7 +132,7 @@ def mixing_maps(taken: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -> F
 def waveforms_and_mels(wavs: Mapping[str, Tensor]) -> Figure:
     """Clips `[1, N]` side by side on the same scale: waveform above, mel spectrogram below."""
     figure, axes = plt.subplots(2, len(wavs), figsize=(3.4 * len(wavs), 4.2), sharex=True, sharey="row", squeeze=False)
-    colours = itertools.cycle((INPUT, TARGET, OUTPUT, AVERAGE))
+    colours = itertools.cycle((INPUT, TARGET, OUTPUT, AVERAGE, AVERAGE))
     for (name, wav), (top, bottom), colour in zip(wavs.items(), axes.T, colours, strict=False):
         picture = _draw_clip(top, bottom, wav, colour, name)
         bottom.set_xlabel("time (s)")

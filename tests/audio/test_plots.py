@@ -127,7 +127,7 @@ def test_waveforms_and_mels_share_a_scale(count):
     tops = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in tops] == list(wavs)
     assert len({axes.get_ylim() for axes in tops}) == 1
-    wanted = [plots.INPUT, plots.TARGET, plots.OUTPUT, plots.AVERAGE] * 2
+    wanted = [plots.INPUT, plots.TARGET, plots.OUTPUT, plots.AVERAGE, plots.AVERAGE] * 2
     found = [tuple(axes.collections[0].get_facecolor()[0][:3]) for axes in tops]
     assert found == [to_rgb(colour) for colour in wanted[:count]]
 
