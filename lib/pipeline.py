@@ -175,9 +175,8 @@ def facts(preset: Preset, out: Path, train: int, val: int) -> dict[str, str]:
         head["training"] = f"{steps[-1] if steps else 0} steps"
         head["code"] = f"commit {run.config['versions']['commit']}, torch {run.config['versions']['torch']}"
     head["machine"] = f"{os.cpu_count()} cores, {gpu_name()}"
-    marks = {name: mark for name in NOTEBOOKS if "seconds" in (mark := read_mark(out, name))}
-    stopped = {name: " after a stop" * mark.get("resumed", False) for name, mark in marks.items()}  # old marks lack it
-    took = (f"{name} {mark['seconds']} s{stopped[name]}" for name, mark in marks.items())
+    marks = {name: mark for name in NOTEBOOKS if "resumed" in (mark := read_mark(out, name))}  # which old marks lack
+    took = (f"{name} {mark['seconds']} s" + " after a stop" * mark["resumed"] for name, mark in marks.items())
     return head | {"time": ", ".join(took)}
 
 

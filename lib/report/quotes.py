@@ -72,7 +72,7 @@ def study(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[s
     shown = {f"trained masks (mean; training seeds: {len(masks)})": (masks, "trained model")}
     shown |= {"masks with a cascade": (cascade, "trained model")}
     recipes = sorted(against[0], key=lambda name: -trained_mean(masks, name, "merit"))
-    shown |= {name: (masks, name) for name in (*recipes, ORACLE, "input", "target")}
+    shown |= {name: (masks, name) for name in (*recipes, ORACLE)}
     cells = [[label, *(span([trained_mean(*of, metric)]) for metric in COLUMNS)] for label, of in shown.items()]
     best = max((merit for label, merit, *_ in cells if label != ORACLE), key=mean_of)
     cells = [[label, f"**{m}**" if m == best and label != ORACLE else m, *rest] for label, m, *rest in cells]
