@@ -79,6 +79,8 @@ def best_crossovers(pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec) -> dic
 
 def features_of(wavs: Sequence[Tensor]) -> list[SoundFeatures]:
     """`sound_features` of each, on all processors."""
+    import librosa.beat  # by one thread: numba compiles as it is imported
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(sound_features, wavs))
 

@@ -13,6 +13,7 @@ import librosa
 import mir_eval
 import numpy as np
 from scipy.ndimage import maximum_filter1d, median_filter
+from scipy.signal import find_peaks
 from torch import Tensor
 
 from lib.audio.files import SAMPLE_RATE
@@ -60,7 +61,11 @@ def sound_features(wav: Tensor) -> SoundFeatures:
     power = np.square(spectrum)
     levels = np.array([band.sum() * np.median(power[band, 2:-2].sum(axis=1)) for band in bands])  # edges splash
     strength = librosa.onset.onset_strength(y=samples, sr=SAMPLE_RATE, hop_length=HOP)
-    _, beats = librosa.beat.beat_track(onset_envelope=strength, sr=SAMPLE_RATE, hop_length=HOP, units="time")
+    # not librosa's `beat_track`: numba may store two processes' compiled halves as one, which crashes (numba issue 10128)
+    span = min(384, len(strength) // 2 * 2)  # frames, 5.1 s
+    pulse = librosa.beat.plp(
+        onset_envelope=strength, sr=SAMPLE_RATE, hop_length=HOP, win_length=span, tempo_min=60, tempo_max=240
+    )
     classes = librosa.feature.chroma_stft(
         y=samples, sr=SAMPLE_RATE, n_fft=CHROMA_FFT, hop_length=CHROMA_HOP, tuning=0.0, norm=1
     )  # [12, frames], zeros where there is silence
@@ -71,7 +76,7 @@ def sound_features(wav: Tensor) -> SoundFeatures:
         np.stack([np.median(rises[band], axis=0).clip(0) for band in bands]),
         levels > EMPTY * power.sum(),
         note_posteriors(samples) > NOTE,
-        beats,
+        find_peaks(pulse)[0] * HOP / SAMPLE_RATE,
         strength,
         np.where(classes.sum(axis=0) > 0, classes - 1 / 12, 0.0),  # or two silent passages would match
         envelope,
