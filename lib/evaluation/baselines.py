@@ -1,6 +1,7 @@
 """Baselines that need no training, and a model compared with them on the same pairs. Legend: B batch, N samples, D
 latent channels, T frames."""
 
+import importlib
 import math
 import os
 import statistics
@@ -79,8 +80,7 @@ def best_crossovers(pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec) -> dic
 
 def features_of(wavs: Sequence[Tensor]) -> list[SoundFeatures]:
     """`sound_features` of each, on all processors."""
-    import librosa.beat  # by one thread: numba compiles as it is imported
-
+    importlib.import_module("librosa.beat")  # by one thread: numba compiles meanwhile
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(sound_features, wavs))
 

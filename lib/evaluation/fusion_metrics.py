@@ -61,7 +61,7 @@ def sound_features(wav: Tensor) -> SoundFeatures:
     power = np.square(spectrum)
     levels = np.array([band.sum() * np.median(power[band, 2:-2].sum(axis=1)) for band in bands])  # edges splash
     strength = librosa.onset.onset_strength(y=samples, sr=SAMPLE_RATE, hop_length=HOP)
-    # not librosa's `beat_track`: numba may store two processes' compiled halves as one, which crashes (numba issue 10128)
+    # not `beat_track`: where two processes compile it at once, numba stores what crashes (its issue 10128)
     span = min(384, len(strength) // 2 * 2)  # frames, 5.1 s
     pulse = librosa.beat.plp(
         onset_envelope=strength, sr=SAMPLE_RATE, hop_length=HOP, win_length=span, tempo_min=60, tempo_max=240
