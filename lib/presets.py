@@ -135,7 +135,8 @@ class RecordSettings:
     superres_seeds: Count = 3  # with which both contexts are compared
     data_seeds: Count = 3  # each with its own songs, combined with each of `seeds`
     seeds: Count = 2  # training seeds; 1 and 1: no variations
-    seeds_on_music: Count = 3  # training seeds on real music
+    seeds_on_music: Count = 3  # training seeds on real music, each trained for ...
+    steps_on_music: Count = 1200  # ... so many steps
 
 
 @checked_dataclass

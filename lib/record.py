@@ -247,31 +247,33 @@ def record_superres(preset: Preset, project: Project, folder: Path) -> None:
 
 
 def record_fusion(preset: Preset, overrides: dict[str, Any], music: Path, folder: Path) -> None:
-    """Notebook 04 on real music, one run per core: the preset with several training seeds, and the other settings of
-    `STUDY` with the first, with as many steps and with stages of the ablation's depth."""
+    """Notebook 04 on real music, one run per core: every setting of `STUDY`, with the preset's steps and stages of the
+    ablation's depth, and the preset itself trained for longer, with several training seeds."""
     if subprocess.run([ROOT / "data" / "fetch_music.sh", music], check=False).returncode:
         raise UserError(f"{music}: lacks the music to measure on; data/README.md says where it comes from")
     first = preset.train.seed
     same = {"model.num_layers": preset.ablation.layers, "train.max_steps": preset.train.max_steps}
     same["evaluation.pairs"] = preset.evaluation.pairs
-    runs = [
-        (name, first + k) for name in STUDY for k in range(preset.record.seeds_on_music if name == MASKS_ALONE else 1)
-    ]
+    longer = preset.record.steps_on_music
+    runs = [(name, first, changed) for name, changed in STUDY.items()]
+    for k in range(preset.record.seeds_on_music):
+        runs.append((f"{MASKS_ALONE}, {longer} steps", first + k, {"train.max_steps": longer}))
     say(f"{len(runs)} runs on the music in {music}")
-    open_project(preset, music, "outputs/variations/music")  # so that they find its latents
+    manifest = open_project(preset, music, "outputs/variations/music").manifest  # and they find its latents
 
-    def run(name: str, seed: int) -> dict[str, Any]:
+    def run(name: str, seed: int, changed: dict[str, Any]) -> dict[str, Any]:
         of = "reference" if name == SEEDS_SYSTEM else preset.name
-        settings = overrides | same | STUDY[name] | {"train.seed": seed}
-        place = f"music-{name}-{seed}".replace(" ", "-").replace("'", "")
+        settings = overrides | same | changed | {"train.seed": seed}
+        place = f"music-{name}-{seed}".replace(" ", "-").replace("'", "").replace(",", "")
         out = run_apart(place, of, str(music), settings, "04")
         return {"setting": name, "seed": seed} | measured_in(out)
 
     with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
         rows = list(pool.map(run, *zip(*runs, strict=True)))
     tracks = {package: sorted(path.stem for path in (music / package).glob("*.ogg")) for package in LICENCES}
+    held_out = sorted({Path(clip.path).stem for pair in manifest.split("val") for clip in (pair.input, pair.target)})
     facts = {"preset": preset.name, "steps": preset.train.max_steps, "layers": preset.ablation.layers}
-    write_record(folder / "fusion.json", rows, facts | {"tracks": tracks, "licences": LICENCES})
+    write_record(folder / "fusion.json", rows, facts | {"tracks": tracks, "held_out": held_out, "licences": LICENCES})
 
 
 def measured_in(out: Path) -> dict[str, Any]:

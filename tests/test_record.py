@@ -16,6 +16,7 @@ import lib.record
 import lib.superres.training
 import lib.train
 from lib.audio.synth import make_demo_dataset
+from lib.data.pairs import Clip, Pair
 from lib.evaluation.tables import MASKS_ALONE, SEEDS_SYSTEM
 from lib.lab.claims import CLAIMS, VERDICTS, judge
 from lib.lab.results import read_record
@@ -256,21 +257,25 @@ def test_the_study_on_real_music_runs_notebook_04_for_every_setting_and_seed(mon
 
     monkeypatch.setattr(lib.record, "run_apart", run_apart)
     monkeypatch.setattr(lib.record, "measured_in", lambda out: {"curve": [], "out": out})
-    monkeypatch.setattr(lib.record, "open_project", lambda *given: None)
+    clips = [Clip(f"nexuiz-music/{name}.ogg", 0, 48_000, "0" * 64) for name in ("b", "a")]
+    manifest = SimpleNamespace(split=lambda name: [Pair("0", "val", "cross", *clips)] if name == "val" else [])
+    monkeypatch.setattr(lib.record, "open_project", lambda *given: SimpleNamespace(manifest=manifest))
     monkeypatch.setattr(lib.record.subprocess, "run", lambda *given, **options: subprocess.CompletedProcess(given, 0))
     lib.record.record_fusion(preset, {"train.clip": 2.0}, music, tmp_path)
     rows, facts = read_record(tmp_path / "fusion.json", dict)
-    assert [(row["setting"], row["seed"]) for row in rows] == [
-        (name, seed) for name in STUDY for seed in range(preset.record.seeds_on_music if name == MASKS_ALONE else 1)
-    ]
+    longer = f"{MASKS_ALONE}, {preset.record.steps_on_music} steps"
+    found = [(row["setting"], row["seed"]) for row in rows]
+    assert found == [*((name, 0) for name in STUDY), (longer, 0), (longer, 1), (longer, 2)]
     assert {row["out"] for row in rows} == {given[0] for given in ran}
     by_name = {given[0]: given for given in ran}
-    _, of, data, settings, only = by_name["music-wide-masks-1"]
+    _, of, data, settings, only = by_name["music-wide-masks-30-steps-1"]
     assert (of, data, only) == ("smoke", str(music), "04")
     same = {"model.num_layers": 1, "train.max_steps": 24, "evaluation.pairs": 4}  # the reference has others
-    assert settings == {"train.clip": 2.0, "train.seed": 1} | same
+    assert settings == {"train.clip": 2.0, "train.seed": 1} | same | {"train.max_steps": 30}
+    assert by_name["music-wide-masks-0"][3] == {"train.clip": 2.0, "train.seed": 0} | same
     assert by_name["music-the-seeds-system-0"][1] == "reference"
     assert by_name["music-a-cascade-alone-0"][3]["model.masking.masking"] == "none"
+    assert facts["held_out"] == ["a", "b"]
     assert facts["tracks"] == {package: ["one"] for package in LICENCES}
     for name, settings in STUDY.items():  # every setting is one that trains
         load_preset("reference" if name == SEEDS_SYSTEM else "demo", settings)
