@@ -15,7 +15,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from lib.data.latents import LatentPairs
 from lib.evaluation.baselines import pairs_to_measure
-from lib.evaluation.progress import MeritOverTime
+from lib.evaluation.progress import SPLIT, MeritOverTime
 from lib.pipeline import add_arguments, parse_overrides
 from lib.presets import load_preset
 from lib.project import Project, open_project
@@ -76,6 +76,8 @@ def main() -> None:
         callbacks = (MeritOverTime(followed, project.codec),) if followed else ()
         run = train_project(project, resume=options.resume, callbacks=callbacks)
         if processes.is_main_process:
+            for row in run.metrics(SPLIT)[-1:]:
+                print(f"merit: {row['merit']:.2f} on {row['pairs']} pairs after {row['seconds']:.0f} s of training")
             print(f"run: {run.path}")
 
 

@@ -322,6 +322,8 @@ def test_runs_that_were_followed_are_recorded_beside_what_recipes_reach(tmp_path
             sys, "argv", ["lib.train", *common, "--out", str(tmp_path / name), "--follow", "3", *changed]
         )
         lib.train.main()
+        last = Run.open(tmp_path / name).metrics("merit")[-1]
+        assert f"merit: {last['merit']:.2f} on 3 pairs after {last['seconds']:.0f} s" in capsys.readouterr().out
     followed = ["--followed", *(str(tmp_path / name) for name in runs)]
     monkeypatch.setattr(sys, "argv", ["lib.record", *common, *followed])
     main()
