@@ -17,6 +17,7 @@ JUDGED = ("merit", "onsets", "notes", "onsets_left", "notes_left", "beats", "art
 PLAIN = ("plain_merit", "rhythm", "harmony")
 COPIED = ("input_envelope", "target_envelope", "input_mel", "target_mel", "movement_ratio")
 SEEDS_SYSTEM, MASKS_ALONE, WITH_CASCADE = "the seeds' system", "wide masks", "wide masks and a cascade"  # settings
+ALONE = "its masks without the stages"  # an output, of a trained model with both
 STUDIED = ("onsets", "notes", "onsets_left", "notes_left", "plain_merit")  # of settings in fusion.json
 STAGE_COLUMNS = "projection_rms", "rms_before_scaling", "output_rms", "target_scale", "applied_scale", "clamped"
 
@@ -96,6 +97,7 @@ def study_rows(studied: Sequence[Mapping[str, Any]]) -> list[Row]:
         seconds = statistics.fmean(row["curve"][-1]["seconds"] for row in own)
         head = {"setting": setting, "runs": len(own), "seconds": f"{seconds:.0f}"}
         head["merit"] = f"{min(merits):.2f}" + (f" to {max(merits):.2f}" if len(own) > 1 else "")
+        head[f"merit, {ALONE}"] = f"{trained_mean(own, ALONE, 'merit'):.2f}" if ALONE in own[0]["measured"] else "–"
         rows.append(number_row(head, {name: trained_mean(own, "trained model", name) for name in STUDIED}))
     return rows
 

@@ -1,5 +1,6 @@
 """The whole model, masks and cascade; and the model of a trained run. Legend as in `cascade`."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -49,6 +50,13 @@ class FusionModel(nn.Module):
         if self.mask_generator is None:
             return None
         return Masks(*(mask.float() for mask in self.mask_generator(input, target)))
+
+    def without_stages(self) -> "FusionModel":
+        """The same masks without the cascade: the sum of the masked latents. In eval mode."""
+        replace = dataclasses.replace
+        alone = FusionModel(replace(self.cascade.config, stages=()), replace(self.masking, root=1))
+        alone.mask_generator = self.mask_generator
+        return alone.eval()
 
 
 def load_model(run: Any, which: str = "best", *, codec_fingerprint: str | None = None) -> FusionModel:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lib.evaluation.tables import (
+    ALONE,
     advantage_rows,
     count_parameters,
     fusion_rows,
@@ -87,9 +88,12 @@ def study_row(setting: str, merit: float, seconds: int) -> dict:
 
 def test_a_study_has_a_row_for_each_setting_with_its_range_over_seeds():
     studied = [study_row("masks", 0.5, 60), study_row("masks", 0.6, 80), study_row("cascade", 0.2, 300)]
+    studied[2]["measured"][ALONE] = {"merit": "0.45"}
     masks, cascade = study_rows(studied)
+    assert cascade["merit, its masks without the stages"] == "0.45"
     assert masks == {
         "setting": "masks", "runs": 2, "seconds": "70", "merit": "0.50 to 0.60",
+        "merit, its masks without the stages": "–",
         "onsets": "0.10", "notes": "0.28", "onsets left": "0.10", "notes left": "0.10", "plain merit": "0.10",
     }  # fmt: skip
     assert (cascade["setting"], cascade["runs"], cascade["seconds"], cascade["merit"]) == ("cascade", 1, "300", "0.20")

@@ -13,7 +13,16 @@ from lib.codec.mdct import MdctCodec
 from lib.model.cascade import Cascade, CascadeConfig, StageTrace
 from lib.model.discriminator import Discriminator
 from lib.model.fusion import FusionModel, load_model
-from lib.model.masks import MASKINGS, MaskGenerator, MaskingConfig, Masks, WideMaskGenerator, added, complementarity
+from lib.model.masks import (
+    MASKINGS,
+    MaskGenerator,
+    MaskingConfig,
+    Masks,
+    WideMaskGenerator,
+    added,
+    apply_mask,
+    complementarity,
+)
 from lib.util.errors import UserError
 
 CASCADE = CascadeConfig.reference(2, num_layers=1)
@@ -265,6 +274,17 @@ def test_without_stages_the_output_is_the_sum_of_what_the_masks_take(masking):
 
 
 @torch.no_grad()
+def test_a_model_leaves_its_stages_out_and_keeps_its_masks(tiny_cascade):
+    torch.manual_seed(0)
+    model, (input, target) = FusionModel(tiny_cascade(), MaskingConfig("learned")).eval(), torch.randn(2, 2, 8, 20)
+    alone, masks = model.without_stages()(input, target), model.make_masks(input, target)
+    assert torch.equal(alone.masks.input, masks.input)
+    assert alone.traces == ()
+    taken = [apply_mask(x, mask) for x, mask in zip((input, target), masks, strict=True)]
+    torch.testing.assert_close(alone.latents, sum(taken))
+    assert len(model(input, target).traces) == 2
+
+
 def test_without_stages_the_amplitudes_of_roots_are_added():
     """Masks of one half and m in latents are gains of 1/8 and m³ of amplitudes; through mdct, sounds add up."""
     model = build(MaskingConfig("wide", restore_rms=False, root=3), CascadeConfig.reference(0))
