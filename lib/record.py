@@ -149,9 +149,9 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, music: Pa
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     record_bench(folder)
-    record_fusion(preset, overrides, music, folder)
     facts = {"preset": preset.name, "codec": project.codec.name}
     record_ablations(preset, project, folder, facts)
+    record_fusion(preset, overrides, music, folder)  # notebook 04 shows the schedule's record
     record_superres(preset, project, folder)
     out = run_notebooks(preset_name, overrides, data_dir, resume=True).parent
     for name in FIGURES:

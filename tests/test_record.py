@@ -432,6 +432,10 @@ def stub(monkeypatch, tmp_path):
         def ablation(self, plan):
             return scheduled if plan.variants == SCHEDULED else [r for r in results if r.num_layers == plan.num_layers]
 
+    def record_fusion(preset, overrides, music, folder):
+        assert (folder / "schedule.json").exists()  # notebook 04 shows it
+        said.append(music)
+
     def run_notebooks(*given, resume):
         assert resume
         said.append(given)
@@ -440,7 +444,7 @@ def stub(monkeypatch, tmp_path):
 
     monkeypatch.setattr(lib.record, "record_superres", lambda preset, project, folder: None)
     monkeypatch.setattr(lib.record, "record_variations", lambda *given: None)
-    monkeypatch.setattr(lib.record, "record_fusion", lambda *given: said.append(given[2]))
+    monkeypatch.setattr(lib.record, "record_fusion", record_fusion)
     monkeypatch.setattr(lib.record, "open_project", Project)
     monkeypatch.setattr(lib.record, "run_notebooks", run_notebooks)
     monkeypatch.setattr(lib.record, "ROOT", tmp_path)
