@@ -13,13 +13,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lib.codec.codec import load_codec
-from lib.data.pairs import Clip, read_manifest
+from lib.data.pairs import Clip, load_pair, read_manifest, whole_clip
 from lib.evaluation.baselines import advantage, mean_metrics
 from lib.evaluation.fusion_metrics import sound_features, sound_metrics
 from lib.evaluation.tables import count_parameters
-from lib.listening.panel import describe_pair, whole_clip
+from lib.listening.panel import describe_pair
 from lib.listening.player import Players
-from lib.listening.render import load_pair, render
+from lib.listening.render import render
 from lib.model.fusion import load_model
 from lib.project import ROOT
 from lib.report.report import Section, Table, write_report

@@ -36,7 +36,7 @@ def train_project(
     preset = project.preset
 
     def start(*callbacks: Callback) -> Run:
-        model, clips = preset.model, DemoClips(project.codec, preset.listening.every, manifest=project.manifest)
+        model, clips = preset.model, DemoClips(project.codec, project.manifest, preset.listening.every)
         what = (project.out_dir, project.index, project.codec, model.cascade, preset.train, model.masking)
         return train(*what, resume=resume, callbacks=(clips, TensorBoard(), *callbacks))
 

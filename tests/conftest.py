@@ -122,8 +122,8 @@ def tiny_codec():
 
 
 @pytest.fixture(scope="session")
-def tiny_index(tmp_path_factory, tiny_codec):
-    """Latents `[8, 12]` on disk: 5 pairs for training, and 9 for validation, one more than a batch of it takes."""
+def tiny_manifest(tmp_path_factory, tiny_codec):
+    """Noise: 5 pairs for training, and 9 for validation, one more than a batch of it takes."""
     root = tmp_path_factory.mktemp("songs")
     length = FRAMES * tiny_codec.hop
     pairs = []
@@ -133,8 +133,13 @@ def tiny_index(tmp_path_factory, tiny_codec):
         sha256 = hashlib.sha256((root / f"{split}.wav").read_bytes()).hexdigest()
         cuts = [Clip(f"{split}.wav", i * length, length, sha256) for i in range(clips)]
         pairs += [Pair(f"{split}_{i}", split, "continuation", cuts[i], cuts[i + 1]) for i in range(clips - 1)]
-    manifest = Manifest(root, length, tiny_codec.sample_rate, 0, tuple(pairs))
-    return encode_manifest(manifest, tiny_codec, root / "cache")
+    return Manifest(root, length, tiny_codec.sample_rate, 0, tuple(pairs))
+
+
+@pytest.fixture(scope="session")
+def tiny_index(tiny_manifest, tiny_codec):
+    """Its latents `[8, 12]` on disk."""
+    return encode_manifest(tiny_manifest, tiny_codec, tiny_manifest.root / "cache")
 
 
 @pytest.fixture(scope="session")

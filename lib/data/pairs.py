@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
+from torch import Tensor
 from tqdm import tqdm
 
-from lib.audio.files import MIN_SAMPLES, SAMPLE_RATE, AudioError, Skipped, check_audio, walk_audio
+from lib.audio.files import MIN_SAMPLES, SAMPLE_RATE, AudioError, Skipped, check_audio, load_audio, walk_audio
 from lib.util.configs import Count, Whole, check, checked_dataclass, choice
 from lib.util.errors import UserError
 from lib.util.files import naming, read_json, write_atomic
@@ -99,6 +100,26 @@ class Manifest:
     def path(self, clip: Clip) -> Path:
         """The clip's file."""
         return self.root / clip.path
+
+
+def whole_clip(manifest: Manifest, clip: Clip) -> Clip:
+    """The clip with the full path of its file instead of the path within the data folder."""
+    return replace(clip, path=str(manifest.path(clip)))
+
+
+def cut_to_shorter(input: Clip, target: Clip) -> tuple[Clip, Clip]:
+    length = min(input.length, target.length)
+    return replace(input, length=length), replace(target, length=length)
+
+
+def load_pair(input: Clip, target: Clip) -> tuple[Tensor, Tensor]:
+    """Both clips `[1, N]`, cut to the shorter one. They are whole ones: each `path` is that of the file."""
+    clips = cut_to_shorter(input, target)
+    wavs = tuple(load_audio(clip.path, clip.offset, clip.length) for clip in clips)
+    for clip, wav in zip(clips, wavs, strict=True):
+        if wav.shape[-1] < clip.length:
+            raise UserError(f"{clip.path}: ends before sample {clip.offset + clip.length}; restore the file")
+    return wavs
 
 
 def build_manifest(

@@ -1,6 +1,5 @@
 """The listening panel: a pair of clips and its fusion by one or several runs; headless, the masks of one pair."""
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -15,10 +14,10 @@ from torch import Tensor
 from lib.audio.files import SAMPLE_RATE, resample
 from lib.audio.plots import mel_power, mixing_maps
 from lib.codec.codec import Codec
-from lib.data.pairs import Clip, Manifest
+from lib.data.pairs import Clip, Manifest, load_pair, whole_clip
 from lib.evaluation.baselines import recipes
 from lib.listening.player import Players, PlayerWidget
-from lib.listening.render import Rendition, Settings, load_pair, render
+from lib.listening.render import Rendition, Settings, render
 from lib.listening.widgets import CONTROL, PICTURE, SLIDER, Message, Several, Upload, describe_clip, figure_png, observe
 from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import apply_mask
@@ -111,11 +110,6 @@ def taken(model: FusionModel, codec: Codec, rendition: Rendition) -> tuple[Tenso
     restored = itertools.repeat(model.masking.restore_rms)
     masked = map(apply_mask, rendition.latents, rendition.masks, restored)
     return tuple(mel_power(codec.decode(latents)[0]) for latents in masked)
-
-
-def whole_clip(manifest: Manifest, clip: Clip) -> Clip:
-    """The clip with the full path of its file instead of the path within the data folder."""
-    return dataclasses.replace(clip, path=str(manifest.path(clip)))
 
 
 def describe_pair(input: Clip, target: Clip) -> str:

@@ -10,9 +10,10 @@ from ipywidgets import BoundedIntText, Button, Checkbox, Dropdown, FloatLogSlide
 from matplotlib.figure import Figure
 
 from lib.audio.plots import waveforms_and_mels
+from lib.data.pairs import load_pair
 from lib.listening.panel import Listening
 from lib.listening.player import Players, PlayerWidget
-from lib.listening.render import Settings, load_pair, render, save_with_recipe
+from lib.listening.render import Settings, render, save_with_recipe
 from lib.listening.widgets import CONTROL, SLIDER, Message, Several, observe, plain_name, uploaded_clips
 from lib.training.run import Run
 from lib.util.errors import UserError

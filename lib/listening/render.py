@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lib.audio.files import load_audio, save_audio
+from lib.audio.files import save_audio
 from lib.codec.codec import Codec, load_codec
-from lib.data.pairs import Clip
+from lib.data.pairs import Clip, cut_to_shorter, load_pair
 from lib.model.cascade import StageTrace
 from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import Masks
@@ -86,25 +86,6 @@ def adjusted(mask: Tensor, settings: Settings) -> Tensor:
     return torch.lerp(mask, torch.full_like(mask, 0.5), settings.mask_blend)
 
 
-def load_clip(clip: Clip) -> Tensor:
-    """The clip's samples `[1, N]`. Its `path` must be that of the file, not one relative to the data folder."""
-    wav = load_audio(clip.path, clip.offset, clip.length)
-    if wav.shape[-1] < clip.length:
-        raise UserError(f"{clip.path}: ends before sample {clip.offset + clip.length}; restore the file")
-    return wav
-
-
-def cut_to_shorter(input: Clip, target: Clip) -> tuple[Clip, Clip]:
-    length = min(input.length, target.length)
-    return dataclasses.replace(input, length=length), dataclasses.replace(target, length=length)
-
-
-def load_pair(input: Clip, target: Clip) -> tuple[Tensor, Tensor]:
-    """Both clips `[1, N]`, cut to the shorter one."""
-    input, target = cut_to_shorter(input, target)
-    return load_clip(input), load_clip(target)
-
-
 def save_with_recipe(path: str | Path, run: Run, codec: Codec, input: Clip, target: Clip, settings: Settings) -> Path:
     """Render a pair, at the length of its shorter clip, into `path` (.wav); returns the recipe's path beside it. Its
     paths are relative to it for files in the run's folder or, where it lies elsewhere, in the folder above its own."""
@@ -113,7 +94,7 @@ def save_with_recipe(path: str | Path, run: Run, codec: Codec, input: Clip, targ
     for clip in (input, target):
         _check_file(clip, "the pair", "restore that file, or make the pairs again")
     model = load_model(run, codec_fingerprint=codec.fingerprint)
-    rendition = render(model, codec, load_clip(input), load_clip(target), settings)
+    rendition = render(model, codec, *load_pair(input, target), settings)
     save_audio(path, rendition.wav)
     folder, root = path.parent.resolve(), run.path.resolve()
     root = root if folder.is_relative_to(root) else folder.parent
@@ -156,7 +137,7 @@ def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str
         if not Path(clip.path).is_file():
             raise UserError(f"{path}: its {role} {clip.path} is not there; put the file back, or correct {role}.path")
         _check_file(clip, str(path), "restore that file")
-    wavs = [load_clip(clip) for clip in clips]
+    wavs = load_pair(*clips)
     place = Path(run or path.parent / recipe["run"])
     if not run and not (place / "config.json").is_file():
         raise UserError(f"{path}: its run {place} is not there; say where it is now, by --run")

@@ -7,9 +7,9 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from lib.audio import plots
-from lib.audio.files import load_audio, save_audio
+from lib.audio.files import save_audio
 from lib.codec.codec import Codec
-from lib.data.pairs import Manifest
+from lib.data.pairs import Manifest, load_pair, whole_clip
 from lib.model.whole_band import decode_fusion, left_out
 from lib.training.batches import evenly_spread
 from lib.training.learner import evaluating
@@ -18,11 +18,11 @@ from lib.training.trainer import Callback, Trainer
 
 class DemoClips(Callback):
     """Fuses the same validation pairs every few epochs and at the end. Writes audio/pair_0_input.wav, pair_0_target.wav
-    and the fusion, pair_0_epoch_0010.wav or pair_0_last.wav, at the codec's levels, and a figure of the three. With the
-    pairs' `manifest`, by which their clips are read, all have the whole band; without, the codec's."""
+    and the fusion, pair_0_epoch_0010.wav or pair_0_last.wav, at the codec's levels, and a figure of the three. All have
+    the whole band: the clips are read by the pairs' manifest."""
 
-    def __init__(self, codec: Codec, every: int, count: int = 2, manifest: Manifest | None = None):
-        self.codec, self.every, self.count, self.manifest = codec, every, count, manifest
+    def __init__(self, codec: Codec, manifest: Manifest, every: int, count: int = 2):
+        self.codec, self.manifest, self.every, self.count = codec, manifest, every, count
 
     def on_epoch(self, trainer: Trainer, epoch: int) -> None:
         if epoch % self.every == 0:
@@ -39,25 +39,18 @@ class DemoClips(Callback):
             folder.mkdir(exist_ok=True)
         for number, place in enumerate(evenly_spread(len(pairs), self.count).tolist()):
             latents = torch.stack(pairs[place]).to(device)
+            (pair,) = (pair for pair in self.manifest.pairs if pair.id == pairs.pair_id(place))
+            clips = torch.stack(load_pair(*(whole_clip(self.manifest, clip) for clip in (pair.input, pair.target))))
             with torch.inference_mode(), evaluating(trainer.learner.eval_model) as model:
-                fusion, wavs, rest = model(*latents.split(1)), self.codec.decode(latents), None
-                if self.manifest:
-                    rest = left_out(self.codec, self.load(pairs.pair_id(place)).to(device), latents)
-                    wavs = wavs[..., : rest.shape[-1]] + rest
+                fusion, rest = model(*latents.split(1)), left_out(self.codec, clips.to(device), latents)
                 fusion = fusion._replace(latents=fusion.latents.float())
-                wavs = [*wavs.cpu(), decode_fusion(self.codec, fusion, latents, rest, wavs.shape[-1])[0].cpu()]
+                output = decode_fusion(self.codec, fusion, latents, rest, rest.shape[-1])
+                wavs = torch.cat([self.codec.decode(latents, length=rest.shape[-1]) + rest, output]).cpu()
             for name, wav in zip(("input", "target", when), wavs, strict=True):
                 save_audio(audio / f"pair_{number}_{name}.wav", wav)
             figure = plots.waveforms_and_mels(dict(zip(("input", "target", "output"), wavs, strict=True)))
             figure.savefig(figures / f"pair_{number}_{when}.png")
             plt.close(figure)
-
-    def load(self, pair_id: str) -> torch.Tensor:
-        """Both clips of a pair of the manifest, `[2, 1, N]`, as long as the shorter one."""
-        (pair,) = (pair for pair in self.manifest.pairs if pair.id == pair_id)
-        clips = pair.input, pair.target
-        length = min(clip.length for clip in clips)
-        return torch.stack([load_audio(self.manifest.path(clip), clip.offset, length) for clip in clips])
 
 
 class TensorBoard(Callback):

@@ -224,8 +224,8 @@ def test_a_button_pressed_before_training_stops_none_of_it(start, run):
     assert not again.stop_file.exists()
 
 
-def test_the_clips_of_a_training_are_shown(start, front_end, tiny_codec):
-    start([DemoClips(tiny_codec, every=100, count=1), dashboard := Dashboard(seconds=1000)])
+def test_the_clips_of_a_training_are_shown(start, front_end, tiny_codec, tiny_manifest):
+    start([DemoClips(tiny_codec, tiny_manifest, every=100, count=1), dashboard := Dashboard(seconds=1000)])
     assert names(dashboard.panel) == ["input", "target", "output, last"]
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 import lib.listening.playground
 from lib.audio.files import load_audio, save_audio
-from lib.data.pairs import read_manifest
+from lib.data.pairs import load_pair, read_manifest
 from lib.listening.panel import Listening
 from lib.listening.playground import Playground, _Panel
-from lib.listening.render import Settings, follow_recipe, load_pair, render
+from lib.listening.render import Settings, follow_recipe, render
 from lib.listening.widgets import describe_clip
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import FusionModel, load_model

@@ -19,16 +19,13 @@ from torch import Tensor
 
 from lib.audio.files import AudioError, load_audio
 from lib.codec.mdct import MdctCodec
-from lib.data.pairs import Clip
+from lib.data.pairs import Clip, cut_to_shorter, load_pair
 from lib.fuse import fuse_clips
 from lib.listening.render import (
     HARDEST,
     Settings,
     adjusted,
-    cut_to_shorter,
     follow_recipe,
-    load_clip,
-    load_pair,
     render,
 )
 from lib.listening.render import save_with_recipe as save
@@ -528,7 +525,7 @@ def test_a_recipe_gives_the_same_bits_again(tmp_path, project, mdct, settings):
     made, written = follow_recipe(recipe), load_audio(tmp_path / "2.wav")
     assert made.equal
     assert torch.equal(made.wav, written)
-    assert torch.equal(written, render(load_model(run), mdct, load_clip(input), load_clip(target), settings).wav)
+    assert torch.equal(written, render(load_model(run), mdct, *load_pair(input, target), settings).wav)
     assert made.versions == json.loads(recipe.read_text())["versions"]
     assert [path.resolve() for path in made.files] == [Path(clip.path) for clip in (input, target)]
 
@@ -549,7 +546,7 @@ def test_a_recipe_older_than_the_whole_band_gives_the_codecs_band_again(tmp_path
 def test_a_recipe_may_name_the_last_checkpoint(project, favourite, mdct):
     run = Run.open(project / "an output é")
     recipe = rewritten(favourite, checkpoint="last", weights_sha256=run.weights_sha256("last"))
-    wavs = [load_clip(clip) for clip in pair(project)]
+    wavs = load_pair(*pair(project))
     assert torch.equal(follow_recipe(recipe).wav, render(load_model(run, "last"), mdct, *wavs, CHANGED).wav)
 
 
@@ -625,7 +622,7 @@ def test_a_song_whose_name_is_no_text_comes_back(tmp_path, project, mdct):
 def test_clips_of_unlike_length_are_cut_to_the_shorter(tmp_path, project, mdct):
     """The last clip of a file may be a tenth short."""
     run, whole = Run.open(project / "an output é"), pair(project)
-    wavs = [load_clip(clip)[:, :5_432] for clip in whole]
+    wavs = [wav[:, :5_432] for wav in load_pair(*whole)]
     wanted = render(load_model(run), mdct, *wavs).wav
     for short in (0, 1):
         clips = [dataclasses.replace(clip, length=5_432) if i == short else clip for i, clip in enumerate(whole)]

@@ -95,8 +95,8 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_clips_are_written_at_their_epochs_and_at_the_end(start, tiny_codec):
-    run = start([DemoClips(tiny_codec, every=2, count=2)])
+def test_clips_are_written_at_their_epochs_and_at_the_end(start, tiny_codec, tiny_manifest):
+    run = start([DemoClips(tiny_codec, tiny_manifest, every=2, count=2)])
     times = [f"pair_{pair}_epoch_{epoch:04d}" for pair in (0, 1) for epoch in (2, 4)]
     times = sorted([*times, "pair_0_last", "pair_1_last"])
     sources = [f"pair_{pair}_{name}" for pair in (0, 1) for name in ("input", "target")]
@@ -107,20 +107,22 @@ def test_clips_are_written_at_their_epochs_and_at_the_end(start, tiny_codec):
     assert plt.get_fignums() == []
 
 
-def test_the_last_clips_are_of_a_training_that_came_to_its_end(start, tiny_codec, tmp_path):
+def test_the_last_clips_are_of_a_training_that_came_to_its_end(start, tiny_codec, tiny_manifest, tmp_path):
     """By its length or for lack of patience; not of one that failed."""
     with pytest.raises(Stop):
-        start([DemoClips(tiny_codec, every=100, count=1), Kill(5)], folder="failed")
+        start([DemoClips(tiny_codec, tiny_manifest, every=100, count=1), Kill(5)], folder="failed")
     assert not (tmp_path / "failed" / "audio").exists()
     endings = {"steps": {"max_steps": 2}, "patience": {"patience": 1, "learning_rate": 1.0, "checkpoint_every": 1}}
     for folder, changes in endings.items():
-        run = start([DemoClips(tiny_codec, every=100, count=1), keep := Keep()], folder=folder, **changes)
+        run = start(
+            [DemoClips(tiny_codec, tiny_manifest, every=100, count=1), keep := Keep()], folder=folder, **changes
+        )
         assert files(run.path / "figures") == ["pair_0_last.png"]
         assert keep.trainer.out_of_patience == (folder == "patience")
 
 
-def test_sources_are_the_same_validation_pairs_at_the_codecs_level(start, tiny_codec, tiny_index):
-    run = start([DemoClips(tiny_codec, every=4, count=2)])
+def test_sources_are_the_same_validation_pairs_at_the_codecs_level(start, tiny_codec, tiny_manifest, tiny_index):
+    run = start([DemoClips(tiny_codec, tiny_manifest, every=4, count=2)])
     pairs = LatentPairs(tiny_index, "val")
     for number, place in enumerate((0, 4)):  # spread evenly over nine
         for name, latents in zip(("input", "target"), pairs[place], strict=True):
@@ -130,9 +132,9 @@ def test_sources_are_the_same_validation_pairs_at_the_codecs_level(start, tiny_c
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_outputs_are_those_of_the_model_that_is_kept(start, tiny_codec, tiny_index, ema):
+def test_outputs_are_those_of_the_model_that_is_kept(start, tiny_codec, tiny_manifest, tiny_index, ema):
     """In eval mode; with EMA, the EMA weights and not the ones in training."""
-    run = start([DemoClips(tiny_codec, every=4, count=1), keep := Keep()], ema=ema)
+    run = start([DemoClips(tiny_codec, tiny_manifest, every=4, count=1), keep := Keep()], ema=ema)
     input, target = (clip[None] for clip in LatentPairs(tiny_index, "val")[0])
     found = load_audio(run.path / "audio" / "pair_0_epoch_0004.wav")
     with torch.no_grad():
@@ -144,12 +146,12 @@ def test_outputs_are_those_of_the_model_that_is_kept(start, tiny_codec, tiny_ind
     assert found.square().mean().sqrt() > 0.01
 
 
-def test_with_a_manifest_the_clips_have_the_whole_band(tmp_path, mdct_pairs):
+def test_the_clips_have_the_whole_band(tmp_path, mdct_pairs):
     manifest, codec = mdct_pairs
     index, masking = encode_manifest(manifest, codec, tmp_path / "cache"), MaskingConfig("learned")
     cascade = CascadeConfig.reference(1, num_layers=1)
     config = dataclasses.replace(CONFIG, epochs=1, batch_size=1)
-    callbacks = [DemoClips(codec, every=2, manifest=manifest)]
+    callbacks = [DemoClips(codec, manifest, every=2)]
     run = train(tmp_path / "run", index, codec, cascade, config, masking, progress=False, callbacks=callbacks)
     for number, (pair, length) in enumerate(zip(manifest.split("val"), (5_120, 4_650), strict=True)):
         clips = [load_audio(manifest.path(clip), clip.offset, length) for clip in (pair.input, pair.target)]
@@ -196,12 +198,15 @@ class Compare(Callback):
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_callbacks_do_not_disturb_training(start, tiny_codec, monkeypatch, ema):
+def test_callbacks_do_not_disturb_training(start, tiny_codec, tiny_manifest, monkeypatch, ema):
     """Neither while they are called, nor in what comes of it, bit for bit."""
     monkeypatch.setattr(lib.listening.dashboard, "can_show_widgets", lambda: True)
     monkeypatch.setattr(lib.listening.dashboard, "display", lambda box: None)
     monkeypatch.setattr(lib.listening.dashboard, "figure_png", lambda figure: plt.close(figure) or b"")  # faster
-    watchers = [Compare(c) for c in (DemoClips(tiny_codec, every=1, count=1), TensorBoard(), Dashboard(seconds=0))]
+    watchers = [
+        Compare(c)
+        for c in (DemoClips(tiny_codec, tiny_manifest, every=1, count=1), TensorBoard(), Dashboard(seconds=0))
+    ]
     alone, watched = (start(w, folder, ema=ema, epochs=2) for w, folder in (((), "alone"), (watchers, "watched")))
     assert all(watcher.times == 1 + 6 + 2 + 2 + 1 for watcher in watchers)
     assert watched.metrics() == alone.metrics()
