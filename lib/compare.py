@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from lib.codec.codec import load_codec
 from lib.data.pairs import Clip, load_pair, read_manifest, whole_clip
-from lib.evaluation.baselines import advantage, mean_metrics
+from lib.evaluation.baselines import advantage
 from lib.evaluation.fusion_metrics import sound_features, sound_metrics
-from lib.evaluation.tables import count_parameters
+from lib.evaluation.tables import count_parameters, fusion_rows
 from lib.listening.panel import describe_pair
 from lib.listening.player import Players
 from lib.listening.render import render
@@ -87,23 +87,20 @@ def write_metrics(section: Section, compared: Sequence[Compared], pairs: Pairs) 
         for c in compared:
             measured[c.name].append(sound_metrics(sound_features(render(c.model, c.codec, *wavs).wav), *clips))
     a, b = measured
-    means = {name: mean_metrics(rows) for name, rows in measured.items()}
-    rows = []
-    for c in compared:
-        losses = [row["loss"] for row in c.run.metrics("val") if row.get("loss") is not None]
-        row = {
-            "run": c.name,
-            "parameters": f"{count_parameters(c.model):,}",
-            "steps": max((row["step"] for row in c.run.metrics("train")), default=0),
-            "lowest validation loss": f"{min(losses):.3f}" if losses else "none",
-        }
-        rows.append(row | {name.replace("_", " "): f"{means[c.name][name]:.2f}" for name in MEASURES})
     found = advantage(measured, a, b, [(input.sha256, target.sha256) for input, target in pairs.values()])
     said = f"{found}, {found.in_words(b)} on {len(pairs)} pair(s) ({TEST})"
     section.key_figure(f"figure of merit of {a} against {b}", said)
-    for c in compared:
-        section.key_figure(f"figure of merit of {c.name}", f"{means[c.name]['merit']:.2f}, 1 at best")
-    curves = {c.name: {split: c.run.metrics(split) for split in ("train", "val")} for c in compared}
+    rows, curves = [], {c.name: {split: c.run.metrics(split) for split in ("train", "val")} for c in compared}
+    for c, means in zip(compared, fusion_rows(measured, MEASURES, "run"), strict=True):
+        section.key_figure(f"figure of merit of {c.name}", f"{means['merit']}, 1 at best")
+        losses = [row["loss"] for row in curves[c.name]["val"] if row.get("loss") is not None]
+        row = {
+            "run": c.name,
+            "parameters": f"{count_parameters(c.model):,}",
+            "steps": max((row["step"] for row in curves[c.name]["train"]), default=0),
+            "lowest validation loss": f"{min(losses):.3f}" if losses else "none",
+        }
+        rows.append(row | means)
     section.figure(plots.runs_side_by_side(curves), "curves", "Validation loss, gradient norm and level over steps")
     return section.table(rows, f"Means over {len(pairs)} validation pairs; losses compare where the objectives do")
 
