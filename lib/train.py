@@ -20,10 +20,9 @@ from lib.pipeline import add_arguments, parse_overrides
 from lib.presets import load_preset
 from lib.project import Project, open_project
 from lib.training.callbacks import DemoClips, TensorBoard
-from lib.training.distributed import join_processes
 from lib.training.fusion_learner import train
 from lib.training.run import Run
-from lib.training.trainer import Callback
+from lib.training.trainer import Callback, join_processes
 from lib.util.configs import check
 from lib.util.errors import UserError, exit_on_user_error
 

@@ -46,12 +46,11 @@ from lib.presets import ModelSettings, load_preset
 from lib.project import open_project
 from lib.train import main, train_project
 from lib.training.config import AdversaryConfig, CurriculumConfig, TrainConfig
-from lib.training.distributed import join_processes
 from lib.training.fusion_learner import train
 from lib.training.losses import LossConfig
 from lib.training.nonfinite import NonFiniteError
 from lib.training.run import Run
-from lib.training.trainer import Callback, Trainer
+from lib.training.trainer import Callback, Trainer, join_processes
 from lib.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -260,8 +259,8 @@ def run_scenarios(folder: Path) -> None:
 # --- the launch -------------------------------------------------------------------------------------------------------
 
 
-def make_data(folder: Path) -> Path:
-    """Latents `[8, 12]` of 13 training and 3 validation pairs."""
+def make_data(folder: Path) -> tuple[Manifest, Path]:
+    """13 training and 3 validation pairs, and the index of their latents `[8, 12]`."""
     root, length, pairs = folder / "songs", FRAMES * TinyCodec.hop, []
     root.mkdir(parents=True)
     for seed, (split, count) in enumerate((("train", TRAIN_PAIRS), ("val", VAL_PAIRS))):
@@ -272,7 +271,7 @@ def make_data(folder: Path) -> Path:
         cuts = [Clip(path.name, i * length, length, sha256) for i in range(count + 1)]
         pairs += [Pair(f"{split}_{i}", split, "continuation", cuts[i], cuts[i + 1]) for i in range(count)]
     manifest = Manifest(root, length, TinyCodec.sample_rate, 0, tuple(pairs))
-    return encode_manifest(manifest, TinyCodec(), root / "cache")
+    return manifest, encode_manifest(manifest, TinyCodec(), root / "cache")
 
 
 def free_port() -> int:
@@ -552,9 +551,11 @@ def test_a_kernel_that_has_used_a_gpu_cannot_be_forked(tmp_path, monkeypatch):
 
 
 def test_in_one_process_callbacks_are_called(tmp_path, monkeypatch):
-    index = make_data(tmp_path)
+    manifest, index = make_data(tmp_path)
     preset = dataclasses.replace(load_preset("smoke"), train=dataclasses.replace(CONFIG, batch_size=4, max_steps=3))
-    project = SimpleNamespace(preset=preset, codec=TinyCodec(), out_dir=tmp_path / "out", index=index, manifest=None)
+    project = SimpleNamespace(
+        preset=preset, codec=TinyCodec(), out_dir=tmp_path / "out", index=index, manifest=manifest
+    )
     monkeypatch.setattr(ModelSettings, "cascade", tiny_cascade(0.1))
     told = []
     mine = Callback()

@@ -22,10 +22,9 @@ from lib.superres.unet import CONTEXTS, Denoiser, DenoiserConfig
 from lib.superres.vae import MelVae, VaeConfig
 from lib.training.batches import Batch, Pairs
 from lib.training.config import AdversaryConfig, LoopConfig, resolved_precision
-from lib.training.distributed import open_accelerator
 from lib.training.learner import Adversary, Learner, Losses, StepInfo
 from lib.training.run import Run
-from lib.training.trainer import Callback, Trainer
+from lib.training.trainer import Callback, Trainer, open_accelerator
 from lib.util.configs import Count, NonNegative, check, checked_dataclass, from_fields, read_entries
 from lib.util.errors import UserError
 from lib.util.provenance import code_fingerprint

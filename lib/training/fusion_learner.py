@@ -19,11 +19,10 @@ from lib.model.masks import MaskingConfig, complementarity
 from lib.model.rms_law import check_collapse
 from lib.training.batches import Batch, Pairs, mix_noise
 from lib.training.config import TrainConfig, resolved_precision
-from lib.training.distributed import open_accelerator
 from lib.training.learner import Adversary, Learner, Losses, StepInfo
 from lib.training.losses import Decode, total_loss
 from lib.training.run import Run
-from lib.training.trainer import Callback, Trainer
+from lib.training.trainer import Callback, Trainer, open_accelerator
 from lib.util.configs import from_fields
 from lib.util.errors import UserError
 from lib.util.provenance import code_fingerprint

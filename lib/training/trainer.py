@@ -3,18 +3,18 @@
 import contextlib
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
 from lib.model.projection import realign_projections
-from lib.training import distributed
 from lib.training.batches import Batch, Pairs, TrainingOrder, evenly_spread, prefetch_batches
 from lib.training.config import LoopConfig
 from lib.training.learner import Learner, StepInfo, evaluating, to_floats
@@ -63,7 +63,7 @@ class Trainer:
         self.run, self.config, self.pairs = run, config, pairs
         most = {"train": config.max_train_pairs, "val": config.max_val_pairs}
         self.chosen = {split: evenly_spread(len(pairs[split]), most[split]) for split in pairs}
-        self.accelerator = distributed.open_accelerator()
+        self.accelerator = open_accelerator()
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.order = TrainingOrder(len(self.chosen["train"]), config, self.rank, self.processes)
         self.callbacks = callbacks if self.accelerator.is_main_process else ()
@@ -76,11 +76,11 @@ class Trainer:
         self.best_loss = math.inf
         self.stale = 0  # validations since the best one
         self.warned: set[Hashable] = set()  # keys of the learner's warnings that have been logged
-        self.stop = StopSignals(file=run.stop_file, second_acts=not distributed.was_launched())
+        self.stop = StopSignals(file=run.stop_file, second_acts=not was_launched())
         if run.has_checkpoint():
             self.load()
         elif self.rank:
-            distributed.seed_process(config.seed, 0, self.rank)
+            seed_process(config.seed, 0, self.rank)
 
     @property
     def out_of_patience(self) -> bool:
@@ -112,7 +112,9 @@ class Trainer:
             with contextlib.suppress(Exception):
                 if self.processes == 1:  # another one might not answer
                     self.gather()  # the steps before a failure are those that explain it
-            if distributed.is_out_of_memory(error):
+            # the CPU's allocator has no class of its own for this
+            on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+            if on_cpu or isinstance(error, torch.OutOfMemoryError):
                 advice = self.config.memory_advice(self.pairs["train"].clip_length / self.pairs["train"].sample_rate)
                 kept = f"; {run.path / 'last'} is kept" if run.has_checkpoint() else ""
                 raise UserError(f"out of memory at step {self.step + 1}: {advice}{kept}") from error
@@ -155,7 +157,7 @@ class Trainer:
     def train_step(self, batches: Sequence[Batch]) -> None:
         """One optimizer step on one batch or several. Its metrics wait for `gather`."""
         info = StepInfo(self.step, self.order.epoch, self.order.progress(self.step))
-        rng, batches = distributed.rng_state(), [self.to_device(batch) for batch in batches]
+        rng, batches = rng_state(), [self.to_device(batch) for batch in batches]
         metrics = self.learner.train_step(batches, info)
         self.step += 1
         self.order.advance()
@@ -204,7 +206,7 @@ class Trainer:
             for process_sums in gather_object([own]):
                 sums.update(process_sums)
             if not math.isfinite(sums["loss"]):
-                self.stop_non_finite("val", self.step, bad, distributed.rng_state())
+                self.stop_non_finite("val", self.step, bad, rng_state())
         pairs = sums.pop("pairs")
         return {name: value / pairs for name, value in sums.items()}
 
@@ -224,7 +226,7 @@ class Trainer:
             self.run.log(row)
 
     def save(self, *, is_best: bool) -> None:
-        random, model = gather_object([distributed.rng_state()]), self.learner.eval_model  # of every process
+        random, model = gather_object([rng_state()]), self.learner.eval_model  # of every process
         realign_projections(model)  # with the weights of this step
         if not self.accelerator.is_main_process:
             return
@@ -248,9 +250,9 @@ class Trainer:
         self.best_loss, self.stale = training["best_loss"], training["stale"]
         self.warned = set(training["warned"])
         if len(training["random"]) == self.processes:
-            distributed.set_rng_state(training["random"][self.rank])
+            set_rng_state(training["random"][self.rank])
         else:  # the number of processes has changed
-            distributed.seed_process(self.config.seed, self.step, self.rank)
+            seed_process(self.config.seed, self.step, self.rank)
 
     def stop_non_finite(
         self, split: str, step: int, batches: Sequence[Batch], rng: dict[str, Any], info: StepInfo | None = None
@@ -260,7 +262,7 @@ class Trainer:
         model = learner.unwrapped_model if split == "train" else learner.eval_model
 
         def forward(batch: Batch) -> Tensor:
-            distributed.set_rng_state(rng)
+            set_rng_state(rng)
             return learner.loss(model, batch, info)[0]
 
         with torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext():
@@ -272,3 +274,38 @@ class Trainer:
     def end_non_finite(self, split: str, step: int, stage: int | None, tensor: str) -> None:
         self.log({"split": split, "step": step, "event": "non_finite", "stage": stage, "tensor": tensor})
         raise NonFiniteError(step, stage, tensor, self.run.path / "last" if self.run.has_checkpoint() else None)
+
+
+def was_launched() -> bool:
+    """Whether this is one of several processes that a launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def join_processes() -> PartialState:
+    """This process among the launcher's. Without a GPU they talk through gloo, whichever launcher it is."""
+    return PartialState(cpu=was_launched() and not torch.cuda.is_available())
+
+
+def open_accelerator() -> Accelerator:
+    """The process's device and its link to the others; `UserError` unless the launcher asks for data parallelism."""
+    join_processes()
+    accelerator = Accelerator(mixed_precision="no")  # the config sets the precision, not the launcher
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UserError(f"launcher: {kind.value} is not supported; use plain data parallelism")
+    return accelerator
+
+
+def rng_state() -> dict[str, Any]:
+    return {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["rng"])
+    if len(state["cuda_rng"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+
+def seed_process(seed: int, step: int, rank: int) -> None:
+    """Seed each process differently: dropout and noise must not be the same in all of them."""
+    torch.manual_seed(seed + 7919 * rank + 104_729 * step)

@@ -36,11 +36,10 @@ from lib.superres.training import (
 )
 from lib.superres.unet import Denoiser
 from lib.superres.vae import MelVae
-from lib.training.distributed import open_accelerator
 from lib.training.learner import StepInfo
 from lib.training.nonfinite import NonFiniteError
 from lib.training.run import Run
-from lib.training.trainer import Callback, Trainer, TrainingOrder
+from lib.training.trainer import Callback, Trainer, TrainingOrder, open_accelerator
 from lib.util.errors import UserError
 from lib.util.tensors import safe_torch_load
 from superres.conftest import CLIP, DENOISER, DISCRIMINATORS, LOOP, VAE, VOCODER, changed, write_music

@@ -25,10 +25,9 @@ from lib.model.fusion import load_model
 from lib.model.masks import MaskingConfig
 from lib.training.callbacks import DemoClips, TensorBoard
 from lib.training.config import TrainConfig
-from lib.training.distributed import rng_state
 from lib.training.fusion_learner import train
 from lib.training.run import Run
-from lib.training.trainer import Callback, Trainer
+from lib.training.trainer import Callback, Trainer, rng_state
 from lib.util.files import file_sha256
 
 # Three steps per epoch, so that checkpoints fall within epochs.

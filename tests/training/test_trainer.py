@@ -22,10 +22,10 @@ from accelerate.state import AcceleratorState
 from conftest import TinyDiscriminator
 from torch import nn
 
-import lib.training.distributed
 import lib.training.fusion_learner
 import lib.training.learner
 import lib.training.run
+import lib.training.trainer
 from lib.data.latents import LatentPairs
 from lib.model.cascade import Cascade, CascadeConfig
 from lib.model.fusion import FusionModel, load_model
@@ -33,13 +33,12 @@ from lib.model.masks import GENERATORS, MASKINGS, MaskingConfig
 from lib.model.projection import spectral_sigma
 from lib.training.batches import Batch, epoch_order
 from lib.training.config import AdversaryConfig, CurriculumConfig, LoopConfig, TrainConfig
-from lib.training.distributed import rng_state
 from lib.training.fusion_learner import fusion_trainer, train
 from lib.training.learner import Learner, StepInfo
 from lib.training.losses import LossConfig
 from lib.training.nonfinite import NonFiniteError
 from lib.training.run import Run
-from lib.training.trainer import Callback, Trainer
+from lib.training.trainer import Callback, Trainer, join_processes, rng_state, seed_process, set_rng_state
 from lib.util.errors import UserError, exit_on_user_error
 from lib.util.tensors import safe_torch_load
 
@@ -528,7 +527,7 @@ def test_a_bad_step_is_repeated_with_its_own_random_numbers(start, monkeypatch):
     monkeypatch.setattr(
         Trainer, "train_step", lambda trainer, batches: before.append(rng_state()) or train_step(trainer, batches)
     )
-    monkeypatch.setattr(lib.training.distributed, "set_rng_state", lambda state: repeated.append(state))
+    monkeypatch.setattr(lib.training.trainer, "set_rng_state", lambda state: repeated.append(state))
     poison_before(monkeypatch, 2, overflow_in_the_ffn)
     with pytest.raises(NonFiniteError, match="step 2"):
         start(gather_every=100, checkpoint_every=8, batch_size=1)
@@ -1404,6 +1403,51 @@ def test_a_callback_that_watches_changes_nothing(start, whole):
     assert_same_run(start(callbacks=(Recorder(parameters),)), whole)
 
 
+# --- random numbers and processes --------------------------------------------------------------------------------
+
+
+def test_random_numbers_resume_where_they_were():
+    torch.manual_seed(3)
+    torch.randn(7)
+    state = rng_state()
+    first = torch.randn(50), torch.rand(3), torch.randperm(20)
+    torch.manual_seed(99)
+    set_rng_state(state)
+    second = torch.randn(50), torch.rand(3), torch.randperm(20)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    set_rng_state(state)  # the state has not moved with them
+    assert torch.equal(torch.randn(50), first[0])
+
+
+@pytest.mark.parametrize(("gpus", "taken"), [(0, False), (1, False), (2, True), (3, False)])
+def test_a_state_of_another_number_of_gpus_is_taken_for_the_cpu_alone(monkeypatch, gpus, taken):
+    given = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.append)
+    state = {"rng": torch.get_rng_state(), "cuda_rng": [torch.zeros(16), torch.ones(16)]}  # of two
+    first = torch.randn(5)
+    set_rng_state(state)
+    assert torch.equal(torch.randn(5), first)
+    assert given == [state["cuda_rng"]] * taken
+
+
+def test_seeds_differ_between_processes_and_steps():
+    numbers = {}
+    for seed in (0, 1):
+        for rank in range(4):
+            for step in (0, 1, 2, 100):
+                seed_process(seed, step, rank)
+                numbers[seed, rank, step] = tuple(torch.randn(3).tolist())
+    assert len(set(numbers.values())) == len(numbers) == 32
+    seed_process(1, 2, 3)
+    assert tuple(torch.randn(3).tolist()) == numbers[1, 3, 2]
+
+
+def test_without_a_launcher_there_is_one_process(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert join_processes().num_processes == 1
+
+
 # --- out of memory ----------------------------------------------------------------------------------------------------
 
 
@@ -1429,13 +1473,15 @@ def test_out_of_memory_says_what_to_lower(start, tmp_path, monkeypatch, full, st
     assert "\n" not in message
 
 
-def test_another_error_of_the_allocators_kind_is_not_taken_for_it(start, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("can't allocate memory")])
+def test_another_error_is_not_taken_for_it(start, monkeypatch, error):
     def fail(cascade):
-        raise RuntimeError("shape mismatch")
+        raise error
 
     poison_before(monkeypatch, 1, fail)
-    with pytest.raises(RuntimeError, match="shape mismatch"):
+    with pytest.raises(type(error), match=str(error)) as caught:
         start()
+    assert caught.value is error
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
