@@ -1,5 +1,4 @@
-"""Differentiable features of waveforms: spectrum, rhythm, harmony, loudness. Legend: B batch, N samples, M mel bands, F
-feature frames (hop 320: 75 a second)."""
+"""Differentiable features of waveforms. Legend: B batch, N samples, M mel bands, F frames (hop 320, 75 a second)."""
 
 import functools
 import itertools
@@ -111,11 +110,6 @@ def harmony_similarity(x: Sound, y: Sound) -> Tensor:
     """Cosine similarity of two clips' chroma minus its mean of 1/12, over all frames, → `[B]`."""
     x, y = (sound.chroma.flatten(1) - 1 / 12 for sound in (x, y))
     return F.cosine_similarity(x, y, dim=1)
-
-
-def rhythm_similarity(x: Sound, y: Sound) -> Tensor:
-    """Correlation of two clips' onset envelopes, → `[B]`."""
-    return correlation(x.onsets, y.onsets)
 
 
 @cached_table

@@ -43,10 +43,6 @@ STALE_SECONDS = 24 * 3600  # a temporary file this old was left by a killed run
 AGAIN = "encode the manifest again, which rebuilds only what is missing or damaged"
 
 
-class CorruptLatentsError(UserError):
-    """A file of the cache that is missing or damaged: one line with its name and the fix."""
-
-
 def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path, share: tuple[int, int] = (0, 1)) -> Path:
     """Bring the latents of every clip into the cache, encoding only what it lacks; returns the manifest's index. Clips
     shorter than `clip_length` are padded with zeros. One that cannot be read, or whose file changed since the manifest,
@@ -80,9 +76,8 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path, sha
     if not num_pairs and of == 1:
         raise UserError(f"{manifest.root}: no pair of the manifest can be encoded; first reasons: {first}")
     if dropped:
-        logger.warning(
-            "%s: %d of %d clips are left out with their pairs: %s", manifest.root, len(dropped), len(clips), first
-        )
+        left_out = f"{len(dropped)} of {len(clips)} clips are left out with their pairs"
+        logger.warning("%s: %s: %s", manifest.root, left_out, first)
     return index
 
 
@@ -93,7 +88,7 @@ def _find_latents(store: Path, clips: dict[str, Clip], shape: tuple[int, int]) -
     def check(path: Path) -> bool:
         try:
             _read_latents(path, shape)
-        except CorruptLatentsError:
+        except UserError:
             path.unlink(missing_ok=True)
         return path.exists()
 
@@ -148,15 +143,10 @@ def _write_index(store: Path, manifest: Manifest, names: dict[str, str], facts: 
     tables = {split: np.array(rows) for split, rows in splits.items()}
     identity = [[pair.id, pair.split, pair.input.key, pair.target.key] for pair in manifest.pairs]
     path = store / f"index-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}.npz"
-    write_index(path, facts, tables)
-    return path, sum(map(len, tables.values()))
-
-
-def write_index(path: Path, facts: dict, tables: dict[str, np.ndarray]) -> None:
-    """An index of `facts` and of each split's table of pairs."""
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, facts=json.dumps(facts), **tables)
     write_atomic(path, content.getbuffer())
+    return path, sum(map(len, tables.values()))
 
 
 def _read_latents(path: Path, shape: tuple[int, int]) -> np.ndarray:
@@ -167,16 +157,16 @@ def _read_latents(path: Path, shape: tuple[int, int]) -> np.ndarray:
             file.seek(-latents.nbytes, os.SEEK_END)  # after the header
             file.readinto(latents)
     except OSError as error:  # also if it is shorter than the latents
-        raise CorruptLatentsError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from error
     if f"{zlib.crc32(latents):08x}" != path.stem.split("-")[1]:
-        raise CorruptLatentsError(f"{path}: damaged (its checksum is wrong); {AGAIN}")
+        raise UserError(f"{path}: damaged (its checksum is wrong); {AGAIN}")
     return latents
 
 
 class LatentPairs(Dataset):
     """The pairs of one split of an index: `pairs[i]` is (input `[D, T]`, target `[D, T]`), float32. Every clip is
-    verified when it is read, also by several threads; `CorruptLatentsError` if it is missing or damaged. `UserError`
-    for such an index, an unknown split, or latents of a codec other than `codec_fingerprint`."""
+    verified when it is read, also by several threads. `UserError` for a clip or an index that is missing or damaged, an
+    unknown split, or latents of a codec other than `codec_fingerprint`."""
 
     def __init__(self, index_path: str | Path, split: str, codec_fingerprint: str | None = None):
         self.path = Path(index_path)

@@ -127,8 +127,7 @@ def build_manifest(
 ) -> Manifest:
     """Check every file under `data_dir`, make pairs and write the manifest, or read it if nothing has changed. Split,
     except in mode `named`: contents in the order of sha256(seed, hash); the first ceil(n / 5) are validation. Each
-    split has at least one file, with four files or more two, as a cross pair needs. `UserError` for a folder without
-    one usable pair in each split."""
+    split has at least one file, with four files or more two, as a cross pair needs. `UserError` if one has no pair."""
     root, out_path = Path(data_dir), Path(out_path)
     check(mode in MODES, "mode", mode, f"one of {', '.join(MODES)}")
     long_enough = math.isfinite(clip_seconds) and round(clip_seconds * SAMPLE_RATE) >= MIN_SAMPLES

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.audio.features import HOP, Sound, correlation, harmony_similarity, rhythm_similarity
+from lib.audio.features import HOP, Sound, correlation, harmony_similarity
 from lib.audio.files import SAMPLE_RATE
 from lib.model.cascade import cosine, rms
 from lib.model.masks import Masks
@@ -161,7 +161,7 @@ def tones(output: Sound, input: Sound, target: Sound) -> Tensor:
 ON_SOUND: dict[str, Callable[[Sound, Sound, Sound, LossConfig], Tensor]] = {  # of output, input and target
     "stft": lambda y, a, b, config: (stft_distance(y, a) + stft_distance(y, b)) / 2,
     "mel": lambda y, a, b, config: (mel_distance(y, a) + mel_distance(y, b)) / 2,
-    "rhythm": lambda y, a, b, config: 1 - rhythm_similarity(y, a).mean(),  # 0 to 2
+    "rhythm": lambda y, a, b, config: 1 - correlation(y.onsets, a.onsets).mean(),  # 0 to 2
     "harmony": lambda y, a, b, config: 1 - harmony_similarity(y, b).mean(),  # of pitch classes over time
     "onsets": lambda y, a, b, config: 1 - correlation(y.hits, a.hits).mean(),
     "notes": lambda y, a, b, config: 1 - F.cosine_similarity(y.notes.flatten(1), b.notes.flatten(1)).mean(),
