@@ -154,14 +154,11 @@ def fuse_recipe(options: argparse.Namespace) -> int:
     result = follow_recipe(options.recipe, run=options.run, codec=options.codec)
     _check_out(options.out, result.files)
     save_audio(options.out, result.wav)
-    print(f"{options.out}: {result.wav.shape[-1] / SAMPLE_RATE:.2f} s, ", end="")
-    if result.equal:
-        print("equal to the recipe's output bit for bit")
-        return 0
     there, here = (f"torch {v.get('torch')}, commit {v.get('commit')}" for v in (result.versions, versions()))
-    print(f"NOT equal to the recipe's output: it is from {there}, this from {here};", end=" ")
-    print("or the processor differs, or the recipe was edited")
-    return 1
+    why = f"it is from {there}, this from {here}; or the processor differs, or the recipe was edited"
+    found = "equal to the recipe's output bit for bit" if result.equal else f"NOT equal to the recipe's output: {why}"
+    print(f"{options.out}: {result.wav.shape[-1] / SAMPLE_RATE:.2f} s, {found}")
+    return int(not result.equal)
 
 
 if __name__ == "__main__":

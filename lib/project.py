@@ -107,8 +107,7 @@ def open_project(
 ) -> Project:
     """Find or make everything that training needs; `UserError` for bad data, codec or folders. `data_dir`: a folder of
     music, empty: generated demo songs; `out_dir`: the run's folder, empty: outputs/<preset>; both relative to the
-    repository. Latents are cached in data/latents, by content. `processes` that call this together share the encoding.
-    """
+    repository. Latents are cached in data/latents, by content; `processes` that call this together share encoding."""
     out = ROOT / (out_dir or f"outputs/{preset.name}")
     codec = load_codec(preset.codec)
     data = ROOT / data_dir if data_dir else demo_folder("demo", preset.data.seed)

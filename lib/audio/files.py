@@ -64,9 +64,8 @@ def load_audio(
     path: str | Path, offset: int = 0, length: int | None = None, sample_rate: int = SAMPLE_RATE, *, mix: bool = True
 ) -> torch.Tensor:
     """Read a window of a file at `sample_rate` as float32 `[1, N]`, the mean of its channels; `[C, N]` without `mix`.
-    `offset` and `length` count samples at `sample_rate`; without a length it reads to the end. The result equals that
-    slice of the whole resampled file, shorter or empty past its end. `AudioError` for a damaged file and non-finite
-    samples. Only the window is read."""
+    `offset` and `length` (None: to the end) count samples at `sample_rate`. The result equals that slice of the whole
+    resampled file, of which only it is read, shorter or empty past the end. `AudioError` if damaged or not finite."""
     if offset < 0 or (length is not None and length < 0):
         raise ValueError(f"offset and length must not be negative, got {offset} and {length}")
     with _open(path) as file:

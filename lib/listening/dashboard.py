@@ -1,6 +1,5 @@
-"""Watch a training run: curves, time left, the newest clips and a button that stops it. `watch("outputs/demo")` shows a
-run that trains anywhere on the same file system, notebook 04 its own. The button writes a file into the run's
-folder."""
+"""Watch a training run: curves, time left, the newest clips and a button, which writes a file that stops it into the
+run's folder. `watch("outputs/demo")` shows a run that trains anywhere on the same file system, notebook 04 its own."""
 
 import asyncio
 import contextlib
@@ -133,9 +132,8 @@ class Panel:
 
 
 def leave_subshell_to_front_end(widget: Widget) -> None:
-    """Let a widget's messages reach the subshell that the front end sends them to. ipykernel 7.4 sends them to the one
-    that the widget was created in, which is busy while the cell runs, and has no public switch for that: its private
-    note of that shell is removed."""
+    """Let a widget's messages reach the subshell that the front end sends them to. ipykernel 7.4 notes the one that it
+    was created in, which is busy while the cell runs. That note is private and is removed: no public switch exists."""
     if widget.comm is not None:
         vars(widget.comm).pop("_reply_subshell_id", None)
 

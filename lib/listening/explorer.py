@@ -38,10 +38,8 @@ class RmsExplorer:
         self.across = across / across.norm() * target.norm()  # orthogonal to the input, at the target's RMS
         self.along = direction * target.norm()
         variant = next(variant for variant in VARIANTS if variant.name == EXPLODING)
-        self.cascades = {}
-        for spectral_norm in (True, False):
-            config = dataclasses.replace(variant, every={"spectral_norm": spectral_norm}).cascade(num_layers)
-            self.cascades[spectral_norm] = untrained(config, seed=0)
+        variants = {on: dataclasses.replace(variant, every={"spectral_norm": on}) for on in (True, False)}
+        self.cascades = {on: untrained(changed.cascade(num_layers), seed=0) for on, changed in variants.items()}
         with plt.rc_context(STYLE | {"axes.grid.axis": "y", "figure.constrained_layout.use": False}):
             self.figure = Figure(figsize=(7, 3.3), dpi=90)  # drawn once, then updated
             axes = self.figure.add_axes((0.09, 0.1, 0.72, 0.78))

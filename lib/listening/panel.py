@@ -56,9 +56,8 @@ class Listening:
     def compare(
         self, input: Clip, target: Clip, runs: Sequence[str], settings: Settings | None = None, restored: bool = False
     ) -> tuple[Players, dict[str, tuple[Tensor, Tensor]]]:
-        """A pair beside its fusion by each run, and by hand: the plain average and HPSS, through the codec. And for
-        each run with masks, mel powers `[80, F]` of what it took from input and target. `restored`: at 48 kHz, with an
-        upper band."""
+        """A pair beside its fusion by each run and by hand: the plain average and HPSS, through the codec. And for each
+        run with masks, mel powers `[80, F]` of what it took from both. `restored`: at 48 kHz, with an upper band."""
         pair = load_pair(input, target)
         wavs, parts = dict(zip(("input", "target"), pair, strict=True)), {}
         for run in runs:

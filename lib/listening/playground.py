@@ -1,6 +1,5 @@
-"""The playground: one input fused with several targets, while sliders change the model's settings; headless, a few
-settings of one pair. A favourite is saved as a WAV with a recipe that renders it again (`python -m lib.fuse --recipe`).
-"""
+"""The playground: one input fused with several targets while sliders change the model's settings; headless, settings
+of one pair. A favourite is saved as a WAV with a recipe that renders it again, by `python -m lib.fuse --recipe`."""
 
 import shlex
 from pathlib import Path

@@ -17,9 +17,8 @@ from lib.training.trainer import Callback, Trainer
 
 
 class DemoClips(Callback):
-    """Fuses the same validation pairs every few epochs and at the end. Writes audio/pair_0_input.wav, pair_0_target.wav
-    and the fusion, pair_0_epoch_0010.wav or pair_0_last.wav, at the codec's levels, and a figure of the three. All have
-    the whole band: the clips are read by the pairs' manifest."""
+    """Fuses the same validation pairs every few epochs and at the end, in the whole band. Writes a figure and, at true
+    levels, audio/pair_0_input.wav, pair_0_target.wav and the fusion, pair_0_epoch_0010.wav or pair_0_last.wav."""
 
     def __init__(self, codec: Codec, manifest: Manifest, every: int, count: int = 2):
         self.codec, self.manifest, self.every, self.count = codec, manifest, every, count

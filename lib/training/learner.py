@@ -44,9 +44,8 @@ class StepInfo(NamedTuple):
 
 
 class Learner:
-    """A model in training with its optimizer, EMA weights and discriminator. A subclass defines `loss`, and what its
-    reports contain. `groups` are the optimizer's parameter groups, each with its full learning rate as 'full_lr'; None:
-    one, with the config's."""
+    """A model in training with its optimizer, EMA weights and discriminator. A subclass defines `loss` and its reports.
+    `groups`: the optimizer's parameter groups, each with its full learning rate as 'full_lr'; None: the config's."""
 
     batch_names: tuple[str, ...] = ("input", "target")  # of a batch's tensors, for the report of a non-finite one
     adversary: "Adversary | None" = None
