@@ -327,10 +327,8 @@ def record_variations(preset: Preset, overrides: dict[str, Any], data_dir: str, 
 def run_variation(row: Mapping[str, Any], preset: Preset, overrides: dict[str, Any], data_dir: str) -> Path:
     """Run a variation and return its folder."""
     settings = overrides | {"data.seed": row["data_seed"], "train.seed": row["seed"]}
-    only = "" if row["run"] in WHOLE else "04,06"
-    return run_apart(
-        row["run"], preset.name, data_dir, settings, only, NO_VECTORS if row["run"] == "no-vectors" else {}
-    )
+    only, environment = "" if row["run"] in WHOLE else "04,06", NO_VECTORS if row["run"] == "no-vectors" else {}
+    return run_apart(row["run"], preset.name, data_dir, settings, only, environment)
 
 
 def run_apart(
@@ -340,19 +338,8 @@ def run_apart(
     failed."""
     out = ROOT / "outputs" / "variations" / name
     out.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "lib.pipeline",
-        "--preset",
-        preset,
-        "--data",
-        data_dir,
-        "--out",
-        str(out),
-        "--resume",
-    ]
-    command += ["--only", only] if only else []
+    command = [sys.executable, "-m", "lib.pipeline", "--preset", preset, "--data", data_dir, "--out", str(out)]
+    command += ["--resume", *(["--only", only] if only else [])]
     for setting, value in settings.items():
         command += ["--set", f"{setting}={json.dumps(value)}"]  # JSON is YAML
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment

@@ -48,13 +48,12 @@ def rows_of(values: Mapping[str, float], name: str, value: str, form: str = ".2f
 
 def mask_rows(masks: Mapping[str, Masks | None]) -> list[Row]:
     """Complementarity, and the share that is taken of the input."""
-    return [
-        number_row(
-            {"masks": name}, {"complementarity": complementarity(m).mean(), "taken of the input": m.input.mean()}
-        )
-        for name, m in masks.items()
-        if m is not None
-    ]
+    rows = []
+    for name, m in masks.items():
+        if m is not None:
+            found = {"complementarity": complementarity(m).mean(), "taken of the input": m.input.mean()}
+            rows.append(number_row({"masks": name}, found))
+    return rows
 
 
 def term_rows(first: Mapping[str, Any], last: Mapping[str, Any]) -> list[Row]:
