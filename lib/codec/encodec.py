@@ -82,12 +82,8 @@ class EncodecCodec(nn.Module):
         return cls(model, sha256)
 
     def train(self, mode: bool = True) -> "EncodecCodec":
-        """Stays in eval mode, except for the LSTMs: cuDNN has no backward pass for them in eval mode."""
-        super().train(False)
-        for module in self.modules():
-            if isinstance(module, nn.LSTM):
-                module.training = True  # they have no dropout, so nothing else changes
-        return self
+        """Always in training mode, which changes no result: in eval mode cuDNN has no backward pass for LSTMs."""
+        return super().train()
 
     @torch.no_grad()
     def encode(self, wav: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,14 +110,10 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
     for i in range(workers):
         devices.put(i % max(1, torch.cuda.device_count()))
     failed = []
-    with (
-        ProcessPoolExecutor(workers, context, start_worker, (devices,)) as pool,
-        tqdm(total=len(jobs), desc="ablation", unit="run", mininterval=1.0) as progress,
-    ):
+    with ProcessPoolExecutor(workers, context, start_worker, (devices,)) as pool:
         started = {pool.submit(work, job): job for job in jobs}
         try:
-            for future in as_completed(started):
-                progress.update()
+            for future in tqdm(as_completed(started), "ablation", len(jobs), unit="run", mininterval=1.0):
                 error = future.exception()
                 if isinstance(error, UserError | KeyboardInterrupt):
                     raise error
@@ -144,6 +140,9 @@ def start_worker(devices: Any) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get()) if torch.cuda.device_count() else ""
     logging.getLogger("lib.training").setLevel(logging.ERROR)  # variants collapse on purpose
     torch.set_num_threads(1)
+    # on a GPU, only algorithms whose sums do not depend on the order of threads; a CPU has no others
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(torch.cuda.is_available())
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
@@ -173,24 +172,11 @@ def work(job: Job) -> None:
             raise
 
 
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """On a GPU, only algorithms whose sums do not depend on the order of threads. A CPU has no others."""
-    gpu, before = torch.cuda.is_available(), torch.are_deterministic_algorithms_enabled()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(before or gpu)
-    try:
-        with sdpa_kernel(SDPBackend.MATH) if gpu else nullcontext():
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
 def run_job(job: Job) -> None:
     """Train, evaluate, write result.json, and delete the checkpoints."""
     final = bad = None
     try:
-        with deterministic():
+        with sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext():  # see `start_worker`
             final = train_and_evaluate(job)
     except NonFiniteError as error:
         bad = {"step": error.step, "stage": error.stage, "tensor": error.tensor}

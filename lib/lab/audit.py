@@ -45,13 +45,12 @@ def audit_parameters(stages: Sequence[int]) -> list[Verdict]:
     """C3, from the parameters of both stages of the reference."""
     three, two = stages[0] + 2 * stages[1] + AGENT, sum(stages) + AGENT
     both = all(math.isclose(n, said, rel_tol=0.02) for n, said in zip(stages, (6.3e6, 14.2e6), strict=True))
-    totals, saved = {"three": (three, 27.4e6), "two": (two, 18.3e6)}, 1 - two / three
+    near_three, near_two = math.isclose(three, 27.4e6, rel_tol=0.01), math.isclose(two, 18.3e6, rel_tol=0.01)
+    saved = 1 - two / three
     return [
         decide("C3.stages", holds=both, found=" and ".join(f"{n / 1e6:.2f} M" for n in stages)),
-        *(
-            decide(f"C3.{name}", holds=math.isclose(n, said, rel_tol=0.01), found=f"{n / 1e6:.1f} M with the agent")
-            for name, (n, said) in totals.items()
-        ),
+        decide("C3.three", holds=near_three, found=f"{three / 1e6:.1f} M with the agent"),
+        decide("C3.two", holds=near_two, found=f"{two / 1e6:.1f} M with the agent"),
         decide("C3.saved", holds=abs(saved - 0.33) < 0.01, found=f"{saved:.0%} fewer"),
     ]
 
@@ -120,17 +119,12 @@ def audit_named(results: Runs) -> list[Verdict]:
 
 def audit_grid(results: Runs) -> list[Verdict]:
     """C9 and the rest of C14, from the single changes and the 2×2×2 of the protections."""
-    found = by_variant(results)
-    verdicts = [decide("C9.untested", why="the 2×2×2 was not run")]
-    if all(variant.name in found for variant in variants.PROTECTIONS.values()):
-        verdicts = audit_protections({levels: found[v.name] for levels, v in variants.PROTECTIONS.items()})
-    missing = {"why": "this variant was not run"}
-    others = (stability(n, found[n]) if n in found else decide(f"C14.{n}", **missing) for n in FALLBACKS)
-    return [*verdicts, *others]
-
-
-def audit_protections(cells: Mapping[tuple[bool, ...], Runs]) -> list[Verdict]:
-    """C9; `cells`: (spectral norm, clamp, clipping) → runs of the exploding cascade."""
+    found, missing = by_variant(results), "this variant was not run"
+    others = [stability(n, found[n]) if n in found else decide(f"C14.{n}", why=missing) for n in FALLBACKS]
+    if not all(variant.name in found for variant in variants.PROTECTIONS.values()):
+        return [decide("C9.untested", why="the 2×2×2 was not run"), *others]
+    # (spectral norm, clamp, clipping) → runs of the exploding cascade
+    cells = {levels: found[variant.name] for levels, variant in variants.PROTECTIONS.items()}
     bare, clipped, limit = cells[False, False, False], cells[False, False, True], TrainConfig().clip
     bare_peaks = each(bare, peak)
     facts = {"bare": max(bare_peaks), "ended": first_non_finite(bare)}
@@ -141,6 +135,7 @@ def audit_protections(cells: Mapping[tuple[bool, ...], Runs]) -> list[Verdict]:
         *(decide(f"C9.{n}", p, difference(p, bare_peaks) == "lower", facts=facts) for n, p in peaks.items()),
         decide("C9.clipping", each(clipped, peak), stable(clipped) and not stable(bare), short=short),
         decide("C9.bare", each(bare, growth), not stable(bare), facts=facts),
+        *others,
     ]
 
 

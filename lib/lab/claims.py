@@ -105,8 +105,7 @@ def claim_rows(verdicts: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 def markdown_table(verdicts: Sequence[dict[str, Any]]) -> str:
     """claims.json as a Markdown table."""
-    head = ("claim", "seed", "said", "measured (range over seeds)", "verdict")
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines = ["| claim | seed | said | measured (range over seeds) | verdict |", "|" + " --- |" * 5]
     for claim, said, measured, verdict in map(dict.values, claim_rows(verdicts)):
         word, colon, why = verdict.partition(":")
         cells = (claim, CLAIMS[claim].seeds, said, measured, f"**{word}**{colon}{why}")

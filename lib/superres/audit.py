@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.lab.claims import Verdict, judge
+from lib.lab.claims import Verdict, decide
 from lib.superres.mel import HOP, MELS, SAMPLE_RATE
 from lib.superres.unet import Denoiser, GlobalTransformer
 from lib.superres.vae import MelVae
@@ -88,26 +88,23 @@ def audit_sizes(sizes: list[Count], costs: list[Count], transformers: int, laten
     (step,) = (cost for cost in costs if cost.what == "UNet, one step")
     per_batch = Count(step.what, 8 * step.counted, step.claimed)
     found = f"{per_batch.counted / 1e9:.0f} GMACs, {step.counted / 1e9:.1f} a clip"
-    own = [(s, f"{s.what}: {s.claimed / 1e6:.2f} M parameters") for s in sizes if s is not inner]
+    own = [size for size in sizes if size is not inner]
     return [
-        *(judge("C16", said, size.agrees, found=f"{size.counted / 1e6:.2f} M") for size, said in own),
-        judge("C17", "18 (or 12) conditioned transformers", transformers in (12, 18), found=str(transformers)),
-        judge("C17", "with 14.3 M parameters", inner.agrees, found=f"{inner.counted / 1e6:.1f} M"),
-        judge("C17", "latents [16, 64, 64]", tuple(latent) == (16, 64, 64), found=str(list(latent))),
-        judge("C17", "57.5 GMACs a step for a batch of eight", per_batch.agrees, found=found),
+        *(decide(f"C16.{s.what}", holds=s.agrees, found=f"{s.counted / 1e6:.2f} M") for s in own),
+        decide("C17.transformers", holds=transformers in (12, 18), found=str(transformers)),
+        decide("C17.parameters", holds=inner.agrees, found=f"{inner.counted / 1e6:.1f} M"),
+        decide("C17.latents", holds=tuple(latent) == (16, 64, 64), found=str(list(latent))),
+        decide("C17.step", holds=per_batch.agrees, found=found),
     ]
 
 
 def audit_attention(pooled: Tensor, sequence: Tensor) -> list[Verdict]:
     """C18, from the attention outputs `[C, H, W]` for one pooled vector and for a sequence as context."""
     verdicts = []
-    for said, received, why in (
-        ("each position queries the global context, one pooled vector", pooled, ""),
-        ("the same with the sequence as context", sequence, "the repair that is the default here"),
-    ):
+    for part, received, why in (("pooled", pooled, ""), ("sequence", sequence, "the repair that is the default here")):
         differ = (spread := spread_over_places(received)) > ALIKE
         found = f"places differ by {spread:.0%} of what they receive" if differ else "every place receives the same"
-        verdicts.append(judge("C18", said, differ, found=found, why=why))
+        verdicts.append(decide(f"C18.{part}", holds=differ, found=found, why=why))
     return verdicts
 
 

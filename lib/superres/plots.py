@@ -15,6 +15,7 @@ from lib.superres.mel import HOP, SAMPLE_RATE, SILENCE
 from lib.training.run import Run
 from lib.util.stats import describe
 
+Rows = list[dict[str, str]]
 COLOURS = "#BBBBBB #777777 #56B4E9 #CC79A7 #D55E00 #009E73 #000000 #E69F00"
 METHOD_COLOURS = dict(zip(METHODS, COLOURS.split(), strict=True))
 LOUDEST = 2.5  # of a log mel, about
@@ -89,9 +90,6 @@ def distances(scores: Sequence[Score]) -> Figure:
     axes.set(xlabel="cutoff (kHz)", ylabel="LSD above the cutoff", ylim=(0, None))
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
-
-
-Rows = list[dict[str, str]]
 
 
 def size_rows(sizes: Sequence[Count]) -> Rows:

@@ -114,8 +114,7 @@ class SuperResolver:
                 yield from torch.cat([low, audible(low) * (full - low)], dim=1)
 
         for piece in crossfaded(parts(), round(OVERLAP * length), margin=round(MARGIN * length), keep_power=True):
-            own, added = piece.chunk(2)
-            yield own + added
+            yield torch.add(*piece.chunk(2))  # the clips' own sound and the added band
 
     def restore_signal(self, wav: Tensor, settings: Restoration = DEFAULTS) -> Tensor:
         """A signal `[C, N]` at 48 kHz, restored unless silent or complete; for a resampled one give its `band_edge`."""

@@ -287,4 +287,3 @@ class Plan:
 
 
 PLANS: dict[str, Plan] = read_entries(Path(__file__).with_name("plans.toml"), lambda name, **parts: Plan(**parts))
-SMALL_PLAN, FULL_PLAN = PLANS["small"], PLANS["full"]

@@ -57,8 +57,7 @@ class GlobalAudioEncoder(nn.Module):
         return self.global_projection(sequence.mean(dim=1)), sequence
 
     def positions_for(self, length: int) -> Tensor:
-        if length == self.positions.shape[1]:
-            return self.positions  # [1, length, hidden_dim]
+        """`[1, length, hidden_dim]`; those of the learned length are not changed."""
         return nn.functional.interpolate(self.positions.mT, length, mode="linear", align_corners=True).mT
 
 

@@ -61,7 +61,6 @@ def griffin_lim(mel: Tensor, known: Tensor, bins: int, *, noise: Tensor, iterati
 
 # Discriminators of Kong et al., and of Kumar et al. 2019, arXiv 1910.06711, at the papers' sizes.
 Output = tuple[Tensor, list[Tensor]]  # logits, and the feature maps before them
-PERIODS = (2, 3, 5, 7, 11)
 
 
 class Discriminator(nn.Module):
@@ -101,7 +100,7 @@ class Discriminators(nn.Module):
 
     def __init__(self, period_channels: int = 32, scale_channels: int = 128):
         super().__init__()
-        self.periods = nn.ModuleList(period_discriminator(period, period_channels) for period in PERIODS)
+        self.periods = nn.ModuleList(period_discriminator(period, period_channels) for period in (2, 3, 5, 7, 11))
         norms = (spectral_norm, weight_norm, weight_norm)
         self.scales = nn.ModuleList(scale_discriminator(norm, scale_channels) for norm in norms)
         self.slower = nn.AvgPool1d(4, 2, padding=2)

@@ -21,9 +21,8 @@ from lib.superres.diffusion import schedule
 from lib.superres.mel import log_mel
 from lib.superres.resolver import SuperResolver
 from lib.superres.training import (
-    FULL_PLAN,
     PARTS,
-    SMALL_PLAN,
+    PLANS,
     DiffusionLearner,
     EncodedExamples,
     PartConfig,
@@ -44,6 +43,7 @@ from lib.util.errors import UserError
 from lib.util.tensors import safe_torch_load
 from superres.conftest import CLIP, DENOISER, DISCRIMINATORS, LOOP, VAE, VOCODER, changed, write_music
 
+SMALL_PLAN, FULL_PLAN = PLANS["small"], PLANS["full"]
 COUNTS = {"train": "examples", "val": "val_examples"}
 # two steps per epoch, the second one smaller; everything that has a state of its own
 HARD = LOOP | {"examples": 3, "max_steps": 3, "checkpoint_every": 2, "ema": 0.6, "schedule": "cosine"}
