@@ -36,7 +36,5 @@ def load_codec(name_or_path: str | Path) -> Codec:
         return CODECS[str(name_or_path)]()
     if Path(name_or_path).is_dir():
         return EncodecCodec.from_directory(name_or_path)
-    raise UserError(
-        f"codec {str(name_or_path)!r}: unknown; choose {' or '.join(CODECS)}, or the path of a directory "
-        f"that holds EnCodec's weights ({WEIGHTS_FILE})"
-    )
+    fix = f"choose {' or '.join(CODECS)}, or the path of a directory that holds EnCodec's weights ({WEIGHTS_FILE})"
+    raise UserError(f"codec {str(name_or_path)!r}: unknown; {fix}")

@@ -132,9 +132,8 @@ busy, stopped = threading.Lock(), threading.Event()  # of this process, if it is
 
 
 def start_worker(devices: Any) -> None:
-    """Before a process takes its first job: its device, one thread, and how it stops. In a group of its own, a
-    terminal's Ctrl-C does not reach it: only the parent's SIGTERM stops it. It must not end the process, or the pool
-    kills the others."""
+    """Before a process takes its first job. In a group of its own, a terminal's Ctrl-C does not reach it: only the
+    parent's SIGTERM stops it. It must not end the process, or the pool kills the others."""
     os.setpgrp()
     StopSignals(stop_worker, second_acts=False).__enter__()  # for as long as the process lives
     os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get()) if torch.cuda.device_count() else ""

@@ -60,10 +60,11 @@ def audit_untrained(output_rms: Sequence[Values], scales: Sequence[Values], simi
     laws = {s / 100: CascadeConfig.reference().predict_rms(Clips(similarity=s / 100)) for s in range(101)}
     alike = next(s for s, stages in laws.items() if max(stage.target_scale for stage in stages) <= 1.02)
     near = all(measured.within(values, 5.73 * 0.95, 5.73 * 1.05) for values in output_rms)
-    needed = {"alike": alike, "similarity": similarity}
     return [
         decide("C2.levels", output_rms[1], near),
-        decide("C2.factors", scales[0], max(map(max, scales)) <= 1.05, facts=needed),
+        decide(
+            "C2.factors", scales[0], max(map(max, scales)) <= 1.05, facts={"alike": alike, "similarity": similarity}
+        ),
     ]
 
 
@@ -89,10 +90,8 @@ def audit_named(results: Runs) -> list[Verdict]:
     facts = {"steps": steps, "healthy": f"{max(healthy_peaks):.2g}", "ended": first_non_finite(learnable)}
     weak_ends, learnable_ends = (not measured.never_non_finite(runs) for runs in (exploding, learnable))
     level_tells = at_level(reference) and not any(measured.within([r], *measured.HEALTHY_RATIO) for r in quiet)
-    moves, fewer_moves = (
-        [run.final["movement_ratio"] / run.final["rms_ratio"] for run in runs if run.final]
-        for runs in (repair, exploding)
-    )
+    ends = ([run.final for run in runs if run.final] for runs in (repair, exploding))
+    moves, fewer_moves = ([end["movement_ratio"] / end["rms_ratio"] for end in own] for own in ends)
     before_scaling = "stage2/rms_before_scaling"
     return [
         decide("C5.before_scaling", **passing(exploding, before_scaling, 1.09, 1.09)),

@@ -52,10 +52,9 @@ class Verdict:
 def judge(
     claim: str, said: str, holds: Holds, values: Values = None, *, found="", why="", short="", unless: Holds = None
 ) -> Verdict:
-    """A verdict: `holds` decides it; None is 'not tested here', and `why` says what a test would take. `values`: one
-    per seed, for `measured` and `spread`. `found`: what was measured in words, or the unit after the median. `short`:
-    why the runs cannot decide, such as too few steps; the verdict is then 'not tested here' `unless` the outcome is one
-    that more steps could not change."""
+    """A verdict: `holds` decides it; None is 'not tested here', and `why` says what a test would take. `found`: what
+    was measured in words, or the unit after the median of `values`. `short`: why the runs cannot decide, such as too
+    few steps: 'not tested here' `unless` the outcome is one that more steps could not change."""
     if claim not in CLAIMS:
         raise ValueError(f"unknown claim {claim!r}")
     if short and (unless is None or holds is not unless):

@@ -20,9 +20,8 @@ MARKERS = {REFERENCE: "o", EXPLODING: "s", REPAIR: "^", LEARNABLE: "D"}
 PARTS = ("input_projection", "input_norm", "layers", "post_norm", "output_projection", "rms_scaling")
 GREYS = ("#EEEEEE", "#DDDDDD", "#BBBBBB", "#888888", "#444444", "#000000")  # of parts: colours are variants
 OTHER = "#666666"  # of variants that no seed names
-Values = Sequence[float]  # one per seed
-
 HATCHES = ("", "//", "..", "xx", "\\\\")  # by stage
+Values = Sequence[float]  # one per seed
 
 
 @contextmanager
@@ -107,9 +106,8 @@ def gradient_shares(groups: Groups) -> Figure:
 
 def part_share(results: Runs, part: str) -> float:
     """Median over seeds of a part's share in the squared gradient norm at the end; 0 where it has none."""
-    norms = [gradient_norms(result.end) for result in results]
-    shares = [found.get(part, 0.0) / sum(found.values()) if found else 0.0 for found in norms]
-    return statistics.median(shares) if shares else 0.0
+    norms = (gradient_norms(result.end) for result in results)
+    return statistics.median(found.get(part, 0.0) / sum(found.values()) if found else 0.0 for found in norms)
 
 
 def factorial(effects: Mapping[str, Mapping[str, Values]]) -> Figure:

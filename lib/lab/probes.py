@@ -56,12 +56,10 @@ def jacobian_norm(function: Callable[[Tensor], Tensor], x: Tensor, *, iterations
     return pushed.norm().item()
 
 
-def lipschitz_constants(
-    two: Cascade, three: Cascade, input: Tensor, target: Tensor, level: float, seed: int
-) -> dict[str, float]:
+def lipschitz_constants(two: Cascade, three: Cascade, x: Tensor, y: Tensor, level: float, seed: int) -> Row:
     """Jacobian norms of parts and of whole cascades, with respect to both clips `[1, D, T]` together."""
-    both, stage = torch.stack((input, target)), two.stages[0]  # [2, 1, D, T]
-    z = torch.randn(1, input.shape[2], 256, generator=torch.Generator().manual_seed(seed))
+    both, stage = torch.stack((x, y)), two.stages[0]  # [2, 1, D, T]
+    z = torch.randn(1, x.shape[2], 256, generator=torch.Generator().manual_seed(seed))
     return {
         "projection": jacobian_norm(stage.output_projection, z, iterations=12),
         "LayerNorm + projection": jacobian_norm(lambda v: stage.output_projection(stage.post_norm(v)), level * z),

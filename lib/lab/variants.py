@@ -13,10 +13,8 @@ from lib.model.rms_law import LATENT_RMS, initial_projection_rms
 from lib.training.config import TrainConfig
 from lib.util.configs import read_entries
 
-REFERENCE = "final 2-stage"
-EXPLODING = "exploding 3-stage"
-REPAIR = "0.3× repair"
-LEARNABLE = "learnable scalars"
+REFERENCE, EXPLODING = "final 2-stage", "exploding 3-stage"
+REPAIR, LEARNABLE = "0.3× repair", "learnable scalars"
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,8 @@ SETS = {"named": NAMED, "all": VARIANTS}
 # cells of two factorials: which of its factors are on → variant
 PROTECTION_NAMES = ("norm", "clamp", "clipping")
 CAUSE_NAMES = ("weak residual", "learnable scalars", "log penalty")
-PROTECTIONS, CAUSES = (
-    dict(zip(itertools.product((False, True), repeat=3), variants, strict=True)) for variants in (_PROTECTIONS, _CAUSES)
-)
+_LEVELS = tuple(itertools.product((False, True), repeat=3))
+PROTECTIONS, CAUSES = (dict(zip(_LEVELS, variants, strict=True)) for variants in (_PROTECTIONS, _CAUSES))
 
 WHOLE, WHOLE_3 = "whole system", "whole system, 3 stages"
 CREATIVE, RECONSTRUCTION = "creative terms alone", "creative terms, reconstruction"

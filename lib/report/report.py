@@ -113,9 +113,8 @@ def write_report(
 ) -> Path:
     """Join the sections in `out_dir` into `index.html`, and return its path; facts and tables go to `summary.json`.
     `failures`: notebook → why it did not finish. `to_come`: notebooks that have not run yet, which the page lists."""
-    stored = {section["name"]: section for section in sections(out_dir) if section["name"] not in to_come}
-    for name in failures.keys() - stored.keys():
-        stored[name] = {"name": name, "title": title_of(name), "items": []}
+    stored = {name: {"name": name, "title": title_of(name), "items": []} for name in failures}
+    stored |= {section["name"]: section for section in sections(out_dir) if section["name"] not in to_come}
     if not stored:
         raise UserError(f"{out_dir}: no sections to report on; run the notebooks first")
     shown = [stored[name] for name in sorted(stored, key=lambda name: (name != FIRST, name))]

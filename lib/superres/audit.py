@@ -88,9 +88,8 @@ def audit_sizes(sizes: list[Count], costs: list[Count], transformers: int, laten
     (step,) = (cost for cost in costs if cost.what == "UNet, one step")
     per_batch = Count(step.what, 8 * step.counted, step.claimed)
     found = f"{per_batch.counted / 1e9:.0f} GMACs, {step.counted / 1e9:.1f} a clip"
-    own = [size for size in sizes if size is not inner]
     return [
-        *(decide(f"C16.{s.what}", holds=s.agrees, found=f"{s.counted / 1e6:.2f} M") for s in own),
+        *(decide(f"C16.{s.what}", holds=s.agrees, found=f"{s.counted / 1e6:.2f} M") for s in sizes if s is not inner),
         decide("C17.transformers", holds=transformers in (12, 18), found=str(transformers)),
         decide("C17.parameters", holds=inner.agrees, found=f"{inner.counted / 1e6:.1f} M"),
         decide("C17.latents", holds=tuple(latent) == (16, 64, 64), found=str(list(latent))),

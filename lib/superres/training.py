@@ -4,7 +4,6 @@ holds sizes and training of all parts: seed 004's for a GPU, a small one for two
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,12 +23,13 @@ from lib.training.batches import Batch, Pairs
 from lib.training.config import AdversaryConfig, LoopConfig, resolved_precision
 from lib.training.learner import Adversary, Learner, Losses, StepInfo
 from lib.training.run import Run
-from lib.training.trainer import Callback, Trainer, open_accelerator
+from lib.training.trainer import Trainer, open_accelerator
 from lib.util.configs import Count, NonNegative, check, checked_dataclass, from_fields, read_entries
 from lib.util.errors import UserError
 from lib.util.provenance import code_fingerprint
 
 MEASURED = 64  # examples from which the mel's mean and the latents' scale are computed
+FROM_DATA = ("sizes.mel_mean", "sizes.mel_std", "latent_scale", "vae_sha256")  # fields of a run's config
 CACHE = 4 * 2**30  # bytes of encoded examples to keep in memory
 CONDITION_DROPOUT = 0.1  # share of clips trained without the context, and as many without any condition
 MEL_WEIGHT, FEATURE_WEIGHT = 45.0, 2.0  # of HiFi-GAN's losses, as in its paper
@@ -129,8 +129,7 @@ class VocoderLearner(Learner):
         loss = MEL_WEIGHT * terms["loss/mel"]
         if info and (critic := self.adversary.critic(info.step)):
             of_real, of_fake = hifigan.outputs_of_both(critic, real, fake)
-            terms["loss/adversarial"] = hifigan.generator_loss(of_fake)
-            terms["loss/features"] = hifigan.feature_distance(of_real, of_fake)
+            terms["loss/adversarial"], terms["loss/features"] = hifigan.generator_losses(of_real, of_fake)
             loss = loss + terms["loss/adversarial"] + FEATURE_WEIGHT * terms["loss/features"]
         return loss, terms, (fake, real)
 
@@ -177,11 +176,9 @@ def train_part(
     name: str | None = None,
     data: dict[str, Pairs] | None = None,
     resume: bool = False,
-    callbacks: Sequence[Callback] = (),
 ) -> Run:
-    """Train a part, a key of `PARTS`, into `folder/<name>`, by default the part's name. The autoencoder's sizes get the
-    log mel's mean and deviation. The denoiser's latents are of `folder/vae`, by `encode`, or `data`. `resume` and
-    `callbacks` as in `lib.training.fusion_learner.train`."""
+    """Train a part, a key of `PARTS`, into `folder/<name or part>`; `resume` as in `lib.training.fusion_learner.train`.
+    The autoencoder's sizes get the log mel's mean and deviation. The denoiser learns `data`, or `encode`'s latents."""
     accelerator = open_accelerator()
     facts, code = {}, [code_fingerprint("lib.superres.training")[:16]]
     if part == "vae":
@@ -195,21 +192,16 @@ def train_part(
             fault = f"does not fit {vae_run.path}, whose latents have {channels}; use that number"
             raise UserError(f"latent_channels={sizes.latent_channels} {fault}")
         facts = {"latent_scale": data["train"].latent_scale, "vae_sha256": vae_run.weights_sha256()}
-        code = [*vae_run.trained_by, *code]
+        code = list(dict.fromkeys([*vae_run.trained_by, *code]))
     data = data or examples_of(library, config)
     config = dataclasses.replace(config, precision=resolved_precision(config.precision))
     config.check_sizes({split: len(found) for split, found in data.items()}, accelerator.num_processes)
     wanted = {"sizes": dataclasses.asdict(sizes), "train": dataclasses.asdict(config), "data": library.fingerprint}
+    resume = resume or not accelerator.is_main_process
     with accelerator.main_process_first():  # it creates the run that the others open
-        run = Run.start(
-            Path(folder) / (name or part),
-            wanted | facts,
-            resume=resume or not accelerator.is_main_process,
-            code=list(dict.fromkeys(code)),
-            measured=("sizes.mel_mean", "sizes.mel_std", "latent_scale", "vae_sha256"),
-        )
+        run = Run.start(Path(folder) / (name or part), wanted | facts, resume=resume, code=code, measured=FROM_DATA)
     config, (learner, model, _) = from_fields(type(config), run.config["train"]), PARTS[part]
-    Trainer(run, config, data, lambda launcher: learner(config, model(sizes), launcher), callbacks).run_to_end()
+    Trainer(run, config, data, lambda launcher: learner(config, model(sizes), launcher)).run_to_end()
     accelerator.wait_for_everyone()
     return run
 

@@ -42,9 +42,8 @@ class GlobalAudioEncoder(nn.Module):
         self.convolutions = nn.Sequential(*blocks, nn.AvgPool2d((2, 1)))
         self.frame_projection = nn.Linear(after * MELS // 32, config.hidden_dim)
         self.positions = nn.Parameter(0.02 * torch.randn(1, config.positions, config.hidden_dim))
-        layer = nn.TransformerEncoderLayer(
-            config.hidden_dim, config.num_heads, config.ffn_dim, config.dropout, batch_first=True
-        )
+        sizes = (config.hidden_dim, config.num_heads, config.ffn_dim, config.dropout)
+        layer = nn.TransformerEncoderLayer(*sizes, batch_first=True)
         self.transformer = nn.TransformerEncoder(layer, config.num_layers, enable_nested_tensor=False)
         first, last = (nn.Linear(config.hidden_dim, size) for size in (config.hidden_dim, config.context_dim))
         self.output_projection = nn.Sequential(first, nn.ReLU(), nn.Dropout(config.dropout), last)

@@ -118,15 +118,10 @@ def discriminator_loss(of_real: list[Output], of_fake: list[Output]) -> Tensor:
     return sum((1 - r).square().mean() + f.square().mean() for (r, _), (f, _) in zip(of_real, of_fake, strict=True))
 
 
-def generator_loss(of_fake: list[Output]) -> Tensor:
-    """Least squares to 1, summed over the discriminators."""
-    return sum((1 - logits).square().mean() for logits, _ in of_fake)
-
-
-def feature_distance(of_real: list[Output], of_fake: list[Output]) -> Tensor:
-    """Mean absolute difference of the feature maps, summed over layers and discriminators."""
-    pairs = zip(of_real, of_fake, strict=True)
-    return sum((r - f).abs().mean() for (_, rs), (_, fs) in pairs for r, f in zip(rs, fs, strict=True))
+def generator_losses(of_real: list[Output], of_fake: list[Output]) -> tuple[Tensor, Tensor]:
+    """Least squares to 1, and the mean absolute difference of the feature maps, summed over all outputs and maps."""
+    maps = [(r, f) for (_, rs), (_, fs) in zip(of_real, of_fake, strict=True) for r, f in zip(rs, fs, strict=True)]
+    return sum((1 - logits).square().mean() for logits, _ in of_fake), sum((r - f).abs().mean() for r, f in maps)
 
 
 def outputs_of_both(discriminators: nn.Module, real: Tensor, fake: Tensor) -> tuple[list[Output], list[Output]]:

@@ -82,6 +82,15 @@ def tiny_job(job: Job) -> None:
     run_job(job)
 
 
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch):
+    """As `start_worker` makes a process: what runs in this one can then be compared to the last bit on a GPU too."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(torch.cuda.is_available())
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def started(monkeypatch) -> list[str]:
     """The keys of the jobs that are run, one after the other in this process, on the tiny codec."""

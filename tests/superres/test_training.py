@@ -56,7 +56,7 @@ def train_in(library, trained) -> Callable[..., Run]:
     def run(
         root: Path, part: str, data=library, sizes=None, resume=False, callbacks=(), encoded=None, **changes
     ) -> Run:
-        options = {"resume": resume, "callbacks": callbacks, "data": encoded}
+        options = {"resume": resume, "data": encoded}
         if part == "diffusion" and not (root / "vae").exists():
             shutil.copytree(trained / "vae", root / "vae", symlinks=True)
         default, training, more = {
@@ -64,7 +64,9 @@ def train_in(library, trained) -> Callable[..., Run]:
             "diffusion": (DENOISER, PartConfig, {}),
             "hifigan": (VOCODER, VocoderTraining, DISCRIMINATORS),
         }[part]
-        return train_part(root, part, data, sizes or default, training(**HARD | more | changes), **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lib.superres.training.Trainer", functools.partial(Trainer, callbacks=callbacks))
+            return train_part(root, part, data, sizes or default, training(**HARD | more | changes), **options)
 
     return run
 

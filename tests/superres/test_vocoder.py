@@ -16,8 +16,7 @@ from lib.superres.vocoder import (
     Vocoder,
     VocoderConfig,
     discriminator_loss,
-    feature_distance,
-    generator_loss,
+    generator_losses,
     griffin_lim,
     outputs_of_both,
     period_discriminator,
@@ -321,13 +320,11 @@ def test_losses_by_hand():
     made = outputs(([0.0, 2.0], [[3.0, 1.0], [-1.0]]), ([-1.0], [[4.5]]))
     # (0 + 4)/2 + (0 + 4)/2, and 1 + 1
     assert discriminator_loss(real, made).item() == 6
-    # (1 + 1)/2, and 4
-    assert generator_loss(made).item() == 5
-    # (2 + 1)/2 + 1, and 1/2
-    assert feature_distance(real, made).item() == 3
+    # (1 + 1)/2, and 4; (2 + 1)/2 + 1, and 1/2
+    assert [loss.item() for loss in generator_losses(real, made)] == [5, 3]
     perfect = outputs(([1.0], [[]])), outputs(([0.0], [[]]))
     assert discriminator_loss(*perfect) == 0
-    assert generator_loss(perfect[0]) == 0
+    assert generator_losses(perfect[0], perfect[0])[0] == 0
     with pytest.raises(ValueError, match="shorter"):
         discriminator_loss(real, made[:1])
 
