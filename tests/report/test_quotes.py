@@ -38,9 +38,8 @@ NOT_MEASURED = {
     "24": "kHz of codecs and fusions",
     "12": "kHz, the highest in them",
     "48": "kHz of super-resolution",
-    "0.1.1": "the encodec package",
-    "4.0": "its licence",
-    **dict.fromkeys(("02", "03", "04", "05"), "a notebook"),
+    "4.0": "the licence of EnCodec's weights",
+    **dict.fromkeys(("02", "03", "05"), "a notebook"),
 }
 
 
