@@ -2,8 +2,9 @@
 
     python -m lib.compare outputs/a outputs/b [--out DIR] [--pairs 3] [--judged 24]
 
-The pairs are validation pairs of the first run whose music neither run was trained on. Prints the tables and writes
-them, with curves and players, to a page: outputs/compare/<a>-<b>/index.html by default.
+The pairs are validation pairs of the first run whose music neither run was trained on; those that are measured are of
+two songs, if there are some. Prints the tables and writes them, with curves and players, to a page, by default
+outputs/compare/<a>-<b>/index.html.
 """
 
 import argparse
@@ -65,9 +66,10 @@ def compare_runs(
     rows = [{"field": field} | dict(zip(names, map(str, values), strict=True)) for field, *values in changes]
     configs = Section(out, "config", "Configs")
     configs.key_figure("fields of the configs that differ", str(len(rows)))
+    of_two_songs = {what: pair for what, pair in new.items() if pair[0].sha256 != pair[1].sha256} or new
     tables = {
         "configs": configs.table(rows or [{"field": "none: the configs are equal"}], "What differs in the configs"),
-        "metrics": write_metrics(Section(out, "metrics", "Metrics"), compared, spread(new, judged)),
+        "metrics": write_metrics(Section(out, "metrics", "Metrics"), compared, spread(of_two_songs, judged)),
     }
     sounds = Section(out, "sounds", "Sounds")
     for what, clips in spread(new, pairs).items():
@@ -75,7 +77,7 @@ def compare_runs(
         outputs = {c.name: render(c.model, c.codec, *wavs).wav for c in compared}
         sounds.players(Players({"input": wavs[0], "target": wavs[1], **outputs}), what)
     facts = {c.name: f"{c.run.path}, commit {c.run.config.get('versions', {}).get('commit')}" for c in compared}
-    facts["pairs"] = f"{len(new)} that are new to both, {min(judged, len(new))} of them measured"
+    facts["pairs"] = f"{len(new)} that are new to both, {min(judged, len(of_two_songs))} of them measured"
     return write_report(out, f"{names[0]} and {names[1]}", LEAD, facts), tables
 
 
@@ -90,6 +92,7 @@ def write_metrics(section: Section, compared: Sequence[Compared], pairs: Pairs) 
     found = advantage(measured, a, b, [(input.sha256, target.sha256) for input, target in pairs.values()])
     said = f"{found}, {found.in_words(b)} on {len(pairs)} pair(s) ({TEST})"
     section.key_figure(f"figure of merit of {a} against {b}", said)
+    print(f"figure of merit of {a} against {b}: {said}\n")
     rows, curves = [], {c.name: {split: c.run.metrics(split) for split in ("train", "val")} for c in compared}
     for c, means in zip(compared, fusion_rows(measured, MEASURES, "run"), strict=True):
         section.key_figure(f"figure of merit of {c.name}", f"{means['merit']}, 1 at best")

@@ -137,6 +137,7 @@ def test_the_metrics_are_those_of_the_sounds(page, runs, codec, songs, new_pairs
     songs_of_pairs = [(pair.input.sha256, pair.target.sha256) for pair in new_pairs]
     said = advantage(everything, "a", "b run", songs_of_pairs).in_words("b run")
     assert f"{said} on {len(new_pairs)} pair(s) ({escape(TEST)})" in page[0]
+    assert f"{said} on {len(new_pairs)} pair(s) ({TEST})\n" in page[2]
 
 
 def test_both_runs_play_the_same_pair(page, runs, codec, songs, new_pairs):
@@ -194,10 +195,13 @@ def test_in_a_notebook_the_tables_come_back(tmp_path, runs, monkeypatch):
     assert tables["metrics"].caption.startswith("Means over 1 validation pairs")
 
 
-def test_equal_configs_are_said_to_be_equal(tmp_path, runs):
+def test_equal_runs_are_said_to_be_equal_on_pairs_of_two_songs(tmp_path, runs, songs):
     shutil.copytree(runs[0].path, tmp_path / "twin", symlinks=True)
     write_manifest(lib.compare.read_manifest(runs[0].path / "manifest.json"), tmp_path / "twin/manifest.json")
-    _, tables = compare_runs(runs[0].path, tmp_path / "twin", tmp_path / "out", pairs=1, judged=2)
+    _, tables = compare_runs(runs[0].path, tmp_path / "twin", tmp_path / "out", pairs=1, judged=99)
+    of_two = sum(len(songs_of(pair)) == 2 for pair in songs.split("val"))
+    assert 0 < of_two < len(songs.split("val"))
+    assert tables["metrics"].caption.startswith(f"Means over {of_two} validation pairs")
     assert tables["configs"].rows == [["none: the configs are equal"]]
     first, second = tables["metrics"].rows
     assert first[1:] == second[1:]
