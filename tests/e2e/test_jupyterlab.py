@@ -19,13 +19,11 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.jupyterlab]
 
 @pytest.fixture(scope="module")
 def trained(lab):
-    """An output folder in which notebooks 04 and 05 have run."""
+    """An output folder in which notebooks 04 and 05 have run, with masks and stages, so that every slider acts."""
     out = lab.folder / "trained"
-    subprocess.run(
-        [sys.executable, "-m", "lib.pipeline", "--preset", "smoke", "--only", "04,05", "--out", out],
-        check=True,
-        capture_output=True,
-    )
+    command = [sys.executable, "-m", "lib.pipeline", "--preset", "smoke", "--only", "04,05", "--out", out]
+    command += ["--set", "model.num_stages=1", "--set", "model.num_layers=1"]
+    subprocess.run(command, check=True, capture_output=True)
     return out
 
 
