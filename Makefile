@@ -47,10 +47,11 @@ BENCH ?= outputs/bench
 bench: .venv/ready
 	$(BIN)/python tests/bench $(PARTS) --out $(BENCH)
 
-# measure what the README quotes, in a clone of this commit, and replace outputs/record/; resumes on the same commit
+# measure what the README quotes, in a clone of this commit, into outputs/record/; resumes on the same commit. Two to four
+# hours in all; PARTS="fusion" measures some of it and keeps the rest
 PRESET ?= demo
 record: .venv/ready
-	$(BIN)/python -m lib.record --preset $(PRESET)
+	$(BIN)/python -m lib.record --preset $(PRESET) $(if $(PARTS),--parts $(PARTS))
 
 # execute the stored notebooks with the smoke preset and store their outputs
 notebooks: .venv/ready

@@ -1,22 +1,21 @@
-"""Measure what the README quotes, from one clean commit, and replace outputs/record/ as a whole.
+"""Measure what the README quotes, from a clean commit, into outputs/record/.
 
-    python -m lib.record --preset demo [--data DIR] [--codec NAME|DIR] [--set record.steps=200]
+    python -m lib.record --preset demo [--parts fusion ...] [--data DIR] [--codec NAME|DIR] [--set record.steps=200]
 
 Everything is measured in a clone of the commit, in outputs/recording/, so neither older files nor later edits matter.
+Parts that are not measured stay; record.json has commit, preset, codec, music and machine of each part:
 
-    record.json        the commit, which no other file names, the preset, the codec and the machine
-    ablation.json      every run of the grid, and which verdicts depth changes
-    schedule.json      every run of the whole schedule in miniature
-    superres.json      distances of a super-resolver that was trained for longer
-    fusion.json        notebook 04 on real music: several training seeds, and what each change of the system brings
-    variations.json    the demo with other songs and seeds, on one thread, and without vector instructions
-    gpu.json, gpu.png  only where a GPU trained runs for it: their figure of merit over time
-    bench.json         speed compared with stock PyTorch modules, and bench.md, the same as tables
-    summary.json       facts and tables of the notebooks, and the figures in FIGURES
-    claims.json        the audit of every claim, and claims.md, the same as a table
+    bench       bench.json         speed compared with stock PyTorch modules, and bench.md, the same as tables
+    ablations   ablation.json      every run of the grid, and which verdicts depth changes
+                schedule.json      every run of the whole schedule in miniature
+    fusion      fusion.json        notebook 04 on real music: training seeds, and what each change of the system brings
+    superres    superres.json      distances of a super-resolver that was trained for longer
+    notebooks   summary.json       facts and tables of the notebooks, and the figures in FIGURES
+                claims.json        the audit of every claim, and claims.md, the same as a table
+                variations.json    the demo with other songs and seeds, on one thread, and without vector instructions
+    by hand     gpu.json, gpu.png  only where a GPU trained runs for it: their figure of merit over time
 
-A stopped record resumes on the same commit and starts again on another. What takes a GPU is trained and recorded there,
-by hand, and stays when the rest is recorded again:
+A stopped record resumes on the same commit and starts again on another. What takes a GPU is trained and recorded there:
 
     python -m lib.train --preset full --codec mdct --data data/music --follow 24 --out outputs/long [--set ...]
     python -m lib.record --preset full --codec mdct --data data/music --followed outputs/long [RUN ...]
@@ -59,6 +58,7 @@ from lib.util.errors import UserError, exit_on_user_error
 from lib.util.files import read_json, write_atomic
 from lib.util.provenance import gpu_name, versions
 
+PARTS = ("bench", "ablations", "fusion", "superres", "notebooks")  # the bench while nothing else computes
 FIGURES = ("listening_0", "grid", "collapse")  # that the README shows
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
 # without AVX2, sums are rounded differently; NumPy has had two sets of names for the features it can disable
@@ -128,8 +128,6 @@ def replace_record(new: Path, root: Path) -> None:
     for folder in (staged, old):
         shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(new, staged)
-    for path in target.glob("gpu.*"):
-        shutil.copy(path, staged)
     readme = with_blocks((root / "README.md").read_text(), readme_blocks(staged))
     if target.exists():
         os.rename(target, old)
@@ -138,22 +136,42 @@ def replace_record(new: Path, root: Path) -> None:
     write_atomic(root / "README.md", readme)
 
 
-def record(preset_name: str, overrides: dict[str, Any], data_dir: str, music: Path, folder: Path = RECORD) -> None:
-    """Measure everything into `folder`, emptied first; finished runs are reused. `music`: where real music is, or is
-    brought. `UserError` for bad settings."""
+def record(
+    preset_name: str,
+    overrides: dict[str, Any],
+    data_dir: str,
+    music: Path,
+    parts: Sequence[str] = PARTS,
+    folder: Path = RECORD,
+) -> None:
+    """Measure `parts` into `folder`, in the order of `PARTS`; finished runs are reused. `music`: where real music is or
+    is brought to. `UserError` for bad settings, and where `folder` lacks a part that is to stay."""
     preset = load_preset(preset_name, overrides)
-    with_blocks((ROOT / "README.md").read_text(), dict.fromkeys(BLOCKS, ""))  # fail now if marks are missing
+    whole = set(parts) == set(PARTS)
+    with_blocks((ROOT / "README.md").read_text(), dict.fromkeys(BLOCKS, "") if whole else readme_blocks(folder))
     if preset.name == "full" and not torch.cuda.is_available():
         say("no GPU was found: preset full takes weeks here; PRESET=demo suits such a machine")
     project = open_project(preset, data_dir)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    record_bench(folder)
-    facts = {"preset": preset.name, "codec": project.codec.name}
-    record_ablations(preset, project, folder, facts)
-    record_fusion(preset, overrides, music, folder)  # notebook 04 shows the schedule's record
-    record_superres(preset, project, folder)
-    out = run_notebooks(preset_name, overrides, data_dir, resume=True).parent
+    measure = {
+        "bench": lambda: record_bench(folder),
+        "ablations": lambda: record_ablations(preset, project, folder),
+        "fusion": lambda: record_fusion(preset, overrides, music, folder),  # its notebook shows the schedule's record
+        "superres": lambda: record_superres(preset, project, folder),
+        "notebooks": lambda: record_notebooks(preset, overrides, data_dir, folder),
+    }
+    machine = {"cores": os.cpu_count(), "instructions": torch.backends.cpu.get_cpu_capability(), "gpu": gpu_name()}
+    facts = versions() | {"preset": preset.name, "codec": project.codec.name, "machine": machine}
+    songs = f"music in {Path(data_dir).name}" if data_dir else "generated songs"
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in (part for part in PARTS if part in parts):
+        measure[part]()
+        made = read_json(path) if (path := folder / "record.json").exists() else {}
+        write_json(path, made | {part: facts | {"music": "real music" if part == "fusion" else songs}})
+
+
+def record_notebooks(preset: Preset, overrides: dict[str, Any], data_dir: str, folder: Path) -> None:
+    """All notebooks: their tables, figures and claims, and what varies with songs, seeds and processors."""
+    out = run_notebooks(preset.name, overrides, data_dir, resume=True).parent
     for name in FIGURES:
         shutil.copyfile(out / "figures" / f"{name}.png", folder / f"{name}.png")
     summary = read_json(out / "summary.json", {"facts": dict})
@@ -163,9 +181,6 @@ def record(preset_name: str, overrides: dict[str, Any], data_dir: str, music: Pa
     write_json(folder / "claims.json", claims)
     write_atomic(folder / "claims.md", f"{CLAIMS_HEAD.read_text()}\n{markdown_table(claims)}\n")
     record_variations(preset, overrides, data_dir, out, folder)
-    facts["music"] = f"music in {Path(data_dir).name}" if data_dir else "generated songs"
-    machine = {"cores": os.cpu_count(), "instructions": torch.backends.cpu.get_cpu_capability(), "gpu": gpu_name()}
-    write_json(folder / "record.json", versions() | facts | {"machine": machine})
 
 
 def record_followed(project: Project, paths: Sequence[str], root: Path) -> None:
@@ -195,7 +210,7 @@ def record_followed(project: Project, paths: Sequence[str], root: Path) -> None:
 
 
 def record_bench(folder: Path) -> None:
-    """The benchmark against stock PyTorch, first of all, while nothing else computes."""
+    """The benchmark against stock PyTorch."""
     bench = ROOT / "outputs" / "bench"
     if not (bench / "bench.md").exists():
         say("speed compared with stock PyTorch")
@@ -206,9 +221,10 @@ def record_bench(folder: Path) -> None:
     shutil.copyfile(bench / "bench.md", folder / "bench.md")
 
 
-def record_ablations(preset: Preset, project: Project, folder: Path, facts: dict[str, Any]) -> None:
+def record_ablations(preset: Preset, project: Project, folder: Path) -> None:
     """The ablation grid, the named settings at full depth, and the whole schedule in miniature."""
     results: list[Result] = []
+    facts = {"preset": preset.name, "codec": project.codec.name}
     grid = dataclasses.replace(preset.ablation, variants=preset.record.variants, steps=preset.record.steps)
     deep = dataclasses.replace(grid, variants="named", layers=preset.model.num_layers)
     for ablation in [grid] if deep.layers == grid.layers else [grid, deep]:
@@ -390,6 +406,7 @@ def write_json(path: Path, content: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.record", description="Measure what the README quotes.")
     add_arguments(parser, out=False)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="measure these, and keep the others")
     parser.add_argument("--followed", nargs="+", metavar="RUN", help="record runs of lib.train --follow, and only them")
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)  # in the clone: whose record is to be replaced
     options = parser.parse_args()
@@ -401,11 +418,11 @@ def main() -> None:
             return
         if options.into is None:
             settings = [part for name, value in overrides.items() for part in ("--set", f"{name}={json.dumps(value)}")]
-            continue_in_clone(["--preset", options.preset, "--data", data, *settings])
+            continue_in_clone(["--preset", options.preset, "--data", data, *settings, "--parts", *options.parts])
         if options.into.resolve() == ROOT:
             raise UserError(f"--into {options.into}: is where this command runs; leave it out, and a clone is made")
         try:
-            record(options.preset, overrides, data, options.into / "data" / "music")
+            record(options.preset, overrides, data, options.into / "data" / "music", options.parts)
         except NotebookError as error:
             sys.exit(f"error: {error}")
         replace_record(RECORD, options.into)

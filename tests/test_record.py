@@ -1,8 +1,9 @@
-"""The record: one clean commit, one clone, one folder that takes the old one's place; and what it runs."""
+"""The record: a clean commit, a clone of it, a folder that takes the old one's place; and what its parts run."""
 
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ from lib.record import (
     GUIDANCES,
     LICENCES,
     NO_VECTORS,
+    PARTS,
     STUDY,
     changed_by_depth,
     clean_commit,
@@ -150,12 +152,11 @@ def test_the_command_becomes_itself_in_the_clone(checkout, monkeypatch, tmp_path
 def test_a_record_takes_the_place_of_the_old_one_as_a_whole(checkout, tmp_path, monkeypatch):
     new = tmp_path / "new"
     new.mkdir()
-    (new / "record.json").write_text("1")
-    (checkout / "outputs" / "record" / "gpu.json").write_text("2")  # stays: it takes another machine
-    quoted = lambda folder: dict.fromkeys(BLOCKS, "new" if (folder / "gpu.json").exists() else "gpu.json is missing")  # noqa: E731
+    (new / "record.json").write_text("new")
+    quoted = lambda folder: dict.fromkeys(BLOCKS, (folder / "record.json").read_text())  # noqa: E731
     monkeypatch.setattr(lib.record, "readme_blocks", quoted)
     replace_record(new, checkout)
-    assert sorted(path.name for path in (checkout / "outputs" / "record").iterdir()) == ["gpu.json", "record.json"]
+    assert [path.name for path in (checkout / "outputs" / "record").iterdir()] == ["record.json"]
     assert [path.name for path in (checkout / "outputs").iterdir()] == ["record"]
     assert (checkout / "README.md").read_text() == TEXT.replace("old", "new")
 
@@ -195,7 +196,12 @@ def test_the_command_line_makes_paths_absolute_and_hands_settings_on(monkeypatch
     with pytest.raises(SystemExit):
         lib.record.main()
     settings = ("--set", "train.clip=null", "--set", "train.seed=3", "--set", f'codec="{tmp_path / "weights"}"')
-    assert handed == ["--preset", "demo", "--data", str(tmp_path / "songs"), *settings]
+    assert handed == ["--preset", "demo", "--data", str(tmp_path / "songs"), *settings, "--parts", *PARTS]
+    handed.clear()
+    monkeypatch.setattr(sys, "argv", ["lib.record", "--preset", "demo", "--parts", "superres", "bench"])
+    with pytest.raises(SystemExit):
+        lib.record.main()
+    assert handed == ["--preset", "demo", "--data", "", "--parts", "superres", "bench"]
 
 
 def test_the_command_does_not_measure_where_it_would_write(monkeypatch, capsys):
@@ -215,7 +221,7 @@ def test_the_command_does_not_measure_where_it_would_write(monkeypatch, capsys):
 def test_the_record_has_the_grid_and_the_named_settings_at_full_depth(tmp_path, name, plans):
     asked, (results, _) = [], read_record(RECORD / "ablation.json")
     project = SimpleNamespace(codec=SimpleNamespace(name="mdct"), ablation=lambda plan: asked.append(plan) or results)
-    lib.record.record_ablations(load_preset(name), project, tmp_path, {})
+    lib.record.record_ablations(load_preset(name), project, tmp_path)
     assert [(plan.variants, plan.num_layers, plan.train.max_steps) for plan in asked[:-1]] == plans
     assert asked[-1].variants == SCHEDULED
 
@@ -455,9 +461,7 @@ def test_a_record_holds_everything_and_names_its_commit_in_one_file(stub, monkey
     folder, said = stub
     monkeypatch.setattr(lib.record, "versions", lambda: {"torch": "2", "commit": "abcdef0"})
     written = folder / "record"
-    written.mkdir()
-    (written / "of an earlier record.json").write_text("")
-    lib.record.record("demo", {}, "songs", MUSIC, written)
+    lib.record.record("demo", {}, "songs", MUSIC, folder=written)
     assert said == [MUSIC, ("demo", {}, "songs")]
     names = {"ablation.json", "schedule.json", "bench.json", "summary.json", "claims.json", "record.json"}
     names |= {"bench.md", "claims.md"}
@@ -471,16 +475,41 @@ def test_a_record_holds_everything_and_names_its_commit_in_one_file(stub, monkey
     assert {r.variant for r in results} == {v.name for v in SCHEDULED}
     claims = json.loads((written / "claims.json").read_text())
     assert [row["claim"] for row in claims] == list(CLAIMS)
-    record = json.loads((written / "record.json").read_text())
-    assert (record["commit"], record["preset"], record["music"]) == ("abcdef0", "demo", "music in songs")
+    made = json.loads((written / "record.json").read_text())
+    assert tuple(made) == PARTS
+    assert {(facts["commit"], facts["preset"], facts["codec"]) for facts in made.values()} == {
+        ("abcdef0", "demo", "mdct")
+    }
+    assert (made["fusion"]["music"], made["notebooks"]["music"]) == ("real music", "music in songs")
     assert [path.name for path in written.glob("*") if b"abcdef0" in path.read_bytes()] == ["record.json"]
+
+
+def test_a_part_is_measured_by_itself_and_the_others_stay(stub, monkeypatch):
+    folder, said = stub
+    shutil.copytree(RECORD, written := folder / "record")
+    before = {path.name: path.read_bytes() for path in written.iterdir()}
+    monkeypatch.setattr(lib.record, "versions", lambda: {"torch": "2", "commit": "abcdef0"})
+    lib.record.record("demo", {}, "", MUSIC, ["bench", "fusion"], written)
+    assert said == [MUSIC]
+    changed = {path.name for path in written.iterdir() if path.read_bytes() != before[path.name]}
+    assert changed == {"bench.json", "bench.md", "record.json"}
+    made, old = json.loads((written / "record.json").read_text()), json.loads(before["record.json"])
+    assert {part for part in PARTS if made[part] != old[part]} == {"bench", "fusion"}
+    assert made["bench"]["commit"] == made["fusion"]["commit"] == "abcdef0"
+
+
+def test_a_part_alone_needs_the_others_before_any_run(stub):
+    folder, said = stub
+    with pytest.raises(UserError, match=r"record\.json"):
+        lib.record.record("demo", {}, "", MUSIC, ["fusion"], folder / "record")
+    assert not said
 
 
 def test_a_broken_readme_is_seen_before_any_run(stub):
     folder, said = stub
     (folder / "README.md").write_text("no marks")
     with pytest.raises(UserError, match="marks"):
-        lib.record.record("demo", {}, "", MUSIC, folder / "record")
+        lib.record.record("demo", {}, "", MUSIC, folder=folder / "record")
     assert not said
     assert not (folder / "record").exists()
 

@@ -36,14 +36,18 @@ def with_blocks(readme: str, blocks: Mapping[str, str]) -> str:
 
 def readme_blocks(folder: Path) -> dict[str, str]:
     """The blocks of the record in `folder`, by name."""
-    facts, summary, bench = (read_json(folder / f"{name}.json") for name in ("record", "summary", "bench"))
-    made = f"Commit {facts['commit']}, preset {facts['preset']}, codec {facts['codec']}, {facts['music']}."
+    made, summary, bench = (read_json(folder / f"{name}.json") for name in ("record", "summary", "bench"))
+    origins: dict[str, list[str]] = {}
+    for part, facts in made.items():
+        origin = "commit {commit} (preset {preset}, codec {codec}, {music})".format(**facts)
+        origins.setdefault(origin, []).append(part)
+    last = "; ".join(f"{origin}: {', '.join(parts)}" for origin, parts in origins.items()) + "."
     if "after a stop" not in (took := summary["facts"]["time"]):  # otherwise only part of the time is known
         minutes = sum(map(int, re.findall(r"(\d+) s\b", took))) / 60
-        made += f" All notebooks took {minutes:.0f} minutes on {facts['machine']['cores']} cores."
+        last += f" All notebooks took {minutes:.0f} minutes on {made['notebooks']['machine']['cores']} cores."
     return {
         "music": music_block(folder),
-        "results": "\n".join([*results(read_json(folder / "variations.json", list)), "", f"*{made}*"]),
+        "results": "\n".join([*results(read_json(folder / "variations.json", list)), "", f"*Measured in {last}*"]),
         "speed": speed(bench["cascade"]),
         "distances": distances_table(read_record(folder / "superres.json", Score)[0]),
     }
