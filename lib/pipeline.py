@@ -29,7 +29,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from lib.codec.codec import CODECS
 from lib.presets import PRESETS, Preset, load_preset
-from lib.project import RECORD, ROOT, open_project
+from lib.project import RECORD, RECORDED, ROOT, open_project
 from lib.report.report import FIRST, write_notebook_page, write_report
 from lib.training.run import Run
 from lib.util.errors import UserError, exit_on_user_error
@@ -83,7 +83,8 @@ def run_notebooks(
             say(f"  {item.path}: {item.reason}")
     parameters = {"preset": preset_name, "overrides": overrides, "data_dir": data, "out_dir": str(out)}
     # the index is named by its content; notebooks show recorded results, too, and what lib's TOML files say
-    recorded = [file_sha256(path) for path in sorted([*RECORD.glob("*.json"), *(ROOT / "lib").rglob("*.toml")])]
+    shown = [path for path in (RECORD / f"{name}.json" for name in RECORDED) if path.exists()]
+    recorded = [file_sha256(path) for path in sorted([*shown, *(ROOT / "lib").rglob("*.toml")])]
     inputs = [parameters, dataclasses.asdict(preset), project.codec.fingerprint, project.index.name]
     inputs += [code_of_lib(), recorded]
     chosen, failures, page = [name for name in EXECUTED if name in only], {}, out / "index.html"

@@ -26,6 +26,7 @@ from lib.util.files import make_folder
 
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in notebooks mean this folder, wherever a kernel starts
 RECORD = ROOT / "outputs" / "record"  # what `make record` wrote
+RECORDED = ("ablation", "schedule", "fusion", "superres")  # of that, what notebooks show
 DEMO_SONGS = 64
 UPPER_BAND = {"num_songs": 24, "seconds": 8.0, "sample_rate": 48_000}  # demo songs for super-resolution
 

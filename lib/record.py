@@ -12,7 +12,7 @@ Parts that are not measured stay; record.json has commit, preset, codec, music a
     superres    superres.json      distances of a super-resolver that was trained for longer
     notebooks   summary.json       facts and tables of the notebooks, and the figures in FIGURES
                 claims.json        the audit of every claim, and claims.md, the same as a table
-                variations.json    the demo with other songs and seeds, on one thread, and without vector instructions
+    variations  variations.json    the demo with other songs and seeds, on one thread, and without vector instructions
     by hand     gpu.json, gpu.png  only where a GPU trained runs for it: their figure of merit over time
 
 A stopped record resumes on the same commit and starts again on another. What takes a GPU is trained and recorded there:
@@ -58,7 +58,14 @@ from lib.util.errors import UserError, exit_on_user_error
 from lib.util.files import read_json, write_atomic
 from lib.util.provenance import gpu_name, versions
 
-PARTS = ("bench", "ablations", "fusion", "superres", "notebooks")  # the bench while nothing else computes
+PARTS = (
+    "bench",
+    "ablations",
+    "fusion",
+    "superres",
+    "notebooks",
+    "variations",
+)  # first the bench, while nothing else runs
 FIGURES = ("listening_0", "grid", "collapse")  # that the README shows
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
 # without AVX2, sums are rounded differently; NumPy has had two sets of names for the features it can disable
@@ -137,12 +144,7 @@ def replace_record(new: Path, root: Path) -> None:
 
 
 def record(
-    preset_name: str,
-    overrides: dict[str, Any],
-    data_dir: str,
-    music: Path,
-    parts: Sequence[str] = PARTS,
-    folder: Path = RECORD,
+    preset_name: str, overrides: dict[str, Any], data_dir: str, music: Path, parts=PARTS, folder: Path = RECORD
 ) -> None:
     """Measure `parts` into `folder`, in the order of `PARTS`; finished runs are reused. `music`: where real music is or
     is brought to. `UserError` for bad settings, and where `folder` lacks a part that is to stay."""
@@ -158,6 +160,7 @@ def record(
         "fusion": lambda: record_fusion(preset, overrides, music, folder),  # its notebook shows the schedule's record
         "superres": lambda: record_superres(preset, project, folder),
         "notebooks": lambda: record_notebooks(preset, overrides, data_dir, folder),
+        "variations": lambda: record_variations(preset, overrides, data_dir, folder),
     }
     machine = {"cores": os.cpu_count(), "instructions": torch.backends.cpu.get_cpu_capability(), "gpu": gpu_name()}
     facts = versions() | {"preset": preset.name, "codec": project.codec.name, "machine": machine}
@@ -170,7 +173,7 @@ def record(
 
 
 def record_notebooks(preset: Preset, overrides: dict[str, Any], data_dir: str, folder: Path) -> None:
-    """All notebooks: their tables, figures and claims, and what varies with songs, seeds and processors."""
+    """All notebooks: their facts, tables, figures and claims."""
     out = run_notebooks(preset.name, overrides, data_dir, resume=True).parent
     for name in FIGURES:
         shutil.copyfile(out / "figures" / f"{name}.png", folder / f"{name}.png")
@@ -180,7 +183,6 @@ def record_notebooks(preset: Preset, overrides: dict[str, Any], data_dir: str, f
     claims = with_untested(collect(sections(out)))
     write_json(folder / "claims.json", claims)
     write_atomic(folder / "claims.md", f"{CLAIMS_HEAD.read_text()}\n{markdown_table(claims)}\n")
-    record_variations(preset, overrides, data_dir, out, folder)
 
 
 def record_followed(project: Project, paths: Sequence[str], root: Path) -> None:
@@ -326,12 +328,12 @@ def variations(preset: Preset) -> list[dict[str, Any]]:
     return rows if torch.cuda.is_available() else [*rows, {"run": "no-vectors"} | first]
 
 
-def record_variations(preset: Preset, overrides: dict[str, Any], data_dir: str, out: Path, folder: Path) -> None:
-    """Run the variations, one per core, and write their findings beside those of the run in `out`."""
-    done = variations(preset)
+def record_variations(preset: Preset, overrides: dict[str, Any], data_dir: str, folder: Path) -> None:
+    """Run the variations, one per core, the longest first, and write their findings beside the notebooks' as it is."""
+    out, done = run_notebooks(preset.name, overrides, data_dir, resume=True).parent, variations(preset)
     say(f"{len(done)} variations of {preset.name}")
     with ThreadPoolExecutor(1 if torch.cuda.is_available() else os.cpu_count()) as pool:
-        folders = list(pool.map(lambda row: run_variation(row, preset, overrides, data_dir), done))
+        folders = [*pool.map(lambda row: run_variation(row, preset, overrides, data_dir), done[::-1])][::-1]
     found = [row | found_in(where) for row, where in zip(done, folders, strict=True)]
     rows = [{"run": "as it is"} | found_in(out), *found]
     same = [row for row in found if row["data_seed"] == preset.data.seed]

@@ -258,6 +258,7 @@ def test_resume_skips_what_is_done_under_the_same_conditions(
     monkeypatch.setattr(lib.pipeline, "RECORD", tmp_path)  # of which notebooks show tables
     (tmp_path / "ablation.json").write_text("another record")
     assert runs_of() == list(names)
+    (tmp_path / "claims.json").write_text("what the notebooks said")  # which none of them shows
     assert runs_of() == []
 
 

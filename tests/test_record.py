@@ -241,13 +241,14 @@ def test_the_variations_stand_beside_the_run_as_it_is_in_their_order(monkeypatch
     pairs = dict.fromkeys(("out", *names), "a") | {"songs-1-seed-0": "b"}
     monkeypatch.setattr(lib.record, "run_variation", lambda row, *given: tmp_path / row["run"])
     monkeypatch.setattr(lib.record, "found_in", lambda out: {"pairs": pairs[out.name]})
-    lib.record.record_variations(preset, {}, "", tmp_path / "out", tmp_path)
+    monkeypatch.setattr(lib.record, "run_notebooks", lambda *given, resume: tmp_path / "out" / "index.html")
+    lib.record.record_variations(preset, {}, "", tmp_path)
     rows = json.loads((tmp_path / "variations.json").read_text())
     assert [row["run"] for row in rows] == ["as it is", *names]
     assert rows[2] == {"run": "songs-1-seed-0", "data_seed": 1, "seed": 0, "pairs": "b"}
     pairs["no-vectors"] = "c"
     with pytest.raises(NotebookError, match="no-vectors: has other pairs than the run as it is"):
-        lib.record.record_variations(preset, {}, "", tmp_path / "out", tmp_path)
+        lib.record.record_variations(preset, {}, "", tmp_path)
 
 
 def test_the_study_on_real_music_runs_notebook_04_for_every_setting_and_seed(monkeypatch, tmp_path):
