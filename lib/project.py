@@ -13,7 +13,6 @@ from lib.audio.synth import make_demo_dataset
 from lib.codec.codec import Codec, load_codec
 from lib.data.latents import encode_manifest
 from lib.data.pairs import Manifest, build_manifest
-from lib.evaluation.tables import MASKS_ALONE, WITH_CASCADE  # noqa: F401 (notebook 04 finds them here)
 from lib.lab.ablation import Plan, run_plan
 from lib.lab.results import Result, read_record
 from lib.lab.variants import NAMED, Variant

@@ -49,7 +49,7 @@ from lib.presets import Preset, load_preset
 from lib.project import RECORD, ROOT, Project, open_project
 from lib.report.quotes import BLOCKS, music_block, readme_blocks, with_blocks
 from lib.report.report import sections, tables_of
-from lib.superres.evaluation import GAIN, evaluate
+from lib.superres.evaluation import evaluate
 from lib.superres.resolver import Restoration, SuperResolver
 from lib.superres.training import train_part
 from lib.train import pairs_to_follow
@@ -73,11 +73,14 @@ NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "NPY_DISABLE_CPU_FEATURES": "AVX
 LICENCES = {"nexuiz-music": "GPL-2 or later", "wesnoth-1.16-music": "GPL-2 or later"}  # of data/fetch_music.sh
 # From the seeds' system, preset reference, to the masks alone, one change after the other; then the cascade once more
 MASKED = {"model.num_stages": 2, "model.masking.masking": "learned", "model.masking.restore_rms": True}
+QUIET = MASKED | {"model.masking.restore_rms": False}
 STUDY: dict[str, dict[str, Any]] = {
     SEEDS_SYSTEM: {},
     "our objective and schedule": MASKED,
-    "masked clips not restored": MASKED | {"model.masking.restore_rms": False},
-    "no cascade": MASKED | {"model.masking.restore_rms": False, "model.num_stages": 0},
+    "masked clips not restored": QUIET,
+    "no cascade": QUIET | {"model.num_stages": 0, "model.masking.root": 1},
+    "amplitudes added": QUIET | {"model.num_stages": 0},
+    "wide masks that begin as halves": {"model.masking.hpss_start": False},
     MASKS_ALONE: {},
     WITH_CASCADE: {"model.num_stages": 2},
     "a cascade alone": {"model.num_stages": 2, "model.masking.masking": "none"},
@@ -154,6 +157,8 @@ def record(
     if preset.name == "full" and not torch.cuda.is_available():
         say("no GPU was found: preset full takes weeks here; PRESET=demo suits such a machine")
     project = open_project(preset, data_dir)
+    if "fusion" in parts and subprocess.run([ROOT / "data" / "fetch_music.sh", music], check=False).returncode:
+        raise UserError(f"{music}: lacks the music to measure on; data/README.md says where it comes from")
     measure = {
         "bench": lambda: record_bench(folder),
         "ablations": lambda: record_ablations(preset, project, folder),
@@ -166,10 +171,11 @@ def record(
     facts = versions() | {"preset": preset.name, "codec": project.codec.name, "machine": machine}
     songs = f"music in {Path(data_dir).name}" if data_dir else "generated songs"
     folder.mkdir(parents=True, exist_ok=True)
+    made = {} if whole else read_json(folder / "record.json")
     for part in (part for part in PARTS if part in parts):
         measure[part]()
-        made = read_json(path) if (path := folder / "record.json").exists() else {}
-        write_json(path, made | {part: facts | {"music": "real music" if part == "fusion" else songs}})
+        made[part] = facts | {"music": "real music" if part == "fusion" else songs}
+        write_json(folder / "record.json", made)
 
 
 def record_notebooks(preset: Preset, overrides: dict[str, Any], data_dir: str, folder: Path) -> None:
@@ -267,8 +273,6 @@ def record_superres(preset: Preset, project: Project, folder: Path) -> None:
 def record_fusion(preset: Preset, overrides: dict[str, Any], music: Path, folder: Path) -> None:
     """Notebook 04 on real music, one run per core: every setting of `STUDY`, with the preset's steps and stages of the
     ablation's depth, and the preset itself trained for longer, with several training seeds."""
-    if subprocess.run([ROOT / "data" / "fetch_music.sh", music], check=False).returncode:
-        raise UserError(f"{music}: lacks the music to measure on; data/README.md says where it comes from")
     first = preset.train.seed
     same = {"model.num_layers": preset.ablation.layers, "train.max_steps": preset.train.max_steps}
     same["evaluation.pairs"] = preset.evaluation.pairs
@@ -295,16 +299,20 @@ def record_fusion(preset: Preset, overrides: dict[str, Any], music: Path, folder
 
 
 def measured_in(out: Path) -> dict[str, Any]:
-    """What a run of notebook 04 measured, and its figure of merit over the seconds of training."""
-    tables = tables_of(sections(out))
+    """What a run of notebook 04 measured; its figure of merit over the seconds of training, beside marks on the same
+    pairs; the crossovers that were chosen; and what its stages did at the last step."""
+    tables, run = tables_of(sections(out)), Run.open(out)
     metrics, compared = rows_with(tables, "output", "merit", "onsets"), rows_with(tables, "baseline", "verdict")
     plain = {row["output"]: row["plain merit"] for row in rows_with(tables, "output", "plain merit")}
-    followed = Run.open(out).metrics(SPLIT)
-    curve = [{"seconds": round(row["seconds"]), "merit": round(row["merit"], 3)} for row in followed]
+    curve = [{"seconds": round(row["seconds"]), "merit": round(row["merit"], 3)} for row in run.metrics(SPLIT)]
+    last = run.metrics("val")[-1]
     return {
         "measured": {row["output"]: row | {"plain merit": plain[row["output"]]} for row in metrics},
         "against": {row.pop("baseline"): row for row in map(dict, compared)},
         "curve": curve,
+        "marks": {row["mark"]: float(row["merit on these pairs"]) for row in rows_with(tables, "mark")},
+        "crossovers": {row["recipe"]: int(row["Hz"]) for row in rows_with(tables, "recipe", "Hz")},
+        "stages": {name: round(last[name], 4) for name in last if name.startswith("stage")},
     }
 
 
@@ -345,7 +353,7 @@ def record_variations(preset: Preset, overrides: dict[str, Any], data_dir: str, 
 def run_variation(row: Mapping[str, Any], preset: Preset, overrides: dict[str, Any], data_dir: str) -> Path:
     """Run a variation and return its folder."""
     settings = overrides | {"data.seed": row["data_seed"], "train.seed": row["seed"]}
-    only, environment = "" if row["run"] in WHOLE else "04,06", NO_VECTORS if row["run"] == "no-vectors" else {}
+    only, environment = "" if row["run"] in WHOLE else "04", NO_VECTORS if row["run"] == "no-vectors" else {}
     return run_apart(row["run"], preset.name, data_dir, settings, only, environment)
 
 
@@ -375,16 +383,12 @@ def found_in(out: Path) -> dict[str, Any]:
     stored = sections(out)
     tables = tables_of(stored)
     measured, compared = rows_with(tables, "output", "merit"), rows_with(tables, "baseline", "verdict")
-    gained = rows_with(tables, "cutoff", GAIN)
     claims = {f"{row['claim']}: {row['said']}": row["verdict"] for row in collect(stored)}
-    pairs = json.dumps(read_json(out / "manifest.json")["pairs"])
-    upper_band = read_json(out / "superres" / "vae" / "config.json")["data"]  # songs and their split
+    pairs = json.dumps(read_json(out / "manifest.json")["pairs"])  # songs and their split
     return {
-        "pairs": hashlib.sha256((pairs + upper_band).encode()).hexdigest()[:16],
+        "pairs": hashlib.sha256(pairs.encode()).hexdigest()[:16],
         "merit": {row["output"]: float(row["merit"]) for row in measured},
         "against": {row["baseline"]: row["verdict"].removesuffix(" the baseline") for row in compared},
-        "gain": {row["cutoff"]: row[GAIN] for row in gained},
-        "against_envelope": {row["cutoff"]: row["verdict"].removesuffix(" the envelope") for row in gained},
         "claims": claims if len(stored) > 2 else {},
     }
 

@@ -44,7 +44,7 @@ from lib.record import (
 )
 from lib.report.quotes import BLOCKS, MARKS
 from lib.report.report import Section
-from lib.superres.evaluation import CUTOFFS, GAIN, Evaluation, Score
+from lib.superres.evaluation import CUTOFFS, Evaluation, Score
 from lib.superres.resolver import Restoration
 from lib.training.run import Run
 from lib.util.errors import UserError
@@ -267,7 +267,6 @@ def test_the_study_on_real_music_runs_notebook_04_for_every_setting_and_seed(mon
     clips = [Clip(f"nexuiz-music/{name}.ogg", 0, 48_000, "0" * 64) for name in ("b", "a")]
     manifest = SimpleNamespace(split=lambda name: [Pair("0", "val", "cross", *clips)] if name == "val" else [])
     monkeypatch.setattr(lib.record, "open_project", lambda *given: SimpleNamespace(manifest=manifest))
-    monkeypatch.setattr(lib.record.subprocess, "run", lambda *given, **options: subprocess.CompletedProcess(given, 0))
     lib.record.record_fusion(preset, {"train.clip": 2.0}, music, tmp_path)
     rows, facts = read_record(tmp_path / "fusion.json", dict)
     longer = f"{MASKS_ALONE}, {preset.record.steps_on_music} steps"
@@ -288,28 +287,31 @@ def test_the_study_on_real_music_runs_notebook_04_for_every_setting_and_seed(mon
         load_preset("reference" if name == SEEDS_SYSTEM else "demo", settings)
 
 
-def test_without_music_the_study_says_where_it_comes_from(monkeypatch, tmp_path):
-    monkeypatch.setattr(lib.record.subprocess, "run", lambda *given, **options: subprocess.CompletedProcess(given, 2))
-    with pytest.raises(UserError, match=r"music: lacks the music to measure on; data/README\.md says"):
-        lib.record.record_fusion(load_preset("smoke"), {}, tmp_path / "music", tmp_path)
-
-
 def test_what_notebook_04_measured_is_read_from_its_tables(tmp_path, monkeypatch):
     merits = {"input": "0.00", "trained model": "0.50"}
     tables = {
         "cases": [{"case": "perfect fusion", "merit": "0.9", "onsets": "1"}],
         "means": [{"output": name, "merit": merit, "onsets": "0.30"} for name, merit in merits.items()],
         "older": [{"output": name, "plain merit": "0.70"} for name in merits],
+        "marks": [{"mark": "HPSS", "merit on these pairs": "0.421", "above it after": "3 s"}],
+        "tuned": [{"recipe": "crossover", "Hz": "750"}],
         "against": [{"baseline": "HPSS", "advantage in merit": "+0.1 ± 0.0", "verdict": "better than the baseline"}],
     }
     monkeypatch.setattr(lib.record, "sections", lambda out: [])
     monkeypatch.setattr(lib.record, "tables_of", lambda found: tables)
     run = Run.create(tmp_path / "run", {})
     run.log({"split": "merit", "step": 3, "seconds": 1.6, "merit": 0.12345})
+    run.log({"split": "val", "step": 2, "stage0/output_rms": 9.0})
+    run.log({"split": "val", "step": 3, "loss": 1.0, "stage0/output_rms": 0.123456})
     found = lib.record.measured_in(run.path)
     assert found["measured"]["trained model"] == tables["means"][1] | {"plain merit": "0.70"}
     assert found["against"] == {"HPSS": {"advantage in merit": "+0.1 ± 0.0", "verdict": "better than the baseline"}}
     assert found["curve"] == [{"seconds": 2, "merit": 0.123}]
+    assert (found["marks"], found["crossovers"], found["stages"]) == (
+        {"HPSS": 0.421},
+        {"crossover": 750},
+        {"stage0/output_rms": 0.1235},
+    )
 
 
 def test_runs_that_were_followed_are_recorded_beside_what_recipes_reach(tmp_path, monkeypatch, capsys):
@@ -378,7 +380,7 @@ def test_a_variation_is_a_pipeline_of_its_own_on_one_thread(monkeypatch, tmp_pat
     assert {name: env[name] for name in ("OMP_NUM_THREADS", *NO_VECTORS)} == {"OMP_NUM_THREADS": "1"} | NO_VECTORS
     run_variation(seeded, load_preset("demo"), {}, "")
     command, env = called[-1]
-    assert command[-6:] == ["--only", "04,06", "--set", "data.seed=0", "--set", "train.seed=1"]
+    assert command[-6:] == ["--only", "04", "--set", "data.seed=0", "--set", "train.seed=1"]
     assert (env["OMP_NUM_THREADS"], NO_VECTORS.keys() & env.keys()) == ("1", set())
     code = 1
     with pytest.raises(NotebookError, match=r"no-vectors: failed; .*log\.txt"):
@@ -389,25 +391,20 @@ def test_a_variation_is_a_pipeline_of_its_own_on_one_thread(monkeypatch, tmp_pat
 
 
 def test_what_a_run_has_found_is_read_from_its_tables(tmp_path):
-    training, superres = (Section(tmp_path, name, name) for name in ("04_training", "06_super_resolution"))
+    training, _ = (Section(tmp_path, name, name) for name in ("04_training", "05_listening"))
     training.table([{"output": "trained model", "merit": "0.81"}, {"output": "input", "merit": "0.10"}], "Means")
     training.table([{"baseline": "average", "verdict": "better than the baseline"}], "Compared")
-    superres.table([{"cutoff": "2 kHz", GAIN: "0.10 ± 0.02", "verdict": "worse than the envelope"}], "Gains")
     training.claims([judge("C13", "coherent", True)])
     (tmp_path / "manifest.json").write_text('{"root": "one", "pairs": ["pair"]}')
-    (tmp_path / "superres" / "vae").mkdir(parents=True)
-    (tmp_path / "superres" / "vae" / "config.json").write_text('{"data": "of 48 kHz"}')
     found = found_in(tmp_path)
     assert found["merit"] == {"trained model": 0.81, "input": 0.1}
     assert found["against"] == {"average": "better than"}
-    assert found["gain"] == {"2 kHz": "0.10 ± 0.02"}
-    assert found["against_envelope"] == {"2 kHz": "worse than"}
     assert found["claims"] == {}  # of two notebooks: not the claims of all
     Section(tmp_path, "01_encoding", "01")
     assert found_in(tmp_path)["claims"] == {"C13: coherent": "reproduced"}
     (tmp_path / "manifest.json").write_text('{"root": "another", "pairs": ["pair"]}')
     assert found_in(tmp_path)["pairs"] == found["pairs"]
-    (tmp_path / "superres" / "vae" / "config.json").write_text('{"data": "others"}')
+    (tmp_path / "manifest.json").write_text('{"root": "another", "pairs": ["another"]}')
     assert found_in(tmp_path)["pairs"] != found["pairs"]
 
 
@@ -429,6 +426,11 @@ def stub(monkeypatch, tmp_path):
     bench = {"machine": {"cores": 2, "commit": "abcdef0", "torch": "2"}, "cascade": []}
     (tmp_path / "outputs" / "bench" / "bench.json").write_text(json.dumps(bench))
     (tmp_path / "README.md").write_text(TEXT)
+    (tmp_path / "data").mkdir()
+    (script := tmp_path / "data" / "fetch_music.sh").write_text(
+        "#!/bin/sh\nexit $(cat $1.status 2>/dev/null || echo 0)\n"
+    )
+    script.chmod(0o755)
     said = []
 
     class Project:
@@ -461,7 +463,8 @@ def stub(monkeypatch, tmp_path):
 def test_a_record_holds_everything_and_names_its_commit_in_one_file(stub, monkeypatch):
     folder, said = stub
     monkeypatch.setattr(lib.record, "versions", lambda: {"torch": "2", "commit": "abcdef0"})
-    written = folder / "record"
+    (written := folder / "record").mkdir()
+    (written / "record.json").write_text('{"a part of earlier versions": {}}')
     lib.record.record("demo", {}, "songs", MUSIC, folder=written)
     assert said == [MUSIC, ("demo", {}, "songs")]
     names = {"ablation.json", "schedule.json", "bench.json", "summary.json", "claims.json", "record.json"}
@@ -504,6 +507,15 @@ def test_a_part_alone_needs_the_others_before_any_run(stub):
     with pytest.raises(UserError, match=r"record\.json"):
         lib.record.record("demo", {}, "", MUSIC, ["fusion"], folder / "record")
     assert not said
+
+
+def test_without_music_no_part_is_measured(stub):
+    folder, said = stub
+    (folder / "music.status").write_text("2")
+    with pytest.raises(UserError, match=r"music: lacks the music to measure on; data/README\.md says"):
+        lib.record.record("demo", {}, "", folder / "music", folder=folder / "record")
+    assert not said
+    assert not (folder / "record").exists()
 
 
 def test_a_broken_readme_is_seen_before_any_run(stub):

@@ -82,23 +82,6 @@ def waveform_and_latents(wav: Tensor, latents: Tensor, title: str) -> Figure:
 
 
 @plt.rc_context(STYLE)
-def latent_histogram(latents: Mapping[str, Tensor]) -> Figure:
-    """Distribution of latent values by name, on a log scale, beside a normal distribution of the same RMS."""
-    figure, axes = plt.subplots(figsize=(7, 3.2))
-    for (name, values), colour in zip(latents.items(), (INPUT, TARGET), strict=False):
-        flat = values.flatten().numpy()
-        level = np.sqrt(np.mean(flat**2))
-        counts, edges = np.histogram(flat, bins=120, density=True)
-        axes.step(edges[:-1], counts, where="post", color=colour, label=f"{name}, RMS {level:.2f}")
-    x = np.linspace(edges[0], edges[-1], 400)
-    normal = np.exp(-((x / level) ** 2) / 2) / (level * np.sqrt(2 * np.pi))
-    axes.plot(x, normal, color=AVERAGE, linestyle="--", label="normal distribution")
-    axes.set(yscale="log", ylim=(1e-6, None), xlabel="latent value", ylabel="density")
-    axes.legend()
-    return figure
-
-
-@plt.rc_context(STYLE)
 def spectra(wavs: Mapping[str, Tensor], band_edge: float | None) -> Figure:
     """Mean power spectra of `[1, N]` clips at 24 kHz in dB, and the upper edge of the codec's band (Hz), if any."""
     figure, axes = plt.subplots(figsize=(7, 3.2))

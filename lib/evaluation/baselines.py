@@ -21,7 +21,7 @@ from lib.model.fusion import FusionModel
 from lib.training.batches import evenly_spread
 from lib.util.stats import Comparison, paired_comparison
 
-CROSSOVERS = 200.0, 320.0, 500.0, 750.0, 1100.0, 1700.0, 2600.0, 4000.0  # Hz, from which `best_crossovers` chooses
+CROSSOVERS = 130.0, 200.0, 320.0, 500.0, 750.0, 1100.0, 1700.0, 2600.0, 4000.0  # Hz, for `best_crossovers`
 ORACLE = "best crossover for each pair (oracle)"
 Models = Mapping[str, FusionModel]
 Measured = Mapping[str, Sequence[Mapping[str, float]]]  # output → one row of metrics per pair

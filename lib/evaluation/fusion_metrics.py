@@ -1,5 +1,5 @@
-"""Objective metrics of fused sound against its two clips. Training uses none of these features: librosa, mir_eval and a
-packaged transcriber judge.
+"""Objective metrics of fused sound against its two clips, by librosa, mir_eval and a packaged transcriber. Training
+uses none of this code; its hits (`lib.audio.features`) are built much like these onsets, its notes are not.
 
 Onsets are those of hits, not of notes, which `notes` measures. A hit is short and raises most of a band; a note lasts
 and raises its partials only. So what lasts is removed first (the median over 0.2 s of each frequency), and a band rises
@@ -41,10 +41,9 @@ class SoundFeatures:
     beats: np.ndarray  # s
     strength: np.ndarray  # librosa's onset strength [F]
     chroma: np.ndarray  # librosa's share of each pitch class minus 1/12 [12, frames of 53 ms]
-    envelope: np.ndarray  # RMS of 250 segments
     rms: float
     peak: float  # largest absolute sample
-    movement: float  # standard deviation of the envelope over its mean: 0 for a sound of constant level
+    movement: float  # standard deviation over mean of the RMS of 250 segments: 0 for a sound of constant level
 
 
 def sound_features(wav: Tensor) -> SoundFeatures:
@@ -79,7 +78,6 @@ def sound_features(wav: Tensor) -> SoundFeatures:
         find_peaks(pulse)[0] * HOP / SAMPLE_RATE,
         strength,
         np.where(classes.sum(axis=0) > 0, classes - 1 / 12, 0.0),  # or two silent passages would match
-        envelope,
         float(np.sqrt(np.square(samples.astype(float)).mean())),
         float(np.abs(samples).max()),
         float(envelope.std(ddof=1) / envelope.mean()),
@@ -98,12 +96,11 @@ def sound_metrics(output: SoundFeatures, input: SoundFeatures, target: SoundFeat
     notes_left       share of the notes of the input alone that the output keeps, 0 to 1
     artifacts        share of the output's power that neither clip explains, 0 to 1: above four times the louder of them
     level, peak      RMS in dB over `pair_rms` of the clips, −120 for silence; largest absolute sample
-    merit            the figure of merit: harmonic mean of onsets · (1 − onsets_left) and notes · (1 − notes_left). High
-                     only for the input's rhythm *and* the target's harmony, with nothing else of either clip
+    onset_score, note_score            onsets · (1 − onsets_left), at least 0; notes · (1 − notes_left)
+    merit            the figure of merit: harmonic mean of both scores. High only for the input's rhythm *and* the
+                     target's harmony, with nothing else of either clip
     rhythm, harmony, plain_merit       correlation of the onset strengths of output and input; cosine of the chroma of
                      output and target; their harmonic mean
-    input_envelope, target_envelope    correlation of the loudness curves: how much of each the output copies
-    input_mel, target_mel              mean absolute difference of the log mel spectrograms, dB
     movement_ratio                     movement over the clips' mean
     """
     counts = input.full | target.full
@@ -120,9 +117,9 @@ def sound_metrics(output: SoundFeatures, input: SoundFeatures, target: SoundFeat
     notes = 2 * (found & wanted).sum() / max(1, found.sum() + wanted.sum())
     notes_left = (found & unwanted).sum() / max(1, unwanted.sum())
     limit = 4 * maximum_filter1d(np.maximum(input.mel, target.mel), 3, axis=1)
+    scores = max(onsets, 0.0) * (1 - onsets_left), float(notes * (1 - notes_left))
     rhythm = float(correlation(output.strength, input.strength))
     harmony = float(cosine(output.chroma.ravel(), target.chroma.ravel()))
-    decibels = [10 * np.log10(x.mel + 1e-6) for x in (output, input, target)]
     return {
         "onsets": onsets,
         "beats": mir_eval.beat.f_measure(input.beats, output.beats) if len(input.beats) and len(output.beats) else 0.0,
@@ -132,14 +129,12 @@ def sound_metrics(output: SoundFeatures, input: SoundFeatures, target: SoundFeat
         "artifacts": float((output.mel - limit).clip(0).sum() / max(output.mel.sum(), 1e-20)),
         "level": 20 * float(np.log10(max(output.rms / (pair_rms(input.rms, target.rms) + 1e-8), 1e-6))),
         "peak": output.peak,
-        "merit": harmonic_mean(max(onsets, 0.0) * (1 - onsets_left), float(notes * (1 - notes_left))),
+        "onset_score": scores[0],
+        "note_score": scores[1],
+        "merit": harmonic_mean(*scores),
         "rhythm": rhythm,
         "harmony": harmony,
         "plain_merit": harmonic_mean(rhythm, harmony),
-        "input_envelope": float(correlation(output.envelope, input.envelope)),
-        "target_envelope": float(correlation(output.envelope, target.envelope)),
-        "input_mel": float(np.abs(decibels[0] - decibels[1]).mean()),
-        "target_mel": float(np.abs(decibels[0] - decibels[2]).mean()),
         "movement_ratio": 2 * output.movement / (input.movement + target.movement + 1e-8),
     }
 

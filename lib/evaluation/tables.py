@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lib.evaluation.baselines import Measured, mean_metrics
+from lib.evaluation.baselines import Measured, advantage, mean_metrics
 from lib.model.discriminator import Discriminator
 from lib.model.fusion import FusionModel
 from lib.model.masks import Masks, complementarity
@@ -15,7 +15,6 @@ from lib.util.stats import Comparison
 Row = dict[str, Any]
 JUDGED = ("merit", "onsets", "notes", "onsets_left", "notes_left", "beats", "artifacts", "level", "peak")
 PLAIN = ("plain_merit", "rhythm", "harmony")
-COPIED = ("input_envelope", "target_envelope", "input_mel", "target_mel", "movement_ratio")
 SEEDS_SYSTEM, MASKS_ALONE, WITH_CASCADE = "the seeds' system", "wide masks", "wide masks and a cascade"  # settings
 ALONE = "its masks without the stages"  # an output, of a trained model with both
 STUDIED = ("onsets", "notes", "onsets_left", "notes_left", "plain_merit")  # of settings in fusion.json
@@ -76,25 +75,39 @@ def fusion_rows(measured: Measured, metrics: Sequence[str] = JUDGED, head: str =
     return [number_row({head: name}, {metric: mean[metric] for metric in metrics}) for name, mean in means.items()]
 
 
-def advantage_rows(measured: Measured, name: str, found: Mapping[str, Comparison]) -> list[Row]:
-    """The output `name` beside each baseline: the advantage in merit that was found, and how many pairs it won."""
+def advantage_rows(
+    measured: Measured, name: str, found: Mapping[str, Comparison], songs: Sequence[tuple[str, str]]
+) -> list[Row]:
+    """The output `name` beside each baseline: the advantage in merit that was found and in each of the two scores that
+    it is the mean of, and how many pairs it won. `songs`: both songs of each pair."""
     rows = []
     for other, comparison in found.items():
         won = [a["merit"] > b["merit"] for a, b in zip(measured[name], measured[other], strict=True)]
-        row = {"baseline": other, "advantage in merit": str(comparison), "pairs won": f"{sum(won)} of {len(won)}"}
+        row = {"baseline": other, "advantage in merit": str(comparison)}
+        for score in ("onset_score", "note_score"):
+            row[f"in {score.replace('_', ' ')}"] = str(advantage(measured, name, other, songs, score))
+        row["pairs won"] = f"{sum(won)} of {len(won)}"
         rows.append(row | {"verdict": comparison.in_words("the baseline")})
     return rows
 
 
+def overtaken_rows(curve: Sequence[Mapping[str, float]], marks: Mapping[str, float]) -> list[Row]:
+    """The merit of each mark, and after how many seconds of training the curve is above it for the first time."""
+    above = {name: [f"{row['seconds']:.0f} s" for row in curve if row["merit"] > mark] for name, mark in marks.items()}
+    rows = rows_of(marks, "mark", "merit on these pairs", ".3f")
+    return [row | {"above it after": (above[row["mark"]] or ["–"])[0]} for row in rows]
+
+
 def study_rows(studied: Sequence[Mapping[str, Any]]) -> list[Row]:
     """The settings of fusion.json: the trained model's metrics as means over training seeds, and how long training took
-    (s). Merit as a range over seeds."""
+    (s). Merit untrained, and as a range over seeds."""
     rows = []
     for setting in dict.fromkeys(row["setting"] for row in studied):
         own = [row for row in studied if row["setting"] == setting]
         merits = [float(row["measured"]["trained model"]["merit"]) for row in own]
         seconds = statistics.fmean(row["curve"][-1]["seconds"] for row in own)
         head = {"setting": setting, "runs": len(own), "seconds": f"{seconds:.0f}"}
+        head["untrained"] = f"{trained_mean(own, 'untrained model', 'merit'):.2f}"
         head["merit"] = f"{min(merits):.2f}" + (f" to {max(merits):.2f}" if len(own) > 1 else "")
         head[f"merit, {ALONE}"] = f"{trained_mean(own, ALONE, 'merit'):.2f}" if ALONE in own[0]["measured"] else "–"
         rows.append(number_row(head, {name: trained_mean(own, "trained model", name) for name in STUDIED}))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lib.codec.codec import Codec
-from lib.codec.mdct import HOP, ROOT, MdctCodec, _butterfly
+from lib.codec.mdct import GAIN, HOP, ROOT, MdctCodec, _butterfly
 from lib.model.cascade import rms
 from lib.model.fusion import Fusion
 from lib.model.masks import added
@@ -41,9 +41,9 @@ def decode_fusion(codec: Codec, fusion: Fusion, latents: Tensor, rest: Tensor | 
     gains = scale.repeat(2)[:, None, None] * masks[:, -TOP:].mean(1, keepdim=True)  # [2·B, 1, T]
     cosines = _cosines(wav.device, wav.dtype)
     bins = _butterfly(pad(rest.to(wav)[:, 0], (0, -length % HOP)).unflatten(1, (-1, HOP))) @ cosines  # [2·B, T, H]
-    clips = (gains[..., : bins.shape[1]].clamp(max=MAX_GAIN).mT * bins.sign() * bins.abs().pow(1 / ROOT)).chunk(2)
-    mixed = added(*clips, fusion.root)
-    return wav + _butterfly(mixed.pow(ROOT) @ cosines, inverse=True).flatten(1)[:, None, :length]
+    companded = GAIN * bins.sign() * bins.abs().pow(1 / ROOT)  # as latents are: `added` has a smallest amplitude
+    mixed = added(*(gains[..., : bins.shape[1]].clamp(max=MAX_GAIN).mT * companded).chunk(2), fusion.root)
+    return wav + _butterfly((mixed / GAIN).pow(ROOT) @ cosines, inverse=True).flatten(1)[:, None, :length]
 
 
 @cached_table

@@ -27,7 +27,6 @@ LOWEST_TENTH = (N_FFT // 2 + 1) // 10
 
 METHODS = tomllib.loads(Path(__file__).with_name("methods.toml").read_text())
 BOUNDS = ("autoencoder", "vocoder", "griffin-lim")
-GAIN = "LSD less than the envelope's"  # a column of the table of gains, which the record reads
 
 
 def lsd(estimate: Tensor, reference: Tensor, *, above: float = 0.0, matched: bool = False) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib.audio.plots import STAGES, STYLE, draw_image, mel_axes
 from lib.superres.audit import Count
-from lib.superres.evaluation import BOUNDS, GAIN, METHODS, Score
+from lib.superres.evaluation import BOUNDS, METHODS, Score
 from lib.superres.mel import HOP, SAMPLE_RATE, SILENCE
 from lib.training.run import Run
 from lib.util.stats import describe
@@ -130,7 +130,7 @@ def distance_rows(scores: Sequence[Score]) -> Rows:
 def gain_rows(scores: Sequence[Score]) -> Rows:
     """The model's gain on the mean envelope, which `lib.record` reads."""
     return [
-        {"cutoff": kilohertz(s), GAIN: plus_minus(s.gain), "verdict": s.comparison.in_words("the envelope")}
+        {"cutoff": kilohertz(s), "LSD reduction": plus_minus(s.gain), "verdict": s.comparison.in_words("the envelope")}
         for s in scores
         if s.method == "model"
     ]

@@ -19,18 +19,6 @@ EACH_STEP, VALIDATION = {"color": AVERAGE, "linewidth": 0.8}, {"color": OUTPUT, 
 HEALTHY = {"color": "#009E73", "alpha": 0.08, "linewidth": 0}  # the bands of claim C15
 
 
-def loss_curve(train: Rows, val: Rows) -> Figure:
-    """Training and validation loss over steps."""
-    curves = {"training, each batch": (train, "loss", EACH_STEP), "validation": (val, "loss", VALIDATION)}
-    return _curves(curves, ylabel="loss")
-
-
-def gradient_curve(train: Rows, clip: float | None) -> Figure:
-    """Gradient norm before clipping over steps."""
-    curves = {"gradient norm before clipping": (train, "grad_norm", {"color": INPUT, "linewidth": 1})}
-    return _curves(curves, {f"clipped above {clip:g}": clip} if clip else {}, ylabel="gradient norm", yscale="log")
-
-
 def discriminator_curve(train: Rows) -> Figure:
     """Mean logits of the discriminator over steps, for real latents and for fusions; hinge wants them beyond ±1."""
     curves = {
@@ -85,27 +73,33 @@ def training_dashboard(train: Rows, val: Rows, clamps: Sequence[tuple[float, flo
     """A training at a glance: loss, gradient norm, and every stage's RMS and target scale. Claim C15's healthy ranges
     are shaded: a gradient norm below 100, and an RMS of 0.8 to 1.2 of its target. A stage, whose clamp is in `clamps`,
     stays there while its target scale is from lo / 1.2 to hi / 0.8: within the clamp, or not far beyond."""
-    with _over_steps(2, 2, (11, 6), sharex=True) as (figure, ((losses, norms), (levels, scales))):
+    rows = 1 + bool(clamps)
+    with _over_steps(rows, 2, (11, 3 * rows), sharex=True) as (figure, _):
+        losses, norms, *of_stages = figure.axes
         _plot(losses, train, "loss", **EACH_STEP, label="training, each step")
         _plot(losses, val, "loss", **VALIDATION, label="validation")
         _plot(norms, train, "grad_norm", color=INPUT, linewidth=1, label="before clipping")
-        for i in range(len(clamps)):
-            colour = STAGES[i % len(STAGES)]
-            _plot(levels, train, f"stage{i}/output_rms", color=colour, label=f"stage {i} output")
-            _plot(scales, train, f"stage{i}/target_scale", color=colour, label=f"stage {i} target")
-        before, scale = "stage0/rms_before_scaling", "stage0/target_scale"
-        if targets := [row[before] * row[scale] for row in train if row.get(before)]:
-            target = statistics.median(targets)
-            levels.axhspan(0.8 * target, 1.2 * target, **HEALTHY, label="0.8 to 1.2 of the target RMS")
-        if clamped := [clamp for clamp in clamps if clamp is not None]:
-            lows, highs = zip(*clamped, strict=True)
-            scales.axhspan(max(lows) / 1.2, min(highs) / 0.8, **HEALTHY, label="RMS stays within 0.8 to 1.2")
         small = (row["grad_norm"] for row in train if 0 < (row.get("grad_norm") or 0) < 100)
         norms.axhspan(min(small, default=3) / 3, 100, **HEALTHY, label="below 100")
-        losses.set(xlabel="", ylabel="loss")
-        norms.set(xlabel="", ylabel="gradient norm", yscale="log")
-        levels.set(ylabel="RMS (latent units)", ylim=(0, None))
-        scales.set(ylabel="RMS scale", ylim=(0, None))
+        losses.set(ylabel="loss")
+        norms.set(ylabel="gradient norm", yscale="log")
+        if clamps:
+            levels, scales = of_stages
+            losses.set_xlabel("")
+            norms.set_xlabel("")
+            for i in range(len(clamps)):
+                colour = STAGES[i % len(STAGES)]
+                _plot(levels, train, f"stage{i}/output_rms", color=colour, label=f"stage {i} output")
+                _plot(scales, train, f"stage{i}/target_scale", color=colour, label=f"stage {i} target")
+            before, scale = "stage0/rms_before_scaling", "stage0/target_scale"
+            if targets := [row[before] * row[scale] for row in train if row.get(before)]:
+                target = statistics.median(targets)
+                levels.axhspan(0.8 * target, 1.2 * target, **HEALTHY, label="0.8 to 1.2 of the target RMS")
+            if clamped := [clamp for clamp in clamps if clamp is not None]:
+                lows, highs = zip(*clamped, strict=True)
+                scales.axhspan(max(lows) / 1.2, min(highs) / 0.8, **HEALTHY, label="RMS stays within 0.8 to 1.2")
+            levels.set(ylabel="RMS (latent units)", ylim=(0, None))
+            scales.set(ylabel="RMS scale", ylim=(0, None))
     return figure
 
 

@@ -94,11 +94,14 @@ def mean_and_error(values: Sequence[float], groups: Sequence[Hashable] | None = 
 
 
 def paired_comparison(values: Sequence[float], first: Sequence[Hashable], second: Sequence[Hashable]) -> Comparison:
-    """Mean of paired differences, with a standard error clustered two ways, as by a pair's input song and target song:
-    V = V₁ + V₂ − V₁₂, but at least the variance of independent differences; the smaller number of clusters counts as
-    draws (Cameron, Gelbach and Miller 2011, doi 10.1198/jbes.2010.07136). A song that is input and target is two."""
-    draws = min(len(set(first)), len(set(second)))
-    groupings = (None, first, second, list(zip(first, second, strict=True)))
-    independent, by_first, by_second, by_both = (mean_and_error(values, groups)[1] ** 2 for groups in groupings)
-    variance = max(by_first + by_second - by_both, independent) if draws > 1 else math.inf
-    return Comparison(statistics.fmean(values), math.sqrt(variance), draws)
+    """Mean of differences over pairs of an input song and a target song, its standard error by the jackknife: one song
+    is left out at a time, with all pairs that it has a part in, in either role (Snijders and Borgatti 1999, Connections
+    22(2), less their correction for single pairs, which makes it too small where songs matter). The smaller number of
+    songs in a role counts as draws. `ValueError` for lists of different lengths."""
+    mean, draws = statistics.fmean(values), min(len(set(first)), len(set(second)))
+    pairs, songs = list(zip(values, first, second, strict=True)), {*first, *second}
+    without = [[value for value, *pair in pairs if song not in pair] for song in songs]
+    if draws < 2 or not all(without):
+        return Comparison(mean, math.inf, draws)
+    squares = sum((statistics.fmean(rest) - mean) ** 2 for rest in without)
+    return Comparison(mean, math.sqrt(squares * (len(songs) - 1) / len(songs)), draws)

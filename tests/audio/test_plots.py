@@ -30,7 +30,6 @@ LATENTS = 5 * torch.randn(128, 40)
 POWER = torch.rand(80, 40)
 FIGURES = {
     "waveform_and_latents": lambda: plots.waveform_and_latents(sine(440), LATENTS, "a song"),
-    "latent_histogram": lambda: plots.latent_histogram({"input": LATENTS, "target": 2 * LATENTS}),
     "spectra": lambda: plots.spectra({"original": sine(440), "decoded": sine(880)}, 4800.0),
     "mixing_maps": lambda: plots.mixing_maps({str(i): (POWER, POWER.flip(1)) for i in range(5)}, 0.5),
     "waveforms_and_mels": lambda: plots.waveforms_and_mels({"input": sine(440), "output": sine(880)}),
@@ -86,18 +85,6 @@ def test_spectra_peak_at_the_clips_frequency():
     assert curve(axes, "edge of the codec's band, 4.8 kHz")[0] == [4.8, 4.8]
     (axes,) = plots.spectra({"a": sine(3000)}, None).axes
     assert len(axes.lines) == 1
-
-
-def test_latent_histogram_has_the_rms_and_a_normal_distribution():
-    torch.manual_seed(0)
-    values = torch.randn(20_000)
-    values = 3 + 4 * (values - values.mean()) / values.std()  # RMS 5, standard deviation 4
-    (axes,) = plots.latent_histogram({"input": values}).axes
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels[0].startswith("input, RMS 5.00")
-    x, y = curve(axes, "normal distribution")
-    assert max(y) == pytest.approx(1 / (5 * np.sqrt(2 * np.pi)), rel=0.05)
-    assert abs(x[int(np.argmax(y))]) < 0.2
 
 
 def test_waveform_outline_reaches_the_extremes():

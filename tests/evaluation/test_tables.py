@@ -9,6 +9,7 @@ from lib.evaluation.tables import (
     count_parameters,
     fusion_rows,
     mask_rows,
+    overtaken_rows,
     part_rows,
     rows_of,
     stage_rows,
@@ -69,11 +70,16 @@ def test_fusions_are_means_and_advantages_count_the_pairs_won():
         "model": [{"merit": 0.5, "level": 1.0}, {"merit": 0.3, "level": 3.0}],
         "average": [{"merit": 0.4, "level": 1.0}, {"merit": 0.4, "level": 1.0}],
     }
+    for name, (onsets, notes) in {"model": (0.5, 0.25), "average": (0.25, 0.5)}.items():
+        measured[name] = [row | {"onset_score": onsets, "note_score": notes} for row in measured[name]]
     assert fusion_rows(measured, ("level", "merit"))[0] == {"output": "model", "level": "2.00", "merit": "0.40"}
-    (row,) = advantage_rows(measured, "model", {"average": Comparison(0.1, 0.01, 9)})
+    songs = [("a", "b"), ("c", "d")]
+    (row,) = advantage_rows(measured, "model", {"average": Comparison(0.1, 0.01, 9)}, songs)
     assert row == {
         "baseline": "average",
         "advantage in merit": "+0.100 ± 0.010",
+        "in onset score": "+0.250 ± 0.000",
+        "in note score": "-0.250 ± 0.000",
         "pairs won": "1 of 2",
         "verdict": "better than the baseline",
     }
@@ -83,7 +89,8 @@ def study_row(setting: str, merit: float, seconds: int) -> dict:
     trained = dict.fromkeys(("onsets", "onsets left", "notes left", "plain merit"), "0.10")
     trained |= {"output": "trained model", "merit": f"{merit:.2f}", "notes": f"{merit / 2:.2f}"}
     curve = [{"seconds": 0, "merit": 0.0}, {"seconds": seconds, "merit": merit}]
-    return {"setting": setting, "measured": {"trained model": trained}, "curve": curve}
+    measured = {"trained model": trained, "untrained model": trained | {"merit": "0.05"}}
+    return {"setting": setting, "measured": measured, "curve": curve}
 
 
 def test_a_study_has_a_row_for_each_setting_with_its_range_over_seeds():
@@ -92,7 +99,7 @@ def test_a_study_has_a_row_for_each_setting_with_its_range_over_seeds():
     masks, cascade = study_rows(studied)
     assert cascade["merit, its masks without the stages"] == "0.45"
     assert masks == {
-        "setting": "masks", "runs": 2, "seconds": "70", "merit": "0.50 to 0.60",
+        "setting": "masks", "runs": 2, "seconds": "70", "untrained": "0.05", "merit": "0.50 to 0.60",
         "merit, its masks without the stages": "–",
         "onsets": "0.10", "notes": "0.28", "onsets left": "0.10", "notes left": "0.10", "plain merit": "0.10",
     }  # fmt: skip
@@ -102,3 +109,10 @@ def test_a_study_has_a_row_for_each_setting_with_its_range_over_seeds():
 
 def test_without_a_discriminator_it_has_no_row(tiny_cascade):
     assert [row["part"] for row in part_rows(FusionModel(tiny_cascade()))] == ["stage 0", "stage 1"]
+
+
+def test_a_mark_is_overtaken_when_the_curve_is_above_it_for_the_first_time():
+    curve = [{"seconds": s, "merit": m} for s, m in ((0.0, 0.3), (9.6, 0.5), (20.0, 0.4), (30.0, 0.6))]
+    rows = overtaken_rows(curve, {"lower": 0.2, "higher": 0.45, "equal": 0.6})
+    assert [row["above it after"] for row in rows] == ["0 s", "10 s", "–"]
+    assert rows[1] == {"mark": "higher", "merit on these pairs": "0.450", "above it after": "10 s"}

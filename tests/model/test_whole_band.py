@@ -22,14 +22,16 @@ def noise(num_samples: int = 40 * HOP, seed: int = 0) -> Tensor:
     return 0.1 * torch.randn(1, 1, num_samples, generator=torch.Generator().manual_seed(seed))
 
 
-def fuse(input: Tensor, target: Tensor, masks: tuple | None, scale: float = 1.0, whole: bool = True) -> Tensor:
+def fuse(input: Tensor, target: Tensor, masks: tuple | None, scale=1.0, whole=True, root: int = 1) -> Tensor:
     """By the masked clips' sum times `scale`; masks that broadcast to `[1, D, T]`."""
     clips = torch.cat([input, target])
     latents = CODEC.encode(clips)
     masks = masks and Masks(*(torch.as_tensor(mask).float().expand(1, *latents.shape[1:]) for mask in masks))
     parts = latents * (torch.cat(masks) if masks else 0.5)
     rest = left_out(CODEC, clips, latents) if whole else None
-    return decode_fusion(CODEC, Fusion(scale * (parts[:1] + parts[1:]), (), masks), latents, rest, input.shape[-1])
+    return decode_fusion(
+        CODEC, Fusion(scale * (parts[:1] + parts[1:]), (), masks, root), latents, rest, input.shape[-1]
+    )
 
 
 def added(*arguments, **options) -> Tensor:
@@ -55,6 +57,17 @@ def test_a_clip_that_a_mask_takes_whole_comes_out_as_it_was(num_samples):
         fused = fuse(input, target, masks)
         torch.testing.assert_close(fused, wanted, rtol=0, atol=1e-5)
         assert rms(fuse(input, target, masks, whole=False) - wanted) > 0.05
+
+
+@pytest.mark.parametrize("root", [1, 3])
+@pytest.mark.parametrize("loudness", [-20, -60, -80])
+def test_quiet_highs_of_a_whole_clip_are_kept_too(root, loudness):
+    """Their error stays 60 dB below them: 0.1 % of an amplitude."""
+    highs = above(noise())
+    input = tone(1_000) + highs * 10 ** (loudness / 20) / rms(highs)
+    fused = fuse(input, tone(700), (1, 0), root=root)
+    wanted = above(input)
+    assert rms(above(fused) - wanted) < 1e-3 * rms(wanted)
 
 
 def test_without_masks_a_clip_fused_with_itself_comes_out_as_it_was():

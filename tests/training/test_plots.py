@@ -29,8 +29,6 @@ RUN = {"train": training_rows(), "val": val_rows()}
 
 
 FIGURES = {
-    "loss_curve": lambda: plots.loss_curve(training_rows(), val_rows()),
-    "gradient_curve": lambda: plots.gradient_curve(training_rows(), 10.0),
     "stage_curves": lambda: plots.stage_curves(training_rows(), 2, (0.7, 1.5)),
     "discriminator_curve": lambda: plots.discriminator_curve(training_rows()),
     "complementarity_curve": lambda: plots.complementarity_curve(training_rows(), val_rows()),
@@ -106,20 +104,14 @@ def test_stage_curves_without_a_clamp_shows_no_range_and_takes_more_stages_than_
     assert len(right.get_lines()) == 7
 
 
-def test_loss_curve_plots_both_and_leaves_out_what_was_not_finite():
+def test_without_stages_the_dashboard_is_loss_and_gradient_norm_and_leaves_out_what_was_not_finite():
     rows = training_rows()
     rows[1]["loss"] = None  # how metrics.jsonl writes NaN
-    (axes,) = plots.loss_curve(rows, val_rows()).axes
-    assert curve(axes, "training, each batch") == ([1, 5], [10.0, 2.0])
-    assert curve(axes, "validation") == ([2, 5], [7.0, 6.0])
-
-
-@pytest.mark.parametrize(("clip", "lines"), [(10.0, 2), (None, 1)])
-def test_gradient_curve_marks_the_clip(clip, lines):
-    (axes,) = plots.gradient_curve(training_rows(), clip).axes
-    assert curve(axes, "gradient norm before clipping") == ([1, 2, 5], [2.0, 4.0, 10.0])
-    assert len(axes.get_lines()) == lines
-    assert axes.get_yscale() == "log"
+    losses, norms = plots.training_dashboard(rows, val_rows(), ()).axes
+    assert curve(losses, "training, each step") == ([1, 5], [10.0, 2.0])
+    assert curve(losses, "validation") == ([2, 5], [7.0, 6.0])
+    assert curve(norms, "before clipping") == ([1, 2, 5], [2.0, 4.0, 10.0])
+    assert norms.get_yscale() == "log"
 
 
 def test_the_discriminator_curve_shows_both_logits():

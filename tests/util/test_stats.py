@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 
 import pytest
 
@@ -195,33 +196,46 @@ def test_several_comparisons_are_grouped_by_verdict():
     assert in_words(found, {1: "up {names}", -1: "down {names}", 0: "level {names}"}) == "up b, d; down a; level c"
 
 
-def test_two_ways_of_clustering_by_hand():
-    """Pairs ax, ay, bx, bz with 1, 3, 5, 7: mean 4, residuals −3, −1, 1, 3."""
-    found = paired_comparison([1.0, 3.0, 5.0, 7.0], "aabb", "xyxz")
-    by_first = ((-4) ** 2 + 4**2) * 2 / 16  # sums of residuals over a, b; G/(G − 1) = 2; n² = 16
-    by_second = ((-2) ** 2 + (-1) ** 2 + 3**2) * (3 / 2) / 16  # over x, y, z
-    by_both = (9 + 1 + 1 + 9) * (4 / 3) / 16  # every pair of its own
-    assert (found.mean, found.draws) == (4.0, 2)
-    assert found.error == pytest.approx(math.sqrt(by_first + by_second - by_both))
-    assert found.error > 1.1 * mean_and_error([1.0, 3.0, 5.0, 7.0])[1]
-    swapped = paired_comparison([1.0, 3.0, 5.0, 7.0], "xyxz", "aabb")
+def test_the_jackknife_by_hand():
+    """Pairs ab, ac, bc, da with 1, 3, 5, 7: mean 4; without a: 5, without b: 5, without c: 4, without d: 3."""
+    found = paired_comparison([1.0, 3.0, 5.0, 7.0], "aabd", "bcca")
+    assert (found.mean, found.draws) == (4.0, 3)
+    assert found.error == pytest.approx(math.sqrt((1 + 1 + 0 + 1) * 3 / 4))
+    swapped = paired_comparison([1.0, 3.0, 5.0, 7.0], "bcca", "aabd")
     assert swapped.error == pytest.approx(found.error)
 
 
-def test_the_clustered_error_is_at_least_the_independent_one():
-    values = [1.0, -1.0, -1.0, 1.0]  # sums to nothing over every song
-    assert mean_and_error(values, "aabb")[1] == mean_and_error(values, "xyxy")[1] == 0
-    found = paired_comparison(values, "aabb", "xyxy")
-    assert found == Comparison(0.0, mean_and_error(values)[1], 2)
+def test_independent_pairs_have_the_usual_error_and_more_for_the_songs_that_each_removal_takes_twice():
+    """Pairs within one song: the jackknife of a mean is its standard error. Of two songs each: √2 of it, for many."""
+    values = [random.Random(0).gauss(0, 1) + k % 7 for k in range(60)]
+    own = [str(k) for k in range(60)]
+    assert paired_comparison(values, own, own).error == pytest.approx(mean_and_error(values)[1])
+    of_two = paired_comparison(values, own, [f"other {k}" for k in own])
+    assert of_two.error == pytest.approx(mean_and_error(values)[1] * math.sqrt(2), rel=0.02)
 
 
-def test_pairs_within_one_song_are_clustered_one_way():
+def test_pairs_within_one_song_are_clustered():
     values = [1.0, 1.5, 4.0, 4.5, 9.0, 8.0]
     assert paired_comparison(values, "aabbcc", "aabbcc").error == pytest.approx(mean_and_error(values, "aabbcc")[1])
 
 
+@pytest.mark.parametrize("alike", [0.0, 0.5, 1.0])
+def test_chance_is_called_a_difference_at_most_one_time_in_twenty(alike):
+    """40 pairs of 12 songs, whose effects as input and as target are alike to some degree, around no advantage."""
+    chance, called, rounds = random.Random(0), 0, 400
+    all_pairs = list(itertools.permutations(range(12), 2))
+    for _ in range(rounds):
+        inputs = [chance.gauss(0, 1) for _ in range(12)]
+        targets = [alike * x + math.sqrt(1 - alike**2) * chance.gauss(0, 1) for x in inputs]
+        pairs = chance.sample(all_pairs, 40)
+        values = [inputs[a] + targets[b] + chance.gauss(0, 1) for a, b in pairs]
+        called += paired_comparison(values, *zip(*pairs, strict=True)).verdict != 0
+    assert called / rounds < 0.06
+
+
 def test_one_song_on_either_side_gives_an_infinite_error():
-    for first, second in (("aaa", "xyz"), ("xyz", "aaa")):
+    for first, second in (("aaa", "xyz"), ("xyz", "aaa"), ("aba", "aaa")):
         assert paired_comparison([1.0, 2.0, 3.0], first, second) == Comparison(2.0, math.inf, 1)
+    assert paired_comparison([1.0, 3.0], "ab", "ba") == Comparison(2.0, math.inf, 2)  # no pair is without a
     with pytest.raises(ValueError, match="zip"):
         paired_comparison([1.0, 2.0, 3.0], "abc", "ab")
