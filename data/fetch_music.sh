@@ -7,11 +7,15 @@ mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+lacking=() # a second call does nothing
 for package in "${packages[@]}"; do
-    [ -d "$dir/$package" ] && continue # a second call does nothing
+    [ -n "$(find -L "$dir/$package" -name '*.ogg' -print -quit 2>/dev/null)" ] || lacking+=("$package")
+done
+for package in "${lacking[@]}"; do
     for tool in apt-get dpkg-deb; do
         command -v "$tool" >/dev/null && continue
-        echo "error: $tool is missing; download the Debian package $package and unpack its .ogg files into $dir/$package" >&2
+        echo "error: $tool is missing; download these Debian packages by hand and unpack the .ogg files of each" \
+            "into a folder of its name in $dir: ${lacking[*]}" >&2
         exit 2
     done
     cd "$work"
@@ -26,6 +30,6 @@ for package in "${packages[@]}"; do
     # thunder.ogg has 11 kHz, silence.ogg and what is below sounds/ is no music
     find "$package" -name '*.ogg' ! -name thunder.ogg ! -name silence.ogg ! -path '*/sounds/*' -exec mv {} "$dir/$package.part" \;
     cp "$package"/usr/share/doc/*/copyright "$dir/$package.part/COPYRIGHT"
-    mv "$dir/$package.part" "$dir/$package"
+    mv -T "$dir/$package.part" "$dir/$package"
 done
 echo "$(find -L "$dir" -name '*.ogg' | wc -l) tracks in $dir"

@@ -316,7 +316,7 @@ def test_mistakes_in_what_is_asked_for(program, runs, tmp_path):
         (
             first,
             tmp_path,
-        ): f"error: {tmp_path}: no run here (no config.json); train one with `make demo` or notebook 04",
+        ): f"error: {tmp_path}: no run here (no config.json); `make demo` trains one, and notebooks 04 and 06 do",
         (first, second, "--pairs", 0): "error: --pairs 0, --judged 24: at least one pair each is needed",
         (first, second, "--judged", -1): "error: --pairs 3, --judged -1: at least one pair each is needed",
     }

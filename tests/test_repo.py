@@ -260,9 +260,14 @@ def test_music_is_unpacked_with_its_licence_and_a_second_call_does_nothing(fetch
 def test_without_apt_or_a_mirror_it_says_what_to_download(fetch, tmp_path):
     found = fetch()
     assert found.returncode == 2
-    assert found.stderr.startswith("error: apt-get is missing; download the Debian package nexuiz-music and unpack")
+    assert found.stderr.startswith(
+        "error: apt-get is missing; download these Debian packages by hand and unpack the .ogg"
+    )
+    assert found.stderr.endswith(": nexuiz-music wesnoth-1.16-music\n")
     for package in ("nexuiz-music", "wesnoth-1.16-music"):  # unpacked by hand
         (tmp_path / "my music" / package).mkdir(parents=True)
+        assert package in fetch().stderr  # an empty folder is no music
+        (tmp_path / "my music" / package / "song.ogg").write_text("")
     assert fetch().returncode == 0
     shutil.rmtree(tmp_path / "my music")
     found = fetch(apt_get="#!/bin/bash\nexit 100\n", dpkg_deb=DPKG)

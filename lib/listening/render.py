@@ -58,8 +58,9 @@ class Rendition(NamedTuple):
 def render(
     model: FusionModel, codec: Codec, input: Tensor, target: Tensor, settings: Settings | None = None
 ) -> Rendition:
-    """Fuse two waveforms `[1, N]` of one length. `UserError` for a setting that this model does not have."""
-    assert input.shape == target.shape, (input.shape, target.shape)
+    """Fuse two waveforms `[1, N]` of one length. `UserError` for others, and for a setting that this model lacks."""
+    if input.shape != target.shape:
+        raise UserError(f"clips are {list(input.shape)} and {list(target.shape)} samples; cut both to one length")
     settings = settings or Settings()
     stages, weight, none = model.cascade.stages, settings.residual_weight, "None: this model has no stages"
     rule = f"1 to {len(stages)}" if stages else none

@@ -157,7 +157,7 @@ def test_a_model_without_masks_has_none_to_move(codec, build):
 
 def test_clips_of_unlike_length_are_our_mistake(codec, build):
     input, target = clips()
-    with pytest.raises(AssertionError, match=r"9600.*9590"):  # which are as many frames
+    with pytest.raises(UserError, match=r"9600.*9590.*cut both"):  # which are as many frames
         render(build("none"), codec, input, target[:, :-10])
 
 
