@@ -85,10 +85,14 @@ def study(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[s
     cells = [[label, *(span([trained_mean(*of, metric)]) for metric in COLUMNS)] for label, of in shown.items()]
     best = max((merit for label, merit, *_ in cells if label != ORACLE), key=mean_of)
     cells = [[label, f"**{m}**" if m == best and label != ORACLE else m, *rest] for label, m, *rest in cells]
-    said = []
-    for name in recipes:
-        found = sorted((seed[name]["advantage in merit"].replace("-", "−") for seed in against), key=mean_of)
-        said.append(f"{' to '.join(dict.fromkeys((found[0], found[-1])))} over {name}")
+
+    def ends(name: str, column: str) -> str:
+        found = sorted((seed[name][column].replace("-", "−") for seed in against), key=mean_of)
+        return " to ".join(dict.fromkeys((found[0], found[-1])))
+
+    said = [f"{ends(name, 'advantage in merit')} over {name}" for name in recipes]
+    for i, name in enumerate(recipes[:2]):
+        said[i] += f" (onset score {ends(name, 'in onset score')}, note score {ends(name, 'in note score')})"
     verdicts = [{name: row["verdict"].removesuffix(" the baseline") for name, row in seed.items()} for seed in against]
     pairs = against[0][recipes[0]]["pairs won"].split()[-1]
     tracks = ", ".join(f"{len(t)} of {name} ({facts['licences'][name]})" for name, t in facts["tracks"].items())
