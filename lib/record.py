@@ -80,7 +80,6 @@ STUDY: dict[str, dict[str, Any]] = {
     "masked clips not restored": QUIET,
     "no cascade": QUIET | {"model.num_stages": 0, "model.masking.root": 1},
     "amplitudes added": QUIET | {"model.num_stages": 0},
-    "wide masks that begin as halves": {"model.masking.hpss_start": False},
     MASKS_ALONE: {},
     WITH_CASCADE: {"model.num_stages": 2},
     "a cascade alone": {"model.num_stages": 2, "model.masking.masking": "none"},
@@ -389,6 +388,7 @@ def found_in(out: Path) -> dict[str, Any]:
         "pairs": hashlib.sha256(pairs.encode()).hexdigest()[:16],
         "merit": {row["output"]: float(row["merit"]) for row in measured},
         "against": {row["baseline"]: row["verdict"].removesuffix(" the baseline") for row in compared},
+        "advantage": {row["baseline"]: row["advantage in merit"] for row in compared},
         "claims": claims if len(stored) > 2 else {},
     }
 

@@ -393,12 +393,14 @@ def test_a_variation_is_a_pipeline_of_its_own_on_one_thread(monkeypatch, tmp_pat
 def test_what_a_run_has_found_is_read_from_its_tables(tmp_path):
     training, _ = (Section(tmp_path, name, name) for name in ("04_training", "05_listening"))
     training.table([{"output": "trained model", "merit": "0.81"}, {"output": "input", "merit": "0.10"}], "Means")
-    training.table([{"baseline": "average", "verdict": "better than the baseline"}], "Compared")
+    better = {"advantage in merit": "+0.3 ± 0.1", "verdict": "better than the baseline"}
+    training.table([{"baseline": "average"} | better], "Compared")
     training.claims([judge("C13", "coherent", True)])
     (tmp_path / "manifest.json").write_text('{"root": "one", "pairs": ["pair"]}')
     found = found_in(tmp_path)
     assert found["merit"] == {"trained model": 0.81, "input": 0.1}
     assert found["against"] == {"average": "better than"}
+    assert found["advantage"] == {"average": "+0.3 ± 0.1"}
     assert found["claims"] == {}  # of two notebooks: not the claims of all
     Section(tmp_path, "01_encoding", "01")
     assert found_in(tmp_path)["claims"] == {"C13: coherent": "reproduced"}

@@ -32,8 +32,6 @@ class FusionModel(nn.Module):
         self.masking = masking or MaskingConfig()
         generator = GENERATORS.get(self.masking.masking)
         self.mask_generator = generator and generator(self.cascade.config.latent_dim)
-        if self.masking.masking == "wide" and not self.masking.hpss_start:
-            nn.init.zeros_(self.mask_generator.gains)
 
     def forward(self, input: Tensor, target: Tensor, masks: Masks | None = None, stages: int | None = None) -> Fusion:
         """Of `[B, D, T]` twice, T ≥ 1. `masks` of that shape replace the model's own; `stages` as in `Cascade`."""

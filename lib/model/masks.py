@@ -22,7 +22,6 @@ class MaskingConfig:
     masking: choice(MASKINGS) = "none"  # 'learned' (the original generator) or 'wide' (ours)
     restore_rms: Flag = True  # bring each masked clip back to its RMS: however little is taken of it, it stays as loud
     root: Count = 1  # of amplitudes that latents are (mdct: 3); without a cascade, the clips' amplitudes are added
-    hpss_start: Flag = True  # wide masks begin as HPSS; otherwise as half of each clip
 
     def __post_init__(self):
         check(self.root % 2, "root", self.root, "an odd number: latents keep their sign")
@@ -63,8 +62,8 @@ class MaskGenerator(nn.Module):
 class WideMaskGenerator(nn.Module):
     """Learned masks from a wide view: two-dimensional convolutions over channels and frames of both clips together,
     dilated so that an element's masks depend on 0.7 s to either side, and through normalisation on the level of all;
-    63,676 parameters. For codecs whose channels are bands in order, as mdct's are. Unless its `gains` are set to zero,
-    it starts as HPSS: the input's hits with the target's held notes."""
+    63,676 parameters. For codecs whose channels are bands in order, as mdct's are. It starts as HPSS: the input's hits
+    with the target's held notes."""
 
     DILATIONS = ((1, 1), (1, 2), (2, 4), (1, 8), (2, 1), (1, 4))  # of bands and frames, block by block
     BAND = 4  # channels that the blocks treat as one

@@ -109,7 +109,8 @@ def assert_right(index, manifest):
                 wav = load_audio(manifest.path(clip), clip.offset, clip.length)
                 wav = torch.nn.functional.pad(wav, (0, CLIP - wav.shape[1]))
                 assert latents.dtype == torch.float32
-                assert torch.allclose(latents, codec.encode(wav[None])[0], atol=1e-4)
+                # of amplitudes: near zero a cube root magnifies what processors round differently
+                assert torch.allclose(latents**3, codec.encode(wav[None])[0] ** 3, rtol=1e-4, atol=1e-3)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
