@@ -395,7 +395,7 @@ def test_a_bad_run_is_one_line(tmp_path, clip, run, call, monkeypatch):
         check_one_line(call(a, b, "-o", tmp_path / "out.wav", "--run", path, *options), where, words)
         assert not (tmp_path / "out.wav").exists()
 
-    fails(tmp_path / "none", tmp_path / "none", "no run here (no config.json); train one with")
+    fails(tmp_path / "none", tmp_path / "none", "no run here (no config.json); `make demo` trains one")
     fails(a, a, "cannot be read.*; check|no run here")
 
     config = tmp_path / "text" / "config.json"
