@@ -58,14 +58,8 @@ from lib.util.errors import UserError, exit_on_user_error
 from lib.util.files import read_json, write_atomic
 from lib.util.provenance import gpu_name, versions
 
-PARTS = (
-    "bench",
-    "ablations",
-    "fusion",
-    "superres",
-    "notebooks",
-    "variations",
-)  # first the bench, while nothing else runs
+# first the bench, while nothing else runs
+PARTS = ("bench", "ablations", "fusion", "superres", "notebooks", "variations")
 FIGURES = ("listening_0", "grid", "collapse")  # that the README shows
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
 # without AVX2, sums are rounded differently; NumPy has had two sets of names for the features it can disable
@@ -113,8 +107,10 @@ def clone_of(root: Path, commit: str, asked: Sequence[str] = ()) -> Path:
     code = ("status", "--porcelain", "--", ".", ":!outputs", ":!README.md")
     if folder.exists() and git(folder, "rev-parse", "HEAD") == commit and not git(folder, *code):
         return folder
-    shutil.rmtree(folder.parent, ignore_errors=True)
-    folder.parent.mkdir(parents=True)
+    for other in folder.parent.glob("*"):  # another part of the same commit may be under way
+        if other.stem == folder.name or not other.name.startswith(commit[:12]):
+            shutil.rmtree(other, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_suffix(".new")
     git(root, "clone", "--quiet", "--no-checkout", str(root), str(unfinished))
     git(unfinished, "checkout", "--quiet", "--detach", commit)
@@ -137,6 +133,8 @@ def replace_record(new: Path, root: Path) -> None:
     for folder in (staged, old):
         shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(new, staged)
+    for path in target.glob("gpu.*"):  # which may have been recorded meanwhile
+        shutil.copy(path, staged)
     readme = with_blocks((root / "README.md").read_text(), readme_blocks(staged))
     if target.exists():
         os.rename(target, old)

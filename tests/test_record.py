@@ -125,8 +125,11 @@ def test_a_record_with_other_arguments_is_another(checkout):
     first = clone_of(checkout, clean_commit(checkout), ["--preset", "demo", "--set", "record.steps=1"])
     (first / "outputs" / "short").write_text("")
     second = clone_of(checkout, clean_commit(checkout), ["--preset", "demo"])
-    assert second != first
+    (second.rename(second.with_suffix(".new")) / "outputs" / "unfinished").write_text("")  # stopped while cloning
+    assert clone_of(checkout, clean_commit(checkout), ["--preset", "demo"]) == second != first
+    assert not (second / "outputs" / "unfinished").exists()
     assert not (second / "outputs" / "short").exists()
+    assert (first / "outputs" / "short").exists()  # it may be under way
 
 
 def test_a_checkout_inside_another_is_refused(checkout):
@@ -153,10 +156,13 @@ def test_a_record_takes_the_place_of_the_old_one_as_a_whole(checkout, tmp_path, 
     new = tmp_path / "new"
     new.mkdir()
     (new / "record.json").write_text("new")
+    (new / "gpu.json").write_text("as it was in the clone's commit")
+    (checkout / "outputs" / "record" / "gpu.json").write_text("recorded meanwhile")
     quoted = lambda folder: dict.fromkeys(BLOCKS, (folder / "record.json").read_text())  # noqa: E731
     monkeypatch.setattr(lib.record, "readme_blocks", quoted)
     replace_record(new, checkout)
-    assert [path.name for path in (checkout / "outputs" / "record").iterdir()] == ["record.json"]
+    found = {path.name: path.read_text() for path in (checkout / "outputs" / "record").iterdir()}
+    assert found == {"record.json": "new", "gpu.json": "recorded meanwhile"}
     assert [path.name for path in (checkout / "outputs").iterdir()] == ["record"]
     assert (checkout / "README.md").read_text() == TEXT.replace("old", "new")
 

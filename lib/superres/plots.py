@@ -128,7 +128,7 @@ def distance_rows(scores: Sequence[Score]) -> Rows:
 
 
 def gain_rows(scores: Sequence[Score]) -> Rows:
-    """The model's gain on the mean envelope, which `lib.record` reads."""
+    """The model's gain on the mean envelope."""
     return [
         {"cutoff": kilohertz(s), "LSD reduction": plus_minus(s.gain), "verdict": s.comparison.in_words("the envelope")}
         for s in scores

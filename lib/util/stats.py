@@ -99,7 +99,7 @@ def paired_comparison(values: Sequence[float], first: Sequence[Hashable], second
     22(2), less their correction for single pairs, which makes it too small where songs matter). The smaller number of
     songs in a role counts as draws. `ValueError` for lists of different lengths."""
     mean, draws = statistics.fmean(values), min(len(set(first)), len(set(second)))
-    pairs, songs = list(zip(values, first, second, strict=True)), {*first, *second}
+    pairs, songs = list(zip(values, first, second, strict=True)), dict.fromkeys((*first, *second))
     without = [[value for value, *pair in pairs if song not in pair] for song in songs]
     if draws < 2 or not all(without):
         return Comparison(mean, math.inf, draws)
