@@ -159,14 +159,17 @@ class Preset:
         self.train.check_model(self.model.cascade, self.model.masking)
 
 
-def _read_presets() -> dict[str, Preset]:
+def _read_presets(codec: str | None = None) -> dict[str, Preset]:
+    """All presets, with `codec` instead of their own."""
     path, presets = Path(__file__).with_suffix(".toml"), {}
     with naming(path, FIX):
         content = tomllib.loads(path.read_text())
-        common = content.pop("common")
+        common, other_codecs = content.pop("common"), content.pop("other_codecs")
     for name, own in content.items():
         with naming(f"{path}, preset {name}", FIX):
-            presets[name] = Preset(name=name, **_merged(common, own))
+            own |= {"codec": codec or own["codec"]}
+            suited = common if own["codec"] == "mdct" else _merged(common, other_codecs)
+            presets[name] = Preset(name=name, **_merged(suited, own))
     return presets
 
 
@@ -176,13 +179,16 @@ def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 PRESETS = _read_presets()
+WITH_MDCT, WITH_OTHERS = _read_presets("mdct"), _read_presets("encodec")
 
 
 def load_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Preset:
-    """A preset with some settings changed, by address. `UserError` lists the choices for an unknown name or value."""
+    """A preset with some settings changed, by address; its model is one that suits the codec, unless the preset or the
+    changes say otherwise. `UserError` lists the choices for an unknown name or value."""
     if name not in PRESETS:
         raise UserError(f"preset: unknown {name!r}; choose one of {', '.join(PRESETS)}")
-    values = dataclasses.asdict(PRESETS[name])
+    codec = (overrides or {}).get("codec", PRESETS[name].codec)
+    values = dataclasses.asdict((WITH_MDCT if codec == "mdct" else WITH_OTHERS)[name]) | {"codec": codec}
     known = [address for address in flat(values) if address != "name"]
     for address, value in (overrides or {}).items():
         if address not in known:

@@ -8,7 +8,8 @@ Parts that are not measured stay; record.json has commit, preset, codec, music a
     bench       bench.json         speed compared with stock PyTorch modules, and bench.md, the same as tables
     ablations   ablation.json      every run of the grid, and which verdicts depth changes
                 schedule.json      every run of the whole schedule in miniature
-    fusion      fusion.json        notebook 04 on real music: training seeds, and what each change of the system brings
+    fusion      fusion.json        notebook 04 on real music, which it brings, whatever --data says: training seeds,
+                                   and what each change of the system brings
     superres    superres.json      distances of a super-resolver that was trained for longer
     notebooks   summary.json       facts and tables of the notebooks, and the figures in FIGURES
                 claims.json        the audit of every claim, and claims.md, the same as a table
@@ -55,12 +56,12 @@ from lib.superres.training import train_part
 from lib.train import pairs_to_follow
 from lib.training.run import Run
 from lib.util.errors import UserError, exit_on_user_error
-from lib.util.files import read_json, write_atomic
+from lib.util.files import naming, read_json, write_atomic
 from lib.util.provenance import gpu_name, versions
 
 # first the bench, while nothing else runs
 PARTS = ("bench", "ablations", "fusion", "superres", "notebooks", "variations")
-FIGURES = ("listening_0", "grid", "collapse")  # that the README shows
+FIGURES = ("listening_0", "collapse")  # that the README shows
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
 # without AVX2, sums are rounded differently; NumPy has had two sets of names for the features it can disable
 NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 X86_V3 X86_V4 AVX512_ICL"}
@@ -150,7 +151,8 @@ def record(
     is brought to. `UserError` for bad settings, and where `folder` lacks a part that is to stay."""
     preset = load_preset(preset_name, overrides)
     whole = set(parts) == set(PARTS)
-    with_blocks((ROOT / "README.md").read_text(), dict.fromkeys(BLOCKS, "") if whole else readme_blocks(folder))
+    with naming(folder, "restore it, or record all parts"):
+        with_blocks((ROOT / "README.md").read_text(), dict.fromkeys(BLOCKS, "") if whole else readme_blocks(folder))
     if preset.name == "full" and not torch.cuda.is_available():
         say("no GPU was found: preset full takes weeks here; PRESET=demo suits such a machine")
     project = open_project(preset, data_dir)
@@ -408,7 +410,8 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lib.record", description="Measure what the README quotes.")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m lib.record", description=__doc__, formatter_class=raw)
     add_arguments(parser, out=False)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="measure these, and keep the others")
     parser.add_argument("--followed", nargs="+", metavar="RUN", help="record runs of lib.train --follow, and only them")

@@ -37,10 +37,25 @@ def test_the_presets_are_those_of_the_design():
     assert (train.epochs, train.batch_size, train.learning_rate) == (200, 8, 1e-4)
     assert (train.weight_decay, train.max_steps) == (0.01, None)
     for preset in (smoke, demo, full):  # what is trained is the same; only how long and on what differs
-        assert preset.model.masking == MaskingConfig("wide", restore_rms=False, root=3)
         assert preset.train.loss == demo.train.loss
         assert preset.train.agent_learning_rate > preset.train.learning_rate
-    assert [preset.model.num_stages for preset in (smoke, demo, full)] == [0, 0, 2]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("codec", ["encodec", "a/folder of weights", "mdct"])
+def test_the_model_suits_the_codec_unless_something_else_is_asked_for(name, codec):
+    """Wide masks cut between bands, and amplitudes are cubes of mdct's latents only."""
+    preset = load_preset(name, {"codec": codec})
+    assert preset.codec == codec
+    reference = 2, MaskingConfig("learned", restore_rms=True, root=1)
+    ours = 0, MaskingConfig("wide", restore_rms=False, root=3)
+    suited = ours if codec == "mdct" and name != "reference" else reference
+    assert (preset.model.num_stages, preset.model.masking) == suited
+    assert dataclasses.replace(preset, codec="", model=PRESETS[name].model) == dataclasses.replace(
+        PRESETS[name], codec=""
+    )
+    asked = load_preset(name, {"model.masking.masking": "wide", "codec": codec, "model.num_stages": 1})
+    assert (asked.model.num_stages, asked.model.masking.masking) == (1, "wide")
 
 
 def test_the_reference_is_the_system_of_the_seeds():
@@ -77,9 +92,8 @@ def leaves(config, prefix=""):
 
 ONLY_FULL = "superres.vocoder_steps"  # refused by the other presets
 ONLY_REFERENCE = "train.loss.adversarial_weight"  # refused without a discriminator
-ADDRESSES = [a for a, _ in leaves(PRESETS["smoke"]) if a not in ("name", ONLY_FULL, ONLY_REFERENCE)]
+ADDRESSES = [a for a, _ in leaves(PRESETS["smoke"]) if a not in ("name", "codec", ONLY_FULL, ONLY_REFERENCE)]
 OTHER = {  # values that the smoke preset does not have, where the type does not tell one
-    "codec": "encodec",
     "data.pair_mode": "cross",
     "model.masking.masking": "learned",
     "model.masking.root": 5,

@@ -517,6 +517,17 @@ def test_a_part_alone_needs_the_others_before_any_run(stub):
     assert not said
 
 
+@pytest.mark.parametrize(("file", "content"), [("variations", "[]"), ("summary", '{"facts": {}}'), ("fusion", None)])
+def test_a_part_alone_needs_the_others_to_be_whole(stub, file, content):
+    folder, said = stub
+    shutil.copytree(RECORD, written := folder / "record")
+    odd = json.dumps({"results": [{}], "setting": 1}) if content is None else content
+    (written / f"{file}.json").write_text(odd)
+    with pytest.raises(UserError, match=r"record.*damaged \(.*; restore it"):
+        lib.record.record("demo", {}, "", MUSIC, ["bench"], written)
+    assert not said
+
+
 def test_without_music_no_part_is_measured(stub):
     folder, said = stub
     (folder / "music.status").write_text("2")

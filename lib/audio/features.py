@@ -55,12 +55,14 @@ class Sound:
 
     @functools.cached_property
     def hits(self) -> Tensor:
-        """Rise of what does not last in each of `HIT_BANDS`, `[B, bands, F − 1]`, 0 or more: a hit raises most
+        """Rise of what does not last in each of `HIT_BANDS`, `[B, bands, F − 5]`, 0 or more: a hit raises most
         frequencies of a band, so the middle half of them is averaged, and a note's onset, which raises its partials,
-        hardly counts. Power below −30 dB of the loudest hit counts as silence."""
+        hardly counts. Power below −30 dB of the loudest hit counts as silence. Two frames at each end see padding, and
+        are left out of clips of more than 8."""
         spectrum = power_spectrum(self.wav, MEL_FFT, HOP).clamp_min(FLOOR**2).sqrt()
         lasting = F.avg_pool1d(F.pad(spectrum, 2 * [LASTING // 2], mode="replicate"), LASTING, stride=1)
         power = (spectrum - lasting).relu().square()
+        power = power[..., 2:-2] if power.shape[-1] > 8 else power
         rises = (power + 1e-3 * power.amax(dim=(1, 2), keepdim=True) + FLOOR).log().diff(dim=2).relu()
         edges = [math.ceil(hz * MEL_FFT / SAMPLE_RATE) for hz in HIT_BANDS]
         bands = (rises[:, low:high].sort(dim=1).values for low, high in itertools.pairwise(edges))

@@ -27,9 +27,10 @@ def stem(song: int, parts: str = "dbcm") -> Tensor:
 def constructed_cases(input: int, target: int) -> dict[str, Tensor]:
     """Outputs `[1, N]` for two demo songs by name, from the perfect fusion to silence."""
     clips = first, second = stem(input), stem(target)
-    silence, drums = torch.zeros_like(first), stem(input, "d")
+    silence, drums, harmony = torch.zeros_like(first), stem(input, "d"), stem(target, "bcm")
     return {
-        "perfect fusion": drums + stem(target, "bcm"),
+        "perfect fusion": drums + harmony,
+        "its drums 10 ms late": drums.roll(SAMPLE_RATE // 100) + harmony,
         "input": first,
         "target": second,
         "half and half": sum(clips) / 2,

@@ -35,7 +35,7 @@ class SoundFeatures:
     """The features of one clip that `sound_metrics` compares."""
 
     mel: np.ndarray  # power [M, F]
-    rises: np.ndarray  # of each band's level, from hits [K, F − 1]
+    rises: np.ndarray  # of each band's level, from hits [K, F − 5]: two frames at each end see padding
     full: np.ndarray  # which bands are not empty [K]
     notes: np.ndarray  # whether each of 88 notes sounds [frames of 11.6 ms, 88]
     beats: np.ndarray  # s
@@ -53,12 +53,13 @@ def sound_features(wav: Tensor) -> SoundFeatures:
         raise ValueError(f"onsets need at least {HOP} samples, got {len(samples)}")
     samples = samples if np.isfinite(samples).all() else np.zeros_like(samples)
     spectrum = np.abs(librosa.stft(samples.astype(float), n_fft=FFT, hop_length=HOP))
-    hits = np.square((spectrum - median_filter(spectrum, (1, LASTING))).clip(0))
+    inner = slice(2, -2) if spectrum.shape[1] > 8 else slice(None)  # a clip that begins or ends in a note is no hit
+    hits = np.square((spectrum - median_filter(spectrum, (1, LASTING))).clip(0))[:, inner]
     rises = np.diff(np.log(hits + 1e-3 * hits.max() + 1e-20), axis=1)
     frequencies = librosa.fft_frequencies(sr=SAMPLE_RATE, n_fft=FFT)
     bands = [(frequencies >= low) & (frequencies < high) for low, high in itertools.pairwise(EDGES)]
     power = np.square(spectrum)
-    levels = np.array([band.sum() * np.median(power[band, 2:-2].sum(axis=1)) for band in bands])  # edges splash
+    levels = np.array([band.sum() * np.median(power[band, inner].sum(axis=1)) for band in bands])
     strength = librosa.onset.onset_strength(y=samples, sr=SAMPLE_RATE, hop_length=HOP)
     # not `beat_track`: where two processes compile it at once, numba stores what crashes (its issue 10128)
     span = min(384, len(strength) // 2 * 2)  # frames, 5.1 s

@@ -13,6 +13,7 @@ MASKINGS = ("none", "learned", "wide")
 SMALLEST = 1e-6  # squared amplitude below which a sum's root is not exact
 MAX_RESTORATION = 1000.0  # largest scale that restores the RMS of masked latents
 HIT_CHANNELS, NOTE_FRAMES = 13, 25  # 490 Hz of mdct's bands and a third of a second
+LEVEL_FRAMES = 75  # a second
 
 
 @checked_dataclass
@@ -61,9 +62,9 @@ class MaskGenerator(nn.Module):
 
 class WideMaskGenerator(nn.Module):
     """Learned masks from a wide view: two-dimensional convolutions over channels and frames of both clips together,
-    dilated so that an element's masks depend on 0.7 s to either side, and through normalisation on the level of all;
-    63,676 parameters. For codecs whose channels are bands in order, as mdct's are. It starts as HPSS: the input's hits
-    with the target's held notes."""
+    dilated so that an element's masks depend on 1.1 s to either side and on nothing further away; 63,676 parameters.
+    For codecs whose channels are bands in order, as mdct's are. It starts as HPSS: the input's hits with the target's
+    held notes."""
 
     DILATIONS = ((1, 1), (1, 2), (2, 4), (1, 8), (2, 1), (1, 4))  # of bands and frames, block by block
     BAND = 4  # channels that the blocks treat as one
@@ -85,7 +86,8 @@ class WideMaskGenerator(nn.Module):
         """`input`, `target` `[B, D, T]` → masks between 0 and 1."""
         powers = torch.stack([_log_power(input), _log_power(target)], dim=1)  # [B, 2, D, T]
         hits = _hits(powers)
-        powers = (powers - powers.mean(dim=(1, 2, 3), keepdim=True)) / 4
+        level = _average(powers.mean(dim=(1, 2), keepdim=True), 1, LEVEL_FRAMES)
+        powers = (powers - level) / 4
         clips = torch.cat([powers, F.pad(2 * powers.diff(dim=3), (1, 0)), hits], dim=1)  # [B, 6, D, T]
         x = self.bands(clips) + self.positions  # [B, width, D / 4, T]
         for block in self.blocks:
@@ -96,7 +98,16 @@ class WideMaskGenerator(nn.Module):
 
 def _block(width: int, bands: int, frames: int) -> nn.Module:
     convolution = nn.Conv2d(width, width, (3, 5), padding=(bands, 2 * frames), dilation=(bands, frames))
-    return nn.Sequential(convolution, nn.GroupNorm(4, width), nn.GELU())
+    return nn.Sequential(convolution, _FrameNorm(4, width), nn.GELU())
+
+
+class _FrameNorm(nn.GroupNorm):
+    """Of each frame alone: what plays a minute later changes nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, D, T = x.shape
+        frames = super().forward(x.movedim(3, 1).reshape(B * T, C, D))
+        return frames.unflatten(0, (B, T)).movedim(1, 3)
 
 
 def _hits(log_power: Tensor) -> Tensor:
@@ -106,7 +117,7 @@ def _hits(log_power: Tensor) -> Tensor:
 
 
 def _average(x: Tensor, channels: int, frames: int) -> Tensor:
-    """Moving average of `[B, 2, D, T]`, over fewer elements at the edges."""
+    """Moving average over channels and frames of `[B, N, D, T]`, fewer at the edges."""
     return F.avg_pool2d(x, (channels, frames), 1, (channels // 2, frames // 2), count_include_pad=False)
 
 

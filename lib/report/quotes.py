@@ -66,7 +66,7 @@ def music_block(folder: Path) -> str:
         for name, (*_, end) in gpu["runs"].items():
             text += f"{end['merit']:.2f} after {end['epoch']} epochs and {end['seconds'] / 60:.1f} minutes ({name}), "
         mark = max(gpu["marks"], key=gpu["marks"].get)
-        text += f"beside {span([gpu['marks'][mark]])} of the best mark ({mark})."
+        text += f"beside {span([gpu['marks'][mark]])} of the best mark ({mark}): [curves](outputs/record/gpu.png)."
     return text.replace("crossover, input below", "crossover with the input below")
 
 

@@ -75,7 +75,7 @@ def naming(where: str | Path, fix: str) -> Iterator[None]:
         yield
     except UserError as error:  # names the field and the fix already
         raise UserError(str(error) if str(where) in str(error) else f"{where}: {error}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"no field {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{where}: damaged ({reason}); {fix}") from None
 

@@ -22,21 +22,24 @@ def test_the_perfect_fusion_has_the_highest_merit(measured, reference):
     perfect = merits.pop("perfect fusion")
     for name, values in merits.items():
         assert all(best > value + 0.01 for best, value in zip(perfect, values, strict=True)), name
-        assert np.mean(values) < 0.15 or name in RECIPES | {"half and half"}, name
+        assert np.mean(values) < 0.15 or name in RECIPES | {"half and half", "its drums 10 ms late"}, name
     assert max(merits["half and half"]) < 0.35
+    late = merits["its drums 10 ms late"]  # in time means within a few ms
+    assert all(0.25 * best < value < 0.8 * best for best, value in zip(perfect, late, strict=True))
 
 
 def test_with_the_stems_as_references_the_perfect_fusion_scores_near_1(measured):
     (by_clips, by_stems) = measured
-    assert min(row["merit"] for row in by_stems["perfect fusion"]) > 0.85
+    assert min(row["merit"] for row in by_stems["perfect fusion"]) > 0.9
     assert min(row["merit"] for row in by_clips["perfect fusion"]) > 0.8
     for row in by_stems["perfect fusion"]:
         assert max(row["onsets_left"], row["notes_left"]) < 0.1
 
 
-def test_the_plain_figure_of_merit_does_not_rank_them_right(measured):
-    plain = {name: np.mean([row["plain_merit"] for row in rows]) for name, rows in measured[0].items()}
-    assert plain["crossover"] > plain["perfect fusion"]
+@pytest.mark.parametrize("metric", ["plain_merit", "beats"])
+def test_neither_the_plain_figure_of_merit_nor_beats_rank_them_right(measured, metric):
+    means = {name: np.mean([row[metric] for row in rows]) for name, rows in measured[0].items()}
+    assert means["crossover"] > means["perfect fusion"]
 
 
 @pytest.mark.parametrize("pair", PAIRS)

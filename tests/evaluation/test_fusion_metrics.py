@@ -135,13 +135,23 @@ def test_a_band_that_is_empty_in_both_clips_does_not_count():
 
 
 def test_notes_are_no_hits():
-    """The beginnings and ends of held notes, each in its own place."""
-    hits = bursts([0.5, 1.2, 2, 3.1], 200, 2400)
-    fade = torch.minimum(torch.linspace(0, 40, N), torch.linspace(40, 0, N)).clamp(max=1)
-    melody = torch.cat([sine(f, 0.1) * fade for f in (330, 440, 550, 392)], dim=1)
-    assert compare(hits + melody, hits, melody)["onsets"] > 0.8
-    assert compare(hits + melody, hits, melody)["onsets_left"] < 0.2
-    assert compare(melody, hits, melody)["onsets"] < 0.3
+    """The beginnings and ends of held notes, each in its own place, louder than the hits."""
+    hits = bursts([0.63, 1.2, 2.1, 3.1], 200, 2400)
+    fade = torch.minimum(torch.linspace(0, 40, N // 2), torch.linspace(40, 0, N // 2)).clamp(max=1)
+    melody = torch.cat([sine(f, 0.3, 0.5) * fade for f in (330, 440, 550, 392, 660, 494, 587, 349)], dim=1)
+    found = compare(hits + melody, hits, melody)
+    assert found["onsets"] > 0.97
+    assert found["onsets_left"] < 0.03
+    assert found["notes"] > 0.95  # soft ones too
+    assert compare(melody, hits, melody)["onsets"] < 0.1
+
+
+def test_the_ends_of_a_clip_are_no_hits():
+    """Of clips cut out of held notes nothing begins or ends: a copy of the target has none of the input's rhythm."""
+    input, target = (sum(sine(f, 0.1, 4) for f in chord) for chord in ((262, 330, 392), (220, 277, 370)))
+    found = compare(target, input, target)
+    assert found["onsets"] < 0.2
+    assert found["merit"] < 0.01
 
 
 def test_artifacts_are_what_neither_clip_has():

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -112,20 +113,45 @@ def test_wide_masks_start_as_hpss():
     assert masks.target[note].mean() > 0.8
 
 
-def test_wide_masks_see_more_than_half_a_second_to_either_side_of_both_clips():
+@torch.no_grad()
+def test_untrained_wide_masks_by_hand():
+    """Odds are the ratio of two geometric means of amplitudes, over 13 channels and over 25 frames."""
+    channels, frames = np.ogrid[:64, :90]
+    for clip, mask, sign in zip(clips(1, 64, 90), WideMaskGenerator(64)(*clips(1, 64, 90)), (1, -1), strict=True):
+        cubes = clip[0].double().numpy() ** 3
+        around = np.pad(cubes, ((0, 0), (1, 1)), mode="edge")
+        log = np.log(cubes**2 + (around[:, 2:] - around[:, :-2]) ** 2 + 1e-2) / 2  # of an amplitude
+        odds = np.empty((64, 90))
+        for c, t in np.ndindex(odds.shape):
+            odds[c, t] = log[abs(channels[:, 0] - c) <= 6, t].mean() - log[c, abs(frames[0] - t) <= 12].mean()
+        torch.testing.assert_close(mask[0].logit().double(), sign * torch.from_numpy(odds), rtol=1e-3, atol=1e-3)
+
+
+def test_wide_masks_see_more_than_half_a_second_to_either_side_and_nothing_beyond_1_1_s():
     """The slope, the difference, the first convolution and the head see a frame each, the blocks 2 · (1 + 2 + 4 + 8 + 1
-    + 4): 44 frames. Beyond lie the mean, which all frames share, and normalisation, which is left out here."""
+    + 4): 44 frames; the level 37 more."""
     generator = wide(64)
-    generator.blocks = torch.nn.ModuleList(torch.nn.Sequential(block[0], block[2]) for block in generator.blocks)
-    input, target = (x.requires_grad_() for x in clips(1, 64, 120))
+    input, target = (x.requires_grad_() for x in clips(1, 64, 240))
     for mask in generator(input, target):
-        gradients = torch.autograd.grad(mask[0, 20, 60], (input, target), retain_graph=True)
+        gradients = torch.autograd.grad(mask[0, 20, 120], (input, target), retain_graph=True)
         for clip, gradient in zip((input, target), gradients, strict=True):
             influence = (gradient * clip)[0].abs().sum(dim=0)
-            distance = (torch.arange(120) - 60).abs()
-            assert influence[distance > 44].sum() < 0.02 * influence.sum()
-            for side in (slice(20, 40), slice(81, 101)):
+            distance = (torch.arange(240) - 120).abs()
+            assert influence[distance > 81].sum() == 0
+            assert influence[distance > 44].sum() < 0.05 * influence.sum()
+            for side in (slice(80, 100), slice(141, 161)):
                 assert influence[side].mean() > 2 * influence[distance > 44].mean()
+
+
+@torch.no_grad()
+def test_what_plays_far_away_changes_no_wide_mask():
+    """Half of a clip that ends in silence has the masks of that half of the whole clip."""
+    generator = wide(64)
+    input, target = clips(1, 64, 400)
+    short = [clip * (torch.arange(400) < 200) for clip in (input, target)]
+    for whole, half in zip(generator(input, target), generator(*short), strict=True):
+        torch.testing.assert_close(half[..., :118], whole[..., :118])
+        assert (half - whole)[..., 150:].abs().mean() > 1e-3
 
 
 @torch.no_grad()

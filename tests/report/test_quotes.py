@@ -213,7 +213,8 @@ def test_an_advantage_without_an_error_is_quoted_as_it_is(tmp_path):
 
 GPU_SAID = (
     "On one NVIDIA H200 (commit 1234567), clips of 16 s, batch size 8: merit 0.63 after 200 epochs and 12.5 minutes "
-    "(masks), 0.40 after 50 epochs and 1.0 minutes (cascade), beside 0.45 of the best mark (HPSS)."
+    "(masks), 0.40 after 50 epochs and 1.0 minutes (cascade), beside 0.45 of the best mark (HPSS): "
+    "[curves](outputs/record/gpu.png)."
 )
 
 

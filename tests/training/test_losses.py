@@ -693,7 +693,7 @@ def test_every_term_on_sound_reaches_the_latents_through_each_codec(batch, encod
     """A step against the gradient lowers the term; outside the window nothing moves."""
     codec = MdctCodec() if codec == "mdct" else encodec_codec
     gain = 1.0 if name != "outlier" else 4.0
-    output, input, target = (x[:2, :, :20] for x in batch)
+    output, input, target = (x[:2, :, 40:60] for x in batch)  # where output and target have hits in common
     output = (gain * output).clone().requires_grad_()
     config = LossConfig(**(NONE | {f"{name}_weight": 1.0}), window_seconds=0.2)  # frames 2 to 16
     loss, _ = total_loss(output, input, target, config, codec.decode)
@@ -735,5 +735,5 @@ def test_tones_are_the_targets_with_its_level_and_without_hits():
     assert wrong > 0.6
     assert silent == pytest.approx(1, abs=0.1)
     nothing = sound(0 * chord)
-    assert tones(target, target, nothing).item() < 5  # where the target is silent
+    assert tones(target, target, nothing).item() == pytest.approx(4, abs=0.01)  # where the target is silent
     assert tones(nothing, target, nothing).item() < 1e-3
