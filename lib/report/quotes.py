@@ -1,9 +1,11 @@
 """The blocks that the README quotes from a record: text between marks, written from the files of outputs/record/."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lib.evaluation.baselines import ORACLE
@@ -13,7 +15,7 @@ from lib.superres.evaluation import METHODS, Score
 from lib.superres.plots import upper_rows
 from lib.util.errors import UserError
 from lib.util.files import read_json
-from lib.util.stats import TEST
+from lib.util.stats import TEST, Comparison
 
 BLOCKS = ("music", "results", "speed", "distances")
 MARKS = "<!-- {}: written by make record -->", "<!-- end of {} -->"
@@ -127,11 +129,29 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "",
         f"- **Fusion.** Figure of merit: {merits}. Verdicts: {alike([row['against'] for row in seeded])}.",
     ]
+    if "advantage" in seeded[0]:  # older records lack it
+        lines.append(
+            f"- **Advantage in merit of the trained model** (± standard error, over data seeds): {pooled(seeded)}."
+        )
     by_run = {row["run"]: row for row in rows}
     if "no-vectors" in by_run:
         here, *others = (by_run[name] for name in ("as it is", "songs-0-seed-0", "no-vectors"))
         lines.append(f"- **Other CPUs.** {moved(here, others)}")
     return lines
+
+
+def pooled(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The mean advantage over each baseline. Data seeds are independent; runs on the same songs share their error."""
+    said = []
+    for name in rows[0]["advantage"]:
+        by_songs: dict[Any, list[list[float]]] = {}
+        for row in rows:
+            mean, _, error = row["advantage"][name].partition(" ± ")
+            by_songs.setdefault(row.get("data_seed"), []).append([float(mean), float(error or "inf")])
+        means, errors = zip(*([*map(fmean, zip(*runs, strict=True))] for runs in by_songs.values()), strict=True)
+        found = str(Comparison(fmean(means), math.hypot(*errors) / len(errors), len(rows)))
+        said.append(f"{found.replace('-', '−')} over {name}")
+    return ", ".join(said)
 
 
 def span(values: Sequence[float]) -> str:

@@ -70,6 +70,23 @@ def test_only_what_held_in_every_run_is_said_with_the_range():
     assert "Other CPUs" not in text
 
 
+def test_advantages_are_pooled_over_songs_and_not_over_training_seeds():
+    """Three sets of songs, two runs each: the mean of all; errors add up over the sets, and are averaged within one."""
+    values = {
+        "average": [(0.1, 0.03), (0.3, 0.05), (0.0, 0.06), (0.2, 0.06), (-0.1, 0.0), (0.1, 0.0)],
+        "masks": 6 * [(-0.2, 0.1)],
+    }
+    rows = [
+        row | {"advantage": {name: f"{found[i][0]:+.3f} ± {found[i][1]:.3f}" for name, found in values.items()}}
+        for i, row in enumerate(SEEDED)
+    ]
+    said = "+0.100 ± 0.024 over average, −0.200 ± 0.058 over masks."  # √(0.04² + 0.06² + 0²) / 3, 0.1 / √3
+    assert f"(± standard error, over data seeds): {said}" in "\n".join(results(rows))
+    rows[3]["advantage"]["masks"] = "-0.200"  # of one song
+    assert "−0.200 over masks." in "\n".join(results(rows))
+    assert "Advantage" not in "\n".join(results(SEEDED))
+
+
 def test_a_record_without_variations_quotes_the_one_run():
     text = "\n".join(results([row("as it is", 0.1)]))
     assert text.startswith("One run (")
