@@ -107,24 +107,18 @@ def open_project(
 ) -> Project:
     """Find or make everything that training needs; `UserError` for bad data, codec or folders. `data_dir`: a folder of
     music, empty: generated demo songs; `out_dir`: the run's folder, empty: outputs/<preset>; both relative to the
-    repository. Latents are cached in data/latents, by content; `processes` that call this together share encoding."""
+    repository. Latents are cached in data/latents, by content; of `processes` that call this together, one encodes."""
     out = ROOT / (out_dir or f"outputs/{preset.name}")
     codec = load_codec(preset.codec)
     data = ROOT / data_dir if data_dir else demo_folder("demo", preset.data.seed)
     if out.resolve().is_relative_to(data.resolve()):
         raise UserError(f"{out}: is inside the data folder, where its audio would become training data; choose another")
     make_folder(out)
-    main_first = processes.main_process_first if processes else contextlib.nullcontext
-    cache = ROOT / "data" / "latents"
-    with main_first():
+    with processes.main_process_first() if processes else contextlib.nullcontext():  # its threads use all cores
         if not data_dir:
             make_demo_dataset(data, num_songs=DEMO_SONGS, seed=preset.data.seed)
         manifest = _manifest(data, out / "manifest.json", preset.data.clip_seconds, preset)
-    if processes and processes.num_processes > 1:
-        encode_manifest(manifest, codec, cache, share=(processes.process_index, processes.num_processes))
-        processes.wait_for_everyone()
-    with main_first():
-        return Project(preset, out, codec, manifest, encode_manifest(manifest, codec, cache))
+        return Project(preset, out, codec, manifest, encode_manifest(manifest, codec, ROOT / "data" / "latents"))
 
 
 def demo_folder(name: str, seed: int) -> Path:

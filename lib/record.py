@@ -6,10 +6,9 @@ Everything is measured in a clone of the commit, in outputs/recording/, so neith
 Parts that are not measured stay; record.json has commit, preset, codec, music and machine of each part:
 
     bench       bench.json         speed compared with stock PyTorch modules, and bench.md, the same as tables
-    ablations   ablation.json      every run of the grid, and which verdicts depth changes
+    ablations   ablation.json      every run of the grid, and of the named settings at full depth
                 schedule.json      every run of the whole schedule in miniature
-    fusion      fusion.json        notebook 04 on real music, which it brings, whatever --data says: training seeds,
-                                   and what each change of the system brings
+    fusion      fusion.json        notebook 04 on real music, whatever --data says: seeds, and what each change brings
     superres    superres.json      distances of a super-resolver that was trained for longer
     notebooks   summary.json       facts and tables of the notebooks, and the figures in FIGURES
                 claims.json        the audit of every claim, and claims.md, the same as a table
@@ -42,7 +41,6 @@ from lib.data.latents import LatentPairs
 from lib.evaluation.baselines import best_crossovers, mean_metrics, measure_fusions, pairs_to_measure
 from lib.evaluation.progress import SPLIT, merit_over_time
 from lib.evaluation.tables import MASKS_ALONE, SEEDS_SYSTEM, WITH_CASCADE
-from lib.lab.audit import audit_named, disagreements
 from lib.lab.claims import collect, markdown_table, with_untested
 from lib.lab.results import Result, write_record
 from lib.pipeline import NotebookError, add_arguments, parse_overrides, run_notebooks, say
@@ -238,8 +236,8 @@ def record_ablations(preset: Preset, project: Project, folder: Path) -> None:
         size = f"{ablation.layers} layers, {ablation.steps} steps, {ablation.seeds} seeds"
         say(f"ablation: variants {ablation.variants}, {size}")
         results += project.ablation(ablation.plan)
-    depth = {"steps": preset.record.steps, "changed_by_depth": changed_by_depth(results)}
-    write_record(folder / "ablation.json", [result.for_record() for result in results], facts | depth)
+    steps = {"steps": preset.record.steps}
+    write_record(folder / "ablation.json", [result.for_record() for result in results], facts | steps)
     say(f"the whole schedule in miniature: {preset.schedule.epochs} epochs, {preset.schedule.seeds} seeds")
     scheduled = project.ablation(preset.schedule.plan)
     length = {"epochs": preset.schedule.epochs, "steps": max(result.steps for result in scheduled)}
@@ -315,13 +313,6 @@ def measured_in(out: Path) -> dict[str, Any]:
     }
 
 
-def changed_by_depth(results: list[Result]) -> list[str]:
-    """The verdicts on the named settings that differ between the smallest and the largest depth."""
-    depths = [result.num_layers for result in results]
-    ends = min(depths), max(depths)
-    return disagreements(*(audit_named([r for r in results if r.num_layers == depth]) for depth in ends))
-
-
 def variations(preset: Preset) -> list[dict[str, Any]]:
     """Runs on one thread: every data seed with every training seed, and one without vector instructions; or none."""
     counts = preset.record.data_seeds, preset.record.seeds
@@ -359,8 +350,7 @@ def run_variation(row: Mapping[str, Any], preset: Preset, overrides: dict[str, A
 def run_apart(
     name: str, preset: str, data_dir: str, settings: Mapping[str, Any], only: str, environment: Mapping[str, str] = {}
 ) -> Path:
-    """Run notebooks on one thread in a folder of their own, which is returned. `NotebookError` names the log if one
-    failed."""
+    """Run notebooks on one thread in a folder of their own, which is returned. A `NotebookError` names the log."""
     out = ROOT / "outputs" / "variations" / name
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "lib.pipeline", "--preset", preset, "--data", data_dir, "--out", str(out)]

@@ -216,7 +216,7 @@ def resumed_where_too_few_are_left(folder: Path) -> dict:
 
 
 def encoded(folder: Path) -> dict:
-    """Both open the project, and each counts the clips that it encodes."""
+    """All open the project, and each counts the clips that it encodes."""
     count, encode = 0, MdctCodec.encode
 
     def counted(codec: MdctCodec, wav: torch.Tensor) -> torch.Tensor:
@@ -481,10 +481,9 @@ def test_what_is_too_little_for_a_step_of_more_processes_is_left_out(folders):
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_encode_every_clip_once(pair):
+def test_one_of_two_processes_encodes_every_clip_once(pair):
     alone, both = pair(encoded)
-    assert all(result["count"] > 0 for result in both)
-    assert sum(result["count"] for result in both) == alone["count"]
+    assert sorted(result["count"] for result in both) == [0, alone["count"]]
     for result in both:
         assert (result["index"], result["sha256"]) == (alone["index"], alone["sha256"])
 

@@ -55,10 +55,9 @@ class Sound:
 
     @functools.cached_property
     def hits(self) -> Tensor:
-        """Rise of what does not last in each of `HIT_BANDS`, `[B, bands, F − 5]`, 0 or more: a hit raises most
-        frequencies of a band, so the middle half of them is averaged, and a note's onset, which raises its partials,
-        hardly counts. Power below −30 dB of the loudest hit counts as silence. Two frames at each end see padding, and
-        are left out of clips of more than 8."""
+        """Rise of what does not last in each of `HIT_BANDS`, `[B, bands, F − 5]`, 0 or more: a hit raises most of a
+        band, so the middle half of its frequencies is averaged, and a note's onset, which raises its partials, hardly
+        counts. 30 dB below the loudest hit is silence. Two frames at each end see padding; of 8 or fewer, all stay."""
         spectrum = power_spectrum(self.wav, MEL_FFT, HOP).clamp_min(FLOOR**2).sqrt()
         lasting = F.avg_pool1d(F.pad(spectrum, 2 * [LASTING // 2], mode="replicate"), LASTING, stride=1)
         power = (spectrum - lasting).relu().square()

@@ -43,19 +43,16 @@ STALE_SECONDS = 24 * 3600  # a temporary file this old was left by a killed run
 AGAIN = "encode the manifest again, which rebuilds only what is missing or damaged"
 
 
-def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path, share: tuple[int, int] = (0, 1)) -> Path:
+def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> Path:
     """Bring the latents of every clip into the cache, encoding only what it lacks; returns the manifest's index. Clips
     shorter than `clip_length` are padded with zeros. One that cannot be read, or whose file changed since the manifest,
     is dropped with its pairs, and a warning says why. `UserError` if no pair is left, if the codec has another sample
-    rate, or if the cache cannot be written. `share` (i, n): this is the i-th of n processes that encode together,
-    whenever each begins, as its clips depend on their content alone. The index holds what was there when it was
-    written; after all have finished, one more call completes it."""
+    rate, or if the cache cannot be written."""
     if codec.sample_rate != manifest.sample_rate:
         raise UserError(f"codec {codec.name}: takes {codec.sample_rate} Hz, the manifest has {manifest.sample_rate} Hz")
     code, shape = code_fingerprint("lib.data.latents"), (codec.dim, math.ceil(manifest.clip_length / codec.hop))
     store = Path(cache_dir) / f"{codec.name}-{codec.fingerprint[:12]}-{manifest.clip_length}-{code[:12]}"
     clips = {clip.key: clip for pair in manifest.pairs for clip in (pair.input, pair.target)}
-    number, of = share
     try:
         store.mkdir(parents=True, exist_ok=True)
         for temp in store.glob(f".*{TEMPORARY}"):
@@ -63,8 +60,7 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path, sha
                 if time.time() - temp.stat().st_mtime > STALE_SECONDS:
                     temp.unlink()
         names = _find_latents(store, clips, shape)
-        mine = {key: clip for key, clip in clips.items() if key not in names and int(key, 16) % of == number}
-        encoded, dropped = _encode_clips(mine, manifest, codec, store)
+        encoded, dropped = _encode_clips({k: c for k, c in clips.items() if k not in names}, manifest, codec, store)
         names |= encoded
         facts = {"codec": codec.name, "fingerprint": codec.fingerprint, "dim": shape[0], "frames": shape[1]}
         facts |= {"clip_length": manifest.clip_length, "sample_rate": manifest.sample_rate}
@@ -73,7 +69,7 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path, sha
         reason = f"cannot be written ({error.strerror}); choose a cache folder you may write to"
         raise UserError(f"{error.filename or store}: {reason}") from error
     first = "; ".join(dropped[:3]) + f"; and {len(dropped) - 3} more" * (len(dropped) > 3)
-    if not num_pairs and of == 1:
+    if not num_pairs:
         raise UserError(f"{manifest.root}: no pair of the manifest can be encoded; first reasons: {first}")
     if dropped:
         left_out = f"{len(dropped)} of {len(clips)} clips are left out with their pairs"

@@ -1,5 +1,4 @@
-"""Baselines that need no training, and a model compared with them on the same pairs. Legend: B batch, N samples, D
-latent channels, T frames."""
+"""Baselines that need no training, and a model compared with them on the same pairs. Legend as in `metrics`."""
 
 import importlib
 import math

@@ -1,5 +1,4 @@
-"""Objective metrics of a reconstruction and of fused latents; `fusion_metrics` are of fused sound. Legend: N samples, D
-latent channels, T frames."""
+"""Objective metrics of reconstructions and of fused latents. B batch, N samples, D latent channels, T frames."""
 
 import itertools
 import math
@@ -42,12 +41,6 @@ def survival(ratios: Sequence[float], design: float | None = None) -> str:
         return "no signal"
     goal = "" if design is None else f"; over {design:g} dB, its design: {'yes' if min(present) > design else 'no'}"
     return f"signal to noise at least {min(present):.0f} dB{goal}"
-
-
-def kurtosis(x: Tensor) -> float:
-    """Fourth standardised moment of all values: 3 for a normal distribution, larger for heavier tails."""
-    centred = x.double() - x.double().mean()
-    return (centred.pow(4).mean() / centred.square().mean().square()).item()
 
 
 @torch.no_grad()

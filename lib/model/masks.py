@@ -37,8 +37,7 @@ class Masks(NamedTuple):
 
 class MaskGenerator(nn.Module):
     """Learned masks from both latents; 1,083,904 parameters, named as in the original checkpoints. Two convolutions
-    analyse each clip; each then attends to the other, through one attention layer used both ways; two more convolutions
-    and a sigmoid give its mask."""
+    analyse each clip; each attends to the other, through one attention layer; two more give its mask."""
 
     def __init__(self, latent_dim: int = LATENT_DIM, width: int = 256, num_heads: int = 4):
         super().__init__()
@@ -63,8 +62,7 @@ class MaskGenerator(nn.Module):
 class WideMaskGenerator(nn.Module):
     """Learned masks from a wide view: two-dimensional convolutions over channels and frames of both clips together,
     dilated so that an element's masks depend on 1.1 s to either side and on nothing further away; 63,676 parameters.
-    For codecs whose channels are bands in order, as mdct's are. It starts as HPSS: the input's hits with the target's
-    held notes."""
+    For codecs whose channels are bands in order. It starts as HPSS: the input's hits with the target's held notes."""
 
     DILATIONS = ((1, 1), (1, 2), (2, 4), (1, 8), (2, 1), (1, 4))  # of bands and frames, block by block
     BAND = 4  # channels that the blocks treat as one
@@ -86,8 +84,7 @@ class WideMaskGenerator(nn.Module):
         """`input`, `target` `[B, D, T]` → masks between 0 and 1."""
         powers = torch.stack([_log_power(input), _log_power(target)], dim=1)  # [B, 2, D, T]
         hits = _hits(powers)
-        level = _average(powers.mean(dim=(1, 2), keepdim=True), 1, LEVEL_FRAMES)
-        powers = (powers - level) / 4
+        powers = (powers - _average(powers.mean(dim=(1, 2), keepdim=True), 1, LEVEL_FRAMES)) / 4
         clips = torch.cat([powers, F.pad(2 * powers.diff(dim=3), (1, 0)), hits], dim=1)  # [B, 6, D, T]
         x = self.bands(clips) + self.positions  # [B, width, D / 4, T]
         for block in self.blocks:
@@ -139,8 +136,7 @@ GENERATORS = {"learned": MaskGenerator, "wide": WideMaskGenerator}
 
 
 def apply_mask(x: Tensor, mask: Tensor, restore_rms: bool = True) -> Tensor:
-    """Masked latents `[B, D, T]`, with `restore_rms` rescaled to their RMS before. A mask of another shape raises
-    `ValueError`."""
+    """Masked latents `[B, D, T]`, with `restore_rms` at their RMS before. `ValueError` for a mask of another shape."""
     if mask.shape != x.shape:
         raise ValueError(f"mask is {list(mask.shape)}, the latents are {list(x.shape)}; give a mask of their shape")
     masked = x * mask

@@ -1,8 +1,7 @@
 """The law of the RMS collapse, derived in notebook 03: the RMS of every stage from widths, weights and clips alone. A
 stage adds w · residual to a projection. LayerNorm fixes the norm of what the projection reads, and the projection's σ
 is 1, so its RMS starts at a value, and stays below a ceiling, that follow from d and D. What the sum lacks of the
-clips' RMS, RMS scaling has to amplify. Legend: w residual weight, p, r RMS of projection, residual; d, D as
-in `projection`."""
+clips' RMS, RMS scaling has to amplify. w: residual weight; p, r: RMS of projection, residual; d, D: of `projection`."""
 
 import math
 from typing import TYPE_CHECKING, NamedTuple, TypeVar

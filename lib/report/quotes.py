@@ -2,10 +2,9 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, mode
 from typing import Any
 
 from lib.evaluation.baselines import ORACLE
@@ -74,9 +73,7 @@ def music_block(folder: Path) -> str:
 
 def study(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[str]:
     """Outputs on real music, the trained masks against each baseline, and the merit of each setting."""
-    trained = Counter(row["setting"] for row in reversed(rows)).most_common(1)[0][
-        0
-    ]  # with most training seeds, or last
+    trained = mode(row["setting"] for row in reversed(rows))  # with most training seeds, or the last one
     masks, shorter, cascade = ([r for r in rows if r["setting"] == s] for s in (trained, MASKS_ALONE, WITH_CASCADE))
     against = [row["against"] for row in masks]
     shown = {f"trained {trained} (mean; training seeds: {len(masks)})": (masks, "trained model")}
@@ -130,9 +127,7 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"- **Fusion.** Figure of merit: {merits}. Verdicts: {alike([row['against'] for row in seeded])}.",
     ]
     if "advantage" in seeded[0]:  # older records lack it
-        lines.append(
-            f"- **Advantage in merit of the trained model** (± standard error, over data seeds): {pooled(seeded)}."
-        )
+        lines.append(f"- **Advantage in merit** of the trained model (± standard error): {pooled(seeded)}.")
     by_run = {row["run"]: row for row in rows}
     if "no-vectors" in by_run:
         here, *others = (by_run[name] for name in ("as it is", "songs-0-seed-0", "no-vectors"))

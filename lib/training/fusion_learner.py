@@ -116,8 +116,7 @@ def train(
     """Train a fusion model on the latents of `index` and return its run directory. With `resume`, a run in `out_dir`
     resumes from its last checkpoint, bit for bit on a CPU. Only its length, the number of processes, and how data are
     read and metrics gathered may have changed; another config or other data is refused, and a run that other code
-    finished is trained again. Ctrl-C and SIGTERM save a checkpoint and raise `KeyboardInterrupt`. Under a launcher
-    every process calls it."""
+    finished is trained again. Ctrl-C and SIGTERM save, then `KeyboardInterrupt`. A launcher's processes all call it."""
     masking = masking or MaskingConfig()
     config = dataclasses.replace(config, precision=resolved_precision(config.precision))
     settings = {

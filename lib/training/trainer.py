@@ -6,6 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -283,7 +284,8 @@ def was_launched() -> bool:
 
 def join_processes() -> PartialState:
     """This process among the launcher's. Without a GPU they talk through gloo, whichever launcher it is."""
-    return PartialState(cpu=was_launched() and not torch.cuda.is_available())
+    # long enough for one to encode much music; a launcher ends those that wait for one that has failed
+    return PartialState(cpu=was_launched() and not torch.cuda.is_available(), timeout=timedelta(days=1))
 
 
 def open_accelerator() -> Accelerator:

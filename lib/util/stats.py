@@ -70,9 +70,8 @@ def factorial_effects(
     cells: Mapping[tuple[bool, ...], Sequence[float]], factors: Sequence[str]
 ) -> dict[str, list[float]]:
     """Main effects and interactions of a full two-level factorial: 'norm', 'norm × clamp', … → one value per seed.
-    `cells`: levels → one value per seed, in the same order of seeds. The effect of a set of factors is the mean over
-    the cells in which an even number of them is off, minus the mean over the others (Box, Hunter and Hunter, Statistics
-    for Experimenters, chapter 5)."""
+    `cells`: levels → one value per seed, in one order. The effect of a set of factors is the mean over the cells in
+    which an even number of them is off, less that over the others (Box et al., Statistics for Experimenters, ch. 5)."""
     if len(cells) != 2 ** len(factors):
         raise ValueError(f"needs all {2 ** len(factors)} cells, got {len(cells)}")
     effects = {}

@@ -81,11 +81,11 @@ def cache(tmp_path):
     return tmp_path / "cache"
 
 
-def encode(manifest, cache, codec=None, **options):
+def encode(manifest, cache, codec=None):
     """The index, and how many clips were encoded for it."""
     codec = codec or CountingCodec()
     before = codec.count
-    index = encode_manifest(manifest, codec, cache, **options)
+    index = encode_manifest(manifest, codec, cache)
     return index, codec.count - before
 
 
@@ -211,44 +211,6 @@ def test_two_processes_may_encode_at_once(songs, cache):
     assert [process.exitcode for process in processes] == [0, 0, 0]
     index, encoded = encode(manifest, cache)
     assert encoded == 0
-    assert_right(index, manifest)
-
-
-@pytest.mark.parametrize("processes", [2, 3, 7])
-def test_shares_encode_every_clip_once_whenever_each_begins(songs, tmp_path, processes):
-    """One after the other is the worst case: each finds what those before it have written."""
-    manifest = make_manifest(songs)
-    alone, _ = encode(manifest, tmp_path / "alone")
-    counts = []
-    for name, order in (("first to last", range(processes)), ("last to first", reversed(range(processes)))):
-        counts.append({i: encode(manifest, tmp_path / name, share=(i, processes))[1] for i in order})
-        assert sum(counts[-1].values()) == 14
-        index, encoded = encode(manifest, tmp_path / name)
-        assert encoded == 0
-        assert contents(index.parent).items() >= contents(alone.parent).items()
-        assert_right(index, manifest)
-    assert counts[0] == counts[1]
-    assert max(counts[0].values()) < 14
-
-
-def test_shares_of_a_cache_that_holds_a_part_take_the_rest(songs, cache):
-    encode(make_manifest(songs), cache)
-    write_song(songs, "0.wav", 9, 4)  # comes first: every later clip has another place now
-    assert sum(encode(make_manifest(songs), cache, share=(i, 2))[1] for i in range(2)) == 9
-    index, encoded = encode(make_manifest(songs), cache)
-    assert encoded == 0
-    assert_right(index, make_manifest(songs))
-
-
-def test_shares_rebuild_each_damaged_clip_once(songs, cache):
-    manifest = make_manifest(songs)
-    index, _ = encode(manifest, cache)
-    before = contents(index.parent)
-    for file in latent_files(index.parent):
-        flip_a_byte(file)
-    assert sum(encode(manifest, cache, share=(i, 2))[1] for i in range(2)) == 14
-    assert encode(manifest, cache) == (index, 0)
-    assert contents(index.parent).items() >= before.items()
     assert_right(index, manifest)
 
 

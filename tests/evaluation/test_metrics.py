@@ -12,7 +12,6 @@ from lib.evaluation.metrics import (
     band_rows,
     band_snr,
     evaluate_fusion,
-    kurtosis,
     movement,
     survival,
 )
@@ -60,22 +59,6 @@ def test_what_survives_is_said_in_every_wording():
     assert survival([70.4, 90.0], 60) == "signal to noise at least 70 dB; over 60 dB, its design: yes"
     assert survival([59.9, 90.0], 60) == "signal to noise at least 60 dB; over 60 dB, its design: no"
     assert survival([math.nan], 60) == "no signal"
-
-
-def test_kurtosis_of_known_distributions():
-    torch.manual_seed(0)
-    normal = torch.randn(1_000_000)
-    laplace = torch.distributions.Laplace(5.0, 2.0).sample((1_000_000,))  # neither shift nor scale matters
-    assert kurtosis(normal) == pytest.approx(3, abs=0.05)
-    assert kurtosis(laplace) == pytest.approx(6, abs=0.2)
-
-
-def test_kurtosis_of_constructed_values():
-    assert kurtosis(torch.tensor([1.0, -1.0]).repeat(8)) == pytest.approx(1)  # two points: the smallest there is
-    one_in_ten = torch.zeros(10)
-    one_in_ten[0] = 1  # a Bernoulli variable: (1 - 3p(1 - p)) / (p(1 - p)), p = 0.1
-    assert kurtosis(one_in_ten) == pytest.approx((1 - 0.27) / 0.09, rel=1e-6)
-    assert kurtosis(1000 + one_in_ten) == pytest.approx((1 - 0.27) / 0.09, rel=1e-3)
 
 
 # --- fused latents ----------------------------------------------------------------------------------------------------
