@@ -179,7 +179,6 @@ def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 PRESETS = _read_presets()
-WITH_MDCT, WITH_OTHERS = _read_presets("mdct"), _read_presets("encodec")
 
 
 def load_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Preset:
@@ -187,8 +186,10 @@ def load_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Preset
     changes say otherwise. `UserError` lists the choices for an unknown name or value."""
     if name not in PRESETS:
         raise UserError(f"preset: unknown {name!r}; choose one of {', '.join(PRESETS)}")
-    codec = (overrides or {}).get("codec", PRESETS[name].codec)
-    values = dataclasses.asdict((WITH_MDCT if codec == "mdct" else WITH_OTHERS)[name]) | {"codec": codec}
+    preset = PRESETS[name]
+    if (codec := (overrides or {}).get("codec", preset.codec)) != preset.codec:
+        preset = _read_presets("mdct" if codec == "mdct" else "encodec")[name]
+    values = dataclasses.asdict(preset)
     known = [address for address in flat(values) if address != "name"]
     for address, value in (overrides or {}).items():
         if address not in known:

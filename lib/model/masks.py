@@ -102,9 +102,8 @@ class _FrameNorm(nn.GroupNorm):
     """Of each frame alone: what plays a minute later changes nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
-        B, C, D, T = x.shape
-        frames = super().forward(x.movedim(3, 1).reshape(B * T, C, D))
-        return frames.unflatten(0, (B, T)).movedim(1, 3)
+        frames = super().forward(x.movedim(3, 1).flatten(0, 1))  # [B·T, width, D / 4]
+        return frames.unflatten(0, (len(x), -1)).movedim(1, 3)
 
 
 def _hits(log_power: Tensor) -> Tensor:
