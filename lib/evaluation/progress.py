@@ -69,5 +69,5 @@ def merit_over_time(runs: Mapping[str, Rows], marks: Mapping[str, float]) -> Fig
         for i, (name, merit) in enumerate(marks.items()):
             axes.axhline(merit, color="black", linestyle=":", linewidth=1 + 0.5 * i, label=name)
         axes.set(xlabel="seconds", ylabel="figure of merit", ylim=(0, 1))
-        axes.legend(fontsize=8, loc="lower right")
+        figure.legend(fontsize=8, loc="outside upper center", ncols=5)  # where no curve runs
     return figure
