@@ -18,7 +18,7 @@ HOP = 320
 SEGMENTS = 250  # of an envelope
 MEL_FFT, MEL_BANDS = 1024, 64  # a window short enough to locate an onset
 CHROMA_FFT = 4096  # 5.9 Hz a bin: resolves semitones from 100 Hz up
-HIT_BANDS = (20, 190, 560, 1500, 2800, 4800)  # Hz, edges: a kick is as much rhythm as a hi-hat
+HIT_BANDS = (20, 160, 1600, 4800)  # Hz, edges: a kick is as much rhythm as a hi-hat
 LASTING = 17  # frames, 0.23 s: what lasts as long is no hit
 TONE_FFT, TONE_HOP = 2048, 2 * HOP  # 11.7 Hz a bin
 NOTE_FFT, NOTE_HOP = 8192, 3 * HOP  # 2.9 Hz a bin: separates semitones from E1 up
@@ -69,9 +69,10 @@ class Sound:
 
     @functools.cached_property
     def tones(self) -> Tensor:
-        """Square roots of the magnitudes that last, up to the upper end of `HIT_BANDS`, `[B, bins, F]`: of geometric
-        means over a quarter of a second, which a hit hardly raises."""
-        power = power_spectrum(self.wav, TONE_FFT, TONE_HOP)[:, : math.ceil(HIT_BANDS[-1] * TONE_FFT / SAMPLE_RATE)]
+        """Square roots of the magnitudes that last, up to the highest note, `[B, bins, F]`: of geometric means over a
+        quarter of a second, which a hit hardly raises."""
+        highest = math.ceil(librosa.midi_to_hz(HIGHEST_NOTE) * TONE_FFT / SAMPLE_RATE)
+        power = power_spectrum(self.wav, TONE_FFT, TONE_HOP)[:, :highest]
         log = F.pad((power + FLOOR).log(), 2 * [LASTING // 4], mode="replicate")
         return (F.avg_pool1d(log, 2 * (LASTING // 4) + 1, stride=1) / 4).exp()
 

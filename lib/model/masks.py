@@ -61,8 +61,9 @@ class MaskGenerator(nn.Module):
 
 class WideMaskGenerator(nn.Module):
     """Learned masks from a wide view: two-dimensional convolutions over channels and frames of both clips together,
-    dilated so that an element's masks depend on 1.1 s to either side and on nothing further away; 63,676 parameters.
-    For codecs whose channels are bands in order. It starts as HPSS: the input's hits with the target's held notes."""
+    dilated so that an element's masks depend on 1.1 s to either side and on nothing further away; 63,932 parameters.
+    For codecs whose channels are bands in order. It starts as HPSS with a crossover: the input's hits with the target's
+    held notes in the lower half of the channels, the input in the upper half."""
 
     DILATIONS = ((1, 1), (1, 2), (2, 4), (1, 8), (2, 1), (1, 4))  # of bands and frames, block by block
     BAND = 4  # channels that the blocks treat as one
@@ -76,6 +77,8 @@ class WideMaskGenerator(nn.Module):
         self.channels = nn.ConvTranspose2d(width, width, (self.BAND, 1), stride=(self.BAND, 1))
         self.head = nn.Sequential(nn.Conv2d(width + 6, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, 2, 1))
         self.gains = nn.Parameter(torch.tensor([1.0, -1.0]))
+        upper = 6.0 * (torch.arange(latent_dim) >= latent_dim // 2)
+        self.offsets = nn.Parameter(torch.stack([upper, -upper])[..., None])
         nn.init.zeros_(self.head[-1].weight)
         nn.init.zeros_(self.head[-1].bias)
         self.to(memory_format=torch.channels_last)  # a step takes two thirds of the time on a CPU
@@ -89,7 +92,8 @@ class WideMaskGenerator(nn.Module):
         x = self.bands(clips) + self.positions  # [B, width, D / 4, T]
         for block in self.blocks:
             x = x + block(x)
-        odds = self.gains[:, None, None] * hits + self.head(torch.cat([self.channels(x), clips], dim=1))
+        known = self.gains[:, None, None] * hits + self.offsets
+        odds = known + self.head(torch.cat([self.channels(x), clips], dim=1))
         return Masks(*odds.sigmoid().unbind(dim=1))
 
 

@@ -125,6 +125,13 @@ def spectral_outliers(output: Sound, input: Sound, target: Sound) -> Tensor:
     return ((output.log_mel - mean) / deviation - OUTLIER_DEVIATIONS).relu().square().mean()
 
 
+def onsets_left(output: Sound, input: Sound, target: Sound) -> Tensor:
+    """Partial regression of the output's hits on the target's, given the input's, 0 or more; mean over bands and clips.
+    So the input's own hits are free where the target has them as well."""
+    taken, kept, alike = (correlation(x.hits, y.hits) for x, y in ((output, target), (output, input), (input, target)))
+    return ((taken - kept * alike) / (1 - alike.square()).clamp_min(0.1)).relu().mean()
+
+
 def notes_left(output: Sound, input: Sound, target: Sound) -> Tensor:
     """Cosine of the output's semitones with those that stand out further in the input than in the target, 0 to 1."""
     only = (input.notes - target.notes).relu()
@@ -165,7 +172,7 @@ ON_SOUND: dict[str, Callable[[Sound, Sound, Sound, LossConfig], Tensor]] = {  # 
     "harmony": lambda y, a, b, config: 1 - harmony_similarity(y, b).mean(),  # of pitch classes over time
     "onsets": lambda y, a, b, config: 1 - correlation(y.hits, a.hits).mean(),
     "notes": lambda y, a, b, config: 1 - F.cosine_similarity(y.notes.flatten(1), b.notes.flatten(1)).mean(),
-    "onsets_left": lambda y, a, b, config: correlation(y.hits, b.hits).relu().mean(),
+    "onsets_left": lambda y, a, b, config: onsets_left(y, a, b),
     "notes_left": lambda y, a, b, config: notes_left(y, a, b),
     "tones": lambda y, a, b, config: tones(y, a, b),
     "anti_modulation": lambda y, a, b, config: sum(anti_modulation(y, x, config.anti_modulation) for x in (a, b)),

@@ -252,9 +252,7 @@ def test_chords_in_another_order_are_less_similar():
 # --- bands and semitones ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "band"), [(30, 180, 0), (200, 550, 1), (600, 1400, 2), (1600, 2700, 3), (2900, 4700, 4)]
-)
+@pytest.mark.parametrize(("low", "high", "band"), [(30, 150, 0), (200, 1500, 1), (1700, 4700, 2)])
 def test_a_burst_of_noise_is_a_hit_in_its_band(low, high, band):
     noise = torch.fft.rfft(torch.randn(2 * SAMPLE_RATE, generator=torch.Generator().manual_seed(0)))
     frequencies = torch.fft.rfftfreq(2 * SAMPLE_RATE, 1 / SAMPLE_RATE)

@@ -93,29 +93,35 @@ def test_wide_masks_parameter_count_against_arithmetic():
     bands, positions, channels = 24 * 6 * 4 * 3 + 24, 24 * 32, 24 * 24 * 4 + 24
     block = 24 * 24 * 3 * 5 + 24 + 2 * 24
     head = 24 * 30 * 3 * 3 + 24 + 2 * 24 + 2
-    own = bands + positions + 6 * block + channels + head + 2
-    assert sum(p.numel() for p in WideMaskGenerator().parameters()) == own == 63_676
+    own = bands + positions + 6 * block + channels + head + 2 + 2 * 128
+    assert sum(p.numel() for p in WideMaskGenerator().parameters()) == own == 63_932
 
 
 @torch.no_grad()
-def test_wide_masks_start_as_hpss():
-    """Of the input hits are taken, of the target held notes: a click and a tone, in latents of mdct."""
+def test_wide_masks_start_as_hpss_with_a_crossover():
+    """Of the input hits are taken, of the target held notes, and above 2.4 kHz the input alone: a click and two tones,
+    in latents of mdct."""
     time = torch.arange(48_000) / 24_000
-    tone, click = 0.3 * torch.sin(2 * torch.pi * 1000 * time), torch.zeros(48_000)
+    tone = sum(0.3 * torch.sin(2 * torch.pi * hz * time) for hz in (1000, 3500))
+    click = torch.zeros(48_000)
     click[24_000:24_200] = torch.randn(200, generator=torch.Generator().manual_seed(0))
     both = MdctCodec().encode((tone + click)[None, None])
     masks = WideMaskGenerator()(both, both)
     assert masks.input.shape == masks.target.shape == (1, 128, 150)
     hit, note = (slice(None), slice(40, 120), 75), (slice(None), 26, slice(20, 60))  # 1.5 to 4.5 kHz; 1 kHz
+    high = (slice(None), 93, slice(20, 60))  # 3.5 kHz
     assert masks.input[hit].mean() > 0.9
     assert masks.target[hit].mean() < 0.1
     assert masks.input[note].mean() < 0.2
     assert masks.target[note].mean() > 0.8
+    assert masks.input[high].mean() > 0.8
+    assert masks.target[high].mean() < 0.2
 
 
 @torch.no_grad()
 def test_untrained_wide_masks_by_hand():
-    """Odds are the ratio of two geometric means of amplitudes, over 13 channels and over 25 frames."""
+    """Odds are the ratio of two geometric means of amplitudes, over 13 channels and over 25 frames; times e⁶ in
+    the upper half."""
     channels, frames = np.ogrid[:64, :90]
     for clip, mask, sign in zip(clips(1, 64, 90), WideMaskGenerator(64)(*clips(1, 64, 90)), (1, -1), strict=True):
         cubes = clip[0].double().numpy() ** 3
@@ -124,6 +130,7 @@ def test_untrained_wide_masks_by_hand():
         odds = np.empty((64, 90))
         for c, t in np.ndindex(odds.shape):
             odds[c, t] = log[abs(channels[:, 0] - c) <= 6, t].mean() - log[c, abs(frames[0] - t) <= 12].mean()
+        odds[32:] += 6
         torch.testing.assert_close(mask[0].logit().double(), sign * torch.from_numpy(odds), rtol=1e-3, atol=1e-3)
 
 
@@ -158,11 +165,12 @@ def test_what_plays_far_away_changes_no_wide_mask():
 def test_wide_masks_follow_the_clips_and_not_their_common_level():
     generator = wide()
     input, target = clips(1, 8, 60, scale=5.0)
-    masks, louder, swapped = generator(input, target), generator(3 * input, 3 * target), generator(target, input)
-    assert masks.input.std() > 0.05
-    torch.testing.assert_close(louder.input, masks.input, rtol=0, atol=0.2)
-    assert (swapped.input - masks.input).abs().mean() > 0.05
-    assert (generator(3 * input, target).input - masks.input).abs().mean() > 0.02  # which is the louder one, it sees
+    pairs = (input, target), (3 * input, 3 * target), (target, input), (3 * input, target)
+    mask, louder, swapped, one_louder = (generator(*pair).input[:, :4] for pair in pairs)  # below the crossover
+    assert mask.std() > 0.05
+    torch.testing.assert_close(louder, mask, rtol=0, atol=0.2)
+    assert (swapped - mask).abs().mean() > 0.05
+    assert (one_louder - mask).abs().mean() > 0.02  # which is the louder one, it sees
 
 
 @pytest.mark.parametrize("T", [1, 2, 3])
