@@ -1,22 +1,23 @@
 """Self-contained pages, which request nothing from anywhere: executed notebooks, and `index.html`. Notebooks store what
 they show through a `Section`, and `write_report` joins the sections."""
 
+import functools
 import io
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import latex2mathml.converter
 import nbformat
 from IPython import display
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from latex2mathml.converter import convert
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from PIL import Image
 from pygments.formatters import HtmlFormatter
 
@@ -30,8 +31,6 @@ LIMIT = 20_000_000  # bytes of a page, so that a phone can open it
 FIRST = "05_listening"  # the section at the top of the page
 Facts = Mapping[str, str]
 FOLDER = Path(__file__).with_name("templates")
-# code comes first: a $ in it begins no formula
-FORMULA = r"(?s)(?P<code>(?P<ticks>`+).+?(?P=ticks))|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$"
 TEMPLATES = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined)
 
 
@@ -176,23 +175,18 @@ def render(template: str, **values: Any) -> Markup:
     return Markup(TEMPLATES.get_template(template).render(**values))
 
 
+class MathRenderer(IPythonRenderer):
+    """nbconvert's Markdown with formulas as MathML, which needs no script."""
+
+    inline_math = staticmethod(convert)
+    block_math = staticmethod(functools.partial(convert, display="block"))
+
+
 def write_notebook_page(notebook: Path) -> Path:
     """Write an executed notebook as a page beside it, with formulas as MathML; returns its path."""
-    content = nbformat.read(notebook, as_version=4)
-    formulas: list[str] = []
-
-    def keep(match: re.Match[str]) -> str:
-        if match["code"]:
-            return match[0]
-        display = "block" if match["block"] else "inline"
-        formulas.append(latex2mathml.converter.convert(match[display], display=display))
-        return f"formula{len(formulas) - 1}elumrof"  # Markdown leaves this word alone
-
-    for cell in content.cells:
-        if cell.cell_type == "markdown":
-            cell.source = re.sub(FORMULA, keep, cell.source)
-    body, _ = HTMLExporter(template_name="basic").from_notebook_node(content)
-    body = re.sub(r"formula(\d+)elumrof", lambda match: formulas[int(match[1])], body)
+    markdown = MarkdownWithMath(MathRenderer(escape=False))
+    exporter = HTMLExporter(template_name="basic", filters={"markdown2html": markdown.render})
+    body, _ = exporter.from_notebook_node(nbformat.read(notebook, as_version=4))
     colours, dark = (HtmlFormatter(style=style).get_style_defs(".highlight") for style in ("default", "monokai"))
     style = f"{colours}\n@media (prefers-color-scheme: dark) {{ {dark} }}\n.highlight {{ background: none; }}"
     return write_page(notebook.with_suffix(".html"), notebook.stem, Markup(f'<main id="main">{body}</main>'), style)
