@@ -10,6 +10,7 @@ from typing import Any
 from lib.evaluation.baselines import ORACLE
 from lib.evaluation.tables import MASKS_ALONE, WITH_CASCADE, study_rows, trained_mean
 from lib.lab.results import read_record
+from lib.report.report import render
 from lib.superres.evaluation import METHODS, Score
 from lib.superres.plots import upper_rows
 from lib.util.errors import UserError
@@ -56,22 +57,18 @@ def readme_blocks(folder: Path) -> dict[str, str]:
 
 def music_block(folder: Path) -> str:
     """Fusion on real music (fusion.json) and longer training on a GPU (gpu.json), where the record has them."""
-    text = "This record is older than the measurements on real music."
+    values: dict[str, Any] = {"study": {}, "gpu": {}}
     if (folder / "fusion.json").exists():
-        text = "\n".join(study(*read_record(folder / "fusion.json", dict)))
+        rows, values["facts"] = read_record(folder / "fusion.json", dict)
+        values["study"] = study(rows, values["facts"])
     if (folder / "gpu.json").exists():
         fields = {"gpu": str, "trained_by": str, "clip_seconds": float, "batch_size": int, "runs": dict, "marks": dict}
-        gpu = read_json(folder / "gpu.json", fields)
-        text += f"\n\nOn one {gpu['gpu']} (commit {gpu['trained_by']}), clips of {gpu['clip_seconds']:g} s, batch size "
-        text += f"{gpu['batch_size']}: merit "
-        for name, (*_, end) in gpu["runs"].items():
-            text += f"{end['merit']:.2f} after {end['epoch']} epochs and {end['seconds'] / 60:.1f} minutes ({name}), "
-        mark = max(gpu["marks"], key=gpu["marks"].get)
-        text += f"beside {span([gpu['marks'][mark]])} of the best mark ({mark}): [curves](outputs/record/gpu.png)."
-    return text.replace("crossover, input below", "crossover with the input below")
+        values["gpu"] = gpu = read_json(folder / "gpu.json", fields)
+        values["mark"] = max(gpu["marks"], key=gpu["marks"].get)
+    return render("music.md.j2", **WORDS, **values).replace("crossover, input below", "crossover with the input below")
 
 
-def study(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[str]:
+def study(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Outputs on real music, the trained masks against each baseline, and the merit of each setting."""
     trained = mode(row["setting"] for row in reversed(rows))  # with most training seeds, or the last one
     masks, shorter, cascade = ([r for r in rows if r["setting"] == s] for s in (trained, MASKS_ALONE, WITH_CASCADE))
@@ -93,20 +90,14 @@ def study(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[s
     for i, name in enumerate(recipes[:2]):
         said[i] += f" (onset score {ends(name, 'in onset score')}, note score {ends(name, 'in note score')})"
     verdicts = [{name: row["verdict"].removesuffix(" the baseline") for name, row in seed.items()} for seed in against]
-    pairs = against[0][recipes[0]]["pairs won"].split()[-1]
-    tracks = ", ".join(f"{len(t)} of {name} ({facts['licences'][name]})" for name, t in facts["tracks"].items())
-    merits = ", ".join(f"{row['setting']} {row['untrained']} → {row['merit']}" for row in study_rows(rows))
-    tuned = ", ".join(f"{name} {hz:,} Hz" for name, hz in masks[0]["crossovers"].items())
-    return [
-        *table(["output", *COLUMNS.values()], cells),
-        "",
-        f"- **Advantage in merit of the trained masks** (± standard error, lowest to highest seed): {'; '.join(said)}. "
-        f"Verdicts: {alike(verdicts)} ({TEST}). Measured on {pairs} pairs of {len(facts['held_out'])} held-out songs; "
-        f"tracks: {tracks}. Tuned on training songs: {tuned}.",
-        "- **What each change brought**: from the seeds' system to the masks alone, then the cascade with and without "
-        f"masks; {facts['steps']} steps if nothing else is said, {facts['layers']}-layer stages. Merit, untrained → "
-        f"trained: {merits}.",
-    ]
+    return {
+        "outputs": "\n".join(table(["output", *COLUMNS.values()], cells)),
+        "advantages": said,
+        "verdicts": alike(verdicts),
+        "pairs": against[0][recipes[0]]["pairs won"].split()[-1],
+        "settings": study_rows(rows),
+        "crossovers": masks[0]["crossovers"],
+    }
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -116,23 +107,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Results over all runs with other songs and seeds, and their changes on other processors."""
     seeded = [row for row in rows if row["run"].startswith("songs-")] or list(rows)
-    songs, seeds = (len({row.get(name) for row in seeded}) for name in ("data_seed", "seed"))
-    runs = f"{len(seeded)} runs, {songs} data seeds with {seeds} training seeds each; ranges go from the "
-    runs += "lowest to the highest run, a verdict is given where all runs agree"
-    outputs = "trained model", *seeded[0]["against"]
-    merits = ", ".join(f"{name} {span([row['merit'][name] for row in seeded])}" for name in outputs)
-    lines = [
-        f"{runs if len(seeded) > 1 else 'One run'} ({TEST}).",
-        "",
-        f"- **Fusion.** Figure of merit: {merits}. Verdicts: {alike([row['against'] for row in seeded])}.",
-    ]
-    if "advantage" in seeded[0]:  # older records lack it
-        lines.append(f"- **Advantage in merit** of the trained model (± standard error): {pooled(seeded)}.")
     by_run = {row["run"]: row for row in rows}
-    if "no-vectors" in by_run:
-        here, *others = (by_run[name] for name in ("as it is", "songs-0-seed-0", "no-vectors"))
-        lines.append(f"- **Other CPUs.** {moved(here, others)}")
-    return lines
+    values = {name: len({row.get(key) for row in seeded}) for name, key in (("songs", "data_seed"), ("seeds", "seed"))}
+    values["advantages"] = pooled(seeded) if "advantage" in seeded[0] else ""  # older records lack it
+    values["moved"] = "no-vectors" in by_run and moved(
+        by_run["as it is"], [by_run[name] for name in ("songs-0-seed-0", "no-vectors")]
+    )
+    return render("results.md.j2", runs=seeded, **WORDS, **values).splitlines()
 
 
 def pooled(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -200,3 +181,6 @@ def distances_table(scores: Sequence[Score]) -> str:
     rows = upper_rows(sorted(scores, key=lambda score: score.cutoff))
     named = ([f"{row['method']}: {METHODS[row['method']]}", *list(row.values())[1:]] for row in rows)
     return "\n".join(table(list(rows[0]), named))
+
+
+WORDS = {"TEST": TEST, "alike": alike, "span": span}  # of both templates
