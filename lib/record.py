@@ -30,6 +30,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,20 +64,8 @@ FIGURES = ("listening_0", "collapse")  # that the README shows
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
 # without AVX2, sums are rounded differently; NumPy has had two sets of names for the features it can disable
 NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 X86_V3 X86_V4 AVX512_ICL"}
-LICENCES = {"nexuiz-music": "GPL-2 or later", "wesnoth-1.16-music": "GPL-2 or later"}  # of data/fetch_music.sh
-# From the seeds' system, preset reference, to the masks alone, one change after the other; then the cascade once more
-MASKED = {"model.num_stages": 2, "model.masking.masking": "learned", "model.masking.restore_rms": True}
-QUIET = MASKED | {"model.masking.restore_rms": False}
-STUDY: dict[str, dict[str, Any]] = {
-    SEEDS_SYSTEM: {},
-    "our objective and schedule": MASKED,
-    "masked clips not restored": QUIET,
-    "no cascade": QUIET | {"model.num_stages": 0, "model.masking.root": 1},
-    "amplitudes added": QUIET | {"model.num_stages": 0},
-    MASKS_ALONE: {},
-    WITH_CASCADE: {"model.num_stages": 2},
-    "a cascade alone": {"model.num_stages": 2, "model.masking.masking": "none"},
-}
+# settings on real music → what each changes in the preset; packages of music → their licence
+STUDY, LICENCES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text()).values()
 WHOLE = ("songs-0-seed-0", "no-vectors")  # variations that run all notebooks, and are compared as a whole
 CLAIMS_HEAD = ROOT / "lib" / "report" / "templates" / "claims.md"
 
