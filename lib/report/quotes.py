@@ -20,9 +20,7 @@ from lib.util.stats import TEST, Comparison
 BLOCKS = ("music", "results", "speed", "distances")
 MARKS = "<!-- {}: written by make record -->", "<!-- end of {} -->"
 DIFFERENT = "runs disagree on"
-COLUMNS = {"merit": "merit", "onsets": "input's onsets", "notes": "target's notes"}  # metrics on real music
-COLUMNS |= {"onsets_left": "target's onsets left", "notes_left": "input's notes left"}
-COLUMNS |= {"beats": "beats", "level": "level (dB)", "plain_merit": "merit by the old figure"}
+METRICS = "merit", "onsets", "notes", "onsets_left", "notes_left", "beats", "level", "plain_merit"  # on real music
 
 
 def with_blocks(readme: str, blocks: Mapping[str, str]) -> str:
@@ -78,9 +76,7 @@ def study(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> dict[s
         shown |= {f"{setting}, {facts['steps']} steps": (of, "trained model")}
     recipes = sorted(against[0], key=lambda name: -trained_mean(masks, name, "merit"))
     shown |= {name: (masks, name) for name in (*recipes, ORACLE)}
-    cells = [[label, *(span([trained_mean(*of, metric)]) for metric in COLUMNS)] for label, of in shown.items()]
-    best = max((merit for label, merit, *_ in cells if label != ORACLE), key=mean_of)
-    cells = [[label, f"**{m}**" if m == best and label != ORACLE else m, *rest] for label, m, *rest in cells]
+    cells = {label: [span([trained_mean(*of, metric)]) for metric in METRICS] for label, of in shown.items()}
 
     def ends(name: str, column: str) -> str:
         found = sorted((seed[name][column].replace("-", "−") for seed in against), key=mean_of)
@@ -91,7 +87,8 @@ def study(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> dict[s
         said[i] += f" (onset score {ends(name, 'in onset score')}, note score {ends(name, 'in note score')})"
     verdicts = [{name: row["verdict"].removesuffix(" the baseline") for name, row in seed.items()} for seed in against]
     return {
-        "outputs": "\n".join(table(["output", *COLUMNS.values()], cells)),
+        "outputs": cells,
+        "best": max((merit for label, (merit, *_) in cells.items() if label != ORACLE), key=mean_of),
         "advantages": said,
         "verdicts": alike(verdicts),
         "pairs": against[0][recipes[0]]["pairs won"].split()[-1],
@@ -183,4 +180,4 @@ def distances_table(scores: Sequence[Score]) -> str:
     return "\n".join(table(list(rows[0]), named))
 
 
-WORDS = {"TEST": TEST, "alike": alike, "span": span}  # of both templates
+WORDS = {"TEST": TEST, "ORACLE": ORACLE, "alike": alike, "span": span}  # of both templates
