@@ -150,31 +150,20 @@ def curves(x: Values, series: Mapping[str, Values], xlabel: str, ylabel: str, **
     return figure
 
 
-class Waterfall:
-    """RMS through the stages; `update` moves the bars, which is several times faster than a new drawing."""
-
-    LABELS = ("projection", "residual", "before scaling", "output")
-    FIELDS = ("projection_rms", "weighted_residual", "rms_before_scaling", "output_rms")
-
-    def __init__(self, axes: Axes, num_stages: int, goal: float):
-        self.bars = []
-        for offset, (label, colour) in enumerate(zip(self.LABELS, STAGES, strict=False)):
-            x = [i + (offset - 1.5) * 0.2 for i in range(num_stages)]
-            self.bars.append(axes.bar(x, [0] * num_stages, width=0.18, color=colour, label=label))
-        axes.axhline(goal, color="black", linewidth=1, linestyle="--", label="target RMS")
-        above = {"ha": "center", "va": "bottom", "fontsize": 8, "transform": axes.get_xaxis_transform()}
-        self.labels = [axes.text(i, 1.02, "", **above) for i in range(num_stages)]
-        axes.set_xticks(range(num_stages), [f"stage {i}" for i in range(num_stages)])
-        axes.set(ylabel="RMS (latent units)", ylim=(0, 1.35 * goal))
-
-    def update(self, traces: Sequence[Mapping[str, float]]) -> None:
-        """`traces`: the fields of a `StageTrace` and the weighted residual's RMS, one per stage."""
-        for field, bars in zip(self.FIELDS, self.bars, strict=True):
-            for bar, trace in zip(bars, traces, strict=True):
-                bar.set_height(trace[field])
-        for label, trace in zip(self.labels, traces, strict=True):
-            applied = f", applied ×{trace['applied_scale']:.1f}" if trace["clamped"] else ""
-            label.set_text(f"target ×{trace['target_scale']:.1f}{applied}")
+def waterfall(axes: Axes, traces: Sequence[Mapping[str, float]], goal: float) -> None:
+    """RMS through the stages. `traces`: the fields of a `StageTrace` and the weighted residual's RMS, one per stage."""
+    fields = ("projection_rms", "weighted_residual", "rms_before_scaling", "output_rms")
+    labels = ("projection", "residual", "before scaling", "output")
+    for offset, (field, label, colour) in enumerate(zip(fields, labels, STAGES, strict=False)):
+        x = [i + (offset - 1.5) * 0.2 for i in range(len(traces))]
+        axes.bar(x, [trace[field] for trace in traces], width=0.18, color=colour, label=label)
+    axes.axhline(goal, color="black", linewidth=1, linestyle="--", label="target RMS")
+    above = {"ha": "center", "va": "bottom", "fontsize": 8, "transform": axes.get_xaxis_transform()}
+    for i, trace in enumerate(traces):
+        applied = f", applied ×{trace['applied_scale']:.1f}" if trace["clamped"] else ""
+        axes.text(i, 1.02, f"target ×{trace['target_scale']:.1f}{applied}", **above)
+    axes.set_xticks(range(len(traces)), [f"stage {i}" for i in range(len(traces))])
+    axes.set(ylabel="RMS (latent units)", ylim=(0, 1.35 * goal))
 
 
 def waterfalls(settings: Mapping[str, Sequence[Mapping[str, float]]], goal: float) -> Figure:
@@ -183,7 +172,7 @@ def waterfalls(settings: Mapping[str, Sequence[Mapping[str, float]]], goal: floa
         count = math.ceil(len(settings) / 3)
         figure, grid = plt.subplots(count, 3, figsize=(12, 2.9 * count), sharey=True, squeeze=False)
         for axes, (title, traces) in zip(grid.flat, settings.items(), strict=False):
-            Waterfall(axes, len(traces), goal).update(traces)
+            waterfall(axes, traces, goal)
             axes.set_title(title, fontsize=9, pad=18)
         figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8)
     return figure

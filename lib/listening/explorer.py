@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.audio.plots import STYLE
-from lib.lab.plots import Waterfall, waterfalls
+from lib.lab.plots import waterfall, waterfalls
 from lib.lab.probes import untrained
 from lib.lab.variants import EXPLODING, VARIANTS
 from lib.listening.widgets import CONTROL, figure_png, observe
@@ -40,18 +40,13 @@ class RmsExplorer:
         variant = next(variant for variant in VARIANTS if variant.name == EXPLODING)
         variants = {on: dataclasses.replace(variant, every={"spectral_norm": on}) for on in (True, False)}
         self.cascades = {on: untrained(changed.cascade(num_layers), seed=0) for on, changed in variants.items()}
-        with plt.rc_context(STYLE | {"axes.grid.axis": "y", "figure.constrained_layout.use": False}):
-            self.figure = Figure(figsize=(7, 3.3), dpi=90)  # drawn once, then updated
-            axes = self.figure.add_axes((0.09, 0.1, 0.72, 0.78))
-            self.waterfall = Waterfall(axes, variant.stages, self.goal)
-            axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         self.before_last = functools.lru_cache(maxsize=8)(self._before_last)
 
     @torch.inference_mode()
     def traces(
         self, weight: float = 0.1, clamp: bool = True, similarity: float = 0.0, spectral_norm: bool = True
     ) -> list[dict[str, float]]:
-        """RMS by stage for `Waterfall.update`. `similarity`: the clips' cosine; `clamp`: whether the last has one."""
+        """RMS by stage for `waterfall`. `similarity`: the clips' cosine; `clamp`: whether the last has one."""
         stages = self.cascades[spectral_norm].stages
         signals, traces = self.before_last(similarity, spectral_norm)
         with stages[-1].override(residual_weight=weight, **({} if clamp else {"clamp": None})):
@@ -70,8 +65,13 @@ class RmsExplorer:
 
     def png(self, **settings: Any) -> bytes:
         """The waterfall of one setting as a PNG: what a slider redraws, in well under 200 ms."""
-        self.waterfall.update(self.traces(**settings))
-        return figure_png(self.figure)
+        # a constrained layout would take as long again
+        with plt.rc_context(STYLE | {"axes.grid.axis": "y", "figure.constrained_layout.use": False}):
+            figure = plt.figure(figsize=(7, 3.3), dpi=90)
+            axes = figure.add_axes((0.09, 0.1, 0.72, 0.78))
+            waterfall(axes, self.traces(**settings), self.goal)
+            axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        return figure_png(figure)
 
     def grid(self) -> Figure:
         """The settings of `GRID` side by side."""
