@@ -139,7 +139,8 @@ def test_without_masks_there_is_no_complementarity(tiny_index, tiny_cascade):
     pairs = LatentPairs(tiny_index, "val")
     assert "complementarity" not in evaluate_fusion(FusionModel(tiny_cascade()), pairs)
     halves = FusionModel(tiny_cascade(), MaskingConfig("wide"))
-    torch.nn.init.zeros_(halves.mask_generator.gains)  # so that its masks are one half everywhere
+    for known in (halves.mask_generator.gains, halves.mask_generator.offsets):
+        torch.nn.init.zeros_(known)  # so that its masks are one half everywhere
     assert evaluate_fusion(halves, pairs)["complementarity"] == pytest.approx(0.75)
 
 
