@@ -64,8 +64,8 @@ FIGURES = ("listening_0", "collapse")  # that the README shows
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
 # without AVX2, sums are rounded differently; NumPy has had two sets of names for the features it can disable
 NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 X86_V3 X86_V4 AVX512_ICL"}
-# settings on real music → what each changes in the preset; packages of music → their licence
-STUDY, LICENCES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text()).values()
+ON_MUSIC = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+STUDY, LICENCES = ON_MUSIC["study"], ON_MUSIC["licences"]  # setting → its changes of the preset; package → its licence
 WHOLE = ("songs-0-seed-0", "no-vectors")  # variations that run all notebooks, and are compared as a whole
 CLAIMS_HEAD = ROOT / "lib" / "report" / "templates" / "claims.md"
 
