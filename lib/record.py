@@ -157,8 +157,12 @@ def record(
     facts = versions() | {"preset": preset.name, "codec": project.codec.name, "machine": machine}
     songs = f"music in {Path(data_dir).name}" if data_dir else "generated songs"
     folder.mkdir(parents=True, exist_ok=True)
-    made = {} if whole else read_json(folder / "record.json")
+    made = read_json(folder / "record.json") if (folder / "record.json").exists() else {}
+    made = {part: said for part, said in made.items() if not whole or said.get("commit") == facts["commit"]}
     for part in (part for part in PARTS if part in parts):
+        if made.get(part, {}).get("commit") == facts["commit"]:
+            say(f"{part}: measured before the record was stopped")
+            continue
         measure[part]()
         made[part] = facts | {"music": "real music" if part == "fusion" else songs}
         write_json(folder / "record.json", made)

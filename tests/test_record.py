@@ -509,6 +509,26 @@ def test_a_part_is_measured_by_itself_and_the_others_stay(stub, monkeypatch):
     assert made["bench"]["commit"] == made["fusion"]["commit"] == "abcdef0"
 
 
+def test_a_stopped_record_resumes_with_the_part_that_it_was_at(stub, monkeypatch):
+    folder, said = stub
+    shutil.copytree(RECORD, written := folder / "record")
+    monkeypatch.setattr(lib.record, "versions", lambda: {"torch": "2", "commit": "abcdef0"})
+    notebooks = lib.record.run_notebooks
+
+    def stopped(*given, resume):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lib.record, "run_notebooks", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        lib.record.record("demo", {}, "", MUSIC, folder=written)
+    monkeypatch.setattr(lib.record, "run_notebooks", notebooks)
+    for _ in range(2):
+        lib.record.record("demo", {}, "", MUSIC, folder=written)
+    assert said == [MUSIC, ("demo", {}, "")]  # each was measured once
+    made = json.loads((written / "record.json").read_text())
+    assert {made[part]["commit"] for part in PARTS} == {"abcdef0"}
+
+
 def test_a_part_alone_needs_the_others_before_any_run(stub):
     folder, said = stub
     with pytest.raises(UserError, match=r"record\.json"):
