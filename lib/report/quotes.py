@@ -63,7 +63,7 @@ def music_block(folder: Path) -> str:
         fields = {"gpu": str, "trained_by": str, "clip_seconds": float, "batch_size": int, "runs": dict, "marks": dict}
         values["gpu"] = gpu = read_json(folder / "gpu.json", fields)
         values["mark"] = max(gpu["marks"], key=gpu["marks"].get)
-    return render("music.md.j2", **WORDS, **values).replace("crossover, input below", "crossover with the input below")
+    return filled("music.md.j2", values)
 
 
 def study(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,11 +106,16 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     seeded = [row for row in rows if row["run"].startswith("songs-")] or list(rows)
     by_run = {row["run"]: row for row in rows}
     values = {name: len({row.get(key) for row in seeded}) for name, key in (("songs", "data_seed"), ("seeds", "seed"))}
-    values["advantages"] = pooled(seeded) if "advantage" in seeded[0] else ""  # older records lack it
+    values["advantages"] = pooled(seeded)
     values["moved"] = "no-vectors" in by_run and moved(
         by_run["as it is"], [by_run[name] for name in ("songs-0-seed-0", "no-vectors")]
     )
-    return render("results.md.j2", runs=seeded, **WORDS, **values).splitlines()
+    return filled("results.md.j2", values | {"runs": seeded}).splitlines()
+
+
+def filled(template: str, values: Mapping[str, Any]) -> str:
+    """A block of the README; in its lists, names have no comma."""
+    return render(template, **WORDS, **values).replace("crossover, input below", "crossover with the input below")
 
 
 def pooled(rows: Sequence[Mapping[str, Any]]) -> str:
