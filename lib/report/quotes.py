@@ -159,10 +159,11 @@ def moved(here: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
     merit = max(abs(row["merit"][name] - value) for row in others for name, value in here["merit"].items())
     pairs = "the same" if all(row["pairs"] == here["pairs"] for row in others) else "OTHER"
     all_but = f", all but: {'; '.join(changed)}" if changed else ""
+    moves = f"move by up to {merit:.2f}" if merit >= 0.005 else "are equal to two digits"
     return (
         "On one thread, with and without vector instructions (AVX and the like), the demo "
         f"has {pairs} pairs and split, and {len(names) - len(changed)} of its {len(names)} verdicts are the same"
-        f"{all_but}. Figures of merit move by up to {merit:.2f}."
+        f"{all_but}. Figures of merit {moves}."
     )
 
 

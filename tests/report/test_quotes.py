@@ -100,6 +100,7 @@ def test_what_moves_on_other_processors_is_said():
     same = "the demo has the same pairs and split, and 4 of its 4 verdicts are the same. "
     moves = "Figures of merit move by up to 0.02."
     assert moved(here, [thread, bare]).endswith(same + moves)
+    assert moved(here, [here, here]).endswith(same + "Figures of merit are equal to two digits.")
     bare["claims"]["C2: b"], bare["pairs"] = "reproduced", "q"
     other = "the demo has OTHER pairs and split, and 3 of its 4 verdicts are the same, all but: C2: b. "
     assert moved(here, [thread, bare]).endswith(other + moves)
