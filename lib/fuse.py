@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from lib.audio.chunks import chunk_starts, crossfaded, reading
-from lib.audio.files import SAMPLE_RATE, AudioWriter, check_audio, load_audio, save_audio
+from lib.audio.decode import NAMES, read_windows
+from lib.audio.files import GAIN, SAMPLE_RATE, AudioWriter, check_audio, save_audio
 from lib.codec.codec import Codec, load_codec
 from lib.listening.render import follow_recipe
 from lib.model.fusion import FusionModel, load_model
@@ -48,9 +49,10 @@ def fuse_files(
     which: str = "best",
     mono: bool = False,
     whole_band: bool = True,
+    gain: float = 0.0,
 ) -> AudioWriter:
     """Fuse two audio files; `out` appears when it is complete, in stereo if one of them is, unless `mono`. Returns its
-    closed writer, with length and peak. `UserError` for unusable files, a run of another codec, a .flac that clips."""
+    closed writer, with length and level. `gain`: dB. `UserError` for unusable files and a run of another codec."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(run, which, codec_fingerprint=codec.fingerprint).to(device)
     if isinstance(codec, torch.nn.Module):
@@ -63,12 +65,10 @@ def fuse_files(
     mixed = [mono or info.channels != 2 for info in infos]
     channels = 1 if all(mixed) else 2
 
-    def read(start: int) -> list[Tensor]:
-        length = min(CHUNK, num_samples - start)
-        wavs = (load_audio(path, start, length, mix=mix) for path, mix in zip(paths, mixed, strict=True))
-        return [wav.expand(channels, -1)[None].to(device) for wav in wavs]
-
-    with AudioWriter(out, channels=channels) as writer, reading(read, starts, "fusing") as chunks:
+    windows = [(start, min(CHUNK, num_samples - start)) for start in starts]
+    wavs = (read_windows(path, windows, SAMPLE_RATE, mix=mix) for path, mix in zip(paths, mixed, strict=True))
+    pairs = ([wav.expand(channels, -1)[None].to(device) for wav in pair] for pair in zip(*wavs, strict=True))
+    with AudioWriter(out, channels=channels, gain=gain) as writer, reading(pairs, len(starts), "fusing") as chunks:
         fused = (fuse_clips(*clips, model, codec, whole_band)[0].cpu() for clips in chunks)
         for piece in crossfaded(fused, OVERLAP):
             writer.write(piece)
@@ -76,7 +76,14 @@ def fuse_files(
 
 
 def fuse_and_restore(
-    input: File, target: File, out: File, run: Run, codec: Codec, resolver: SuperResolver, **options: Any
+    input: File,
+    target: File,
+    out: File,
+    run: Run,
+    codec: Codec,
+    resolver: SuperResolver,
+    gain: float = 0.0,
+    **options: Any,
 ) -> Written:
     """Fuse two audio files, with the options of `fuse_files`; write 48 kHz with the upper band restored."""
     _check_out(out, (input, target))
@@ -87,7 +94,7 @@ def fuse_and_restore(
         raise UserError(f"{out}: {reason}") from None
     with folder as name:
         fused = fuse_files(input, target, Path(name) / "fusion.wav", run, codec, **options)
-        return restore_file(fused.path, out, resolver, Restoration())
+        return restore_file(fused.path, out, resolver, Restoration(gain=gain))
 
 
 def _check_out(out: File, clips: Iterable[File]) -> None:
@@ -111,19 +118,20 @@ def fuse_clips(input: Tensor, target: Tensor, model: FusionModel, codec: Codec, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.fuse", description="Fuse two audio files with a trained run.")
-    parser.add_argument("input", nargs="?", help="audio file: WAV, FLAC, OGG or MP3")
+    parser.add_argument("input", nargs="?", help=f"audio file: {NAMES}")
     parser.add_argument("target", nargs="?", help="audio file to fuse it with")
     parser.add_argument("--recipe", help="JSON beside a saved favourite, instead of the two files: reproduces it")
     parser.add_argument("-o", "--out", required=True, help="output file; .wav holds any level")
     parser.add_argument("--run", help="run directory, such as outputs/demo (default: the recipe's)")
     parser.add_argument("--superres", help="trained super-resolver, such as outputs/demo/superres: 48 kHz")
     parser.add_argument("--codec", help="mdct, encodec or a directory of EnCodec weights (default: the run's codec)")
+    parser.add_argument("--gain", type=float, default=0.0, metavar="DB", help=GAIN)
     parser.add_argument("--mono", action="store_true", help="mix stereo files to mono first")
     parser.add_argument("--narrow", action="store_true", help="the codec's own band alone: with mdct up to 4.8 kHz")
     parser.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or the recipe's")
     options = parser.parse_args()
     if options.recipe:
-        if options.input or options.checkpoint or options.superres or options.mono or options.narrow:
+        if options.input or options.checkpoint or options.superres or options.mono or options.narrow or options.gain:
             parser.error("--recipe reproduces a favourite; give it -o, --run and --codec only")
     elif not (options.target and options.run):
         parser.error("give INPUT, TARGET and --run, or --recipe")
@@ -136,6 +144,7 @@ def fuse(options: argparse.Namespace) -> int:
     codec = load_codec(options.codec or run.codec["name"])
     files = options.input, options.target, options.out
     chosen = {"which": options.checkpoint or "best", "mono": options.mono, "whole_band": not options.narrow}
+    chosen["gain"] = options.gain
     if options.superres is None:
         written = fuse_files(*files, run, codec, **chosen)
         how = f"in {len(chunk_starts(written.num_samples, CHUNK, OVERLAP))} chunk(s)"
@@ -143,7 +152,7 @@ def fuse(options: argparse.Namespace) -> int:
         resolver = SuperResolver(options.superres, device="cuda" if torch.cuda.is_available() else "cpu")
         written, cutoff = fuse_and_restore(*files, run, codec, resolver, **chosen)
         how = f"at 48 kHz, restored above {cutoff / 1000:.1f} kHz"
-    print(f"{written.path}: {written.num_samples / written.sample_rate:.2f} s {how}, peak {written.peak:.3f}")
+    print(f"{written.path}: {written.num_samples / written.sample_rate:.2f} s {how}, {written.level}")
     return 0
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from accelerate import PartialState
 
+from lib.audio.files import SAMPLE_RATE, check_audio
 from lib.audio.synth import make_demo_dataset
 from lib.codec.codec import Codec, load_codec
-from lib.data.latents import encode_manifest
+from lib.data.latents import encode_manifest, encoding_check
 from lib.data.pairs import Manifest, build_manifest
 from lib.lab.ablation import Plan, run_plan
 from lib.lab.results import Result, read_record
@@ -117,13 +118,15 @@ def open_project(
     with processes.main_process_first() if processes else contextlib.nullcontext():  # its threads use all cores
         if not data_dir:
             make_demo_dataset(data, num_songs=DEMO_SONGS, seed=preset.data.seed)
-        manifest = _manifest(data, out / "manifest.json", preset.data.clip_seconds, preset)
-        return Project(preset, out, codec, manifest, encode_manifest(manifest, codec, ROOT / "data" / "latents"))
+        seconds, cache = preset.data.clip_seconds, ROOT / "data" / "latents"
+        check_file = encoding_check(codec, cache, round(seconds * SAMPLE_RATE))
+        manifest = _manifest(data, out / "manifest.json", seconds, preset, check_file)
+        return Project(preset, out, codec, manifest, encode_manifest(manifest, codec, cache))
 
 
 def demo_folder(name: str, seed: int) -> Path:
     return ROOT / "data" / (f"{name}_seed{seed}" if seed else name)
 
 
-def _manifest(data: Path, path: Path, clip_seconds: float, preset: Preset) -> Manifest:
-    return build_manifest(data, path, clip_seconds, preset.data.pair_mode, preset.data.seed)
+def _manifest(data: Path, path: Path, clip_seconds: float, preset: Preset, check_file=check_audio) -> Manifest:
+    return build_manifest(data, path, clip_seconds, preset.data.pair_mode, preset.data.seed, check_file)

@@ -6,6 +6,7 @@ torchrun --nproc_per_node 4 -m lib.train --preset full ...
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from accelerate import notebook_launcher
@@ -69,7 +70,8 @@ def main() -> None:
     with exit_on_user_error():
         preset = load_preset(options.preset, parse_overrides(options.set, options.codec))
         processes = join_processes()
-        project = open_project(preset, options.data, options.out, processes)
+        data, out = (Path(path).resolve() if path else "" for path in (options.data, options.out))
+        project = open_project(preset, data, out, processes)
         check(options.follow >= 0, "--follow", options.follow, "0 or more")
         followed = options.follow and pairs_to_follow(project, options.follow)
         callbacks = (MeritOverTime(followed, project.codec),) if followed else ()

@@ -16,7 +16,8 @@ import soundfile
 import torch
 
 import lib.fuse
-from lib.audio.files import SAMPLE_RATE, AudioError, load_audio
+from lib.audio.decode import AudioError
+from lib.audio.files import SAMPLE_RATE, check_audio, load_audio
 from lib.codec.encodec import OFFLINE_VARIABLE
 from lib.codec.mdct import MdctCodec
 from lib.data.pairs import Clip
@@ -251,7 +252,7 @@ def test_channels_that_cancel_are_fused_and_three_are_mixed(tmp_path, clip, run,
     assert fused.shape == (2, 12_000)
     assert fused.square().mean(1).sqrt().gt(0.01).all()
     assert fused.abs().max() < 2
-    with pytest.raises(AudioError, match="silent throughout"):
+    with pytest.raises(AudioError, match="channels cancel in the mono mix"):
         fuse_files(tmp_path / "anti.wav", tmp_path / "b.wav", out, run, codec, mono=True)
     fuse_files(clip("c.wav", channels=3), tmp_path / "b.wav", out, run, codec)
     assert soundfile.info(out).channels == 1
@@ -267,14 +268,27 @@ def test_best_and_last_are_different_checkpoints(tmp_path, clip, codec):
     assert not torch.allclose(wavs["best"], wavs["last"], atol=1e-3)
 
 
-def test_no_file_is_left_when_the_output_would_clip(tmp_path, clip, run, codec, monkeypatch):
+@pytest.mark.parametrize("suffix", [".flac", ".ogg", ".mp3"])
+def test_an_output_that_would_clip_is_lowered(tmp_path, clip, run, codec, monkeypatch, suffix):
     monkeypatch.setattr(lib.fuse, "fuse_clips", lambda input, target, *_: 50 * input)
+    a, b, out = clip("a.wav"), clip("b.wav"), tmp_path / f"out{suffix}"
+    loud = fuse_files(a, b, tmp_path / "out.wav", run, codec)  # a float file holds it
+    report = fuse_files(a, b, out, run, codec)
+    assert loud.peak > 1
+    assert loud.lowered == 0
+    assert report.lowered == pytest.approx(20 * np.log10(loud.peak) + 1, abs=0.5)
+    assert check_audio(out).num_samples == check_audio(tmp_path / "out.wav").num_samples
+    assert 0.5 < load_audio(out).abs().max() <= 1
+    quiet = fuse_files(a, b, out, run, codec, gain=-60.0)
+    assert (quiet.lowered, quiet.peak) == (0, pytest.approx(loud.peak / 1000, rel=1e-3))
+
+
+def test_no_file_is_left_of_a_fusion_that_is_not_finite(tmp_path, clip, run, codec, monkeypatch):
+    monkeypatch.setattr(lib.fuse, "fuse_clips", lambda input, target, *_: input / 0)
     a, b = clip("a.wav"), clip("b.wav")
-    with pytest.raises(AudioError, match="would clip"):
+    with pytest.raises(AudioError, match="NaN or infinite"):
         fuse_files(a, b, tmp_path / "out.flac", run, codec)
     assert {path.name for path in tmp_path.iterdir()} == {"a.wav", "b.wav"}
-    report = fuse_files(a, b, tmp_path / "out.wav", run, codec)  # a float file holds it
-    assert report.peak > 1
 
 
 def test_a_run_of_another_codec_is_refused(tmp_path, clip, run):

@@ -24,7 +24,7 @@ import soundfile
 
 import lib.pipeline
 import lib.project
-from lib.audio.files import AudioError  # noqa: F401  its subclasses are looked for below
+from lib.audio.decode import AudioError  # noqa: F401  its subclasses are looked for below
 from lib.model.cascade import CascadeConfig
 from lib.pipeline import (
     EXECUTED,
@@ -564,7 +564,7 @@ def test_a_bad_folder_is_one_line(tmp_path, call, songs):
     (broken / "cover.jpg").write_text("")
     fails(f"{tmp_path / 'none'}: no such folder; check the path", data=tmp_path / "none")
     fails(f"{file}: a file, not a folder; name the folder it is in", data=file)
-    fails(f"{empty}: no music in this folder; put WAV, FLAC, OGG or MP3 files there", data=empty)
+    fails(f"{empty}: no music in this folder; put WAV, FLAC, OGG, MP3, M4A, Opus or AIFF files there", data=empty)
     fails(f"{broken}: no usable pair for", "zero.wav: empty (0 bytes)", "text.mp3: not audio", data=broken)
     fails(f"{file}: cannot write here", "choose another output folder", out=file)
     fails(f"{file / 'out'}: cannot write here", "choose another output folder", out=file / "out")

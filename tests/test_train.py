@@ -592,10 +592,11 @@ def test_the_options_reach_the_training(tmp_path, monkeypatch, capsys):
     )
     options = ["--preset", "demo", "--data", "songs", "--out", "there", "--resume", "--set", "train.max_steps=5"]
     monkeypatch.setattr(sys, "argv", ["lib.train", *options])
+    monkeypatch.chdir(tmp_path)
     main()
     preset, *folders = asked[0]
     assert (preset.name, preset.train.max_steps) == ("demo", 5)
-    assert folders[:2] == ["songs", "there"]
+    assert folders[:2] == [tmp_path / "songs", tmp_path / "there"]  # from the current folder, as in other commands
     assert folders[2].num_processes == 1
     assert asked[1] == (("project",), {"resume": True, "callbacks": ()})
     assert capsys.readouterr().out == f"run: {tmp_path}\n"

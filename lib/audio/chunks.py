@@ -1,7 +1,7 @@
 """Long signals in overlapping chunks, crossfaded, so that memory does not grow with a file. C channels, N samples."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -19,10 +19,10 @@ def chunk_starts(num_samples: int, chunk: int, overlap: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def reading(read: Callable[[int], Chunk], starts: Sequence[int], description: str) -> Iterator[Iterable[Chunk]]:
-    """`read(start)` of each chunk, one prefetched, with a progress bar if there are several."""
-    with contextlib.closing(prefetch(read, starts, threads=1)) as chunks:
-        yield tqdm(chunks, desc=description, unit="chunk", total=len(starts), disable=len(starts) < 2)
+def reading(chunks: Iterator[Chunk], count: int, description: str) -> Iterator[Iterable[Chunk]]:
+    """The chunks of an iterator, one prefetched, with a progress bar if there are several."""
+    with contextlib.closing(prefetch(lambda _: next(chunks), range(count), threads=1)) as ahead:
+        yield tqdm(ahead, desc=description, unit="chunk", total=count, disable=count < 2)
 
 
 def crossfaded(

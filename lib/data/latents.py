@@ -14,6 +14,7 @@ Reading verifies the two clips of a pair, whatever the size of the cache. P pair
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ import os
 import time
 import zipfile
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +31,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from lib.audio.files import load_audio
+from lib.audio.decode import Decoder, read_windows
+from lib.audio.files import SAMPLE_RATE, AudioReport, report_on
 from lib.codec.codec import Codec
 from lib.data.pairs import Clip, Manifest
 from lib.util.errors import UserError
@@ -48,13 +51,12 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> 
     shorter than `clip_length` are padded with zeros. One that cannot be read, or whose file changed since the manifest,
     is dropped with its pairs, and a warning says why. `UserError` if no pair is left, if the codec has another sample
     rate, or if the cache cannot be written."""
-    if codec.sample_rate != manifest.sample_rate:
-        raise UserError(f"codec {codec.name}: takes {codec.sample_rate} Hz, the manifest has {manifest.sample_rate} Hz")
-    code, shape = code_fingerprint("lib.data.latents"), (codec.dim, math.ceil(manifest.clip_length / codec.hop))
-    store = Path(cache_dir) / f"{codec.name}-{codec.fingerprint[:12]}-{manifest.clip_length}-{code[:12]}"
+    store, shape = (
+        _store(cache_dir, codec, manifest.clip_length),
+        (codec.dim, math.ceil(manifest.clip_length / codec.hop)),
+    )
     clips = {clip.key: clip for pair in manifest.pairs for clip in (pair.input, pair.target)}
-    try:
-        store.mkdir(parents=True, exist_ok=True)
+    with _writing(store):
         for temp in store.glob(f".*{TEMPORARY}"):
             with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
                 if time.time() - temp.stat().st_mtime > STALE_SECONDS:
@@ -65,9 +67,6 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> 
         facts = {"codec": codec.name, "fingerprint": codec.fingerprint, "dim": shape[0], "frames": shape[1]}
         facts |= {"clip_length": manifest.clip_length, "sample_rate": manifest.sample_rate}
         index, num_pairs = _write_index(store, manifest, names, facts)
-    except OSError as error:
-        reason = f"cannot be written ({error.strerror}); choose a cache folder you may write to"
-        raise UserError(f"{error.filename or store}: {reason}") from error
     first = "; ".join(dropped[:3]) + f"; and {len(dropped) - 3} more" * (len(dropped) > 3)
     if not num_pairs:
         raise UserError(f"{manifest.root}: no pair of the manifest can be encoded; first reasons: {first}")
@@ -75,6 +74,43 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> 
         left_out = f"{len(dropped)} of {len(clips)} clips are left out with their pairs"
         logger.warning("%s: %s: %s", manifest.root, left_out, first)
     return index
+
+
+def encoding_check(codec: Codec, cache_dir: str | Path, clip_length: int) -> Callable[[Path], AudioReport]:
+    """A `check_audio` that, in the same decode, brings the latents of all clips of the file into the cache."""
+    store = _store(cache_dir, codec, clip_length)
+    with _writing(store):
+        there = {path.name.partition("-")[0] for path in store.glob("*-*.npy")}
+
+    def check(path: Path) -> AudioReport:
+        with Decoder(path) as file, _writing(store):
+            sha256 = file_sha256(path)
+            windows = zip(itertools.count(0, clip_length), itertools.repeat(clip_length))
+            for offset, wav in zip(itertools.count(0, clip_length), file.windows(windows, codec.sample_rate)):
+                if not (length := wav.shape[1]):
+                    return report_on(file, sha256)
+                clip = Clip(path.name, offset, length, sha256)
+                if clip.fills(clip_length) and clip.key not in there:
+                    _encode(clip.key, wav, clip_length, codec, store)
+
+    return check
+
+
+def _store(cache_dir: str | Path, codec: Codec, clip_length: int) -> Path:
+    if codec.sample_rate != SAMPLE_RATE:
+        raise UserError(f"codec {codec.name}: takes {codec.sample_rate} Hz, the clips have {SAMPLE_RATE} Hz")
+    code = code_fingerprint("lib.data.latents")
+    return Path(cache_dir) / f"{codec.name}-{codec.fingerprint[:12]}-{clip_length}-{code[:12]}"
+
+
+@contextlib.contextmanager
+def _writing(store: Path) -> Iterator[None]:
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror}); choose a cache folder you may write to"
+        raise UserError(f"{error.filename or store}: {reason}") from error
 
 
 def _find_latents(store: Path, clips: dict[str, Clip], shape: tuple[int, int]) -> dict[str, str]:
@@ -96,37 +132,45 @@ def _find_latents(store: Path, clips: dict[str, Clip], shape: tuple[int, int]) -
 def _encode_clips(
     clips: dict[str, Clip], manifest: Manifest, codec: Codec, store: Path
 ) -> tuple[dict[str, str], list[str]]:
-    """Encode each clip into its own file. Returns key → name of its latents, and why clips were dropped."""
-    hashes, threads = {clip.path: clip.sha256 for clip in clips.values()}, os.cpu_count() or 1
+    """Encode each clip into its own file, in one decode of each song, which ends at its first fault. Returns key → name
+    of its latents, and why clips were dropped."""
+    songs: dict[str, list[Clip]] = {}
+    for clip in sorted(clips.values(), key=lambda clip: clip.offset):
+        songs.setdefault(clip.path, []).append(clip)
 
-    def is_unchanged(path: str) -> bool:
-        with contextlib.suppress(OSError):
-            return file_sha256(manifest.root / path) == hashes[path]
-        return False
-
-    unchanged = dict(zip(hashes, prefetch(is_unchanged, hashes, threads=threads), strict=True))
-
-    def encode(clip: Clip) -> tuple[str, str]:
-        """The name of the clip's latents, or '' and the reason why there are none."""
+    def encode_song(song: list[Clip]) -> tuple[dict[str, str], str]:
+        """Key → name of the clips that could be encoded, and why the others could not."""
+        path, names = manifest.path(song[0]), {}
+        windows = read_windows(path, [(clip.offset, clip.length) for clip in song], codec.sample_rate)
         try:
-            wav = load_audio(manifest.path(clip), clip.offset, clip.length, codec.sample_rate)  # [1, N]
-            if not unchanged[clip.path]:
-                return "", "changed since the manifest was built; build the manifest again"
-            wav = torch.nn.functional.pad(wav, (0, manifest.clip_length - wav.shape[1]))
-            latents = np.ascontiguousarray(codec.encode(wav[None])[0].float().cpu().numpy())  # [D, T]
+            for clip, wav in zip(song, windows, strict=True):
+                if not names and file_sha256(path) != clip.sha256:
+                    return {}, "changed since the manifest was built; build the manifest again"
+                names[clip.key] = _encode(clip.key, wav, manifest.clip_length, codec, store)
         except ValueError as error:  # an AudioError, or samples that the codec refuses
-            return "", str(error)
-        content, name = io.BytesIO(), f"{clip.key}-{zlib.crc32(latents):08x}"
-        np.save(content, latents, allow_pickle=False)
-        write_atomic(store / f"{name}.npy", content.getbuffer())
-        return name, ""
+            return names, str(error)
+        return names, ""
 
-    # each clip on its own core: faster, and the same bits however busy the machine is
-    with torch_threads(1), contextlib.closing(prefetch(encode, clips.values(), threads=threads)) as results:
-        bar = tqdm(results, total=len(clips), desc=f"encoding ({codec.name})", unit="clip", disable=not clips)
-        found = dict(zip(clips, bar, strict=True))
-    names = {key: name for key, (name, _) in found.items() if name}
-    return names, [f"{clips[key].path} at sample {clips[key].offset}: {why}" for key, (_, why) in found.items() if why]
+    # each song on its own core: faster, and the same bits however busy the machine is
+    threads = prefetch(encode_song, songs.values(), threads=os.cpu_count() or 1)
+    names, dropped = {}, []
+    bar = tqdm(total=len(clips), desc=f"encoding ({codec.name})", unit="clip", disable=not clips)
+    with torch_threads(1), contextlib.closing(threads) as results, bar:
+        for song, (found, why) in zip(songs.values(), results, strict=True):
+            names |= found
+            dropped += [f"{clip.path} at sample {clip.offset}: {why}" for clip in song if clip.key not in found]
+            bar.update(len(song))
+    return names, dropped
+
+
+def _encode(key: str, wav: Tensor, clip_length: int, codec: Codec, store: Path) -> str:
+    """Encode a clip `[1, N]` into its file, whose name is returned."""
+    wav = torch.nn.functional.pad(wav, (0, clip_length - wav.shape[1]))
+    latents = np.ascontiguousarray(codec.encode(wav[None])[0].float().cpu().numpy())  # [D, T]
+    content, name = io.BytesIO(), f"{key}-{zlib.crc32(latents):08x}"
+    np.save(content, latents, allow_pickle=False)
+    write_atomic(store / f"{name}.npy", content.getbuffer())
+    return name
 
 
 def _write_index(store: Path, manifest: Manifest, names: dict[str, str], facts: dict) -> tuple[Path, int]:

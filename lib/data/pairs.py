@@ -8,6 +8,8 @@ A pair is an *input* clip and a *target* clip. The mode says where they come fro
 - `cross`: a clip of one file and a clip of another file of the same split, drawn with the seed.
 - `both`: continuation and cross. `auto`: named if that layout is found, else both.
 
+Where `train/` and `val/` hold songs of other names, the folder is the split too; else songs are split by content.
+
 Files are identified by the hash of their bytes, so a copy under another name cannot leak from train to val. The
 manifest, which gives the reason for every file that is not used, is built again only when something has changed.
 """
@@ -21,7 +23,7 @@ import os
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,11 +33,13 @@ from pydantic import Field
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.audio.files import MIN_SAMPLES, SAMPLE_RATE, AudioError, Skipped, check_audio, load_audio, walk_audio
+from lib.audio.decode import NAMES, AudioError
+from lib.audio.files import MIN_SAMPLES, SAMPLE_RATE, AudioReport, Skipped, check_audio, load_audio, walk_audio
 from lib.util.configs import Count, Whole, check, checked_dataclass, choice
 from lib.util.errors import UserError
 from lib.util.files import naming, read_json, write_atomic
 from lib.util.provenance import code_fingerprint
+from lib.util.tensors import torch_threads
 
 MODES = ("auto", "named", "continuation", "cross", "both")
 SPLITS = ("train", "val")
@@ -44,6 +48,7 @@ AGAIN = "build the manifest again"
 MIN_FILL = 0.9  # a clip that is filled to at least this fraction is used, and padded with zeros later
 CROSS_PER_FILE = 4
 VAL_FRACTION = 0.2
+IN_VAL = "is in val/ too, and train must not see it; remove one of them"
 
 _NAMED = re.compile(r"(?P<id>pair_.+)_(?P<role>input|target|output)", re.IGNORECASE)
 
@@ -65,7 +70,11 @@ class Clip:
     def cut(self, length: int) -> list["Clip"]:
         """Consecutive clips of a whole file; the last one may be up to 10 % short."""
         clips = [replace(self, offset=at, length=min(length, self.length - at)) for at in range(0, self.length, length)]
-        return [clip for clip in clips if clip.length >= MIN_FILL * length]
+        return [clip for clip in clips if clip.fills(length)]
+
+    def fills(self, length: int) -> bool:
+        """Whether it is long enough for a clip of that length."""
+        return self.length >= MIN_FILL * length
 
 
 @checked_dataclass
@@ -123,10 +132,15 @@ def load_pair(input: Clip, target: Clip) -> tuple[Tensor, Tensor]:
 
 
 def build_manifest(
-    data_dir: str | Path, out_path: str | Path, clip_seconds: float = 16.0, mode: str = "auto", seed: int = 0
+    data_dir: str | Path,
+    out_path: str | Path,
+    clip_seconds: float = 16.0,
+    mode: str = "auto",
+    seed: int = 0,
+    check_file: Callable[[Path], AudioReport] = check_audio,
 ) -> Manifest:
     """Check every file under `data_dir`, make pairs and write the manifest, or read it if nothing has changed. Split,
-    except in mode `named`: contents in the order of sha256(seed, hash); the first ceil(n / 5) are validation. Each
+    unless by folders: contents in the order of sha256(seed, hash); the first ceil(n / 5) are validation. Each
     split has at least one file, with four files or more two, as a cross pair needs. `UserError` if one has no pair."""
     root, out_path = Path(data_dir), Path(out_path)
     check(mode in MODES, "mode", mode, f"one of {', '.join(MODES)}")
@@ -139,12 +153,12 @@ def build_manifest(
     files, skipped = walk_audio(root, ignore=[out_path])
     if not files:
         others = f" (only {len(skipped)} other files)" if skipped else ""
-        raise UserError(f"{root}: no music in this folder{others}; put WAV, FLAC, OGG or MP3 files there")
+        raise UserError(f"{root}: no music in this folder{others}; put {NAMES} files there")
     made_of = _made_of(root, files, [clip_length, mode, seed])
     with contextlib.suppress(UserError):  # there is none, or a damaged one
         if (manifest := read_manifest(out_path)).made_of == made_of and manifest.root == root.resolve():
             return manifest
-    sources = _check_files(root, files, skipped)
+    sources = _check_files(root, files, skipped, check_file)
     named = _named_files(sources) if mode in ("auto", "named") else {}
     if mode == "named" and not named:
         layout = "train/ and val/ with pair_XXXX_input.* and pair_XXXX_target.*"
@@ -174,17 +188,19 @@ def _made_of(root: Path, files: list[str], settings: list[int | str]) -> str:
     return hashlib.sha256(json.dumps([settings, code_fingerprint("lib.data.pairs"), listing]).encode()).hexdigest()
 
 
-def _check_files(root: Path, files: list[str], skipped: list[Skipped]) -> list[Clip]:
-    """The usable files, each as one clip, checked in threads (libsndfile and hashlib release the GIL)."""
+def _check_files(
+    root: Path, files: list[str], skipped: list[Skipped], check_file: Callable[[Path], AudioReport]
+) -> list[Clip]:
+    """The usable files, each as one clip, checked in threads (decoders and hashlib release the GIL)."""
 
     def check(relative: str) -> Clip | Skipped:
         try:
-            report = check_audio(root / relative)
+            report = check_file(root / relative)
         except AudioError as error:
             return Skipped(relative, error.problem)
         return Clip(relative, 0, report.num_samples, report.sha256)
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with torch_threads(1), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = list(tqdm(pool.map(check, files), total=len(files), desc="checking audio", disable=len(files) < 8))
     skipped.extend(result for result in results if isinstance(result, Skipped))
     return [result for result in results if isinstance(result, Clip)]
@@ -216,7 +232,7 @@ def _named_pairs(
         elif leaking:
             for file in halves:
                 whose = "its content" if file.path in leaking else "the other half of its pair"
-                reasons[file.path] = f"{whose} is in val/ too, and train must not see it; remove one of them"
+                reasons[file.path] = f"{whose} {IN_VAL}"
         elif cuts := list(zip(files["input"].cut(clip_length), files["target"].cut(clip_length), strict=False)):
             for number, (source, target) in enumerate(cuts):
                 pairs.append(Pair(f"{split}_{name}" + f"_{number}" * (len(cuts) > 1), split, "named", source, target))
@@ -232,16 +248,25 @@ def _tree_pairs(
     root: Path, sources: list[Clip], kinds: tuple[str, ...], clip_length: int, seed: int, skipped: list[Skipped]
 ) -> list[Pair]:
     """Continuation and cross pairs of any folder tree; every file that is in no pair is listed as skipped."""
+    tops = {source.path: source.path.partition("/")[0] for source in sources}
+    if given := set(SPLITS) <= set(tops.values()):  # songs of any name in train/ and val/
+        outside = [source for source in sources if tops[source.path] not in SPLITS]
+        skipped.extend(Skipped(source.path, "neither in train/ nor in val/; move it into one") for source in outside)
+        sources = [source for split in ("val", "train") for source in sources if tops[source.path] == split]
     distinct: dict[str, Clip] = {}
     for source in sources:
         first = distinct.setdefault(source.sha256, source)
-        if first is not source:
+        if given and tops[first.path] != tops[source.path]:
+            skipped.append(Skipped(source.path, f"its content {IN_VAL}"))
+        elif first is not source:
             skipped.append(Skipped(source.path, f"same content as {first.path}, which is used; remove one of them"))
     if len(distinct) == 1:
         raise UserError(f"{root}: only one usable file ({sources[0].path}), and validation needs another; add a file")
     ordered = sorted(distinct, key=lambda sha256: hashlib.sha256(f"{seed}:{sha256}".encode()).hexdigest())
     least = min(2, len(ordered) // 2)
     validation = set(ordered[: min(max(math.ceil(VAL_FRACTION * len(ordered)), least), len(ordered) - least)])
+    if given:
+        validation = {sha256 for sha256, source in distinct.items() if tops[source.path] == "val"}
     pairs, used = [], set()
     for split in SPLITS:
         files = [source for source in distinct.values() if (source.sha256 in validation) == (split == "val")]

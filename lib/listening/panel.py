@@ -11,7 +11,8 @@ from ipywidgets import Checkbox, Dropdown, FloatSlider, Image, Label, VBox
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lib.audio.files import SAMPLE_RATE, resample
+from lib.audio.decode import NAMES, resample
+from lib.audio.files import SAMPLE_RATE
 from lib.audio.plots import mel_power, mixing_maps
 from lib.codec.codec import Codec
 from lib.data.pairs import Clip, Manifest, load_pair, whole_clip
@@ -146,7 +147,7 @@ class _Panel:
         with self.message.show_errors():
             clips = [file.clip() for file in self.files.values()] if uploaded else self.listening.pairs[title]
             if None in clips:
-                return self.message.say("Choose two audio files: WAV, FLAC, OGG or MP3.")
+                return self.message.say(f"Choose two audio files: {NAMES}.")
             if uploaded:
                 title = " + ".join(f"{file.name.value} from {file.begin.value:g} s" for file in self.files.values())
             settings = Settings(mask_blend=self.blend.value, whole_band=self.whole.value)

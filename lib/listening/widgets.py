@@ -16,7 +16,8 @@ from IPython.display import display
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from lib.audio.files import AUDIO_SUFFIXES, MIN_SAMPLES, SAMPLE_RATE, AudioError, AudioReport, check_audio
+from lib.audio.decode import AudioError
+from lib.audio.files import AUDIO_SUFFIXES, MIN_SAMPLES, SAMPLE_RATE, AudioReport, check_audio
 from lib.data.pairs import Clip
 from lib.util.errors import UserError
 from lib.util.files import make_folder, write_atomic

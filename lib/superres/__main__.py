@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lib.audio.files import AudioWriter
+from lib.audio.files import GAIN, AudioWriter
 from lib.superres.mel import SAMPLE_RATE
 from lib.superres.resolver import DEFAULTS, VOCODERS, Restoration, SuperResolver, restore_file, restore_folder
 from lib.util.errors import exit_on_user_error
@@ -24,11 +24,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=DEFAULTS.steps, help="sampling steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=DEFAULTS.guidance, help="1: none (default: %(default)s)")
     parser.add_argument("--vocoder", choices=VOCODERS, help="default: hifigan where the run has trained it")
+    parser.add_argument("--gain", type=float, default=0.0, metavar="DB", help=GAIN)
     parser.add_argument("--seed", type=int, default=DEFAULTS.seed, help="default: %(default)s")
     parser.add_argument("--cutoff", type=float, help="Hz, where the files' own band ends (default: measured in each)")
     options = parser.parse_args()
     with exit_on_user_error():
-        settings = Restoration(options.steps, options.guidance, options.seed, options.cutoff)
+        settings = Restoration(options.steps, options.guidance, options.seed, options.cutoff, options.gain)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         resolver = SuperResolver(options.run, vocoder=options.vocoder, device=device)
         if not Path(options.input).is_dir():
@@ -40,7 +41,7 @@ def main() -> None:
 
 def report(written: AudioWriter, cutoff: float) -> None:
     size = f"{written.num_samples / SAMPLE_RATE:.2f} s, {written.channels} channel(s)"
-    print(f"{written.path}: {size}, restored above {cutoff / 1000:.1f} kHz, peak {written.peak:.3f}")
+    print(f"{written.path}: {size}, restored above {cutoff / 1000:.1f} kHz, {written.level}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from scipy import signal
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lib.audio.files import AudioError, AudioReport, check_audio, load_audio, walk_audio
+from lib.audio.decode import AudioError
+from lib.audio.files import AudioReport, check_audio, load_audio, walk_audio
 from lib.superres.mel import SAMPLE_RATE
 from lib.util.configs import checked_dataclass, choice, whole
 from lib.util.errors import UserError
@@ -120,7 +121,7 @@ class Examples(Dataset):
         place, generator = self._draw(i)
         offset = int(generator.integers(self.offsets[place]))
         degradation = Degradation.draw(generator)
-        clip = load_audio(self.songs[place].path, offset, self.clip_length, SAMPLE_RATE)
+        clip = load_audio(self.songs[place], offset, self.clip_length, SAMPLE_RATE)
         return clip, (self.degradation or degradation)(clip)
 
     def song(self, i: int) -> AudioReport:

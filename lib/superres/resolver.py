@@ -1,6 +1,5 @@
 """A trained super-resolver: clips in, clips with a restored upper band out, of any length."""
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lib.audio.chunks import chunk_starts, crossfaded, reading
-from lib.audio.files import AudioError, AudioReport, AudioWriter, check_audio, load_audio, walk_audio
+from lib.audio.decode import AudioError, read_windows
+from lib.audio.files import AudioReport, AudioWriter, check_audio, walk_audio
 from lib.superres.degradation import LOWEST
 from lib.superres.diffusion import sample
 from lib.superres.mel import HOP, N_FFT, SAMPLE_RATE, bin_of, inverse_spectrum, log_mel, spectrum
@@ -40,6 +40,7 @@ class Restoration:
     guidance: number(0, 20) = 1.5  # 1: none; chosen on a small model's training songs (notebook 06)
     seed: whole(0, 2**63 - 1) = 0
     cutoff: number(above=100, most=FULL) | None = None  # Hz, the end of the clip's band; None: measured
+    gain: number(-200, 200) = 0.0  # dB, of the file that is written
 
 
 DEFAULTS = Restoration()
@@ -174,10 +175,11 @@ def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, set
         most = f"at {info.sample_rate} Hz it holds nothing above {info.sample_rate / 2000:g} kHz"
         raise AudioError(path, f"cutoff={cutoff:g} is not allowed: {most}; give a lower --cutoff, or none")
 
-    read = functools.partial(load_audio, path, length=resolver.clip_length, sample_rate=SAMPLE_RATE, mix=False)
     total = info.samples_at(SAMPLE_RATE)
-    chunks = reading(read, resolver.starts(total), path.name)
-    with AudioWriter(out, SAMPLE_RATE, info.channels) as writer, chunks as clips:
+    starts = resolver.starts(total)
+    windows = read_windows(path, [(start, resolver.clip_length) for start in starts], SAMPLE_RATE, mix=False)
+    chunks = reading(windows, len(starts), path.name)
+    with AudioWriter(out, SAMPLE_RATE, info.channels, settings.gain) as writer, chunks as clips:
         for piece in resolver.restored(clips, cutoff, settings):
             writer.write(piece[:, : total - writer.num_samples])
     return writer, cutoff
@@ -187,8 +189,8 @@ def file_band(info: AudioReport) -> float:
     """`band_edge` of a file at its own sample rate, read minute by minute."""
     rate, block = info.sample_rate, BLOCK_SECONDS * info.sample_rate
     starts = (min(start, max(0, info.num_frames - block)) for start in range(0, info.num_frames, block))
-    clips = (load_audio(info.path, start, block, rate, mix=False) for start in starts)  # the last one is a full block
-    return band_edge(clips, rate)
+    windows = ((start, block) for start in starts)  # the last one is a full block
+    return band_edge(read_windows(info.path, windows, rate, mix=False), rate)
 
 
 def restore_folder(

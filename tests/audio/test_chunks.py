@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -94,17 +95,18 @@ def test_at_most_two_chunks_are_alive():
 def test_reading_prefetches_one_chunk_in_order():
     seen, second = [], threading.Event()
 
-    def read(start: int) -> int:
-        seen.append(start)
-        if start == 90:
-            second.set()
-        return start
+    def read() -> Iterator[int]:
+        for start in (0, 90, 180, 270):
+            seen.append(start)
+            if start == 90:
+                second.set()
+            yield start
 
-    with reading(read, [0, 90, 180, 270], "fusing") as chunks:
+    with reading(read(), 4, "fusing") as chunks:
         assert next(iter(chunks)) == 0
         assert second.wait(timeout=30)
     assert seen in ([0, 90], [0, 90, 180])
-    with reading(lambda start: start, [0, 90, 180], "fusing") as chunks:
+    with reading(iter([0, 90, 180]), 3, "fusing") as chunks:
         assert list(chunks) == [0, 90, 180]
 
 

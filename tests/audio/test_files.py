@@ -1,6 +1,7 @@
 """Reading, writing and checking audio files. Every file is written by the test that needs it."""
 
 import hashlib
+import math
 import os
 import struct
 import subprocess
@@ -14,6 +15,7 @@ import soundfile
 import torch
 import torchaudio
 
+from lib.audio import decode
 from lib.audio import files as audio
 from lib.audio.files import (
     SAMPLE_RATE,
@@ -170,18 +172,56 @@ def test_equal_samples_make_equal_files(tmp_path, suffix):
     torch.testing.assert_close(load_audio(tmp_path / f"a{suffix}"), wav.mean(0, keepdim=True), atol=2**-15, rtol=0)
 
 
-def test_flac_refuses_to_clip(tmp_path):
-    save_audio(tmp_path / "a.flac", torch.tensor([[1.0, -1.0]]))
-    before = (tmp_path / "a.flac").read_bytes()
-    with pytest.raises(AudioError, match=r"peak 1\.010 would clip in PCM_24; scale it to at most 1"):
-        save_audio(tmp_path / "a.flac", torch.tensor([[1.01, 0.0]]))
-    assert (tmp_path / "a.flac").read_bytes() == before
+def test_what_would_clip_is_lowered_to_one_decibel_below_full_scale(tmp_path):
+    """In one piece or many. A sine between whose samples the waveform is √2 times as high counts by its waveform."""
+    wav = torch.sin(torch.pi / 2 * torch.arange(48_000) + torch.pi / 4)[None] * 0.99  # samples of ± 0.70
+    hidden = save_audio(tmp_path / "a.flac", 1.2 * wav)
+    assert 1.2 * wav.abs().max() < 1
+    assert hidden.lowered == pytest.approx(20 * math.log10(1.2 * 0.99) + 1, abs=0.05)
+    loud = torch.from_numpy(tone(2, channels=2).T).float() * 3
+    once = save_audio(tmp_path / "b.flac", loud)
+    with AudioWriter(tmp_path / "c.flac", channels=2) as writer:
+        for piece in (*loud.split(7_001, dim=1), loud[:, :0]):
+            writer.write(piece)
+    assert writer.lowered == pytest.approx(once.lowered, abs=1e-6)
+    found = load_audio(tmp_path / "b.flac", mix=False)
+    assert found.abs().max() == pytest.approx(once.peak, abs=1e-6)
+    torch.testing.assert_close(found, loud * 10 ** (-once.lowered / 20), rtol=0, atol=2**-22)
+    assert once.true_peak == pytest.approx(10 ** (-1 / 20))
+    assert once.level == f"peak {once.peak:.3f}, lowered by {once.lowered:.1f} dB, or it would clip"
+    kept = save_audio(tmp_path / "d.flac", loud / 4)
+    assert (kept.lowered, kept.level) == (0, f"peak {kept.peak:.3f}")
+    torch.testing.assert_close(load_audio(tmp_path / "d.flac", mix=False), loud / 4, rtol=0, atol=2**-22)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".flac"}
 
 
 @pytest.mark.parametrize("name", ["a.ogg", "a.mp3"])
-def test_lossy_formats_do_not_clip(tmp_path, name):
-    save_audio(tmp_path / name, torch.from_numpy(tone().T) * 4)
-    assert load_audio(tmp_path / name).abs().max() > 1.3
+def test_lossy_formats_are_decoded_without_clipping(tmp_path, name):
+    written = save_audio(tmp_path / name, torch.from_numpy(tone().T) * 4)
+    assert written.lowered == pytest.approx(20 * math.log10(4 * 0.43) + 1, abs=0.5)
+    assert 0.7 < load_audio(tmp_path / name).abs().max() <= 1
+
+
+def test_a_gain_is_applied_first(tmp_path):
+    wav = torch.from_numpy(tone().T).float()
+    for name, gain in (("a.wav", -6.0), ("b.flac", -6.0), ("c.wav", 20.0), ("d.flac", 20.0)):
+        with AudioWriter(tmp_path / name, gain=gain) as writer:
+            writer.write(wav)
+        factor = 10 ** ((gain - writer.lowered) / 20)
+        torch.testing.assert_close(load_audio(tmp_path / name), factor * wav, rtol=1e-5, atol=2**-22)
+        assert (writer.lowered > 0) == (name == "d.flac")
+    with pytest.raises(UserError, match="gain=nan is not allowed; use -200 to 200 dB"):
+        AudioWriter(tmp_path / "a.wav", gain=math.nan)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "rate"), [("a.mp3", 6, 24_000), ("a.mp3", 1, 96_000), ("a.flac", 9, 24_000)]
+)
+def test_channels_and_rates_that_a_format_cannot_hold_are_named(tmp_path, name, channels, rate):
+    words = rf"{name}: cannot hold {channels} channel\(s\) at {rate} Hz as \{name[1:]}; write a \.wav"
+    with pytest.raises(AudioError, match=words):
+        save_audio(tmp_path / name, torch.zeros(channels, 100), rate)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -275,7 +315,7 @@ def test_files_that_cannot_be_opened(tmp_path, monkeypatch, function):
     write(tmp_path / "slow.wav", tone(1, 100), 100)
     assert "sample rate 100 Hz" in refusal(tmp_path / "slow.wav", function)
     write(tmp_path / "secret.wav", tone())
-    monkeypatch.setattr(audio, "open", _deny, raising=False)
+    monkeypatch.setattr(decode, "open", _deny, raising=False)
     assert "cannot be read (Permission denied)" in refusal(tmp_path / "secret.wav", function)
 
 
@@ -335,7 +375,7 @@ def test_silence(tmp_path):
     assert "silent" in refusal(write(tmp_path / "faint.wav", tone() * 1e-4))
     left = tone()
     opposite = write(tmp_path / "opposite.wav", np.hstack([left, -left]), subtype="FLOAT")
-    assert "silent" in refusal(opposite)  # its mono mix is what would be used
+    assert "channels cancel" in refusal(opposite)  # its mono mix is what would be used
     assert check_audio(opposite, mix=False).channels == 2
     click = np.zeros((24_000, 1))
     click[12_000] = 0.01
@@ -395,7 +435,7 @@ def test_music_is_listed_sorted_and_the_rest_with_a_reason(music):
     files, skipped = walk_audio(music)
     assert files == ["a.mp3", "b-/y.ogg", "b/A.FLAC", "b/z.wav"]
     assert {item.path for item in skipped} == {"b/cover.jpg", "notes"}
-    assert all("not WAV, FLAC, OGG or MP3" in item.reason and ";" in item.reason for item in skipped)
+    assert all("not WAV, FLAC, OGG, MP3, M4A, Opus or AIFF" in item.reason and ";" in item.reason for item in skipped)
 
 
 def test_ignored_files_are_not_named(music):

@@ -228,6 +228,27 @@ def test_the_split_depends_on_content_and_seed_only(tmp_path):
     assert validation() == expected
 
 
+@pytest.mark.parametrize("mode", ["auto", "both", "continuation", "cross"])
+def test_songs_of_any_name_in_train_and_val_are_split_by_folder(tmp_path, mode):
+    root = tmp_path / "data"
+    for number in range(4):
+        song(root / "train" / "an album" / f"song {number}.wav", seed=number)
+    for number in range(4, 6):
+        song(root / "val" / f"song {number}.wav", seed=number)
+    shutil.copy(root / "val" / "song 4.wav", root / "train" / "copy.wav")
+    song(root / "elsewhere.wav", seed=9)
+    for seed in range(3):
+        manifest = build(root, mode=mode, seed=seed)
+        for split, count in (("train", 4), ("val", 2)):
+            paths = {clip.path for clip in clips(manifest, split)}
+            assert len(paths) == count
+            assert all(path.startswith(f"{split}/") for path in paths)
+        assert reasons(manifest) == {
+            "train/copy.wav": "its content is in val/ too, and train must not see it; remove one of them",
+            "elsewhere.wav": "neither in train/ nor in val/; move it into one",
+        }
+
+
 def test_same_bytes_for_any_number_of_cores_and_listing_order(tmp_path, monkeypatch):
     root, out = tree(tmp_path / "data", count=10), tmp_path / "pairs.json"
     (root / "bad.wav").write_text("no music")
@@ -282,9 +303,9 @@ def test_every_bad_file_is_listed_and_the_rest_is_used(tmp_path):
 
 def test_folders_without_music(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: no music in this folder; put WAV, FLAC, OGG or MP3"):
+    with pytest.raises(UserError, match=r"empty: no music in this folder; put WAV, FLAC, OGG, MP3, M4A"):
         build(tmp_path / "empty")
-    (tmp_path / "empty" / "song.m4a").write_bytes(b"x")
+    (tmp_path / "empty" / "song.wma").write_bytes(b"x")
     with pytest.raises(UserError, match=r"no music in this folder \(only 1 other files\)"):
         build(tmp_path / "empty")
     with pytest.raises(UserError, match="gone: no such folder; check the path"):

@@ -17,7 +17,8 @@ import soundfile
 import torch
 from torch import Tensor
 
-from lib.audio.files import AudioError, load_audio
+from lib.audio.decode import AudioError
+from lib.audio.files import load_audio
 from lib.codec.mdct import MdctCodec
 from lib.data.pairs import Clip, cut_to_shorter, load_pair
 from lib.fuse import fuse_clips

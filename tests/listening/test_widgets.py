@@ -15,7 +15,8 @@ from jupyter_client.session import Session
 from PIL import Image
 
 import lib.listening.widgets
-from lib.audio.files import AudioError, load_audio
+from lib.audio.decode import AudioError
+from lib.audio.files import load_audio
 from lib.data.pairs import Clip
 from lib.listening.widgets import (
     Message,

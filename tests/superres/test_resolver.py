@@ -13,7 +13,8 @@ from torch import Tensor
 
 import lib.superres.resolver
 from lib.audio.chunks import crossfaded
-from lib.audio.files import AudioError, check_audio, load_audio, save_audio
+from lib.audio.decode import AudioError
+from lib.audio.files import check_audio, load_audio, save_audio
 from lib.superres.degradation import Degradation
 from lib.superres.mel import bin_of, log_mel, spectrum
 from lib.superres.resolver import (
