@@ -41,7 +41,7 @@ class AudioError(UserError):
 
     def __init__(self, path: str | Path, problem: str):
         super().__init__(f"{path}: {problem}")
-        self.problem = problem
+        self.path, self.problem = Path(path), problem
 
 
 class Decoder:

@@ -6,7 +6,8 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import numpy as np
 import torch
 from scipy.signal import resample_poly
 from soundfile import SoundFile, SoundFileError
+from tqdm import tqdm
 
 from lib.audio.decode import NAMES, AudioError, Decoder, Marks, rate_ratio, read_windows
 from lib.util.errors import UserError
 from lib.util.files import file_sha256, fsync
+from lib.util.tensors import torch_threads
 
 SAMPLE_RATE = 24_000
 SUBTYPES = {".flac": "PCM_24", ".mp3": "MPEG_LAYER_III", ".ogg": "VORBIS", ".wav": "FLOAT"}  # as files are written
@@ -125,6 +128,22 @@ def walk_audio(root: Path, ignore: Iterable[Path] = ()) -> tuple[list[str], list
             elif path.resolve() not in ignored:
                 skipped.append(Skipped(relative, f"not {NAMES} by its name; convert it if it is music"))
     return sorted(files), skipped
+
+
+def check_files(
+    root: Path, files: Sequence[str], check_file: Callable[[Path], AudioReport], description: str
+) -> list[AudioReport | AudioError]:
+    """What `check_file` finds in each file below `root`, in threads: decoders, codecs and hashlib release the GIL, and
+    the same bits come out however busy the machine is."""
+
+    def check(relative: str) -> AudioReport | AudioError:
+        try:
+            return check_file(root / relative)
+        except AudioError as error:
+            return error
+
+    with torch_threads(1), ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(tqdm(pool.map(check, files), total=len(files), desc=description, disable=len(files) < 8))
 
 
 class AudioWriter:

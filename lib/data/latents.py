@@ -17,7 +17,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import os
 import time
 import zipfile
@@ -31,14 +30,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from lib.audio.decode import Decoder, read_windows
-from lib.audio.files import SAMPLE_RATE, AudioReport, report_on
+from lib.audio.decode import AudioError, Decoder
+from lib.audio.files import SAMPLE_RATE, AudioReport, check_files, report_on
 from lib.codec.codec import Codec
 from lib.data.pairs import Clip, Manifest
 from lib.util.errors import UserError
 from lib.util.files import TEMPORARY, file_sha256, prefetch, write_atomic
 from lib.util.provenance import code_fingerprint
-from lib.util.tensors import torch_threads
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +49,7 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> 
     shorter than `clip_length` are padded with zeros. One that cannot be read, or whose file changed since the manifest,
     is dropped with its pairs, and a warning says why. `UserError` if no pair is left, if the codec has another sample
     rate, or if the cache cannot be written."""
-    store, shape = (
-        _store(cache_dir, codec, manifest.clip_length),
-        (codec.dim, math.ceil(manifest.clip_length / codec.hop)),
-    )
+    store, shape = _store(cache_dir, codec, manifest.clip_length), (codec.dim, -(-manifest.clip_length // codec.hop))
     clips = {clip.key: clip for pair in manifest.pairs for clip in (pair.input, pair.target)}
     with _writing(store):
         for temp in store.glob(f".*{TEMPORARY}"):
@@ -62,11 +57,14 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> 
                 if time.time() - temp.stat().st_mtime > STALE_SECONDS:
                     temp.unlink()
         names = _find_latents(store, clips, shape)
-        encoded, dropped = _encode_clips({k: c for k, c in clips.items() if k not in names}, manifest, codec, store)
-        names |= encoded
+        songs = {clip.path: clip.sha256 for key, clip in clips.items() if key not in names}
+        check, doing = encoding_check(codec, cache_dir, manifest.clip_length), f"encoding ({codec.name})"
+        found = dict(zip(songs, check_files(manifest.root, list(songs), check, doing), strict=True))
+        names |= _find_latents(store, {key: clip for key, clip in clips.items() if key not in names}, shape)
         facts = {"codec": codec.name, "fingerprint": codec.fingerprint, "dim": shape[0], "frames": shape[1]}
         facts |= {"clip_length": manifest.clip_length, "sample_rate": manifest.sample_rate}
         index, num_pairs = _write_index(store, manifest, names, facts)
+    dropped = [f"{c.path} at sample {c.offset}: {_why(found[c.path])}" for key, c in clips.items() if key not in names]
     first = "; ".join(dropped[:3]) + f"; and {len(dropped) - 3} more" * (len(dropped) > 3)
     if not num_pairs:
         raise UserError(f"{manifest.root}: no pair of the manifest can be encoded; first reasons: {first}")
@@ -74,6 +72,12 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> 
         left_out = f"{len(dropped)} of {len(clips)} clips are left out with their pairs"
         logger.warning("%s: %s: %s", manifest.root, left_out, first)
     return index
+
+
+def _why(found: AudioReport | AudioError) -> str:
+    """Why a song lacks a clip that the manifest has."""
+    changed = "changed since the manifest was built; build the manifest again"
+    return str(found) if isinstance(found, AudioError) else changed
 
 
 def encoding_check(codec: Codec, cache_dir: str | Path, clip_length: int) -> Callable[[Path], AudioReport]:
@@ -127,40 +131,6 @@ def _find_latents(store: Path, clips: dict[str, Clip], shape: tuple[int, int]) -
     with contextlib.closing(prefetch(check, paths, threads=os.cpu_count() or 1)) as checks:
         bar = tqdm(checks, total=len(paths), desc="checking latents", disable=len(paths) < 20_000)
         return {path.stem.split("-")[0]: path.stem for path, intact in zip(paths, bar, strict=True) if intact}
-
-
-def _encode_clips(
-    clips: dict[str, Clip], manifest: Manifest, codec: Codec, store: Path
-) -> tuple[dict[str, str], list[str]]:
-    """Encode each clip into its own file, in one decode of each song, which ends at its first fault. Returns key → name
-    of its latents, and why clips were dropped."""
-    songs: dict[str, list[Clip]] = {}
-    for clip in sorted(clips.values(), key=lambda clip: clip.offset):
-        songs.setdefault(clip.path, []).append(clip)
-
-    def encode_song(song: list[Clip]) -> tuple[dict[str, str], str]:
-        """Key → name of the clips that could be encoded, and why the others could not."""
-        path, names = manifest.path(song[0]), {}
-        windows = read_windows(path, [(clip.offset, clip.length) for clip in song], codec.sample_rate)
-        try:
-            for clip, wav in zip(song, windows, strict=True):
-                if not names and file_sha256(path) != clip.sha256:
-                    return {}, "changed since the manifest was built; build the manifest again"
-                names[clip.key] = _encode(clip.key, wav, manifest.clip_length, codec, store)
-        except ValueError as error:  # an AudioError, or samples that the codec refuses
-            return names, str(error)
-        return names, ""
-
-    # each song on its own core: faster, and the same bits however busy the machine is
-    threads = prefetch(encode_song, songs.values(), threads=os.cpu_count() or 1)
-    names, dropped = {}, []
-    bar = tqdm(total=len(clips), desc=f"encoding ({codec.name})", unit="clip", disable=not clips)
-    with torch_threads(1), contextlib.closing(threads) as results, bar:
-        for song, (found, why) in zip(songs.values(), results, strict=True):
-            names |= found
-            dropped += [f"{clip.path} at sample {clip.offset}: {why}" for clip in song if clip.key not in found]
-            bar.update(len(song))
-    return names, dropped
 
 
 def _encode(key: str, wav: Tensor, clip_length: int, codec: Codec, store: Path) -> str:

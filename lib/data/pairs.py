@@ -24,22 +24,28 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
-from tqdm import tqdm
 
 from lib.audio.decode import NAMES, AudioError
-from lib.audio.files import MIN_SAMPLES, SAMPLE_RATE, AudioReport, Skipped, check_audio, load_audio, walk_audio
+from lib.audio.files import (
+    MIN_SAMPLES,
+    SAMPLE_RATE,
+    AudioReport,
+    Skipped,
+    check_audio,
+    check_files,
+    load_audio,
+    walk_audio,
+)
 from lib.util.configs import Count, Whole, check, checked_dataclass, choice
 from lib.util.errors import UserError
 from lib.util.files import naming, read_json, write_atomic
 from lib.util.provenance import code_fingerprint
-from lib.util.tensors import torch_threads
 
 MODES = ("auto", "named", "continuation", "cross", "both")
 SPLITS = ("train", "val")
@@ -158,7 +164,9 @@ def build_manifest(
     with contextlib.suppress(UserError):  # there is none, or a damaged one
         if (manifest := read_manifest(out_path)).made_of == made_of and manifest.root == root.resolve():
             return manifest
-    sources = _check_files(root, files, skipped, check_file)
+    found = list(zip(files, check_files(root, files, check_file, "checking audio"), strict=True))
+    skipped += [Skipped(path, what.problem) for path, what in found if isinstance(what, AudioError)]
+    sources = [Clip(path, 0, w.num_samples, w.sha256) for path, w in found if isinstance(w, AudioReport)]
     named = _named_files(sources) if mode in ("auto", "named") else {}
     if mode == "named" and not named:
         layout = "train/ and val/ with pair_XXXX_input.* and pair_XXXX_target.*"
@@ -186,24 +194,6 @@ def _made_of(root: Path, files: list[str], settings: list[int | str]) -> str:
             status = (root / name).stat()
             listing.append([name, status.st_size, status.st_mtime_ns])
     return hashlib.sha256(json.dumps([settings, code_fingerprint("lib.data.pairs"), listing]).encode()).hexdigest()
-
-
-def _check_files(
-    root: Path, files: list[str], skipped: list[Skipped], check_file: Callable[[Path], AudioReport]
-) -> list[Clip]:
-    """The usable files, each as one clip, checked in threads (decoders and hashlib release the GIL)."""
-
-    def check(relative: str) -> Clip | Skipped:
-        try:
-            report = check_file(root / relative)
-        except AudioError as error:
-            return Skipped(relative, error.problem)
-        return Clip(relative, 0, report.num_samples, report.sha256)
-
-    with torch_threads(1), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = list(tqdm(pool.map(check, files), total=len(files), desc="checking audio", disable=len(files) < 8))
-    skipped.extend(result for result in results if isinstance(result, Skipped))
-    return [result for result in results if isinstance(result, Clip)]
 
 
 def _named_files(sources: list[Clip]) -> dict[tuple[str, str], dict[str, Clip]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lib.audio.decode import AudioError
-from lib.audio.files import AudioReport, check_audio, load_audio, walk_audio
+from lib.audio.files import AudioReport, check_audio, check_files, load_audio, walk_audio
 from lib.superres.mel import SAMPLE_RATE
 from lib.util.configs import checked_dataclass, choice, whole
 from lib.util.errors import UserError
@@ -75,18 +75,19 @@ def read_library(folder: str | Path, clip_length: int) -> Library:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name one with music at 44.1 kHz or more")
+
+    def check(path: Path) -> AudioReport:
+        report, seconds = check_audio(path), clip_length / SAMPLE_RATE
+        if (rate := report.sample_rate) < LOWEST_RATE:
+            raise AudioError(path, f"its sample rate of {rate} Hz leaves no upper band; use 44.1 kHz or more")
+        if report.samples_at(SAMPLE_RATE) < clip_length:
+            raise AudioError(path, f"shorter than a clip of {seconds:g} s; use longer music or shorter clips")
+        return report
+
     files, _ = walk_audio(folder)
-    songs, skipped = {}, []
-    for path in (folder / name for name in files):
-        try:
-            report, seconds = check_audio(path), clip_length / SAMPLE_RATE
-            if (rate := report.sample_rate) < LOWEST_RATE:
-                raise AudioError(path, f"its sample rate of {rate} Hz leaves no upper band; use 44.1 kHz or more")
-            if report.samples_at(SAMPLE_RATE) < clip_length:
-                raise AudioError(path, f"shorter than a clip of {seconds:g} s; use longer music or shorter clips")
-            songs.setdefault(report.sha256, report)  # copies count once
-        except AudioError as error:
-            skipped.append(f"{path.name}: {error.problem}")
+    found = check_files(folder, files, check, "checking audio")
+    songs = {report.sha256: report for report in found[::-1] if isinstance(report, AudioReport)}  # copies count once
+    skipped = [f"{error.path.name}: {error.problem}" for error in found if isinstance(error, AudioError)]
     reasons = "; ".join(skipped[:3]) + f"; and {len(skipped) - 3} more" * (len(skipped) > 3)
     if len(songs) < 2:
         raise UserError(f"{folder}: {len(songs)} usable song(s), two are needed ({reasons or 'no audio files'})")
