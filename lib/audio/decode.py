@@ -88,9 +88,8 @@ class Decoder:
     def blocks(self, *, mix: bool = True) -> Iterator[np.ndarray]:
         """All of it at its own rate, in finite pieces `[C, n]`, float32, mixed to one channel or as it is. What is good
         is handed on before an error is raised."""
-        parts, fault = self._gather()
-        while parts:
-            block = np.concatenate(parts, axis=1)
+        block, fault = self._gather()
+        while block is not None:
             self.loudest = max(self.loudest, float(block.max()), -float(block.min()))
             block = block.mean(axis=0, keepdims=True) if mix and len(block) > 1 else block
             highest, lowest = float(block.max()), float(block.min())
@@ -102,7 +101,7 @@ class Decoder:
             self.peak = max(self.peak, highest, -lowest)
             self.num_frames += block.shape[1]
             yield block
-            parts, fault = ([], fault) if fault else self._gather()
+            block, fault = (None, fault) if fault else self._gather()
         if fault:
             raise fault
 
@@ -165,21 +164,21 @@ class Decoder:
             announced = 0
         return announced - self.num_frames > slack
 
-    def _gather(self) -> tuple[list[np.ndarray], AudioError | None]:
-        """The next frames, about `BLOCK` together, and the error that ends them."""
-        parts, count = [], 0
+    def _gather(self) -> tuple[np.ndarray | None, AudioError | None]:
+        """The next samples `[C, n]`, about `BLOCK`, and the error that ends them."""
+        fifo, error = av.AudioFifo(), None
         try:
             for frame in self._frames:
                 if (frame.sample_rate, frame.layout.nb_channels) != (self.rate, self.channels):
-                    at = f"at {self.seconds + count / self.rate:.2f} s it becomes {frame.sample_rate} Hz"
+                    at = f"at {self.seconds + fifo.samples / self.rate:.2f} s it becomes {frame.sample_rate} Hz"
                     raise AudioError(self.path, f"{at} with {frame.layout.nb_channels} channel(s); split it there")
-                parts.append(_samples(frame))
-                count += frame.samples
-                if count >= BLOCK:
+                frame.pts = None  # Vorbis has wrong ones
+                fifo.write(frame)
+                if fifo.samples >= BLOCK:
                     break
-        except AudioError as error:
-            return parts, error
-        return parts, None
+        except AudioError as found:
+            error = found
+        return _samples(fifo.read()) if fifo.samples else None, error
 
     def _leave_out(self, frames: int) -> None:
         """Begin at the last known mark before a position."""
@@ -197,7 +196,7 @@ class Decoder:
                 if number < start - WARM_UP:
                     next(itertools.islice(packets, start - WARM_UP - number - 1, None))
                     continue
-                joined = joined or packet.has_sidedata("new_extradata")
+                joined = joined or (kind == "ogg" and packet.has_sidedata("new_extradata"))
                 if joined:  # who leaves this packet out cannot decode those that follow
                     self.marks.clear()
                 elif number % MARK_EVERY == 0:
