@@ -32,6 +32,7 @@ from lib.presets import PRESETS, Preset, load_preset
 from lib.project import RECORD, RECORDED, ROOT, open_project
 from lib.report.report import FIRST, write_notebook_page, write_report
 from lib.training.run import Run
+from lib.util.configs import check
 from lib.util.errors import UserError, exit_on_user_error
 from lib.util.files import file_sha256, make_folder, read_json, write_atomic
 from lib.util.provenance import code_fingerprint, gpu_name
@@ -70,6 +71,8 @@ def run_notebooks(
     preset = load_preset(preset_name, overrides)
     out = Path(out_dir or ROOT / "outputs" / preset_name).resolve()
     data = str(Path(data_dir).resolve()) if data_dir else ""
+    for folder in (str(out), data):  # which notebooks keep in their parameters
+        check(folder.encode(errors="ignore").decode() == folder, "folder", folder, "a name in UTF-8")
     say(f"preset {preset_name}: data and latents")
     project = open_project(preset, data, out)
     make_folder(out / "report")

@@ -570,6 +570,10 @@ def test_a_bad_folder_is_one_line(tmp_path, call, songs):
     fails(f"{file / 'out'}: cannot write here", "choose another output folder", out=file / "out")
     fails("/proc/out: cannot write here", "choose another output folder", out=Path("/proc/out"))
     fails(f"{empty}: needs exactly one encodec_24khz", "found none", codec=empty)
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    odd.mkdir()
+    for folder in ({"data": odd}, {"out": odd}):
+        fails("folder=", "udcff' is not allowed; use a name in UTF-8", **folder)
 
 
 def test_a_bad_file_among_good_ones_is_listed_and_skipped(tmp_path, call, songs, executions):

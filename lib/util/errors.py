@@ -11,7 +11,11 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Around the body of a command: `UserError` → one line on stderr and exit code 2, Ctrl-C → exit code 130."""
+    """Around the body of a command: `UserError` → one line on stderr and exit code 2, Ctrl-C → exit code 130. Names of
+    files that are not UTF-8 are printed with \\udc… in place of what cannot be printed."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a notebook's has no encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except (UserError, KeyboardInterrupt) as error:

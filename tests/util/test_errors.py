@@ -1,8 +1,15 @@
 """A user's mistake ends in one line and an exit code; a bug keeps its traceback."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from lib.util.errors import UserError, exit_on_user_error
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -34,3 +41,16 @@ def test_success_prints_nothing(capsys):
     with exit_on_user_error():
         pass
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_name_that_is_not_utf8_can_be_printed(stream):
+    program = f"""
+import os, sys
+from lib.util.errors import exit_on_user_error
+with exit_on_user_error():
+    print(os.fsdecode(b"song \\xff.wav"), file=sys.{stream})
+"""
+    environment = os.environ | {"PYTHONUTF8": "1"}  # as under any UTF-8 locale, stdout takes no surrogates
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, getattr(done, stream)) == (0, "song \\udcff.wav\n")
