@@ -18,11 +18,14 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import papermill
 import yaml
+from ipykernel.kernelspec import make_ipkernel_cmd
+from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
 from papermill.exceptions import PapermillExecutionError
@@ -35,6 +38,7 @@ from lib.training.run import Run
 from lib.util.configs import check
 from lib.util.errors import UserError, exit_on_user_error
 from lib.util.files import file_sha256, make_folder, read_json, write_atomic
+from lib.util.locks import only_one
 from lib.util.provenance import code_fingerprint, gpu_name
 from lib.util.signals import StopSignals
 
@@ -55,6 +59,12 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 FAILED = re.compile(r"^-+> *\d+ +(.+)", re.MULTILINE)  # a line in a traceback
 
 
+class Kernel(AsyncKernelManager):
+    """This environment's own kernel, whatever kernel is called python3 where Jupyter looks for one."""
+
+    kernel_spec = KernelSpec(argv=make_ipkernel_cmd(), display_name="Python 3", language="python")
+
+
 class NotebookError(RuntimeError):
     """A notebook that failed, and why. `by_user`: the message if bad settings or data are the cause."""
 
@@ -68,13 +78,19 @@ def run_notebooks(
 ) -> Path:
     """Execute the notebooks, rewriting `index.html` after each; returns its path. If one fails, the others that do not
     need it run first; then `NotebookError` is raised, or `UserError` if bad settings or data caused every failure."""
-    preset = load_preset(preset_name, overrides)
     out = Path(out_dir or ROOT / "outputs" / preset_name).resolve()
-    data = str(Path(data_dir).resolve()) if data_dir else ""
+    with only_one(out / ".notebooks.lock"):  # each notebook that trains has a lock of its own
+        return _run_notebooks(preset_name, overrides, data_dir, out, only, resume)
+
+
+def _run_notebooks(
+    preset_name: str, overrides: dict[str, Any], data_dir: str | Path, out: Path, only: Sequence[str], resume: bool
+) -> Path:
+    preset, data = load_preset(preset_name, overrides), str(Path(data_dir).resolve()) if data_dir else ""
     for folder in (str(out), data):  # which notebooks keep in their parameters
         check(folder.encode(errors="ignore").decode() == folder, "folder", folder, "a name in UTF-8")
     say(f"preset {preset_name}: data and latents")
-    project = open_project(preset, data, out)
+    project = open_project(preset, data, out, resume=resume)
     make_folder(out / "report")
     if FIRST in only:
         project.listening()  # refuse songs too short to listen to before training, not after
@@ -132,8 +148,9 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
     executed = out / f"{name}.ipynb"
     # ipc: no open port on a shared server; async: the other manager waits forever for a kernel that was killed
     # a folder of its own: two runs at once would talk to each other's kernel
-    sockets = tempfile.TemporaryDirectory(prefix="kernel-")
-    kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{sockets.name}/kernel")
+    # under /tmp where the usual place has a long name: a socket's may have 107 bytes
+    sockets = tempfile.TemporaryDirectory(prefix="kernel-", dir="/tmp" if len(tempfile.gettempdir()) > 60 else None)
+    kernel = Kernel(kernel_name="python3", transport="ipc", ip=f"{sockets.name}/kernel")
     paths = (str(path).replace("{", "{{").replace("}", "}}") for path in (FOLDER / executed.name, executed))
 
     def interrupt(signal_name: str) -> None:
@@ -215,9 +232,11 @@ def parse_overrides(settings: list[str], codec: str | None = None) -> dict[str, 
         if not (separator and key and value):
             raise UserError(f"--set {setting}: not of the form name=value; write for example --set train.max_steps=200")
         try:
-            overrides[key] = yaml.safe_load(value)
+            overrides[key] = read = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError):  # ValueError: what looks like a date and is none
             raise UserError(f"--set {setting}: {value!r} is not a YAML value; quote it") from None
+        if type(read) is int and str(read) != value.strip():  # 010 is octal, 1:30 counts in sixties
+            raise UserError(f"--set {setting}: YAML takes {value} for {read}; write {key}={read} if that is meant")
     if codec:
         overrides["codec"] = str(Path(codec).resolve()) if Path(codec).is_dir() else codec
     return overrides

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lib.data.pairs import MODES
 from lib.lab.ablation import Plan
 from lib.lab.variants import SCHEDULED, SETS
@@ -181,9 +183,15 @@ def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 PRESETS = _read_presets()
 
 
-def load_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Preset:
+def load_preset(name: str, overrides: Mapping[str, Any] | str | None = None) -> Preset:
     """A preset with some settings changed, by address; its model is one that suits the codec, unless the preset or the
-    changes say otherwise. `UserError` lists the choices for an unknown name or value."""
+    changes say otherwise. `overrides` may be written in YAML, as papermill's -p passes them. `UserError` lists the
+    choices for an unknown name or value."""
+    if isinstance(overrides, str):
+        try:
+            overrides = dict(yaml.safe_load(overrides))
+        except (yaml.YAMLError, ValueError, TypeError):
+            raise UserError(f"overrides={overrides!r} is not allowed; use a mapping: {{train.max_steps: 40}}") from None
     if name not in PRESETS:
         raise UserError(f"preset: unknown {name!r}; choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]

@@ -1,6 +1,7 @@
 """What notebooks and commands work with: a preset's folder, codec, manifest and latents, opened once."""
 
 import contextlib
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from lib.audio.files import SAMPLE_RATE, check_audio
+from lib.audio.files import SAMPLE_RATE
 from lib.audio.synth import make_demo_dataset
 from lib.codec.codec import Codec, load_codec
 from lib.data.latents import encode_manifest, encoding_check
@@ -21,8 +22,10 @@ from lib.presets import Preset
 from lib.superres.degradation import Library, read_library
 from lib.superres.evaluation import Score
 from lib.superres.training import Plan as SuperresPlan
+from lib.training.run import LOCK, Run
 from lib.util.errors import UserError
 from lib.util.files import make_folder
+from lib.util.locks import only_one
 
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in notebooks mean this folder, wherever a kernel starts
 RECORD = ROOT / "outputs" / "record"  # what `make record` wrote
@@ -104,29 +107,45 @@ class Project:
 
 
 def open_project(
-    preset: Preset, data_dir: str | Path = "", out_dir: str | Path = "", processes: PartialState | None = None
+    preset: Preset,
+    data_dir: str | Path = "",
+    out_dir: str | Path = "",
+    processes: PartialState | None = None,
+    *,
+    resume: bool = False,
 ) -> Project:
     """Find or make everything that training needs; `UserError` for bad data, codec or folders. `data_dir`: a folder of
     music, empty: generated demo songs; `out_dir`: the run's folder, empty: outputs/<preset>; both relative to the
-    repository. Latents are cached in data/latents, by content; of `processes` that call this together, one encodes."""
+    repository. Latents are cached in data/latents, by content; of `processes` that call this together, one encodes. To
+    `resume` the run in `out_dir`, its data must be the same."""
     out = ROOT / (out_dir or f"outputs/{preset.name}")
     codec = load_codec(preset.codec)
     data = ROOT / data_dir if data_dir else demo_folder("demo", preset.data.seed)
     if out.resolve().is_relative_to(data.resolve()):
         raise UserError(f"{out}: is inside the data folder, where its audio would become training data; choose another")
     make_folder(out)
+
+    def before_writing(manifest: Manifest) -> None:
+        with only_one(out / LOCK):  # what trains here was begun with the manifest that is here
+            trained_on = Run.open(out).config.get("data") if resume and (out / "config.json").exists() else None
+            if trained_on not in (None, manifest.index_name):
+                fix = "resume with its own data, start again without resume, or choose another output folder"
+                raise UserError(f"{out}: holds a run that was trained on other pairs than {data} gives; {fix}")
+
     with processes.main_process_first() if processes else contextlib.nullcontext():  # its threads use all cores
-        if not data_dir:
-            make_demo_dataset(data, num_songs=DEMO_SONGS, seed=preset.data.seed)
         seconds, cache = preset.data.clip_seconds, ROOT / "data" / "latents"
-        check_file = encoding_check(codec, cache, round(seconds * SAMPLE_RATE))
-        manifest = _manifest(data, out / "manifest.json", seconds, preset, check_file)
-        return Project(preset, out, codec, manifest, encode_manifest(manifest, codec, cache))
+        name = hashlib.sha256(str(data.resolve()).encode(errors="surrogateescape")).hexdigest()[:12]
+        with only_one(cache / f".{name}.lock", wait=True):  # who waits finds what the other has encoded
+            if not data_dir:
+                make_demo_dataset(data, num_songs=DEMO_SONGS, seed=preset.data.seed)
+            check_file = encoding_check(codec, cache, round(seconds * SAMPLE_RATE))
+            manifest = _manifest(data, out / "manifest.json", seconds, preset, check_file, before_writing)
+            return Project(preset, out, codec, manifest, encode_manifest(manifest, codec, cache))
 
 
 def demo_folder(name: str, seed: int) -> Path:
     return ROOT / "data" / (f"{name}_seed{seed}" if seed else name)
 
 
-def _manifest(data: Path, path: Path, clip_seconds: float, preset: Preset, check_file=check_audio) -> Manifest:
-    return build_manifest(data, path, clip_seconds, preset.data.pair_mode, preset.data.seed, check_file)
+def _manifest(data: Path, path: Path, clip_seconds: float, preset: Preset, *functions) -> Manifest:
+    return build_manifest(data, path, clip_seconds, preset.data.pair_mode, preset.data.seed, *functions)

@@ -6,6 +6,7 @@ torchrun --nproc_per_node 4 -m lib.train --preset full ...
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 
 import torch
@@ -19,13 +20,14 @@ from lib.evaluation.baselines import pairs_to_measure
 from lib.evaluation.progress import SPLIT, MeritOverTime
 from lib.pipeline import add_arguments, parse_overrides
 from lib.presets import load_preset
-from lib.project import Project, open_project
+from lib.project import ROOT, Project, open_project
 from lib.training.callbacks import DemoClips, TensorBoard
 from lib.training.fusion_learner import train
-from lib.training.run import Run
+from lib.training.run import LOCK, Run
 from lib.training.trainer import Callback, join_processes
 from lib.util.configs import check
 from lib.util.errors import UserError, exit_on_user_error
+from lib.util.locks import only_one
 
 
 def train_project(
@@ -67,11 +69,13 @@ def main() -> None:
     followed = "measure the figure of merit at every validation, on N held-out pairs, for metrics.jsonl"
     parser.add_argument("--follow", type=int, default=0, metavar="N", help=followed)
     options = parser.parse_args()
-    with exit_on_user_error():
+    with exit_on_user_error(), contextlib.ExitStack() as held:
         preset = load_preset(options.preset, parse_overrides(options.set, options.codec))
         processes = join_processes()
         data, out = (Path(path).resolve() if path else "" for path in (options.data, options.out))
-        project = open_project(preset, data, out, processes)
+        if processes.is_main_process:  # before anything is written there
+            held.enter_context(only_one((out or ROOT / "outputs" / preset.name) / LOCK))
+        project = open_project(preset, data, out, processes, resume=options.resume)
         check(options.follow >= 0, "--follow", options.follow, "0 or more")
         followed = options.follow and pairs_to_follow(project, options.follow)
         callbacks = (MeritOverTime(followed, project.codec),) if followed else ()

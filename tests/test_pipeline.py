@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def project(monkeypatch) -> SimpleNamespace:
     stub.codec = SimpleNamespace(name="mdct", fingerprint="f" * 64)
     stub.listening = lambda: stub.asked.append("listening")
     stub.manifest = SimpleNamespace(skipped=(), split=lambda split: (1, 2, 3) if split == "train" else (4,))
-    monkeypatch.setattr(lib.pipeline, "open_project", lambda *given: stub.asked.append(given) or stub)
+    monkeypatch.setattr(lib.pipeline, "open_project", lambda *given, resume: stub.asked.append(given) or stub)
     return stub
 
 
@@ -148,7 +149,17 @@ def test_settings_are_read_as_yaml():
 
 
 @pytest.mark.parametrize(
-    "setting", ["train.max_steps", "=4", "", "codec=[", "codec=!!python/name:os.system", "seed=2020-13-45"]
+    "setting",
+    [
+        "train.max_steps",
+        "=4",
+        "",
+        "codec=[",
+        "codec=!!python/name:os.system",
+        "seed=2020-13-45",
+        "seed=010",  # 8 in YAML
+        "train.max_steps=1:30",  # 90
+    ],
 )
 def test_a_setting_of_another_form_is_refused(setting):
     with pytest.raises(UserError, match=f"--set {re.escape(setting)}: ") as caught:
@@ -401,6 +412,19 @@ def test_a_kernel_that_dies_is_reported_like_a_failing_cell(tmp_path, notebooks,
     assert "seen by 02_stage_ablation" in (out / "index.html").read_text()
 
 
+def test_the_kernel_is_this_environments_own_wherever_temporary_files_lie(tmp_path, notebooks, project, monkeypatch):
+    """Another kernel is called python3 here, and TMPDIR is too long for a socket."""
+    spec = tmp_path / "share" / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({"argv": ["/bin/false"], "display_name": "Python 3", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "share"))
+    (temporary := tmp_path / ("t" * 100)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    notebooks(**{"01_encoding": ["import sys", "open(f'{out_dir}/who', 'w').write(sys.executable)"]})
+    run_notebooks("smoke", {}, "", tmp_path / "out", ("01_encoding",))
+    assert (tmp_path / "out" / "who").read_text() == sys.executable
+
+
 def test_facts_are_those_of_the_run(tmp_path):
     preset = load_preset("smoke")
     head = facts(preset, tmp_path, 3, 1)
@@ -446,7 +470,7 @@ import lib.pipeline
 manifest = SimpleNamespace(skipped=(), split=lambda split: ())
 codec, index = SimpleNamespace(name="mdct", fingerprint="f"), pathlib.Path("index.json")
 project = SimpleNamespace(manifest=manifest, codec=codec, index=index)
-lib.pipeline.open_project = lambda *_: project
+lib.pipeline.open_project = lambda *_, resume: project
 lib.pipeline.FOLDER = pathlib.Path({str(tmp_path / "notebooks")!r})
 sys.argv = ["lib.pipeline", "--preset", "smoke", "--only", "01", "--out", {str(out)!r}]
 lib.pipeline.main()

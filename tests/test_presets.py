@@ -27,6 +27,14 @@ def test_every_preset_builds(name):
     assert all(stage.num_layers == preset.model.num_layers for stage in preset.model.cascade.stages)
 
 
+def test_settings_may_be_written_in_yaml():
+    """As `papermill -p overrides '{...}'` passes them."""
+    assert load_preset("smoke", "{train.max_steps: 40, data.clip_seconds: 1.5}").train.max_steps == 40
+    for text in ("train.max_steps", "{", "[1]"):
+        with pytest.raises(UserError, match=r"overrides=.* is not allowed; use a mapping"):
+            load_preset("smoke", text)
+
+
 def test_the_presets_are_those_of_the_design():
     smoke, demo, full = (PRESETS[name] for name in ("smoke", "demo", "full"))
     assert [p.codec for p in (smoke, demo, full)] == ["mdct", "mdct", "encodec"]

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from lib.data.latents import LatentPairs
 from lib.lab.results import write_record
 from lib.presets import load_preset
 from lib.project import DEMO_SONGS, UPPER_BAND, Project, open_project
+from lib.training.run import LOCK, Run
 from lib.util.errors import UserError
 
 SMALL = {"data.clip_seconds": 1.0, "listening.seconds": 2.0, "data.pair_mode": "both"}
@@ -259,3 +262,33 @@ def test_a_record_that_lacks_what_the_notebooks_need_is_named(tmp_path, monkeypa
         path.write_text(json.dumps(broken))
         with pytest.raises(UserError, match=rf"ablation\.json: lacks {what}; restore"):
             project.grid()
+
+
+def test_a_refused_resume_and_a_training_under_way_leave_the_manifest_as_it_was(root):
+    """`lib.compare` reads there what the run was trained on."""
+    preset = load_preset("smoke", SMALL)
+    project = open_project(preset, "my songs é", "out")
+    Run.create(root / "out", {"data": project.index.stem})
+    before = (root / "out" / "manifest.json").read_bytes()
+    make_demo_dataset(root / "others", num_songs=5, seconds=5, seed=1)
+    with pytest.raises(
+        UserError, match=r"out: holds a run that was trained on other pairs than .*others"
+    ):
+        open_project(preset, "others", "out", resume=True)
+    (root / "my songs é" / "song_00.wav").touch()  # the same music
+    open_project(preset, "my songs é", "out", resume=True)
+    assert json.loads((root / "out" / "manifest.json").read_text())["pairs"] == json.loads(before)["pairs"]
+
+    before = (root / "out" / "manifest.json").read_bytes()
+    program = "import pathlib, sys; from lib.util.locks import only_one\n"
+    program += "with only_one(pathlib.Path(sys.argv[1])): print('in', flush=True); input()"
+    command = [sys.executable, "-c", program, root / "out" / LOCK]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "in\n"
+        open_project(preset, "my songs é", "out")  # to listen, say
+        with pytest.raises(UserError, match=rf"out: process {other.pid} on .* is at work here"):
+            open_project(preset, "others", "out")
+        assert (root / "out" / "manifest.json").read_bytes() == before
+        other.stdin.write("\n")
+    open_project(preset, "others", "out")
+    assert (root / "out" / "manifest.json").read_bytes() != before

@@ -586,15 +586,18 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys
 
 def test_the_options_reach_the_training(tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(lib.train, "open_project", lambda *given: asked.append(given) or "project")
-    monkeypatch.setattr(
-        lib.train, "train_project", lambda *given, **options: asked.append((given, options)) or Run(tmp_path, {})
-    )
+
+    def note(result: object):
+        return lambda *given, **options: asked.append((given, options)) or result
+
+    monkeypatch.setattr(lib.train, "open_project", note("project"))
+    monkeypatch.setattr(lib.train, "train_project", note(Run(tmp_path, {})))
     options = ["--preset", "demo", "--data", "songs", "--out", "there", "--resume", "--set", "train.max_steps=5"]
     monkeypatch.setattr(sys, "argv", ["lib.train", *options])
     monkeypatch.chdir(tmp_path)
     main()
-    preset, *folders = asked[0]
+    (preset, *folders), options = asked[0]
+    assert options == {"resume": True}
     assert (preset.name, preset.train.max_steps) == ("demo", 5)
     assert folders[:2] == [tmp_path / "songs", tmp_path / "there"]  # from the current folder, as in other commands
     assert folders[2].num_processes == 1

@@ -12,7 +12,6 @@ Reading verifies the two clips of a pair, whatever the size of the cache. P pair
 """
 
 import contextlib
-import hashlib
 import io
 import itertools
 import json
@@ -151,8 +150,7 @@ def _write_index(store: Path, manifest: Manifest, names: dict[str, str], facts: 
             row = (pair.id, names[pair.input.key], names[pair.target.key])
             splits.setdefault(pair.split, []).append(tuple(part.encode(errors="surrogateescape") for part in row))
     tables = {split: np.array(rows) for split, rows in splits.items()}
-    identity = [[pair.id, pair.split, pair.input.key, pair.target.key] for pair in manifest.pairs]
-    path = store / f"index-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}.npz"
+    path = store / f"{manifest.index_name}.npz"
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, facts=json.dumps(facts), **tables)
     write_atomic(path, content.getbuffer())

@@ -108,6 +108,12 @@ class Manifest:
             raise ValueError(f"unknown split {name!r}; choose one of {', '.join(SPLITS)}")
         return tuple(pair for pair in self.pairs if pair.split == name)
 
+    @property
+    def index_name(self) -> str:
+        """Names the pairs by their content; the index of their latents is called so."""
+        identity = [[pair.id, pair.split, pair.input.key, pair.target.key] for pair in self.pairs]
+        return f"index-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
+
     def songs(self, split: str) -> set[str]:
         """Hashes of the files that the clips of a split are from."""
         return {clip.sha256 for pair in self.split(split) for clip in (pair.input, pair.target)}
@@ -144,10 +150,12 @@ def build_manifest(
     mode: str = "auto",
     seed: int = 0,
     check_file: Callable[[Path], AudioReport] = check_audio,
+    before_writing: Callable[["Manifest"], None] = lambda manifest: None,
 ) -> Manifest:
     """Check every file under `data_dir`, make pairs and write the manifest, or read it if nothing has changed. Split,
     unless by folders: contents in the order of sha256(seed, hash); the first ceil(n / 5) are validation. Each
-    split has at least one file, with four files or more two, as a cross pair needs. `UserError` if one has no pair."""
+    split has at least one file, with four files or more two, as a cross pair needs. `UserError` if one has no pair, or
+    from `before_writing`, which may refuse to replace an earlier manifest."""
     root, out_path = Path(data_dir), Path(out_path)
     check(mode in MODES, "mode", mode, f"one of {', '.join(MODES)}")
     long_enough = math.isfinite(clip_seconds) and round(clip_seconds * SAMPLE_RATE) >= MIN_SAMPLES
@@ -183,6 +191,7 @@ def build_manifest(
             found = f"no usable pair for {split} among {len(files)} music files"
             raise UserError(f"{root}: {found}; first reasons: {reasons or 'too few files'}")
     manifest = Manifest(root.resolve(), clip_length, SAMPLE_RATE, seed, tuple(pairs), tuple(skipped), made_of)
+    before_writing(manifest)
     write_manifest(manifest, out_path)
     return manifest
 

@@ -30,6 +30,7 @@ SOURCES = ("input", "noisy_input", "target", "noisy_target", "previous")
 RESIDUAL_SOURCES = ("mean", "previous")
 RMS_SCALINGS = ("fixed", "learnable", "off")
 MIXINGS = ("add", "preserving")
+MOST = 2**16  # dimensions of a stage
 DRAWS = 2**16  # of 16 random bits: a dropout probability is met to within 8e-6
 
 
@@ -241,8 +242,9 @@ class CascadeConfig:
             )
             check(first.residual_source != "previous", "stages[0].residual_source", "previous", "'mean' in stage 0")
         for i, stage in enumerate(self.stages):
-            width, rule = self.width(i), f"a multiple of num_heads ({stage.num_heads}), and even"
-            check(width % stage.num_heads == 0 and width % 2 == 0, f"stages[{i}].width", width, rule)
+            width, rule = self.width(i), f"a multiple of num_heads ({stage.num_heads}), even, at most {MOST}"
+            possible = width % stage.num_heads == 0 and width % 2 == 0 and width <= MOST
+            check(possible, f"stages[{i}].width", width, rule)
 
     def predict_rms(self, clips: Clips = UNLIKE) -> tuple[StagePrediction, ...]:
         """The RMS of every stage of an untrained cascade by the law of `rms_law`."""

@@ -197,12 +197,10 @@ def train_part(
     config = dataclasses.replace(config, precision=resolved_precision(config.precision))
     config.check_sizes({split: len(found) for split, found in data.items()}, accelerator.num_processes)
     wanted = {"sizes": dataclasses.asdict(sizes), "train": dataclasses.asdict(config), "data": library.fingerprint}
-    resume = resume or not accelerator.is_main_process
-    with accelerator.main_process_first():  # it creates the run that the others open
-        run = Run.start(Path(folder) / (name or part), wanted | facts, resume=resume, code=code, measured=FROM_DATA)
-    config, (learner, model, _) = from_fields(type(config), run.config["train"]), PARTS[part]
-    Trainer(run, config, data, lambda launcher: learner(config, model(sizes), launcher)).run_to_end()
-    accelerator.wait_for_everyone()
+    path, settings = Path(folder) / (name or part), wanted | facts
+    with Run.started(path, settings, accelerator, resume=resume, code=code, measured=FROM_DATA) as run:
+        config, (learner, model, _) = from_fields(type(config), run.config["train"]), PARTS[part]
+        Trainer(run, config, data, lambda launcher: learner(config, model(sizes), launcher)).run_to_end()
     return run
 
 

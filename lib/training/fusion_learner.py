@@ -136,21 +136,15 @@ def train(
     config.check_sizes({split: len(found) for split, found in pairs.items()}, accelerator.num_processes)
     if cascade.latent_dim != codec.dim:
         raise UserError(f"latent_dim={cascade.latent_dim} does not fit codec {codec.name}; use {codec.dim}")
-    with accelerator.main_process_first():  # it creates the run that the others open
-        run = Run.start(
-            out_dir,
-            settings,
-            resume=resume or not accelerator.is_main_process,
-            code=[code_fingerprint("lib.training.fusion_learner")[:16]],
-        )
-    if isinstance(codec, nn.Module):  # a codec with weights decodes on the training's device
-        codec.to(accelerator.device)
-    try:
-        fusion_trainer(run, pairs, codec.decode, callbacks).run_to_end(progress=progress)
-    finally:
-        if isinstance(codec, nn.Module):
-            codec.to("cpu")
-    accelerator.wait_for_everyone()
+    code = [code_fingerprint("lib.training.fusion_learner")[:16]]
+    with Run.started(out_dir, settings, accelerator, resume=resume, code=code) as run:
+        if isinstance(codec, nn.Module):  # a codec with weights decodes on the training's device
+            codec.to(accelerator.device)
+        try:
+            fusion_trainer(run, pairs, codec.decode, callbacks).run_to_end(progress=progress)
+        finally:
+            if isinstance(codec, nn.Module):
+                codec.to("cpu")
     return run
 
 

@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lib.util.errors import UserError
+
 NORM = "norm of the gradients"  # the last resort: nothing else was not finite
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """Training met a NaN or an infinity. `step`, `stage` (None: outside the stages) and `tensor` say where first."""
 
     def __init__(self, step: int, stage: int | None, tensor: str, checkpoint: Path | None):
         self.step, self.stage, self.tensor = step, stage, tensor
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written yet"
         where = f"stage {stage}" if stage is not None else "outside the stages"
-        super().__init__(f"non-finite value at step {step}, {where}, first in {tensor}; {kept}")
+        fix = "lower the learning rate, or see notebook 03"
+        super().__init__(f"non-finite value at step {step}, {where}, first in {tensor}; {kept}; {fix}")
 
 
 def not_finite(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ complete one. Everything is loaded without running code from the file.
 """
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -23,18 +24,21 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from lib.training.config import LENGTH, WITHOUT_EFFECT
 from lib.util.configs import differing_fields
 from lib.util.errors import UserError
 from lib.util.files import file_sha256, fsync, make_folder, naming, read_json, read_json_lines, write_atomic
+from lib.util.locks import only_one
 from lib.util.provenance import versions
 from lib.util.tensors import load_weights, safe_torch_load
 
 logger = logging.getLogger(__name__)
 
 FILES = ("model.safetensors", "training.pt")
+LOCK = ".lock"  # in a run's folder: who trains it
 
 
 class Run:
@@ -44,15 +48,12 @@ class Run:
         self.path, self.config = path, config
 
     @classmethod
-    def create(cls, path: str | Path, config: dict[str, Any], *, keep_all: bool = False) -> "Run":
-        """Start a run. An earlier run in the same folder is moved to `replaced/`, never mixed in. One is kept there;
-        with `keep_all` those before it are in `replaced-1/`, `replaced-2/`, …"""
+    def create(cls, path: str | Path, config: dict[str, Any]) -> "Run":
+        """Start a run. An earlier run in the same folder is moved to `replaced/`, never mixed in; those before it are
+        in `replaced-1/`, `replaced-2/`, …"""
         make_folder(path := Path(path))
         if (path / "config.json").exists() and (path / "replaced").exists():
-            if keep_all:
-                os.rename(path / "replaced", path / f"replaced-{len(list(path.glob('replaced-*'))) + 1}")
-            else:
-                shutil.rmtree(path / "replaced", ignore_errors=True)
+            os.rename(path / "replaced", path / f"replaced-{len(list(path.glob('replaced-*'))) + 1}")
         # an earlier run without its config.json was left half-moved to replaced/ by a kill
         for item in (path / name for name in ("config.json", "metrics.jsonl", "checkpoints", "best", "last")):
             if item.is_symlink() or item.exists():
@@ -81,16 +82,28 @@ class Run:
         fields = {field for field, *_ in differing_fields(had, config)}
         if run.trained_by != code and fields <= set(measured) and (fields or run.is_finished):
             logger.warning("%s: was trained by other code and is trained again; the old run is in replaced/", path)
-            return cls.create(path, config | {"code": code}, keep_all=True)
+            return cls.create(path, config | {"code": code})
         if differences := [f"{field}: {old!r} → {new!r}" for field, old, new in differing_fields(had, config)]:
             fix = "resume with its own config, start again without resume, or choose another output folder"
             raise UserError(f"{path}: holds a run with another config ({'; '.join(differences[:4])}); {fix}")
         if missing := [part for part in code if part not in run.trained_by]:
             logger.warning("%s: was started by other code; it resumes, but will not be reused when finished", path)
-            run.config["code"] = [*run.trained_by, *missing]
-            write_atomic(path / "config.json", json.dumps(run.config, indent=1))
-        run.config["train"] = had["train"]
+        run.config |= {"train": had["train"], "code": [*run.trained_by, *missing]}
+        write_atomic(path / "config.json", json.dumps(run.config, indent=1))
+        run.find_checkpoint()
         return run
+
+    @classmethod
+    @contextlib.contextmanager
+    def started(cls, path: str | Path, config: dict[str, Any], launcher: Accelerator, *, resume: bool, **how: Any):
+        """`start` by the main process of a launcher, which the others join, for as long as it trains: another training
+        of this folder is refused meanwhile."""
+        is_main = launcher.is_main_process
+        with only_one(Path(path) / LOCK) if is_main else contextlib.nullcontext():
+            with launcher.main_process_first():  # it creates the run that the others open
+                run = cls.start(path, config, resume=resume or not is_main, **how)
+            yield run
+            launcher.wait_for_everyone()
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -154,24 +167,24 @@ class Run:
         """Write a checkpoint, point `last` (and `best`) at it, and delete the checkpoints that neither points at."""
         folder = self.path / "checkpoints" / f"step_{step:08d}"
         temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-        temporary.mkdir(parents=True)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        (temporary / FILES[0]).write_bytes(safetensors.torch.save(weights))  # save_file would hide it from other users
-        torch.save(training, temporary / FILES[1])
-        meta = {"step": step, "sha256": {name: file_sha256(temporary / name) for name in FILES}}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        for path in (*temporary.iterdir(), temporary):
-            fsync(path)
-        if folder.exists():  # stopped again at the step it resumed from, whose checkpoint is the same
-            shutil.rmtree(temporary)
-        else:
-            os.rename(temporary, folder)
+        torch.save(training, state := io.BytesIO())  # to a full disk, torch's own writer fails without the reason
+        try:
+            temporary.mkdir(parents=True)
+            (temporary / FILES[0]).write_bytes(safetensors.torch.save(weights))  # save_file hides it from other users
+            (temporary / FILES[1]).write_bytes(state.getbuffer())
+            meta = {"step": step, "sha256": {name: file_sha256(temporary / name) for name in FILES}}
+            (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+            for path in (*temporary.iterdir(), temporary):
+                fsync(path)
+            if not folder.exists():  # else stopped again at the step it resumed from, whose checkpoint is the same
+                os.rename(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         fsync(folder.parent)
         # best first: a run that resumes from `last` expects the lowest loss that it knows of in `best`
         for name in ("best", "last") if is_best else ("last",):
-            link = self.path / f".{name}-{uuid.uuid4().hex}"
-            link.symlink_to(folder.relative_to(self.path))
-            os.replace(link, self.path / name)
+            self._point(name, folder)
         keep = {(self.path / name).resolve() for name in ("best", "last")}
         for other in folder.parent.iterdir():
             if other.resolve() not in keep:
@@ -179,6 +192,21 @@ class Run:
 
     def has_checkpoint(self) -> bool:
         return (self.path / "last").exists()
+
+    def find_checkpoint(self) -> None:
+        """Point `best` and `last`, where a kill or a copy has lost them, at the newest checkpoint."""
+        newest = max((self.path / "checkpoints").glob("step_*"), default=None)  # names sort by their step
+        for name in ("best", "last") if newest else ():
+            if not (self.path / name).exists():
+                self._point(name, newest)
+
+    def _point(self, name: str, folder: Path) -> None:
+        """Make `best` or `last` a link to a checkpoint."""
+        if (self.path / name).is_dir() and not (self.path / name).is_symlink():  # a copy that followed links
+            shutil.rmtree(self.path / name)
+        link = self.path / f".{name}-{uuid.uuid4().hex}"
+        link.symlink_to(folder.relative_to(self.path))
+        os.replace(link, self.path / name)
 
     def load_weights(self, model: nn.Module, which: str = "best") -> None:
         """Load a checkpoint's weights into any `model`, and leave it in eval mode."""
@@ -199,7 +227,8 @@ class Run:
         """Name and fingerprint of the codec that it was trained with."""
         codec = self.config.get("codec")  # another program's config.json may mean something else
         if not isinstance(codec, dict) or not all(isinstance(codec.get(key), str) for key in ("name", "fingerprint")):
-            raise UserError(f"{self.path / 'config.json'}: damaged, it names no codec; restore it or train again")
+            fault = "names no codec, as a run of the fusion model does; name such a run's folder, or restore the file"
+            raise UserError(f"{self.path / 'config.json'}: {fault}")
         return codec
 
     def check_codec(self, fingerprint: str | None) -> None:

@@ -1,6 +1,7 @@
 """The training loop of any model: pairs in, a run directory out. One process, or several by accelerate."""
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -28,6 +29,7 @@ from lib.util.tensors import torch_threads
 logger = logging.getLogger(__name__)
 
 VAL_BATCH = 8
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of a disk, a user's share of it, a file
 
 
 class Callback:
@@ -113,12 +115,15 @@ class Trainer:
             with contextlib.suppress(Exception):
                 if self.processes == 1:  # another one might not answer
                     self.gather()  # the steps before a failure are those that explain it
+            kept = f"; {run.path / 'last'} is kept" if run.has_checkpoint() else ""
             # the CPU's allocator has no class of its own for this
             on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
             if on_cpu or isinstance(error, torch.OutOfMemoryError):
                 advice = self.config.memory_advice(self.pairs["train"].clip_length / self.pairs["train"].sample_rate)
-                kept = f"; {run.path / 'last'} is kept" if run.has_checkpoint() else ""
                 raise UserError(f"out of memory at step {self.step + 1}: {advice}{kept}") from error
+            if isinstance(error, OSError) and error.errno in FULL:
+                fix = "make room there, then resume"
+                raise UserError(f"{run.path}: step {self.step} not saved ({error.strerror}); {fix}{kept}") from error
             raise
         finally:
             for callback in self.callbacks:

@@ -1,11 +1,18 @@
 """Run directories: what is saved comes back, a crash at any point leaves a complete checkpoint, bad files are named."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
 import math
 import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +22,7 @@ import lib.training.run
 from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import MaskingConfig
 from lib.training.config import LENGTH, WITHOUT_EFFECT
-from lib.training.run import Run, find_runs
+from lib.training.run import LOCK, Run, find_runs
 from lib.util.configs import differing_fields
 from lib.util.errors import UserError
 from lib.util.tensors import load_weights
@@ -76,8 +83,10 @@ def test_create_moves_an_earlier_run_aside(run, config):
     assert len(earlier.metrics()) == 1
     assert same_weights(load_model(earlier), seeded(config, 1))
     Run.create(run.path, {"third": True})
-    assert Run.open(run.path / "replaced").config["second"]  # one is kept
-    assert not (run.path / "replaced" / "replaced").exists()
+    assert Run.open(run.path / "replaced").config["second"]
+    assert same_weights(
+        load_model(Run.open(run.path / "replaced-1")), seeded(config, 1)
+    )  # forgotten twice, still there
 
 
 def test_a_kill_while_create_moves_the_earlier_run_never_mixes_them(run, config, monkeypatch):
@@ -103,6 +112,66 @@ def test_a_kill_while_create_moves_the_earlier_run_never_mixes_them(run, config,
     earlier = Run.open(run.path / "replaced")  # and what was left of the move has followed
     assert len(earlier.metrics()) == 1
     assert same_weights(load_model(earlier), seeded(config, 1))
+
+
+@pytest.mark.parametrize("lost", ["removed", "dangling", "copied"])
+def test_a_run_whose_links_were_lost_resumes_from_its_newest_checkpoint(begin, tmp_path, lost):
+    """By a kill between a checkpoint and its links, or by a copy that followed them or did not."""
+    run = begin("a")
+    for step in (2, 3):
+        take_steps(run, step, 5)
+    for name in ("best", "last"):
+        folder = (tmp_path / name).resolve()
+        (tmp_path / name).unlink()
+        if lost == "dangling":
+            (tmp_path / name).symlink_to("checkpoints/step_00000002")
+        elif lost == "copied":
+            shutil.copytree(folder, tmp_path / name)
+    run = begin("a")
+    assert run.saved_step == 3
+    take_steps(run, 4, 5)
+    assert Run.open(tmp_path).saved_step == 4
+    assert steps_on_disk(run) == ["step_00000004"]
+
+
+def test_one_training_at_a_time_in_a_folder(tmp_path):
+    """Another process is refused by the name of the first; one that was killed refuses nobody."""
+    launcher = SimpleNamespace(
+        is_main_process=True, main_process_first=contextlib.nullcontext, wait_for_everyone=lambda: None
+    )
+
+    def train() -> None:
+        with Run.started(tmp_path, {"train": section(5, 0.1)}, launcher, resume=False, code=["a"]) as run:
+            run.log({"step": 1})
+
+    program = "import pathlib, sys; from lib.util.locks import only_one\n"
+    program += "with only_one(pathlib.Path(sys.argv[1])): print('in', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path / LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(UserError, match=rf"process {other.pid} on {socket.gethostname()} is at work here; wait"):
+            train()
+        assert not (tmp_path / "config.json").exists()
+        other.kill()
+    train()
+    train()
+    assert len(Run.open(tmp_path / "replaced").metrics()) == 1
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(run, config, monkeypatch):
+    run.save(1, seeded(config, 1), {}, is_best=True)
+    write = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        write(path, content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        run.save(2, seeded(config, 2), {}, is_best=True)
+    assert steps_on_disk(run) == ["step_00000001"]
+    assert same_weights(load_model(run), seeded(config, 1))
 
 
 def test_create_in_a_place_that_cannot_be_written(tmp_path):
@@ -562,7 +631,8 @@ def test_an_unfinished_run_by_other_code_is_resumed_and_not_reused_when_finished
     run = begin("b", train=section(6, 0.1))
     assert run.saved_step == 3
     assert "was started by other code; it resumes" in caplog.text
-    assert Run.open(tmp_path).config == run.config | {"train": section(5, 0.1), "code": ["a", "b"]}
+    assert Run.open(tmp_path).config == run.config
+    assert (run.config["train"], run.config["code"]) == (section(6, 0.1), ["a", "b"])
     assert begin("b").saved_step == 3
     assert not caplog.records  # said once
     take_steps(run, 5, 5)
