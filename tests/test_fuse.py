@@ -96,7 +96,7 @@ def test_memory_does_not_grow_with_the_files(tmp_path, run, codec, monkeypatch):
     report = fuse_files(path, path, tmp_path / "out.flac", run, codec)
     assert report.num_samples == soundfile.info(tmp_path / "out.flac").frames == 360 * SAMPLE_RATE
     assert len(used) == 24
-    assert max(used[2:]) - used[2] < 12e6
+    assert max(used[2:]) - used[2] < 20e6
     (out,), (wav,) = (load_audio(p, 29 * SAMPLE_RATE, 4 * SAMPLE_RATE) for p in (tmp_path / "out.flac", path))
     assert torch.allclose(out, wav, atol=1e-5)  # the average of a file with itself, across a seam
 
@@ -277,7 +277,7 @@ def test_an_output_that_would_clip_is_lowered(tmp_path, clip, run, codec, monkey
     assert loud.peak > 1
     assert loud.lowered == 0
     assert report.lowered == pytest.approx(20 * np.log10(loud.peak) + 1, abs=0.5)
-    assert check_audio(out).num_samples == check_audio(tmp_path / "out.wav").num_samples
+    assert soundfile.info(out).frames == soundfile.info(tmp_path / "out.wav").frames
     assert 0.5 < load_audio(out).abs().max() <= 1
     quiet = fuse_files(a, b, out, run, codec, gain=-60.0)
     assert (quiet.lowered, quiet.peak) == (0, pytest.approx(loud.peak / 1000, rel=1e-3))
