@@ -17,7 +17,7 @@ import torch
 
 import lib.fuse
 from lib.audio.decode import AudioError
-from lib.audio.files import SAMPLE_RATE, check_audio, load_audio
+from lib.audio.files import SAMPLE_RATE, load_audio
 from lib.codec.encodec import OFFLINE_VARIABLE
 from lib.codec.mdct import MdctCodec
 from lib.data.pairs import Clip

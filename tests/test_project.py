@@ -271,9 +271,7 @@ def test_a_refused_resume_and_a_training_under_way_leave_the_manifest_as_it_was(
     Run.create(root / "out", {"data": project.index.stem})
     before = (root / "out" / "manifest.json").read_bytes()
     make_demo_dataset(root / "others", num_songs=5, seconds=5, seed=1)
-    with pytest.raises(
-        UserError, match=r"out: holds a run that was trained on other pairs than .*others"
-    ):
+    with pytest.raises(UserError, match=r"out: holds a run that was trained on other pairs than .*others"):
         open_project(preset, "others", "out", resume=True)
     (root / "my songs é" / "song_00.wav").touch()  # the same music
     open_project(preset, "my songs é", "out", resume=True)

@@ -3,8 +3,10 @@ seeks: MP3, Vorbis, Opus and AAC have a memory, so that what is read after a see
 may leave out packets, whose samples were counted then. Nor is a header's length believed, but to tell that something is
 missing. C channels, N samples."""
 
+import functools
 import itertools
 import math
+import mmap
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,13 +48,13 @@ class AudioError(UserError):
 
 class Decoder:
     """An open audio file, to be iterated once, in a `with`. `rate` in Hz; found so far: `num_frames` at that rate,
-    `loudest`, the peak of all channels, `peak`, that of what was handed on, and `marks`. `known`: marks of this file
-    that were found before. `AudioError` if it is no audio, damaged or not finite."""
+    `loudest`, the peak of all channels, and `peak`, that of what was handed on. `known`: marks of this file that were
+    found before. `AudioError` if it is no audio, damaged or not finite."""
 
     def __init__(self, path: str | Path, known: Marks = ()):
         self.path, self.num_frames, self.loudest, self.peak = Path(path), 0, 0.0, 0.0
-        self.marks, self._known, self._start = [], known, (0, 0)
-        self._file = _open(self.path)
+        self._marks, self._known, self._start = [], known, (0, 0)
+        self._file, self._fifo = _open(self.path), av.AudioFifo()
         try:
             options = {"format_whitelist": CONTAINERS}
             self._container = av.open(self._file, options=options, buffer_size=1 << 18, metadata_errors="replace")
@@ -84,6 +86,11 @@ class Decoder:
     def seconds(self) -> float:
         """Decoded so far."""
         return self.num_frames / self.rate
+
+    @property
+    def marks(self) -> Marks:
+        """Where a later reading may begin; nowhere in joined Ogg files, whose headers it would leave out."""
+        return [] if self.kind == "ogg" and _ogg_is_joined(self._file) else self._marks
 
     def blocks(self, *, mix: bool = True) -> Iterator[np.ndarray]:
         """All of it at its own rate, in finite pieces `[C, n]`, float32, mixed to one channel or as it is. What is good
@@ -166,18 +173,18 @@ class Decoder:
 
     def _gather(self) -> tuple[np.ndarray | None, AudioError | None]:
         """The next samples `[C, n]`, about `BLOCK`, and the error that ends them."""
-        fifo, error = av.AudioFifo(), None
+        fifo, error = self._fifo, None
         try:
             for frame in self._frames:
-                if (frame.sample_rate, frame.layout.nb_channels) != (self.rate, self.channels):
-                    at = f"at {self.seconds + fifo.samples / self.rate:.2f} s it becomes {frame.sample_rate} Hz"
-                    raise AudioError(self.path, f"{at} with {frame.layout.nb_channels} channel(s); split it there")
                 frame.pts = None  # Vorbis has wrong ones
                 fifo.write(frame)
                 if fifo.samples >= BLOCK:
                     break
         except AudioError as found:
             error = found
+        except ValueError:  # the frame is not like those before
+            at = f"at {self.seconds + fifo.samples / self.rate:.2f} s it becomes {frame.sample_rate} Hz"
+            error = AudioError(self.path, f"{at} with {frame.layout.nb_channels} channel(s); split it there")
         return _samples(fifo.read()) if fifo.samples else None, error
 
     def _leave_out(self, frames: int) -> None:
@@ -188,7 +195,7 @@ class Decoder:
             next(self._frames)  # it was decoded already
 
     def _decoded(self) -> Iterator[av.AudioFrame]:
-        count, kind, joined = 0, self._container.format.name, False
+        count, kind = 0, self._container.format.name
         packets = enumerate(self._container.demux(self._stream))
         try:
             for number, packet in packets:
@@ -196,11 +203,8 @@ class Decoder:
                 if number < start - WARM_UP:
                     next(itertools.islice(packets, start - WARM_UP - number - 1, None))
                     continue
-                joined = joined or (kind == "ogg" and packet.has_sidedata("new_extradata"))
-                if joined:  # who leaves this packet out cannot decode those that follow
-                    self.marks.clear()
-                elif number % MARK_EVERY == 0:
-                    self.marks.append((number, count))
+                if number % MARK_EVERY == 0:
+                    self._marks.append((number, count))
                 count = before if number == start else count
                 try:
                     for frame in packet.decode():
@@ -242,7 +246,10 @@ def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
     native, target = ratio.as_integer_ratio()
     # torchaudio computes its output length in float32, wrong by some samples past 2**24: ask for more and cut
     padded = torch.nn.functional.pad(wav, (0, native * math.ceil(64 / target)))
-    return torchaudio.functional.resample(padded, native, target)[:, : math.ceil(wav.shape[-1] / ratio)]
+    return _resampler(native, target)(padded)[:, : math.ceil(wav.shape[-1] / ratio)]
+
+
+_resampler = functools.lru_cache(torchaudio.transforms.Resample)  # whose filter takes longer than a block
 
 
 def _open(path: Path) -> BinaryIO:
@@ -300,6 +307,13 @@ def _xing_frames(file: BinaryIO) -> int:
         file.seek(10 + sum((byte & 127) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True)))
     found = re.search(rb"(?:Xing|Info)\0\0\0[\x01\x03\x05\x07\x09\x0b\x0d\x0f](.{4})", file.read(4096), re.DOTALL)
     return int.from_bytes(found[1], "big") if found else 0
+
+
+def _ogg_is_joined(file: BinaryIO) -> bool:
+    """Whether a stream begins where another is under way (RFC 3533, section 4: all begin together)."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        begun = re.search(rb"OggS\0[\0\1\4\5]", content)
+        return bool(begun and re.compile(rb"OggS\0[\2\3\6\7]").search(content, begun.end()))
 
 
 def _ogg_is_complete(file: BinaryIO) -> bool:

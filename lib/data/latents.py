@@ -138,7 +138,7 @@ def _encode(key: str, wav: Tensor, clip_length: int, codec: Codec, store: Path) 
     latents = np.ascontiguousarray(codec.encode(wav[None])[0].float().cpu().numpy())  # [D, T]
     content, name = io.BytesIO(), f"{key}-{zlib.crc32(latents):08x}"
     np.save(content, latents, allow_pickle=False)
-    write_atomic(store / f"{name}.npy", content.getbuffer())
+    write_atomic(store / f"{name}.npy", content.getbuffer(), sync=False)
     return name
 
 

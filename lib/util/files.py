@@ -31,12 +31,14 @@ def make_folder(path: Path) -> None:
         raise UserError(f"{path}: cannot write here ({error.strerror}); choose another output folder") from None
 
 
-def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
-    """Write a file under a temporary name, fsync and rename it. Text is UTF-8; surrogates carry odd file names."""
+def write_atomic(path: Path, content: str | bytes | memoryview, *, sync: bool = True) -> None:
+    """Write a file under a temporary name, fsync and rename it. Text is UTF-8; surrogates carry odd file names. Without
+    `sync`, a power failure may leave an empty file: for what carries a checksum and can be made again."""
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}{TEMPORARY}")
     try:
         temporary.write_bytes(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
-        fsync(temporary)
+        if sync:
+            fsync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

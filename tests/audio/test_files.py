@@ -104,7 +104,7 @@ def test_a_window_equals_the_slice_of_the_whole_file(tmp_path, rate):
 def test_the_whole_file_equals_torchaudios_resample(tmp_path):
     samples = tone(1, 44_100)
     path = write(tmp_path / "a.wav", samples, 44_100, subtype="FLOAT")
-    expected = torchaudio.functional.resample(torch.from_numpy(samples.T).float(), 44_100, SAMPLE_RATE)
+    expected = torchaudio.functional.resample(torch.from_numpy(samples.T).double(), 44_100, SAMPLE_RATE).float()
     torch.testing.assert_close(load_audio(path), expected, atol=1e-6, rtol=0)
 
 

@@ -47,7 +47,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "sweep": lambda found: models.sweep(found["limit"]),
     "curves": lambda found: models.curves(),
     "codecs": lambda found: paths.codecs(),
-    "folder": lambda found: paths.folder(),
+    "intake": lambda found: paths.intake(),
     "fusing": lambda found: paths.fusing(),
     "data": lambda found: paths.data(),
     "objective": lambda found: steps.objective(),

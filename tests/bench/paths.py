@@ -1,5 +1,6 @@
-"""What surrounds the model: codecs, a folder encoded, two long files fused, pairs read from disk."""
+"""What surrounds the model: codecs, folders taken in, two long files fused, pairs read from disk."""
 
+import os
 import statistics
 import subprocess
 import sys
@@ -8,14 +9,17 @@ import threading
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import av
 import encodec.model
+import numpy as np
 import psutil
 import soundfile
 import torch
@@ -24,10 +28,10 @@ from simulated import simulated_index
 
 import lib.fuse
 from lib.audio.files import SAMPLE_RATE
-from lib.audio.synth import make_demo_dataset, render_song
+from lib.audio.synth import render_song
 from lib.codec.encodec import EncodecCodec
 from lib.codec.mdct import MdctCodec
-from lib.data.latents import LatentPairs, encode_manifest
+from lib.data.latents import LatentPairs, encode_manifest, encoding_check
 from lib.data.pairs import build_manifest
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import FusionModel
@@ -75,21 +79,42 @@ def codecs() -> list[dict[str, Any]]:
     return rows
 
 
-def folder() -> dict[str, Any]:
-    """A folder of songs encoded with EnCodec: how busy the cores are while files are read and encoded."""
-    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        root = Path(name)
-        make_demo_dataset(root / "music", num_songs=4)
-        manifest = build_manifest(root / "music", root / "manifest.json", 8.0)
-        codec = EncodecCodec(encodec.model.EncodecModel.encodec_model_24khz(pretrained=False), "random")
-        process = psutil.Process()
-        before, started = sum(process.cpu_times()[:2]), time.perf_counter()
-        encode_manifest(manifest, codec, root / "latents")
-        seconds = time.perf_counter() - started
-        busy = (sum(process.cpu_times()[:2]) - before) / seconds
-    clips = len({clip.key for pair in manifest.pairs for clip in (pair.input, pair.target)})
-    return {"clips": clips, "seconds": seconds, "times_real_time": clips * 8 / seconds, "cores": busy}
+def intake(minutes: float = 2.0, count: int = 8) -> list[dict[str, Any]]:
+    """A folder of stereo songs at 44.1 kHz: checked, hashed, paired and encoded by mdct into an empty cache, beside
+    what decodes the same files and does nothing else, as many at once as there are cores. Times real time, by format;
+    'of the decode' compares with FFmpeg, which decodes here too."""
+    songs = [render_song(2, i, round(minutes * 60 * 44_100)) for i in range(count)]
+    return [_intake(suffix, songs) for suffix in ("wav", "flac", "ogg", "mp3")]
+
+
+def _intake(suffix: str, songs: list[np.ndarray]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        root, codec = Path(name), MdctCodec()
+        for i, song in enumerate(songs):
+            soundfile.write(root / f"{i}.{suffix}", np.stack([song, 0.9 * song], axis=1), 44_100)
+        files = sorted(root.iterdir())
+
+        def decode_all(decode: Callable[[Path], None]) -> None:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(decode, files))
+
+        def take_in() -> None:
+            with tempfile.TemporaryDirectory() as cache:
+                check = encoding_check(codec, cache, 4 * SAMPLE_RATE)
+                manifest = build_manifest(root, Path(cache, "manifest.json"), 4.0, check_file=check)
+                encode_manifest(manifest, codec, cache)
+
+        runs = (lambda: decode_all(soundfile.read), lambda: decode_all(_decode), take_in)
+        seconds = alternate(*runs, rounds=3)
+    names = ("libsndfile alone", "FFmpeg alone", "taken in")
+    speeds = {name: sum(map(len, songs)) / 44_100 / value for name, value in zip(names, seconds, strict=True)}
+    return {"format": suffix} | speeds | {"of the decode": seconds[1] / seconds[2]}
+
+
+def _decode(path: Path) -> None:
+    with av.open(str(path)) as file:
+        for _ in file.decode(audio=0):
+            pass
 
 
 # --- fusing -----------------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
     "sweep": lambda found: _race([row for rows in found["sweep"].values() for row in rows]),
     "curves": _curves,
     "codecs": _codecs,
-    "folder": lambda found: _flat(found["folder"]),
+    "intake": lambda found: [row for values in found["intake"] for row in _flat(values)],
     "fusing": _fusing,
     "data": _data,
     "objective": _objective,
