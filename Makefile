@@ -51,7 +51,7 @@ bench: .venv/ready
 # hours in all; PARTS="fusion" measures some of it and keeps the rest
 PRESET ?= demo
 record: .venv/ready
-	$(BIN)/python -m lib.record --preset $(PRESET) $(if $(PARTS),--parts $(PARTS))
+	$(BIN)/python tests/record --preset $(PRESET) $(if $(PARTS),--parts $(PARTS))
 
 # execute the stored notebooks with the smoke preset and store their outputs
 notebooks: .venv/ready

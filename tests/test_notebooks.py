@@ -209,7 +209,7 @@ def test_an_assertion_behind_a_condition_is_found(source, found):
 
 
 def test_the_tables_that_the_record_reads_are_there():
-    """`lib.record.found_in` finds them by their columns."""
+    """`parts.found_in` of the record finds them by their columns."""
     shown = text_outputs(nbformat.read(FOLDER / "04_training.ipynb", 4))
     for column in ("output", "merit", "baseline", "verdict", "plain merit", "mark", "recipe", "Hz"):
         assert column in shown

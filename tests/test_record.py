@@ -3,17 +3,22 @@
 import dataclasses
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import clones
+import parts
 import pytest
+from clones import clean_commit, clone_of, continue_in_clone, replace_record
+from parts import FIGURES, GUIDANCES, LICENCES, NO_VECTORS, PARTS, STUDY, found_in, run_variation, variations
+from quotes import BLOCKS, MARKS
 
 import lib.evaluation.progress
 import lib.project
-import lib.record
 import lib.superres.training
 import lib.train
 from lib.audio.synth import make_demo_dataset
@@ -24,24 +29,7 @@ from lib.lab.results import read_record
 from lib.lab.variants import NAMED, SCHEDULED, VARIANTS
 from lib.pipeline import NotebookError
 from lib.presets import load_preset
-from lib.project import RECORD
-from lib.record import (
-    FIGURES,
-    GUIDANCES,
-    LICENCES,
-    NO_VECTORS,
-    PARTS,
-    STUDY,
-    clean_commit,
-    clone_of,
-    continue_in_clone,
-    found_in,
-    main,
-    replace_record,
-    run_variation,
-    variations,
-)
-from lib.report.quotes import BLOCKS, MARKS
+from lib.project import RECORD, ROOT
 from lib.report.report import Section
 from lib.superres.evaluation import CUTOFFS, Evaluation, Score
 from lib.superres.resolver import Restoration
@@ -70,6 +58,11 @@ def checkout(tmp_path, monkeypatch) -> Path:
     run(root, "init", "--quiet", "--initial-branch=main")
     commit(root)
     return root
+
+
+def main() -> None:
+    """The command, with the arguments in `sys.argv`."""
+    runpy.run_path(str(ROOT / "tests" / "record"), run_name="__main__")
 
 
 def run(root: Path, *arguments: str) -> str:
@@ -140,15 +133,15 @@ def test_a_checkout_inside_another_is_refused(checkout):
 
 def test_the_command_becomes_itself_in_the_clone(checkout, monkeypatch, tmp_path):
     became = []
-    monkeypatch.setattr(lib.record, "ROOT", checkout)
-    monkeypatch.setattr(lib.record.os, "execve", lambda *given: became.append((os.getcwd(), *given)))
+    monkeypatch.setattr(clones, "ROOT", checkout)
+    monkeypatch.setattr(clones.os, "execve", lambda *given: became.append((os.getcwd(), *given)))
     monkeypatch.chdir(tmp_path)
     continue_in_clone(["--preset", "smoke"])
     ((where, program, command, environment),) = became
     clone = clone_of(checkout, clean_commit(checkout), ["--preset", "smoke"])
     assert where == environment["PYTHONPATH"] == str(clone)
     assert program == sys.executable
-    assert command[1:] == ["-m", "lib.record", "--preset", "smoke", "--into", str(checkout)]
+    assert command[1:] == ["tests/record", "--preset", "smoke", "--into", str(checkout)]
 
 
 def test_a_record_takes_the_place_of_the_old_one_as_a_whole(checkout, tmp_path, monkeypatch):
@@ -158,7 +151,7 @@ def test_a_record_takes_the_place_of_the_old_one_as_a_whole(checkout, tmp_path, 
     (new / "gpu.json").write_text("as it was in the clone's commit")
     (checkout / "outputs" / "record" / "gpu.json").write_text("recorded meanwhile")
     quoted = lambda folder: dict.fromkeys(BLOCKS, (folder / "record.json").read_text())  # noqa: E731
-    monkeypatch.setattr(lib.record, "readme_blocks", quoted)
+    monkeypatch.setattr(clones, "readme_blocks", quoted)
     replace_record(new, checkout)
     found = {path.name: path.read_text() for path in (checkout / "outputs" / "record").iterdir()}
     assert found == {"record.json": "new", "gpu.json": "recorded meanwhile"}
@@ -169,7 +162,7 @@ def test_a_record_takes_the_place_of_the_old_one_as_a_whole(checkout, tmp_path, 
 def test_a_readme_without_marks_leaves_the_old_record(checkout, tmp_path, monkeypatch):
     (new := tmp_path / "new").mkdir()
     (checkout / "README.md").write_text("")
-    monkeypatch.setattr(lib.record, "readme_blocks", lambda folder: dict.fromkeys(BLOCKS, "new"))
+    monkeypatch.setattr(clones, "readme_blocks", lambda folder: dict.fromkeys(BLOCKS, "new"))
     with pytest.raises(UserError, match="marks"):
         replace_record(new, checkout)
     assert (checkout / "outputs" / "record" / "old.json").exists()
@@ -182,7 +175,7 @@ def test_the_command_line_makes_paths_absolute_and_hands_settings_on(monkeypatch
         handed.extend(arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lib.record, "continue_in_clone", stop)
+    monkeypatch.setattr(clones, "continue_in_clone", stop)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").mkdir()
     given = [
@@ -197,22 +190,22 @@ def test_the_command_line_makes_paths_absolute_and_hands_settings_on(monkeypatch
         "--set",
         "train.seed=3",
     ]
-    monkeypatch.setattr(sys, "argv", ["lib.record", *given])
+    monkeypatch.setattr(sys, "argv", ["tests/record", *given])
     with pytest.raises(SystemExit):
-        lib.record.main()
+        main()
     settings = ("--set", "train.clip=null", "--set", "train.seed=3", "--set", f'codec="{tmp_path / "weights"}"')
     assert handed == ["--preset", "demo", "--data", str(tmp_path / "songs"), *settings, "--parts", *PARTS]
     handed.clear()
-    monkeypatch.setattr(sys, "argv", ["lib.record", "--preset", "demo", "--parts", "superres", "bench"])
+    monkeypatch.setattr(sys, "argv", ["tests/record", "--preset", "demo", "--parts", "superres", "bench"])
     with pytest.raises(SystemExit):
-        lib.record.main()
+        main()
     assert handed == ["--preset", "demo", "--data", "", "--parts", "superres", "bench"]
 
 
 def test_the_command_does_not_measure_where_it_would_write(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["lib.record", "--preset", "demo", "--into", str(lib.record.ROOT)])
+    monkeypatch.setattr(sys, "argv", ["tests/record", "--preset", "demo", "--into", str(ROOT)])
     with pytest.raises(SystemExit):
-        lib.record.main()
+        main()
     assert "is where this command runs" in capsys.readouterr().err
 
 
@@ -226,7 +219,7 @@ def test_the_command_does_not_measure_where_it_would_write(monkeypatch, capsys):
 def test_the_record_has_the_grid_and_the_named_settings_at_full_depth(tmp_path, name, plans):
     asked, (results, _) = [], read_record(RECORD / "ablation.json")
     project = SimpleNamespace(codec=SimpleNamespace(name="mdct"), ablation=lambda plan: asked.append(plan) or results)
-    lib.record.record_ablations(load_preset(name), project, tmp_path)
+    parts.record_ablations(load_preset(name), project, tmp_path)
     assert [(plan.variants, plan.num_layers, plan.train.max_steps) for plan in asked[:-1]] == plans
     assert asked[-1].variants == SCHEDULED
 
@@ -244,16 +237,16 @@ def test_the_variations_stand_beside_the_run_as_it_is_in_their_order(monkeypatch
     preset = load_preset("smoke")
     names = [row["run"] for row in variations(preset)]
     pairs = dict.fromkeys(("out", *names), "a") | {"songs-1-seed-0": "b"}
-    monkeypatch.setattr(lib.record, "run_variation", lambda row, *given: tmp_path / row["run"])
-    monkeypatch.setattr(lib.record, "found_in", lambda out: {"pairs": pairs[out.name]})
-    monkeypatch.setattr(lib.record, "run_notebooks", lambda *given, resume: tmp_path / "out" / "index.html")
-    lib.record.record_variations(preset, {}, "", tmp_path)
+    monkeypatch.setattr(parts, "run_variation", lambda row, *given: tmp_path / row["run"])
+    monkeypatch.setattr(parts, "found_in", lambda out: {"pairs": pairs[out.name]})
+    monkeypatch.setattr(parts, "run_notebooks", lambda *given, resume: tmp_path / "out" / "index.html")
+    parts.record_variations(preset, {}, "", tmp_path)
     rows = json.loads((tmp_path / "variations.json").read_text())
     assert [row["run"] for row in rows] == ["as it is", *names]
     assert rows[2] == {"run": "songs-1-seed-0", "data_seed": 1, "seed": 0, "pairs": "b"}
     pairs["no-vectors"] = "c"
     with pytest.raises(NotebookError, match="no-vectors: has other pairs than the run as it is"):
-        lib.record.record_variations(preset, {}, "", tmp_path)
+        parts.record_variations(preset, {}, "", tmp_path)
 
 
 def test_the_study_on_real_music_runs_notebook_04_for_every_setting_and_seed(monkeypatch, tmp_path):
@@ -267,12 +260,12 @@ def test_the_study_on_real_music_runs_notebook_04_for_every_setting_and_seed(mon
         ran.append(given)
         return given[0]
 
-    monkeypatch.setattr(lib.record, "run_apart", run_apart)
-    monkeypatch.setattr(lib.record, "measured_in", lambda out: {"curve": [], "out": out})
+    monkeypatch.setattr(parts, "run_apart", run_apart)
+    monkeypatch.setattr(parts, "measured_in", lambda out: {"curve": [], "out": out})
     clips = [Clip(f"nexuiz-music/{name}.ogg", 0, 48_000, "0" * 64) for name in ("b", "a")]
     manifest = SimpleNamespace(split=lambda name: [Pair("0", "val", "cross", *clips)] if name == "val" else [])
-    monkeypatch.setattr(lib.record, "open_project", lambda *given: SimpleNamespace(manifest=manifest))
-    lib.record.record_fusion(preset, {"train.clip": 2.0}, music, tmp_path)
+    monkeypatch.setattr(parts, "open_project", lambda *given: SimpleNamespace(manifest=manifest))
+    parts.record_fusion(preset, {"train.clip": 2.0}, music, tmp_path)
     rows, facts = read_record(tmp_path / "fusion.json", dict)
     longer = f"{MASKS_ALONE}, {preset.record.steps_on_music} steps"
     found = [(row["setting"], row["seed"]) for row in rows]
@@ -302,13 +295,13 @@ def test_what_notebook_04_measured_is_read_from_its_tables(tmp_path, monkeypatch
         "tuned": [{"recipe": "crossover", "Hz": "750"}],
         "against": [{"baseline": "HPSS", "advantage in merit": "+0.1 ± 0.0", "verdict": "better than the baseline"}],
     }
-    monkeypatch.setattr(lib.record, "sections", lambda out: [])
-    monkeypatch.setattr(lib.record, "tables_of", lambda found: tables)
+    monkeypatch.setattr(parts, "sections", lambda out: [])
+    monkeypatch.setattr(parts, "tables_of", lambda found: tables)
     run = Run.create(tmp_path / "run", {})
     run.log({"split": "merit", "step": 3, "seconds": 1.6, "merit": 0.12345})
     run.log({"split": "val", "step": 2, "stage0/output_rms": 9.0})
     run.log({"split": "val", "step": 3, "loss": 1.0, "stage0/output_rms": 0.123456})
-    found = lib.record.measured_in(run.path)
+    found = parts.measured_in(run.path)
     assert found["measured"]["trained model"] == tables["means"][1] | {"plain merit": "0.70"}
     assert found["against"] == {"HPSS": {"advantage in merit": "+0.1 ± 0.0", "verdict": "better than the baseline"}}
     assert found["curve"] == [{"seconds": 2, "merit": 0.123}]
@@ -321,7 +314,7 @@ def test_what_notebook_04_measured_is_read_from_its_tables(tmp_path, monkeypatch
 
 def test_runs_that_were_followed_are_recorded_beside_what_recipes_reach(tmp_path, monkeypatch, capsys):
     """Trained by the command, with the figure of merit at every validation; for a GPU, whose name the rows bear."""
-    for module in (lib.record, lib.project):
+    for module in (parts, lib.project):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(lib.evaluation.progress, "gpu_name", lambda: "a GPU")
     (record := tmp_path / "outputs" / "record").mkdir(parents=True)
@@ -339,7 +332,7 @@ def test_runs_that_were_followed_are_recorded_beside_what_recipes_reach(tmp_path
         last = Run.open(tmp_path / name).metrics("merit")[-1]
         assert f"merit: {last['merit']:.2f} on 3 pairs after {last['seconds']:.0f} s" in capsys.readouterr().out
     followed = ["--followed", *(str(tmp_path / name) for name in runs)]
-    monkeypatch.setattr(sys, "argv", ["lib.record", *common, *followed])
+    monkeypatch.setattr(sys, "argv", ["tests/record", *common, *followed])
     main()
     found = json.loads((record / "gpu.json").read_text())
     assert (found["gpu"], found["clip_seconds"], found["batch_size"]) == ("a GPU", 2.0, 4)
@@ -354,7 +347,7 @@ def test_runs_that_were_followed_are_recorded_beside_what_recipes_reach(tmp_path
     assert said.count("\nold\n") == len(BLOCKS) - 1
     (kept := tmp_path / "wide masks" / "metrics.jsonl").write_text(kept.read_text().replace("a GPU", "no GPU"))
     for asked in (followed, [*followed, followed[1]], followed[:2]):  # not on a GPU, or two of a kind
-        monkeypatch.setattr(sys, "argv", ["lib.record", *common, *asked])
+        monkeypatch.setattr(sys, "argv", ["tests/record", *common, *asked])
         with pytest.raises(SystemExit):
             main()
         assert "wide masks: needs one run of each kind, followed from its first step" in capsys.readouterr().err
@@ -362,7 +355,7 @@ def test_runs_that_were_followed_are_recorded_beside_what_recipes_reach(tmp_path
 
 def test_a_table_that_no_notebook_shows_is_named():
     with pytest.raises(ValueError, match="the columns a, b"):
-        lib.record.rows_with({"caption": [{"a": 1}]}, "a", "b")
+        parts.rows_with({"caption": [{"a": 1}]}, "a", "b")
 
 
 def test_a_variation_is_a_pipeline_of_its_own_on_one_thread(monkeypatch, tmp_path):
@@ -372,8 +365,8 @@ def test_a_variation_is_a_pipeline_of_its_own_on_one_thread(monkeypatch, tmp_pat
         called.append((command, env))
         return subprocess.CompletedProcess(command, code)
 
-    monkeypatch.setattr(lib.record, "ROOT", tmp_path)
-    monkeypatch.setattr(lib.record.subprocess, "run", call)
+    monkeypatch.setattr(parts, "ROOT", tmp_path)
+    monkeypatch.setattr(parts.subprocess, "run", call)
     _, seeded, *_, bare = variations(load_preset("demo"))
     code = 0
     out = run_variation(bare, load_preset("demo"), {"train.clip": None, "train.seed": 7}, "songs")
@@ -458,21 +451,21 @@ def stub(monkeypatch, tmp_path):
         Section(out, "01_encoding", "Encoding").claims([judge("C3", "it holds", True)])
         return out / "index.html"
 
-    monkeypatch.setattr(lib.record, "record_superres", lambda preset, project, folder: None)
-    monkeypatch.setattr(lib.record, "record_variations", lambda *given: None)
-    monkeypatch.setattr(lib.record, "record_fusion", record_fusion)
-    monkeypatch.setattr(lib.record, "open_project", Project)
-    monkeypatch.setattr(lib.record, "run_notebooks", run_notebooks)
-    monkeypatch.setattr(lib.record, "ROOT", tmp_path)
+    monkeypatch.setattr(parts, "record_superres", lambda preset, project, folder: None)
+    monkeypatch.setattr(parts, "record_variations", lambda *given: None)
+    monkeypatch.setattr(parts, "record_fusion", record_fusion)
+    monkeypatch.setattr(parts, "open_project", Project)
+    monkeypatch.setattr(parts, "run_notebooks", run_notebooks)
+    monkeypatch.setattr(parts, "ROOT", tmp_path)
     return tmp_path, said
 
 
 def test_a_record_holds_everything_and_names_its_commit_in_one_file(stub, monkeypatch):
     folder, said = stub
-    monkeypatch.setattr(lib.record, "versions", lambda: {"torch": "2", "commit": "abcdef0"})
+    monkeypatch.setattr(parts, "versions", lambda: {"torch": "2", "commit": "abcdef0"})
     (written := folder / "record").mkdir()
     (written / "record.json").write_text('{"a part of earlier versions": {}}')
-    lib.record.record("demo", {}, "songs", MUSIC, folder=written)
+    parts.record("demo", {}, "songs", MUSIC, folder=written)
     assert said == [MUSIC, ("demo", {}, "songs")]
     names = {"ablation.json", "schedule.json", "bench.json", "summary.json", "claims.json", "record.json"}
     names |= {"bench.md", "claims.md"}
@@ -499,8 +492,8 @@ def test_a_part_is_measured_by_itself_and_the_others_stay(stub, monkeypatch):
     folder, said = stub
     shutil.copytree(RECORD, written := folder / "record")
     before = {path.name: path.read_bytes() for path in written.iterdir()}
-    monkeypatch.setattr(lib.record, "versions", lambda: {"torch": "2", "commit": "abcdef0"})
-    lib.record.record("demo", {}, "", MUSIC, ["bench", "fusion"], written)
+    monkeypatch.setattr(parts, "versions", lambda: {"torch": "2", "commit": "abcdef0"})
+    parts.record("demo", {}, "", MUSIC, ["bench", "fusion"], written)
     assert said == [MUSIC]
     changed = {path.name for path in written.iterdir() if path.read_bytes() != before[path.name]}
     assert changed == {"bench.json", "bench.md", "record.json"}
@@ -512,18 +505,18 @@ def test_a_part_is_measured_by_itself_and_the_others_stay(stub, monkeypatch):
 def test_a_stopped_record_resumes_with_the_part_that_it_was_at(stub, monkeypatch):
     folder, said = stub
     shutil.copytree(RECORD, written := folder / "record")
-    monkeypatch.setattr(lib.record, "versions", lambda: {"torch": "2", "commit": "abcdef0"})
-    notebooks = lib.record.run_notebooks
+    monkeypatch.setattr(parts, "versions", lambda: {"torch": "2", "commit": "abcdef0"})
+    notebooks = parts.run_notebooks
 
     def stopped(*given, resume):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lib.record, "run_notebooks", stopped)
+    monkeypatch.setattr(parts, "run_notebooks", stopped)
     with pytest.raises(KeyboardInterrupt):
-        lib.record.record("demo", {}, "", MUSIC, folder=written)
-    monkeypatch.setattr(lib.record, "run_notebooks", notebooks)
+        parts.record("demo", {}, "", MUSIC, folder=written)
+    monkeypatch.setattr(parts, "run_notebooks", notebooks)
     for _ in range(2):
-        lib.record.record("demo", {}, "", MUSIC, folder=written)
+        parts.record("demo", {}, "", MUSIC, folder=written)
     assert said == [MUSIC, ("demo", {}, "")]  # each was measured once
     made = json.loads((written / "record.json").read_text())
     assert {made[part]["commit"] for part in PARTS} == {"abcdef0"}
@@ -532,7 +525,7 @@ def test_a_stopped_record_resumes_with_the_part_that_it_was_at(stub, monkeypatch
 def test_a_part_alone_needs_the_others_before_any_run(stub):
     folder, said = stub
     with pytest.raises(UserError, match=r"record\.json"):
-        lib.record.record("demo", {}, "", MUSIC, ["fusion"], folder / "record")
+        parts.record("demo", {}, "", MUSIC, ["fusion"], folder / "record")
     assert not said
 
 
@@ -543,7 +536,7 @@ def test_a_part_alone_needs_the_others_to_be_whole(stub, file, content):
     odd = json.dumps({"results": [{}], "setting": 1}) if content is None else content
     (written / f"{file}.json").write_text(odd)
     with pytest.raises(UserError, match=r"record.*damaged \(.*; restore it"):
-        lib.record.record("demo", {}, "", MUSIC, ["bench"], written)
+        parts.record("demo", {}, "", MUSIC, ["bench"], written)
     assert not said
 
 
@@ -551,7 +544,7 @@ def test_without_music_no_part_is_measured(stub):
     folder, said = stub
     (folder / "music.status").write_text("2")
     with pytest.raises(UserError, match=r"music: lacks the music to measure on; data/README\.md says"):
-        lib.record.record("demo", {}, "", folder / "music", folder=folder / "record")
+        parts.record("demo", {}, "", folder / "music", folder=folder / "record")
     assert not said
     assert not (folder / "record").exists()
 
@@ -560,7 +553,7 @@ def test_a_broken_readme_is_seen_before_any_run(stub):
     folder, said = stub
     (folder / "README.md").write_text("no marks")
     with pytest.raises(UserError, match="marks"):
-        lib.record.record("demo", {}, "", MUSIC, folder=folder / "record")
+        parts.record("demo", {}, "", MUSIC, folder=folder / "record")
     assert not said
     assert not (folder / "record").exists()
 
@@ -569,10 +562,10 @@ def test_the_full_preset_says_what_it_needs(stub, capsys, monkeypatch):
     def no_weights(*_):
         raise UserError("weights are missing")
 
-    monkeypatch.setattr(lib.record, "open_project", no_weights)
-    monkeypatch.setattr(lib.record.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(parts, "open_project", no_weights)
+    monkeypatch.setattr(parts.torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="weights are missing"):
-        lib.record.record("full", {}, "", MUSIC)
+        parts.record("full", {}, "", MUSIC)
     assert "no GPU was found" in capsys.readouterr().err
 
 
@@ -605,12 +598,12 @@ def test_the_super_resolver_is_trained_for_as_long_as_the_record_says(monkeypatc
         guided = (restoration.guidance, 0.125)
         return Evaluation((Score("model", cutoffs[0], 3, 2, pair, pair, guided, pair, pair),), {})
 
-    monkeypatch.setattr(lib.record, "train_part", train_part)
+    monkeypatch.setattr(parts, "train_part", train_part)
     monkeypatch.setattr(lib.superres.training.Plan, "compare_contexts", compare_contexts)
-    monkeypatch.setattr(lib.record, "SuperResolver", lambda folder, diffusion: folder)
-    monkeypatch.setattr(lib.record, "evaluate", evaluate)
+    monkeypatch.setattr(parts, "SuperResolver", lambda folder, diffusion: folder)
+    monkeypatch.setattr(parts, "evaluate", evaluate)
     project = type("Project", (), {"out_dir": tmp_path, "upper_band": lambda self: ("the library", "songs")})()
-    lib.record.record_superres(preset, project, tmp_path)
+    parts.record_superres(preset, project, tmp_path)
     assert trained == [7, 9]
     found, facts = read_record(tmp_path / "superres.json", Score)
     assert found == scores

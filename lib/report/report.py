@@ -12,7 +12,7 @@ from typing import Any
 
 import nbformat
 from IPython import display
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from latex2mathml.converter import convert
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -31,9 +31,7 @@ LIMIT = 20_000_000  # bytes of a page, so that a phone can open it
 FIRST = "05_listening"  # the section at the top of the page
 Facts = Mapping[str, str]
 FOLDER = Path(__file__).with_name("templates")
-# pages are HTML, what the README quotes is Markdown
-OPTIONS = {"autoescape": select_autoescape(["html.j2"]), "undefined": StrictUndefined, "trim_blocks": True}
-TEMPLATES = Environment(loader=FileSystemLoader(FOLDER), **OPTIONS)
+TEMPLATES = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 
 
 class Table:
@@ -173,7 +171,7 @@ def write_page(path: Path, title: str, body: Markup, style: str = "") -> Path:
 
 
 def render(template: str, **values: Any) -> Markup:
-    """A template of this folder; in HTML, with all values escaped that are not markup already."""
+    """A template of this folder, with all values escaped that are not markup already."""
     return Markup(TEMPLATES.get_template(template).render(**values))
 
 

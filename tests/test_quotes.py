@@ -5,13 +5,7 @@ import re
 import shutil
 
 import pytest
-
-from lib.evaluation.baselines import ORACLE
-from lib.evaluation.tables import MASKS_ALONE, SEEDS_SYSTEM, WITH_CASCADE
-from lib.lab.claims import markdown_table
-from lib.lab.results import read_record, write_record
-from lib.project import RECORD, ROOT
-from lib.report.quotes import (
+from quotes import (
     BLOCKS,
     DIFFERENT,
     MARKS,
@@ -26,6 +20,12 @@ from lib.report.quotes import (
     speed,
     with_blocks,
 )
+
+from lib.evaluation.baselines import ORACLE
+from lib.evaluation.tables import MASKS_ALONE, SEEDS_SYSTEM, WITH_CASCADE
+from lib.lab.claims import markdown_table
+from lib.lab.results import read_record, write_record
+from lib.project import RECORD, ROOT
 from lib.superres.evaluation import CUTOFFS, METHODS, Score
 from lib.util.errors import UserError
 from lib.util.stats import TEST

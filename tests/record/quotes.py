@@ -7,10 +7,11 @@ from pathlib import Path
 from statistics import fmean, mode
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from lib.evaluation.baselines import ORACLE
 from lib.evaluation.tables import MASKS_ALONE, WITH_CASCADE, study_rows, trained_mean
 from lib.lab.results import read_record
-from lib.report.report import render
 from lib.superres.evaluation import METHODS, Score
 from lib.superres.plots import upper_rows
 from lib.util.errors import UserError
@@ -20,6 +21,7 @@ from lib.util.stats import TEST, Comparison
 BLOCKS = ("music", "results", "speed", "distances")
 MARKS = "<!-- {}: written by make record -->", "<!-- end of {} -->"
 DIFFERENT = "runs disagree on"
+TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True)
 METRICS = "merit", "onsets", "notes", "onsets_left", "notes_left", "beats", "level", "plain_merit"  # on real music
 
 
@@ -115,7 +117,11 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def filled(template: str, values: Mapping[str, Any]) -> str:
     """A block of the README; in its lists, names have no comma."""
-    return render(template, **WORDS, **values).replace("crossover, input below", "crossover with the input below")
+    return (
+        TEMPLATES.get_template(template)
+        .render(**WORDS, **values)
+        .replace("crossover, input below", "crossover with the input below")
+    )
 
 
 def pooled(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,27 +1,5 @@
-"""Measure what the README quotes, from a clean commit, into outputs/record/.
+"""The parts of a record: what each measures, and writes into its folder."""
 
-    python -m lib.record --preset demo [--parts fusion ...] [--data DIR] [--codec NAME|DIR] [--set record.steps=200]
-
-Everything is measured in a clone of the commit, in outputs/recording/, so neither older files nor later edits matter.
-Parts that are not measured stay; record.json has commit, preset, codec, music and machine of each part:
-
-    bench       bench.json         speed compared with stock PyTorch modules, and bench.md, the same as tables
-    ablations   ablation.json      every run of the grid, and of the named settings at full depth
-                schedule.json      every run of the whole schedule in miniature
-    fusion      fusion.json        notebook 04 on real music, whatever --data says: seeds, and what each change brings
-    superres    superres.json      distances of a super-resolver that was trained for longer
-    notebooks   summary.json       facts and tables of the notebooks, and the figures in FIGURES
-                claims.json        the audit of every claim, and claims.md, the same as a table
-    variations  variations.json    the demo with other songs and seeds, on one thread, and without vector instructions
-    by hand     gpu.json, gpu.png  only where a GPU trained runs for it: their figure of merit over time
-
-A stopped record resumes on the same commit and starts again on another. What takes a GPU is trained and recorded there:
-
-    python -m lib.train --preset full --codec mdct --data data/music --follow 24 --out outputs/long [--set ...]
-    python -m lib.record --preset full --codec mdct --data data/music --followed outputs/long [RUN ...]
-"""
-
-import argparse
 import dataclasses
 import hashlib
 import itertools
@@ -37,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quotes import BLOCKS, music_block, readme_blocks, with_blocks
 
 from lib.data.latents import LatentPairs
 from lib.evaluation.baselines import best_crossovers, mean_metrics, measure_fusions, pairs_to_measure
@@ -44,17 +23,16 @@ from lib.evaluation.progress import SPLIT, merit_over_time
 from lib.evaluation.tables import MASKS_ALONE, SEEDS_SYSTEM, WITH_CASCADE
 from lib.lab.claims import collect, markdown_table, with_untested
 from lib.lab.results import Result, write_record
-from lib.pipeline import NotebookError, add_arguments, parse_overrides, run_notebooks, say
+from lib.pipeline import NotebookError, run_notebooks, say
 from lib.presets import Preset, load_preset
 from lib.project import RECORD, ROOT, Project, open_project
-from lib.report.quotes import BLOCKS, music_block, readme_blocks, with_blocks
 from lib.report.report import sections, tables_of
 from lib.superres.evaluation import evaluate
 from lib.superres.resolver import Restoration, SuperResolver
 from lib.superres.training import train_part
 from lib.train import pairs_to_follow
 from lib.training.run import Run
-from lib.util.errors import UserError, exit_on_user_error
+from lib.util.errors import UserError
 from lib.util.files import naming, read_json, write_atomic
 from lib.util.provenance import gpu_name, versions
 
@@ -64,71 +42,10 @@ FIGURES = ("listening_0", "collapse")  # that the README shows
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
 # without AVX2, sums are rounded differently; NumPy has had two sets of names for the features it can disable
 NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 X86_V3 X86_V4 AVX512_ICL"}
-ON_MUSIC = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+ON_MUSIC = tomllib.loads(Path(__file__).with_name("study.toml").read_text())
 STUDY, LICENCES = ON_MUSIC["study"], ON_MUSIC["licences"]  # setting → its changes of the preset; package → its licence
 WHOLE = ("songs-0-seed-0", "no-vectors")  # variations that run all notebooks, and are compared as a whole
-CLAIMS_HEAD = ROOT / "lib" / "report" / "templates" / "claims.md"
-
-
-def git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"{folder}: git {arguments[0]} failed ({done.stderr.strip()}); a record needs a git checkout")
-    return done.stdout.strip()
-
-
-def clean_commit(root: Path) -> str:
-    """The commit of a checkout without changes; `UserError` names the files that changed."""
-    if Path(git(root, "rev-parse", "--show-toplevel")).resolve() != root.resolve():
-        raise UserError(f"{root}: lies inside another git repository; record in a checkout of its own")
-    if changed := git(root, "status", "--porcelain").splitlines():
-        listed = ", ".join(line.split(maxsplit=1)[-1] for line in changed[:4])
-        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        raise UserError(f"{root}: differs from its commit in {listed}{more}; commit that or stash it, then record")
-    return git(root, "rev-parse", "HEAD")
-
-
-def clone_of(root: Path, commit: str, asked: Sequence[str] = ()) -> Path:
-    """A clone of the commit: the one that a stopped record with the same arguments left, or a new one."""
-    arguments = hashlib.sha256(json.dumps(list(asked)).encode()).hexdigest()
-    folder = root / "outputs" / "recording" / f"{commit[:12]}-{arguments[:8]}"
-    code = ("status", "--porcelain", "--", ".", ":!outputs", ":!README.md")
-    if folder.exists() and git(folder, "rev-parse", "HEAD") == commit and not git(folder, *code):
-        return folder
-    for other in folder.parent.glob("*"):  # another part of the same commit may be under way
-        if other.stem == folder.name or not other.name.startswith(commit[:12]):
-            shutil.rmtree(other, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_suffix(".new")
-    git(root, "clone", "--quiet", "--no-checkout", str(root), str(unfinished))
-    git(unfinished, "checkout", "--quiet", "--detach", commit)
-    os.rename(unfinished, folder)
-    return folder
-
-
-def continue_in_clone(arguments: Sequence[str]) -> None:
-    """Replace this process by the same command in a clone of the commit, which copies its record back here."""
-    folder = clone_of(ROOT, clean_commit(ROOT), arguments)
-    say(f"recording in {folder}")
-    command = [sys.executable, "-m", "lib.record", *arguments, "--into", str(ROOT)]
-    os.chdir(folder)
-    os.execve(sys.executable, command, os.environ | {"PYTHONPATH": str(folder)})
-
-
-def replace_record(new: Path, root: Path) -> None:
-    """Replace `root`'s record by the folder `new`, and update the quotes of it in the README."""
-    target, staged, old = (root / "outputs" / name for name in ("record", ".record-new", ".record-old"))
-    for folder in (staged, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(new, staged)
-    for path in target.glob("gpu.*"):  # which may have been recorded meanwhile
-        shutil.copy(path, staged)
-    readme = with_blocks((root / "README.md").read_text(), readme_blocks(staged))
-    if target.exists():
-        os.rename(target, old)
-    os.rename(staged, target)
-    shutil.rmtree(old, ignore_errors=True)
-    write_atomic(root / "README.md", readme)
+CLAIMS_HEAD = Path(__file__).with_name("claims.md")
 
 
 def record(
@@ -390,34 +307,3 @@ def write_json(path: Path, content: Any) -> None:
     if isinstance(content, list):
         text = "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in content) + "\n]"
     write_atomic(path, text + "\n")
-
-
-def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m lib.record", description=__doc__, formatter_class=raw)
-    add_arguments(parser, out=False)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="measure these, and keep the others")
-    parser.add_argument("--followed", nargs="+", metavar="RUN", help="record runs of lib.train --follow, and only them")
-    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)  # in the clone: whose record is to be replaced
-    options = parser.parse_args()
-    with exit_on_user_error():
-        overrides = parse_overrides(options.set, options.codec)
-        data = str(Path(options.data).resolve()) if options.data else ""
-        if options.followed:
-            record_followed(open_project(load_preset(options.preset, overrides), data), options.followed, ROOT)
-            return
-        if options.into is None:
-            settings = [part for name, value in overrides.items() for part in ("--set", f"{name}={json.dumps(value)}")]
-            continue_in_clone(["--preset", options.preset, "--data", data, *settings, "--parts", *options.parts])
-        if options.into.resolve() == ROOT:
-            raise UserError(f"--into {options.into}: is where this command runs; leave it out, and a clone is made")
-        try:
-            record(options.preset, overrides, data, options.into / "data" / "music", options.parts)
-        except NotebookError as error:
-            sys.exit(f"error: {error}")
-        replace_record(RECORD, options.into)
-        print(f"record: {options.into / 'outputs' / 'record'}; `make notebooks` stores what notebooks show of it")
-
-
-if __name__ == "__main__":
-    main()
