@@ -45,6 +45,9 @@ class AudioError(UserError):
         super().__init__(f"{path}: {problem}")
         self.path, self.problem = Path(path), problem
 
+    def __reduce__(self) -> tuple:
+        return AudioError, (self.path, self.problem)
+
 
 class Decoder:
     """An open audio file, to be iterated once, in a `with`. `rate` in Hz; found so far: `num_frames` at that rate,
@@ -275,9 +278,11 @@ def _samples(frame: av.AudioFrame) -> np.ndarray:
     if not frame.format.is_planar:
         samples = samples.reshape(-1, frame.layout.nb_channels).T
     kind = frame.format.name.removesuffix("p")
-    if kind in FULL_SCALE:
-        samples = (samples / FULL_SCALE[kind] - (kind == "u8")).astype(np.float32)
-    return samples.astype(np.float32, copy=False)
+    if kind not in FULL_SCALE:
+        return np.ascontiguousarray(samples, np.float32)
+    scaled = np.empty(samples.shape, np.float32)  # row by row: all that follows is twice as fast on it
+    np.multiply(samples, np.float32(1 / FULL_SCALE[kind]), out=scaled, casting="same_kind")
+    return scaled - np.float32(1) if kind == "u8" else scaled
 
 
 def _lacks_data(file: BinaryIO) -> bool:

@@ -6,8 +6,8 @@ import math
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from scipy.signal import resample_poly
 from soundfile import SoundFile, SoundFileError
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lib.audio.decode import NAMES, AudioError, Decoder, Marks, rate_ratio, read_windows
@@ -133,17 +134,32 @@ def walk_audio(root: Path, ignore: Iterable[Path] = ()) -> tuple[list[str], list
 def check_files(
     root: Path, files: Sequence[str], check_file: Callable[[Path], AudioReport], description: str
 ) -> list[AudioReport | AudioError]:
-    """What `check_file` finds in each file below `root`, in threads: decoders, codecs and hashlib release the GIL, and
-    the same bits come out however busy the machine is."""
+    """What `check_file` finds in each file below `root`, in processes: threads would wait for the GIL at every packet.
+    The same bits come out however many there are."""
+    workers = min(len(files), len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1)
+    # forked: `check_file` holds a codec, which could not be sent to a process that is started anew
+    forked = {"num_workers": workers, "multiprocessing_context": "fork"} if workers > 1 else {}
+    loader = DataLoader(_Checked(root, files, check_file), batch_size=None, **forked)
+    with torch_threads(1):
+        found = list(tqdm(loader, desc=description, disable=len(files) < 8))
+    for error in found:
+        if isinstance(error, UserError) and not isinstance(error, AudioError):
+            raise error
+    return found
 
-    def check(relative: str) -> AudioReport | AudioError:
+
+class _Checked(Dataset):
+    def __init__(self, root: Path, files: Sequence[str], check_file: Callable[[Path], AudioReport]):
+        self.root, self.files, self.check_file = root, files, check_file
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> AudioReport | UserError:
         try:
-            return check_file(root / relative)
-        except AudioError as error:
+            return self.check_file(self.root / self.files[i])
+        except UserError as error:  # raised, it would come with the traceback of a worker
             return error
-
-    with torch_threads(1), ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm(pool.map(check, files), total=len(files), desc=description, disable=len(files) < 8))
 
 
 class AudioWriter:

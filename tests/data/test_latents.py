@@ -8,7 +8,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,16 +31,20 @@ CLIP = 10 * HOP
 
 
 class CountingCodec(MdctCodec):
-    """Counts what it encodes, and can die like a killed process at one of the clips."""
+    """Counts what it encodes, in whichever process, and can die like a killed process at one of the clips."""
 
     def __init__(self, die_at=None):
         super().__init__()
-        self.count, self.die_at, self.lock = 0, die_at, threading.Lock()
+        self.counted, self.die_at = multiprocessing.Value("i", 0), die_at
+
+    @property
+    def count(self):
+        return self.counted.value
 
     def encode(self, wav):
-        with self.lock:
-            self.count += 1
-            if self.count == self.die_at:
+        with self.counted:
+            self.counted.value += 1
+            if self.counted.value == self.die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
         return super().encode(wav)
 
@@ -142,7 +145,7 @@ def test_every_file_is_named_by_its_clip_and_its_checksum(songs, cache):
 def test_the_cache_does_not_depend_on_the_number_of_cores(songs, tmp_path, monkeypatch):
     manifest, folders = make_manifest(songs), []
     for cores in (1, 5):
-        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores))
         folders.append(encode(manifest, tmp_path / str(cores))[0].parent)
     one, many = folders
     assert contents(one) == contents(many)
@@ -187,7 +190,7 @@ def test_other_code_does_not_share_the_cache(songs, cache, edit_code):
 @pytest.mark.parametrize("die_at", [1, 6, 14])
 def test_a_killed_run_resumes_with_what_is_missing(songs, cache, die_at, monkeypatch):
     manifest = make_manifest(songs)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: [0])
     process = multiprocessing.get_context("fork").Process(target=encode, args=(manifest, cache, CountingCodec(die_at)))
     process.start()
     process.join()

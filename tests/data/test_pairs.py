@@ -252,7 +252,7 @@ def test_songs_of_any_name_in_train_and_val_are_split_by_folder(tmp_path, mode):
 def test_same_bytes_for_any_number_of_cores_and_listing_order(tmp_path, monkeypatch):
     root, out = tree(tmp_path / "data", count=10), tmp_path / "pairs.json"
     (root / "bad.wav").write_text("no music")
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: [0])
     build(root, out)
     first = out.read_bytes()
     out.unlink()
@@ -264,7 +264,7 @@ def test_same_bytes_for_any_number_of_cores_and_listing_order(tmp_path, monkeypa
             yield folder, folders, files[::-1]
 
     monkeypatch.setattr(os, "walk", backwards)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     build(root, out)
     assert out.read_bytes() == first
 
