@@ -132,7 +132,7 @@ def open_project(
                 fix = "resume with its own data, start again without resume, or choose another output folder"
                 raise UserError(f"{out}: holds a run that was trained on other pairs than {data} gives; {fix}")
 
-    with processes.main_process_first() if processes else contextlib.nullcontext():  # its threads use all cores
+    with processes.main_process_first() if processes else contextlib.nullcontext():  # its workers use all cores
         seconds, cache = preset.data.clip_seconds, ROOT / "data" / "latents"
         name = hashlib.sha256(str(data.resolve()).encode(errors="surrogateescape")).hexdigest()[:12]
         with only_one(cache / f".{name}.lock", wait=True):  # who waits finds what the other has encoded

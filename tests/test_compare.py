@@ -353,7 +353,7 @@ SPOILED = {
     without_manifest: r"spoiled/manifest\.json: no such file; build the manifest again",
     without_checkpoint: r"spoiled/best: no checkpoint here; train this run first",
     damaged: r"best/model\.safetensors: truncated or changed since it was written; .*train again",
-    without_codec: r"spoiled/config\.json: names no codec, as a run of the fusion model does",
+    without_codec: r"spoiled/config\.json: names no codec, as a run of the fusion model does; .*restore the file",
 }
 
 

@@ -12,6 +12,7 @@ complete one. Everything is loaded without running code from the file.
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -53,7 +54,8 @@ class Run:
         in `replaced-1/`, `replaced-2/`, …"""
         make_folder(path := Path(path))
         if (path / "config.json").exists() and (path / "replaced").exists():
-            os.rename(path / "replaced", path / f"replaced-{len(list(path.glob('replaced-*'))) + 1}")
+            kept = next(place for i in itertools.count(1) if not (place := path / f"replaced-{i}").exists())
+            os.rename(path / "replaced", kept)
         # an earlier run without its config.json was left half-moved to replaced/ by a kill
         for item in (path / name for name in ("config.json", "metrics.jsonl", "checkpoints", "best", "last")):
             if item.is_symlink() or item.exists():
@@ -88,8 +90,10 @@ class Run:
             raise UserError(f"{path}: holds a run with another config ({'; '.join(differences[:4])}); {fix}")
         if missing := [part for part in code if part not in run.trained_by]:
             logger.warning("%s: was started by other code; it resumes, but will not be reused when finished", path)
-        run.config |= {"train": had["train"], "code": [*run.trained_by, *missing]}
-        write_atomic(path / "config.json", json.dumps(run.config, indent=1))
+        now = run.config | {"train": had["train"], "code": [*run.trained_by, *missing]}
+        if now != run.config:
+            write_atomic(path / "config.json", json.dumps(now, indent=1))
+        run.config = now
         run.find_checkpoint()
         return run
 

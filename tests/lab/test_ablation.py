@@ -43,7 +43,7 @@ from lib.model.fusion import load_model
 from lib.model.masks import MaskingConfig
 from lib.training.config import CurriculumConfig, TrainConfig
 from lib.training.losses import LossConfig
-from lib.training.run import Run
+from lib.training.run import LOCK, Run
 from lib.training.trainer import Trainer
 from lib.util.configs import from_fields
 from lib.util.errors import UserError
@@ -187,7 +187,8 @@ def test_the_final_metrics_are_those_of_the_last_checkpoint_on_the_chosen_pairs(
 def test_a_second_call_runs_nothing(results, started):
     first = results(tiny_plan())
     assert len(started) == 4
-    times = {path: path.stat().st_mtime_ns for path in Path(first[0].run).parent.rglob("*") if path.is_file()}
+    written = [path for path in Path(first[0].run).parent.rglob("*") if path.is_file() and path.name != LOCK]
+    times = {path: path.stat().st_mtime_ns for path in written}
     assert len(times) == 16
     assert_same_results(results(tiny_plan()), first)
     assert len(started) == 4
@@ -213,7 +214,7 @@ def test_variants_of_equal_config_share_their_runs(results, started):
 
 def test_checkpoints_are_deleted(whole):
     for result in whole:
-        assert sorted(os.listdir(result.run)) == ["config.json", "metrics.jsonl", "plan.json", "result.json"]
+        assert set(os.listdir(result.run)) == {LOCK, "config.json", "metrics.jsonl", "plan.json", "result.json"}
 
 
 # --- stopped and resumed ---------------------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ def test_a_non_finite_run_is_recorded_and_stops_no_other(results, tmp_path):
         assert result.steps == 1
         assert [math.isinf(norm) for norm in result.grad_norm] == [False, True]
         assert math.isinf(growth(result))
-        assert sorted(os.listdir(result.run)) == ["config.json", "metrics.jsonl", "plan.json", "result.json"]
+        assert set(os.listdir(result.run)) == {LOCK, "config.json", "metrics.jsonl", "plan.json", "result.json"}
         assert result.start == result.end
     assert all(result.final and result.non_finite is None for result in found[2:])
     write_record(tmp_path / "record.json", found, {})

@@ -74,6 +74,7 @@ def test_a_file_is_one_line(call, clip, trained, tmp_path):
         (("--guidance", 2.5), Restoration(guidance=2.5), None),
         (("--seed", 9), Restoration(seed=9), None),
         (("--cutoff", 4_000), Restoration(cutoff=4_000), None),
+        (("--gain", -3), Restoration(gain=-3), None),
         (("--steps", 3, "--guidance", 0, "--seed", 4, "--cutoff", 250.5), Restoration(3, 0, 4, 250.5), None),
     ],
 )
@@ -83,7 +84,7 @@ def test_options_reach_the_restoration(call, clip, monkeypatch, tmp_path, option
 
     def restore(path, out, resolver, settings):
         calls.append((path, out, resolver, settings))
-        return SimpleNamespace(path=out, num_samples=48_000, channels=2, peak=0.5), 4_800.0
+        return SimpleNamespace(path=out, num_samples=48_000, channels=2, level="peak 0.500"), 4_800.0
 
     monkeypatch.setattr(command, "restore_file", restore)
     code, said, _ = call(clip, "-o", tmp_path / "out.wav", "--run", "a run", *options)
