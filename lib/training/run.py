@@ -80,7 +80,8 @@ class Run:
             return cls.create(path, config | {"code": code})
         run = cls.open(path)
         had = {key: run.config.get(key) for key in config}
-        had["train"] = (had["train"] or {}) | {name: config["train"][name] for name in LENGTH + WITHOUT_EFFECT}
+        train = had["train"] if isinstance(had["train"], dict) else {}
+        had["train"] = train | {name: config["train"][name] for name in LENGTH + WITHOUT_EFFECT}
         fields = {field for field, *_ in differing_fields(had, config)}
         if run.trained_by != code and fields <= set(measured) and (fields or run.is_finished):
             logger.warning("%s: was trained by other code and is trained again; the old run is in replaced/", path)
@@ -244,7 +245,7 @@ class Run:
     def _verified(self, which: str, names: Iterable[str]) -> tuple[Path, dict[str, Any]]:
         folder, fix = self.path / which, f"restore it, point {which!r} at the run's other checkpoint, or train again"
         missing = f"{folder}: no checkpoint here; train this run first"
-        meta = read_json(folder / "meta.json", {"sha256": dict}, missing=missing, fix=fix)
+        meta = read_json(folder / "meta.json", {"step": int, "sha256": dict}, missing=missing, fix=fix)
         for name in names:
             with naming(folder / "meta.json", fix):
                 wanted = meta["sha256"][name]

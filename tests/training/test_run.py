@@ -469,7 +469,9 @@ def test_the_weights_hash_is_verified(run, config):
     assert run.weights_sha256() == whole
 
 
-@pytest.mark.parametrize("meta", ["[]", "{}", '{"step": 1, "sha256": {}}', '{"step": 1, "sha256": null}'])
+@pytest.mark.parametrize(
+    "meta", ["[]", "{}", '{"step": 1, "sha256": {}}', '{"step": 1, "sha256": null}', '{"step": "1"}']
+)
 def test_a_meta_file_without_its_fields_is_damaged(run, config, meta):
     run.save(1, seeded(config, 1), {}, is_best=True)
     (run.path / "best" / "meta.json").write_text(meta)
@@ -657,6 +659,14 @@ def test_what_was_measured_by_other_code_may_differ_and_nothing_else(begin, tmp_
             begin("b", **fields)
         assert Run.open(tmp_path).config["code"] == ["a"]
     assert not begin("b", sizes=other).has_checkpoint()
+
+
+def test_a_section_that_is_none_is_another_config(begin, tmp_path):
+    (begin("a").path / "config.json").write_text(
+        json.dumps({"code": ["a"], "train": 1e308, "sizes": {"width": 2, "mean": 1.0}})
+    )
+    with pytest.raises(UserError, match="another config"):
+        begin("a")
 
 
 def test_a_run_says_where_its_training_ends_and_what_is_saved(tmp_path):
