@@ -4,6 +4,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from tqdm import tqdm
+
 
 class UserError(ValueError):
     """What a user can put right: a file, an option, a folder. The message is one line: where, what, how to fix it."""
@@ -19,5 +21,6 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except (UserError, KeyboardInterrupt) as error:
-        print("error: " + " ".join((str(error) or "interrupted").split()), file=sys.stderr)
+        # on a line of its own, where a progress bar is under way
+        tqdm.write("error: " + " ".join((str(error) or "interrupted").split()), file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 130)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from lib.util.errors import UserError, exit_on_user_error
 
@@ -27,6 +28,14 @@ def test_a_mistake_or_a_stop_is_one_line(capsys, error, code, line):
     assert stop.value.code == code
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", line)
+
+
+def test_a_mistake_has_a_line_of_its_own_beside_a_progress_bar(capsys):
+    bar = tqdm(total=4, desc="fusing")  # open for as long as the traceback holds it
+    with pytest.raises(SystemExit), exit_on_user_error():
+        raise UserError("x.wav: empty; copy it again")
+    bar.close()
+    assert "\nerror: x.wav: empty; copy it again\n" in capsys.readouterr().err.replace("\r", "\n")
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("x"), SystemExit(5)])
