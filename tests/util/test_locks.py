@@ -9,11 +9,15 @@ import pytest
 from lib.util.errors import UserError
 from lib.util.locks import only_one
 
-PROGRAM = """import pathlib, sys, time
+PROGRAM = """import os, pathlib, sys, time
 from lib.util.locks import only_one
 with only_one(pathlib.Path(sys.argv[1])):
-    print("in", flush=True)
+    worker = os.fork()
+    if worker:
+        print("in", flush=True)
     time.sleep(float(sys.argv[2]))
+    if not worker:
+        os._exit(0)
 """
 
 
@@ -35,8 +39,10 @@ def test_the_second_process_is_refused_or_waits(tmp_path, caplog):
 
 
 def test_a_killed_process_locks_nobody_out(tmp_path):
-    with other_process(tmp_path / ".lock", 60) as other:
-        other.kill()
+    """Nor does a worker that it has forked, and that lives on."""
+    other = other_process(tmp_path / ".lock", 5)
+    other.kill()
+    other.wait(60)
     with only_one(tmp_path / ".lock"):
         pass
 
