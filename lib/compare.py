@@ -56,8 +56,8 @@ def compare_runs(
     paths = [Path(path) for path in (first, second)]
     runs = [Run.open(path) for path in paths]
     names = names_of(paths)
-    new = pairs_new_to_both(*paths)
     compared = [Compared(name, run, codec) for name, run in zip(names, runs, strict=True)]
+    new = pairs_new_to_both(*paths)
     out = Path(out) if out else ROOT / "outputs" / "compare" / "-".join(names).replace("/", "_")
     if (out / "config.json").exists() or {path.stem for path in (out / "report").glob("*")} - SECTIONS:
         raise UserError(f"{out}: holds a run or its page, which would be lost; choose another folder")

@@ -59,7 +59,7 @@ def fuse_files(
         codec.to(device)
     paths = (input, target)
     _check_out(out, paths)
-    infos = [check_audio(path, mix=mono) for path in paths]
+    infos = [check_audio(path) for path in paths]  # whose mean decides the masks
     num_samples = min(info.num_samples for info in infos)
     starts = chunk_starts(num_samples, CHUNK, OVERLAP)
     mixed = [mono or info.channels != 2 for info in infos]

@@ -24,8 +24,8 @@ from lib.util.errors import UserError
 
 MIN_RATE, MAX_RATE = 1_000, 1_000_000  # Hz; outside, the header is damaged or the file is no music
 BLOCK = 1 << 16  # frames that are handed on together, about
-# without playlists and the like, which open other files or addresses
-CONTAINERS = "wav,w64,aiff,caf,flac,ogg,mp3,aac,mov,matroska"
+# without playlists and the like, which open other files or addresses, and those that do not tell half a file
+CONTAINERS = "wav,w64,aiff,flac,ogg,mp3,aac,mov"
 NAMES = "WAV, FLAC, OGG, MP3, M4A, Opus or AIFF"
 FULL_SCALE = {"u8": 2**7, "s16": 2**15, "s32": 2**31, "s64": 2**63}  # of integer samples
 MARK_EVERY, WARM_UP = 128, 16  # packets: between two marks, and decoded for their effect on those that follow
@@ -63,6 +63,9 @@ class Decoder:
             self._container = av.open(self._file, options=options, buffer_size=1 << 18, metadata_errors="replace")
             self.kind = self._container.format.name
             self._stream = self._container.streams.best("audio")
+            self._joined = self.kind == "ogg" and not known and _ogg_is_joined(self._file)
+            if self._joined and self._stream.codec_context.name == "vorbis":  # it keeps the first one's codebooks
+                raise AudioError(path, "several Ogg Vorbis recordings in one; split them, or convert it to FLAC")
             self._frames = frames = self._decoded()
             first = next(frames, None)
             shape = first or self._stream.codec_context  # which does not know what a decoder adds (AAC)
@@ -93,7 +96,7 @@ class Decoder:
     @property
     def marks(self) -> Marks:
         """Where a later reading may begin; nowhere in joined Ogg files, whose headers it would leave out."""
-        return [] if self.kind == "ogg" and _ogg_is_joined(self._file) else self._marks
+        return [] if self._joined else self._marks
 
     def blocks(self, *, mix: bool = True) -> Iterator[np.ndarray]:
         """All of it at its own rate, in finite pieces `[C, n]`, float32, mixed to one channel or as it is. What is good
@@ -179,15 +182,16 @@ class Decoder:
         fifo, error = self._fifo, None
         try:
             for frame in self._frames:
+                rate, channels = frame.sample_rate, frame.layout.nb_channels
+                if (rate, channels) != (self.rate, self.channels):  # FFmpeg's FIFO would read past its end
+                    at = f"at {self.seconds + fifo.samples / self.rate:.2f} s it becomes {rate} Hz"
+                    raise AudioError(self.path, f"{at} with {channels} channel(s); split it there")
                 frame.pts = None  # Vorbis has wrong ones
                 fifo.write(frame)
                 if fifo.samples >= BLOCK:
                     break
         except AudioError as found:
             error = found
-        except ValueError:  # the frame is not like those before
-            at = f"at {self.seconds + fifo.samples / self.rate:.2f} s it becomes {frame.sample_rate} Hz"
-            error = AudioError(self.path, f"{at} with {frame.layout.nb_channels} channel(s); split it there")
         return _samples(fifo.read()) if fifo.samples else None, error
 
     def _leave_out(self, frames: int) -> None:

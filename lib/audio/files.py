@@ -140,8 +140,15 @@ def check_files(
     # forked: `check_file` holds a codec, which could not be sent to a process that is started anew
     forked = {"num_workers": workers, "multiprocessing_context": "fork"} if workers > 1 else {}
     loader = DataLoader(_Checked(root, files, check_file), batch_size=None, **forked)
-    with torch_threads(1):
-        found = list(tqdm(loader, desc=description, disable=len(files) < 8))
+    try:
+        with torch_threads(1):
+            found = list(tqdm(loader, desc=description, disable=len(files) < 8))
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        raise UserError(
+            f"{root}: a process that read files here was killed; free some memory, and run it again"
+        ) from None
     for error in found:
         if isinstance(error, UserError) and not isinstance(error, AudioError):
             raise error

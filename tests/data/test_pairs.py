@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -267,6 +269,15 @@ def test_same_bytes_for_any_number_of_cores_and_listing_order(tmp_path, monkeypa
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     build(root, out)
     assert out.read_bytes() == first
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is forked")
+def test_a_killed_worker_is_said_in_one_line(tmp_path, monkeypatch):
+    """As the kernel kills one where memory runs out."""
+    root = tree(tmp_path / "data", count=4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
+    with pytest.raises(UserError, match=r"data: a process that read files here was killed; free some memory"):
+        build_manifest(root, tmp_path / "pairs.json", 2.0, check_file=lambda path: os.kill(os.getpid(), signal.SIGKILL))
 
 
 # ---- bad input
