@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lib.audio.chunks import chunk_starts, crossfaded, reading
-from lib.audio.decode import NAMES, read_windows
+from lib.audio.decode import NAMES, AudioError, read_windows
 from lib.audio.files import GAIN, SAMPLE_RATE, AudioWriter, check_audio, save_audio
 from lib.codec.codec import Codec, load_codec
 from lib.listening.render import follow_recipe
@@ -32,6 +32,7 @@ from lib.model.whole_band import decode_fusion, left_out
 from lib.superres.resolver import Restoration, SuperResolver, Written, restore_file
 from lib.training.run import Run
 from lib.util.errors import UserError, exit_on_user_error
+from lib.util.files import cannot_write
 from lib.util.provenance import versions
 
 CHUNK = 16 * SAMPLE_RATE  # samples: the clip length of the full preset
@@ -90,11 +91,14 @@ def fuse_and_restore(
     try:
         folder = tempfile.TemporaryDirectory(prefix=".fused-", dir=Path(out).parent)
     except OSError as error:
-        reason = f"cannot be written ({error.strerror}); choose an existing folder you may write to"
-        raise UserError(f"{out}: {reason}") from None
+        raise cannot_write(out, error, "choose an existing folder you may write to") from None
     with folder as name:
-        fused = fuse_files(input, target, Path(name) / "fusion.wav", run, codec, **options)
-        return restore_file(fused.path, out, resolver, Restoration(gain=gain))
+        draft = Path(name) / "fusion.wav"
+        try:
+            fuse_files(input, target, draft, run, codec, **options)
+        except AudioError as error:
+            raise AudioError(out, error.problem) if error.path == draft else error from None
+        return restore_file(draft, out, resolver, Restoration(gain=gain))
 
 
 def _check_out(out: File, clips: Iterable[File]) -> None:

@@ -34,10 +34,11 @@ from lib.codec.codec import CODECS
 from lib.presets import PRESETS, Preset, load_preset
 from lib.project import RECORD, RECORDED, ROOT, open_project
 from lib.report.report import FIRST, write_notebook_page, write_report
+from lib.training.fusion_learner import run_settings
 from lib.training.run import Run
 from lib.util.configs import check
 from lib.util.errors import UserError, exit_on_user_error
-from lib.util.files import file_sha256, make_folder, read_json, write_atomic
+from lib.util.files import cannot_write, file_sha256, make_folder, read_json, write_atomic
 from lib.util.locks import only_one
 from lib.util.provenance import code_fingerprint, gpu_name
 from lib.util.signals import StopSignals
@@ -87,19 +88,18 @@ def _run_notebooks(
     preset_name: str, overrides: dict[str, Any], data_dir: str | Path, out: Path, only: Sequence[str], resume: bool
 ) -> Path:
     preset, data = load_preset(preset_name, overrides), str(Path(data_dir).resolve()) if data_dir else ""
-    for folder in (str(out), data):  # which notebooks keep in their parameters
-        check(folder.encode(errors="ignore").decode() == folder, "folder", folder, "a name in UTF-8")
+    # which notebooks keep in their parameters
+    check(data.encode(errors="ignore").decode() == data, "folder", data, "a name in UTF-8")
     say(f"preset {preset_name}: data and latents")
     project = open_project(preset, data, out, resume=resume)
+    if resume and TRAINING[0] in only and (out / "config.json").exists():  # refused before anything is replaced
+        settings = run_settings(project.index, project.codec, preset.model.cascade, preset.train, preset.model.masking)
+        Run.open(out).differences(settings, refused=True)
     make_folder(out / "report")
     if FIRST in only:
         project.listening()  # refuse songs too short to listen to before training, not after
+    say("\n".join(project.in_words()))
     train, val = (len(project.manifest.split(split)) for split in ("train", "val"))
-    say(f"{train} training and {val} validation pairs, codec {project.codec.name}")
-    if skipped := project.manifest.skipped:
-        say(f"{len(skipped)} files were skipped, listed in {out / 'manifest.json'}")
-        for item in skipped[:5]:
-            say(f"  {item.path}: {item.reason}")
     parameters = {"preset": preset_name, "overrides": overrides, "data_dir": data, "out_dir": str(out)}
     # the index is named by its content; notebooks show recorded results, too, and what lib's TOML files say
     shown = [path for path in (RECORD / f"{name}.json" for name in RECORDED) if path.exists()]
@@ -173,8 +173,7 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
         reason = f"cell {error.exec_count}: {error.ename}: {said}; the executed notebook is {executed}"
         raise NotebookError(name, reason, said if error.ename in USER_ERRORS else "") from None
     except OSError as error:
-        where = error.filename or executed
-        raise UserError(f"{where}: cannot be written ({error.strerror}); make room there") from None
+        raise cannot_write(error.filename or executed, error) from None
     except RuntimeError as error:  # the kernel died, or never started
         if stop.asked:
             raise KeyboardInterrupt(STOPPED) from None

@@ -189,7 +189,7 @@ def load_preset(name: str, overrides: Mapping[str, Any] | str | None = None) -> 
     choices for an unknown name or value."""
     if isinstance(overrides, str):
         try:
-            overrides = dict(yaml.safe_load(overrides))
+            overrides = dict(yaml.safe_load(overrides) or {})
         except (yaml.YAMLError, ValueError, TypeError):
             raise UserError(f"overrides={overrides!r} is not allowed; use a mapping: {{train.max_steps: 40}}") from None
     if name not in PRESETS:

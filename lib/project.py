@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lib.superres.degradation import Library, read_library
 from lib.superres.evaluation import Score
 from lib.superres.training import Plan as SuperresPlan
 from lib.training.run import LOCK, Run
+from lib.util.configs import check
 from lib.util.errors import UserError
 from lib.util.files import make_folder
 from lib.util.locks import only_one
@@ -43,6 +44,15 @@ class Project:
     codec: Codec
     manifest: Manifest
     index: Path  # of the latents
+
+    def in_words(self) -> Iterator[str]:
+        """How many pairs there are, what split them, and what is not used."""
+        train, val = (len(self.manifest.split(split)) for split in ("train", "val"))
+        by = self.manifest.split_by
+        yield f"{train} training and {val} validation pairs, split by {by}; codec {self.codec.name}"
+        if skipped := self.manifest.skipped:
+            yield f"{len(skipped)} files were skipped, listed in {self.out_dir / 'manifest.json'}"
+            yield from (f"  {item.path}: {item.reason}" for item in skipped[:5])
 
     def ablation(self, plan: Plan | None = None) -> tuple[Result, ...]:
         """The results of a plan, by default of the preset's ablation. Finished runs are reused."""
@@ -123,6 +133,7 @@ def open_project(
     data = ROOT / data_dir if data_dir else demo_folder("demo", preset.data.seed)
     if out.resolve().is_relative_to(data.resolve()):
         raise UserError(f"{out}: is inside the data folder, where its audio would become training data; choose another")
+    check(str(out).encode(errors="ignore").decode() == str(out), "folder", str(out), "a name in UTF-8")
     make_folder(out)
 
     def before_writing(manifest: Manifest) -> None:

@@ -7,6 +7,7 @@ torchrun --nproc_per_node 4 -m lib.train --preset full ...
 
 import argparse
 import contextlib
+import sys
 from pathlib import Path
 
 import torch
@@ -76,6 +77,8 @@ def main() -> None:
         if processes.is_main_process:  # before anything is written there
             held.enter_context(only_one((out or ROOT / "outputs" / preset.name) / LOCK))
         project = open_project(preset, data, out, processes, resume=options.resume)
+        if processes.is_main_process:
+            print(*project.in_words(), sep="\n", file=sys.stderr, flush=True)
         check(options.follow >= 0, "--follow", options.follow, "0 or more")
         followed = options.follow and pairs_to_follow(project, options.follow)
         callbacks = (MeritOverTime(followed, project.codec),) if followed else ()

@@ -325,7 +325,7 @@ def test_mistakes_in_what_is_asked_for(program, runs, tmp_path):
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
     code, lines = program(first, second, "--out", tmp_path / "file")
-    assert (code, lines[-1].split("(")[0]) == (2, f"error: {tmp_path / 'file'}: cannot write here ")
+    assert (code, lines[-1].split("(")[0]) == (2, f"error: {tmp_path / 'file'}: cannot be written ")
     code, lines = program(first, second, "--pairs", "many")
     assert code == 2
     assert "argument --pairs: invalid int value: 'many'" in lines[-1]

@@ -38,6 +38,7 @@ from lib.pipeline import (
     run_notebooks,
 )
 from lib.presets import load_preset
+from lib.training.fusion_learner import run_settings
 from lib.training.run import Run
 from lib.util.errors import UserError
 
@@ -82,7 +83,8 @@ def project(monkeypatch) -> SimpleNamespace:
     stub = SimpleNamespace(asked=[], index=Path("index-1.npz"))
     stub.codec = SimpleNamespace(name="mdct", fingerprint="f" * 64)
     stub.listening = lambda: stub.asked.append("listening")
-    stub.manifest = SimpleNamespace(skipped=(), split=lambda split: (1, 2, 3) if split == "train" else (4,))
+    stub.manifest = SimpleNamespace(split=lambda split: (1, 2, 3) if split == "train" else (4,))
+    stub.in_words = lambda: ["what it works with"]
     monkeypatch.setattr(lib.pipeline, "open_project", lambda *given, resume: stub.asked.append(given) or stub)
     return stub
 
@@ -271,6 +273,23 @@ def test_resume_skips_what_is_done_under_the_same_conditions(
     assert runs_of() == list(names)
     (tmp_path / "claims.json").write_text("what the notebooks said")  # which none of them shows
     assert runs_of() == []
+
+
+def test_a_refused_resume_replaces_nothing(tmp_path, notebooks, project, executions):
+    names = "01_encoding", "04_training"
+    notebooks(**{name: [] for name in names})
+    run_notebooks("smoke", {}, "", tmp_path, names)
+    preset = load_preset("smoke")
+    model = preset.model.cascade, preset.train, preset.model.masking
+    Run.create(tmp_path, run_settings(project.index, project.codec, *model) | {"code": []})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    executions.clear()
+    with pytest.raises(UserError, match=r"holds a run with another config \(train\.clip: 1\.0 → 2\.0\)"):
+        run_notebooks("smoke", {"train.clip": 2.0}, "", tmp_path, names, resume=True)
+    assert not executions
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    run_notebooks("smoke", {"train.max_steps": 40}, "", tmp_path, names, resume=True)  # only longer
+    assert [name for name, _ in executions] == list(names)
 
 
 def test_any_module_of_lib_decides_whether_a_notebook_is_done(monkeypatch):
@@ -590,9 +609,9 @@ def test_a_bad_folder_is_one_line(tmp_path, call, songs):
     fails(f"{file}: a file, not a folder; name the folder it is in", data=file)
     fails(f"{empty}: no music in this folder; put WAV, FLAC, OGG, MP3, M4A, Opus or AIFF files there", data=empty)
     fails(f"{broken}: no usable pair for", "zero.wav: empty (0 bytes)", "text.mp3: not audio", data=broken)
-    fails(f"{file}: cannot write here", "choose another output folder", out=file)
-    fails(f"{file / 'out'}: cannot write here", "choose another output folder", out=file / "out")
-    fails("/proc/out: cannot write here", "choose another output folder", out=Path("/proc/out"))
+    fails(f"{file}: cannot be written", "choose another output folder", out=file)
+    fails(f"{file / 'out'}: cannot be written", "choose another output folder", out=file / "out")
+    fails("/proc/out: cannot be written", "choose another output folder", out=Path("/proc/out"))
     fails(f"{empty}: needs exactly one encodec_24khz", "found none", codec=empty)
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
     odd.mkdir()

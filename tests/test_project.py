@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,22 @@ def test_a_project_is_made_from_a_folder_of_songs(root):
     for split in ("train", "val"):
         assert len(LatentPairs(project.index, split)) == len(project.manifest.split(split))
     assert {path.name for path in root.iterdir()} == {"my songs é", "out", "data"}  # nothing elsewhere
+
+
+def test_what_a_project_works_with_is_said(root):
+    shutil.copy(root / "my songs é" / "song_00.wav", root / "my songs é" / "copy.wav")
+    (root / "my songs é" / "notes.txt").touch()
+    project = open_project(load_preset("smoke", SMALL), "my songs é", "out")
+    counted, skipped, *reasons = project.in_words()
+    assert re.fullmatch(r"\d+ training and \d+ validation pairs, split by a hash of each song; codec mdct", counted)
+    assert skipped == f"2 files were skipped, listed in {root / 'out' / 'manifest.json'}"
+    assert [reason.split(":")[0] for reason in reasons] == ["  notes.txt", "  song_00.wav"]
+
+
+def test_an_output_folder_whose_name_is_not_utf8_is_refused(root):
+    with pytest.raises(UserError, match="use a name in UTF-8"):
+        open_project(load_preset("smoke", SMALL), "my songs é", os.fsdecode(b"o\xe9t"))
+    assert {path.name for path in root.iterdir()} == {"my songs é"}
 
 
 def test_relative_paths_are_taken_from_the_repository_whatever_the_working_directory(root, monkeypatch, tmp_path):
@@ -206,9 +223,9 @@ def test_listening_has_longer_clips_and_the_same_split(root, builds):
         ("none", "", {}, "none: no such folder; check the path"),
         ("file", "", {}, "file: a file, not a folder"),
         ("empty", "", {}, "empty: no music in this folder"),
-        ("my songs é", "file", {}, "file: cannot write here"),
-        ("my songs é", "file/run", {}, "file/run: cannot write here"),
-        ("my songs é", "/proc/run", {}, "/proc/run: cannot write here"),
+        ("my songs é", "file", {}, "file: cannot be written"),
+        ("my songs é", "file/run", {}, "file/run: cannot be written"),
+        ("my songs é", "/proc/run", {}, "/proc/run: cannot be written"),
         ("my songs é", "", {"codec": "lpc"}, "codec 'lpc': unknown; choose mdct or encodec"),
         ("my songs é", "", {"data.clip_seconds": 1000}, "no usable pair for"),
         ("my songs é", "", {"data.pair_mode": "all"}, "data.pair_mode='all' is not allowed; use one of auto, "),

@@ -585,12 +585,12 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys
 
 
 def test_the_options_reach_the_training(tmp_path, monkeypatch, capsys):
-    asked = []
+    asked, project = [], SimpleNamespace(in_words=lambda: ["what it trains on"])
 
     def note(result: object):
         return lambda *given, **options: asked.append((given, options)) or result
 
-    monkeypatch.setattr(lib.train, "open_project", note("project"))
+    monkeypatch.setattr(lib.train, "open_project", note(project))
     monkeypatch.setattr(lib.train, "train_project", note(Run(tmp_path, {})))
     options = ["--preset", "demo", "--data", "songs", "--out", "there", "--resume", "--set", "train.max_steps=5"]
     monkeypatch.setattr(sys, "argv", ["lib.train", *options])
@@ -601,5 +601,6 @@ def test_the_options_reach_the_training(tmp_path, monkeypatch, capsys):
     assert (preset.name, preset.train.max_steps) == ("demo", 5)
     assert folders[:2] == [tmp_path / "songs", tmp_path / "there"]  # from the current folder, as in other commands
     assert folders[2].num_processes == 1
-    assert asked[1] == (("project",), {"resume": True, "callbacks": ()})
-    assert capsys.readouterr().out == f"run: {tmp_path}\n"
+    assert asked[1] == ((project,), {"resume": True, "callbacks": ()})
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (f"run: {tmp_path}\n", "what it trains on\n")

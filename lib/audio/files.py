@@ -2,6 +2,7 @@
 `[C, N]` (C channels, N samples); files may have any rate."""
 
 import contextlib
+import itertools
 import math
 import os
 import secrets
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from lib.audio.decode import NAMES, AudioError, Decoder, Marks, rate_ratio, read_windows
 from lib.util.errors import UserError
 from lib.util.files import file_sha256, fsync
+from lib.util.signals import StopSignals
 from lib.util.tensors import torch_threads
 
 SAMPLE_RATE = 24_000
@@ -108,20 +110,22 @@ class Skipped:
 
 def walk_audio(root: Path, ignore: Iterable[Path] = ()) -> tuple[list[str], list[Skipped]]:
     """Music files below `root`, by suffix, as sorted posix paths relative to it; all other files with the reason,
-    except hidden ones and those to `ignore`. Links are followed, but no folder twice; a broken one counts as a file."""
-    files, skipped, seen = [], [], set()
+    except hidden ones and those to `ignore`. Links are followed, but no folder twice, so that a real one keeps its own
+    name; a broken link counts as a file."""
+    files, skipped, seen, starts = [], [], set(), [root]
     ignored = {path.resolve() for path in ignore}
 
     def unreadable(error: OSError) -> None:
         relative = Path(error.filename).relative_to(root).as_posix()
         skipped.append(Skipped(relative, f"folder cannot be read ({error.strerror}); check its permissions"))
 
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
+    for folder, subfolders, names in itertools.chain.from_iterable(os.walk(s, onerror=unreadable) for s in starts):
         if (place := os.path.realpath(folder)) in seen:
             subfolders.clear()
             continue
         seen.add(place)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        starts += [path for name in subfolders if (path := Path(folder, name)).is_symlink()]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
             relative = path.relative_to(root).as_posix()
             if path.suffix.lower() in AUDIO_SUFFIXES:
@@ -140,9 +144,13 @@ def check_files(
     # forked: `check_file` holds a codec, which could not be sent to a process that is started anew
     forked = {"num_workers": workers, "multiprocessing_context": "fork"} if workers > 1 else {}
     loader = DataLoader(_Checked(root, files, check_file), batch_size=None, **forked)
+    found, stop = [], StopSignals()  # raised inside torch's loader, Ctrl-C would be lost, or leave processes
     try:
-        with torch_threads(1):
-            found = list(tqdm(loader, desc=description, disable=len(files) < 8))
+        with torch_threads(1), stop:
+            for report in tqdm(loader, desc=description, disable=len(files) < 8):
+                found.append(report)
+                if stop.asked:
+                    raise KeyboardInterrupt
     except RuntimeError as error:
         if "exited unexpectedly" not in str(error):
             raise

@@ -34,7 +34,7 @@ from lib.audio.files import SAMPLE_RATE, AudioReport, check_files, report_on
 from lib.codec.codec import Codec
 from lib.data.pairs import Clip, Manifest
 from lib.util.errors import UserError
-from lib.util.files import TEMPORARY, file_sha256, prefetch, write_atomic
+from lib.util.files import TEMPORARY, cannot_write, file_sha256, prefetch, write_atomic
 from lib.util.provenance import code_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -112,8 +112,7 @@ def _writing(store: Path) -> Iterator[None]:
         store.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        reason = f"cannot be written ({error.strerror}); choose a cache folder you may write to"
-        raise UserError(f"{error.filename or store}: {reason}") from error
+        raise cannot_write(error.filename or store, error, "choose a cache folder you may write to") from error
 
 
 def _find_latents(store: Path, clips: dict[str, Clip], shape: tuple[int, int]) -> dict[str, str]:

@@ -44,11 +44,12 @@ from lib.audio.files import (
 )
 from lib.util.configs import Count, Whole, check, checked_dataclass, choice
 from lib.util.errors import UserError
-from lib.util.files import naming, read_json, write_atomic
+from lib.util.files import cannot_write, naming, read_json, write_atomic
 from lib.util.provenance import code_fingerprint
 
 MODES = ("auto", "named", "continuation", "cross", "both")
 SPLITS = ("train", "val")
+SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 MANIFEST_VERSION = 2
 AGAIN = "build the manifest again"
 MIN_FILL = 0.9  # a clip that is filled to at least this fraction is used, and padded with zeros later
@@ -113,6 +114,12 @@ class Manifest:
         """Names the pairs by their content; the index of their latents is called so."""
         identity = [[pair.id, pair.split, pair.input.key, pair.target.key] for pair in self.pairs]
         return f"index-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}"
+
+    @property
+    def split_by(self) -> str:
+        """What decided about the split, in words."""
+        by_folder = all(split_of(pair.input.path) == pair.split for pair in self.pairs)
+        return "the folders train/ and val/" if by_folder else "a hash of each song"
 
     def songs(self, split: str) -> set[str]:
         """Hashes of the files that the clips of a split are from."""
@@ -210,11 +217,17 @@ def _named_files(sources: list[Clip]) -> dict[tuple[str, str], dict[str, Clip]]:
     named = defaultdict(dict)
     for role in ("input", "target", "output"):  # in this order: a pair with both keeps its target
         for source in sources:
-            split, _, name = source.path.partition("/")
+            split, (_, _, name) = split_of(source.path), source.path.partition("/")
             match = _NAMED.fullmatch(Path(name).stem)
-            if split in SPLITS and "/" not in name and match and match["role"].lower() == role:
+            if split and "/" not in name and match and match["role"].lower() == role:
                 named[split, match["id"]].setdefault("input" if role == "input" else "target", source)
     return named
+
+
+def split_of(path: str) -> str | None:
+    """The split that a path's first folder names: Train/ and validation/ count as well as train/ and val/."""
+    folder, slash, _ = path.partition("/")
+    return SPLIT_FOLDERS.get(folder.lower()) if slash else None
 
 
 def _named_pairs(
@@ -247,9 +260,13 @@ def _tree_pairs(
     root: Path, sources: list[Clip], kinds: tuple[str, ...], clip_length: int, seed: int, skipped: list[Skipped]
 ) -> list[Pair]:
     """Continuation and cross pairs of any folder tree; every file that is in no pair is listed as skipped."""
-    tops = {source.path: source.path.partition("/")[0] for source in sources}
-    if given := set(SPLITS) <= set(tops.values()):  # songs of any name in train/ and val/
-        outside = [source for source in sources if tops[source.path] not in SPLITS]
+    tops = {source.path: split_of(source.path) for source in sources}
+    given = {split_of(f"{folder.name}/") for folder in root.iterdir() if folder.is_dir()} >= set(SPLITS)
+    if given:  # songs of any name in train/ and val/
+        if unused := [split for split in SPLITS if split not in tops.values()]:
+            fix = "put music there, or remove that folder"
+            raise UserError(f"{root}: is split into train/ and val/, but no file of {unused[0]}/ is usable; {fix}")
+        outside = [source for source in sources if tops[source.path] is None]
         skipped.extend(Skipped(source.path, "neither in train/ nor in val/; move it into one") for source in outside)
         sources = [source for split in ("val", "train") for source in sources if tops[source.path] == split]
     distinct: dict[str, Clip] = {}
@@ -323,4 +340,4 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose a folder you may write to") from error
+        raise cannot_write(path, error) from error

@@ -19,7 +19,7 @@ from lib.superres.vocoder import griffin_lim
 from lib.training.run import Run
 from lib.util.configs import check, checked_dataclass, number, whole
 from lib.util.errors import UserError
-from lib.util.files import FIX, naming
+from lib.util.files import FIX, cannot_write, naming
 
 VOCODERS = ("griffin-lim", "hifigan")
 MARGIN = 1 / 4  # share of a clip, at its end, that the next one replaces: the autoencoder's convolutions pad there
@@ -211,11 +211,11 @@ def restore_folder(
             report(*restore_file(path, target, resolver, settings))
             sources[target] = path
         except AudioError as error:
+            if error.path == target:  # nor can the others be written
+                raise
             skipped.append((path, error.problem))
         except OSError as error:
-            if not sources:
-                raise UserError(f"{out}: cannot be written ({error.strerror}); choose another output folder") from None
-            skipped.append((path, f"{target} cannot be written ({error.strerror})"))
+            raise cannot_write(target, error) from None
     skipped += [(folder / item.path, item.reason) for item in others]
     if not sources:
         reasons = "; ".join(f"{path.name}: {problem}" for path, problem in skipped[:3])

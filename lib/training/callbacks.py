@@ -55,6 +55,8 @@ class DemoClips(Callback):
 class TensorBoard(Callback):
     """Every number of metrics.jsonl as a curve: `tensorboard --logdir outputs`."""
 
+    writer: SummaryWriter | None = None
+
     def on_start(self, trainer: Trainer) -> None:
         self.writer = SummaryWriter(str(trainer.run.path / "tensorboard"), purge_step=trainer.step + 1)
 
@@ -66,4 +68,5 @@ class TensorBoard(Callback):
     on_validation = on_step
 
     def on_end(self, trainer: Trainer) -> None:
-        self.writer.close()
+        if self.writer:
+            self.writer.close()

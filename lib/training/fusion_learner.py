@@ -101,6 +101,20 @@ def step_metrics(terms: dict[str, Tensor], fusion: Fusion) -> dict[str, Tensor]:
     return metrics
 
 
+def run_settings(
+    index: str | Path, codec: Codec, cascade: CascadeConfig, config: TrainConfig, masking: MaskingConfig
+) -> dict[str, Any]:
+    """The config of a run: all that its result depends on."""
+    config = dataclasses.replace(config, precision=resolved_precision(config.precision))
+    return {
+        "cascade": dataclasses.asdict(cascade),
+        "masking": dataclasses.asdict(masking),
+        "train": dataclasses.asdict(config),
+        "codec": {"name": codec.name, "fingerprint": codec.fingerprint},
+        "data": Path(index).stem,  # names the pairs by their content
+    }
+
+
 def train(
     out_dir: str | Path,
     index: str | Path,
@@ -119,13 +133,7 @@ def train(
     finished is trained again. Ctrl-C and SIGTERM save, then `KeyboardInterrupt`. A launcher's processes all call it."""
     masking = masking or MaskingConfig()
     config = dataclasses.replace(config, precision=resolved_precision(config.precision))
-    settings = {
-        "cascade": dataclasses.asdict(cascade),
-        "masking": dataclasses.asdict(masking),
-        "train": dataclasses.asdict(config),
-        "codec": {"name": codec.name, "fingerprint": codec.fingerprint},
-        "data": Path(index).stem,  # names the pairs by their content
-    }
+    settings = run_settings(index, codec, cascade, config, masking)
     config.check_model(cascade, masking)
     if config.loss.anti_modulation == "log" and config.loss.anti_modulation_weight:
         logger.warning("anti_modulation='log' has no bound: it is infinite where an output's envelope is a source's")

@@ -31,7 +31,16 @@ from torch import nn
 from lib.training.config import LENGTH, WITHOUT_EFFECT
 from lib.util.configs import differing_fields
 from lib.util.errors import UserError
-from lib.util.files import file_sha256, fsync, make_folder, naming, read_json, read_json_lines, write_atomic
+from lib.util.files import (
+    cannot_write,
+    file_sha256,
+    fsync,
+    make_folder,
+    naming,
+    read_json,
+    read_json_lines,
+    write_atomic,
+)
 from lib.util.locks import only_one
 from lib.util.provenance import versions
 from lib.util.tensors import load_weights, safe_torch_load
@@ -79,24 +88,37 @@ class Run:
         if not (resume and (path / "config.json").exists()):
             return cls.create(path, config | {"code": code})
         run = cls.open(path)
-        had = {key: run.config.get(key) for key in config}
-        train = had["train"] if isinstance(had["train"], dict) else {}
-        had["train"] = train | {name: config["train"][name] for name in LENGTH + WITHOUT_EFFECT}
-        fields = {field for field, *_ in differing_fields(had, config)}
+        fields = run.differences(config)
         if run.trained_by != code and fields <= set(measured) and (fields or run.is_finished):
             logger.warning("%s: was trained by other code and is trained again; the old run is in replaced/", path)
             return cls.create(path, config | {"code": code})
-        if differences := [f"{field}: {old!r} → {new!r}" for field, old, new in differing_fields(had, config)]:
-            fix = "resume with its own config, start again without resume, or choose another output folder"
-            raise UserError(f"{path}: holds a run with another config ({'; '.join(differences[:4])}); {fix}")
+        run.differences(config, refused=True)
         if missing := [part for part in code if part not in run.trained_by]:
             logger.warning("%s: was started by other code; it resumes, but will not be reused when finished", path)
-        now = run.config | {"train": had["train"], "code": [*run.trained_by, *missing]}
-        if now != run.config:
-            write_atomic(path / "config.json", json.dumps(now, indent=1))
-        run.config = now
         run.find_checkpoint()
+        run.metrics()  # a damaged file is refused before anything is written
+        if run.has_checkpoint():
+            run._verified("last", FILES)
+        now = run.config | {"train": config["train"], "code": [*run.trained_by, *missing]}
+        if now != run.config:
+            try:
+                write_atomic(path / "config.json", json.dumps(now, indent=1))
+            except OSError as error:
+                raise cannot_write(path / "config.json", error) from None
+        run.config = now
         return run
+
+    def differences(self, config: dict[str, Any], *, refused: bool = False) -> set[str]:
+        """The fields in which a config differs from the run's, but for those that may; `UserError` if `refused`."""
+        had = {key: self.config.get(key) for key in config}
+        train = had["train"] if isinstance(had["train"], dict) else {}
+        had["train"] = train | {name: config["train"][name] for name in LENGTH + WITHOUT_EFFECT}
+        found = differing_fields(had, config)
+        if found and refused:
+            said = "; ".join(f"{field}: {old!r} → {new!r}" for field, old, new in found[:4])
+            fix = "resume with its own config, start again without resume, or choose another output folder"
+            raise UserError(f"{self.path}: holds a run with another config ({said}); {fix}")
+        return {field for field, *_ in found}
 
     @classmethod
     @contextlib.contextmanager
@@ -243,7 +265,9 @@ class Run:
             raise UserError(f"{self.path}: this run was trained on latents of {codec}, not {fingerprint}; {fix}")
 
     def _verified(self, which: str, names: Iterable[str]) -> tuple[Path, dict[str, Any]]:
-        folder, fix = self.path / which, f"restore it, point {which!r} at the run's other checkpoint, or train again"
+        folder = self.path / which
+        others = [path for path in self.path.glob("checkpoints/step_*") if path != folder.resolve()]
+        fix = f"restore it, {f'point {which!r} at {others[0]}, ' if others else ''}or train again"
         missing = f"{folder}: no checkpoint here; train this run first"
         meta = read_json(folder / "meta.json", {"step": int, "sha256": dict}, missing=missing, fix=fix)
         for name in names:

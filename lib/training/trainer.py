@@ -1,7 +1,6 @@
 """The training loop of any model: pairs in, a run directory out. One process, or several by accelerate."""
 
 import contextlib
-import errno
 import logging
 import math
 import os
@@ -23,13 +22,13 @@ from lib.training.learner import Learner, StepInfo, evaluating, to_floats
 from lib.training.nonfinite import NORM, NonFiniteError, find_non_finite
 from lib.training.run import Run
 from lib.util.errors import UserError
+from lib.util.files import FULL
 from lib.util.signals import StopSignals
 from lib.util.tensors import torch_threads
 
 logger = logging.getLogger(__name__)
 
 VAL_BATCH = 8
-FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of a disk, a user's share of it, a file
 
 
 class Callback:

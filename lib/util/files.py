@@ -1,6 +1,7 @@
 """Files: written so that a kill leaves the old or the new one, read with errors that name the fix, and prefetched."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,10 +17,17 @@ from lib.util.errors import UserError
 
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
 FIX = "restore it"
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of a disk, a user's share of it, a file
 
 Shape = type | Mapping[str, type]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def cannot_write(path: str | Path, error: OSError, otherwise: str = "choose another output folder") -> UserError:
+    """Why something cannot be written, and what to do about it: `otherwise`, unless the disk is full."""
+    fix = "make room there and run it again" if error.errno in FULL else otherwise
+    return UserError(f"{path}: cannot be written ({error.strerror}); {fix}")
 
 
 def make_folder(path: Path) -> None:
@@ -28,7 +36,7 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise UserError(f"{path}: cannot write here ({error.strerror}); choose another output folder") from None
+        raise cannot_write(path, error) from None
 
 
 def write_atomic(path: Path, content: str | bytes | memoryview, *, sync: bool = True) -> None:

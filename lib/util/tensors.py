@@ -56,7 +56,10 @@ def safe_torch_load(path: str | Path, allowed: Iterable[type] = ()) -> Any:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a safetensors file into `model`; `UserError` lists the tensors that do not fit."""
     try:
+        str(path).encode()
         weights = safetensors.torch.load_file(path)
+    except UnicodeEncodeError:  # which safetensors cannot open
+        raise UserError(f"{path}: in a folder whose name is not UTF-8; rename that folder") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); restore it or train again") from None
     check_tensors(path, weights, model.state_dict(), fix="use the config that the file was trained with")

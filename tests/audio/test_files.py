@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -418,6 +419,38 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert grown < 40, f"{grown:.0f} MiB"  # the hour is 110 MiB as float32 at 8 kHz
 
 
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.timeout(60)
+def test_ctrl_c_ends_a_check_of_many_files_at_once(tmp_path, cores):
+    """As a terminal sends it, to the processes that check as well; it was lost, or left a traceback."""
+    program = """
+import os, sys, time
+from pathlib import Path
+from lib.audio.files import check_files
+from lib.util.errors import exit_on_user_error
+
+os.sched_getaffinity = lambda _: range(int(sys.argv[2]))
+
+def slow(path):
+    Path(sys.argv[1], "begun").touch()
+    time.sleep(0.1)
+
+with exit_on_user_error():
+    check_files(Path(), [str(i) for i in range(500)], slow, "checking")
+"""
+    asked = [sys.executable, "-c", program, str(tmp_path), str(cores)]
+    with subprocess.Popen(asked, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.split("\r")[-1].splitlines()[-1] == "error: interrupted"
+    assert "Traceback" not in said
+    with pytest.raises(ProcessLookupError):  # nobody is left
+        os.killpg(process.pid, 0)
+
+
 # ---- the walk over a folder
 
 
@@ -452,6 +485,13 @@ def test_links_are_followed_and_loops_of_links_end(music, tmp_path):
     (music / "more").symlink_to(tmp_path / "elsewhere")
     (music / "broken.wav").symlink_to("gone.wav")
     assert walk_audio(music)[0] == ["a.mp3", "b-/y.ogg", "b/A.FLAC", "b/z.wav", "broken.wav", "more/linked.wav"]
+
+
+def test_a_real_folder_keeps_its_name_whatever_links_to_it(music):
+    """A link that sorts before train/ took its name, and the split with it."""
+    (music / "a").symlink_to("b")
+    (music / "c").symlink_to("b-")
+    assert walk_audio(music)[0] == ["a.mp3", "b-/y.ogg", "b/A.FLAC", "b/z.wav"]
 
 
 def test_a_folder_that_cannot_be_read_is_skipped_with_its_reason(music, monkeypatch):

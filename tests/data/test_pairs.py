@@ -251,6 +251,33 @@ def test_songs_of_any_name_in_train_and_val_are_split_by_folder(tmp_path, mode):
         }
 
 
+def test_other_names_of_the_split_count_too_and_a_link_changes_nothing(tmp_path):
+    root = tmp_path / "data"
+    for number in range(6):
+        song(root / ("Train" if number < 4 else "validation") / f"song {number}.wav", seed=number)
+    (root / "All").symlink_to("Train")
+    manifest = build(root)
+    for split, folder, count in (("train", "Train/", 4), ("val", "validation/", 2)):
+        paths = {clip.path for clip in clips(manifest, split)}
+        assert len(paths) == count
+        assert all(path.startswith(folder) for path in paths)
+    assert manifest.split_by == "the folders train/ and val/"
+    assert build(tree(tmp_path / "tree"), tmp_path / "other.json").split_by == "a hash of each song"
+
+
+def test_a_split_without_music_on_one_side_is_refused(tmp_path):
+    """Its training songs would validate."""
+    root = tmp_path / "data"
+    for number in range(4):
+        song(root / "train" / f"song {number}.wav", seed=number)
+    (root / "val").mkdir()
+    (root / "val" / "song 4.wav").write_text("no audio")
+    with pytest.raises(
+        UserError, match=r"data: is split into train/ and val/, but no file of val/ is usable; put music"
+    ):
+        build(root)
+
+
 def test_same_bytes_for_any_number_of_cores_and_listing_order(tmp_path, monkeypatch):
     root, out = tree(tmp_path / "data", count=10), tmp_path / "pairs.json"
     (root / "bad.wav").write_text("no music")
@@ -456,7 +483,7 @@ def test_a_missing_empty_or_cut_manifest(tmp_path):
 def test_a_manifest_that_cannot_be_written(tmp_path, monkeypatch):
     root = tree(tmp_path / "data")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=r"pairs\.json: cannot be written \(.*\); choose a folder"):
+    with pytest.raises(UserError, match=r"pairs\.json: cannot be written \(.*\); choose another output folder"):
         build(root, tmp_path / "file" / "pairs.json")
     build(root, tmp_path / "pairs.json")
     before = (tmp_path / "pairs.json").read_bytes()
@@ -465,7 +492,7 @@ def test_a_manifest_that_cannot_be_written(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match=r"No space left on device\); make room there"):
         build(root, tmp_path / "pairs.json", seed=1)
     assert (tmp_path / "pairs.json").read_bytes() == before
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".tmp")]

@@ -425,7 +425,7 @@ def test_an_error_of_the_users_ends_all(threads, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_refused(results, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file: cannot write here"):
+    with pytest.raises(UserError, match="file: cannot be written"):
         results(tiny_plan(), "file")
 
 

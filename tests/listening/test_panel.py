@@ -394,7 +394,7 @@ def test_a_broken_file_is_reported_under_its_own_name_and_removed(uploading, lis
 def test_a_folder_that_cannot_be_written_is_reported(uploading, listening, tmp_path):
     (tmp_path / "uploads").write_text("a file")
     upload(uploading, "input", "a.wav", audio())
-    assert "uploads: cannot write here" in uploading.message.value
+    assert "uploads: cannot be written" in uploading.message.value
 
 
 def test_a_files_name_is_no_markup(uploading):

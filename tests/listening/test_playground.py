@@ -320,7 +320,7 @@ def test_any_name_becomes_a_file_in_the_folder(playground, name, wanted):
 def test_what_cannot_be_saved_is_reported(panel, playground):
     playground.favourites.write_text("a file")
     panel.button.click()
-    assert "my favourites: cannot write here" in panel.message.value
+    assert "my favourites: cannot be written" in panel.message.value
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 import lib.superres.resolver
 from lib.audio.chunks import crossfaded
 from lib.audio.decode import AudioError
-from lib.audio.files import check_audio, load_audio, save_audio
+from lib.audio.files import AudioWriter, check_audio, load_audio, save_audio
 from lib.superres.degradation import Degradation
 from lib.superres.mel import bin_of, log_mel, spectrum
 from lib.superres.resolver import (
@@ -620,6 +620,22 @@ def test_a_folder_without_a_good_file_is_refused(folder, tmp_path):
         restore_folder(folder, tmp_path / "out", NoiseResolver(CLIP), Restoration(), print)
 
 
+def test_a_full_disk_ends_a_folder(folder, tmp_path, monkeypatch):
+    """What the other files would take is not computed in vain."""
+    write = AudioWriter.write
+
+    def full(writer, wav):
+        if writer.path.name == "b.wav":
+            raise writer._cannot_write(OSError(28, "No space left on device"))
+        write(writer, wav)
+
+    monkeypatch.setattr(AudioWriter, "write", full)
+    done = []
+    with pytest.raises(AudioError, match=r"b\.wav: cannot be written \(No space left on device\)"):
+        restore_folder(folder, tmp_path / "out", NoiseResolver(CLIP), Restoration(), lambda *w: done.append(w))
+    assert [restored.path.name for restored, _ in done] == ["a.wav"]
+
+
 def test_an_output_folder_inside_the_input_or_not_writable_is_refused(folder, tmp_path):
     before = sorted(folder.rglob("*"))
     for out in (folder, folder / "out", tmp_path / "x" / ".." / "in" / "out"):
@@ -627,5 +643,5 @@ def test_an_output_folder_inside_the_input_or_not_writable_is_refused(folder, tm
             restore_folder(folder, out, NoiseResolver(CLIP), Restoration(), print)
     assert sorted(folder.rglob("*")) == before
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file: cannot be written \(.*\); choose another output folder"):
+    with pytest.raises(UserError, match=r"file/.*: cannot be written \(.*\); choose another output folder"):
         restore_folder(folder, tmp_path / "file", NoiseResolver(CLIP), Restoration(), print)

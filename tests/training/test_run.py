@@ -176,9 +176,9 @@ def test_a_full_disk_leaves_no_half_checkpoint(run, config, monkeypatch):
 
 def test_create_in_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file: cannot write here"):
+    with pytest.raises(UserError, match="file: cannot be written"):
         Run.create(tmp_path / "file", {})
-    with pytest.raises(UserError, match="cannot write here"):
+    with pytest.raises(UserError, match="cannot be written"):
         Run.create("/proc/run", {})  # refuses root too
 
 
@@ -415,6 +415,38 @@ def test_saving_the_same_step_again_keeps_the_file_that_is_there(run, config):
     run.save(1, seeded(config, 1), {}, is_best=True)
     assert steps_on_disk(run) == ["step_00000001"]
     assert same_weights(load_model(run, "best"), seeded(config, 1))
+
+
+@pytest.mark.parametrize("damaged", ["last/training.pt", "last/model.safetensors", "metrics.jsonl"])
+def test_a_damaged_run_that_is_refused_stays_as_it_is(begin, tmp_path, damaged):
+    run = begin("a")
+    take_steps(run, 1, 5)
+    (tmp_path / damaged).write_bytes(b"{\n" + (tmp_path / damaged).read_bytes()[:100])
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UserError, match=Path(damaged).name.replace(".", r"\.")):
+        begin("b")  # other code would be noted in config.json
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_full_disk_on_resuming_is_one_line(begin, monkeypatch):
+    take_steps(begin("a"), 1, 5)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(
+        UserError, match=r"config\.json: cannot be written \(No space left on device\); make room there"
+    ):
+        begin("b")
+
+
+def test_a_folder_that_safetensors_cannot_open_is_named(run, config):
+    run.save(1, seeded(config, 1), {}, is_best=True)
+    odd = run.path.with_name(os.fsdecode(b"r\xe9n"))
+    os.rename(run.path, odd)
+    with pytest.raises(UserError, match="a folder whose name is not UTF-8; rename that folder"):
+        Run.open(odd).load_weights(seeded(config, 2))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "meta.json"])

@@ -1000,7 +1000,7 @@ def test_a_batch_larger_than_the_data_is_refused(start, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_refused(start, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file: cannot write here"):
+    with pytest.raises(UserError, match="file: cannot be written"):
         start("file")
 
 

@@ -59,9 +59,9 @@ def test_make_folder(tmp_path):
     make_folder(tmp_path / "a b" / "ç")  # twice is no error
     assert os.listdir(tmp_path / "a b" / "ç") == []  # the probe is removed
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file: cannot write here .*choose another"):
+    with pytest.raises(UserError, match=r"file: cannot be written .*choose another"):
         make_folder(tmp_path / "file")
-    with pytest.raises(UserError, match="cannot write here"):
+    with pytest.raises(UserError, match="cannot be written"):
         make_folder(tmp_path / "file" / "below")
 
 
@@ -72,7 +72,7 @@ def test_make_folder_proves_that_it_can_write(tmp_path, monkeypatch):
         raise PermissionError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(lib.util.files.tempfile, "TemporaryFile", refuse)
-    with pytest.raises(UserError, match=r"cannot write here \(Read-only file system\)"):
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\)"):
         make_folder(tmp_path)
 
 
