@@ -82,6 +82,7 @@ def compare_runs(
 
 
 def write_metrics(section: Section, compared: Sequence[Compared], pairs: Pairs) -> Table:
+    curves = {c.name: {split: c.run.metrics(split) for split in ("train", "val")} for c in compared}
     measured: dict[str, list[dict[str, float]]] = {c.name: [] for c in compared}
     for input, target in tqdm(pairs.values(), desc="measuring", unit="pair"):
         wavs = load_pair(input, target)
@@ -93,7 +94,7 @@ def write_metrics(section: Section, compared: Sequence[Compared], pairs: Pairs) 
     said = f"{found}, {found.in_words(b)} on {len(pairs)} pair(s) ({TEST})"
     section.key_figure(f"figure of merit of {a} against {b}", said)
     print(f"figure of merit of {a} against {b}: {said}\n")
-    rows, curves = [], {c.name: {split: c.run.metrics(split) for split in ("train", "val")} for c in compared}
+    rows = []
     for c, means in zip(compared, fusion_rows(measured, MEASURES, "run"), strict=True):
         section.key_figure(f"figure of merit of {c.name}", f"{means['merit']}, 1 at best")
         losses = [row["loss"] for row in curves[c.name]["val"] if row.get("loss") is not None]

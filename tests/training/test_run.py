@@ -420,6 +420,7 @@ def test_saving_the_same_step_again_keeps_the_file_that_is_there(run, config):
 @pytest.mark.parametrize("damaged", ["last/training.pt", "last/model.safetensors", "metrics.jsonl"])
 def test_a_damaged_run_that_is_refused_stays_as_it_is(begin, tmp_path, damaged):
     run = begin("a")
+    run.log({"split": "train", "step": 1})
     take_steps(run, 1, 5)
     (tmp_path / damaged).write_bytes(b"{\n" + (tmp_path / damaged).read_bytes()[:100])
     before = (tmp_path / "config.json").read_bytes()
