@@ -102,6 +102,20 @@ def test_a_window_equals_the_slice_of_the_whole_file(tmp_path, rate):
         torch.testing.assert_close(load_audio(path, offset, length), whole[:, offset:end], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "rates", [(44_100, 24_000), (48_000, 24_000), (8_000, 24_000), (22_050, 48_000), (44_099, 24_000)]
+)
+@pytest.mark.parametrize("length", [0, 1, 999, 70_001])
+def test_resampling_equals_torchaudios_at_any_rate_and_length(rates, length):
+    """Whose filter it applies by matrices instead of a convolution."""
+    ratio = decode.rate_ratio(*rates)
+    native, target = ratio.as_integer_ratio()
+    wav = torch.randn(2, length, generator=torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(wav, (0, native * math.ceil(64 / target)))
+    expected = torchaudio.transforms.Resample(native, target)(padded)[:, : math.ceil(length / ratio)]
+    torch.testing.assert_close(decode.resample(wav, *rates), expected, rtol=0, atol=1e-6)
+
+
 def test_the_whole_file_equals_torchaudios_resample(tmp_path):
     samples = tone(1, 44_100)
     path = write(tmp_path / "a.wav", samples, 44_100, subtype="FLOAT")

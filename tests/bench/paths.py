@@ -27,6 +27,7 @@ from simulated import simulated_index
 import lib.fuse
 from lib.audio.files import SAMPLE_RATE, check_files
 from lib.audio.synth import render_song
+from lib.codec.codec import load_codec
 from lib.codec.encodec import EncodecCodec
 from lib.codec.mdct import MdctCodec
 from lib.data.latents import LatentPairs, encode_manifest, encoding_check
@@ -87,7 +88,7 @@ def intake(minutes: float = 2.0, count: int = 8) -> list[dict[str, Any]]:
 
 def _intake(suffix: str, songs: list[np.ndarray]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
-        root, codec = Path(name), MdctCodec()
+        root, codec = Path(name), load_codec("mdct")
         for i, song in enumerate(songs):
             with soundfile.SoundFile(root / f"{i}.{suffix}", "w", 44_100, 2) as file:
                 for part in np.array_split(np.stack([song, 0.9 * song], axis=1), 100):
