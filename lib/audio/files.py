@@ -154,9 +154,8 @@ def check_files(
     except RuntimeError as error:
         if "exited unexpectedly" not in str(error):
             raise
-        raise UserError(
-            f"{root}: a process that read files here was killed; free some memory, and run it again"
-        ) from None
+        fault = "a process that read files here was killed"
+        raise UserError(f"{root}: {fault}; free some memory, and run it again") from None
     for error in found:
         if isinstance(error, UserError) and not isinstance(error, AudioError):
             raise error
@@ -253,9 +252,8 @@ class AudioWriter:
     @property
     def level(self) -> str:
         """'peak 0.891, lowered by 1.3 dB, or it would clip'."""
-        return f"peak {self.peak:.3f}" + (
-            f", lowered by {self.lowered:.1f} dB, or it would clip" if self.lowered else ""
-        )
+        lowered = f", lowered by {self.lowered:.1f} dB, or it would clip" if self.lowered else ""
+        return f"peak {self.peak:.3f}{lowered}"
 
     def _encode(self, file: SoundFile) -> None:
         """From the draft, as loud as the format allows."""
