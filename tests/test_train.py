@@ -175,11 +175,11 @@ def stopped_at(step: int, folder: Path, name: str, config: TrainConfig, **option
     """A SIGTERM reaches the last process while it takes the step; and another one, as a launcher would pass it on."""
     train_step = Trainer.train_step
 
-    def signalled(trainer: Trainer, batches):
+    def signalled(trainer: Trainer, *batches):
         if trainer.step + 1 == step and is_last_process():
             for _ in range(PartialState().num_processes):
                 os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(trainer, batches)
+        return train_step(trainer, *batches)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train_step", signalled)

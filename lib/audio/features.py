@@ -27,10 +27,11 @@ FLOOR = 1e-8  # of a power: far below any music, and avoids the logarithm of zer
 
 
 class Sound:
-    """A waveform `[B, 1, N]` and its features, each computed on first use."""
+    """A waveform `[B, 1, N]` and its features, each computed on first use. Not `guarded`: without an epsilon under the
+    root of the envelope, as the source documents had it."""
 
-    def __init__(self, wav: Tensor):
-        self.wav = wav
+    def __init__(self, wav: Tensor, guarded: bool = True):
+        self.wav, self.guarded = wav, guarded
         self.magnitudes = functools.cache(functools.partial(magnitudes, wav))  # of a window's size
 
     @functools.cached_property
@@ -40,7 +41,7 @@ class Sound:
         if length < 1:
             raise ValueError(f"an envelope needs at least {SEGMENTS} samples, got {self.wav.shape[-1]}")
         segments = self.wav[:, 0, : SEGMENTS * length].unflatten(1, (SEGMENTS, length))
-        return (segments.square().mean(dim=2) + 1e-10).sqrt()
+        return (segments.square().mean(dim=2) + 1e-10 * self.guarded).sqrt()
 
     @functools.cached_property
     def log_mel(self) -> Tensor:
@@ -102,9 +103,12 @@ def power_spectrum(wav: Tensor, size: int, hop: int, padding: str = "constant") 
     return spectrum.real.square() + spectrum.imag.square()
 
 
-def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's correlation along the last axis, `[B, n]` twice → `[B]`; 0 if one is constant."""
+def correlation(x: Tensor, y: Tensor, guarded: bool = True) -> Tensor:
+    """Pearson's correlation along the last axis, `[B, n]` twice → `[B]`; 0 if one is constant. Not `guarded`: by roots
+    for the deviations, NaN if one is constant."""
     x, y = x - x.mean(dim=-1, keepdim=True), y - y.mean(dim=-1, keepdim=True)
+    if not guarded:
+        return (x * y).mean(-1) / (x.square().mean(-1).sqrt() * y.square().mean(-1).sqrt())
     return F.cosine_similarity(x, y, dim=-1)
 
 

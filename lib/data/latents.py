@@ -5,7 +5,7 @@ Every file in it is written atomically and carries a checksum.
 
     <clip key>-<crc32>.npy    the latents of a clip, float32 [D, T], with the checksum of their bytes
     index-*.npz               one for each manifest: codec and sizes as JSON, and for each split a table of pairs, bytes
-                              [P, 3]: a pair's id and the names of its input's and its target's latents
+                              [P, 5]: a pair's id, the names of its input's and its target's latents, and of their clips
 
 So a killed run loses at most the clips in flight, a new song adds its own clips, a damaged one is encoded again alone.
 Reading verifies the two clips of a pair, whatever the size of the cache. P pairs, D latent channels, T frames.
@@ -146,7 +146,8 @@ def _write_index(store: Path, manifest: Manifest, names: dict[str, str], facts: 
     splits: dict[str, list[tuple[bytes, ...]]] = {}
     for pair in manifest.pairs:
         if pair.input.key in names and pair.target.key in names:
-            row = (pair.id, names[pair.input.key], names[pair.target.key])
+            clips = [f"{clip.path} at {clip.offset / SAMPLE_RATE:.2f} s" for clip in (pair.input, pair.target)]
+            row = (pair.id, names[pair.input.key], names[pair.target.key], *clips)
             splits.setdefault(pair.split, []).append(tuple(part.encode(errors="surrogateescape") for part in row))
     tables = {split: np.array(rows) for split, rows in splits.items()}
     path = store / f"{manifest.index_name}.npz"
@@ -199,9 +200,13 @@ class LatentPairs(Dataset):
         return len(self._table)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        paths = (self.path.with_name(f"{name.decode()}.npy") for name in self._table[i, 1:])
+        paths = (self.path.with_name(f"{name.decode()}.npy") for name in self._table[i, 1:3])
         input, target = (torch.from_numpy(_read_latents(path, (self.dim, self.frames))) for path in paths)
         return input, target
+
+    def clip_names(self, i: int) -> tuple[str, str]:
+        """File and offset of the pair's input and target."""
+        return tuple(name.decode(errors="surrogateescape") for name in self._table[i, 3:])
 
     def pair_id(self, i: int) -> str:
         """The pair's id in the manifest."""

@@ -178,7 +178,7 @@ def run_job(job: Job) -> None:
         with sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext():  # see `start_worker`
             final = train_and_evaluate(job)
     except NonFiniteError as error:
-        bad = {"step": error.step, "stage": error.stage, "tensor": error.tensor}
+        bad = {"step": error.step} | error.facts
     write_atomic(job.folder / "result.json", json.dumps({"non_finite": bad, "final": final}, indent=1))
     drop_checkpoints(job.folder)
 

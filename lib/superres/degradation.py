@@ -128,6 +128,12 @@ class Examples(Dataset):
     def song(self, i: int) -> AudioReport:
         return self.songs[self._draw(i)[0]]
 
+    def clip_names(self, i: int) -> tuple[str, str]:
+        """File and offset of the clip, for itself and its degraded version."""
+        place, generator = self._draw(i)
+        offset = int(generator.integers(self.offsets[place])) / SAMPLE_RATE
+        return (f"{self.songs[place].path.name} at {offset:.2f} s",) * 2
+
     def _draw(self, i: int) -> tuple[int, np.random.Generator]:
         """The place of example `i`'s song, and the generator that draws the rest."""
         if not 0 <= i < self.count:

@@ -148,6 +148,7 @@ class EncodedExamples:
     def __init__(self, examples: Examples, vae: MelVae, latent_scale: float, device: torch.device):
         self.examples, self.vae, self.latent_scale, self.device = examples, vae.to(device), latent_scale, device
         self.clip_length, self.sample_rate = examples.clip_length, examples.sample_rate
+        self.clip_names = examples.clip_names
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.bytes_left = CACHE
 

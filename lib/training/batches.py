@@ -13,7 +13,7 @@ from lib.util.files import prefetch
 
 Batch = tuple[Tensor, Tensor]  # the first and the second of its pairs, [B, …] each
 # What training reads, in several threads: all firsts have one shape, and all seconds. It has a `clip_length`, samples
-# of sound that a pair stands for, and a `sample_rate` in Hz.
+# of sound that a pair stands for, a `sample_rate` in Hz and, for the report of a fault, perhaps `clip_names(i)`.
 Pairs = Sequence[Batch]
 
 

@@ -12,7 +12,7 @@ from lib.audio.features import HOP, Sound, correlation, harmony_similarity
 from lib.audio.files import SAMPLE_RATE
 from lib.model.cascade import cosine, rms
 from lib.model.masks import Masks
-from lib.util.configs import NonNegative, checked_dataclass, choice, number
+from lib.util.configs import Flag, NonNegative, checked_dataclass, choice, number
 from lib.util.errors import UserError
 
 NOVELTY_THRESHOLD = 0.7  # cosine above which an output counts as a copy
@@ -51,6 +51,8 @@ class LossConfig:
     anti_modulation_weight: NonNegative = 0.0  # against an output that copies the sources' loudness curve
     # 'log' has no bound: value and gradient grow without limit towards |corr| = 1
     anti_modulation: choice(("squared", "log")) = "squared"
+    # off: roots and deviations without epsilons, as the source documents had them
+    guarded: Flag = True
     outlier_weight: NonNegative = 0.0  # against mel bands far louder than in either source
     # part of every clip that is decoded, at random in training; None: all of it
     window_seconds: number(SHORTEST_WINDOW) | None = 2.0
@@ -79,9 +81,10 @@ def latent_mse(output: Tensor, reference: Tensor) -> Tensor:
     return (output - reference).square().mean()
 
 
-def rms_error(output: Tensor, reference: Tensor) -> Tensor:
+def rms_error(output: Tensor, reference: Tensor, guarded: bool = True) -> Tensor:
     """Root of each clip's mean squared error, mean over clips: its gradient is as long for errors of every size."""
-    return rms(output - reference).mean()
+    error = output - reference
+    return (rms(error) if guarded else error.square().mean(dim=(1, 2)).sqrt()).mean()
 
 
 def novelty(output: Tensor, source: Tensor) -> Tensor:
@@ -113,7 +116,7 @@ def mel_distance(output: Sound, source: Sound) -> Tensor:
 def anti_modulation(output: Sound, source: Sound, form: str) -> Tensor:
     """Penalty on an output whose envelope follows a source's: mean of corr² or of −ln(1 − |corr|), which is infinite at
     |corr| = 1. Towards it, the gradient grows as √((1 + |corr|)/(1 − |corr|)) over the centred envelope's length."""
-    corr = correlation(output.envelope, source.envelope).clamp(-1, 1)  # rounding may pass 1
+    corr = correlation(output.envelope, source.envelope, output.guarded).clamp(-1, 1)  # rounding may pass 1
     return (corr.square() if form == "squared" else -torch.log(1 - corr.abs())).mean()
 
 
@@ -200,7 +203,7 @@ def total_loss(
     terms = {"input_mse": latent_mse(output, input), "target_mse": latent_mse(output, target)}
     weights = {"input_mse": config.input_weight, "target_mse": config.target_weight}
     clips = {"input_rms": input, "target_rms": target}
-    terms |= {name: rms_error(output, clips[name]) for name in config.weighted(tuple(clips))}
+    terms |= {name: rms_error(output, clips[name], config.guarded) for name in config.weighted(tuple(clips))}
     if config.novelty_weight:
         terms["novelty"] = novelty(output, input) + novelty(output, target)
     if config.adversarial_weight and critic is not None:
@@ -209,7 +212,7 @@ def total_loss(
         if decode is None:
             raise ValueError(f"{on_sound[0]}_weight needs sound: give total_loss the codec's decode")
         start, end = _window(output.shape[2], config.window_seconds, random_window)
-        sounds = [Sound(decode(x[..., start:end])) for x in (output, input.detach(), target.detach())]
+        sounds = [Sound(decode(x[..., start:end]), config.guarded) for x in (output, input.detach(), target.detach())]
         terms |= {name: ON_SOUND[name](*sounds, config) for name in on_sound}
     if on_masks := config.weighted(MASK_TERMS):
         if masks is None:

@@ -1,28 +1,69 @@
 """Where a NaN or an infinity appeared first: the report of training that must stop."""
 
 import re
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.util.errors import UserError
 
 NORM = "norm of the gradients"  # the last resort: nothing else was not finite
+UNWRITTEN = ("empty", "fill", "full", "scalar_tensor")  # operations that may be given an infinity, or hold leftovers
+LIBRARIES = ("site-packages", "dist-packages", f"{Path(torch.__file__).parent}", __file__)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """The first operation whose result is not finite though all that it was given is."""
+
+    name: str  # 'log', or 'the gradient of sqrt'
+    where: str  # the line of the objective or the model that asked for it: 'losses.py:98 in anti_modulation'
+    value: str  # NaN or inf
+    clips: tuple[int, ...]  # as in `Finding`
+
+    def __str__(self) -> str:
+        return f"{self.name} gave {self.value} ({self.where})"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What `find_non_finite` found: the stage (None: outside the stages), the first tensor, and what made it."""
+
+    stage: int | None
+    tensor: str
+    operation: Operation | None = None
+    clips: tuple[int, ...] = ()  # of the batch, whose values are not finite, where there is one part for each
+    spread: str = ""  # how much of the gradient is not finite, and what clipping makes of the rest
 
 
 class NonFiniteError(UserError):
-    """Training met a NaN or an infinity. `step`, `stage` (None: outside the stages) and `tensor` say where first."""
+    """Training met a NaN or an infinity. `step`, `stage` (None: outside the stages), `tensor` and `operation` say where
+    first, `pairs` in which clips of the batch, by file and offset; `facts`: all that for a file."""
 
-    def __init__(self, step: int, stage: int | None, tensor: str, checkpoint: Path | None):
-        self.step, self.stage, self.tensor = step, stage, tensor
-        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written yet"
-        where = f"stage {stage}" if stage is not None else "outside the stages"
-        fix = "lower the learning rate, or see notebook 03"
-        super().__init__(f"non-finite value at step {step}, {where}, first in {tensor}; {kept}; {fix}")
+    def __init__(self, step: int, found: Finding, pairs: Sequence[str] = (), checkpoint: Path | None = None):
+        self.step, self.stage, self.tensor, self.operation = step, found.stage, found.tensor, found.operation
+        self.pairs = tuple(pairs)
+        self.facts = {"stage": found.stage, "tensor": found.tensor, "operation": str(found.operation or "")}
+        self.facts |= {"pairs": list(pairs), "spread": found.spread}
+        where = f"stage {found.stage}" if found.stage is not None else "outside the stages"
+        kept = f"the last good checkpoint is {checkpoint}, and resuming replays this step"
+        clips = f"in {' and '.join(self.pairs[:2])}" + f" and {len(pairs) - 2} more" * (len(pairs) > 2)
+        parts = [
+            f"non-finite value at step {step}, {where}, first in {found.tensor}",
+            self.facts["operation"],
+            clips if pairs else "",
+            found.spread,
+            kept if checkpoint else "no checkpoint had been written yet",
+            f"lower the learning rate{', bound that operation,' if found.operation else ''} or see notebook 03",
+        ]
+        super().__init__("; ".join(filter(None, parts)))
 
 
 def not_finite(x: Tensor) -> Tensor:
@@ -30,22 +71,63 @@ def not_finite(x: Tensor) -> Tensor:
     return (~x.isfinite()).float()
 
 
+class Watch(TorchDispatchMode):
+    """Sees every operation of a forward and a backward pass; `first` is the one that left the finite numbers."""
+
+    def __init__(self, batch_size: int):
+        super().__init__()
+        self.batch_size, self.first, self.node = batch_size, None, None
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        name = operation.overloadpacket.__name__
+        if self.first is None and not any(word in name for word in UNWRITTEN):
+            bad = next((x for x in _tensors(result) if not x.isfinite().all()), None)
+            if bad is not None and all(x.isfinite().all() for x in _tensors([args, kwargs])):
+                self.first = self.describe(name, bad)
+        return result
+
+    def describe(self, name: str, bad: Tensor) -> Operation:
+        value, clips = "NaN" if bad.isnan().any() else "inf", _bad_clips(bad, self.batch_size)
+        if self.node is None:
+            return Operation(name.strip("_"), _place(traceback.extract_stack()), value, clips)
+        lines = "".join(self.node.metadata.get("traceback_", []))
+        return Operation(f"the gradient of {_function(self.node.name())}", _place(_frames(lines)), value, clips)
+
+    def follow(self, loss: Tensor) -> None:
+        """Know which part of the graph below `loss` a backward pass is at."""
+
+        def enter(grads: Any, node: Any) -> None:
+            self.node = node
+
+        seen, waiting = set(), [loss.grad_fn]
+        while waiting:
+            if (node := waiting.pop()) is not None and node not in seen:
+                seen.add(node)
+                node.register_prehook(partial(enter, node=node))
+                waiting += [following for following, _ in node.next_functions]
+
+
 def find_non_finite(
-    model: nn.Module, batch: tuple[Tensor, ...], names: Sequence[str], forward: Callable[[tuple[Tensor, ...]], Tensor]
-) -> tuple[int | None, str]:
-    """The stage (None: outside the stages) and the first tensor that is not finite: of a batch with these `names`, of
-    the parameters, or of a forward and a backward pass. `forward`: batch → loss, under the same random numbers."""
+    model: nn.Module,
+    batch: tuple[Tensor, ...],
+    names: Sequence[str],
+    forward: Callable[[tuple[Tensor, ...]], Tensor],
+    max_norm: float = float("inf"),
+) -> Finding:
+    """Where a step left the finite numbers: in a batch with these `names`, in the parameters, or in a forward and a
+    backward pass. `forward`: batch → loss, under the same random numbers; `max_norm`: of clipping."""
+    size = len(batch[0])
     for name, tensor in zip(names, batch, strict=True):
         if not tensor.isfinite().all():
-            return None, name
+            return Finding(None, name, clips=_bad_clips(tensor, size))
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            return stage_of(name), f"parameter {name}"
+            return Finding(stage_of(name), f"parameter {name}")
     found: list[tuple[int | None, str]] = []
 
     def check(kind: str, name: str, values: Any) -> None:
-        values = values if isinstance(values, tuple) else (values,)
-        if not all(value.isfinite().all() for value in values if isinstance(value, Tensor)):
+        if not all(value.isfinite().all() for value in _tensors(values)):
             found.append((stage_of(name), f"{kind} of {name}"))
 
     def check_module(name: str, module: nn.Module, inputs: tuple, outputs: Any) -> None:
@@ -55,19 +137,66 @@ def find_non_finite(
     hooks = [part.register_forward_hook(partial(check_module, name)) for name, part in model.named_modules() if name]
     for name, p in model.named_parameters():
         hooks.append(p.register_post_accumulate_grad_hook(lambda p, name=name: check("gradient", name, p.grad)))
+    model.zero_grad(set_to_none=True)  # clipping has overwritten the gradients of the step
+    watch = Watch(size)
     try:
-        with torch.no_grad():
+        with torch.enable_grad(), torch.autograd.set_detect_anomaly(True, check_nan=False), watch:
             loss = forward(batch)
-        if not found and not loss.isfinite():
-            return None, "loss"
-        if not found:  # again with gradients: clipping has overwritten those of the step
-            model.zero_grad(set_to_none=True)
-            with torch.enable_grad():
-                forward(batch).backward()
+            if not found and not loss.isfinite():
+                found.append((None, "loss"))
+            if loss.requires_grad:
+                watch.follow(loss)
+                loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else (None, NORM)
+    stage, tensor = found[0] if found else (None, NORM)
+    return Finding(stage, tensor, watch.first, watch.first.clips if watch.first else (), _spread(model, max_norm))
+
+
+def _bad_clips(values: Tensor, batch_size: int) -> tuple[int, ...]:
+    if not values.ndim or len(values) != batch_size:
+        return ()
+    return tuple((~values.isfinite()).reshape(batch_size, -1).any(dim=1).nonzero().flatten().tolist())
+
+
+def _spread(model: nn.Module, max_norm: float) -> str:
+    """What is wrong with the gradients, and what clipping would make of them, in words."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    count, total = (sum(int(of(g)) for g in gradients) for of in (lambda g: (~g.isfinite()).sum(), Tensor.numel))
+    if not count:
+        return ""
+    said = f"{count:,} of {total:,} gradients are not finite"
+    if max_norm == float("inf"):
+        return said
+    norm = nn.utils.get_total_norm(gradients)
+    return f"{said}; clipping makes {'all of them NaN' if norm.isnan() else 'those NaN and all others 0'}"
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """All floating-point tensors in nested lists, tuples and dicts."""
+    if isinstance(values, Tensor):
+        if values.is_floating_point() or values.is_complex():
+            yield values
+    elif isinstance(values, list | tuple | dict):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _tensors(value)
+
+
+def _frames(text: str) -> list[traceback.FrameSummary]:
+    found = re.findall(r'File "(.+?)", line (\d+), in (.+)', text)
+    return [traceback.FrameSummary(file, int(line), name, lookup_line=False) for file, line, name in found]
+
+
+def _place(frames: Sequence[traceback.FrameSummary]) -> str:
+    """The innermost frame outside of libraries."""
+    own = [frame for frame in frames if not any(part in frame.filename for part in LIBRARIES)]
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name}" if own else "inside a library"
+
+
+def _function(node: str) -> str:
+    """'SqrtBackward0' → 'sqrt'."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", re.sub(r"Backward\d*$", "", node)).lower()
 
 
 def stage_of(name: str) -> int | None:

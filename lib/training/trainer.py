@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -19,7 +19,7 @@ from lib.model.projection import realign_projections
 from lib.training.batches import Batch, Pairs, TrainingOrder, evenly_spread, prefetch_batches
 from lib.training.config import LoopConfig
 from lib.training.learner import Learner, StepInfo, evaluating, to_floats
-from lib.training.nonfinite import NORM, NonFiniteError, find_non_finite
+from lib.training.nonfinite import NORM, Finding, NonFiniteError, find_non_finite
 from lib.training.run import Run
 from lib.util.errors import UserError
 from lib.util.files import FULL
@@ -50,6 +50,16 @@ class Callback:
         """When training ends, stops or fails."""
 
 
+class Taken(NamedTuple):
+    """A step that was taken, and all that it takes to repeat it."""
+
+    info: StepInfo | None  # None: of a validation
+    metrics: dict[str, Tensor]  # on the device
+    batches: Sequence[Batch]
+    places: Sequence[Tensor]  # of each batch's pairs, among those chosen, `[B, 2]`: of the first and of the second
+    rng: dict[str, Any]
+
+
 class Trainer:
     """The loop over a run's steps. All the state that resuming needs is in the run's checkpoints. `pairs`: the data of
     'train' and 'val'; `make_learner` builds the model in training, with random weights of the config's seed."""
@@ -71,8 +81,8 @@ class Trainer:
         self.callbacks = callbacks if self.accelerator.is_main_process else ()
         torch.manual_seed(config.seed)
         self.learner = make_learner(self.accelerator)
-        # steps whose metrics are still on the device, each with all it takes to repeat it: batches and RNG state
-        self.ungathered: list[tuple[StepInfo, dict[str, Tensor], list[Batch], dict[str, Any]]] = []
+        # steps whose metrics are still on the device, each with all it takes to repeat it
+        self.ungathered: list[Taken] = []
         self.finished = False  # neither stopped nor failed
         self.step = 0
         self.best_loss = math.inf
@@ -104,8 +114,8 @@ class Trainer:
             with self.stop, bar, threads, contextlib.closing(steps) as batches_of_steps:
                 for callback in self.callbacks:  # a dashboard may ask for a stop from here on
                     callback.on_start(self)
-                for batches in batches_of_steps:
-                    self.train_step(batches)
+                for places, batches in zip(self.order.steps(), batches_of_steps, strict=True):
+                    self.train_step(batches, places)
                     bar.update()
                     if self.after_step(bar, last=self.step == total):
                         self.finished = True
@@ -159,30 +169,30 @@ class Trainer:
     def to_device(self, batch: Batch) -> Batch:
         return tuple(clips.to(self.accelerator.device, non_blocking=True) for clips in batch)
 
-    def train_step(self, batches: Sequence[Batch]) -> None:
-        """One optimizer step on one batch or several. Its metrics wait for `gather`."""
+    def train_step(self, batches: Sequence[Batch], places: Sequence[Tensor]) -> None:
+        """One optimizer step on one batch or several, of pairs at these places. Its metrics wait for `gather`."""
         info = StepInfo(self.step, self.order.epoch, self.order.progress(self.step))
         rng, batches = rng_state(), [self.to_device(batch) for batch in batches]
         metrics = self.learner.train_step(batches, info)
         self.step += 1
         self.order.advance()
-        self.ungathered.append((info, metrics, batches, rng))
+        self.ungathered.append(Taken(info, metrics, batches, places, rng))
 
     def gather(self) -> tuple[list[dict[str, Any]], bool]:
         """Fetch the metrics of the steps since the last call in one transfer, log them and call the callbacks. Returns
         their rows, and whether any process was asked to stop. Raises `NonFiniteError` in every process."""
         taken, self.ungathered = self.ungathered, []
         asked = torch.full((), float(self.stop.asked is not None), device=self.accelerator.device)
-        tensors = {(i, name): value for i, (_, metrics, _, _) in enumerate(taken) for name, value in metrics.items()}
+        tensors = {(i, name): value for i, step in enumerate(taken) for name, value in step.metrics.items()}
         floats = to_floats(tensors | {"stop": asked}, self.accelerator)
         rows = []
-        for i, (info, metrics, batches, rng) in enumerate(taken):
-            row = {"split": "train", "step": info.step + 1, "epoch": info.epoch}
-            row |= self.learner.facts(info) | {name: floats[i, name] for name in metrics}
+        for i, step in enumerate(taken):
+            row = {"split": "train", "step": step.info.step + 1, "epoch": step.info.epoch}
+            row |= self.learner.facts(step.info) | {name: floats[i, name] for name in step.metrics}
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-                self.stop_non_finite("train", row["step"], batches, rng, info)
+                self.stop_non_finite("train", row["step"], step)
             if not all(math.isfinite(value) for name, value in row.items() if name.startswith("discriminator/")):
-                self.end_non_finite("train", row["step"], None, "the discriminator's loss or gradient")
+                self.end_non_finite("train", row["step"], Finding(None, "the discriminator's loss or gradient"))
             self.log(row)
             for key, message in self.learner.warnings(row).items():
                 if key not in self.warned and self.accelerator.is_main_process:
@@ -196,22 +206,22 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Mean loss and metrics over the validation pairs of all processes, in eval mode. Raises `NonFiniteError`."""
-        own, sums, bad = Counter(pairs=0.0), Counter(), []
+        own, sums, bad = Counter(pairs=0.0), Counter(), Taken(None, {}, [], [], rng_state())
         places = torch.arange(len(self.chosen["val"]))[self.rank :: self.processes, None].expand(-1, 2)
         # with fewer pairs than processes, some processes have none
         steps = [[batch] for batch in places.split(VAL_BATCH)] if len(places) else []
         with evaluating(self.learner.eval_model) as model:
-            for (clips,) in self.read("val", steps):
+            for (places,), (clips,) in zip(steps, self.read("val", steps), strict=True):
                 batch = self.to_device(clips)
                 loss, terms, _ = self.learner.loss(model, batch)
                 metrics = to_floats({"loss": loss} | terms)
                 if not math.isfinite(metrics["loss"]):  # finite gradients can still take weights to infinity
-                    bad = [batch]
+                    bad = bad._replace(batches=[batch], places=[places])
                 own.update({name: value * len(batch[0]) for name, value in (metrics | {"pairs": 1.0}).items()})
             for process_sums in gather_object([own]):
                 sums.update(process_sums)
             if not math.isfinite(sums["loss"]):
-                self.stop_non_finite("val", self.step, bad, rng_state())
+                self.stop_non_finite("val", self.step, bad)
         pairs = sums.pop("pairs")
         return {name: value / pairs for name, value in sums.items()}
 
@@ -259,26 +269,33 @@ class Trainer:
         else:  # the number of processes has changed
             seed_process(self.config.seed, self.step, self.rank)
 
-    def stop_non_finite(
-        self, split: str, step: int, batches: Sequence[Batch], rng: dict[str, Any], info: StepInfo | None = None
-    ) -> None:
+    def stop_non_finite(self, split: str, step: int, taken: Taken) -> None:
         """Find where the non-finite value appeared first, in whichever process, record it and raise in all."""
-        learner = self.learner
+        learner, reports = self.learner, []
         model = learner.unwrapped_model if split == "train" else learner.eval_model
 
         def forward(batch: Batch) -> Tensor:
-            set_rng_state(rng)
-            return learner.loss(model, batch, info)[0]
+            set_rng_state(taken.rng)
+            return learner.loss(model, batch, taken.info)[0]
 
         with torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext():
-            found = [find_non_finite(model, batch, learner.batch_names, forward) for batch in batches]
-        reports = gather_object(found)
-        stage, tensor = next((report for report in reports if report[1] != NORM), reports[0])
-        self.end_non_finite(split, step, stage, tensor)
+            for batch, places in zip(taken.batches, taken.places, strict=True):
+                max_norm = self.config.max_norm if split == "train" else math.inf
+                found = find_non_finite(model, batch, learner.batch_names, forward, max_norm)
+                reports.append((found, [self.name_of_pair(split, *places[i].tolist()) for i in found.clips]))
+        reports = gather_object(reports)
+        self.end_non_finite(split, step, *next((r for r in reports if r[0].tensor != NORM), reports[0]))
 
-    def end_non_finite(self, split: str, step: int, stage: int | None, tensor: str) -> None:
-        self.log({"split": split, "step": step, "event": "non_finite", "stage": stage, "tensor": tensor})
-        raise NonFiniteError(step, stage, tensor, self.run.path / "last" if self.run.has_checkpoint() else None)
+    def name_of_pair(self, split: str, first: int, second: int) -> str:
+        """The clips of a batch's pair, by file and offset where the data know them."""
+        names = getattr(self.pairs[split], "clip_names", lambda i: (f"pair {i}",) * 2)
+        input, target = (names(int(self.chosen[split][i])) for i in (first, second))
+        return f"{input[0]} with {target[1]}"
+
+    def end_non_finite(self, split: str, step: int, found: Finding, pairs: Sequence[str] = ()) -> None:
+        error = NonFiniteError(step, found, pairs, self.run.path / "last" if self.run.has_checkpoint() else None)
+        self.log({"split": split, "step": step, "event": "non_finite"} | error.facts)
+        raise error
 
 
 def was_launched() -> bool:

@@ -1,12 +1,13 @@
 """Where a non-finite value appeared first, on a model of three layers. test_trainer.py tests the same in training."""
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from lib.training.nonfinite import NORM, NonFiniteError, find_non_finite, stage_of
-
-NAMES = ("input", "target")
+from lib.training.nonfinite import NORM, Finding, NonFiniteError, Operation, find_non_finite, stage_of
 
 
 @pytest.fixture
@@ -21,40 +22,91 @@ def forward(model, x, factor=1.0):
     return (x * factor).square().mean()
 
 
+def find(model, batch, forward, max_norm=math.inf):
+    names = ["input latents", "target latents"][: len(batch)]
+    return find_non_finite(model, batch, names, forward, max_norm)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_latents_come_first_then_parameters_then_the_forward_pass(model, poison):
     x = torch.randn(2, 4)
-    assert find_non_finite(model, (x * poison,), ["input latents"], lambda batch: forward(model, x)) == (
-        None,
-        "input latents",
-    )
-    assert (
-        find_non_finite(model, (x,), ["input latents"], lambda batch: forward(model, x * poison))[1]
-        == "input of stages.0"
-    )
+    bad = torch.stack([x[0], x[1] * poison])
+    assert find(model, (bad,), lambda batch: forward(model, x)) == Finding(None, "input latents", clips=(1,))
+    assert find(model, (x,), lambda batch: forward(model, x * poison)).tensor == "input of stages.0"
     model["stages"][1].bias.data[2] = poison
-    found = find_non_finite(model, (x,), ["input latents"], lambda batch: forward(model, x))
-    assert found == (1, "parameter stages.1.bias")
+    assert find(model, (x,), lambda batch: forward(model, x)) == Finding(1, "parameter stages.1.bias")
 
 
 def test_an_overflow_is_named_where_it_happens(model):
     for stage in model["stages"]:
         stage.weight.data.fill_(1e18)
-    x = torch.ones(2, 4)
-    assert find_non_finite(model, (x,), ["x"], lambda batch: forward(model, x)) == (2, "output of stages.2")
+    found = find(model, (torch.ones(2, 4),), lambda batch: forward(model, batch[0]))
+    assert (found.stage, found.tensor, found.operation.name) == (2, "output of stages.2", "addmm")
+    assert found.operation.value == "inf"
 
 
 def test_a_loss_or_a_gradient_alone(model):
     x = torch.randn(2, 4)
-    assert find_non_finite(model, (x,), ["x"], lambda batch: forward(model, x, factor=1e30)) == (None, "loss")
-    root = lambda: (forward(model, x) * 0).sqrt()  # noqa: E731  finite, with an infinite slope
-    stage, tensor = find_non_finite(model, (x,), ["x"], lambda batch: root())
-    assert (stage, tensor.split(".")[0]) == (2, "gradient of stages")  # backward reaches the last stage first
+    found = find(model, (x,), lambda batch: forward(model, x, factor=1e30))
+    assert (found.stage, found.tensor, found.operation.name) == (None, "loss", "pow")
+    found = find(model, (x,), lambda batch: (forward(model, x) * 0).sqrt())  # finite, with an infinite slope
+    assert (found.stage, found.tensor.split(".")[0]) == (2, "gradient of stages")  # backward reaches the last one first
+    assert found.operation.name == "the gradient of sqrt"
+
+
+# Of one clip in three, whatever the others are: state → what it gives, and which operation it is that gives it.
+STATES = {
+    "root at 0": (lambda y, s: (y * s[:, None]).square().mean(dim=1).sqrt(), "the gradient of sqrt gave inf"),
+    "0 / 0": (lambda y, s: y.mean(dim=1) * s / s, "div gave NaN"),
+    "log of 0": (lambda y, s: -(y.sum(dim=1).exp() * s).log(), "log gave inf"),
+    "x / 0": (lambda y, s: y.mean(dim=1) / s, "div gave inf"),
+    "exponential": (lambda y, s: (y.mean(dim=1) * 0 + 100 * (1 - s)).exp(), "exp gave inf"),
+    "deviation of a constant": (lambda y, s: (y * s[:, None]).std(dim=1), "the gradient of std gave inf"),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_operation_the_line_and_the_clip_are_named(model, state):
+    function, said = STATES[state]
+    healthy = torch.tensor([1.0, 0.0, 1.0])
+
+    def loss(batch):
+        y = model["stages"][0](batch[0])
+        return function(y, healthy).mean()
+
+    found = find(model, (torch.randn(3, 4),), loss)
+    place = f"{Path(__file__).name}:{function.__code__.co_firstlineno} in <lambda>"
+    assert str(found.operation) == f"{said} ({place})"
+    assert found.clips == (1,)
+
+
+def test_what_clipping_makes_of_an_infinite_gradient_is_what_it_makes(model):
+    """One infinite element: torch's clipping leaves NaN there and 0 everywhere else; one NaN: NaN everywhere."""
+    for poison, said in ((math.inf, "those NaN and all others 0"), (math.nan, "all of them NaN")):
+        bad = torch.zeros(4, 4)
+        bad[1, 2] = poison
+        hook = model["stages"][0].weight.register_hook(lambda gradient, bad=bad: gradient + bad)
+        found = find(model, (torch.randn(2, 4),), lambda batch: forward(model, batch[0]), 1.0)
+        assert found.spread == f"1 of 60 gradients are not finite; clipping makes {said}"
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clipped = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert int(clipped.isnan().sum()) == (60 if math.isnan(poison) else 1)
+        assert not clipped.nan_to_num().any()
+        hook.remove()
+    assert find(model, (torch.randn(2, 4),), lambda batch: forward(model, batch[0], 1e30)).spread.endswith("not finite")
+
+
+def test_leftovers_of_memory_and_masks_are_no_faults(model):
+    def loss(batch):
+        masked = model["stages"][0](batch[0]).masked_fill(torch.tensor([True, False, False, False]), -math.inf)
+        return torch.log(masked.softmax(dim=1).sum(dim=1) - 1).mean()
+
+    assert "log gave" in str(find(model, (torch.randn(2, 4),), loss).operation)
 
 
 def test_nothing_is_left_on_a_healthy_model(model):
     x = torch.randn(2, 4)
-    assert find_non_finite(model, (x,), ["x"], lambda batch: forward(model, x)) == (None, "norm of the gradients")
+    assert find(model, (x,), lambda batch: forward(model, x)) == Finding(None, NORM)
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -68,10 +120,10 @@ def test_the_tensor_of_a_batch_that_is_not_finite_is_named(model, which):
         seen.append(batch)
         return forward(model, batch[0] + batch[1])
 
-    assert find_non_finite(model, bad, NAMES, loss_of) == (None, NAMES[which])
+    assert find(model, bad, loss_of) == Finding(None, ("input latents", "target latents")[which], clips=(0,))
     assert seen == []
-    assert find_non_finite(model, good, NAMES, loss_of) == (None, NORM)
-    assert seen == [good, good]  # a pass without gradients, one with them
+    assert find(model, good, loss_of).tensor == NORM
+    assert seen == [good]
 
 
 def test_stage_and_message():
@@ -79,6 +131,12 @@ def test_stage_and_message():
     assert stage_of("cascade.stages.1.output_projection.weight") == 1
     assert stage_of("mask_generator.stages.1") is None
     assert stage_of("head.weight") is None
-    error = NonFiniteError(7, 1, "output of stages.1", None)
-    assert (error.step, error.stage, error.tensor) == (7, 1, "output of stages.1")
-    assert "step 7, stage 1, first in output of stages.1; no checkpoint" in str(error)
+    operation = Operation("log", "terms.py:3 in mine", "inf", (0, 1, 2))
+    error = NonFiniteError(7, Finding(1, "output of stages.1", operation), ["a with b", "c with d", "e with f"])
+    assert (error.step, error.stage, error.tensor, error.operation) == (7, 1, "output of stages.1", operation)
+    said = (
+        "step 7, stage 1, first in output of stages.1; log gave inf (terms.py:3 in mine); in a with b and c with d and"
+    )
+    assert f"{said} 1 more; no checkpoint" in str(error)
+    assert error.facts["pairs"] == ["a with b", "c with d", "e with f"]
+    assert "lower the learning rate or see" in str(NonFiniteError(1, Finding(None, NORM)))

@@ -146,7 +146,7 @@ class Recorder(Callback):
 # --- what a run computes and records ----------------------------------------------------------------------------------
 
 
-def take(trainer: Trainer, batches) -> dict:
+def take(trainer: Trainer, *batches) -> dict:
     """One step and its row."""
     trainer.train_step(batches)
     (row,), _ = trainer.gather()
@@ -525,7 +525,7 @@ def test_a_bad_step_is_found_among_those_gathered_with_it(start, tmp_path, monke
 def test_a_bad_step_is_repeated_with_its_own_random_numbers(start, monkeypatch):
     before, repeated, train_step = [], [], Trainer.train_step
     monkeypatch.setattr(
-        Trainer, "train_step", lambda trainer, batches: before.append(rng_state()) or train_step(trainer, batches)
+        Trainer, "train_step", lambda trainer, *step: before.append(rng_state()) or train_step(trainer, *step)
     )
     monkeypatch.setattr(lib.training.trainer, "set_rng_state", lambda state: repeated.append(state))
     poison_before(monkeypatch, 2, overflow_in_the_ffn)
@@ -540,10 +540,10 @@ def test_a_bad_step_is_repeated_with_its_own_random_numbers(start, monkeypatch):
 def test_the_steps_before_a_failure_are_logged_and_resuming_writes_them_once(start, tmp_path, failure):
     train_step = Trainer.train_step
 
-    def failing(trainer: Trainer, batches):
+    def failing(trainer: Trainer, *batches):
         if trainer.step == 4:
             raise failure
-        train_step(trainer, batches)
+        train_step(trainer, *batches)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train_step", failing)
@@ -603,10 +603,10 @@ def test_a_compiled_model_trains_and_its_faults_are_found(start, monkeypatch):
 def signal_myself_in(step: int, number: int) -> None:
     train_step = Trainer.train_step
 
-    def hook(trainer: Trainer, batches):
+    def hook(trainer: Trainer, *batches):
         if trainer.step + 1 == step:
             os.kill(os.getpid(), number)
-        return train_step(trainer, batches)
+        return train_step(trainer, *batches)
 
     Trainer.train_step = hook
 
@@ -791,10 +791,10 @@ def poison_before(monkeypatch, step: int, poison: Callable[[Cascade], None]) -> 
     """Call `poison(cascade)` once, just before a training step."""
     train_step = Trainer.train_step
 
-    def hook(trainer: Trainer, batches):
+    def hook(trainer: Trainer, *batches):
         if trainer.step + 1 == step:
             poison(trainer.learner.unwrapped_model.cascade)
-        return train_step(trainer, batches)
+        return train_step(trainer, *batches)
 
     monkeypatch.setattr(Trainer, "train_step", hook)
 
@@ -863,9 +863,7 @@ def test_a_non_finite_value_is_named_and_leaves_the_last_good_checkpoint(
     for part in ("step 5", "stage" if stage is None else f"stage {stage}", error.value.tensor, "last"):
         assert part in message
     run = Run.open(tmp_path / "run")
-    assert run.metrics()[-1] == {
-        "split": "train", "step": 5, "event": "non_finite", "stage": stage, "tensor": error.value.tensor
-    }  # fmt: skip
+    assert run.metrics()[-1] == {"split": "train", "step": 5, "event": "non_finite"} | error.value.facts
     assert run.metrics("train")[-2]["step"] == 4  # the bad step was not taken
     assert os.readlink(run.path / "last").endswith("step_00000004")
     assert all(value.isfinite().all() for value in load_model(run, "last").state_dict().values())
@@ -919,7 +917,7 @@ def test_a_non_finite_discriminator_is_named(start, tmp_path, monkeypatch, tiny_
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_non_finite_latents_are_named(start, tmp_path, monkeypatch, which):
+def test_non_finite_latents_are_named(start, tmp_path, tiny_index, monkeypatch, which):
     getitem = LatentPairs.__getitem__
 
     def poisoned(pairs, i):
@@ -934,6 +932,7 @@ def test_non_finite_latents_are_named(start, tmp_path, monkeypatch, which):
     assert error.value.stage is None
     assert error.value.tensor == ("input latents", "target latents")[which]
     assert error.value.step <= 3  # the pair comes in the first epoch
+    assert error.value.pairs == (" with ".join(LatentPairs(tiny_index, "train").clip_names(2)),)
     assert "no checkpoint had been written yet" in str(error.value)
     assert not Run.open(tmp_path / "run").has_checkpoint()
 
@@ -1620,9 +1619,46 @@ def test_a_learner_of_another_kind_is_killed_and_resumes(tmp_path, step):
     assert_same_run(regress(tmp_path / "run"), whole)
 
 
+class OwnTerm(Regression):
+    """With a term of a user's own, whose root has an infinite slope where the model is right."""
+
+    def loss(self, model, batch, info=None):
+        loss, metrics, _ = super().loss(model, batch, info)
+        error = (model(batch[0]) - batch[1]) * (batch[0][:, :1] != 0)
+        return loss + error.square().mean(dim=1).sqrt().mean(), metrics, None
+
+
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_a_term_of_ones_own_is_named_with_its_line_and_its_pair_and_replayed(tmp_path, clip):
+    config = dataclasses.replace(REGRESSION, clip=clip, checkpoint_every=1)
+    data = Points()
+    order = epoch_order(11, 0, config.seed)[:, 0].tolist()
+    data.first[order[6], 0] = 0  # in the second of the steps, its second batch
+    data.clip_names = lambda i: (f"a.ogg at {i} s", f"b.ogg at {i} s")
+
+    def died(resume: bool) -> NonFiniteError:
+        run = Run.start(tmp_path, {"train": dataclasses.asdict(config)}, resume=resume, code=[])
+        pairs = {"train": data, "val": Points()}
+        with pytest.raises(NonFiniteError) as error:
+            Trainer(run, config, pairs, lambda on: OwnTerm(config, on)).run_to_end(progress=False)
+        return error.value
+
+    error = died(resume=False)
+    assert error.step == 2
+    assert error.operation.name == "the gradient of sqrt"
+    assert error.operation.where.startswith(f"{Path(__file__).name}:")
+    assert error.operation.where.endswith(" in loss")
+    assert error.pairs == (f"a.ogg at {order[6]} s with b.ogg at {order[6]} s",)
+    assert ("clipping makes all of them NaN" in error.facts["spread"]) == (clip is not None)
+    assert "last, and resuming replays this step" in str(error)
+    again = died(resume=True)  # from the checkpoint before it, the same step with the same random numbers
+    assert (again.step, again.facts) == (error.step, error.facts)
+
+
 def test_in_a_learner_of_another_kind_the_bad_tensor_is_named(tmp_path):
     bad = epoch_order(11, 0, REGRESSION.seed)[6, 0].item()  # in the second of the steps, its second batch
     with pytest.raises(NonFiniteError) as error:
         regress(tmp_path, Points(bad))
     assert (error.value.step, error.value.stage, error.value.tensor) == (2, None, "value")
+    assert error.value.pairs == (f"pair {bad} with pair {bad}",)
     assert Run.open(tmp_path).metrics()[-1]["event"] == "non_finite"
