@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from parts import markdown_table
 from quotes import (
     BLOCKS,
     DIFFERENT,
@@ -23,7 +24,6 @@ from quotes import (
 
 from lib.evaluation.baselines import ORACLE
 from lib.evaluation.tables import MASKS_ALONE, SEEDS_SYSTEM, WITH_CASCADE
-from lib.lab.claims import markdown_table
 from lib.lab.results import read_record, write_record
 from lib.project import RECORD, ROOT
 from lib.superres.evaluation import CUTOFFS, METHODS, Score

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +85,6 @@ def collect(sections: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: int(row["claim"][1:]))
 
 
-def with_untested(verdicts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The verdicts, and every claim that has none, with the reason."""
-    tested, why = {row["claim"] for row in verdicts}, "no notebook has tested it"
-    missing = [asdict(judge(claim, CLAIMS[claim].text, None, why=why)) for claim in CLAIMS if claim not in tested]
-    return sorted([*verdicts, *missing], key=lambda row: int(row["claim"][1:]))
-
-
 def claim_rows(verdicts: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """Stored verdicts as rows of a table."""
     rows = []
@@ -100,13 +93,3 @@ def claim_rows(verdicts: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         verdict = v["verdict"] + (f": {v['why']}" if v["why"] else "")
         rows.append({"claim": v["claim"], "said": v["said"], "measured": measured, "verdict": verdict})
     return rows
-
-
-def markdown_table(verdicts: Sequence[dict[str, Any]]) -> str:
-    """claims.json as a Markdown table."""
-    lines = ["| claim | seed | said | measured (range over seeds) | verdict |", "|" + " --- |" * 5]
-    for claim, said, measured, verdict in map(dict.values, claim_rows(verdicts)):
-        word, colon, why = verdict.partition(":")
-        cells = (claim, CLAIMS[claim].seeds, said, measured, f"**{word}**{colon}{why}")
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)

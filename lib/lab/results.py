@@ -5,14 +5,11 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lib.training.run import Run
 from lib.util.files import naming, read_json, write_atomic
-
-DIGITS, POINTS = 4, 40  # of a number, and gradient norms of a run, in a record
 
 
 @dataclass(frozen=True)
@@ -30,16 +27,6 @@ class Result:
     grad_norm: tuple[float, ...]  # before clipping, one per step, inf for a non-finite one; recorded: medians of parts
     run: str  # its folder
     quarter: dict[str, float] = field(default_factory=dict)  # medians over the tenth before a quarter of the steps
-
-    def for_record(self) -> "Result":
-        """With `DIGITS` digits a number, gradient norms as medians of `POINTS` equal parts, and no path."""
-        norms, count = self.grad_norm, len(self.grad_norm)
-        if count > POINTS:
-            cuts = [round(i * count / POINTS) for i in range(POINTS + 1)]
-            norms = tuple(statistics.median(norms[a:b]) for a, b in pairwise(cuts))
-        content = json.dumps(asdict(self) | {"grad_norm": norms, "run": Path(self.run).name})
-        rounded = json.loads(content, parse_float=lambda number: float(f"{float(number):.{DIGITS}g}"))
-        return Result(**rounded | {"grad_norm": tuple(rounded["grad_norm"])})
 
 
 Item = TypeVar("Item")

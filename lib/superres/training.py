@@ -17,7 +17,7 @@ from lib.superres import vocoder as hifigan
 from lib.superres.degradation import Examples, Library
 from lib.superres.diffusion import TIMESTEPS, add_noise
 from lib.superres.mel import SAMPLE_RATE, log_mel
-from lib.superres.unet import CONTEXTS, Denoiser, DenoiserConfig
+from lib.superres.unet import Denoiser, DenoiserConfig
 from lib.superres.vae import MelVae, VaeConfig
 from lib.training.batches import Batch, Pairs
 from lib.training.config import AdversaryConfig, LoopConfig, resolved_precision
@@ -263,18 +263,6 @@ class Plan:
         if self.vocoder_training is not None:
             parts["hifigan"] = (self.vocoder, self.vocoder_training)
         return {part: train_part(folder, part, library, *how, **options) for part, how in parts.items()}
-
-    def compare_contexts(self, folder: Path, library: Library, seeds: int, **options: Any) -> dict[str, list[float]]:
-        """Train diffusion models that differ only in their context: context → last validation loss of each seed."""
-        losses = {context: [] for context in CONTEXTS}
-        for seed in range(seeds):
-            config = dataclasses.replace(self.training, seed=self.training.seed + seed)
-            options["data"] = encode(Run.open(folder / "vae"), library, config)
-            for context in CONTEXTS:
-                sizes = dataclasses.replace(self.denoiser, context=context)
-                run = train_part(folder, "diffusion", library, sizes, config, name=f"{context}-{seed}", **options)
-                losses[context].append(run.metrics("val")[-1]["loss"])
-        return losses
 
 
 PLANS: dict[str, Plan] = read_entries(Path(__file__).with_name("plans.toml"), lambda name, **parts: Plan(**parts))

@@ -10,26 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode  # a private name of what torch's notes tell users to extend
 
 from lib.util.errors import UserError
 
 NORM = "norm of the gradients"  # the last resort: nothing else was not finite
-UNWRITTEN = ("empty", "fill", "full", "scalar_tensor")  # operations that may be given an infinity, or hold leftovers
+UNWRITTEN = ("empty", "fill", "full", "scalar_tensor")  # operations that are given an infinity, or hold leftovers
 LIBRARIES = ("site-packages", "dist-packages", f"{Path(torch.__file__).parent}", __file__)
-
-
-@dataclass(frozen=True)
-class Operation:
-    """The first operation whose result is not finite though all that it was given is."""
-
-    name: str  # 'log', or 'the gradient of sqrt'
-    where: str  # the line of the objective or the model that asked for it: 'losses.py:98 in anti_modulation'
-    value: str  # NaN or inf
-    clips: tuple[int, ...]  # as in `Finding`
-
-    def __str__(self) -> str:
-        return f"{self.name} gave {self.value} ({self.where})"
 
 
 @dataclass(frozen=True)
@@ -38,7 +25,7 @@ class Finding:
 
     stage: int | None
     tensor: str
-    operation: Operation | None = None
+    operation: str = ""  # the first whose result is not finite though all that it was given is, and the line it is in
     clips: tuple[int, ...] = ()  # of the batch, whose values are not finite, where there is one part for each
     spread: str = ""  # how much of the gradient is not finite, and what clipping makes of the rest
 
@@ -50,7 +37,7 @@ class NonFiniteError(UserError):
     def __init__(self, step: int, found: Finding, pairs: Sequence[str] = (), checkpoint: Path | None = None):
         self.step, self.stage, self.tensor, self.operation = step, found.stage, found.tensor, found.operation
         self.pairs = tuple(pairs)
-        self.facts = {"stage": found.stage, "tensor": found.tensor, "operation": str(found.operation or "")}
+        self.facts = {"stage": found.stage, "tensor": found.tensor, "operation": found.operation}
         self.facts |= {"pairs": list(pairs), "spread": found.spread}
         where = f"stage {found.stage}" if found.stage is not None else "outside the stages"
         kept = f"the last good checkpoint is {checkpoint}, and resuming replays this step"
@@ -72,27 +59,25 @@ def not_finite(x: Tensor) -> Tensor:
 
 
 class Watch(TorchDispatchMode):
-    """Sees every operation of a forward and a backward pass; `first` is the one that left the finite numbers."""
+    """Sees every operation of a forward and a backward pass. `first`: the one that left the finite numbers; `clips`: of
+    the batch, in which."""
 
     def __init__(self, batch_size: int):
         super().__init__()
-        self.batch_size, self.first, self.node = batch_size, None, None
+        self.batch_size, self.first, self.clips, self.node = batch_size, "", (), None
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = operation(*args, **(kwargs or {}))
-        name = operation.overloadpacket.__name__
-        if self.first is None and not any(word in name for word in UNWRITTEN):
+        result, name = operation(*args, **(kwargs or {})), operation.overloadpacket.__name__.strip("_")
+        if not self.first and not any(word in name for word in UNWRITTEN):
             bad = next((x for x in _tensors(result) if not x.isfinite().all()), None)
             if bad is not None and all(x.isfinite().all() for x in _tensors([args, kwargs])):
-                self.first = self.describe(name, bad)
+                stack = traceback.format_stack()
+                if self.node is not None:  # 'SqrtBackward0' → 'sqrt'
+                    name = re.sub(r"(?<!^)(?=[A-Z])", "_", re.sub(r"Backward\d*$", "", self.node.name())).lower()
+                    name, stack = f"the gradient of {name}", self.node.metadata.get("traceback_", [])
+                self.first = f"{name} gave {'NaN' if bad.isnan().any() else 'inf'} ({_place(''.join(stack))})"
+                self.clips = _bad_clips(bad, self.batch_size)
         return result
-
-    def describe(self, name: str, bad: Tensor) -> Operation:
-        value, clips = "NaN" if bad.isnan().any() else "inf", _bad_clips(bad, self.batch_size)
-        if self.node is None:
-            return Operation(name.strip("_"), _place(traceback.extract_stack()), value, clips)
-        lines = "".join(self.node.metadata.get("traceback_", []))
-        return Operation(f"the gradient of {_function(self.node.name())}", _place(_frames(lines)), value, clips)
 
     def follow(self, loss: Tensor) -> None:
         """Know which part of the graph below `loss` a backward pass is at."""
@@ -151,7 +136,7 @@ def find_non_finite(
         for hook in hooks:
             hook.remove()
     stage, tensor = found[0] if found else (None, NORM)
-    return Finding(stage, tensor, watch.first, watch.first.clips if watch.first else (), _spread(model, max_norm))
+    return Finding(stage, tensor, watch.first, watch.clips, _spread(model, max_norm))
 
 
 def _bad_clips(values: Tensor, batch_size: int) -> tuple[int, ...]:
@@ -183,20 +168,11 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _frames(text: str) -> list[traceback.FrameSummary]:
-    found = re.findall(r'File "(.+?)", line (\d+), in (.+)', text)
-    return [traceback.FrameSummary(file, int(line), name, lookup_line=False) for file, line, name in found]
-
-
-def _place(frames: Sequence[traceback.FrameSummary]) -> str:
-    """The innermost frame outside of libraries."""
-    own = [frame for frame in frames if not any(part in frame.filename for part in LIBRARIES)]
-    return f"{Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name}" if own else "inside a library"
-
-
-def _function(node: str) -> str:
-    """'SqrtBackward0' → 'sqrt'."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", re.sub(r"Backward\d*$", "", node)).lower()
+def _place(stack: str) -> str:
+    """The innermost line outside of libraries, of a stack as text: 'losses.py:98 in anti_modulation'."""
+    found = re.findall(r'File "(.+?)", line (\d+), in (.+)', stack)
+    own = [where for where in found if not any(part in where[0] for part in LIBRARIES)]
+    return "{}:{} in {}".format(Path(own[-1][0]).name, *own[-1][1:]) if own else "inside a library"
 
 
 def stage_of(name: str) -> int | None:

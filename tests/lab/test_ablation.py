@@ -20,6 +20,7 @@ import pytest
 import soundfile
 import torch
 from conftest import TinyCodec
+from parts import shortened
 
 import lib.lab.ablation
 from lib.codec.mdct import MdctCodec
@@ -367,7 +368,7 @@ def test_a_changed_code_makes_new_runs(results, started, edit_code):
 
 
 def test_a_record_of_real_results_names_no_folder_of_this_machine(whole, tmp_path):
-    write_record(tmp_path / "record.json", [result.for_record() for result in whole], {"seeds": 2})
+    write_record(tmp_path / "record.json", [shortened(result) for result in whole], {"seeds": 2})
     text = (tmp_path / "record.json").read_text()
     assert str(Path(whole[0].run).parent) not in text
     found = read_record(tmp_path / "record.json")[0]

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from parts import markdown_table, with_untested
 
 from lib.lab.claims import (
     CLAIMS,
@@ -12,8 +13,6 @@ from lib.lab.claims import (
     collect,
     decide,
     judge,
-    markdown_table,
-    with_untested,
 )
 from lib.report.report import Section, sections
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import pytest
+from parts import shortened
 
 from lab.test_audit import VARIANT, result
 from lib.lab.results import (
@@ -30,7 +31,7 @@ def made_up(**changes) -> Result:
 
 
 def test_a_record_keeps_four_digits_and_forty_norms(tmp_path):
-    write_record(tmp_path / "record.json", [made_up().for_record()], {"clips": "4 s"})
+    write_record(tmp_path / "record.json", [shortened(made_up())], {"clips": "4 s"})
     (result,), facts = read_record(tmp_path / "record.json")
     assert (result.variant, result.seed, result.num_layers, result.steps) == ("0.3× repair", 1, 6, 100)
     assert result.start == {"grad_norm": 1.235}
@@ -49,11 +50,11 @@ def test_a_record_keeps_four_digits_and_forty_norms(tmp_path):
 def test_few_norms_and_missing_values_are_kept(tmp_path):
     broken = {"step": 3, "stage": None, "tensor": "loss"}
     given = [made_up(grad_norm=(1.0, 2.0), run="a"), made_up(final=None, non_finite=broken, grad_norm=(), run="b")]
-    write_record(tmp_path / "record.json", [r.for_record() for r in given], {})
+    write_record(tmp_path / "record.json", [shortened(r) for r in given], {})
     once = read_record(tmp_path / "record.json")[0]
     assert [r.grad_norm for r in once] == [(1.0, 2.0), ()]
     assert (once[1].final, once[1].non_finite) == (None, broken)
-    write_record(tmp_path / "again.json", [r.for_record() for r in once], {})
+    write_record(tmp_path / "again.json", [shortened(r) for r in once], {})
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "record.json").read_bytes()
 
 

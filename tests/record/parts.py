@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -21,15 +22,17 @@ from lib.data.latents import LatentPairs
 from lib.evaluation.baselines import best_crossovers, mean_metrics, measure_fusions, pairs_to_measure
 from lib.evaluation.progress import SPLIT, merit_over_time
 from lib.evaluation.tables import MASKS_ALONE, SEEDS_SYSTEM, WITH_CASCADE
-from lib.lab.claims import collect, markdown_table, with_untested
+from lib.lab.claims import CLAIMS, claim_rows, collect, judge
 from lib.lab.results import Result, write_record
 from lib.pipeline import NotebookError, run_notebooks, say
 from lib.presets import Preset, load_preset
 from lib.project import RECORD, ROOT, Project, open_project
 from lib.report.report import sections, tables_of
+from lib.superres.degradation import Library
 from lib.superres.evaluation import evaluate
 from lib.superres.resolver import Restoration, SuperResolver
-from lib.superres.training import train_part
+from lib.superres.training import Plan, encode, train_part
+from lib.superres.unet import CONTEXTS
 from lib.train import pairs_to_follow
 from lib.training.run import Run
 from lib.util.errors import UserError
@@ -39,6 +42,7 @@ from lib.util.provenance import gpu_name, versions
 # first the bench, while nothing else runs
 PARTS = ("bench", "ablations", "fusion", "superres", "notebooks", "variations")
 FIGURES = ("listening_0", "collapse")  # that the README shows
+DIGITS, POINTS = 4, 40  # of a number, and gradient norms of a run, in a record
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
 # without AVX2, sums are rounded differently; NumPy has had two sets of names for the features it can disable
 NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 X86_V3 X86_V4 AVX512_ICL"}
@@ -98,6 +102,25 @@ def record_notebooks(preset: Preset, overrides: dict[str, Any], data_dir: str, f
     write_atomic(folder / "claims.md", f"{CLAIMS_HEAD.read_text()}\n{markdown_table(claims)}\n")
 
 
+def with_untested(verdicts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The verdicts, and every claim that has none, with the reason."""
+    tested, why = {row["claim"] for row in verdicts}, "no notebook has tested it"
+    missing = [
+        dataclasses.asdict(judge(claim, CLAIMS[claim].text, None, why=why)) for claim in CLAIMS if claim not in tested
+    ]
+    return sorted([*verdicts, *missing], key=lambda row: int(row["claim"][1:]))
+
+
+def markdown_table(verdicts: Sequence[dict[str, Any]]) -> str:
+    """claims.json as a Markdown table."""
+    lines = ["| claim | seed | said | measured (range over seeds) | verdict |", "|" + " --- |" * 5]
+    for claim, said, measured, verdict in map(dict.values, claim_rows(verdicts)):
+        word, colon, why = verdict.partition(":")
+        cells = (claim, CLAIMS[claim].seeds, said, measured, f"**{word}**{colon}{why}")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
 def record_followed(project: Project, paths: Sequence[str], root: Path) -> None:
     """The figure of merit over the time of runs with wide masks that `lib.train --follow` trained on a GPU and this
     project's data, beside what recipes reach on the same pairs: gpu.json and gpu.png of `root`'s record, and its
@@ -147,11 +170,35 @@ def record_ablations(preset: Preset, project: Project, folder: Path) -> None:
         say(f"ablation: variants {ablation.variants}, {size}")
         results += project.ablation(ablation.plan)
     steps = {"steps": preset.record.steps}
-    write_record(folder / "ablation.json", [result.for_record() for result in results], facts | steps)
+    write_record(folder / "ablation.json", [shortened(result) for result in results], facts | steps)
     say(f"the whole schedule in miniature: {preset.schedule.epochs} epochs, {preset.schedule.seeds} seeds")
     scheduled = project.ablation(preset.schedule.plan)
     length = {"epochs": preset.schedule.epochs, "steps": max(result.steps for result in scheduled)}
-    write_record(folder / "schedule.json", [result.for_record() for result in scheduled], facts | length)
+    write_record(folder / "schedule.json", [shortened(result) for result in scheduled], facts | length)
+
+
+def shortened(result: Result) -> Result:
+    """With `DIGITS` digits a number, gradient norms as medians of `POINTS` equal parts, and no path."""
+    norms, count = result.grad_norm, len(result.grad_norm)
+    if count > POINTS:
+        cuts = [round(i * count / POINTS) for i in range(POINTS + 1)]
+        norms = tuple(statistics.median(norms[a:b]) for a, b in itertools.pairwise(cuts))
+    content = json.dumps(dataclasses.asdict(result) | {"grad_norm": norms, "run": Path(result.run).name})
+    rounded = json.loads(content, parse_float=lambda number: float(f"{float(number):.{DIGITS}g}"))
+    return Result(**rounded | {"grad_norm": tuple(rounded["grad_norm"])})
+
+
+def compare_contexts(plan: Plan, folder: Path, library: Library, seeds: int, **options: Any) -> dict[str, list[float]]:
+    """Train diffusion models that differ only in their context: context → last validation loss of each seed."""
+    losses = {context: [] for context in CONTEXTS}
+    for seed in range(seeds):
+        config = dataclasses.replace(plan.training, seed=plan.training.seed + seed)
+        options["data"] = encode(Run.open(folder / "vae"), library, config)
+        for context in CONTEXTS:
+            sizes = dataclasses.replace(plan.denoiser, context=context)
+            run = train_part(folder, "diffusion", library, sizes, config, name=f"{context}-{seed}", **options)
+            losses[context].append(run.metrics("val")[-1]["loss"])
+    return losses
 
 
 def record_superres(preset: Preset, project: Project, folder: Path) -> None:
@@ -163,7 +210,7 @@ def record_superres(preset: Preset, project: Project, folder: Path) -> None:
     library, source = project.upper_band()
     parts = project.out_dir / "superres_record"
     train_part(parts, "vae", library, plan.vae, plan.vae_training, resume=True)
-    contexts = plan.compare_contexts(parts, library, record.superres_seeds, resume=True)
+    contexts = compare_contexts(plan, parts, library, record.superres_seeds, resume=True)
     resolver, clips = SuperResolver(parts, diffusion="sequence-0"), longer.clips
     restoration = Restoration(steps=longer.sampler_steps)
     guided = {}  # measured on training songs: validation songs are for the scores

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parts import compare_contexts
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -642,7 +643,7 @@ def test_a_plan_trains_every_part(tmp_path, library):
 def test_contexts_are_compared_by_trainings_that_differ_in_nothing_else(tmp_path, trained, library):
     shutil.copytree(trained / "vae", tmp_path / "vae", symlinks=True)
     plan = TINY.lasting(1, 2, 1, seed=4)
-    losses = plan.compare_contexts(tmp_path, library, 2)
+    losses = compare_contexts(plan, tmp_path, library, 2)
     assert {context: len(values) for context, values in losses.items()} == {"sequence": 2, "pooled": 2}
     for seed in range(2):
         runs = {context: Run.open(tmp_path / f"{context}-{seed}") for context in losses}
@@ -659,4 +660,4 @@ def test_contexts_are_compared_by_trainings_that_differ_in_nothing_else(tmp_path
     resolvers = [SuperResolver(tmp_path, diffusion=f"{context}-0") for context in losses]
     assert [r.denoiser.config.context for r in resolvers] == ["sequence", "pooled"]
     assert all(r.restore(low, 4_000).shape == low.shape for r in resolvers)
-    assert plan.compare_contexts(tmp_path, library, 2, resume=True) == losses
+    assert compare_contexts(plan, tmp_path, library, 2, resume=True) == losses

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.training.nonfinite import NORM, Finding, NonFiniteError, Operation, find_non_finite, stage_of
+from lib.training.nonfinite import NORM, Finding, NonFiniteError, find_non_finite, stage_of
 
 
 @pytest.fixture
@@ -41,17 +41,20 @@ def test_an_overflow_is_named_where_it_happens(model):
     for stage in model["stages"]:
         stage.weight.data.fill_(1e18)
     found = find(model, (torch.ones(2, 4),), lambda batch: forward(model, batch[0]))
-    assert (found.stage, found.tensor, found.operation.name) == (2, "output of stages.2", "addmm")
-    assert found.operation.value == "inf"
+    assert (found.stage, found.tensor, found.operation.split(" (")[0]) == (
+        2,
+        "output of stages.2",
+        "addmm gave inf",
+    )
 
 
 def test_a_loss_or_a_gradient_alone(model):
     x = torch.randn(2, 4)
     found = find(model, (x,), lambda batch: forward(model, x, factor=1e30))
-    assert (found.stage, found.tensor, found.operation.name) == (None, "loss", "pow")
+    assert (found.stage, found.tensor, found.operation.split()[0]) == (None, "loss", "pow")
     found = find(model, (x,), lambda batch: (forward(model, x) * 0).sqrt())  # finite, with an infinite slope
     assert (found.stage, found.tensor.split(".")[0]) == (2, "gradient of stages")  # backward reaches the last one first
-    assert found.operation.name == "the gradient of sqrt"
+    assert found.operation.startswith("the gradient of sqrt gave inf")
 
 
 # Of one clip in three, whatever the others are: state → what it gives, and which operation it is that gives it.
@@ -76,7 +79,7 @@ def test_the_operation_the_line_and_the_clip_are_named(model, state):
 
     found = find(model, (torch.randn(3, 4),), loss)
     place = f"{Path(__file__).name}:{function.__code__.co_firstlineno} in <lambda>"
-    assert str(found.operation) == f"{said} ({place})"
+    assert found.operation == f"{said} ({place})"
     assert found.clips == (1,)
 
 
@@ -101,7 +104,7 @@ def test_leftovers_of_memory_and_masks_are_no_faults(model):
         masked = model["stages"][0](batch[0]).masked_fill(torch.tensor([True, False, False, False]), -math.inf)
         return torch.log(masked.softmax(dim=1).sum(dim=1) - 1).mean()
 
-    assert "log gave" in str(find(model, (torch.randn(2, 4),), loss).operation)
+    assert "log gave" in find(model, (torch.randn(2, 4),), loss).operation
 
 
 def test_nothing_is_left_on_a_healthy_model(model):
@@ -131,7 +134,7 @@ def test_stage_and_message():
     assert stage_of("cascade.stages.1.output_projection.weight") == 1
     assert stage_of("mask_generator.stages.1") is None
     assert stage_of("head.weight") is None
-    operation = Operation("log", "terms.py:3 in mine", "inf", (0, 1, 2))
+    operation = "log gave inf (terms.py:3 in mine)"
     error = NonFiniteError(7, Finding(1, "output of stages.1", operation), ["a with b", "c with d", "e with f"])
     assert (error.step, error.stage, error.tensor, error.operation) == (7, 1, "output of stages.1", operation)
     said = (

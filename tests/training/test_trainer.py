@@ -1645,9 +1645,7 @@ def test_a_term_of_ones_own_is_named_with_its_line_and_its_pair_and_replayed(tmp
 
     error = died(resume=False)
     assert error.step == 2
-    assert error.operation.name == "the gradient of sqrt"
-    assert error.operation.where.startswith(f"{Path(__file__).name}:")
-    assert error.operation.where.endswith(" in loss")
+    assert re.fullmatch(r"the gradient of sqrt gave inf \(test_trainer\.py:\d+ in loss\)", error.operation)
     assert error.pairs == (f"a.ogg at {order[6]} s with b.ogg at {order[6]} s",)
     assert ("clipping makes all of them NaN" in error.facts["spread"]) == (clip is not None)
     assert "last, and resuming replays this step" in str(error)
