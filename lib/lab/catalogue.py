@@ -162,7 +162,7 @@ ENTRIES = (
         "s above 88.7",
         lambda t: 89 - 200 * t,
         lambda x: x.exp(),
-        lambda x: x.exp().clamp(0.7, 1.5),
+        lambda x: x.clamp(math.log(0.7), math.log(1.5)).exp(),  # clamped after it, the gradient would be 0 · inf
     ),
     Entry(
         "model",
