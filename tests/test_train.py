@@ -83,9 +83,9 @@ class Watched(Trainer):
         Watched.last = self
         super().__init__(*arguments)
 
-    def train_step(self, batches):
+    def train_step(self, batches, places):
         self.taken.append([clip.sum().item() for input, _ in batches for clip in input])
-        super().train_step(batches)
+        super().train_step(batches, places)
 
 
 def tiny_cascade(dropout: float) -> CascadeConfig:

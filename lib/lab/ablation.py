@@ -34,18 +34,21 @@ from lib.evaluation.baselines import mean_metrics, measure_fusions
 from lib.evaluation.metrics import evaluate_fusion
 from lib.lab.results import Result, summarize
 from lib.lab.variants import Variant
-from lib.model.cascade import CascadeConfig
+from lib.model.cascade import CascadeConfig, Stage
 from lib.model.fusion import load_model
 from lib.model.masks import MaskingConfig
-from lib.model.projection import projection_ceiling
+from lib.model.projection import expected_rms, projection_ceiling
 from lib.training.batches import evenly_spread
 from lib.training.config import TrainConfig
 from lib.training.fusion_learner import train
 from lib.training.nonfinite import NonFiniteError
+from lib.training.trainer import Callback, Trainer
 from lib.util.errors import UserError
 from lib.util.files import make_folder, write_atomic
 from lib.util.provenance import code_fingerprint
 from lib.util.signals import StopSignals
+
+LAW = "law"  # split of its rows in metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,8 @@ def run_job(job: Job) -> None:
 def train_and_evaluate(job: Job) -> dict[str, float]:
     """Metrics of the trained model on the validation pairs, and the RMS ceiling of every stage's projection."""
     codec = load_codec(job.codec)
-    run = train(job.folder, job.index, codec, job.cascade, job.train, job.masking, resume=True, progress=False)
+    settings = (job.cascade, job.train, job.masking)
+    run = train(job.folder, job.index, codec, *settings, resume=True, progress=False, callbacks=[Law()])
     model = load_model(run, "last").to("cuda" if torch.cuda.is_available() else "cpu")
     validation = LatentPairs(job.index, "val", codec_fingerprint=codec.fingerprint)
     pairs = Subset(validation, evenly_spread(len(validation), job.train.max_val_pairs).tolist())
@@ -199,6 +203,19 @@ def train_and_evaluate(job: Job) -> dict[str, float]:
         for name in ("model", "average of latents"):
             final |= {f"{name}/{key}": value for key, value in mean_metrics(measured[name]).items()}
     return final
+
+
+class Law(Callback):
+    """Logs, beside every validation, the RMS that each stage's projection would have by its weights alone."""
+
+    def on_validation(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        stages = enumerate(trainer.learner.eval_model.cascade.stages)
+        law = {f"stage{i}/projection_rms": expected_projection_rms(stage) for i, stage in stages}
+        trainer.run.log({"split": LAW, "step": trainer.step} | law)
+
+
+def expected_projection_rms(stage: Stage) -> float:
+    return stage.config.projection_gain * expected_rms(stage.post_norm, stage.output_projection)
 
 
 def drop_checkpoints(folder: Path) -> None:

@@ -140,7 +140,8 @@ class StageTrace:
 class Stage(nn.Module):
     """One stage: concat → positions → transformer → projection → + w · residual → RMS scaling."""
 
-    OVERRIDABLE = ("residual_weight", "residual_source", "mixing", "projection_gain", "clamp")  # read at every pass
+    # read at every pass
+    OVERRIDABLE = ("residual_weight", "residual_source", "mixing", "projection_gain", "projection_level", "clamp")
 
     def __init__(self, config: "StageConfig", width: int, latent_dim: int):
         super().__init__()
@@ -167,9 +168,12 @@ class Stage(nn.Module):
         for layer in self.layers:
             x = layer(x)
         projection = config.projection_gain * self.output_projection(self.post_norm(x)).transpose(1, 2)  # [B, D, T]
+        clips_rms = rms(signals["input"]), rms(signals["target"])
+        if config.projection_level is not None:
+            level = config.projection_level * pair_rms(*clips_rms) / rms(projection)
+            projection = projection * level[:, None, None]
         residual = sum(signals[name] for name in config.residual_names) / len(config.residual_names)
         mixed = config.projection_weight * projection + config.residual_weight * residual
-        clips_rms = rms(signals["input"]), rms(signals["target"])
         output, before, target_scale, applied = self.rms_scaling(mixed, *clips_rms)
         with torch.no_grad():
             clamped = (target_scale != applied).float() if config.rms_scaling != "off" else torch.zeros_like(applied)
@@ -205,6 +209,8 @@ class StageConfig:
     # projection + w · residual, or RMS-'preserving': √(1 − w²) · projection + w · residual
     mixing: choice(MIXINGS) = "add"
     projection_gain: Positive = 1.0  # multiplies the projection: the σ that it then has
+    # RMS, of both clips', to which the projection is brought outside the weights, so that training cannot change it
+    projection_level: Positive | None = None
     spectral_norm: Flag = True
     rms_scaling: choice(RMS_SCALINGS) = "fixed"  # 'learnable' is the model of seed 003
     clamp: tuple[Positive, Positive] | None = (0.7, 1.5)  # range of the applied scale; None: unlimited

@@ -50,16 +50,21 @@ def realign_projections(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def spectral_sigma(linear: nn.Linear) -> float:
-    """Largest singular value of the weight that the layer's next forward applies, by SVD in float64."""
+def applied_weight(linear: nn.Linear) -> Tensor:
+    """The weight `[D, d]` that the layer's next forward applies."""
     training = linear.training
     if training and isinstance(linear, SpectralLinear):
         linear.realign()
     linear.eval()  # in training mode, reading `weight` would run a power iteration
     try:
-        return torch.linalg.matrix_norm(linear.weight.double(), ord=2).item()
+        return linear.weight.detach()
     finally:
         linear.train(training)
+
+
+def spectral_sigma(linear: nn.Linear) -> float:
+    """Largest singular value of the weight that the layer's next forward applies, by SVD in float64."""
+    return torch.linalg.matrix_norm(applied_weight(linear).double(), ord=2).item()
 
 
 def rms_ceiling(d: int, D: int, gamma: float = 1.0) -> float:
@@ -77,3 +82,12 @@ def projection_ceiling(norm: nn.LayerNorm, projection: nn.Linear) -> float:
     D, d = projection.weight.shape
     longest = norm.weight.abs().max().item() * math.sqrt(d) + norm.bias.norm().item()
     return (spectral_sigma(projection) * longest + projection.bias.norm().item()) / math.sqrt(D)
+
+
+@torch.no_grad()
+def expected_rms(norm: nn.LayerNorm, projection: nn.Linear) -> float:
+    """RMS that `projection` gives to the output γ ⊙ n + β of `norm` with their present weights, if the directions of n
+    are spread evenly over all channels: √((‖W·diag(γ)‖² + ‖W·β + b‖²)/D), Frobenius norm and length."""
+    weight = applied_weight(projection)
+    spread, constant = (weight * norm.weight).square().sum(), (weight @ norm.bias + projection.bias).square().sum()
+    return ((spread + constant) / len(weight)).sqrt().item()

@@ -106,11 +106,13 @@ def predict_stage(
     """One stage at initialisation: its prediction, and its output as a mixture for the next stage. A random projection
     is taken as orthogonal to both clips. Learnable scaling aims at the mean of both RMS, fixed at `pair_rms`."""
     weight, gain, share = stage.residual_weight, stage.projection_gain, stage.projection_weight
-    p, r = gain * initial_projection_rms(d, D, spectral_norm=stage.spectral_norm), residual.rms(clips)
+    goal, r = pair_rms(clips.input_rms, clips.target_rms), residual.rms(clips)
+    p, ceiling = gain * initial_projection_rms(d, D, spectral_norm=stage.spectral_norm), gain * rms_ceiling(d, D)
+    if stage.projection_level is not None:
+        p = ceiling = stage.projection_level * goal
     mixed = Mixture(weight * residual.input, weight * residual.target, math.hypot(weight * residual.other, share * p))
     before = mixed.rms(clips)
-    highest = share * gain * rms_ceiling(d, D) + abs(weight) * r
-    goal = pair_rms(clips.input_rms, clips.target_rms)
+    highest = share * ceiling + abs(weight) * r
     if stage.rms_scaling == "learnable":
         goal = (clips.input_rms + clips.target_rms) / 2
     target_scale = goal / (before + 1e-8)
@@ -124,7 +126,7 @@ def predict_stage(
         target_scale=target_scale,
         applied_scale=applied,
         output_rms=applied * before,
-        highest_rms_before_scaling=highest if stage.spectral_norm else math.inf,
+        highest_rms_before_scaling=highest if stage.spectral_norm or stage.projection_level else math.inf,
         smallest_safe_weight=smallest_safe_weight(p, r, goal / safe, preserving=stage.mixing == "preserving"),
         safe_scale=safe,
     )

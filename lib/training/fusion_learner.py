@@ -59,7 +59,7 @@ class FusionLearner(Learner):
         with self.autocast():
             fusion: Fusion = model(mix_noise(input, noise), mix_noise(target, noise))
         output = fusion.latents.float()
-        options = {"masks": fusion.masks, "critic": critic, "random_window": model.training}
+        options = {"masks": fusion.masks, "critic": critic, "training": model.training}
         loss, terms = total_loss(output, input, target, self.config.loss, self.decode, **options)
         fake_and_real = (output, torch.cat([input, target])) if self.adversary else None
         return loss, step_metrics(terms, fusion), fake_and_real
@@ -93,7 +93,7 @@ def parameter_groups(model: FusionModel, config: TrainConfig) -> list[dict[str, 
 @torch.no_grad()
 def step_metrics(terms: dict[str, Tensor], fusion: Fusion) -> dict[str, Tensor]:
     """Loss terms, the masks' complementarity, and batch means of every stage's trace, as named in metrics.jsonl."""
-    metrics = {f"loss/{name}": value for name, value in terms.items()}
+    metrics = {name if "/" in name else f"loss/{name}": value for name, value in terms.items()}
     if fusion.masks is not None:
         metrics["masks/complementarity"] = complementarity(fusion.masks).mean()
     for stage, trace in enumerate(fusion.traces):

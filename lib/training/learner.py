@@ -108,8 +108,10 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         means = accumulate_gradients(self.accelerator, self.model, batches, loss_and_metrics)
         part_norms = gradient_norms(self.parts(self.unwrapped_model))
+        largest = largest_element([p.grad for p in self.model.parameters() if p.grad is not None])
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_norm)
         metrics = {"loss": means.pop("loss"), "grad_norm": grad_norm} | part_norms | means
+        metrics["sign/gradient_share"] = largest / (grad_norm + 1e-12)  # of its largest element in the norm
         bad = torch.maximum(not_finite(metrics["loss"]), not_finite(grad_norm))
         bad = self.accelerator.reduce(bad, "sum").clamp(max=1)  # all processes skip the update, or none
         self.failed = torch.maximum(self.failed, bad)
@@ -195,6 +197,11 @@ def gradient_norms(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
     """Gradient norm of every part of a model before clipping, as 'grad_norm/stage1/output_projection'."""
     grads = {name: [p.grad for p in part.parameters() if p.grad is not None] for name, part in parts.items()}
     return {f"grad_norm/{name}": nn.utils.get_total_norm(found) for name, found in grads.items() if found}
+
+
+def largest_element(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest absolute value; by both ends, as the norm that is infinite takes ten times as long on a CPU."""
+    return torch.stack([end for x in tensors for end in torch.aminmax(x)]).abs().max()
 
 
 def step_unless(failed: Tensor, optimizer: Any) -> None:

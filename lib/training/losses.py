@@ -120,6 +120,16 @@ def anti_modulation(output: Sound, source: Sound, form: str) -> Tensor:
     return (corr.square() if form == "squared" else -torch.log(1 - corr.abs())).mean()
 
 
+@torch.no_grad()
+def envelope_signs(*sounds: Sound) -> dict[str, Tensor]:
+    """What announces that a correlation of envelopes leaves the finite numbers: the smallest 1 − |corr| of the output
+    (first) with a source, and the smallest deviation of an envelope over its mean, in the batch. Not for the loss."""
+    envelopes = [sound.envelope for sound in sounds]
+    margins = [1 - correlation(envelopes[0], source).abs() for source in envelopes[1:]]
+    deviations = [x.std(dim=-1, correction=0) / (x.mean(dim=-1) + 1e-8) for x in envelopes]
+    return {"sign/copy_margin": torch.stack(margins).min(), "sign/deviation": torch.stack(deviations).min()}
+
+
 def spectral_outliers(output: Sound, input: Sound, target: Sound) -> Tensor:
     """How far mel bands of the output rise above three standard deviations of that band in both sources, squared.
     Deviations are taken over the sources' frames, in log power, and are at least 0.5."""
@@ -194,12 +204,12 @@ def total_loss(
     *,
     masks: Masks | None = None,
     critic: Critic | None = None,
-    random_window: bool = False,
+    training: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum for latents `[B, D, T]`, and every term before weighting, by name. The two squared errors are always
     among the terms, so that runs with different objectives can be compared. Terms on sound need `decode`, terms on
     masks `masks` (`ValueError` without); without a `critic` the adversarial term is left out. The decoded window is
-    drawn from torch's generator with `random_window`, otherwise it is the middle."""
+    the middle; in `training` it is drawn from torch's generator, and `envelope_signs` are beside the terms."""
     terms = {"input_mse": latent_mse(output, input), "target_mse": latent_mse(output, target)}
     weights = {"input_mse": config.input_weight, "target_mse": config.target_weight}
     clips = {"input_rms": input, "target_rms": target}
@@ -211,15 +221,17 @@ def total_loss(
     if on_sound := config.weighted(SOUND_TERMS):
         if decode is None:
             raise ValueError(f"{on_sound[0]}_weight needs sound: give total_loss the codec's decode")
-        start, end = _window(output.shape[2], config.window_seconds, random_window)
+        start, end = _window(output.shape[2], config.window_seconds, training)
         sounds = [Sound(decode(x[..., start:end]), config.guarded) for x in (output, input.detach(), target.detach())]
         terms |= {name: ON_SOUND[name](*sounds, config) for name in on_sound}
+        if training and "anti_modulation" in on_sound:
+            terms |= envelope_signs(*sounds)
     if on_masks := config.weighted(MASK_TERMS):
         if masks is None:
             raise ValueError(f"{on_masks[0]}_weight needs masks: give the model a masking")
         terms |= {name: ON_MASKS[name](masks) for name in on_masks}
-    weights |= {name: getattr(config, f"{name}_weight") for name in terms if name not in weights}
-    return sum(weights[name] * term for name, term in terms.items()), terms
+    weights |= {name: getattr(config, f"{name}_weight", 0.0) for name in terms if name not in weights}
+    return sum(weights[name] * term for name, term in terms.items() if "/" not in name), terms
 
 
 def _window(frames: int, seconds: float | None, random: bool) -> tuple[int, int]:

@@ -77,7 +77,7 @@ def objective(B: int = 4, T: int = 1200) -> dict[str, Any]:
         loss = dataclasses.replace(OBJECTIVE, **weights | {f"{n}_weight": 1.0 for n in names})
         critic = whole.adversary.critic(0) if "adversarial" in names else None
         of_masks = Masks(*masks) if set(names) & set(MASK_TERMS) else None
-        total_loss(output, *batch, loss, decode, masks=of_masks, critic=critic, random_window=True)[0].backward()
+        total_loss(output, *batch, loss, decode, masks=of_masks, critic=critic, training=True)[0].backward()
 
     def window() -> None:
         frames = round(OBJECTIVE.window_seconds * 75)
@@ -244,9 +244,9 @@ def no_wait() -> None:
         pairs = LatentPairs(index, "train")
         trainer = fusion_trainer(Run.create(Path(name, "run"), values), {"train": pairs, "val": pairs}, codec.decode)
         with contextlib.closing(trainer.steps()) as steps:
-            trainer.train_step(next(steps))
+            trainer.train_step(next(steps), [])
             torch.cuda.set_sync_debug_mode("error")
             try:
-                trainer.train_step(next(steps))
+                trainer.train_step(next(steps), [])
             finally:
                 torch.cuda.set_sync_debug_mode("default")

@@ -286,7 +286,9 @@ def test_a_run_that_breaks_in_its_first_step_has_no_metrics(results, monkeypatch
     getitem = LatentPairs.__getitem__
     monkeypatch.setattr(LatentPairs, "__getitem__", lambda pairs, i: tuple(x * math.inf for x in getitem(pairs, i)))
     (result,) = results(tiny_plan(REFERENCE, seeds=1))
-    assert result.non_finite == {"step": 1, "stage": None, "tensor": "input latents"}
+    assert result.non_finite.pop("pairs")
+    empty = {"operation": "", "spread": ""}
+    assert result.non_finite == {"step": 1, "stage": None, "tensor": "input latents"} | empty
     assert (result.steps, result.start, result.end, result.grad_norm) == (0, {}, {}, (math.inf,))
     assert math.isinf(growth(result))
 
@@ -555,7 +557,7 @@ def wait_until(condition: Callable[[], object], seconds: float) -> bool:
 )
 def test_a_stopped_plan_leaves_no_process_and_resumes(results, whole, tiny_index, tmp_path, number, to_all, code):
     """Four slow runs on two workers, stopped in the first two; each has saved the step that it was at."""
-    paths = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "SECONDS_A_STEP": "2"}
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT}/tests:{ROOT}/tests/record", "SECONDS_A_STEP": "2"}
     command = [sys.executable, "-c", PROGRAM, tiny_index, tmp_path / "runs"]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | paths, start_new_session=True

@@ -260,7 +260,8 @@ def test_a_weak_residual_is_kept_by_a_change_of_the_last_stage():
     for variant in WEAK_RESIDUALS:
         fields = changed(variant, BY_NAME[EXPLODING])
         assert fields
-        assert fields <= {f"cascade.stages[2].{name}" for name in ("projection_gain", "mixing", "clamp")}
+        allowed = ("projection_gain", "projection_level", "mixing", "clamp")
+        assert fields <= {f"cascade.stages[2].{name}" for name in allowed}
         last = variant.cascade(1).stages[-1]
         assert (last.residual_weight, last.residual_source) == (0.1, "previous")
 

@@ -223,7 +223,10 @@ def test_weights_and_ema_share_no_memory():
 def test_a_row_has_loss_gradient_norms_of_the_parts_and_the_subclass_own_metrics():
     learner = build(clip=1e-3)
     row = learner.train_step([batch()], StepInfo(0))
-    assert list(row) == ["loss", "grad_norm", "grad_norm/0", "grad_norm/2", "mse"]  # the tanh has no parameters
+    parts = ["grad_norm/0", "grad_norm/2"]  # the tanh has no parameters
+    assert list(row) == ["loss", "grad_norm", *parts, "mse", "sign/gradient_share"]
+    largest = max(p.grad.abs().max().item() for p in learner.model.parameters())  # clipped, as is the norm
+    assert row["sign/gradient_share"].item() == pytest.approx(largest / 1e-3, rel=1e-3)
     assert all(isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad for value in row.values())
     assert row["grad_norm/0"].square() + row["grad_norm/2"].square() == pytest.approx(row["grad_norm"].item() ** 2)
     assert row["grad_norm"] > 0.1  # before clipping

@@ -627,7 +627,7 @@ def windows(frames: int, seconds: float | None, random: bool, times: int = 1) ->
     found = []
     for _ in range(times):
         decode = Decoding(lambda x: x.repeat_interleave(40, 2).flatten(1)[:, None])
-        total_loss(latents, latents, latents, config, decode, random_window=random)
+        total_loss(latents, latents, latents, config, decode, training=random)
         assert all(torch.equal(x, decode.heard[0]) for x in decode.heard)
         first, *_, last = (decode.heard[0][0, 0] - 1).int().tolist()
         assert last - first + 1 == decode.heard[0].shape[2]
