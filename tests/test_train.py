@@ -358,7 +358,7 @@ def test_two_processes_equal_one_with_twice_the_batch(folders, pair, scenario, n
         assert len(first) == len(second) == 2
     for split in ("train", "val"):
         torch.testing.assert_close(
-            numbers(two, name, split), numbers(one, name, split), rtol=1e-5, atol=1e-5, equal_nan=True
+            numbers(two, name, split), numbers(one, name, split), rtol=1e-4, atol=1e-5, equal_nan=True
         )
     for tensor, wanted in zip(weights(two, name).values(), weights(one, name).values(), strict=True):
         torch.testing.assert_close(tensor, wanted, rtol=0, atol=1e-5)
@@ -415,10 +415,12 @@ def test_a_nan_in_one_process_is_named_by_all(folders, scenario, name, split, st
     assert first["ended"]["error"] == "NonFiniteError"
     assert first["ended"]["step"] == str(step)
     assert first["ended"]["tensor"] == "target latents"
-    event = {"split": split, "step": step, "event": "non_finite", "stage": None, "tensor": "target latents"}
     rows = Run.open(two / name).metrics()
-    assert [row for row in rows if "event" in row] == [event]
+    (event,) = [row for row in rows if "event" in row]
     assert rows[-1] == event
+    assert (event["split"], event["step"], event["stage"], event["tensor"]) == (split, step, None, "target latents")
+    assert event["pairs"]
+    assert all(f"{split}.wav at " in pair for pair in event["pairs"])
     assert not Run.open(two / name).has_checkpoint()
 
 

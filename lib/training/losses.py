@@ -121,13 +121,13 @@ def anti_modulation(output: Sound, source: Sound, form: str) -> Tensor:
 
 
 @torch.no_grad()
-def envelope_signs(*sounds: Sound) -> dict[str, Tensor]:
-    """What announces that a correlation of envelopes leaves the finite numbers: the smallest 1 − |corr| of the output
-    (first) with a source, and the smallest deviation of an envelope over its mean, in the batch. Not for the loss."""
-    envelopes = [sound.envelope for sound in sounds]
-    margins = [1 - correlation(envelopes[0], source).abs() for source in envelopes[1:]]
-    deviations = [x.std(dim=-1, correction=0) / (x.mean(dim=-1) + 1e-8) for x in envelopes]
-    return {"sign/copy_margin": torch.stack(margins).min(), "sign/deviation": torch.stack(deviations).min()}
+def envelope_signs(output: Sound, *sources: Sound) -> dict[str, Tensor]:
+    """What announces that a correlation of envelopes leaves the finite numbers, as means over clips that the largest
+    rules: of 1 / (1 − |corr|) with each source, and of an envelope's mean over its deviation. At most 1e8."""
+    copying = [1 / (1 - correlation(output.envelope, x.envelope).abs()).clamp_min(1e-8) for x in sources]
+    envelopes = [x.envelope for x in (output, *sources)]
+    flatness = [1 / (x.std(dim=-1, correction=0) / (x.mean(dim=-1) + 1e-8)).clamp_min(1e-8) for x in envelopes]
+    return {"sign/copying": torch.stack(copying).mean(), "sign/flatness": torch.stack(flatness).mean()}
 
 
 def spectral_outliers(output: Sound, input: Sound, target: Sound) -> Tensor:
