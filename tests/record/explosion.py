@@ -16,7 +16,19 @@ from lib.data.latents import LatentPairs, encode_manifest, encoding_check
 from lib.data.pairs import Clip, Manifest, build_manifest
 from lib.lab.ablation import Plan, run_plan
 from lib.lab.results import Result, by_variant, peak
-from lib.lab.variants import CAUSES, CREATIVE, EXPLODING, REFERENCE, SCHEDULED, VARIANTS, WEAK_RESIDUALS, Variant
+from lib.lab.variants import (
+    CAUSES,
+    CREATIVE,
+    EXPLODING,
+    LEARNABLE,
+    PROTECTIONS,
+    REFERENCE,
+    REPAIR,
+    SCHEDULED,
+    VARIANTS,
+    WEAK_RESIDUALS,
+    Variant,
+)
 from lib.training.batches import evenly_spread
 from lib.training.config import TrainConfig
 from lib.training.losses import LossConfig
@@ -31,13 +43,22 @@ SMALL = {"ffn_mult": 1, "num_heads": 4}
 BY_NAME = {variant.name: variant for variant in VARIANTS + SCHEDULED}
 CELLS = [*(variant.name for variant in CAUSES.values()), CREATIVE]
 ON_SOUND = [name for name in CELLS if BY_NAME[name].loss]  # those that correlate envelopes
-KEPT = [REFERENCE, "3 stages", EXPLODING, *(variant.name for variant in WEAK_RESIDUALS)]
+KEPT = [REFERENCE, "3 stages", EXPLODING, REPAIR, *(variant.name for variant in WEAK_RESIDUALS)]
 LAW = (
     *(Variant(f"last residual {weight:g}", "law", 3, last={"residual_weight": weight}) for weight in (0.05, 0.3)),
     *(Variant(f"last stage {width} wide", "law", last={"width": width}) for width in (192, 768)),
     Variant("2 layers", "law", every={"num_layers": 2}),
     Variant("4 layers", "law", every={"num_layers": 4}),
 )
+
+
+LOG_PENALTY = BY_NAME["causes: log penalty"].loss
+PROTECTED = tuple(dataclasses.replace(variant, loss=LOG_PENALTY) for variant in PROTECTIONS.values())
+# the model of seed 003, with its objective; its NaNs came in epochs 5, 14 and 24
+SEED_003 = dataclasses.replace(
+    BY_NAME[LEARNABLE], name="seed 003", loss=BY_NAME[CREATIVE].loss | {"anti_modulation": "log"}
+)
+LONGER = 24 * 205 + 80
 
 
 class Experiment(NamedTuple):
@@ -51,11 +72,17 @@ class Experiment(NamedTuple):
     clip: float | None = 10.0
     window: float | None = None  # seconds of a clip that are decoded, at random; None: all
     guarded: bool = False
+    steps: int = STEPS
 
     def plan(self, seeds: int) -> Plan:
         loss = LossConfig(guarded=self.guarded, window_seconds=self.window)
         base = TrainConfig(
-            max_steps=STEPS, batch_size=2, learning_rate=self.rate, clip=self.clip, checkpoint_every=250, cpu_threads=1
+            max_steps=self.steps,
+            batch_size=2,
+            learning_rate=self.rate,
+            clip=self.clip,
+            checkpoint_every=250,
+            cpu_threads=1,
         )
         base = dataclasses.replace(base, loss=loss, max_val_pairs=PAIRS["val"])
         small = tuple(dataclasses.replace(v, every=SMALL | dict(v.every)) for v in self.variants)
@@ -82,6 +109,9 @@ def experiments() -> Iterator[Experiment]:
     yield Experiment("weak residual", "loops", kept, guarded=True)
     yield Experiment("law", "loops", LAW, seeds=3, guarded=True)
     yield Experiment("weak residual", "songs", kept, guarded=True)
+    yield Experiment("protections", "loops", PROTECTED)
+    for data in ("loops", "songs"):
+        yield Experiment("longer", data, (SEED_003, BY_NAME[LEARNABLE]), steps=LONGER)
     for rate in RATES[::-1]:
         for data in ("loops", "songs"):
             for clip in CLIPS[::-1]:
