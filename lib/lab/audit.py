@@ -78,17 +78,11 @@ def audit_spectral_norm(ours: float, torchs: float, lipschitz: Values) -> list[V
 
 
 def audit_named(results: Runs) -> list[Verdict]:
-    """C5 to C8, C15 and the 0.3× part of C14, from the settings that the seeds describe."""
+    """C5, C6, C15 and the 0.3× part of C14, from the settings that the seeds describe."""
     found = by_variant(results)
-    reference, exploding, repair, learnable = (found[variant.name] for variant in variants.NAMED)
-    steps = min(r.steps for r in reference)
-    short = "" if steps >= EPOCH_3_BATCH_205 else f"{steps} steps, fewer than the {EPOCH_3_BATCH_205} of three epochs"
-    late = short and f"{short}; the seed's came in epochs 5, 14 and 24"
-    trained = [r for r in learnable if r.start]  # without a step there is nothing to compare
-    no_step = "" if trained else "no run took a step"
+    reference, exploding, repair = (found[name] for name in (variants.REFERENCE, variants.EXPLODING, variants.REPAIR))
     peaks, healthy_peaks, quiet = each(exploding, peak), each(reference, peak), known(exploding, final("rms_ratio"))
-    facts = {"steps": steps, "healthy": f"{max(healthy_peaks):.2g}", "ended": first_non_finite(learnable)}
-    weak_ends, learnable_ends = (not measured.never_non_finite(runs) for runs in (exploding, learnable))
+    facts = {"healthy": f"{max(healthy_peaks):.2g}"}
     level_tells = at_level(reference) and not any(measured.within([r], *measured.HEALTHY_RATIO) for r in quiet)
     ends = ([run.final for run in runs if run.final] for runs in (repair, exploding))
     moves, fewer_moves = ([end["movement_ratio"] / end["rms_ratio"] for end in own] for own in ends)
@@ -98,15 +92,6 @@ def audit_named(results: Runs) -> list[Verdict]:
         decide("C6.before_scaling", **passing(repair, before_scaling, 2.5, 3.0)),
         decide("C5.projection", **passing(exploding, "stage2/projection_rms", 0.85, 0.85) | {"found": "at the end"}),
         decide("C5.quiet", quiet),
-        decide("C7.weak_rises", each(exploding, growth), facts=facts),
-        decide("C7.weak_ends", holds=weak_ends, found=first_non_finite(exploding), short=short, unless=True),
-        decide("C7.repair_rises", each(repair, growth), short=short, unless=True),
-        decide("C7.weak_is_larger", peaks, difference(peaks, healthy_peaks) == "higher", facts=facts),
-        decide("C7.reference", [r.end.get("grad_norm", math.inf) for r in reference], short=short),
-        decide("C7.last_projection", each(exploding, measured.last_projection_share)),
-        decide("C8.ends", each(learnable, peak), learnable_ends, facts=facts, short=late, unless=True),
-        decide("C8.one", each(trained, measured.scalar_ratio), short=no_step),
-        decide("C8.all", each(trained, measured.scalars_against_rest), short=no_step),
         stability(variants.REPAIR, repair),
         decide("C14.level", known(repair, final("rms_ratio")), at_level(repair)),
         decide("C15.norm", peaks, max(healthy_peaks) < 100 <= min(peaks), facts=facts),
@@ -117,11 +102,38 @@ def audit_named(results: Runs) -> list[Verdict]:
 
 
 def audit_grid(results: Runs) -> list[Verdict]:
-    """C9 and the rest of C14, from the single changes and the 2×2×2 of the protections."""
+    """The rest of C14, from the single changes."""
     found, missing = by_variant(results), "this variant was not run"
-    others = [stability(n, found[n]) if n in found else decide(f"C14.{n}", why=missing) for n in FALLBACKS]
-    if not all(variant.name in found for variant in variants.PROTECTIONS.values()):
-        return [decide("C9.untested", why="the 2×2×2 was not run"), *others]
+    return [stability(n, found[n]) if n in found else decide(f"C14.{n}", why=missing) for n in FALLBACKS]
+
+
+def audit_gradients(results: Runs) -> list[Verdict]:
+    """C7 to C9, from runs of three epochs and more of the settings that the seeds describe, and of the 2×2×2 of the
+    protections."""
+    found = by_variant(results)
+    reference, exploding, repair, learnable = (found[variant.name] for variant in variants.NAMED)
+    weak, healthy, trained = each(exploding, peak), each(reference, peak), [r for r in learnable if r.start]
+    facts = {"steps": min(r.steps for r in exploding), "healthy": f"{max(healthy):.2g}"}
+    ended, learnable_ended = first_non_finite(exploding), first_non_finite(learnable)
+    no_step = "" if trained else "no run took a step"
+    return [
+        decide("C7.weak_rises", each(exploding, growth), facts=facts),
+        decide("C7.weak_ends", holds=not measured.never_non_finite(exploding), found=ended),
+        decide("C7.repair_rises", each(repair, growth)),
+        decide("C7.weak_is_larger", weak, difference(weak, healthy) == "higher", facts=facts),
+        decide("C7.reference", [r.end.get("grad_norm", math.inf) for r in reference]),
+        decide("C7.last_projection", each(exploding, measured.last_projection_share)),
+        decide(
+            "C8.ends", each(learnable, peak), not measured.never_non_finite(learnable), facts={"ended": learnable_ended}
+        ),
+        decide("C8.one", each(trained, measured.scalar_ratio), short=no_step),
+        decide("C8.all", each(trained, measured.scalars_against_rest), short=no_step),
+        *audit_protections(found),
+    ]
+
+
+def audit_protections(found: Mapping[str, Runs]) -> list[Verdict]:
+    """C9. The protections act on what is large: they are judged with an objective whose gradients are."""
     # (spectral norm, clamp, clipping) → runs of the exploding cascade
     cells = {levels: found[variant.name] for levels, variant in variants.PROTECTIONS.items()}
     bare, clipped, limit = cells[False, False, False], cells[False, False, True], TrainConfig().clip
@@ -134,7 +146,6 @@ def audit_grid(results: Runs) -> list[Verdict]:
         *(decide(f"C9.{n}", p, difference(p, bare_peaks) == "lower", facts=facts) for n, p in peaks.items()),
         decide("C9.clipping", each(clipped, peak), stable(clipped) and not stable(bare), short=short),
         decide("C9.bare", each(bare, growth), not stable(bare), facts=facts),
-        *others,
     ]
 
 

@@ -141,7 +141,7 @@ def leave_subshell_to_front_end(widget: Widget) -> None:
 class Metrics:
     """What the curves show of a growing metrics.jsonl. Each line is read once: the file may reach gigabytes."""
 
-    NEEDED = re.compile(r"epoch|loss|grad_norm|stage[0-9]+/(output_rms|target_scale|rms_before_scaling)")
+    NEEDED = re.compile(r"epoch|loss|grad_norm|sign/\w+|stage[0-9]+/(output_rms|target_scale|rms_before_scaling)")
 
     def __init__(self, path: Path):
         self.path = path

@@ -3,10 +3,12 @@ they had them, without epsilons, on short clips of electronic music and of gener
 taken away and put in; ways to keep a weak last residual. Runs are kept and resumed by `lib.lab.ablation`."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,8 +16,9 @@ from lib.audio.files import SAMPLE_RATE, load_audio, save_audio
 from lib.codec.codec import load_codec
 from lib.data.latents import LatentPairs, encode_manifest, encoding_check
 from lib.data.pairs import Clip, Manifest, build_manifest
+from lib.lab.ablation import LAW as LAW_ROWS
 from lib.lab.ablation import Plan, run_plan
-from lib.lab.results import Result, by_variant, peak
+from lib.lab.results import Result, by_variant, peak, training_steps, write_record
 from lib.lab.variants import (
     CAUSES,
     CREATIVE,
@@ -29,16 +32,22 @@ from lib.lab.variants import (
     WEAK_RESIDUALS,
     Variant,
 )
+from lib.model.cascade import StageConfig
+from lib.model.rms_law import rms_before_scaling
 from lib.training.batches import evenly_spread
 from lib.training.config import TrainConfig
 from lib.training.losses import LossConfig
+from lib.training.run import Run
 from lib.util.files import file_sha256
+from lib.util.stats import describe
 
 ELECTRONIC = "nexuiz-music"  # the folder of the loops
 STEPS, SEEDS = 2_000, 5
 PAIRS = {"train": 410, "val": 8}  # 205 batches of 2: an epoch of seed 001
 RATES, CLIPS = (1e-4, 3e-4), (10.0, None)
 WINDOW = 0.5  # seconds
+FRAME_RATE = 75  # latents a second
+DIGITS, POINTS = 4, 20  # of a number, and gradient norms of a run, in the record
 SMALL = {"ffn_mult": 1, "num_heads": 4}
 BY_NAME = {variant.name: variant for variant in VARIANTS + SCHEDULED}
 CELLS = [*(variant.name for variant in CAUSES.values()), CREATIVE]
@@ -52,6 +61,7 @@ LAW = (
 )
 
 
+NAMES = ("projection_rms", "residual_rms", "alignment", "rms_before_scaling")  # of a stage
 LOG_PENALTY = BY_NAME["causes: log penalty"].loss
 PROTECTED = tuple(dataclasses.replace(variant, loss=LOG_PENALTY) for variant in PROTECTIONS.values())
 # the model of seed 003, with its objective; its NaNs came in epochs 5, 14 and 24
@@ -87,6 +97,10 @@ class Experiment(NamedTuple):
         base = dataclasses.replace(base, loss=loss, max_val_pairs=PAIRS["val"])
         small = tuple(dataclasses.replace(v, every=SMALL | dict(v.every)) for v in self.variants)
         return Plan(small, 1, min(seeds, self.seeds), base)
+
+
+Ran = tuple[Experiment, tuple[Result, ...]]
+Done = Sequence[Ran]
 
 
 def variants(names: Sequence[str]) -> tuple[Variant, ...]:
@@ -154,7 +168,7 @@ def silence(latents: Tensor) -> int:
 
 def without_silence(manifest: Manifest, pairs: LatentPairs) -> Manifest:
     """Without the training pairs in which a clip is silent for as long as a window."""
-    window = round(WINDOW * 75)
+    window = round(WINDOW * FRAME_RATE)
     silent = {pair.id for i, pair in enumerate(manifest.split("train")) if max(map(silence, pairs[i])) >= window}
     return dataclasses.replace(manifest, pairs=tuple(pair for pair in manifest.pairs if pair.id not in silent))
 
@@ -172,15 +186,17 @@ def with_silence(manifest: Manifest, path: Path) -> Manifest:
     return dataclasses.replace(manifest, pairs=tuple(pairs))
 
 
-def run_all(music: Path, songs: Path, folder: Path) -> list[tuple[Experiment, tuple[Result, ...]]]:
-    """Every experiment with its results; first one seed of each, then all."""
+def run_all(
+    music: Path, songs: Path, folder: Path, passes: Sequence[int] = (1, 3, SEEDS)
+) -> tuple[list[Ran], dict[str, Path]]:
+    """Every experiment with its results, and the latents; first with one seed, then with more."""
     indices = prepare(music, songs, folder / "latents")
-    for seeds in (1, 3, SEEDS):
-        done: list[tuple[Experiment, tuple[Result, ...]]] = []
+    for seeds in passes:
+        done: list[Ran] = []
         for e in experiments():
             alike = [r for other, results in done if other == e._replace(clip=None) for r in results if e.clip]
             done.append((e, run(e, seeds, indices[e.data], folder / "runs", alike)))
-    return done
+    return done, indices
 
 
 def run(e: Experiment, seeds: int, index: Path, folder: Path, unclipped: Sequence[Result]) -> tuple[Result, ...]:
@@ -192,7 +208,135 @@ def run(e: Experiment, seeds: int, index: Path, folder: Path, unclipped: Sequenc
     return same + run_plan(e._replace(variants=left).plan(seeds), index, "mdct", folder)
 
 
+def of_last_stage(values: dict[str, float]) -> dict[str, float]:
+    """What the tables and verdicts need of a run's metrics."""
+    last = max((name.split("/")[0] for name in values if name.startswith("stage")), default="")
+    return {k: v for k, v in values.items() if k.startswith((f"{last}/", "grad_norm"))}
+
+
+def slim(result: Result) -> dict[str, Any]:
+    """A result with what is needed of it; of its gradient norms, the largest of each of `POINTS` parts."""
+    norms, size = result.grad_norm, math.ceil(len(result.grad_norm) / POINTS)
+    norms = tuple(max(norms[i : i + size]) for i in range(0, len(norms), size))
+    parts = {name: of_last_stage(getattr(result, name)) for name in ("start", "end")}
+    kept = dataclasses.replace(result, grad_norm=norms, quarter={}, run=Path(result.run).name, **parts)
+    return json.loads(json.dumps(dataclasses.asdict(kept)), parse_float=lambda x: float(f"{float(x):.{DIGITS}g}"))
+
+
+def facts_of(e: Experiment) -> dict[str, Any]:
+    return {name: value for name, value in e._asdict().items() if name not in ("variants", "seeds")}
+
+
+# --- early warning ----------------------------------------------------------------------------------------------------
+
+SIGNS: dict[str, Callable[[Mapping[str, float]], float]] = {
+    "1 / (1 − |corr|)": lambda row: row["sign/copying"],
+    "mean of an envelope over its deviation": lambda row: row["sign/flatness"],
+    "share of one element in the gradient": lambda row: row["sign/gradient_share"],
+    "target scale": lambda row: max(v for k, v in row.items() if k.endswith("/target_scale")),
+    "gradient norm": lambda row: row["grad_norm"],
+}
+OF_C15 = {"target scale": 1.3, "gradient norm": 100.0}  # the seeds' own limits
+CALIBRATING = (0, 1)  # seeds whose healthy runs set the limits; the others are judged
+
+
+def signs(done: Done) -> list[dict[str, Any]]:
+    """For each measurement: a limit that no step of the calibrating seeds' healthy runs passes, how many of the other
+    seeds' healthy runs pass it, how many deaths it announces, and how many steps before. Only runs of unguarded
+    correlations of envelopes: they alone die."""
+    runs = [r for e, results in done if not e.guarded for r in results if r.variant in (*ON_SOUND, SEED_003.name)]
+    series = [(r, training_steps(r.run)) for r in {r.run: r for r in runs}.values()]
+    rows = []
+    for name, of in SIGNS.items():
+        measured = [(r, [of(step) for step in steps]) for r, steps in series if steps]
+        healthy = [(r, values) for r, values in measured if r.non_finite is None]
+        own = max((max(values) for r, values in healthy if r.seed in CALIBRATING), default=inf)
+        for limit in {own, OF_C15.get(name, own)}:
+            judged = [(r, [i for i, v in enumerate(values) if v > limit]) for r, values in measured]
+            judged = [(r, steps) for r, steps in judged if r.seed not in CALIBRATING]
+            alarms = [bool(steps) for r, steps in judged if r.non_finite is None]
+            leads = [r.non_finite["step"] - 1 - steps[0] for r, steps in judged if r.non_finite and steps]
+            deaths = sum(r.non_finite is not None for r, _ in judged)
+            rows.append(
+                {
+                    "measurement": name,
+                    "limit": f"{limit:.3g}" + " (C15)" * (limit == OF_C15.get(name)),
+                    "false alarms": f"{sum(alarms)} of {len(alarms)} healthy runs",
+                    "announced": f"{len(leads)} of {deaths} deaths",
+                    "steps before": describe(leads) if leads else "–",
+                }
+            )
+    return rows
+
+
+def by_the_data(done: Done, indices: Mapping[str, Path]) -> dict[str, Any]:
+    """The same of a look at the clips before the first step: is one silent for as long as a window?"""
+    training = {name: LatentPairs(index, "train") for name, index in indices.items()}
+    silent = {name: max(max(map(silence, pairs[i])) for i in range(len(pairs))) for name, pairs in training.items()}
+    found = {False: [], True: []}
+    for e, results in done:
+        if not e.guarded:
+            foreseen = silent[e.data] >= round((e.window or 1.0) * FRAME_RATE)
+            for r in (r for r in results if r.variant in (*ON_SOUND, SEED_003.name) and r.seed not in CALIBRATING):
+                found[foreseen].append(r.non_finite)
+    deaths = [bad["step"] for runs in found.values() for bad in runs if bad]
+    leads = [bad["step"] for bad in found[True] if bad]
+    return {
+        "measurement": "silence in a clip, before training",
+        "limit": "a window",
+        "false alarms": f"{found[True].count(None)} of {sum(runs.count(None) for runs in found.values())} healthy runs",
+        "announced": f"{len(leads)} of {len(deaths)} deaths",
+        "steps before": describe(leads) if leads else "–",
+    }
+
+
+# --- the law in training ----------------------------------------------------------------------------------------------
+
+
+def law_rows(done: Done) -> list[dict[str, Any]]:
+    """RMS before scaling, predicted at every validation from the weights after LayerNorm and the alignment, against
+    what is measured there: a row for each stage of a variant, over seeds."""
+    rows = []
+    for e, results in done:
+        if e.name not in ("weak residual", "law"):
+            continue
+        for variant in e.variants:
+            stages = variant.cascade(1).stages
+            for i, stage in enumerate(stages):
+                errors = [law_errors(r.run, stage, i) for r in results if r.variant == variant.name]
+                if stage.projection_level is None and errors:
+                    at = {name: [abs(found[k]) for found in errors] for name, k in (("first", 0), ("last", -1))}
+                    worst = [max(map(abs, found)) for found in errors]
+                    row = {"data": e.data, "variant": variant.name, "stage": i}
+                    row |= {f"error after {250 if k == 'first' else e.steps} steps": percent(v) for k, v in at.items()}
+                    row |= {"largest": percent(worst), "within 5 %": "yes" if max(worst) <= 0.05 else "no"}
+                    rows.append(row)
+    return rows
+
+
+def law_errors(run: str, stage: StageConfig, i: int) -> list[float]:
+    """Of one stage at every validation of a run, as shares of what is measured."""
+    law, measured = (Run.open(run).metrics(split) for split in (LAW_ROWS, "val"))
+    errors = []
+    for predicted, row in zip(law, measured, strict=True):
+        p, r, rho, m = (row[f"stage{i}/{name}"] for name in NAMES)
+        p = stage.projection_weight * predicted[f"stage{i}/projection_rms"]
+        errors.append(rms_before_scaling(p, r, stage.residual_weight, rho) / m - 1)
+    return errors
+
+
+def percent(values: Sequence[float]) -> str:
+    return describe([100 * value for value in values], 2) + " %"
+
+
+def record(music: Path, songs: Path, folder: Path, path: Path) -> None:
+    """Run all experiments and write what they found: one row for each, with the results of its runs."""
+    done, indices = run_all(music, songs, folder)
+    facts = {"signs": [*signs(done), by_the_data(done, indices)], "law": law_rows(done)}
+    write_record(path, [facts_of(e) | {"results": [slim(r) for r in results]} for e, results in done], facts)
+
+
 if __name__ == "__main__":
     import sys
 
-    run_all(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    record(*map(Path, sys.argv[1:]))
