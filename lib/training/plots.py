@@ -16,6 +16,8 @@ from lib.audio.plots import AVERAGE, INPUT, OUTPUT, STAGES, STYLE, draw_image
 Rows = Sequence[Mapping[str, Any]]
 
 EACH_STEP, VALIDATION = {"color": AVERAGE, "linewidth": 0.8}, {"color": OUTPUT, "marker": "o"}
+SIGNS = {"copying": "an output follows a source's loudness", "flatness": "a clip with constant loudness, or silent"}
+EXTREME = 1e3  # of a sign: unguarded terms come near a division by 0
 HEALTHY = {"color": "#009E73", "alpha": 0.08, "linewidth": 0}  # the bands of claim C15
 
 
@@ -72,7 +74,8 @@ def mask_pictures(input_mask: Tensor, target_mask: Tensor, frame_rate: float) ->
 def training_dashboard(train: Rows, val: Rows, clamps: Sequence[tuple[float, float] | None]) -> Figure:
     """A training at a glance: loss, gradient norm, and every stage's RMS and target scale. Claim C15's healthy ranges
     are shaded: a gradient norm below 100, and an RMS of 0.8 to 1.2 of its target. A stage, whose clamp is in `clamps`,
-    stays there while its target scale is from lo / 1.2 to hi / 0.8: within the clamp, or not far beyond."""
+    stays there while its target scale is from lo / 1.2 to hi / 0.8: within the clamp, or not far beyond. Steps in which
+    a sign of `losses.envelope_signs` is extreme are marked."""
     rows = 1 + bool(clamps)
     with _over_steps(rows, 2, (11, 3 * rows), sharex=True) as (figure, _):
         losses, norms, *of_stages = figure.axes
@@ -81,6 +84,11 @@ def training_dashboard(train: Rows, val: Rows, clamps: Sequence[tuple[float, flo
         _plot(norms, train, "grad_norm", color=INPUT, linewidth=1, label="before clipping")
         small = (row["grad_norm"] for row in train if 0 < (row.get("grad_norm") or 0) < 100)
         norms.axhspan(min(small, default=3) / 3, 100, **HEALTHY, label="below 100")
+        for (sign, words), colour in zip(SIGNS.items(), STAGES, strict=False):
+            steps = [row["step"] for row in train if (row.get(f"sign/{sign}") or 0) > EXTREME]
+            whole = losses.get_xaxis_transform()
+            if steps:
+                losses.vlines(steps, 0, 1, colors=colour, alpha=0.3, transform=whole, label=words)
         losses.set(ylabel="loss")
         norms.set(ylabel="gradient norm", yscale="log")
         if clamps:

@@ -681,6 +681,24 @@ def test_gradient_through_mixing_and_gain(tiny_cascade, mixing, weight, gain, sh
     torch.testing.assert_close(input.grad, torch.full_like(input, weight / 2))  # the residual is the mean of two
 
 
+def test_a_projections_level_is_held_whatever_its_weights(tiny_cascade):
+    """And no gradient would make it louder: the bias, which is all of the projection here, gets none."""
+    config = tiny_cascade(1, projection_level=0.5, residual_weight=0.0, rms_scaling="off", spectral_norm=False)
+    stage = Cascade(config).stages[0]
+    input, target = clips(2, 7, rms_in=3.0, rms_tgt=6.0)
+    signals = {"input": input, "noisy_input": input, "target": target}
+    for size in (0.1, 1.0, 1e3):
+        with torch.no_grad():
+            stage.output_projection.weight.zero_()
+            stage.output_projection.bias.fill_(size)
+        output, trace = stage(signals)
+        wanted = 0.5 * ((true_rms(input) ** 2 + true_rms(target) ** 2) / 2).sqrt()
+        torch.testing.assert_close(trace.projection_rms.double(), wanted, rtol=1e-3, atol=0)
+    stage.zero_grad()
+    output.square().sum().backward()
+    assert stage.output_projection.bias.grad.abs().max() < 1e-4
+
+
 @torch.no_grad()
 def test_preserving_mixing_keeps_the_rms_of_two_orthogonal_signals(tiny_cascade):
     for weight in (0.1, 0.5, 0.9):
@@ -725,6 +743,7 @@ CHANGES = [
     {"clamp": (0.9, 1.1), "residual_weight": 0.1, "residual_source": "previous"},
 ]
 CHANGES.append({"projection_gain": 2.5, "residual_weight": 0.1})
+CHANGES.append({"projection_level": 1.5, "residual_weight": 0.1})
 
 
 @torch.no_grad()

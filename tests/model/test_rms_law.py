@@ -136,6 +136,14 @@ CASES = {
         lambda: reference(2, num_layers=1, mixing="preserving", residual_weight=0.6, projection_gain=4.0),
         UNLIKE,
     ),
+    "a level held": (
+        lambda: reference(3, num_layers=1).with_stage(-1, projection_level=0.8, **WEAK),
+        UNLIKE,
+    ),
+    "a level held, preserving, unequal clips": (
+        lambda: reference(3, num_layers=1).with_stage(-1, projection_level=1.0, mixing="preserving", **WEAK),
+        UNEQUAL,
+    ),
     "no RMS scaling": (lambda: reference(3, num_layers=1, rms_scaling="off", residual_weight=0.5), UNLIKE),
     "no clamp": (lambda: reference(3, num_layers=1, clamp=None, residual_weight=0.2), UNLIKE),
     "clamped from below": (lambda: reference(2, num_layers=1, residual_weight=2.0), SIMILAR),

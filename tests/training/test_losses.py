@@ -29,6 +29,7 @@ from lib.training.losses import (
     balance,
     coverage,
     discriminator_hinge,
+    envelope_signs,
     latent_mse,
     novelty,
     onsets_left,
@@ -378,6 +379,31 @@ def test_both_forms_of_anti_modulation_are_their_formulas():
     assert anti_modulation(output, source, "squared").item() == pytest.approx((cosines**2).mean(), rel=1e-6)
     logs = -np.log(1 - np.abs(cosines))
     assert anti_modulation(output, source, "log").item() == pytest.approx(logs.mean(), rel=1e-6)
+
+
+def test_signs_grow_towards_a_copy_and_towards_a_constant_envelope():
+    """1 / (1 − |corr|) with both sources, and mean over deviation of three envelopes, as means over clips."""
+    angles = (0.3, 1.2)
+    output, source = (Sound(x) for x in sounds(*angles))
+    for sound in (output, source):
+        sound.envelope = sound.wav[:, 0]
+    found = envelope_signs(output, source, source)
+    assert found["sign/copying"].item() == pytest.approx(np.mean(1 / (1 - np.cos(angles))), rel=1e-6)
+    deviation = 1 / math.sqrt(250)
+    assert found["sign/flatness"].item() == pytest.approx(2 / deviation, rel=1e-6)
+    silence = Sound(torch.zeros(2, 1, 250))
+    silence.envelope = torch.zeros(2, 250)
+    assert envelope_signs(silence, source)["sign/flatness"].item() > 1e7
+    assert envelope_signs(silence, source)["sign/copying"].item() == 1
+    assert envelope_signs(source, source)["sign/copying"].item() > 1e6
+
+
+def test_signs_are_measured_in_training_only(batch):
+    config = LossConfig(anti_modulation_weight=1.0, window_seconds=None)
+    signs = {"sign/copying", "sign/flatness"}
+    losses = [total_loss(*batch, config, MdctCodec().decode, training=training) for training in (False, True)]
+    assert losses[0][0] == losses[1][0]
+    assert set(losses[1][1]) - set(losses[0][1]) == signs
 
 
 def test_anti_modulation_of_an_unrelated_output_is_0():

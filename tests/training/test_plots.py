@@ -114,6 +114,16 @@ def test_without_stages_the_dashboard_is_loss_and_gradient_norm_and_leaves_out_w
     assert norms.get_yscale() == "log"
 
 
+def test_the_dashboard_marks_steps_with_an_extreme_sign():
+    rows = training_rows()
+    rows[0]["sign/flatness"], rows[1]["sign/flatness"], rows[2]["sign/flatness"] = 2.0, 1e8, None
+    losses = plots.training_dashboard(rows, val_rows(), ()).axes[0]
+    (marks,) = losses.collections
+    assert marks.get_label() == plots.SIGNS["flatness"]
+    assert [line[0, 0] for line in marks.get_segments()] == [2]
+    assert marks.get_label() in [text.get_text() for text in losses.get_legend().get_texts()]
+
+
 def test_the_discriminator_curve_shows_both_logits():
     (axes,) = plots.discriminator_curve(training_rows()).axes
     assert curve(axes, "real: the clips' own latents") == ([1, 2, 5], [0.1, 0.2, 0.5])
