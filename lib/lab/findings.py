@@ -170,7 +170,8 @@ def death_rows(experiments: Experiments) -> Rows:
         runs = experiment["results"]
         dead = [run for run in runs if run.non_finite]
         row = conditions(experiment) | {"non-finite": f"{len(dead)} of {len(runs)}"}
-        row["step"] = describe([run.non_finite["step"] for run in dead], 3) if dead else "–"
+        steps = sorted({run.non_finite["step"] for run in dead})
+        row["step"] = " to ".join(str(step) for step in dict.fromkeys((steps[0], steps[-1]))) if dead else "–"
         row["gradient norm before"] = describe([run.end["grad_norm"] for run in dead if run.end]) if dead else "–"
         for name in ("tensor", "operation"):
             row[name] = "; ".join(dict.fromkeys(run.non_finite[name] for run in dead)) or "–"

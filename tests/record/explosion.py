@@ -219,8 +219,13 @@ def slim(result: Result) -> dict[str, Any]:
     norms, size = result.grad_norm, math.ceil(len(result.grad_norm) / POINTS)
     norms = tuple(max(norms[i : i + size]) for i in range(0, len(norms), size))
     parts = {name: of_last_stage(getattr(result, name)) for name in ("start", "end")}
-    kept = dataclasses.replace(result, grad_norm=norms, quarter={}, run=Path(result.run).name, **parts)
-    return json.loads(json.dumps(dataclasses.asdict(kept)), parse_float=lambda x: float(f"{float(x):.{DIGITS}g}"))
+    return rounded(dataclasses.replace(result, grad_norm=norms, quarter={}, **parts))
+
+
+def rounded(result: Result) -> dict[str, Any]:
+    """With `DIGITS` digits a number, and no path."""
+    content = dataclasses.asdict(result) | {"run": Path(result.run).name}
+    return json.loads(json.dumps(content), parse_float=lambda number: float(f"{float(number):.{DIGITS}g}"))
 
 
 def facts_of(e: Experiment) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import explosion
 import torch
+from explosion import rounded
 from quotes import BLOCKS, music_block, readme_blocks, with_blocks
 
 from lib.data.latents import LatentPairs
@@ -40,9 +42,9 @@ from lib.util.files import naming, read_json, write_atomic
 from lib.util.provenance import gpu_name, versions
 
 # first the bench, while nothing else runs
-PARTS = ("bench", "ablations", "fusion", "superres", "notebooks", "variations")
+PARTS = ("bench", "ablations", "explosion", "fusion", "superres", "notebooks", "variations")
 FIGURES = ("listening_0", "collapse")  # that the README shows
-DIGITS, POINTS = 4, 40  # of a number, and gradient norms of a run, in a record
+POINTS = 40  # gradient norms of a run in a record
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
 # without AVX2, sums are rounded differently; NumPy has had two sets of names for the features it can disable
 NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 X86_V3 X86_V4 AVX512_ICL"}
@@ -64,11 +66,14 @@ def record(
     if preset.name == "full" and not torch.cuda.is_available():
         say("no GPU was found: preset full takes weeks here; PRESET=demo suits such a machine")
     project = open_project(preset, data_dir)
-    if "fusion" in parts and subprocess.run([ROOT / "data" / "fetch_music.sh", music], check=False).returncode:
+    if {"explosion", "fusion"} & set(parts) and subprocess.run(
+        [ROOT / "data" / "fetch_music.sh", music], check=False
+    ).returncode:
         raise UserError(f"{music}: lacks the music to measure on; data/README.md says where it comes from")
     measure = {
         "bench": lambda: record_bench(folder),
         "ablations": lambda: record_ablations(preset, project, folder),
+        "explosion": lambda: record_explosion(project, music, folder),
         "fusion": lambda: record_fusion(preset, overrides, music, folder),  # its notebook shows the schedule's record
         "superres": lambda: record_superres(preset, project, folder),
         "notebooks": lambda: record_notebooks(preset, overrides, data_dir, folder),
@@ -85,7 +90,7 @@ def record(
             say(f"{part}: measured before the record was stopped")
             continue
         measure[part]()
-        made[part] = facts | {"music": "real music" if part == "fusion" else songs}
+        made[part] = facts | {"music": "real music" if part in on_music else songs}
         write_json(folder / "record.json", made)
 
 
@@ -177,15 +182,20 @@ def record_ablations(preset: Preset, project: Project, folder: Path) -> None:
     write_record(folder / "schedule.json", [shortened(result) for result in scheduled], facts | length)
 
 
+def record_explosion(project: Project, music: Path, folder: Path) -> None:
+    """What ends a training and what does not, on real music and on the project's songs."""
+    say("what ends a training: about eight hours on two cores")
+    explosion.record(music, project.manifest.root, ROOT / "outputs" / "explosion", folder / "explosion.json")
+
+
 def shortened(result: Result) -> Result:
-    """With `DIGITS` digits a number, gradient norms as medians of `POINTS` equal parts, and no path."""
+    """`rounded`, with gradient norms as medians of `POINTS` equal parts."""
     norms, count = result.grad_norm, len(result.grad_norm)
     if count > POINTS:
         cuts = [round(i * count / POINTS) for i in range(POINTS + 1)]
         norms = tuple(statistics.median(norms[a:b]) for a, b in itertools.pairwise(cuts))
-    content = json.dumps(dataclasses.asdict(result) | {"grad_norm": norms, "run": Path(result.run).name})
-    rounded = json.loads(content, parse_float=lambda number: float(f"{float(number):.{DIGITS}g}"))
-    return Result(**rounded | {"grad_norm": tuple(rounded["grad_norm"])})
+    found = rounded(dataclasses.replace(result, grad_norm=norms))
+    return Result(**found | {"grad_norm": tuple(found["grad_norm"])})
 
 
 def compare_contexts(plan: Plan, folder: Path, library: Library, seeds: int, **options: Any) -> dict[str, list[float]]:

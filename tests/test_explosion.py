@@ -1,0 +1,169 @@
+"""The experiments on what ends a training: their data, what they have in common, and what is read off their runs."""
+
+import dataclasses
+import json
+import math
+
+import explosion
+import pytest
+import torch
+from explosion import CELLS, Experiment, by_the_data, experiments, law_errors, of_size, run, signs, silence, slim
+from lab.test_audit import result
+
+from lib.audio.files import load_audio, save_audio
+from lib.codec.mdct import MdctCodec
+from lib.data.latents import LatentPairs, encode_manifest
+from lib.data.pairs import build_manifest
+from lib.lab.results import Result
+from lib.lab.variants import CAUSES, EXPLODING
+from lib.model.cascade import StageConfig
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Eight songs of noise, of which one begins with 0.6 s of silence; clips of a second; all kinds of data."""
+    music = tmp_path_factory.mktemp("music")
+    for folder in (explosion.ELECTRONIC, "songs"):
+        (music / folder).mkdir()
+        for i in range(8):
+            wav = 0.1 * torch.randn(1, 4 * 24_000, generator=torch.Generator().manual_seed(i))
+            if folder == explosion.ELECTRONIC and i == 3:
+                wav[:, : round(0.6 * 24_000)] = 0
+            save_audio(music / folder / f"{i}.wav", wav)
+    return music, explosion.prepare(music, music / "songs", music / "latents")
+
+
+def training(index) -> LatentPairs:
+    return LatentPairs(index, "train")
+
+
+def silent(index) -> list[bool]:
+    pairs = training(index)
+    return [max(map(silence, pairs[i])) >= 38 for i in range(len(pairs))]
+
+
+def test_silence_is_taken_away_and_put_in(data):
+    _, indices = data
+    assert not any(silent(indices["loops without silence"]))
+    assert not any(silent(indices["songs"]))
+    assert sum(silent(indices["songs and silence"])) == 1
+    taken = len(training(indices["loops"])) - len(training(indices["loops without silence"]))
+    assert taken == sum(silent(indices["loops"]))
+    assert len(training(indices["songs"])) == len(training(indices["songs and silence"]))
+
+
+def test_the_longest_silence_is_counted():
+    latents = torch.ones(4, 9)
+    assert silence(latents) == 0
+    latents[:, 2:5] = latents[:, 6] = 0
+    latents[1, 7:] = 0
+    assert silence(latents) == 3
+
+
+def test_every_cell_meets_every_condition():
+    grid = [e for e in experiments() if e.name == "grid"]
+    conditions = {(e.data, e.rate, e.clip) for e in grid}
+    assert len(conditions) == len(grid) == 8
+    assert all([v.name for v in e.variants] == CELLS for e in grid)
+    assert set(CELLS) > {variant.name for variant in CAUSES.values()}
+    for e in grid:
+        plan = e.plan(5)
+        assert (plan.seeds, plan.train.max_steps >= 3 * 205, plan.train.loss.guarded) == (5, True, False)
+
+
+def test_runs_whose_norms_stay_below_the_clip_are_not_repeated(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(explosion, "run_plan", lambda plan, *_: given.append([v.name for v in plan.variants]) or ())
+    first = next(e for e in experiments() if e.name == "grid")
+    small, large, broken = first.variants[:3]
+    unclipped = [of(small, (1.0, 9.9)), of(large, (1.0, 10.1)), of(broken, (1.0, math.inf))]
+    e = first._replace(variants=(small, large, broken), clip=10.0)
+    assert run(e, 1, tmp_path, tmp_path, unclipped) == (unclipped[0],)
+    assert given == [[large.name, broken.name]]
+    run(first._replace(variants=(small, large)), 1, tmp_path, tmp_path, [])
+    assert given[-1] == [small.name, large.name]
+
+
+def of(variant, norms, seed: int = 0, **more) -> Result:
+    return dataclasses.replace(result(EXPLODING, seed, **more), variant=variant.name, grad_norm=norms)
+
+
+# --- what is read off the runs ----------------------------------------------------------------------------------------
+
+
+def logged(folder, norms, *, seed: int, dead: bool, copying: float = 2.0) -> Result:
+    """A run of a correlating variant with these gradient norms, which ends in a NaN if `dead`."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    row = {"split": "train", "sign/copying": copying, "sign/flatness": 2.0, "sign/gradient_share": 0.1}
+    row |= {"stage0/target_scale": 1.2, "stage1/target_scale": 1.0}
+    lines = [json.dumps(row | {"step": i + 1, "grad_norm": norm}) for i, norm in enumerate(norms)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    changes = {"variant": explosion.ON_SOUND[0], "run": str(folder), "seed": seed, "non_finite": None}
+    if dead:
+        changes["non_finite"] = {"step": len(norms) + 1, "stage": None, "tensor": "loss"}
+    return dataclasses.replace(result(EXPLODING, seed), **changes)
+
+
+def test_a_limit_is_set_on_some_seeds_and_judged_on_others(tmp_path):
+    """The healthy runs of seeds 0 and 1 reach a norm of 5; of the others one reaches 6, and the dead one 7, 3 steps
+    before its end."""
+    runs = [logged(tmp_path / str(seed), [1, 5, 1], seed=seed, dead=False) for seed in (0, 1)]
+    runs += [
+        logged(tmp_path / "2", [1, 6, 1], seed=2, dead=False),
+        logged(tmp_path / "3", [1, 1, 1], seed=3, dead=False),
+    ]
+    runs.append(logged(tmp_path / "4", [1, 7, 1, 1], seed=4, dead=True))
+    done = [
+        (Experiment("grid", "loops", ()), tuple(runs)),
+        (Experiment("grid", "loops", (), guarded=True), tuple(runs)),
+    ]
+    rows = {(row["measurement"], row["limit"]): row for row in signs(done)}
+    norm = rows["gradient norm", "5"]
+    assert (norm["false alarms"], norm["announced"]) == ("1 of 2 healthy runs", "1 of 1 deaths")
+    assert norm["steps before"] == "3.00"
+    seeds = rows["gradient norm", "100 (C15)"]
+    assert (seeds["false alarms"], seeds["announced"]) == ("0 of 2 healthy runs", "0 of 1 deaths")
+    assert rows["1 / (1 − |corr|)", "2"]["announced"] == "0 of 1 deaths"
+
+
+def test_a_look_at_the_data_foresees_deaths(data, tmp_path):
+    _, indices = data
+    dead, alive = (logged(tmp_path / str(d), [1, 1], seed=2, dead=d) for d in (True, False))
+    done = [
+        (Experiment("a", "songs and silence", (), window=0.5), (dead,)),
+        (Experiment("b", "songs", (), window=0.5), (alive,)),
+    ]
+    row = by_the_data(done, indices)
+    assert (row["false alarms"], row["announced"]) == ("0 of 1 healthy runs", "1 of 1 deaths")
+    wrong = by_the_data([(done[0][0], (alive,)), (done[1][0], (dead,))], indices)
+    assert (wrong["false alarms"], wrong["announced"]) == ("1 of 1 healthy runs", "0 of 1 deaths")
+
+
+def test_errors_of_the_law_are_against_what_was_measured(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    val = {"split": "val", "step": 5, "stage0/projection_rms": 9.0, "stage0/residual_rms": 4.0}
+    val |= {"stage0/alignment": 0.0, "stage0/rms_before_scaling": 10.0}
+    rows = [val, {"split": "law", "step": 5, "stage0/projection_rms": 3.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert law_errors(str(tmp_path), StageConfig(residual_weight=1.0), 0) == [pytest.approx(-0.5)]  # √(3² + 4²) = 5
+    share = StageConfig(residual_weight=0.6, mixing="preserving")
+    assert law_errors(str(tmp_path), share, 0) == [pytest.approx(2.4 * math.sqrt(2) / 10 - 1)]
+
+
+def test_a_slim_result_is_a_result_with_the_largest_norms():
+    whole = dataclasses.replace(result(EXPLODING), grad_norm=(*map(float, range(100)), math.inf))
+    kept = Result(**slim(whole))
+    assert max(kept.grad_norm) == math.inf
+    assert len(kept.grad_norm) <= explosion.POINTS
+    assert kept.end["grad_norm"] == whole.end["grad_norm"]
+    assert all(name.startswith(("stage2/", "grad_norm")) for name in kept.end)
+
+
+def test_data_are_as_large_as_the_seeds_epoch(data):
+    music, _ = data
+    codec = MdctCodec()
+    manifest = of_size(build_manifest(music / "songs", music / "songs.jsonl", 1.0))
+    assert len(manifest.pairs) == len({pair.id for pair in manifest.pairs}) <= sum(explosion.PAIRS.values())
+    assert len(training(encode_manifest(manifest, codec, music / "latents"))) == len(manifest.split("train"))
+    assert load_audio(music / "latents" / "silence.wav").abs()[..., :10_000].max() == 0
