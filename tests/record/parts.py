@@ -66,9 +66,8 @@ def record(
     if preset.name == "full" and not torch.cuda.is_available():
         say("no GPU was found: preset full takes weeks here; PRESET=demo suits such a machine")
     project = open_project(preset, data_dir)
-    if {"explosion", "fusion"} & set(parts) and subprocess.run(
-        [ROOT / "data" / "fetch_music.sh", music], check=False
-    ).returncode:
+    fetch, on_music = [ROOT / "data" / "fetch_music.sh", music], {"explosion", "fusion"}
+    if on_music & set(parts) and subprocess.run(fetch, check=False).returncode:
         raise UserError(f"{music}: lacks the music to measure on; data/README.md says where it comes from")
     measure = {
         "bench": lambda: record_bench(folder),
