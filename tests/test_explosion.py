@@ -167,3 +167,11 @@ def test_data_are_as_large_as_the_seeds_epoch(data):
     assert len(manifest.pairs) == len({pair.id for pair in manifest.pairs}) <= sum(explosion.PAIRS.values())
     assert len(training(encode_manifest(manifest, codec, music / "latents"))) == len(manifest.split("train"))
     assert load_audio(music / "latents" / "silence.wav").abs()[..., :10_000].max() == 0
+
+
+def test_every_plan_can_be_built():
+    for e in experiments():
+        plan = e.plan(1)
+        for variant in plan.variants:
+            assert variant.cascade(plan.num_layers).stages
+            assert variant.training(plan.train).max_steps >= 2_000

@@ -56,8 +56,6 @@ KEPT = [REFERENCE, "3 stages", EXPLODING, REPAIR, *(variant.name for variant in 
 LAW = (
     *(Variant(f"last residual {weight:g}", "law", 3, last={"residual_weight": weight}) for weight in (0.05, 0.3)),
     *(Variant(f"last stage {width} wide", "law", last={"width": width}) for width in (192, 768)),
-    Variant("2 layers", "law", every={"num_layers": 2}),
-    Variant("4 layers", "law", every={"num_layers": 4}),
 )
 
 
@@ -83,6 +81,7 @@ class Experiment(NamedTuple):
     window: float | None = None  # seconds of a clip that are decoded, at random; None: all
     guarded: bool = False
     steps: int = STEPS
+    layers: int = 1
 
     def plan(self, seeds: int) -> Plan:
         loss = LossConfig(guarded=self.guarded, window_seconds=self.window)
@@ -96,7 +95,7 @@ class Experiment(NamedTuple):
         )
         base = dataclasses.replace(base, loss=loss, max_val_pairs=PAIRS["val"])
         small = tuple(dataclasses.replace(v, every=SMALL | dict(v.every)) for v in self.variants)
-        return Plan(small, 1, min(seeds, self.seeds), base)
+        return Plan(small, self.layers, min(seeds, self.seeds), base)
 
 
 Ran = tuple[Experiment, tuple[Result, ...]]
@@ -122,6 +121,8 @@ def experiments() -> Iterator[Experiment]:
     kept = variants(KEPT)
     yield Experiment("weak residual", "loops", kept, guarded=True)
     yield Experiment("law", "loops", LAW, seeds=3, guarded=True)
+    for layers in (2, 4):
+        yield Experiment("law", "loops", variants(["3 stages"]), seeds=3, guarded=True, layers=layers)
     yield Experiment("weak residual", "songs", kept, guarded=True)
     yield Experiment("protections", "loops", PROTECTED)
     for data in ("loops", "songs"):
@@ -306,13 +307,13 @@ def law_rows(done: Done) -> list[dict[str, Any]]:
         if e.name not in ("weak residual", "law"):
             continue
         for variant in e.variants:
-            stages = variant.cascade(1).stages
+            stages = variant.cascade(e.layers).stages
             for i, stage in enumerate(stages):
                 errors = [law_errors(r.run, stage, i) for r in results if r.variant == variant.name]
                 if stage.projection_level is None and errors:
                     at = {name: [abs(found[k]) for found in errors] for name, k in (("first", 0), ("last", -1))}
                     worst = [max(map(abs, found)) for found in errors]
-                    row = {"data": e.data, "variant": variant.name, "stage": i}
+                    row = {"data": e.data, "variant": variant.name, "layers": e.layers, "stage": i}
                     row |= {f"error after {250 if k == 'first' else e.steps} steps": percent(v) for k, v in at.items()}
                     row |= {"largest": percent(worst), "within 5 %": "yes" if max(worst) <= 0.05 else "no"}
                     rows.append(row)
