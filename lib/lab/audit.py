@@ -78,9 +78,11 @@ def audit_spectral_norm(ours: float, torchs: float, lipschitz: Values) -> list[V
 
 
 def audit_named(results: Runs) -> list[Verdict]:
-    """C5, C6, C15 and the 0.3× part of C14, from the settings that the seeds describe."""
+    """C5, C6, C15, C8 but for its NaN and the 0.3× part of C14, from the settings that the seeds describe."""
     found = by_variant(results)
-    reference, exploding, repair = (found[name] for name in (variants.REFERENCE, variants.EXPLODING, variants.REPAIR))
+    reference, exploding, repair, learnable = (found[variant.name] for variant in variants.NAMED)
+    trained = [r for r in learnable if r.start]  # without a step there is nothing to compare
+    no_step = "" if trained else "no run took a step"
     peaks, healthy_peaks, quiet = each(exploding, peak), each(reference, peak), known(exploding, final("rms_ratio"))
     facts = {"healthy": f"{max(healthy_peaks):.2g}"}
     level_tells = at_level(reference) and not any(measured.within([r], *measured.HEALTHY_RATIO) for r in quiet)
@@ -92,6 +94,8 @@ def audit_named(results: Runs) -> list[Verdict]:
         decide("C6.before_scaling", **passing(repair, before_scaling, 2.5, 3.0)),
         decide("C5.projection", **passing(exploding, "stage2/projection_rms", 0.85, 0.85) | {"found": "at the end"}),
         decide("C5.quiet", quiet),
+        decide("C8.one", each(trained, measured.scalar_ratio), short=no_step),
+        decide("C8.all", each(trained, measured.scalars_against_rest), short=no_step),
         stability(variants.REPAIR, repair),
         decide("C14.level", known(repair, final("rms_ratio")), at_level(repair)),
         decide("C15.norm", peaks, max(healthy_peaks) < 100 <= min(peaks), facts=facts),
@@ -108,26 +112,21 @@ def audit_grid(results: Runs) -> list[Verdict]:
 
 
 def audit_gradients(results: Runs) -> list[Verdict]:
-    """C7 to C9, from runs of three epochs and more of the settings that the seeds describe, and of the 2×2×2 of the
-    protections."""
+    """C7, C9 and the NaN of C8, from runs of three epochs and more of the settings that the seeds describe, and of the
+    2×2×2 of the protections."""
     found = by_variant(results)
     reference, exploding, repair, learnable = (found[variant.name] for variant in variants.NAMED)
-    weak, healthy, trained = each(exploding, peak), each(reference, peak), [r for r in learnable if r.start]
+    weak, healthy = each(exploding, peak), each(reference, peak)
     facts = {"steps": min(r.steps for r in exploding), "healthy": f"{max(healthy):.2g}"}
-    ended, learnable_ended = first_non_finite(exploding), first_non_finite(learnable)
-    no_step = "" if trained else "no run took a step"
+    facts["ended"] = first_non_finite(learnable)
     return [
         decide("C7.weak_rises", each(exploding, growth), facts=facts),
-        decide("C7.weak_ends", holds=not measured.never_non_finite(exploding), found=ended),
+        decide("C7.weak_ends", holds=not measured.never_non_finite(exploding), found=first_non_finite(exploding)),
         decide("C7.repair_rises", each(repair, growth)),
         decide("C7.weak_is_larger", weak, difference(weak, healthy) == "higher", facts=facts),
         decide("C7.reference", [r.end.get("grad_norm", math.inf) for r in reference]),
         decide("C7.last_projection", each(exploding, measured.last_projection_share)),
-        decide(
-            "C8.ends", each(learnable, peak), not measured.never_non_finite(learnable), facts={"ended": learnable_ended}
-        ),
-        decide("C8.one", each(trained, measured.scalar_ratio), short=no_step),
-        decide("C8.all", each(trained, measured.scalars_against_rest), short=no_step),
+        decide("C8.ends", each(learnable, peak), not measured.never_non_finite(learnable), facts=facts),
         *audit_protections(found),
     ]
 

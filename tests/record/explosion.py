@@ -4,7 +4,6 @@ taken away and put in; ways to keep a weak last residual. Runs are kept and resu
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 from pathlib import Path
@@ -47,7 +46,7 @@ PAIRS = {"train": 410, "val": 8}  # 205 batches of 2: an epoch of seed 001
 RATES, CLIPS = (1e-4, 3e-4), (10.0, None)
 WINDOW = 0.5  # seconds
 FRAME_RATE = 75  # latents a second
-DIGITS, POINTS = 4, 20  # of a number, and gradient norms of a run, in the record
+DIGITS = 4  # of a number in the record
 SMALL = {"ffn_mult": 1, "num_heads": 4}
 BY_NAME = {variant.name: variant for variant in VARIANTS + SCHEDULED}
 CELLS = [*(variant.name for variant in CAUSES.values()), CREATIVE]
@@ -63,9 +62,8 @@ NAMES = ("projection_rms", "residual_rms", "alignment", "rms_before_scaling")  #
 LOG_PENALTY = BY_NAME["causes: log penalty"].loss
 PROTECTED = tuple(dataclasses.replace(variant, loss=LOG_PENALTY) for variant in PROTECTIONS.values())
 # the model of seed 003, with its objective; its NaNs came in epochs 5, 14 and 24
-SEED_003 = dataclasses.replace(
-    BY_NAME[LEARNABLE], name="seed 003", loss=BY_NAME[CREATIVE].loss | {"anti_modulation": "log"}
-)
+CREATIVE_LOG = dict(BY_NAME[CREATIVE].loss) | {"anti_modulation": "log"}
+SEED_003 = dataclasses.replace(BY_NAME[LEARNABLE], loss=CREATIVE_LOG)
 LONGER = 24 * 205 + 80
 
 
@@ -82,6 +80,11 @@ class Experiment(NamedTuple):
     guarded: bool = False
     steps: int = STEPS
     layers: int = 1
+
+    @property
+    def correlating(self) -> set[str]:
+        """The variants that correlate envelopes."""
+        return {variant.name for variant in self.variants if variant.loss.get("anti_modulation_weight")}
 
     def plan(self, seeds: int) -> Plan:
         loss = LossConfig(guarded=self.guarded, window_seconds=self.window)
@@ -126,7 +129,8 @@ def experiments() -> Iterator[Experiment]:
     yield Experiment("weak residual", "songs", kept, guarded=True)
     yield Experiment("protections", "loops", PROTECTED)
     for data in ("loops", "songs"):
-        yield Experiment("longer", data, (SEED_003, BY_NAME[LEARNABLE]), steps=LONGER)
+        yield Experiment("longer", data, variants([LEARNABLE]), steps=LONGER)
+        yield Experiment("longer, creative terms", data, (SEED_003,), steps=LONGER)
     for rate in RATES[::-1]:
         for data in ("loops", "songs"):
             for clip in CLIPS[::-1]:
@@ -209,18 +213,17 @@ def run(e: Experiment, seeds: int, index: Path, folder: Path, unclipped: Sequenc
     return same + run_plan(e._replace(variants=left).plan(seeds), index, "mdct", folder)
 
 
-def of_last_stage(values: dict[str, float]) -> dict[str, float]:
-    """What the tables and verdicts need of a run's metrics."""
-    last = max((name.split("/")[0] for name in values if name.startswith("stage")), default="")
-    return {k: v for k, v in values.items() if k.startswith((f"{last}/", "grad_norm"))}
+KEPT_METRICS = ("grad_norm", "rms_ratio", "mse", "input_correlation", "target_correlation")
 
 
 def slim(result: Result) -> dict[str, Any]:
-    """A result with what is needed of it; of its gradient norms, the largest of each of `POINTS` parts."""
-    norms, size = result.grad_norm, math.ceil(len(result.grad_norm) / POINTS)
-    norms = tuple(max(norms[i : i + size]) for i in range(0, len(norms), size))
-    parts = {name: of_last_stage(getattr(result, name)) for name in ("start", "end")}
-    return rounded(dataclasses.replace(result, grad_norm=norms, quarter={}, **parts))
+    """A result with what the tables and verdicts need of it; of its gradient norms the largest."""
+    kept = {"grad_norm": (peak(result),), "quarter": {}}
+    for name in ("start", "end", "final"):
+        found = getattr(result, name) or {}
+        parts = name == "end" and result.variant == EXPLODING  # whose shares are judged
+        kept[name] = {k: v for k, v in found.items() if k in KEPT_METRICS or (parts and k.startswith("grad_norm/"))}
+    return rounded(dataclasses.replace(result, **kept | {"final": kept["final"] or None}))
 
 
 def rounded(result: Result) -> dict[str, Any]:
@@ -248,9 +251,9 @@ CALIBRATING = (0, 1)  # seeds whose healthy runs set the limits; the others are 
 
 def signs(done: Done) -> list[dict[str, Any]]:
     """For each measurement: a limit that no step of the calibrating seeds' healthy runs passes, how many of the other
-    seeds' healthy runs pass it, how many deaths it announces, and how many steps before. Only runs of unguarded
-    correlations of envelopes: they alone die."""
-    runs = [r for e, results in done if not e.guarded for r in results if r.variant in (*ON_SOUND, SEED_003.name)]
+    seeds' healthy runs pass it, how many deaths it announces, and how many steps before. Only runs that correlate
+    envelopes without epsilons."""
+    runs = [r for e, results in done if not e.guarded for r in results if r.variant in e.correlating]
     series = [(r, training_steps(r.run)) for r in {r.run: r for r in runs}.values()]
     rows = []
     for name, of in SIGNS.items():
@@ -283,7 +286,7 @@ def by_the_data(done: Done, indices: Mapping[str, Path]) -> dict[str, Any]:
     for e, results in done:
         if not e.guarded:
             foreseen = silent[e.data] >= round((e.window or 1.0) * FRAME_RATE)
-            for r in (r for r in results if r.variant in (*ON_SOUND, SEED_003.name) and r.seed not in CALIBRATING):
+            for r in (r for r in results if r.variant in e.correlating and r.seed not in CALIBRATING):
                 found[foreseen].append(r.non_finite)
     deaths = [bad["step"] for runs in found.values() for bad in runs if bad]
     leads = [bad["step"] for bad in found[True] if bad]
