@@ -7,7 +7,7 @@ import math
 import explosion
 import pytest
 import torch
-from explosion import CELLS, Experiment, by_the_data, experiments, law_errors, of_size, run, signs, silence, slim
+from explosion import CELLS, Experiment, by_the_data, experiments, largest_error, of_size, run, signs, silence, slim
 from lab.test_audit import result
 
 from lib.audio.files import load_audio, save_audio
@@ -147,11 +147,24 @@ def test_errors_of_the_law_are_against_what_was_measured(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     val = {"split": "val", "step": 5, "stage0/projection_rms": 9.0, "stage0/residual_rms": 4.0}
     val |= {"stage0/alignment": 0.0, "stage0/rms_before_scaling": 10.0}
-    rows = [val, {"split": "law", "step": 5, "stage0/projection_rms": 3.0}]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    assert law_errors(str(tmp_path), StageConfig(residual_weight=1.0), 0) == [pytest.approx(-0.5)]  # √(3² + 4²) = 5
+    better = val | {"step": 9, "stage0/rms_before_scaling": 5.0}
+    law = [{"split": "law", "step": step, "stage0/projection_rms": 3.0} for step in (5, 9)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [val, better, *law])) + "\n")
+    assert largest_error(str(tmp_path), StageConfig(residual_weight=1.0), 0) == pytest.approx(0.5)  # √(3² + 4²) = 5
     share = StageConfig(residual_weight=0.6, mixing="preserving")
-    assert law_errors(str(tmp_path), share, 0) == [pytest.approx(2.4 * math.sqrt(2) / 10 - 1)]
+    assert largest_error(str(tmp_path), share, 0) == pytest.approx(1 - 2.4 * math.sqrt(2) / 10)
+
+
+def test_clips_are_named_without_folders():
+    bad = {
+        "step": 4,
+        "stage": None,
+        "tensor": "loss",
+        "operation": "",
+        "pairs": ["/a/b/c.wav at 0.00 s with /d/e.wav at 1.00 s"],
+    }
+    kept = slim(dataclasses.replace(result(EXPLODING, bad_step=4), non_finite=bad))
+    assert kept["non_finite"]["pairs"] == ["c.wav at 0.00 s with e.wav at 1.00 s"]
 
 
 def test_a_slim_result_is_judged_as_the_whole_one():

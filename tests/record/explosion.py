@@ -4,6 +4,7 @@ taken away and put in; ways to keep a weak last residual. Runs are kept and resu
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 from pathlib import Path
@@ -223,7 +224,10 @@ def slim(result: Result) -> dict[str, Any]:
         found = getattr(result, name) or {}
         parts = name == "end" and result.variant == EXPLODING  # whose shares are judged
         kept[name] = {k: v for k, v in found.items() if k in KEPT_METRICS or (parts and k.startswith("grad_norm/"))}
-    return rounded(dataclasses.replace(result, **kept | {"final": kept["final"] or None}))
+    bad = result.non_finite and dict(result.non_finite)
+    if bad:
+        bad["pairs"] = [re.sub(r"\S*/", "", pair) for pair in bad["pairs"]]  # files without their folders
+    return rounded(dataclasses.replace(result, non_finite=bad, **kept | {"final": kept["final"] or None}))
 
 
 def rounded(result: Result) -> dict[str, Any]:
@@ -304,38 +308,29 @@ def by_the_data(done: Done, indices: Mapping[str, Path]) -> dict[str, Any]:
 
 def law_rows(done: Done) -> list[dict[str, Any]]:
     """RMS before scaling, predicted at every validation from the weights after LayerNorm and the alignment, against
-    what is measured there: a row for each stage of a variant, over seeds."""
+    what is measured there: a row for each variant, the largest error of each stage over training, over seeds."""
     rows = []
-    for e, results in done:
-        if e.name not in ("weak residual", "law"):
-            continue
-        for variant in e.variants:
-            stages = variant.cascade(e.layers).stages
-            for i, stage in enumerate(stages):
-                errors = [law_errors(r.run, stage, i) for r in results if r.variant == variant.name]
-                if stage.projection_level is None and errors:
-                    at = {name: [abs(found[k]) for found in errors] for name, k in (("first", 0), ("last", -1))}
-                    worst = [max(map(abs, found)) for found in errors]
-                    row = {"data": e.data, "variant": variant.name, "layers": e.layers, "stage": i}
-                    row |= {f"error after {250 if k == 'first' else e.steps} steps": percent(v) for k, v in at.items()}
-                    row |= {"largest": percent(worst), "within 5 %": "yes" if max(worst) <= 0.05 else "no"}
-                    rows.append(row)
+    judged = [ran for ran in done if ran[0].name in ("weak residual", "law")]
+    for e, results, variant in ((*ran, variant) for ran in judged for variant in ran[0].variants):
+        runs = [r.run for r in results if r.variant == variant.name]
+        stages = enumerate(variant.cascade(e.layers).stages)
+        worst = {i: [largest_error(run, s, i) for run in runs] for i, s in stages if s.projection_level is None}
+        row = {"data": e.data, "variant": variant.name, "layers": e.layers}
+        row |= {f"stage {i}": f"{describe([100 * error for error in errors], 2)} %" for i, errors in worst.items()}
+        kept = [f"stage {i}" for i, errors in worst.items() if max(errors) <= 0.05]
+        rows.append(row | {"within 5 %": ", ".join(kept) or "none"})
     return rows
 
 
-def law_errors(run: str, stage: StageConfig, i: int) -> list[float]:
-    """Of one stage at every validation of a run, as shares of what is measured."""
+def largest_error(run: str, stage: StageConfig, i: int) -> float:
+    """Of stage i, over the validations of a run, as a share of what is measured."""
     law, measured = (Run.open(run).metrics(split) for split in (LAW_ROWS, "val"))
     errors = []
     for predicted, row in zip(law, measured, strict=True):
-        p, r, rho, m = (row[f"stage{i}/{name}"] for name in NAMES)
+        _, r, rho, m = (row[f"stage{i}/{name}"] for name in NAMES)
         p = stage.projection_weight * predicted[f"stage{i}/projection_rms"]
-        errors.append(rms_before_scaling(p, r, stage.residual_weight, rho) / m - 1)
-    return errors
-
-
-def percent(values: Sequence[float]) -> str:
-    return describe([100 * value for value in values], 2) + " %"
+        errors.append(abs(rms_before_scaling(p, r, stage.residual_weight, rho) / m - 1))
+    return max(errors)
 
 
 def record(music: Path, songs: Path, folder: Path, path: Path) -> None:
