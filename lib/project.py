@@ -96,10 +96,10 @@ class Project:
         source = f"recorded: preset {facts['preset']}, {facts['steps']} steps, codec {facts['codec']}"
         return results, facts | {"source": source}
 
-    def recorded_explosion(self) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
-        """The experiments on what ends a training, each with its results, and what was found over all of them."""
-        experiments, facts = read_record(RECORD / "explosion.json", dict)
-        return tuple(e | {"results": tuple(Result(**r) for r in e["results"])} for e in experiments), facts
+    def recorded_explosion(self) -> tuple[list[tuple[str, list[Result]]], dict[str, Any]]:
+        """What ends a training: results of long runs by their data, in groups of one objective; and tables."""
+        rows, facts = read_record(RECORD / "explosion.json", dict)
+        return [(row["data"], [Result(**r) for r in row["results"]]) for row in rows], facts["tables"]
 
     def recorded_fusion(self) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
         """The runs of notebook 04 on real music, and their facts; none while they are being recorded."""

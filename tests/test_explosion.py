@@ -7,7 +7,20 @@ import math
 import explosion
 import pytest
 import torch
-from explosion import CELLS, Experiment, by_the_data, experiments, largest_error, of_size, run, signs, silence, slim
+from explosion import (
+    CELLS,
+    Experiment,
+    by_the_data,
+    cause_rows,
+    death_rows,
+    experiments,
+    largest_error,
+    of_size,
+    run,
+    signs,
+    silence,
+    slim,
+)
 from lab.test_audit import result
 
 from lib.audio.files import load_audio, save_audio
@@ -155,16 +168,52 @@ def test_errors_of_the_law_are_against_what_was_measured(tmp_path):
     assert largest_error(str(tmp_path), share, 0) == pytest.approx(1 - 2.4 * math.sqrt(2) / 10)
 
 
-def test_clips_are_named_without_folders():
+def nan_at(step: int, clips: str, seed: int = 0) -> Result:
     bad = {
-        "step": 4,
+        "step": step,
         "stage": None,
         "tensor": "loss",
-        "operation": "",
-        "pairs": ["/a/b/c.wav at 0.00 s with /d/e.wav at 1.00 s"],
+        "operation": "div gave NaN",
+        "pairs": [clips],
+        "spread": "all",
     }
-    kept = slim(dataclasses.replace(result(EXPLODING, bad_step=4), non_finite=bad))
-    assert kept["non_finite"]["pairs"] == ["c.wav at 0.00 s with e.wav at 1.00 s"]
+    return dataclasses.replace(result(EXPLODING, seed, bad_step=step), non_finite=bad)
+
+
+def test_a_death_is_told_by_its_step_its_operation_and_its_clips():
+    runs = (nan_at(4, "a with /x/b"), nan_at(40, "a with b", 1), nan_at(9, "c with d", 2), result(EXPLODING, 3))
+    e = Experiment("windows", "loops", SOUND, rate=3e-4, clip=None)
+    row, quiet = death_rows([(e, runs), (e._replace(clip=10.0, guarded=True), runs[3:])])
+    assert row == {
+        "experiment": "windows",
+        "data": "loops",
+        "terms": "as the seeds had it",
+        "learning rate": "3e-04",
+        "clip": "none",
+        "non-finite": "3 of 4",
+        "step": "4 to 40",
+        "gradient norm before": "1.00 (1.00 to 1.00)",
+        "tensor": "loss",
+        "operation": "div gave NaN",
+        "spread": "all",
+        "clips": "a with b; c with d",  # without folders
+    }
+    assert (quiet["non-finite"], quiet["step"], quiet["operation"]) == ("0 of 1", "–", "–")
+    assert (quiet["terms"], quiet["clip"]) == ("ours", "10")
+
+
+def test_causes_are_told_in_decades_of_the_largest_norm():
+    def run_of(variant, on, seed):
+        weak, _, log = on
+        return dataclasses.replace(result(EXPLODING, seed, norms=(1.0, 10.0 ** (weak + 2 * log))), variant=variant.name)
+
+    runs = tuple(run_of(variant, on, seed) for on, variant in CAUSES.items() for seed in range(3))
+    (row,) = cause_rows([(next(e for e in experiments() if e.name == "grid"), runs)])
+    assert row["weak residual"] == "1.0 (1.0 to 1.0)"
+    assert row["learnable scalars"].startswith("0")
+    assert row["log penalty"] == "2.0 (2.0 to 2.0)"
+    assert row["largest norm"] == "1e+03 (causes: weak + log penalty)"
+    assert row["ended"] == "no non-finite value in 100 steps"
 
 
 def test_a_slim_result_is_judged_as_the_whole_one():

@@ -8,7 +8,6 @@ from lib.lab.results import (
     Groups,
     Measure,
     at_level,
-    by_variant,
     each,
     final,
     first_non_finite,
@@ -17,7 +16,7 @@ from lib.lab.results import (
     peak,
     rising,
 )
-from lib.lab.variants import CAUSE_NAMES, CAUSES, EXPLODING, REFERENCE, SINGLE_CHANGES, Variant
+from lib.lab.variants import EXPLODING, REFERENCE, SINGLE_CHANGES, Variant
 from lib.training.config import TrainConfig
 from lib.util.stats import describe, difference, factorial_effects
 
@@ -157,45 +156,4 @@ def schedule_rows(groups: Groups) -> Rows:
             values = known(runs, final(f"model/{key}"))
             row[key.removesuffix("_ratio")] = f"{sum(values) / max(1, len(values)):.2f}"
         rows.append(row)
-    return rows
-
-
-Experiments = Sequence[Mapping[str, Any]]  # of the record on what ends a training: settings, and their 'results'
-
-
-def death_rows(experiments: Experiments) -> Rows:
-    """A row for each experiment: how many of its runs met a non-finite value, when, in which operation and clips."""
-    rows = []
-    for experiment in experiments:
-        runs = experiment["results"]
-        dead = [run for run in runs if run.non_finite]
-        row = conditions(experiment) | {"non-finite": f"{len(dead)} of {len(runs)}"}
-        steps = sorted({run.non_finite["step"] for run in dead})
-        row["step"] = " to ".join(str(step) for step in dict.fromkeys((steps[0], steps[-1]))) if dead else "–"
-        row["gradient norm before"] = describe([run.end["grad_norm"] for run in dead if run.end]) if dead else "–"
-        for name in ("tensor", "operation"):
-            row[name] = "; ".join(dict.fromkeys(run.non_finite[name] for run in dead)) or "–"
-        row["clips"] = "; ".join(dict.fromkeys(pair for run in dead for pair in run.non_finite["pairs"])) or "–"
-        rows.append(row)
-    return rows
-
-
-def conditions(experiment: Mapping[str, Any]) -> dict[str, Any]:
-    """What an experiment's runs have in common, as columns."""
-    clip, epsilons = experiment["clip"], "ours" if experiment["guarded"] else "as the seeds had it"
-    row = {"experiment": experiment["name"], "data": experiment["data"], "terms": epsilons}
-    return row | {"learning rate": f"{experiment['rate']:.0e}", "clip": "none" if clip is None else f"{clip:g}"}
-
-
-def cause_rows(experiments: Experiments) -> Rows:
-    """A row for each condition of the grid: non-finite values, the largest gradient norm and its cell, and what each
-    cause does to the largest norm, in decades."""
-    rows = []
-    for experiment in experiments:
-        groups, label = by_variant(experiment["results"]), "largest gradient norm (decades)"
-        largest = max(experiment["results"], key=peak)
-        row = conditions(experiment) | {"ended": first_non_finite(experiment["results"])}
-        row["largest norm"] = f"{peak(largest):.3g} ({largest.variant})"
-        found = effects(CAUSES, CAUSE_NAMES, groups).get(label, {})
-        rows.append(row | {name: describe(found[name], 2) for name in CAUSE_NAMES if name in found})
     return rows

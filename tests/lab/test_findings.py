@@ -7,8 +7,6 @@ import pytest
 from lab.test_audit import dead, protections, result
 from lib.lab.findings import (
     against_chance,
-    cause_rows,
-    death_rows,
     effect_rows,
     effects,
     findings,
@@ -20,7 +18,7 @@ from lib.lab.findings import (
     weak_residuals,
 )
 from lib.lab.results import Result, by_variant
-from lib.lab.variants import CAUSES, EXPLODING, PROTECTION_NAMES, PROTECTIONS, REFERENCE
+from lib.lab.variants import EXPLODING, PROTECTION_NAMES, PROTECTIONS, REFERENCE
 
 
 def by_name(runs: list[Result]) -> dict[str, list[Result]]:
@@ -160,52 +158,3 @@ def test_a_row_of_the_schedule_has_means_over_the_runs_that_ended():
     assert row == {"variant": "whole", "seeds": 3, "steps": 3, "non-finite": 1} | dict.fromkeys(
         ("rhythm", "harmony", "merit", "movement"), "0.75"
     )
-
-
-# --- what ends a training ---------------------------------------------------------------------------------------------
-
-SETTINGS = {"name": "grid", "data": "loops", "rate": 3e-4, "clip": None, "window": 0.5, "guarded": False, "steps": 2000}
-
-
-def nan_at(step: int, clips: str, seed: int = 0) -> Result:
-    bad = {"step": step, "stage": None, "tensor": "loss", "operation": "div gave NaN", "pairs": [clips], "spread": ""}
-    return dataclasses.replace(result(EXPLODING, seed, bad_step=step), non_finite=bad)
-
-
-def test_a_death_is_told_by_its_step_its_operation_and_its_clips():
-    runs = [nan_at(4, "a with b"), nan_at(40, "a with b", 1), nan_at(9, "c with d", 2), result(EXPLODING, 3)]
-    (row, quiet) = death_rows(
-        [SETTINGS | {"results": runs}, SETTINGS | {"clip": 10.0, "guarded": True, "results": runs[3:]}]
-    )
-    assert row == {
-        "experiment": "grid",
-        "data": "loops",
-        "terms": "as the seeds had it",
-        "learning rate": "3e-04",
-        "clip": "none",
-        "non-finite": "3 of 4",
-        "step": "4 to 40",
-        "gradient norm before": "1.00 (1.00 to 1.00)",
-        "tensor": "loss",
-        "operation": "div gave NaN",
-        "clips": "a with b; c with d",
-    }
-    assert (quiet["non-finite"], quiet["step"], quiet["operation"]) == ("0 of 1", "–", "–")
-    assert (quiet["terms"], quiet["clip"]) == ("ours", "10")
-
-
-def test_causes_are_told_in_decades_of_the_largest_norm():
-    def level(weak, learnable, log):
-        return 10.0 ** (weak + 2 * log)
-
-    runs = [
-        dataclasses.replace(result(EXPLODING, s, norms=(1.0, level(*on))), variant=v.name)
-        for on, v in CAUSES.items()
-        for s in range(3)
-    ]
-    (row,) = cause_rows([SETTINGS | {"results": runs}])
-    assert row["weak residual"] == "1.0 (1.0 to 1.0)"
-    assert row["learnable scalars"].startswith("0")
-    assert row["log penalty"] == "2.0 (2.0 to 2.0)"
-    assert row["largest norm"] == "1e+03 (causes: weak + log penalty)"
-    assert row["ended"] == "no non-finite value in 100 steps"

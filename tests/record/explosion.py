@@ -18,8 +18,10 @@ from lib.data.latents import LatentPairs, encode_manifest, encoding_check
 from lib.data.pairs import Clip, Manifest, build_manifest
 from lib.lab.ablation import LAW as LAW_ROWS
 from lib.lab.ablation import Plan, run_plan
-from lib.lab.results import Result, by_variant, peak, training_steps, write_record
+from lib.lab.findings import effects
+from lib.lab.results import Result, by_variant, first_non_finite, peak, training_steps, write_record
 from lib.lab.variants import (
+    CAUSE_NAMES,
     CAUSES,
     CREATIVE,
     EXPLODING,
@@ -66,6 +68,7 @@ PROTECTED = tuple(dataclasses.replace(variant, loss=LOG_PENALTY) for variant in 
 CREATIVE_LOG = dict(BY_NAME[CREATIVE].loss) | {"anti_modulation": "log"}
 SEED_003 = dataclasses.replace(BY_NAME[LEARNABLE], loss=CREATIVE_LOG)
 LONGER = 24 * 205 + 80
+JUDGED = ("weak residual", "protections", "longer", "longer, creative terms")
 
 
 class Experiment(NamedTuple):
@@ -224,9 +227,7 @@ def slim(result: Result) -> dict[str, Any]:
         found = getattr(result, name) or {}
         parts = name == "end" and result.variant == EXPLODING  # whose shares are judged
         kept[name] = {k: v for k, v in found.items() if k in KEPT_METRICS or (parts and k.startswith("grad_norm/"))}
-    bad = result.non_finite and dict(result.non_finite)
-    if bad:
-        bad["pairs"] = [re.sub(r"\S*/", "", pair) for pair in bad["pairs"]]  # files without their folders
+    bad = result.non_finite and {"step": result.non_finite["step"]}
     return rounded(dataclasses.replace(result, non_finite=bad, **kept | {"final": kept["final"] or None}))
 
 
@@ -236,8 +237,47 @@ def rounded(result: Result) -> dict[str, Any]:
     return json.loads(json.dumps(content), parse_float=lambda number: float(f"{float(number):.{DIGITS}g}"))
 
 
-def facts_of(e: Experiment) -> dict[str, Any]:
-    return {name: value for name, value in e._asdict().items() if name not in ("variants", "seeds")}
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def conditions(e: Experiment) -> dict[str, str]:
+    """What an experiment's runs have in common, as columns."""
+    row = {"experiment": e.name, "data": e.data, "terms": "ours" if e.guarded else "as the seeds had it"}
+    return row | {"learning rate": f"{e.rate:.0e}", "clip": "none" if e.clip is None else f"{e.clip:g}"}
+
+
+def death_rows(done: Done) -> list[dict[str, str]]:
+    """A row for each experiment: how many of its runs met a non-finite value, when, in which operation and clips."""
+    rows = []
+    for e, runs in done:
+        dead = [run for run in runs if run.non_finite]
+        row = conditions(e) | {"non-finite": f"{len(dead)} of {len(runs)}"}
+        steps = sorted({run.non_finite["step"] for run in dead})
+        row["step"] = " to ".join(str(step) for step in dict.fromkeys((steps[0], steps[-1]))) if dead else "–"
+        row["gradient norm before"] = describe([run.end["grad_norm"] for run in dead if run.end]) if dead else "–"
+        for name in ("tensor", "operation", "spread"):
+            row[name] = "; ".join(dict.fromkeys(run.non_finite[name] for run in dead)) or "–"
+        row["clips"] = "; ".join(dict.fromkeys(pair for run in dead for pair in clips_of(run))) or "–"
+        rows.append(row)
+    return rows
+
+
+def clips_of(run: Result) -> list[str]:
+    """The clips that made a run end, by file without its folder, and offset."""
+    return [re.sub(r"\S*/", "", pair) for pair in run.non_finite["pairs"]]
+
+
+def cause_rows(done: Done) -> list[dict[str, str]]:
+    """A row for each condition of the grid: non-finite values, the largest gradient norm and its cell, and what each
+    cause does to the largest norm, in decades."""
+    rows = []
+    for e, runs in done:
+        largest = max(runs, key=peak)
+        row = conditions(e) | {"ended": first_non_finite(runs)}
+        row["largest norm"] = f"{peak(largest):.3g} ({largest.variant})"
+        found = effects(CAUSES, CAUSE_NAMES, by_variant(runs)).get("largest gradient norm (decades)", {})
+        rows.append(row | {name: describe(found[name], 2) for name in CAUSE_NAMES if name in found})
+    return rows
 
 
 # --- early warning ----------------------------------------------------------------------------------------------------
@@ -334,10 +374,18 @@ def largest_error(run: str, stage: StageConfig, i: int) -> float:
 
 
 def record(music: Path, songs: Path, folder: Path, path: Path) -> None:
-    """Run all experiments and write what they found: one row for each, with the results of its runs."""
+    """Run all experiments and write what they found: tables, and the results of those that verdicts are made from."""
     done, indices = run_all(music, songs, folder)
-    facts = {"signs": [*signs(done), by_the_data(done, indices)], "law": law_rows(done)}
-    write_record(path, [facts_of(e) | {"results": [slim(r) for r in results]} for e, results in done], facts)
+    deaths = [ran for ran in done if ran[0].window]
+    tables = {
+        "causes": cause_rows([ran for ran in done if ran[0].name == "grid"]),
+        "deaths": death_rows(deaths),
+        "signs": [*signs(done), by_the_data(done, indices)],
+        "law": law_rows(done),
+    }
+    judged = [ran for ran in done if ran[0].name in JUDGED]
+    rows = [{"data": e.data, "results": [slim(r) for r in results]} for e, results in judged]
+    write_record(path, rows, {"tables": tables})
 
 
 if __name__ == "__main__":
