@@ -164,6 +164,8 @@ def test_errors_of_the_law_are_against_what_was_measured(tmp_path):
     law = [{"split": "law", "step": step, "stage0/projection_rms": 3.0} for step in (5, 9)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, [val, better, *law])) + "\n")
     assert largest_error(str(tmp_path), StageConfig(residual_weight=1.0), 0) == pytest.approx(0.5)  # √(3² + 4²) = 5
+    mixed = largest_error(str(tmp_path), StageConfig(residual_weight=1.0), 0, by_weights=False)
+    assert mixed == pytest.approx(math.sqrt(97) / 5 - 1)  # √(9² + 4²)
     share = StageConfig(residual_weight=0.6, mixing="preserving")
     assert largest_error(str(tmp_path), share, 0) == pytest.approx(1 - 2.4 * math.sqrt(2) / 10)
 

@@ -1,7 +1,6 @@
 """What notebook 03 measures: gains and Jacobian norms of parts of a cascade, and the law of the RMS against untrained
 cascades and the ablation's runs. `x`, `y`: the latents of a few pairs, `[B, D, T]` each."""
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lib.lab.results import Runs, training_steps
 from lib.model.cascade import Cascade, CascadeConfig, RmsScaling, StageTrace, cosine, rms
-from lib.model.rms_law import Clips, StagePrediction, rms_before_scaling
+from lib.model.rms_law import Clips, StagePrediction
 from lib.util.stats import describe
 
 Row = dict[str, Any]
@@ -164,27 +163,6 @@ def training_panel(config: CascadeConfig, runs: Runs, x: Tensor, y: Tensor) -> d
     lines = {"predicted": "rms_before_scaling", "bound": "highest_rms_before_scaling"}
     panel = {name: [mean_prediction(law, what)] * count for name, what in lines.items()}
     return panel | {"x": range(1, count + 1), "measured": [values[:count] for values in measured]}
-
-
-def mixing_holds(config: CascadeConfig, row: Mapping[str, float]) -> bool:
-    """Whether m² = p² + w²r² + 2wρpr within 5 % at one step of training, with the cosine ρ that it has reached."""
-    names = ("projection_rms", "residual_rms", "alignment", "rms_before_scaling")
-    p, r, rho, m = (row[last_stage(config, name)] for name in names)
-    return math.isclose(rms_before_scaling(p, r, config.stages[-1].residual_weight, rho), m, rel_tol=0.05)
-
-
-def training_row(name: str, config: CascadeConfig, runs: Runs, predicted: float, when: str) -> Row:
-    """The last stage at the 'start' or 'end' of training, and the error of the law, which does not model training."""
-    names = ("projection_rms", "alignment", "rms_before_scaling")
-    p, rho, m = ([getattr(run, when)[last_stage(config, name)] for run in runs] for name in names)
-    row = {"variant": name, "when": {"start": "first tenth", "end": "last tenth"}[when]}
-    row |= {"projection RMS": describe(p), "cosine with residual": describe(rho, 2), "RMS before scaling": describe(m)}
-    row["error of the law"] = f"{statistics.median(m) / predicted - 1:+.0%}"
-    if when == "end":
-        row["ceiling now"] = describe([run.final[last_stage(config, "ceiling")] for run in runs if run.final])
-        holds = [mixing_holds(config, step) for run in runs for step in training_steps(run.run)]
-        row["steps with mixing (7) within 5 %"] = f"{statistics.mean(holds):.0%}"
-    return row
 
 
 def clamped_row(name: str, config: CascadeConfig, runs: Runs) -> Row:

@@ -14,13 +14,11 @@ from lib.lab.probes import (
     largest_error,
     last_stage_over_weights,
     law_row,
-    mixing_holds,
     over_weights,
     predictions,
     scaling_gains,
     stage_rows,
     training_panel,
-    training_row,
     untrained,
     weight_row,
 )
@@ -352,13 +350,6 @@ def result(start: float = 1.0, end: float = 1.0) -> Result:
     return Result(EXPLODING, 0, 1, 2, None, *ends, {"stage2/ceiling": 1.8}, (1.0, 1.0), "run")
 
 
-def test_the_mixing_law_holds_with_the_cosine_of_the_step():
-    config = CONFIGS[EXPLODING]
-    assert mixing_holds(config, step())
-    assert not mixing_holds(config, step(1.06))
-    assert not mixing_holds(config, step() | {"stage2/alignment": 1.0})
-
-
 def test_training_is_shown_beside_the_law_and_its_bound(pair, monkeypatch):
     monkeypatch.setattr(probes, "training_steps", lambda run: [step(), step(1.5), step()])
     config = CONFIGS[EXPLODING]
@@ -366,10 +357,6 @@ def test_training_is_shown_beside_the_law_and_its_bound(pair, monkeypatch):
     assert len(panel["x"]) == len(panel["bound"]) == 3
     assert panel["measured"] == [[pytest.approx(scale * 0.61**0.5) for scale in (1.0, 1.5, 1.0)]] * 2
     assert panel["predicted"][0] < panel["bound"][0]
-    first, last = (training_row(EXPLODING, config, [result()], 0.61**0.5 / 1.1, when) for when in ("start", "end"))
-    assert (first["when"], first["error of the law"]) == ("first tenth", "+10%")
-    assert "ceiling now" not in first
-    assert (last["ceiling now"], last["steps with mixing (7) within 5 %"]) == ("1.80", "67%")
 
 
 @pytest.mark.parametrize(("end", "holds"), [(1.0, "yes"), (0.9, "no")])

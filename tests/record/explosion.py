@@ -347,28 +347,35 @@ def by_the_data(done: Done, indices: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def law_rows(done: Done) -> list[dict[str, Any]]:
-    """RMS before scaling, predicted at every validation from the weights after LayerNorm and the alignment, against
-    what is measured there: a row for each variant, the largest error of each stage over training, over seeds."""
-    rows = []
-    judged = [ran for ran in done if ran[0].name in ("weak residual", "law")]
+    """RMS before scaling at every validation, predicted by mixing (7) from what the stage's parts have, and from the
+    weights after LayerNorm and the alignment alone: a row for each variant, the largest errors over stages and over
+    training, as ranges over seeds."""
+    rows, judged = [], [ran for ran in done if ran[0].name in ("weak residual", "law")]
     for e, results, variant in ((*ran, variant) for ran in judged for variant in ran[0].variants):
         runs = [r.run for r in results if r.variant == variant.name]
-        stages = enumerate(variant.cascade(e.layers).stages)
-        worst = {i: [largest_error(run, s, i) for run in runs] for i, s in stages if s.projection_level is None}
+        stages = list(enumerate(variant.cascade(e.layers).stages))
         row = {"data": e.data, "variant": variant.name, "layers": e.layers}
-        row |= {f"stage {i}": f"{describe([100 * error for error in errors], 2)} %" for i, errors in worst.items()}
+        row["mixing (7)"] = percent(
+            [max(largest_error(run, s, i, by_weights=False) for i, s in stages) for run in runs]
+        )
+        worst = {i: [largest_error(run, s, i) for run in runs] for i, s in stages if s.projection_level is None}
+        row |= {f"stage {i}": percent(errors) for i, errors in worst.items()}
         kept = [f"stage {i}" for i, errors in worst.items() if max(errors) <= 0.05]
         rows.append(row | {"within 5 %": ", ".join(kept) or "none"})
     return rows
 
 
-def largest_error(run: str, stage: StageConfig, i: int) -> float:
+def percent(shares: Sequence[float]) -> str:
+    return f"{describe([100 * share for share in shares], 2)} %"
+
+
+def largest_error(run: str, stage: StageConfig, i: int, *, by_weights: bool = True) -> float:
     """Of stage i, over the validations of a run, as a share of what is measured."""
     law, measured = (Run.open(run).metrics(split) for split in (LAW_ROWS, "val"))
     errors = []
     for predicted, row in zip(law, measured, strict=True):
-        _, r, rho, m = (row[f"stage{i}/{name}"] for name in NAMES)
-        p = stage.projection_weight * predicted[f"stage{i}/projection_rms"]
+        p, r, rho, m = (row[f"stage{i}/{name}"] for name in NAMES)
+        p = stage.projection_weight * (predicted[f"stage{i}/projection_rms"] if by_weights else p)
         errors.append(abs(rms_before_scaling(p, r, stage.residual_weight, rho) / m - 1))
     return max(errors)
 
