@@ -98,12 +98,9 @@ def write_metrics(section: Section, compared: Sequence[Compared], pairs: Pairs) 
     for c, means in zip(compared, fusion_rows(measured, MEASURES, "run"), strict=True):
         section.key_figure(f"figure of merit of {c.name}", f"{means['merit']}, 1 at best")
         losses = [row["loss"] for row in curves[c.name]["val"] if row.get("loss") is not None]
-        row = {
-            "run": c.name,
-            "parameters": f"{count_parameters(c.model):,}",
-            "steps": max((row["step"] for row in curves[c.name]["train"]), default=0),
-            "lowest validation loss": f"{min(losses):.3f}" if losses else "none",
-        }
+        steps = max((row["step"] for row in curves[c.name]["train"]), default=0)
+        row = {"run": c.name, "parameters": f"{count_parameters(c.model):,}", "steps": steps}
+        row["lowest validation loss"] = f"{min(losses):.3f}" if losses else "none"
         rows.append(row | means)
     section.figure(plots.runs_side_by_side(curves), "curves", "Validation loss, gradient norm and level over steps")
     return section.table(rows, f"Means over {len(pairs)} validation pairs; losses compare where the objectives do")

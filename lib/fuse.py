@@ -77,17 +77,11 @@ def fuse_files(
 
 
 def fuse_and_restore(
-    input: File,
-    target: File,
-    out: File,
-    run: Run,
-    codec: Codec,
-    resolver: SuperResolver,
-    gain: float = 0.0,
-    **options: Any,
+    input: File, target: File, out: File, run: Run, codec: Codec, resolver: SuperResolver, **options: Any
 ) -> Written:
     """Fuse two audio files, with the options of `fuse_files`; write 48 kHz with the upper band restored."""
     _check_out(out, (input, target))
+    settings = Restoration(gain=options.pop("gain", 0.0))  # of the restored file, not of the draft
     try:
         folder = tempfile.TemporaryDirectory(prefix=".fused-", dir=Path(out).parent)
     except OSError as error:
@@ -98,7 +92,7 @@ def fuse_and_restore(
             fuse_files(input, target, draft, run, codec, **options)
         except AudioError as error:
             raise AudioError(out, error.problem) if error.path == draft else error from None
-        return restore_file(draft, out, resolver, Restoration(gain=gain))
+        return restore_file(draft, out, resolver, settings)
 
 
 def _check_out(out: File, clips: Iterable[File]) -> None:

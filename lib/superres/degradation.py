@@ -12,7 +12,6 @@ import torch
 from pydantic import Field
 from scipy import signal
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lib.audio.decode import AudioError
 from lib.audio.files import AudioReport, check_audio, check_files, load_audio, walk_audio
@@ -99,7 +98,7 @@ def read_library(folder: str | Path, clip_length: int) -> Library:
 
 
 @dataclass(eq=False)
-class Examples(Dataset):
+class Examples:
     """`examples[i]` is (clip `[1, N]`, degraded clip `[1, N]`) at 48 kHz, float32. Song, offset and degradation, unless
     given, depend on `seed`, split and `i` alone, so that a resumed training sees the same."""
 
@@ -119,25 +118,23 @@ class Examples(Dataset):
         return self.count
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        place, generator = self._draw(i)
-        offset = int(generator.integers(self.offsets[place]))
-        degradation = Degradation.draw(generator)
-        clip = load_audio(self.songs[place], offset, self.clip_length, SAMPLE_RATE)
+        song, offset, degradation = self._draw(i)
+        clip = load_audio(song, offset, self.clip_length, SAMPLE_RATE)
         return clip, (self.degradation or degradation)(clip)
 
     def song(self, i: int) -> AudioReport:
-        return self.songs[self._draw(i)[0]]
+        return self._draw(i)[0]
 
     def clip_names(self, i: int) -> tuple[str, str]:
         """File and offset of the clip, for itself and its degraded version."""
-        place, generator = self._draw(i)
-        offset = int(generator.integers(self.offsets[place])) / SAMPLE_RATE
-        return (f"{self.songs[place].path.name} at {offset:.2f} s",) * 2
+        song, offset, _ = self._draw(i)
+        return (f"{song.path.name} at {offset / SAMPLE_RATE:.2f} s",) * 2
 
-    def _draw(self, i: int) -> tuple[int, np.random.Generator]:
-        """The place of example `i`'s song, and the generator that draws the rest."""
+    def _draw(self, i: int) -> tuple[AudioReport, int, Degradation]:
+        """Song, offset in samples and random degradation of example `i`."""
         if not 0 <= i < self.count:
             raise IndexError(f"example {i} of {self.count}")
         generator = np.random.default_rng([self.seed, self.split == "val", i])
         shares = np.array(self.offsets, dtype=float) / sum(self.offsets)  # every offset in the music is equally likely
-        return generator.choice(len(self.songs), p=shares), generator
+        place = generator.choice(len(self.songs), p=shares)
+        return self.songs[place], int(generator.integers(self.offsets[place])), Degradation.draw(generator)

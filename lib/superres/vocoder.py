@@ -106,11 +106,9 @@ class Discriminators(nn.Module):
         self.slower = nn.AvgPool1d(4, 2, padding=2)
 
     def forward(self, wav: Tensor) -> list[Output]:
-        outputs = [discriminator(wav) for discriminator in self.periods]
-        for i, discriminator in enumerate(self.scales):
-            wav = self.slower(wav) if i else wav
-            outputs.append(discriminator(wav))
-        return outputs
+        half = self.slower(wav)
+        scales = zip(self.scales, (wav, half, self.slower(half)), strict=True)
+        return [period(wav) for period in self.periods] + [scale(slower) for scale, slower in scales]
 
 
 def discriminator_loss(of_real: list[Output], of_fake: list[Output]) -> Tensor:
