@@ -1,8 +1,6 @@
 """Figures of the ablation and of the collapse. The settings that the seeds name keep one colour and marker each."""
 
-import itertools
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -12,15 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.audio.plots import STAGES, STYLE
-from lib.lab.results import Groups, Runs, gradient_norms
+from lib.lab.results import Groups
 from lib.lab.variants import EXPLODING, LEARNABLE, REFERENCE, REPAIR
 
 COLOURS = {REFERENCE: "#0072B2", EXPLODING: "#D55E00", REPAIR: "#E69F00", LEARNABLE: "#CC79A7"}
 MARKERS = {REFERENCE: "o", EXPLODING: "s", REPAIR: "^", LEARNABLE: "D"}
-PARTS = ("input_projection", "input_norm", "layers", "post_norm", "output_projection", "rms_scaling")
-GREYS = ("#EEEEEE", "#DDDDDD", "#BBBBBB", "#888888", "#444444", "#000000")  # of parts: colours are variants
 OTHER = "#666666"  # of variants that no seed names
-HATCHES = ("", "//", "..", "xx", "\\\\")  # by stage
 Values = Sequence[float]  # one per seed
 
 
@@ -80,34 +75,6 @@ def variant_ranges(groups: Groups, measures: Mapping[str, Mapping[str, Values]],
             looks = [(values.get(name), COLOURS.get(name, OTHER), MARKERS.get(name, "o")) for name in groups]
             ranges(axes, looks, 4)
     return figure
-
-
-def gradient_shares(groups: Groups) -> Figure:
-    """Share of every part in the squared gradient norm at the end, by stage: median over seeds, a bar per variant."""
-    used = {}
-    with panels([""], (9, 0.9 + 0.5 * len(groups)), list(groups)) as (figure, (axes,)):
-        for y, results in enumerate(groups.values()):
-            left = 0.0
-            for stage, (part, colour) in itertools.product(range(8), zip(PARTS, GREYS, strict=True)):
-                share = part_share(results, f"grad_norm/stage{stage}/{part}")
-                if share > 0:
-                    used[part] = plt.Rectangle((0, 0), 1, 1, color=colour)
-                    hatch = HATCHES[stage % len(HATCHES)]
-                    axes.barh(y, share, left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
-                    if share > 0.08:
-                        box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
-                        axes.text(left + share / 2, y, f"{stage}", ha="center", va="center", fontsize=8, bbox=box)
-                    left += share
-        axes.set(xlabel="share of the squared gradient norm (number: stage)", xlim=(0, 1.02))
-        keys = {part: used[part] for part in PARTS if part in used}
-        figure.legend(keys.values(), keys, fontsize=8, loc="outside upper center", ncols=max(1, len(keys)))
-    return figure
-
-
-def part_share(results: Runs, part: str) -> float:
-    """Median over seeds of a part's share in the squared gradient norm at the end; 0 where it has none."""
-    norms = (gradient_norms(result.end) for result in results)
-    return statistics.median(found.get(part, 0.0) / sum(found.values()) if found else 0.0 for found in norms)
 
 
 def factorial(effects: Mapping[str, Mapping[str, Values]]) -> Figure:

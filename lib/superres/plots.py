@@ -50,19 +50,6 @@ def filter_responses(responses: Mapping[str, Tensor], cutoff: float) -> Figure:
     return figure
 
 
-@plt.rc_context(STYLE | {"axes.grid": False})
-def received_by_place(received: Mapping[str, Tensor]) -> Figure:
-    """Distance of the attention output `[C, H, W]` at each position from the mean over positions, on one scale."""
-    distances = {name: (x - x.mean(dim=(1, 2), keepdim=True)).norm(dim=0) for name, x in received.items()}
-    figure, axes = plt.subplots(1, len(received), figsize=(4.2 * len(received), 3), squeeze=False)
-    top = max(float(values.max()) for values in distances.values())
-    for axis, (name, values) in zip(axes.flat, distances.items(), strict=True):
-        image = axis.imshow(values, origin="lower", aspect="auto", vmin=0, vmax=top, cmap="viridis")
-        axis.set(title=name, xlabel="position in time", ylabel="position in frequency")
-    figure.colorbar(image, ax=axes, label="distance from the mean over positions")
-    return figure
-
-
 @plt.rc_context(STYLE)
 def loss_curves(runs: Mapping[str, Run]) -> Figure:
     """Losses over steps of both splits, the parts side by side: part → run."""

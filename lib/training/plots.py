@@ -37,28 +37,6 @@ def complementarity_curve(train: Rows, val: Rows) -> Figure:
     return _curves(curves, {"constant masks of 0.5": 0.75}, ylabel="1 − mean(m_in · m_tgt)")
 
 
-def stage_curves(train: Rows, num_stages: int, clamp: tuple[float, float] | None) -> Figure:
-    """Over steps, for each stage: RMS of projection and output, target and applied scale, share of clamped clips."""
-    with _over_steps(1, 3, (13, 3.6)) as (figure, (levels, scales, clamped)):
-        curves = (
-            (levels, "output_rms", " output", "-"),
-            (levels, "projection_rms", " projection", "--"),
-            (scales, "target_scale", " target", "--"),
-            (scales, "applied_scale", " applied", "-"),
-            (clamped, "clamped", "", "-"),
-        )
-        for i, (axes, key, name, style) in itertools.product(range(num_stages), curves):
-            colour = STAGES[i % len(STAGES)]
-            _plot(axes, train, f"stage{i}/{key}", color=colour, linestyle=style, label=f"stage {i}{name}")
-        scales.axhline(1.3, color="black", linestyle=":", label="warning at 1.3")
-        if clamp:
-            scales.axhspan(*clamp, color="black", alpha=0.05, label="clamp range")
-        levels.set(ylabel="RMS (latent units)", ylim=(0, None))
-        scales.set(ylabel="RMS scale")
-        clamped.set(ylabel="share of clips clamped", ylim=(-0.05, 1.05))
-    return figure
-
-
 def mask_pictures(input_mask: Tensor, target_mask: Tensor, frame_rate: float) -> Figure:
     """Both masks `[D, T]` over channels and time: dark where nothing is taken from a clip, bright where all is."""
     with plt.rc_context(STYLE):

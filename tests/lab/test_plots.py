@@ -11,8 +11,6 @@ from lib.lab.plots import (
     MARKERS,
     curves,
     factorial,
-    gradient_shares,
-    part_share,
     predicted_and_measured,
     trajectories,
     variant_ranges,
@@ -81,16 +79,6 @@ def test_ranges_have_a_row_a_variant_and_a_panel_a_measure(groups):
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [REFERENCE, EXPLODING]
     assert "non-finite" in [text.get_text() for text in figure.axes[0].texts]
     assert list(figure.axes[0].lines[0].get_xdata()) == [1.0, 3.0]
-
-
-def test_shares_are_of_the_squared_norm(groups):
-    assert part_share(groups[REFERENCE], "grad_norm/stage1/layers") == pytest.approx(4 / 9)
-    assert part_share(groups[REFERENCE], "grad_norm/stage4/layers") == 0
-    figure = gradient_shares(groups)
-    bars = [bar for bar in figure.axes[0].patches if bar.get_y() < 0.5]
-    assert sum(bar.get_width() for bar in bars) == pytest.approx(1)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["layers", "output_projection"]
-    assert labelled(figure)
 
 
 def test_effects_that_seeds_disagree_on_are_grey_crosses():

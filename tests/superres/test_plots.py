@@ -35,16 +35,6 @@ def test_filter_responses_in_decibels():
     assert edge.get_xdata()[0] == 4
 
 
-def test_places_are_shown_on_one_scale():
-    """By their distance from the mean over places, whatever that is."""
-    alternating = torch.tensor([3.0, -3.0]).repeat(3)
-    received = {"a": torch.full((2, 4, 6), 7.0), "b": torch.stack([alternating + 5, 0 * alternating])[:, None]}
-    figure = superres_plots.received_by_place(received)
-    images = [axis.images[0] for axis in figure.axes if axis.images and axis.get_title()]
-    assert [image.get_clim() for image in images] == [(0, 3), (0, 3)]
-    assert [np.unique(image.get_array()).tolist() for image in images] == [[0], [3]]
-
-
 def test_loss_curves(tmp_path):
     rows = [{"split": s, "step": i, "loss": 1 / i} for s, i in (("train", 1), ("train", 2), ("val", 2), ("train", 4))]
     runs = {part: Run.create(tmp_path / part, {}) for part in ("vae", "hifigan")}

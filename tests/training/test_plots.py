@@ -29,7 +29,6 @@ RUN = {"train": training_rows(), "val": val_rows()}
 
 
 FIGURES = {
-    "stage_curves": lambda: plots.stage_curves(training_rows(), 2, (0.7, 1.5)),
     "discriminator_curve": lambda: plots.discriminator_curve(training_rows()),
     "complementarity_curve": lambda: plots.complementarity_curve(training_rows(), val_rows()),
     "mask_pictures": lambda: plots.mask_pictures(torch.rand(128, 40), torch.rand(128, 40), 75.0),
@@ -81,27 +80,6 @@ def assert_labelled(draw) -> None:
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_is_labelled_and_leaves_the_global_state_alone(name):
     assert_labelled(FIGURES[name])
-
-
-def test_stage_curves_plots_the_rows_given():
-    rows = training_rows()
-    left, middle, right = plots.stage_curves(rows, 2, (0.7, 1.5)).axes
-    for axes, label, key in (
-        (left, "stage 1 output", "stage1/output_rms"),
-        (left, "stage 1 projection", "stage1/projection_rms"),
-        (middle, "stage 0 target", "stage0/target_scale"),
-        (middle, "stage 1 applied", "stage1/applied_scale"),
-        (right, "stage 0", "stage0/clamped"),
-    ):
-        assert curve(axes, label) == ([1, 2, 5], [row[key] for row in rows]), label
-    assert curve(middle, "warning at 1.3")[1] == [1.3, 1.3]
-    assert band(middle) == pytest.approx([0.7, 1.5])
-
-
-def test_stage_curves_without_a_clamp_shows_no_range_and_takes_more_stages_than_colours():
-    _, middle, right = plots.stage_curves(training_rows(7), 7, None).axes
-    assert not middle.patches
-    assert len(right.get_lines()) == 7
 
 
 def test_without_stages_the_dashboard_is_loss_and_gradient_norm_and_leaves_out_what_was_not_finite():
