@@ -127,14 +127,13 @@ def _find_latents(store: Path, clips: dict[str, Clip], shape: tuple[int, int]) -
         return {path.stem.split("-")[0]: path.stem for path, intact in zip(paths, bar, strict=True) if intact}
 
 
-def _encode(key: str, wav: Tensor, clip_length: int, codec: Codec, store: Path) -> str:
-    """Encode a clip `[1, N]` into its file, whose name is returned."""
+def _encode(key: str, wav: Tensor, clip_length: int, codec: Codec, store: Path) -> None:
+    """Encode a clip `[1, N]` into its file."""
     wav = torch.nn.functional.pad(wav, (0, clip_length - wav.shape[1]))
     latents = np.ascontiguousarray(codec.encode(wav[None])[0].float().cpu().numpy())  # [D, T]
-    content, name = io.BytesIO(), f"{key}-{zlib.crc32(latents):08x}"
+    content = io.BytesIO()
     np.save(content, latents, allow_pickle=False)
-    write_atomic(store / f"{name}.npy", content.getbuffer(), sync=False)
-    return name
+    write_atomic(store / f"{key}-{zlib.crc32(latents):08x}.npy", content.getbuffer(), sync=False)
 
 
 def _write_index(store: Path, manifest: Manifest, names: dict[str, str], facts: dict) -> tuple[Path, int]:
