@@ -70,16 +70,15 @@ class Decoder:
             first = next(frames, None)
             shape = first or self._stream.codec_context  # which does not know what a decoder adds (AAC)
             self.rate, self.channels = shape.sample_rate, shape.layout.nb_channels
+            if not MIN_RATE <= self.rate <= MAX_RATE:
+                fault = f"sample rate {self.rate} Hz is outside {MIN_RATE} to {MAX_RATE} Hz"
+                raise AudioError(path, f"{fault}; convert it to 24000 Hz")
         except (av.FFmpegError, AttributeError, ValueError) as error:
             self._file.close()
             if isinstance(error, AudioError):
                 raise
             raise AudioError(path, f"not audio, or truncated in its header; use {NAMES}") from None
         self._frames = itertools.chain([first] if first else [], frames)
-        if not MIN_RATE <= self.rate <= MAX_RATE:
-            self._file.close()
-            fault = f"sample rate {self.rate} Hz is outside {MIN_RATE} to {MAX_RATE} Hz"
-            raise AudioError(path, f"{fault}; convert it to 24000 Hz")
 
     def __enter__(self) -> "Decoder":
         return self

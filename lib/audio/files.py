@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from scipy.signal import resample_poly
 from soundfile import SoundFile, SoundFileError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lib.audio.decode import NAMES, AudioError, Decoder, Marks, rate_ratio, read_windows
@@ -140,10 +140,17 @@ def check_files(
 ) -> list[AudioReport | AudioError]:
     """What `check_file` finds in each file below `root`, in processes: threads would wait for the GIL at every packet.
     The same bits come out however many there are."""
+
+    def checked(path: str) -> AudioReport | UserError:
+        try:
+            return check_file(root / path)
+        except UserError as error:  # raised, it would come with the traceback of a worker
+            return error
+
     workers = min(len(files), len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1)
     # forked: `check_file` holds a codec, which could not be sent to a process that is started anew
     forked = {"num_workers": workers, "multiprocessing_context": "fork"} if workers > 1 else {}
-    loader = DataLoader(_Checked(root, files, check_file), batch_size=None, **forked)
+    loader = DataLoader(files, batch_size=None, collate_fn=checked, **forked)
     found, stop = [], StopSignals()  # raised inside torch's loader, Ctrl-C would be lost, or leave processes
     try:
         with torch_threads(1), stop:
@@ -160,20 +167,6 @@ def check_files(
         if isinstance(error, UserError) and not isinstance(error, AudioError):
             raise error
     return found
-
-
-class _Checked(Dataset):
-    def __init__(self, root: Path, files: Sequence[str], check_file: Callable[[Path], AudioReport]):
-        self.root, self.files, self.check_file = root, files, check_file
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> AudioReport | UserError:
-        try:
-            return self.check_file(self.root / self.files[i])
-        except UserError as error:  # raised, it would come with the traceback of a worker
-            return error
 
 
 class AudioWriter:

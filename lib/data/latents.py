@@ -63,7 +63,9 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> 
         facts = {"codec": codec.name, "fingerprint": codec.fingerprint, "dim": shape[0], "frames": shape[1]}
         facts |= {"clip_length": manifest.clip_length, "sample_rate": manifest.sample_rate}
         index, num_pairs = _write_index(store, manifest, names, facts)
-    dropped = [f"{c.path} at sample {c.offset}: {_why(found[c.path])}" for key, c in clips.items() if key not in names]
+    changed = "changed since the manifest was built; build the manifest again"
+    reasons = {path: what if isinstance(what, AudioError) else changed for path, what in found.items()}
+    dropped = [f"{c.path} at sample {c.offset}: {reasons[c.path]}" for key, c in clips.items() if key not in names]
     first = "; ".join(dropped[:3]) + f"; and {len(dropped) - 3} more" * (len(dropped) > 3)
     if not num_pairs:
         raise UserError(f"{manifest.root}: no pair of the manifest can be encoded; first reasons: {first}")
@@ -71,12 +73,6 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> 
         left_out = f"{len(dropped)} of {len(clips)} clips are left out with their pairs"
         logger.warning("%s: %s: %s", manifest.root, left_out, first)
     return index
-
-
-def _why(found: AudioReport | AudioError) -> str:
-    """Why a song lacks a clip that the manifest has."""
-    changed = "changed since the manifest was built; build the manifest again"
-    return str(found) if isinstance(found, AudioError) else changed
 
 
 def encoding_check(codec: Codec, cache_dir: str | Path, clip_length: int) -> Callable[[Path], AudioReport]:
@@ -131,14 +127,13 @@ def _find_latents(store: Path, clips: dict[str, Clip], shape: tuple[int, int]) -
         return {path.stem.split("-")[0]: path.stem for path, intact in zip(paths, bar, strict=True) if intact}
 
 
-def _encode(key: str, wav: Tensor, clip_length: int, codec: Codec, store: Path) -> str:
-    """Encode a clip `[1, N]` into its file, whose name is returned."""
+def _encode(key: str, wav: Tensor, clip_length: int, codec: Codec, store: Path) -> None:
+    """Encode a clip `[1, N]` into its file."""
     wav = torch.nn.functional.pad(wav, (0, clip_length - wav.shape[1]))
     latents = np.ascontiguousarray(codec.encode(wav[None])[0].float().cpu().numpy())  # [D, T]
-    content, name = io.BytesIO(), f"{key}-{zlib.crc32(latents):08x}"
+    content = io.BytesIO()
     np.save(content, latents, allow_pickle=False)
-    write_atomic(store / f"{name}.npy", content.getbuffer(), sync=False)
-    return name
+    write_atomic(store / f"{key}-{zlib.crc32(latents):08x}.npy", content.getbuffer(), sync=False)
 
 
 def _write_index(store: Path, manifest: Manifest, names: dict[str, str], facts: dict) -> tuple[Path, int]:
