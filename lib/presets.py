@@ -10,6 +10,7 @@ import functools
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import yaml
 
 from lib.data.pairs import MODES
 from lib.lab.ablation import Plan
-from lib.lab.variants import SCHEDULED, SETS
+from lib.lab.variants import SETS
 from lib.model.cascade import CascadeConfig
 from lib.model.masks import MaskingConfig
 from lib.superres.training import PLANS
 from lib.superres.training import Plan as SuperresPlan
-from lib.training.config import CurriculumConfig, TrainConfig
+from lib.training.config import TrainConfig
 from lib.util.configs import Count, NonNegative, Positive, Whole, checked_dataclass, choice, flat
 from lib.util.errors import UserError
 from lib.util.files import FIX, naming
@@ -85,30 +86,6 @@ class AblationSettings:
 
 
 @checked_dataclass
-class ScheduleSettings:
-    """The whole system over a whole schedule in miniature, on few and short clips."""
-
-    epochs: Count = 200
-    pairs: Count = 8
-    batch_size: Count = 2
-    layers: Count = 1
-    seeds: Count = 2
-    val_pairs: Count = 32
-
-    @property
-    def plan(self) -> Plan:
-        """The objective and discriminator of the seeds' system with everything that their schedule has."""
-        sizes = {"batch_size": self.batch_size, "max_train_pairs": self.pairs, "max_val_pairs": self.val_pairs}
-        length = {"epochs": self.epochs, "max_steps": None, "patience": None, "accumulate": 1, "checkpoint_every": 500}
-        schedule = {"warmup_steps": 20, "schedule": "cosine", "ema": 0.99}
-        # noise that reaches its ceiling after 160 epochs, targets that change places
-        schedule["curriculum"] = CurriculumConfig(noise_rate=0.002, noise_start=10, target_shuffling=0.25)
-        reference = PRESETS["reference"]
-        scheduled = dataclasses.replace(reference.train, precision="fp32", **sizes, **length, **schedule)
-        return Plan(SCHEDULED, self.layers, self.seeds, scheduled, reference.model.masking)
-
-
-@checked_dataclass
 class SuperresSettings:
     """Notebook 06: super-resolution."""
 
@@ -127,21 +104,6 @@ class SuperresSettings:
 
 
 @checked_dataclass
-class RecordSettings:
-    """`make record`, whose runs are longer; it adds the named settings at full depth."""
-
-    variants: choice(SETS) = "all"
-    steps: Count = 100
-    superres_vae_steps: Count = 600
-    superres_steps: Count = 800
-    superres_seeds: Count = 3  # with which both contexts are compared
-    data_seeds: Count = 3  # each with its own songs, combined with each of `seeds`
-    seeds: Count = 2  # training seeds; 1 and 1: no variations
-    seeds_on_music: Count = 3  # training seeds on real music, each trained for ...
-    steps_on_music: Count = 1200  # ... so many steps
-
-
-@checked_dataclass
 class Preset:
     """All settings, by section."""
 
@@ -153,9 +115,8 @@ class Preset:
     listening: ListeningSettings
     evaluation: EvaluationSettings = EvaluationSettings()
     ablation: AblationSettings = AblationSettings()
-    schedule: ScheduleSettings = ScheduleSettings()
     superres: SuperresSettings = SuperresSettings()
-    record: RecordSettings = RecordSettings()
+    record: dict[str, Any] = field(default_factory=dict)  # of `make record`: `tests/record` knows them
 
     def __post_init__(self):
         self.train.check_model(self.model.cascade, self.model.masking)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from settings import settings_of
 
 import lib.presets
 from lib.lab.variants import NAMED, VARIANTS
@@ -12,6 +13,7 @@ from lib.model.cascade import CascadeConfig
 from lib.model.masks import MaskingConfig
 from lib.presets import PRESETS, load_preset
 from lib.training.config import CurriculumConfig, TrainConfig
+from lib.util.configs import flat
 from lib.util.errors import UserError
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -94,6 +96,8 @@ def leaves(config, prefix=""):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from leaves(value, f"{prefix}{field.name}.")
+        elif isinstance(value, dict):
+            yield from flat(value, f"{prefix}{field.name}").items()
         else:
             yield prefix + field.name, value
 
@@ -344,7 +348,7 @@ def test_only_the_full_preset_trains_a_vocoder():
 
 def test_the_schedule_takes_the_objective_and_its_own_sizes():
     reference = PRESETS["reference"]
-    plan = load_preset("smoke", {"schedule.pairs": 5, "train.patience": 2}).schedule.plan
+    plan = settings_of(load_preset("smoke", {"record.schedule.pairs": 5, "train.patience": 2})).schedule.plan
     assert (plan.train.loss, plan.train.adversary) == (reference.train.loss, reference.train.adversary)
     assert plan.masking == reference.model.masking
     assert plan.train.curriculum == CurriculumConfig(0.002, noise_start=10, target_shuffling=0.25)
@@ -369,3 +373,13 @@ def test_a_damaged_file_of_presets_is_named_with_the_preset_and_the_field(tmp_pa
     monkeypatch.setattr(lib.presets, "__file__", str(tmp_path / "presets.py"))
     with pytest.raises(UserError, match=rf"presets\.toml.*{fault}"):
         lib.presets._read_presets()
+
+
+def test_settings_of_a_record_are_all_there_and_checked():
+    for name in PRESETS:
+        assert settings_of(load_preset(name)).steps > 0
+    with pytest.raises(UserError, match="steps='many' is not allowed"):
+        settings_of(load_preset("demo", {"record.steps": "many"}))
+    preset = load_preset("demo")
+    with pytest.raises(UserError, match="odd is unknown"):
+        settings_of(dataclasses.replace(preset, record=preset.record | {"odd": 1}))

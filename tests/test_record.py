@@ -16,6 +16,7 @@ import pytest
 from clones import clean_commit, clone_of, continue_in_clone, replace_record
 from parts import FIGURES, GUIDANCES, LICENCES, NO_VECTORS, PARTS, STUDY, found_in, run_variation, variations
 from quotes import BLOCKS, MARKS
+from settings import settings_of
 
 import lib.evaluation.progress
 import lib.project
@@ -267,7 +268,7 @@ def test_the_study_on_real_music_runs_notebook_04_for_every_setting_and_seed(mon
     monkeypatch.setattr(parts, "open_project", lambda *given: SimpleNamespace(manifest=manifest))
     parts.record_fusion(preset, {"train.clip": 2.0}, music, tmp_path)
     rows, facts = read_record(tmp_path / "fusion.json", dict)
-    longer = f"{MASKS_ALONE}, {preset.record.steps_on_music} steps"
+    longer = f"{MASKS_ALONE}, {settings_of(preset).steps_on_music} steps"
     found = [(row["setting"], row["seed"]) for row in rows]
     assert found == [*((name, 0) for name in STUDY), (longer, 0), (longer, 1), (longer, 2)]
     assert {row["out"] for row in rows} == {given[0] for given in ran}
@@ -643,8 +644,8 @@ def test_the_recorded_ablation_has_two_depths_and_three_seeds():
 
 def test_the_recorded_schedule_ran_its_epochs():
     results, facts = read_record(RECORD / "schedule.json")
-    assert facts["epochs"] == load_preset("demo").schedule.epochs == 200
+    assert facts["epochs"] == settings_of(load_preset("demo")).schedule.epochs == 200
     assert all(r.steps == facts["steps"] or r.non_finite for r in results)
     assert {(r.variant, r.seed) for r in results} == {
-        (v.name, seed) for v in SCHEDULED for seed in range(load_preset("demo").schedule.seeds)
+        (v.name, seed) for v in SCHEDULED for seed in range(settings_of(load_preset("demo")).schedule.seeds)
     }

@@ -19,6 +19,7 @@ import explosion
 import torch
 from explosion import rounded
 from quotes import BLOCKS, music_block, readme_blocks, with_blocks
+from settings import settings_of
 
 from lib.data.latents import LatentPairs
 from lib.evaluation.baselines import best_crossovers, mean_metrics, measure_fusions, pairs_to_measure
@@ -60,6 +61,7 @@ def record(
     """Measure `parts` into `folder`, in the order of `PARTS`; finished runs are reused. `music`: where real music is or
     is brought to. `UserError` for bad settings, and where `folder` lacks a part that is to stay."""
     preset = load_preset(preset_name, overrides)
+    settings_of(preset)  # bad ones are refused before anything runs
     whole = set(parts) == set(PARTS)
     with naming(folder, "restore it, or record all parts"):
         with_blocks((ROOT / "README.md").read_text(), dict.fromkeys(BLOCKS, "") if whole else readme_blocks(folder))
@@ -167,17 +169,18 @@ def record_ablations(preset: Preset, project: Project, folder: Path) -> None:
     """The ablation grid, the named settings at full depth, and the whole schedule in miniature."""
     results: list[Result] = []
     facts = {"preset": preset.name, "codec": project.codec.name}
-    grid = dataclasses.replace(preset.ablation, variants=preset.record.variants, steps=preset.record.steps)
+    record = settings_of(preset)
+    schedule, steps = record.schedule, {"steps": record.steps}
+    grid = dataclasses.replace(preset.ablation, variants=record.variants, **steps)
     deep = dataclasses.replace(grid, variants="named", layers=preset.model.num_layers)
     for ablation in [grid] if deep.layers == grid.layers else [grid, deep]:
         size = f"{ablation.layers} layers, {ablation.steps} steps, {ablation.seeds} seeds"
         say(f"ablation: variants {ablation.variants}, {size}")
         results += project.ablation(ablation.plan)
-    steps = {"steps": preset.record.steps}
     write_record(folder / "ablation.json", [shortened(result) for result in results], facts | steps)
-    say(f"the whole schedule in miniature: {preset.schedule.epochs} epochs, {preset.schedule.seeds} seeds")
-    scheduled = project.ablation(preset.schedule.plan)
-    length = {"epochs": preset.schedule.epochs, "steps": max(result.steps for result in scheduled)}
+    say(f"the whole schedule in miniature: {schedule.epochs} epochs, {schedule.seeds} seeds")
+    scheduled = project.ablation(schedule.plan)
+    length = {"epochs": schedule.epochs, "steps": max(result.steps for result in scheduled)}
     write_record(folder / "schedule.json", [shortened(result) for result in scheduled], facts | length)
 
 
@@ -212,7 +215,7 @@ def compare_contexts(plan: Plan, folder: Path, library: Library, seeds: int, **o
 
 def record_superres(preset: Preset, project: Project, folder: Path) -> None:
     """Train the super-resolver for longer than the notebook does, and measure it at every cutoff."""
-    record = preset.record
+    record = settings_of(preset)
     longer = dataclasses.replace(preset.superres, vae_steps=record.superres_vae_steps, steps=record.superres_steps)
     plan = longer.training_plan(preset.train.seed)
     say(f"super-resolution: {longer.vae_steps} and {longer.steps} steps")
@@ -239,9 +242,10 @@ def record_fusion(preset: Preset, overrides: dict[str, Any], music: Path, folder
     first = preset.train.seed
     same = {"model.num_layers": preset.ablation.layers, "train.max_steps": preset.train.max_steps}
     same["evaluation.pairs"] = preset.evaluation.pairs
-    longer = preset.record.steps_on_music
+    record = settings_of(preset)
+    longer = record.steps_on_music
     runs = [(name, first, changed) for name, changed in STUDY.items()]
-    for k in range(preset.record.seeds_on_music):
+    for k in range(record.seeds_on_music):
         runs.append((f"{MASKS_ALONE}, {longer} steps", first + k, {"train.max_steps": longer}))
     say(f"{len(runs)} runs on the music in {music}")
     manifest = open_project(preset, music, "outputs/variations/music").manifest  # and they find its latents
@@ -281,7 +285,8 @@ def measured_in(out: Path) -> dict[str, Any]:
 
 def variations(preset: Preset) -> list[dict[str, Any]]:
     """Runs on one thread: every data seed with every training seed, and one without vector instructions; or none."""
-    counts = preset.record.data_seeds, preset.record.seeds
+    record = settings_of(preset)
+    counts = record.data_seeds, record.seeds
     if counts == (1, 1):
         return []
     first = {"data_seed": preset.data.seed, "seed": preset.train.seed}
