@@ -19,11 +19,13 @@ from quotes import (
     results,
     span,
     speed,
+    study_rows,
+    trained_mean,
     with_blocks,
 )
 
 from lib.evaluation.baselines import ORACLE
-from lib.evaluation.tables import MASKS_ALONE, SEEDS_SYSTEM, WITH_CASCADE
+from lib.evaluation.tables import ALONE, MASKS_ALONE, SEEDS_SYSTEM, WITH_CASCADE
 from lib.lab.results import read_record, write_record
 from lib.project import RECORD, ROOT
 from lib.superres.evaluation import CUTOFFS, METHODS, Score
@@ -404,3 +406,25 @@ def test_another_record_says_something_else(tmp_path):
         row["merit"]["trained model"] = 0.125
     (tmp_path / "record" / "variations.json").write_text(json.dumps(rows))
     assert "trained model 0.12," in readme_blocks(tmp_path / "record")["results"]
+
+
+def study_row(setting: str, merit: float, seconds: int) -> dict:
+    trained = dict.fromkeys(("onsets", "onsets left", "notes left", "plain merit"), "0.10")
+    trained |= {"output": "trained model", "merit": f"{merit:.2f}", "notes": f"{merit / 2:.2f}"}
+    curve = [{"seconds": 0, "merit": 0.0}, {"seconds": seconds, "merit": merit}]
+    measured = {"trained model": trained, "untrained model": trained | {"merit": "0.05"}}
+    return {"setting": setting, "measured": measured, "curve": curve}
+
+
+def test_a_study_has_a_row_for_each_setting_with_its_range_over_seeds():
+    studied = [study_row("masks", 0.5, 60), study_row("masks", 0.6, 80), study_row("cascade", 0.2, 300)]
+    studied[2]["measured"][ALONE] = {"merit": "0.45"}
+    masks, cascade = study_rows(studied)
+    assert cascade["merit, its masks without the stages"] == "0.45"
+    assert masks == {
+        "setting": "masks", "runs": 2, "seconds": "70", "untrained": "0.05", "merit": "0.50 to 0.60",
+        "merit, its masks without the stages": "–",
+        "onsets": "0.10", "notes": "0.28", "onsets left": "0.10", "notes left": "0.10", "plain merit": "0.10",
+    }  # fmt: skip
+    assert (cascade["setting"], cascade["runs"], cascade["seconds"], cascade["merit"]) == ("cascade", 1, "300", "0.20")
+    assert trained_mean(studied[:2], "trained model", "merit") == pytest.approx(0.55)

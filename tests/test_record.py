@@ -263,6 +263,7 @@ def test_the_study_on_real_music_runs_notebook_04_for_every_setting_and_seed(mon
 
     monkeypatch.setattr(parts, "run_apart", run_apart)
     monkeypatch.setattr(parts, "measured_in", lambda out: {"curve": [], "out": out})
+    monkeypatch.setattr(parts, "study_rows", lambda rows: [{"runs": len(rows)}])
     clips = [Clip(f"nexuiz-music/{name}.ogg", 0, 48_000, "0" * 64) for name in ("b", "a")]
     manifest = SimpleNamespace(split=lambda name: [Pair("0", "val", "cross", *clips)] if name == "val" else [])
     monkeypatch.setattr(parts, "open_project", lambda *given: SimpleNamespace(manifest=manifest))

@@ -1,6 +1,5 @@
 """Rows for the tables of notebook 04, numbers as text: the model's parts, masks, losses, fusions and baselines."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,6 @@ JUDGED = ("merit", "onsets", "notes", "onsets_left", "notes_left", "beats", "art
 PLAIN = ("plain_merit", "rhythm", "harmony")
 SEEDS_SYSTEM, MASKS_ALONE, WITH_CASCADE = "the seeds' system", "wide masks", "wide masks and a cascade"  # settings
 ALONE = "its masks without the stages"  # an output, of a trained model with both
-STUDIED = ("onsets", "notes", "onsets_left", "notes_left", "plain_merit")  # of settings in fusion.json
 STAGE_COLUMNS = "projection_rms", "rms_before_scaling", "output_rms", "target_scale", "applied_scale", "clamped"
 
 
@@ -96,24 +94,3 @@ def overtaken_rows(curve: Sequence[Mapping[str, float]], marks: Mapping[str, flo
     above = {name: [f"{row['seconds']:.0f} s" for row in curve if row["merit"] > mark] for name, mark in marks.items()}
     rows = rows_of(marks, "mark", "merit on these pairs", ".3f")
     return [row | {"above it after": (above[row["mark"]] or ["–"])[0]} for row in rows]
-
-
-def study_rows(studied: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The settings of fusion.json: the trained model's metrics as means over training seeds, and how long training took
-    (s). Merit untrained, and as a range over seeds."""
-    rows = []
-    for setting in dict.fromkeys(row["setting"] for row in studied):
-        own = [row for row in studied if row["setting"] == setting]
-        merits = [float(row["measured"]["trained model"]["merit"]) for row in own]
-        seconds = statistics.fmean(row["curve"][-1]["seconds"] for row in own)
-        head = {"setting": setting, "runs": len(own), "seconds": f"{seconds:.0f}"}
-        head["untrained"] = f"{trained_mean(own, 'untrained model', 'merit'):.2f}"
-        head["merit"] = f"{min(merits):.2f}" + (f" to {max(merits):.2f}" if len(own) > 1 else "")
-        head[f"merit, {ALONE}"] = f"{trained_mean(own, ALONE, 'merit'):.2f}" if ALONE in own[0]["measured"] else "–"
-        rows.append(number_row(head, {name: trained_mean(own, "trained model", name) for name in STUDIED}))
-    return rows
-
-
-def trained_mean(studied: Sequence[Mapping[str, Any]], output: str, metric: str) -> float:
-    """A metric of one output, averaged over runs of fusion.json."""
-    return statistics.fmean(float(row["measured"][output][metric.replace("_", " ")]) for row in studied)

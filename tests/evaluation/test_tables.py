@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lib.evaluation.tables import (
-    ALONE,
     advantage_rows,
     count_parameters,
     fusion_rows,
@@ -13,9 +12,7 @@ from lib.evaluation.tables import (
     part_rows,
     rows_of,
     stage_rows,
-    study_rows,
     term_rows,
-    trained_mean,
 )
 from lib.model.discriminator import Discriminator
 from lib.model.fusion import FusionModel
@@ -83,28 +80,6 @@ def test_fusions_are_means_and_advantages_count_the_pairs_won():
         "pairs won": "1 of 2",
         "verdict": "better than the baseline",
     }
-
-
-def study_row(setting: str, merit: float, seconds: int) -> dict:
-    trained = dict.fromkeys(("onsets", "onsets left", "notes left", "plain merit"), "0.10")
-    trained |= {"output": "trained model", "merit": f"{merit:.2f}", "notes": f"{merit / 2:.2f}"}
-    curve = [{"seconds": 0, "merit": 0.0}, {"seconds": seconds, "merit": merit}]
-    measured = {"trained model": trained, "untrained model": trained | {"merit": "0.05"}}
-    return {"setting": setting, "measured": measured, "curve": curve}
-
-
-def test_a_study_has_a_row_for_each_setting_with_its_range_over_seeds():
-    studied = [study_row("masks", 0.5, 60), study_row("masks", 0.6, 80), study_row("cascade", 0.2, 300)]
-    studied[2]["measured"][ALONE] = {"merit": "0.45"}
-    masks, cascade = study_rows(studied)
-    assert cascade["merit, its masks without the stages"] == "0.45"
-    assert masks == {
-        "setting": "masks", "runs": 2, "seconds": "70", "untrained": "0.05", "merit": "0.50 to 0.60",
-        "merit, its masks without the stages": "–",
-        "onsets": "0.10", "notes": "0.28", "onsets left": "0.10", "notes left": "0.10", "plain merit": "0.10",
-    }  # fmt: skip
-    assert (cascade["setting"], cascade["runs"], cascade["seconds"], cascade["merit"]) == ("cascade", 1, "300", "0.20")
-    assert trained_mean(studied[:2], "trained model", "merit") == pytest.approx(0.55)
 
 
 def test_without_a_discriminator_it_has_no_row(tiny_cascade):

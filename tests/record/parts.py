@@ -18,7 +18,7 @@ from typing import Any
 import explosion
 import torch
 from explosion import rounded
-from quotes import BLOCKS, music_block, readme_blocks, with_blocks
+from quotes import BLOCKS, music_block, readme_blocks, study_rows, with_blocks
 from settings import settings_of
 
 from lib.data.latents import LatentPairs
@@ -262,7 +262,8 @@ def record_fusion(preset: Preset, overrides: dict[str, Any], music: Path, folder
     tracks = {package: sorted(path.stem for path in (music / package).glob("*.ogg")) for package in LICENCES}
     held_out = sorted({Path(clip.path).stem for pair in manifest.split("val") for clip in (pair.input, pair.target)})
     facts = {"preset": preset.name, "steps": preset.train.max_steps, "layers": preset.ablation.layers}
-    write_record(folder / "fusion.json", rows, facts | {"tracks": tracks, "held_out": held_out, "licences": LICENCES})
+    found = {"settings": study_rows(rows), "tracks": tracks, "held_out": held_out, "licences": LICENCES}
+    write_record(folder / "fusion.json", rows, facts | found)
 
 
 def measured_in(out: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lib.evaluation.baselines import ORACLE
-from lib.evaluation.tables import MASKS_ALONE, WITH_CASCADE, study_rows, trained_mean
+from lib.evaluation.tables import ALONE, MASKS_ALONE, WITH_CASCADE, number_row
 from lib.lab.results import read_record
 from lib.superres.evaluation import METHODS, Score
 from lib.superres.plots import upper_rows
@@ -22,6 +22,7 @@ BLOCKS = ("music", "results", "speed", "distances")
 MARKS = "<!-- {}: written by make record -->", "<!-- end of {} -->"
 DIFFERENT = "runs disagree on"
 TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True)
+STUDIED = "onsets", "notes", "onsets_left", "notes_left", "plain_merit"  # of settings on real music
 METRICS = "merit", "onsets", "notes", "onsets_left", "notes_left", "beats", "level", "plain_merit"  # on real music
 
 
@@ -97,6 +98,27 @@ def study(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> dict[s
         "settings": study_rows(rows),
         "crossovers": masks[0]["crossovers"],
     }
+
+
+def study_rows(studied: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The settings of fusion.json: the trained model's metrics as means over training seeds, and how long training took
+    (s). Merit untrained, and as a range over seeds."""
+    rows = []
+    for setting in dict.fromkeys(row["setting"] for row in studied):
+        own = [row for row in studied if row["setting"] == setting]
+        merits = [float(row["measured"]["trained model"]["merit"]) for row in own]
+        seconds = fmean(row["curve"][-1]["seconds"] for row in own)
+        head = {"setting": setting, "runs": len(own), "seconds": f"{seconds:.0f}"}
+        head["untrained"] = f"{trained_mean(own, 'untrained model', 'merit'):.2f}"
+        head["merit"] = f"{min(merits):.2f}" + (f" to {max(merits):.2f}" if len(own) > 1 else "")
+        head[f"merit, {ALONE}"] = f"{trained_mean(own, ALONE, 'merit'):.2f}" if ALONE in own[0]["measured"] else "–"
+        rows.append(number_row(head, {name: trained_mean(own, "trained model", name) for name in STUDIED}))
+    return rows
+
+
+def trained_mean(studied: Sequence[Mapping[str, Any]], output: str, metric: str) -> float:
+    """A metric of one output, averaged over runs of fusion.json."""
+    return fmean(float(row["measured"][output][metric.replace("_", " ")]) for row in studied)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
