@@ -5,12 +5,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from lib.audio.plots import OUTPUT, STAGES, STYLE
 from lib.codec.codec import Codec
 from lib.evaluation.baselines import features_of
 from lib.evaluation.fusion_metrics import SoundFeatures, sound_metrics
@@ -57,17 +54,3 @@ class MeritOverTime(Callback):
         """Features of each of the latents `[1, D, T]` as sound."""
         with torch.inference_mode():
             return features_of([self.codec.decode(x)[0].cpu() for x in latents])
-
-
-def merit_over_time(runs: Mapping[str, Rows], marks: Mapping[str, float]) -> Figure:
-    """The figure of merit over seconds of training, a curve for each run; `marks`: what needs no training, dotted."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 3.2))
-        for (name, rows), colour in zip(runs.items(), (OUTPUT, *STAGES), strict=False):
-            seconds, merits = ([row[key] for row in rows] for key in ("seconds", "merit"))
-            axes.plot(seconds, merits, marker="o", color=colour, label=name)
-        for i, (name, merit) in enumerate(marks.items()):
-            axes.axhline(merit, color="black", linestyle=":", linewidth=1 + 0.5 * i, label=name)
-        axes.set(xlabel="seconds", ylabel="figure of merit", ylim=(0, 1))
-        figure.legend(fontsize=8, loc="outside upper center", ncols=5)  # where no curve runs
-    return figure

@@ -106,17 +106,6 @@ def predicted_and_measured(series: Mapping[str, Mapping], xlabel: str, ylabel: s
     return figure
 
 
-def curves(x: Values, series: Mapping[str, Values], xlabel: str, ylabel: str, **scales: str) -> Figure:
-    """Curves over one axis, each with its own colour, marker and line style; `scales`: xscale, yscale."""
-    styles = zip(series.items(), STAGES, ("o", "s", "^", "D", "v"), ("-", "--", "-.", ":", "-"), strict=False)
-    with panels([""], (7, 3.4)) as (figure, (axes,)):
-        for (name, values), colour, marker, style in styles:
-            axes.plot(x, values, color=colour, marker=marker, linestyle=style, label=name, markersize=5)
-        axes.set(xlabel=xlabel, ylabel=ylabel, **scales)
-        axes.legend(fontsize=8)
-    return figure
-
-
 def waterfall(axes: Axes, traces: Sequence[Mapping[str, float]], goal: float) -> None:
     """RMS through the stages. `traces`: the fields of a `StageTrace` and the weighted residual's RMS, one per stage."""
     fields = ("projection_rms", "weighted_residual", "rms_before_scaling", "output_rms")

@@ -21,20 +21,20 @@ EXTREME = 1e3  # of a sign: unguarded terms come near a division by 0
 HEALTHY = {"color": "#009E73", "alpha": 0.08, "linewidth": 0}  # the bands of claim C15
 
 
-def discriminator_curve(train: Rows) -> Figure:
-    """Mean logits of the discriminator over steps, for real latents and for fusions; hinge wants them beyond ±1."""
-    curves = {
-        "real: the clips' own latents": (train, "discriminator/real", {"color": INPUT}),
-        "fake: fusions": (train, "discriminator/fake", {"color": OUTPUT}),
-    }
-    return _curves(curves, {"hinge: above 1 and below −1": 1, "_": -1}, ylabel="mean logit")
-
-
-def complementarity_curve(train: Rows, val: Rows) -> Figure:
-    """Complementarity of the masks over steps, beside that of two constant masks of 0.5."""
-    key = "masks/complementarity"
-    curves = {"training, each step": (train, key, EACH_STEP), "validation": (val, key, VALIDATION)}
-    return _curves(curves, {"constant masks of 0.5": 0.75}, ylabel="1 − mean(m_in · m_tgt)")
+def curves(
+    series: Mapping[str, tuple[Rows, str]], marks: Mapping[str, float] = {}, x: str = "step", **axis: Any
+) -> Figure:
+    """Label → rows and key of each curve over steps, or over another number `x` of the rows; `marks`: label → height of
+    each dotted line."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 3.2))
+        for (label, (rows, key)), colour in zip(series.items(), (OUTPUT, *STAGES), strict=False):
+            _plot(axes, rows, key, x, color=colour, marker="o" if len(rows) < 50 else "", label=label)
+        for i, (label, height) in enumerate(marks.items()):
+            axes.axhline(height, color="black", linestyle=":", linewidth=1 + 0.5 * i, label=label)
+        axes.set(xlabel=x, **axis)
+        figure.legend(fontsize=8, loc="outside upper center", ncols=5)  # where no curve runs
+    return figure
 
 
 def mask_pictures(input_mask: Tensor, target_mask: Tensor, frame_rate: float) -> Figure:
@@ -107,23 +107,8 @@ def runs_side_by_side(runs: Mapping[str, Mapping[str, Rows]]) -> Figure:
     return figure
 
 
-def _curves(
-    curves: Mapping[str, tuple[Rows, str, dict[str, Any]]], lines: Mapping[str, float] | None = None, **axis: Any
-) -> Figure:
-    """One plot over steps: label → rows, key and style of each curve; label → height of each dotted line."""
-    with _over_steps() as (figure, axes):
-        for label, (rows, key, style) in curves.items():
-            _plot(axes, rows, key, label=label, **style)
-        for label, height in (lines or {}).items():
-            axes.axhline(height, color="black", linestyle=":", label=label)
-        axes.set(**axis)
-    return figure
-
-
 @contextlib.contextmanager
-def _over_steps(
-    rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 3.2), **options: Any
-) -> Iterator[tuple[Figure, Any]]:
+def _over_steps(rows: int, columns: int, size: tuple[float, float], **options: Any) -> Iterator[tuple[Figure, Any]]:
     """A figure and its axes, over steps, with a legend each when they are drawn."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(rows, columns, figsize=size, **options)
@@ -131,9 +116,9 @@ def _over_steps(
             ax.set_xlabel("step")
         yield figure, axes
         for ax in figure.axes:
-            ax.legend(fontsize=8 if len(figure.axes) > 1 else None)
+            ax.legend(fontsize=8)
 
 
-def _plot(axes: Axes, rows: Rows, key: str, **style: Any) -> None:
+def _plot(axes: Axes, rows: Rows, key: str, x: str = "step", **style: Any) -> None:
     found = [row for row in rows if row.get(key) is not None]
-    axes.plot([row["step"] for row in found], [row[key] for row in found], **style)
+    axes.plot([row[x] for row in found], [row[key] for row in found], **style)

@@ -10,7 +10,7 @@ import lib.evaluation.progress
 from lib.codec.mdct import MdctCodec
 from lib.data.latents import encode_manifest
 from lib.evaluation.fusion_metrics import sound_features, sound_metrics
-from lib.evaluation.progress import SPLIT, MeritOverTime, merit_over_time
+from lib.evaluation.progress import SPLIT, MeritOverTime
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import load_model
 from lib.model.masks import MaskingConfig
@@ -85,15 +85,3 @@ def test_measuring_changes_nothing_in_training(index, tmp_path, pairs):
     ]
     weights = [load_model(run, "last").state_dict() for run in runs]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-def test_the_figure_shows_every_run_and_every_mark():
-    rows = [{"seconds": 0.0, "merit": 0.1}, {"seconds": 30.0, "merit": 0.5}]
-    figure = merit_over_time({"masks alone": rows, "with the cascade": rows[:1]}, {"crossover": 0.3, "HPSS": 0.4})
-    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].get_lines()}
-    assert lines["masks alone"] == [0.1, 0.5]
-    assert lines["with the cascade"] == [0.1]
-    assert lines["crossover"] == [0.3, 0.3]
-    assert set(lines) == {"masks alone", "with the cascade", "crossover", "HPSS"}
-    assert figure.axes[0].get_xlabel() == "seconds"
-    assert lib.evaluation.progress.SPLIT not in ("train", "val")

@@ -9,7 +9,6 @@ import pytest
 from lib.lab.plots import (
     COLOURS,
     MARKERS,
-    curves,
     factorial,
     predicted_and_measured,
     trajectories,
@@ -97,13 +96,6 @@ def test_the_law_beside_the_measurement():
     assert list(measured.get_ydata()) == pytest.approx([1.1, 2.2])
     assert list(predicted.get_ydata()) == [1.0, 2.0]
     assert labelled(figure)
-
-
-def test_curves_take_their_scales():
-    figure = curves([1, 10], {"a": [1, 2], "b": [2, 3]}, "share", "norm", xscale="log", yscale="log")
-    (axes,) = figure.axes
-    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
 
 
 def test_a_waterfall_shows_the_target_scale_and_the_applied_one():

@@ -23,7 +23,7 @@ from settings import settings_of
 
 from lib.data.latents import LatentPairs
 from lib.evaluation.baselines import best_crossovers, mean_metrics, measure_fusions, pairs_to_measure
-from lib.evaluation.progress import SPLIT, merit_over_time
+from lib.evaluation.progress import SPLIT
 from lib.evaluation.tables import MASKS_ALONE, SEEDS_SYSTEM, WITH_CASCADE
 from lib.lab.claims import CLAIMS, claim_rows, collect, judge
 from lib.lab.results import Result, write_record
@@ -37,6 +37,7 @@ from lib.superres.resolver import Restoration, SuperResolver
 from lib.superres.training import Plan, encode, train_part
 from lib.superres.unet import CONTEXTS
 from lib.train import pairs_to_follow
+from lib.training.plots import curves
 from lib.training.run import Run
 from lib.util.errors import UserError
 from lib.util.files import naming, read_json, write_atomic
@@ -146,7 +147,9 @@ def record_followed(project: Project, paths: Sequence[str], root: Path) -> None:
     measured = measure_fusions(pairs, project.codec, {}, crossovers)
     marks = {name: mean_metrics(found)["merit"] for name, found in measured.items()}
     folder, readme, config = root / "outputs" / "record", root / "README.md", next(iter(runs.values())).config
-    merit_over_time(rows, {name: marks[name] for name in [*crossovers, "HPSS"]}).savefig(folder / "gpu.png")
+    series, shown = {name: (found, "merit") for name, found in rows.items()}, [*crossovers, "HPSS"]
+    figure = curves(series, {name: marks[name] for name in shown}, "seconds", ylabel="figure of merit", ylim=(0, 1))
+    figure.savefig(folder / "gpu.png")
     sizes = {"batch_size": config["train"]["batch_size"], "clip_seconds": project.preset.data.clip_seconds}
     facts = {"trained_by": config["versions"]["commit"], "gpu": first[-1]["gpu"], "pairs": len(pairs), **sizes}
     write_json(folder / "gpu.json", facts | {"marks": marks, "runs": rows})

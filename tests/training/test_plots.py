@@ -29,8 +29,7 @@ RUN = {"train": training_rows(), "val": val_rows()}
 
 
 FIGURES = {
-    "discriminator_curve": lambda: plots.discriminator_curve(training_rows()),
-    "complementarity_curve": lambda: plots.complementarity_curve(training_rows(), val_rows()),
+    "curves": lambda: plots.curves({"loss": (training_rows(), "loss")}, ylabel="loss"),
     "mask_pictures": lambda: plots.mask_pictures(torch.rand(128, 40), torch.rand(128, 40), 75.0),
     "training_dashboard": lambda: plots.training_dashboard(training_rows(), val_rows(), [(0.7, 1.5), None]),
     "runs_side_by_side": lambda: plots.runs_side_by_side({"a": RUN, "b": RUN}),
@@ -102,17 +101,15 @@ def test_the_dashboard_marks_steps_with_an_extreme_sign():
     assert marks.get_label() in [text.get_text() for text in losses.get_legend().get_texts()]
 
 
-def test_the_discriminator_curve_shows_both_logits():
-    (axes,) = plots.discriminator_curve(training_rows()).axes
-    assert curve(axes, "real: the clips' own latents") == ([1, 2, 5], [0.1, 0.2, 0.5])
-    assert curve(axes, "fake: fusions") == ([1, 2, 5], [-0.2, -0.4, -1.0])
-
-
-def test_complementarity_stands_above_its_baseline():
-    (axes,) = plots.complementarity_curve(training_rows(), val_rows()).axes
-    assert curve(axes, "training, each step")[1] == pytest.approx([0.71, 0.72, 0.75])
-    assert curve(axes, "validation") == ([2, 5], [0.9, 0.9])
-    assert set(curve(axes, "constant masks of 0.5")[1]) == {0.75}
+def test_curves_are_over_any_number_of_their_rows_beside_marks():
+    rows = [{"step": 1, "seconds": 0.0, "merit": 0.1}, {"step": 2, "seconds": 30.0, "merit": 0.5}]
+    series = {"masks alone": (rows, "merit"), "with the cascade": (rows[:1], "merit"), "none": (rows, "harmony")}
+    (axes,) = plots.curves(series, {"HPSS": 0.4}, "seconds", ylabel="merit", ylim=(0, 1)).axes
+    assert curve(axes, "masks alone") == ([0.0, 30.0], [0.1, 0.5])
+    assert curve(axes, "with the cascade") == ([0.0], [0.1])
+    assert curve(axes, "none") == ([], [])
+    assert set(curve(axes, "HPSS")[1]) == {0.4}
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_ylim()) == ("seconds", "merit", (0, 1))
 
 
 def test_mask_pictures_share_one_scale_from_0_to_1():
