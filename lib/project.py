@@ -20,7 +20,6 @@ from lib.lab.results import Result, read_record
 from lib.lab.variants import NAMED, Variant
 from lib.presets import Preset
 from lib.superres.degradation import Library, read_library
-from lib.superres.evaluation import Score
 from lib.superres.training import Plan as SuperresPlan
 from lib.training.run import LOCK, Run
 from lib.util.configs import check
@@ -96,21 +95,10 @@ class Project:
         source = f"recorded: preset {facts['preset']}, {facts['steps']} steps, codec {facts['codec']}"
         return results, facts | {"source": source}
 
-    def recorded_explosion(self) -> tuple[list[tuple[str, list[Result]]], dict[str, Any]]:
-        """What ends a training: results of long runs by their data, in groups of one objective; and tables."""
-        rows, facts = read_record(RECORD / "explosion.json", dict)
-        return [(row["data"], [Result(**r) for r in row["results"]]) for row in rows], facts["tables"]
-
-    def recorded_fusion(self) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
-        """The runs of notebook 04 on real music, and their facts; none while they are being recorded."""
-        path = RECORD / "fusion.json"
-        return read_record(path, dict) if path.exists() else ((), {})
-
-    def recorded_superres(self) -> tuple[tuple[Score, ...], dict[str, Any]]:
-        """The same for the distances of a super-resolver that was trained for longer."""
-        scores, facts = read_record(RECORD / "superres.json", Score)
-        steps = f"{facts['vae_steps']} and {facts['steps']} steps"
-        return scores, facts | {"source": f"recorded: preset {facts['preset']}, {steps}, {scores[0].clips} clips"}
+    def recorded_rows(self, name: str, kind: type = dict) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Another file of the record: its rows, of one `kind`, and their facts; none while they are being recorded."""
+        path = RECORD / f"{name}.json"
+        return read_record(path, kind) if path.exists() else ((), {})
 
     def listening(self) -> Manifest:
         """Pairs of the listening length, split by source file as for training."""

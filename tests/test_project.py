@@ -255,9 +255,9 @@ def test_listening_clips_that_the_music_cannot_give_name_their_setting(root):
 def test_while_fusion_is_being_recorded_there_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(lib.project, "RECORD", tmp_path)
     project = Project(load_preset("smoke"), tmp_path, None, None, tmp_path)
-    assert project.recorded_fusion() == ((), {})
+    assert project.recorded_rows("fusion") == ((), {})
     write_record(tmp_path / "fusion.json", [{"setting": "wide masks", "seed": 0}], {"steps": 3})
-    assert project.recorded_fusion() == (({"setting": "wide masks", "seed": 0},), {"steps": 3})
+    assert project.recorded_rows("fusion") == (({"setting": "wide masks", "seed": 0},), {"steps": 3})
 
 
 def test_a_record_that_lacks_what_the_notebooks_need_is_named(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from lib.lab.results import (
     peak,
     rising,
 )
-from lib.lab.variants import EXPLODING, REFERENCE, SINGLE_CHANGES, Variant
+from lib.lab.variants import REFERENCE, SINGLE_CHANGES, Variant
 from lib.training.config import TrainConfig
 from lib.util.stats import describe, difference, factorial_effects
 
@@ -24,7 +24,6 @@ Rows = list[dict[str, Any]]
 Measures = Mapping[str, Measure]  # by label; NaN for a run without an end
 Values = Mapping[str, Sequence[float]]  # by name, one per seed
 
-SUSPECTS = ("3 stages", EXPLODING, "learnable RMS", "anti-modulation log")  # variants with what the seeds blame
 MEASURES: Measures = {  # label of an axis, with its unit
     "largest gradient norm": peak,
     "gradient growth (last / first tenth)": growth,
@@ -115,18 +114,12 @@ def effect_rows(effects: Mapping[str, Values]) -> Rows:
 
 
 def findings(groups: Groups) -> list[str]:
-    """A sentence on each suspect of the seeds, on rising gradients, on clipping and on non-finite values."""
-    reference, runs = each(groups[REFERENCE], peak), [run for results in groups.values() for run in results]
-    sentences = []
-    for name in (name for name in SUSPECTS if name in groups):
-        peaks = each(groups[name], peak)
-        against = f"against {describe(reference)} of {REFERENCE}: {difference(peaks, reference)}"
-        sentences.append(f"{name}: largest gradient norm {describe(peaks)}, {against}.")
+    """A sentence on rising gradients, on clipping and on non-finite values."""
+    runs = [run for results in groups.values() for run in results]
     risers = ", ".join(name for name, results in groups.items() if rising(results)) or "no variant"
     limit = TrainConfig().clip
     clipped = [norm > limit for run in runs for norm in run.grad_norm]
     return [
-        *sentences,
         f"The gradient norm rises over training in every seed of: {risers}.",
         f"It passes {limit:g}, where clipping acts, in {sum(clipped)} of {len(clipped)} recorded points.",
         f"Non-finite values end {sum(run.non_finite is not None for run in runs)} of {len(runs)} runs.",

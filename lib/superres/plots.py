@@ -12,18 +12,12 @@ from lib.audio.plots import STAGES, STYLE, draw_image, mel_axes
 from lib.superres.audit import Count
 from lib.superres.evaluation import BOUNDS, METHODS, Score
 from lib.superres.mel import HOP, SAMPLE_RATE, SILENCE
-from lib.training.run import Run
 from lib.util.stats import describe
 
 Rows = list[dict[str, str]]
 COLOURS = "#BBBBBB #777777 #56B4E9 #CC79A7 #D55E00 #009E73 #000000 #E69F00"
 METHOD_COLOURS = dict(zip(METHODS, COLOURS.split(), strict=True))
 LOUDEST = 2.5  # of a log mel, about
-LOSSES = {
-    "vae": "autoencoder: loss, mostly the log mel's mean error",
-    "diffusion": "diffusion: squared error of the velocity",
-    "hifigan": "HiFi-GAN: mel distance, adversarial and feature losses",
-}
 
 
 @plt.rc_context(STYLE)
@@ -47,19 +41,6 @@ def filter_responses(responses: Mapping[str, Tensor], cutoff: float) -> Figure:
     axes.axvline(cutoff / 1000, color="black", linestyle=":", linewidth=1)
     axes.set(xlabel="frequency (kHz)", ylabel="gain (dB)", ylim=(-90, 5), xlim=(0, 2.5 * cutoff / 1000))
     axes.legend()
-    return figure
-
-
-@plt.rc_context(STYLE)
-def loss_curves(runs: Mapping[str, Run]) -> Figure:
-    """Losses over steps of both splits, the parts side by side: part → run."""
-    figure, row = plt.subplots(1, len(runs), figsize=(4.6 * len(runs), 3.2), squeeze=False)
-    for axes, (part, run) in zip(row.flat, runs.items(), strict=True):
-        for split, style in (("train", {"linewidth": 1}), ("val", {"marker": "o"})):
-            rows = run.metrics(split)
-            axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], label=split, **style)
-        axes.set(title=LOSSES[part], xlabel="step", ylabel="loss", yscale="log")
-        axes.legend()
     return figure
 
 

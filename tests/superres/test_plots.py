@@ -10,8 +10,6 @@ from lib.superres import plots as superres_plots
 from lib.superres.audit import Count
 from lib.superres.evaluation import METHODS, Score
 from lib.superres.mel import SILENCE
-from lib.superres.training import PARTS
-from lib.training.run import Run
 
 
 def test_mel_spectrograms_share_one_scale():
@@ -33,18 +31,6 @@ def test_filter_responses_in_decibels():
     assert np.isfinite(none.get_ydata()).all()
     assert half.get_xdata()[-1] == 24
     assert edge.get_xdata()[0] == 4
-
-
-def test_loss_curves(tmp_path):
-    rows = [{"split": s, "step": i, "loss": 1 / i} for s, i in (("train", 1), ("train", 2), ("val", 2), ("train", 4))]
-    runs = {part: Run.create(tmp_path / part, {}) for part in ("vae", "hifigan")}
-    for row in rows:
-        runs["vae"].log(row)
-    figure = superres_plots.loss_curves(runs)
-    assert [axes.get_title().split(":")[0] for axes in figure.axes] == ["autoencoder", "HiFi-GAN"]
-    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
-    assert lines == {"train": ([1, 2, 4], [1, 0.5, 0.25]), "val": ([2], [0.5])}
-    assert set(superres_plots.LOSSES) == set(PARTS)
 
 
 def test_distances_show_every_method_and_what_is_a_bound():
