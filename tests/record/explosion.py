@@ -50,7 +50,8 @@ RATES, CLIPS = (1e-4, 3e-4), (10.0, None)
 WINDOW = 0.5  # seconds
 FRAME_RATE = 75  # latents a second
 DIGITS = 4  # of a number in the record
-SMALL = {"ffn_mult": 1, "num_heads": 4}
+SMALL = {"ffn_mult": 1, "num_heads": 4}  # of every stage
+NARROW = 128  # a stage's width where only what ends a training is asked: half the time of a step
 BY_NAME = {variant.name: variant for variant in VARIANTS + SCHEDULED}
 CELLS = [*(variant.name for variant in CAUSES.values()), CREATIVE]
 ON_SOUND = [name for name in CELLS if BY_NAME[name].loss]  # those that correlate envelopes
@@ -84,6 +85,7 @@ class Experiment(NamedTuple):
     guarded: bool = False
     steps: int = STEPS
     layers: int = 1
+    width: int | None = NARROW  # of all stages; None: the reference's
 
     @property
     def correlating(self) -> set[str]:
@@ -99,9 +101,11 @@ class Experiment(NamedTuple):
             clip=self.clip,
             checkpoint_every=250,
             cpu_threads=1,
+            gather_every=20,
         )
         base = dataclasses.replace(base, loss=loss, max_val_pairs=PAIRS["val"])
-        small = tuple(dataclasses.replace(v, every=SMALL | dict(v.every)) for v in self.variants)
+        sizes = SMALL | {"width": self.width}
+        small = tuple(dataclasses.replace(v, every=sizes | dict(v.every)) for v in self.variants)
         return Plan(small, self.layers, min(seeds, self.seeds), base)
 
 
@@ -126,11 +130,11 @@ def experiments() -> Iterator[Experiment]:
     yield Experiment("pair put in", "songs and silence", some, window=WINDOW)
     yield Experiment("pair put in, operation taken away", "songs and silence", some, window=WINDOW, guarded=True)
     kept = variants(KEPT)
-    yield Experiment("weak residual", "loops", kept, guarded=True)
-    yield Experiment("law", "loops", LAW, seeds=3, guarded=True)
+    yield Experiment("weak residual", "loops", kept, guarded=True, width=None)
+    yield Experiment("law", "loops", LAW, seeds=3, guarded=True, width=None)
     for layers in (2, 4):
-        yield Experiment("law", "loops", variants(["3 stages"]), seeds=3, guarded=True, layers=layers)
-    yield Experiment("weak residual", "songs", kept, guarded=True)
+        yield Experiment("law", "loops", variants(["3 stages"]), seeds=3, guarded=True, layers=layers, width=None)
+    yield Experiment("weak residual", "songs", kept, guarded=True, width=None)
     yield Experiment("protections", "loops", PROTECTED)
     for data in ("loops", "songs"):
         yield Experiment("longer", data, variants([LEARNABLE]), steps=LONGER)
