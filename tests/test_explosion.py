@@ -65,6 +65,13 @@ def test_silence_is_taken_away_and_put_in(data):
     assert len(training(indices["songs"])) == len(training(indices["songs and silence"]))
 
 
+def test_silent_pairs_are_counted(data):
+    _, indices = data
+    rows = {row["data"]: row["silent for 0.5 s"] for row in explosion.silence_rows(indices)}
+    assert rows == {name: sum(silent(index)) for name, index in indices.items()}
+    assert rows["songs and silence"] == 1
+
+
 def test_the_longest_silence_is_counted():
     latents = torch.ones(4, 9)
     assert silence(latents) == 0

@@ -154,8 +154,8 @@ def prepare(music: Path, songs: Path, folder: Path) -> dict[str, Path]:
         manifest = build_manifest(root, folder / f"{name}.jsonl", 1.0, check_file=check)
         found[name] = few = of_size(manifest)
         if name == "loops":
-            index = encode_manifest(few, codec, folder)
-            found["loops without silence"] = without_silence(few, LatentPairs(index, "train"))
+            silences = silences_of(encode_manifest(few, codec, folder))
+            found["loops without silence"] = without_silence(few, silences)
         else:
             found["songs and silence"] = with_silence(few, folder / "silence.wav")
     return {name: encode_manifest(manifest, codec, folder) for name, manifest in found.items()}
@@ -179,10 +179,16 @@ def silence(latents: Tensor) -> int:
     return longest
 
 
-def without_silence(manifest: Manifest, pairs: LatentPairs) -> Manifest:
+def silences_of(index: Path) -> list[int]:
+    """Of each training pair, the longest silence in either clip, in frames."""
+    pairs = LatentPairs(index, "train")
+    return [max(map(silence, pairs[i])) for i in range(len(pairs))]
+
+
+def without_silence(manifest: Manifest, silences: Sequence[int]) -> Manifest:
     """Without the training pairs in which a clip is silent for as long as a window."""
-    window = round(WINDOW * FRAME_RATE)
-    silent = {pair.id for i, pair in enumerate(manifest.split("train")) if max(map(silence, pairs[i])) >= window}
+    pairs, window = manifest.split("train"), round(WINDOW * FRAME_RATE)
+    silent = {pair.id for pair, frames in zip(pairs, silences, strict=True) if frames >= window}
     return dataclasses.replace(manifest, pairs=tuple(pair for pair in manifest.pairs if pair.id not in silent))
 
 
@@ -326,14 +332,21 @@ def signs(done: Done) -> list[dict[str, Any]]:
     return rows
 
 
+def silence_rows(indices: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """How many training pairs of all data have a clip that is silent for as long as a window."""
+    rows = []
+    for name, index in indices.items():
+        silent = [frames >= round(WINDOW * FRAME_RATE) for frames in silences_of(index)]
+        rows.append({"data": name, "training pairs": len(silent), f"silent for {WINDOW:g} s": sum(silent)})
+    return rows
+
+
 def by_the_data(done: Done, indices: Mapping[str, Path]) -> dict[str, Any]:
     """The same of a look at the clips before the first step: is one silent for as long as a window?"""
-    training = {name: LatentPairs(index, "train") for name, index in indices.items()}
-    silent = {name: max(max(map(silence, pairs[i])) for i in range(len(pairs))) for name, pairs in training.items()}
-    found = {False: [], True: []}
+    silences, found = {name: silences_of(index) for name, index in indices.items()}, {False: [], True: []}
     for e, results in done:
         if not e.guarded:
-            foreseen = silent[e.data] >= round((e.window or 1.0) * FRAME_RATE)
+            foreseen = max(silences[e.data]) >= round((e.window or 1.0) * FRAME_RATE)
             for r in (r for r in results if r.variant in e.correlating and r.seed not in CALIBRATING):
                 found[foreseen].append(r.non_finite)
     deaths = [bad["step"] for runs in found.values() for bad in runs if bad]
@@ -393,6 +406,7 @@ def record(music: Path, songs: Path, folder: Path, path: Path) -> None:
         "deaths": death_rows(deaths),
         "signs": [*signs(done), by_the_data(done, indices)],
         "law": law_rows(done),
+        "silence": silence_rows(indices),
     }
     judged = [ran for ran in done if ran[0].name in JUDGED]
     rows = [{"data": e.data, "results": [slim(r) for r in results]} for e, results in judged]
