@@ -87,7 +87,7 @@ def test_every_cell_meets_every_condition():
     assert all([v.name for v in e.variants] == CELLS for e in grid)
     assert set(CELLS) > {variant.name for variant in CAUSES.values()}
     for e in grid:
-        plan = e.plan(5)
+        plan = e.plan()
         assert (plan.seeds, plan.train.max_steps >= 3 * 205, plan.train.loss.guarded) == (5, True, False)
 
 
@@ -98,9 +98,9 @@ def test_runs_whose_norms_stay_below_the_clip_are_not_repeated(monkeypatch, tmp_
     small, large, broken = first.variants[:3]
     unclipped = [of(small, (1.0, 9.9)), of(large, (1.0, 10.1)), of(broken, (1.0, math.inf))]
     e = first._replace(variants=(small, large, broken), clip=10.0)
-    assert run(e, 1, tmp_path, tmp_path, unclipped) == (unclipped[0],)
+    assert run(e, tmp_path, tmp_path, unclipped) == (unclipped[0],)
     assert given == [[large.name, broken.name]]
-    run(first._replace(variants=(small, large)), 1, tmp_path, tmp_path, [])
+    run(first._replace(variants=(small, large)), tmp_path, tmp_path, [])
     assert given[-1] == [small.name, large.name]
 
 
@@ -245,7 +245,7 @@ def test_data_are_as_large_as_the_seeds_epoch(data):
 
 def test_every_plan_can_be_built():
     for e in experiments():
-        plan = e.plan(1)
+        plan = e.plan()
         for variant in plan.variants:
             assert variant.cascade(plan.num_layers).stages
             assert variant.training(plan.train).max_steps >= 2_000

@@ -92,7 +92,7 @@ class Experiment(NamedTuple):
         """The variants that correlate envelopes."""
         return {variant.name for variant in self.variants if variant.loss.get("anti_modulation_weight")}
 
-    def plan(self, seeds: int) -> Plan:
+    def plan(self) -> Plan:
         loss = LossConfig(guarded=self.guarded, window_seconds=self.window)
         base = TrainConfig(
             max_steps=self.steps,
@@ -106,7 +106,7 @@ class Experiment(NamedTuple):
         base = dataclasses.replace(base, loss=loss, max_val_pairs=PAIRS["val"])
         sizes = SMALL | {"width": self.width}
         small = tuple(dataclasses.replace(v, every=sizes | dict(v.every)) for v in self.variants)
-        return Plan(small, self.layers, min(seeds, self.seeds), base)
+        return Plan(small, self.layers, self.seeds, base)
 
 
 Ran = tuple[Experiment, tuple[Result, ...]]
@@ -205,26 +205,23 @@ def with_silence(manifest: Manifest, path: Path) -> Manifest:
     return dataclasses.replace(manifest, pairs=tuple(pairs))
 
 
-def run_all(
-    music: Path, songs: Path, folder: Path, passes: Sequence[int] = (1, 3, SEEDS)
-) -> tuple[list[Ran], dict[str, Path]]:
-    """Every experiment with its results, and the latents; first with one seed, then with more."""
+def run_all(music: Path, songs: Path, folder: Path) -> tuple[list[Ran], dict[str, Path]]:
+    """Every experiment with its results, and the latents."""
     indices = prepare(music, songs, folder / "latents")
-    for seeds in passes:
-        done: list[Ran] = []
-        for e in experiments():
-            alike = [r for other, results in done if other == e._replace(clip=None) for r in results if e.clip]
-            done.append((e, run(e, seeds, indices[e.data], folder / "runs", alike)))
+    done: list[Ran] = []
+    for e in experiments():
+        alike = [r for other, results in done if other == e._replace(clip=None) for r in results if e.clip]
+        done.append((e, run(e, indices[e.data], folder / "runs", alike)))
     return done, indices
 
 
-def run(e: Experiment, seeds: int, index: Path, folder: Path, unclipped: Sequence[Result]) -> tuple[Result, ...]:
+def run(e: Experiment, index: Path, folder: Path, unclipped: Sequence[Result]) -> tuple[Result, ...]:
     """The results of an experiment. Where no gradient of the `unclipped` runs is longer than the clip, they are also
     those with it, bit for bit."""
     longest = {name: max(peak(r) for r in runs) for name, runs in by_variant(unclipped).items()}
     same = tuple(r for r in unclipped if longest[r.variant] <= e.clip)
     left = tuple(v for v in e.variants if longest.get(v.name, inf) > (e.clip or 0))
-    return same + run_plan(e._replace(variants=left).plan(seeds), index, "mdct", folder)
+    return same + run_plan(e._replace(variants=left).plan(), index, "mdct", folder)
 
 
 KEPT_METRICS = ("grad_norm", "rms_ratio", "mse", "input_correlation", "target_correlation")
