@@ -118,7 +118,7 @@ def variants(names: Sequence[str]) -> tuple[Variant, ...]:
 
 
 def experiments() -> Iterator[Experiment]:
-    """What is found, its causes, the weak residual and the law first: the grid takes the longest."""
+    """What is found, its causes, the weak residual and the law first; the grid takes the longest."""
     sound = variants(ON_SOUND)
     for rate in RATES:
         for clip in CLIPS:
@@ -134,7 +134,6 @@ def experiments() -> Iterator[Experiment]:
     yield Experiment("law", "loops", LAW, seeds=3, guarded=True, width=None)
     for layers in (2, 4):
         yield Experiment("law", "loops", variants(["3 stages"]), seeds=3, guarded=True, layers=layers, width=None)
-    yield Experiment("weak residual", "songs", kept, guarded=True, width=None)
     yield Experiment("protections", "loops", PROTECTED)
     for data in ("loops", "songs"):
         yield Experiment("longer", data, variants([LEARNABLE]), steps=LONGER)
@@ -143,6 +142,7 @@ def experiments() -> Iterator[Experiment]:
         for data in ("loops", "songs"):
             for clip in CLIPS[::-1]:
                 yield Experiment("grid", data, variants(CELLS), rate=rate, clip=clip)
+    yield Experiment("weak residual", "songs", kept, guarded=True, width=None)
 
 
 def prepare(music: Path, songs: Path, folder: Path) -> dict[str, Path]:
