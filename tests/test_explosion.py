@@ -222,7 +222,7 @@ def test_causes_are_told_in_decades_of_the_largest_norm():
     assert row["learnable scalars"].startswith("0")
     assert row["log penalty"] == "2.0 (2.0 to 2.0)"
     assert row["largest norm"] == "1e+03 (causes: weak + log penalty)"
-    assert row["ended"] == "no non-finite value in 100 steps"
+    assert row["non-finite"] == "0 of 24"
 
 
 def test_a_slim_result_is_judged_as_the_whole_one():

@@ -1,10 +1,12 @@
 """What the README quotes: every wording, and that what is committed says nothing that the record does not hold."""
 
+import dataclasses
 import json
 import re
 import shutil
 
 import pytest
+from lab.test_audit import result
 from parts import markdown_table
 from quotes import (
     BLOCKS,
@@ -12,6 +14,7 @@ from quotes import (
     MARKS,
     alike,
     distances_table,
+    explosion_block,
     mean_of,
     moved,
     music_block,
@@ -27,6 +30,7 @@ from quotes import (
 from lib.evaluation.baselines import ORACLE
 from lib.evaluation.tables import ALONE, MASKS_ALONE, SEEDS_SYSTEM, WITH_CASCADE
 from lib.lab.results import read_record, write_record
+from lib.lab.variants import EXPLODING, REFERENCE, WEAK_RESIDUALS
 from lib.project import RECORD, ROOT
 from lib.superres.evaluation import CUTOFFS, METHODS, Score
 from lib.util.errors import UserError
@@ -259,6 +263,46 @@ def test_a_record_without_real_music_says_so_and_has_all_other_blocks(tmp_path):
     assert tuple(older) == tuple(newer) == BLOCKS
     assert {name for name in BLOCKS if older[name] != newer[name]} == {"music"}
     assert with_blocks(with_blocks(README, newer), older) == with_blocks(README, older)
+
+
+def trained(variant: str, leak: float, seed: int) -> dict:
+    """A run at the target level as a row, with this correlation of output and input."""
+    return dataclasses.asdict(dataclasses.replace(result(EXPLODING, seed, leak=leak), variant=variant))
+
+
+def test_what_ends_a_training_is_quoted_from_its_tables(tmp_path):
+    def death(experiment: str, data: str, found: str, operation: str = "–") -> dict:
+        return {"experiment": experiment, "data": data, "non-finite": found, "operation": operation}
+
+    causes = [
+        {"non-finite": "0 of 45", "largest norm": "9.5 (a)"},
+        {"non-finite": "1 of 45", "largest norm": "1.2e+03 (b)"},
+    ]
+    deaths = [
+        death("windows", "loops", "7 of 25", "div gave NaN"),
+        death("windows", "loops", "8 of 25", "div gave NaN"),
+        death("operation taken away", "loops", "0 of 15"),
+        death("pairs taken away", "loops without silence", "2 of 15"),
+        death("windows", "songs", "3 of 15"),
+        death("pair put in", "songs and silence", "4 of 15"),
+        death("pair put in, operation taken away", "songs and silence", "5 of 15"),
+    ]
+    names = [variant.name for variant in WEAK_RESIDUALS]
+    runs = [trained(name, 0.5 if name == names[1] else 0.8, seed) for name in names for seed in range(3)]
+    runs += [trained(REFERENCE, 0.7, seed) for seed in range(3)]
+    rows = [{"data": "loops", "results": runs}, {"data": "songs", "results": runs[:2]}]
+    facts = {"steps": 2000, "window": 0.5, "tables": {"causes": causes, "deaths": deaths}}
+    write_record(tmp_path / "explosion.json", rows, facts)
+    said = explosion_block(tmp_path)
+    assert (
+        "2,000 steps each: 1 of 90 trainings met a non-finite value; the largest gradient norm is 1.2e+03 (b). " in said
+    )
+    assert "With 0.5 s of each clip decoded, of which some are digital silence: 15 of 50 (div gave NaN); " in said
+    assert "; without the silent pairs 2 of 15, with epsilons 0 of 15. " in said
+    assert "Of songs 3 of 15; with a silent pair put in 4 of 15, and with epsilons 5 of 15. " in said
+    assert said.endswith(f"without larger gradients: {names[1]} (loops).")
+    (tmp_path / "explosion.json").unlink()
+    assert explosion_block(tmp_path) == "This record is older than the long trainings."
 
 
 def test_small_numbers():

@@ -19,7 +19,7 @@ from lib.data.pairs import Clip, Manifest, build_manifest
 from lib.lab.ablation import LAW as LAW_ROWS
 from lib.lab.ablation import Plan, run_plan
 from lib.lab.findings import effects
-from lib.lab.results import Result, by_variant, first_non_finite, peak, training_steps, write_record
+from lib.lab.results import Result, by_variant, peak, training_steps, write_record
 from lib.lab.variants import (
     CAUSE_NAMES,
     CAUSES,
@@ -253,12 +253,16 @@ def conditions(e: Experiment) -> dict[str, str]:
     return row | {"learning rate": f"{e.rate:.0e}", "clip": "none" if e.clip is None else f"{e.clip:g}"}
 
 
+def ended(runs: Sequence[Result]) -> str:
+    return f"{sum(run.non_finite is not None for run in runs)} of {len(runs)}"
+
+
 def death_rows(done: Done) -> list[dict[str, str]]:
     """A row for each experiment: how many of its runs met a non-finite value, when, in which operation and clips."""
     rows = []
     for e, runs in done:
         dead = [run for run in runs if run.non_finite]
-        row = conditions(e) | {"non-finite": f"{len(dead)} of {len(runs)}"}
+        row = conditions(e) | {"non-finite": ended(runs)}
         steps = sorted({run.non_finite["step"] for run in dead})
         row["step"] = " to ".join(str(step) for step in dict.fromkeys((steps[0], steps[-1]))) if dead else "–"
         row["gradient norm before"] = describe([run.end["grad_norm"] for run in dead if run.end]) if dead else "–"
@@ -280,7 +284,7 @@ def cause_rows(done: Done) -> list[dict[str, str]]:
     rows = []
     for e, runs in done:
         largest = max(runs, key=peak)
-        row = conditions(e) | {"ended": first_non_finite(runs)}
+        row = conditions(e) | {"non-finite": ended(runs)}
         row["largest norm"] = f"{peak(largest):.3g} ({largest.variant})"
         found = effects(CAUSES, CAUSE_NAMES, by_variant(runs)).get("largest gradient norm (decades)", {})
         rows.append(row | {name: describe(found[name], 2) for name in CAUSE_NAMES if name in found})
@@ -397,7 +401,7 @@ def largest_error(run: str, stage: StageConfig, i: int, *, by_weights: bool = Tr
 def record(music: Path, songs: Path, folder: Path, path: Path) -> None:
     """Run all experiments and write what they found: tables, and the results of those that verdicts are made from."""
     done, indices = run_all(music, songs, folder)
-    deaths = [ran for ran in done if ran[0].window]
+    deaths = [(e, runs) for e, runs in done if e.window or any(run.non_finite for run in runs)]
     tables = {
         "causes": cause_rows([ran for ran in done if ran[0].name == "grid"]),
         "deaths": death_rows(deaths),
@@ -407,7 +411,7 @@ def record(music: Path, songs: Path, folder: Path, path: Path) -> None:
     }
     judged = [ran for ran in done if ran[0].name in JUDGED]
     rows = [{"data": e.data, "results": [slim(r) for r in results]} for e, results in judged]
-    write_record(path, rows, {"tables": tables})
+    write_record(path, rows, {"steps": STEPS, "window": WINDOW, "tables": tables})
 
 
 if __name__ == "__main__":

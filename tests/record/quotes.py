@@ -11,14 +11,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lib.evaluation.baselines import ORACLE
 from lib.evaluation.tables import ALONE, MASKS_ALONE, WITH_CASCADE, number_row
-from lib.lab.results import read_record
+from lib.lab.findings import weak_residuals
+from lib.lab.results import Result, by_variant, read_record
+from lib.lab.variants import WEAK_RESIDUALS
 from lib.superres.evaluation import METHODS, Score
 from lib.superres.plots import upper_rows
 from lib.util.errors import UserError
 from lib.util.files import read_json
 from lib.util.stats import TEST, Comparison
 
-BLOCKS = ("music", "results", "speed", "distances")
+BLOCKS = ("music", "results", "explosion", "speed", "distances")
 MARKS = "<!-- {}: written by make record -->", "<!-- end of {} -->"
 DIFFERENT = "runs disagree on"
 TEMPLATES = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True)
@@ -51,6 +53,7 @@ def readme_blocks(folder: Path) -> dict[str, str]:
     return {
         "music": music_block(folder),
         "results": "\n".join([*results(read_json(folder / "variations.json", list)), "", f"*Measured in {last}*"]),
+        "explosion": explosion_block(folder),
         "speed": speed(bench["cascade"]),
         "distances": distances_table(read_record(folder / "superres.json", Score)[0]),
     }
@@ -67,6 +70,33 @@ def music_block(folder: Path) -> str:
         values["gpu"] = gpu = read_json(folder / "gpu.json", fields)
         values["mark"] = max(gpu["marks"], key=gpu["marks"].get)
     return filled("music.md.j2", values)
+
+
+def explosion_block(folder: Path) -> str:
+    """What ends a training and what does not (explosion.json), where the record has it."""
+    if not (folder / "explosion.json").exists():
+        return "This record is older than the long trainings."
+    rows, facts = read_record(folder / "explosion.json", dict)
+    causes, deaths = (facts["tables"][name] for name in ("causes", "deaths"))
+
+    def total(found: Sequence[Mapping[str, str]]) -> str:
+        dead, runs = (
+            sum(map(int, part)) for part in zip(*(row["non-finite"].split(" of ") for row in found), strict=True)
+        )
+        return f"{dead} of {runs}"
+
+    def of(experiment: str, data: str) -> list[Mapping[str, str]]:
+        return [row for row in deaths if (row["experiment"], row["data"]) == (experiment, data)]
+
+    names = [variant.name for variant in WEAK_RESIDUALS]
+    kept = {}
+    for row in rows:
+        groups = by_variant([Result(**run) for run in row["results"]])
+        if set(names) <= set(groups):
+            kept[row["data"]] = weak_residuals(groups, names)[-1].partition(": ")[-1]
+    largest = max((row["largest norm"] for row in causes), key=lambda said: float(said.split()[0]))
+    values = {"facts": facts, "causes": causes, "of": of, "total": total, "kept": kept, "largest": largest}
+    return filled("explosion.md.j2", values)
 
 
 def study(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> dict[str, Any]:
