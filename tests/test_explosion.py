@@ -184,7 +184,7 @@ def nan_at(step: int, clips: str, seed: int = 0) -> Result:
         "tensor": "loss",
         "operation": "div gave NaN",
         "pairs": [clips],
-        "spread": "all",
+        "spread": f"{10 + step} of {10 + step} gradients are not finite",
     }
     return dataclasses.replace(result(EXPLODING, seed, bad_step=step), non_finite=bad)
 
@@ -204,7 +204,7 @@ def test_a_death_is_told_by_its_step_its_operation_and_its_clips():
         "gradient norm before": "1.00 (1.00 to 1.00)",
         "tensor": "loss",
         "operation": "div gave NaN",
-        "spread": "all",
+        "spread": "all gradients are not finite",
         "clips": "a with b; c with d",  # without folders
     }
     assert (quiet["non-finite"], quiet["step"], quiet["operation"]) == ("0 of 1", "–", "–")

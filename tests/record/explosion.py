@@ -267,7 +267,8 @@ def death_rows(done: Done) -> list[dict[str, str]]:
         row["step"] = " to ".join(str(step) for step in dict.fromkeys((steps[0], steps[-1]))) if dead else "–"
         row["gradient norm before"] = describe([run.end["grad_norm"] for run in dead if run.end]) if dead else "–"
         for name in ("tensor", "operation", "spread"):
-            row[name] = "; ".join(dict.fromkeys(run.non_finite[name] for run in dead)) or "–"
+            found = (re.sub(r"(\S+) of \1 gradients", "all gradients", run.non_finite[name]) for run in dead)
+            row[name] = "; ".join(dict.fromkeys(found)) or "–"
         row["clips"] = "; ".join(dict.fromkeys(pair for run in dead for pair in clips_of(run))) or "–"
         rows.append(row)
     return rows
