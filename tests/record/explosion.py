@@ -129,8 +129,7 @@ def experiments() -> Iterator[Experiment]:
     yield Experiment("windows", "songs", some, window=WINDOW)
     yield Experiment("pair put in", "songs and silence", some, window=WINDOW)
     yield Experiment("pair put in, operation taken away", "songs and silence", some, window=WINDOW, guarded=True)
-    kept = variants(KEPT)
-    yield Experiment("weak residual", "loops", kept, guarded=True, width=None)
+    yield Experiment("weak residual", "loops", variants(KEPT), guarded=True, width=None)
     yield Experiment("law", "loops", LAW, seeds=3, guarded=True, width=None)
     for layers in (2, 4):
         yield Experiment("law", "loops", variants(["3 stages"]), seeds=3, guarded=True, layers=layers, width=None)
@@ -142,7 +141,6 @@ def experiments() -> Iterator[Experiment]:
         for data in ("loops", "songs"):
             for clip in CLIPS[::-1]:
                 yield Experiment("grid", data, variants(CELLS), rate=rate, clip=clip)
-    yield Experiment("weak residual", "songs", kept, guarded=True, width=None)
 
 
 def prepare(music: Path, songs: Path, folder: Path) -> dict[str, Path]:
