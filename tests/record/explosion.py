@@ -53,8 +53,7 @@ DIGITS = 4  # of a number in the record
 SMALL = {"ffn_mult": 1, "num_heads": 4}  # of every stage
 NARROW = 128  # a stage's width where only what ends a training is asked: half the time of a step
 BY_NAME = {variant.name: variant for variant in VARIANTS + SCHEDULED}
-CELLS = [*(variant.name for variant in CAUSES.values()), CREATIVE]
-ON_SOUND = [name for name in CELLS if BY_NAME[name].loss]  # those that correlate envelopes
+ON_SOUND = [*(v.name for v in CAUSES.values() if v.loss), CREATIVE]  # those that correlate envelopes
 KEPT = [REFERENCE, "3 stages", EXPLODING, REPAIR, *(variant.name for variant in WEAK_RESIDUALS)]
 LAW = (
     *(Variant(f"last residual {weight:g}", "law", 3, last={"residual_weight": weight}) for weight in (0.05, 0.3)),
@@ -123,7 +122,7 @@ def experiments() -> Iterator[Experiment]:
     for rate in RATES:
         for clip in CLIPS:
             yield Experiment("windows", "loops", sound, rate=rate, clip=clip, window=WINDOW)
-    some = variants(["causes: log penalty", CELLS[7], CREATIVE])
+    some = variants([ON_SOUND[0], *ON_SOUND[-2:]])
     yield Experiment("operation taken away", "loops", some, window=WINDOW, guarded=True)
     yield Experiment("pairs taken away", "loops without silence", some, window=WINDOW)
     yield Experiment("windows", "songs", some, window=WINDOW)
@@ -134,13 +133,12 @@ def experiments() -> Iterator[Experiment]:
     for layers in (2, 4):
         yield Experiment("law", "loops", variants(["3 stages"]), seeds=3, guarded=True, layers=layers, width=None)
     yield Experiment("protections", "loops", PROTECTED)
-    for data in ("loops", "songs"):
-        yield Experiment("longer", data, variants([LEARNABLE]), steps=LONGER)
-        yield Experiment("longer, creative terms", data, (SEED_003,), steps=LONGER)
+    yield Experiment("longer", "loops", variants([LEARNABLE]), steps=LONGER)
+    yield Experiment("longer, creative terms", "loops", (SEED_003,), steps=LONGER)
     for rate in RATES[::-1]:
         for data in ("loops", "songs"):
             for clip in CLIPS[::-1]:
-                yield Experiment("grid", data, variants(CELLS), rate=rate, clip=clip)
+                yield Experiment("grid", data, tuple(CAUSES.values()), rate=rate, clip=clip)
 
 
 def prepare(music: Path, songs: Path, folder: Path) -> dict[str, Path]:
