@@ -89,6 +89,26 @@ def test_every_cell_meets_every_condition():
         assert (plan.seeds, plan.train.max_steps >= 3 * 205, plan.train.loss.guarded) == (5, True, False)
 
 
+def test_an_experiment_differs_in_one_thing_from_what_it_is_compared_with():
+    kinds = {}
+    for e in experiments():
+        kinds.setdefault(e.name, set()).add((e.data, e.guarded, e.window))
+    assert kinds == {
+        "windows": {("loops", False, 0.5), ("songs", False, 0.5)},
+        "operation taken away": {("loops", True, 0.5)},
+        "pairs taken away": {("loops without silence", False, 0.5)},
+        "pair put in": {("songs and silence", False, 0.5)},
+        "pair put in, operation taken away": {("songs and silence", True, 0.5)},
+        "weak residual": {("loops", True, None)},
+        "law": {("loops", True, None)},
+        "protections": {("loops", False, None)},
+        "longer": {("loops", False, None)},
+        "grid": {("loops", False, None), ("songs", False, None)},
+    }
+    assert set(explosion.JUDGED) == {"weak residual", "protections", "longer"}
+    assert explosion.PAIRS["train"] == 205 * next(experiments()).plan().train.batch_size
+
+
 def test_runs_whose_norms_stay_below_the_clip_are_not_repeated(monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr(explosion, "run_plan", lambda plan, *_: given.append([v.name for v in plan.variants]) or ())
@@ -188,13 +208,14 @@ def nan_at(step: int, clips: str, seed: int = 0) -> Result:
 
 
 def test_a_death_is_told_by_its_step_its_operation_and_its_clips():
-    runs = (nan_at(4, "a with /x/b"), nan_at(40, "a with b", 1), nan_at(9, "c with d", 2), result(EXPLODING, 3))
+    runs = (nan_at(4, "a with /x y/b"), nan_at(40, "a with b", 1), nan_at(9, "c with d", 2), result(EXPLODING, 3))
     e = Experiment("windows", "loops", SOUND, rate=3e-4, clip=None)
     row, quiet = death_rows([(e, runs), (e._replace(clip=10.0, guarded=True), runs[3:])])
     assert row == {
         "experiment": "windows",
         "data": "loops",
-        "terms": "as the seeds had it",
+        "epsilons": "none",
+        "steps": 2000,
         "learning rate": "3e-04",
         "clip": "none",
         "non-finite": "3 of 4",
@@ -206,7 +227,7 @@ def test_a_death_is_told_by_its_step_its_operation_and_its_clips():
         "clips": "a with b; c with d",  # without folders
     }
     assert (quiet["non-finite"], quiet["step"], quiet["operation"]) == ("0 of 1", "–", "–")
-    assert (quiet["terms"], quiet["clip"]) == ("ours", "10")
+    assert (quiet["epsilons"], quiet["clip"]) == ("ours", "10")
 
 
 def test_causes_are_told_in_decades_of_the_largest_norm():
@@ -232,11 +253,15 @@ def test_a_slim_result_is_judged_as_the_whole_one():
     assert (set(other.end), other.final) == ({"grad_norm"}, None)
 
 
-def test_data_are_as_large_as_the_seeds_epoch(data):
+def test_data_are_as_large_as_asked(data, monkeypatch):
+    monkeypatch.setitem(explosion.PAIRS, "train", 3)
     music, _ = data
     codec = MdctCodec()
     manifest = of_size(build_manifest(music / "songs", music / "songs.jsonl", 1.0))
-    assert len(manifest.pairs) == len({pair.id for pair in manifest.pairs}) <= sum(explosion.PAIRS.values())
+    whole = build_manifest(music / "songs", music / "songs.jsonl", 1.0)
+    for split, most in explosion.PAIRS.items():
+        ids = {pair.id for pair in manifest.split(split)}
+        assert len(manifest.split(split)) == len(ids) == min(most, len(whole.split(split)))
     assert len(training(encode_manifest(manifest, codec, music / "latents"))) == len(manifest.split("train"))
     assert load_audio(music / "latents" / "silence.wav").abs()[..., :10_000].max() == 0
 

@@ -275,8 +275,9 @@ def test_what_ends_a_training_is_quoted_from_its_tables(tmp_path):
         return {"experiment": experiment, "data": data, "non-finite": found, "operation": operation}
 
     causes = [
-        {"non-finite": "0 of 45", "largest norm": "9.5 (a)"},
-        {"non-finite": "1 of 45", "largest norm": "1.2e+03 (b)"},
+        {"experiment": "grid", "non-finite": "0 of 45", "largest norm": "9.5 (a)"},
+        {"experiment": "grid", "non-finite": "1 of 45", "largest norm": "1.2e+03 (b)"},
+        {"experiment": "longer", "non-finite": "1 of 5", "largest norm": "2.2e+03 (c)"},
     ]
     deaths = [
         death("windows", "loops", "7 of 25", "div gave NaN"),
@@ -294,12 +295,11 @@ def test_what_ends_a_training_is_quoted_from_its_tables(tmp_path):
     facts = {"steps": 2000, "window": 0.5, "tables": {"causes": causes, "deaths": deaths}}
     write_record(tmp_path / "explosion.json", rows, facts)
     said = explosion_block(tmp_path)
-    assert (
-        "2,000 steps each: 1 of 90 trainings met a non-finite value; the largest gradient norm is 1.2e+03 (b). " in said
-    )
-    assert "With 0.5 s of each clip decoded, of which some are digital silence: 15 of 50 (div gave NaN); " in said
-    assert "; without the silent pairs 2 of 15, with epsilons 0 of 15. " in said
-    assert "Of songs 3 of 15; with a silent pair put in 4 of 15, and with epsilons 5 of 15. " in said
+    assert "2,000 steps each: 1 of 90 cases (setting and seed) met a non-finite value; the largest" in said
+    assert "largest gradient norm is 1.2e+03 (b). With 0.5 s of each clip decoded" in said
+    assert "a few are digital silence: 15 of 50 (div gave NaN). " in said
+    assert ": without the silent pairs 2 of 15, with epsilons 0 of 15; on songs 3 of 15, with" in said
+    assert "a silent pair put in 4 of 15, and with epsilons too 5 of 15. " in said
     assert said.endswith(f"without larger gradients: {names[1]} (loops).")
     (tmp_path / "explosion.json").unlink()
     assert explosion_block(tmp_path) == "This record is older than the long trainings."

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import inf
+from math import inf, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,9 +66,9 @@ LOG_PENALTY = BY_NAME["causes: log penalty"].loss
 PROTECTED = tuple(dataclasses.replace(variant, loss=LOG_PENALTY) for variant in PROTECTIONS.values())
 # the model of seed 003, with its objective; its NaNs came in epochs 5, 14 and 24
 CREATIVE_LOG = dict(BY_NAME[CREATIVE].loss) | {"anti_modulation": "log"}
-SEED_003 = dataclasses.replace(BY_NAME[LEARNABLE], loss=CREATIVE_LOG)
+SEED_003 = dataclasses.replace(BY_NAME[LEARNABLE], name=f"{LEARNABLE}, creative terms", loss=CREATIVE_LOG)
 LONGER = 24 * 205 + 80
-JUDGED = ("weak residual", "protections", "longer", "longer, creative terms")
+JUDGED = ("weak residual", "protections", "longer")
 
 
 class Experiment(NamedTuple):
@@ -133,8 +133,7 @@ def experiments() -> Iterator[Experiment]:
     for layers in (2, 4):
         yield Experiment("law", "loops", variants(["3 stages"]), seeds=3, guarded=True, layers=layers, width=None)
     yield Experiment("protections", "loops", PROTECTED)
-    yield Experiment("longer", "loops", variants([LEARNABLE]), steps=LONGER)
-    yield Experiment("longer, creative terms", "loops", (SEED_003,), steps=LONGER)
+    yield Experiment("longer", "loops", (BY_NAME[LEARNABLE], SEED_003), steps=LONGER)
     for rate in RATES[::-1]:
         for data in ("loops", "songs"):
             for clip in CLIPS[::-1]:
@@ -243,17 +242,20 @@ def rounded(result: Result) -> dict[str, Any]:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def conditions(e: Experiment) -> dict[str, str]:
+def conditions(e: Experiment) -> dict[str, Any]:
     """What an experiment's runs have in common, as columns."""
-    row = {"experiment": e.name, "data": e.data, "terms": "ours" if e.guarded else "as the seeds had it"}
-    return row | {"learning rate": f"{e.rate:.0e}", "clip": "none" if e.clip is None else f"{e.clip:g}"}
+    base = e.plan().train
+    clips = {variant.training(base).clip for variant in e.variants}
+    clip = " or ".join("none" if clip is None else f"{clip:g}" for clip in sorted(clips, key=lambda c: c or inf))
+    row = {"experiment": e.name, "data": e.data, "epsilons": "ours" if e.guarded else "none", "steps": e.steps}
+    return row | {"learning rate": f"{e.rate:.0e}", "clip": clip}
 
 
 def ended(runs: Sequence[Result]) -> str:
     return f"{sum(run.non_finite is not None for run in runs)} of {len(runs)}"
 
 
-def death_rows(done: Done) -> list[dict[str, str]]:
+def death_rows(done: Done) -> list[dict[str, Any]]:
     """A row for each experiment: how many of its runs met a non-finite value, when, in which operation and clips."""
     rows = []
     for e, runs in done:
@@ -272,12 +274,14 @@ def death_rows(done: Done) -> list[dict[str, str]]:
 
 def clips_of(run: Result) -> list[str]:
     """The clips that made a run end, by file without its folder, and offset."""
-    return [re.sub(r"\S*/", "", pair) for pair in run.non_finite["pairs"]]
+    return [
+        " with ".join(clip.rpartition("/")[-1] for clip in pair.split(" with ")) for pair in run.non_finite["pairs"]
+    ]
 
 
-def cause_rows(done: Done) -> list[dict[str, str]]:
-    """A row for each condition of the grid: non-finite values, the largest gradient norm and its cell, and what each
-    cause does to the largest norm, in decades."""
+def cause_rows(done: Done) -> list[dict[str, Any]]:
+    """A row for each experiment: non-finite values, the largest gradient norm and its variant, and what each cause does
+    to the largest norm, in decades, where all combinations were run."""
     rows = []
     for e, runs in done:
         largest = max(runs, key=peak)
@@ -340,13 +344,11 @@ def silence_rows(indices: Mapping[str, Path]) -> list[dict[str, Any]]:
 
 
 def by_the_data(done: Done, indices: Mapping[str, Path]) -> dict[str, Any]:
-    """The same of a look at the clips before the first step: is one silent for as long as a window?"""
+    """A row of `signs` for what is known before the first step: whether a clip is silent for as long as a window."""
     silences, found = {name: silences_of(index) for name, index in indices.items()}, {False: [], True: []}
-    for e, results in done:
-        if not e.guarded:
-            foreseen = max(silences[e.data]) >= round((e.window or 1.0) * FRAME_RATE)
-            for r in (r for r in results if r.variant in e.correlating and r.seed not in CALIBRATING):
-                found[foreseen].append(r.non_finite)
+    runs = {r.run: (e, r) for e, results in done if not e.guarded for r in results if r.variant in e.correlating}
+    for e, r in (pair for pair in runs.values() if pair[1].seed not in CALIBRATING):
+        found[max(silences[e.data]) >= round((e.window or 1.0) * FRAME_RATE)].append(r.non_finite)
     deaths = [bad["step"] for runs in found.values() for bad in runs if bad]
     leads = [bad["step"] for bad in found[True] if bad]
     return {
@@ -387,12 +389,12 @@ def percent(shares: Sequence[float]) -> str:
 def largest_error(run: str, stage: StageConfig, i: int, *, by_weights: bool = True) -> float:
     """Of stage i, over the validations of a run, as a share of what is measured."""
     law, measured = (Run.open(run).metrics(split) for split in (LAW_ROWS, "val"))
-    errors = []
+    measured, errors = [row for row in measured if "event" not in row], []
     for predicted, row in zip(law, measured, strict=True):
         p, r, rho, m = (row[f"stage{i}/{name}"] for name in NAMES)
         p = stage.projection_weight * (predicted[f"stage{i}/projection_rms"] if by_weights else p)
         errors.append(abs(rms_before_scaling(p, r, stage.residual_weight, rho) / m - 1))
-    return max(errors)
+    return max(errors, default=nan)
 
 
 def record(music: Path, songs: Path, folder: Path, path: Path) -> None:
@@ -400,7 +402,7 @@ def record(music: Path, songs: Path, folder: Path, path: Path) -> None:
     done, indices = run_all(music, songs, folder)
     deaths = [(e, runs) for e, runs in done if e.window or any(run.non_finite for run in runs)]
     tables = {
-        "causes": cause_rows([ran for ran in done if ran[0].name == "grid"]),
+        "causes": cause_rows([ran for ran in done if ran[0].name in ("grid", "longer")]),
         "deaths": death_rows(deaths),
         "signs": [*signs(done), by_the_data(done, indices)],
         "law": law_rows(done),

@@ -78,6 +78,7 @@ def explosion_block(folder: Path) -> str:
         return "This record is older than the long trainings."
     rows, facts = read_record(folder / "explosion.json", dict)
     causes, deaths = (facts["tables"][name] for name in ("causes", "deaths"))
+    causes = [row for row in causes if row["experiment"] == "grid"]
 
     def total(found: Sequence[Mapping[str, str]]) -> str:
         dead, runs = (
