@@ -34,10 +34,10 @@ from lib.evaluation.baselines import mean_metrics, measure_fusions
 from lib.evaluation.metrics import evaluate_fusion
 from lib.lab.results import Result, summarize
 from lib.lab.variants import Variant
-from lib.model.cascade import CascadeConfig, Stage
+from lib.model.cascade import CascadeConfig
 from lib.model.fusion import load_model
 from lib.model.masks import MaskingConfig
-from lib.model.projection import expected_rms, projection_ceiling
+from lib.model.projection import expected_rms
 from lib.training.batches import evenly_spread
 from lib.training.config import TrainConfig
 from lib.training.fusion_learner import train
@@ -187,7 +187,7 @@ def run_job(job: Job) -> None:
 
 
 def train_and_evaluate(job: Job) -> dict[str, float]:
-    """Metrics of the trained model on the validation pairs, and the RMS ceiling of every stage's projection."""
+    """Metrics of the trained model on the validation pairs."""
     codec = load_codec(job.codec)
     settings = (job.cascade, job.train, job.masking)
     run = train(job.folder, job.index, codec, *settings, resume=True, progress=False, callbacks=[Law()])
@@ -195,9 +195,6 @@ def train_and_evaluate(job: Job) -> dict[str, float]:
     validation = LatentPairs(job.index, "val", codec_fingerprint=codec.fingerprint)
     pairs = Subset(validation, evenly_spread(len(validation), job.train.max_val_pairs).tolist())
     final = evaluate_fusion(model, pairs)
-    for i, stage in enumerate(model.cascade.stages):
-        ceiling = projection_ceiling(stage.post_norm, stage.output_projection)
-        final[f"stage{i}/ceiling"] = stage.config.projection_gain * ceiling
     if job.masking.masking != "none":
         measured = measure_fusions((pairs[i] for i in range(len(pairs))), codec, {"model": model})
         for name in ("model", "average of latents"):
@@ -209,13 +206,10 @@ class Law(Callback):
     """Logs, beside every validation, the RMS that each stage's projection would have by its weights alone."""
 
     def on_validation(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        stages = enumerate(trainer.learner.eval_model.cascade.stages)
-        law = {f"stage{i}/projection_rms": expected_projection_rms(stage) for i, stage in stages}
-        trainer.run.log({"split": LAW, "step": trainer.step} | law)
-
-
-def expected_projection_rms(stage: Stage) -> float:
-    return stage.config.projection_gain * expected_rms(stage.post_norm, stage.output_projection)
+        law = {"split": LAW, "step": trainer.step}
+        for i, s in enumerate(trainer.learner.eval_model.cascade.stages):
+            law[f"stage{i}/projection_rms"] = s.config.projection_gain * expected_rms(s.post_norm, s.output_projection)
+        trainer.run.log(law)
 
 
 def drop_checkpoints(folder: Path) -> None:

@@ -4,18 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lib.lab.results import (
-    Groups,
-    Measure,
-    at_level,
-    each,
-    final,
-    first_non_finite,
-    growth,
-    known,
-    peak,
-    rising,
-)
+from lib.lab.results import Groups, Measure, at_level, each, final, first_non_finite, growth, known, peak, rising
 from lib.lab.variants import REFERENCE, SINGLE_CHANGES, Variant
 from lib.training.config import TrainConfig
 from lib.util.stats import describe, difference, factorial_effects

@@ -75,15 +75,6 @@ def rms_ceiling(d: int, D: int, gamma: float = 1.0) -> float:
     return math.sqrt(d / D) * gamma
 
 
-def projection_ceiling(norm: nn.LayerNorm, projection: nn.Linear) -> float:
-    """Largest RMS that `projection` can give to the output of `norm`, with their present weights and biases. LayerNorm
-    gives γ ⊙ n + β with ‖n‖ = √d, so a norm of at most max|γ|·√d + ‖β‖; the projection multiplies it by at most σ and
-    adds its bias b: (σ·(max|γ|·√d + ‖β‖) + ‖b‖)/√D. With γ = 1, β = 0 and b = 0 it is `rms_ceiling`."""
-    D, d = projection.weight.shape
-    longest = norm.weight.abs().max().item() * math.sqrt(d) + norm.bias.norm().item()
-    return (spectral_sigma(projection) * longest + projection.bias.norm().item()) / math.sqrt(D)
-
-
 @torch.no_grad()
 def expected_rms(norm: nn.LayerNorm, projection: nn.Linear) -> float:
     """RMS that `projection` gives to the output γ ⊙ n + β of `norm` with their present weights, if the directions of n

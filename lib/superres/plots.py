@@ -74,10 +74,6 @@ def cost_rows(costs: Sequence[Count]) -> Rows:
     ]
 
 
-def method_rows(scores: Sequence[Score]) -> Rows:
-    return [{"method": name, "what it is": METHODS[name]} for name in dict.fromkeys(s.method for s in scores)]
-
-
 def upper_rows(scores: Sequence[Score]) -> Rows:
     """LSD above the cutoff: a row for each method, a column for each cutoff."""
     rows: dict[str, dict[str, str]] = {}
@@ -109,10 +105,6 @@ def context_rows(losses: Mapping[str, Sequence[float]]) -> Rows:
         {"context": name, "validation losses": ", ".join(f"{v:.4f}" for v in values), "median": describe(values)}
         for name, values in losses.items()
     ]
-
-
-def guidance_rows(guided: Mapping[str, tuple[float, float]]) -> Rows:
-    return [{"guidance": value, "LSD above 4 kHz": plus_minus(upper)} for value, upper in guided.items()]
 
 
 def kilohertz(score: Score) -> str:

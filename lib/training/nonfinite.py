@@ -1,5 +1,6 @@
 """Where a NaN or an infinity appeared first: the report of training that must stop."""
 
+import math
 import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode  # a private name of 
 from lib.util.errors import UserError
 
 NORM = "norm of the gradients"  # the last resort: nothing else was not finite
-UNWRITTEN = ("empty", "fill", "full", "scalar_tensor")  # operations that are given an infinity, or hold leftovers
 LIBRARIES = ("site-packages", "dist-packages", f"{Path(torch.__file__).parent}", __file__)
 
 
@@ -40,15 +40,15 @@ class NonFiniteError(UserError):
         self.facts = {"stage": found.stage, "tensor": found.tensor, "operation": found.operation}
         self.facts |= {"pairs": list(pairs), "spread": found.spread}
         where = f"stage {found.stage}" if found.stage is not None else "outside the stages"
-        kept = f"the last good checkpoint is {checkpoint}, and resuming replays this step"
-        clips = f"in {' and '.join(self.pairs[:2])}" + f" and {len(pairs) - 2} more" * (len(pairs) > 2)
+        kept = f"the last good checkpoint is {checkpoint}, and resuming replays this step, with the code as it is then"
+        clips = f"in {', '.join(self.pairs[:2])}" + f" and {len(pairs) - 2} more" * (len(pairs) > 2)
         parts = [
             f"non-finite value at step {step}, {where}, first in {found.tensor}",
             self.facts["operation"],
             clips if pairs else "",
             found.spread,
             kept if checkpoint else "no checkpoint had been written yet",
-            f"lower the learning rate{', bound that operation,' if found.operation else ''} or see notebook 03",
+            f"restart with a lower learning rate{' or that operation bounded' * bool(self.operation)}; see notebook 03",
         ]
         super().__init__("; ".join(filter(None, parts)))
 
@@ -59,25 +59,52 @@ def not_finite(x: Tensor) -> Tensor:
 
 
 class Watch(TorchDispatchMode):
-    """Sees every operation of a forward and a backward pass. `first`: the one that left the finite numbers; `clips`: of
-    the batch, in which."""
+    """Sees every operation of a forward and a backward pass. `origins`: of each that left the finite numbers, what it
+    gave and in which line, and the clips of the batch in which."""
 
-    def __init__(self, batch_size: int):
+    def __init__(self, batch: Sequence[Tensor]):
         super().__init__()
-        self.batch_size, self.first, self.clips, self.node = batch_size, "", (), None
+        self.batch_size, self.node, self.origins = len(batch[0]), None, []
+        self.traced: dict[int, int] = {}  # memory → number of the origin of what it holds
+        self.of_batch = set(map(_memory, batch))  # memory that holds what is made from the batch
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        arguments = [args, kwargs]
+        bad = [x for x in _tensors(arguments) if not x.isfinite().all()]  # before it works in place
+        sources = [self.traced[_memory(x)] for x in bad if _memory(x) in self.traced]
+        # an infinity that is given, such as a mask's, is meant; a NaN that is made of it is not
+        meant = bad or any(isinstance(x, float) and not math.isfinite(x) for x in _flat(arguments))
+        had_nan = any(x.isnan().any() for x in bad)
         result, name = operation(*args, **(kwargs or {})), operation.overloadpacket.__name__.strip("_")
-        if not self.first and not any(word in name for word in UNWRITTEN):
-            bad = next((x for x in _tensors(result) if not x.isfinite().all()), None)
-            if bad is not None and all(x.isfinite().all() for x in _tensors([args, kwargs])):
-                stack = traceback.format_stack()
-                if self.node is not None:  # 'SqrtBackward0' → 'sqrt'
-                    name = re.sub(r"(?<!^)(?=[A-Z])", "_", re.sub(r"Backward\d*$", "", self.node.name())).lower()
-                    name, stack = f"the gradient of {name}", self.node.metadata.get("traceback_", [])
-                self.first = f"{name} gave {'NaN' if bad.isnan().any() else 'inf'} ({_place(''.join(stack))})"
-                self.clips = _bad_clips(bad, self.batch_size)
+        given = set(map(_memory, _tensors(arguments)))
+        for x in _tensors(result):
+            if given & self.of_batch and "like" not in name:
+                self.of_batch.add(_memory(x))
+            elif _memory(x) not in given:  # no view
+                self.of_batch.discard(_memory(x))
+            made = "empty" not in name and (not meant or (not had_nan and x.isnan().any()))  # no leftovers of memory
+            if not x.isfinite().all() and (sources or made):
+                self.traced[_memory(x)] = min(sources) if sources else self.begin(x, name)
+            elif _memory(x) not in given:
+                self.traced.pop(_memory(x), None)
         return result
+
+    def begin(self, bad: Tensor, name: str) -> int:
+        """A new origin; returns its number."""
+        stack = traceback.format_stack()
+        if self.node is not None:  # 'SqrtBackward0' → 'sqrt'
+            name = re.sub(r"(?<!^)(?=[A-Z])", "_", re.sub(r"Backward\d*$", "", self.node.name())).lower()
+            # a private key; detect_anomaly prints what is there, and nothing public gives it
+            name, stack = f"the gradient of {name}", self.node.metadata.get("traceback_", [])
+        said = f"{name} gave {'NaN' if bad.isnan().any() else 'inf'} ({_place(''.join(stack))})"
+        clips = _bad_clips(bad, self.batch_size) if _memory(bad) in self.of_batch else ()
+        self.origins.append((said, clips))
+        return len(self.origins) - 1
+
+    def first(self, results: Sequence[Tensor]) -> tuple[str, tuple[int, ...]]:
+        """Of the origins that reached one of the results, the first."""
+        reached = [self.traced[_memory(x)] for x in results if not x.isfinite().all() and _memory(x) in self.traced]
+        return self.origins[min(reached)] if reached else ("", ())
 
     def follow(self, loss: Tensor) -> None:
         """Know which part of the graph below `loss` a backward pass is at."""
@@ -98,7 +125,7 @@ def find_non_finite(
     batch: tuple[Tensor, ...],
     names: Sequence[str],
     forward: Callable[[tuple[Tensor, ...]], Tensor],
-    max_norm: float = float("inf"),
+    max_norm: float = math.inf,
 ) -> Finding:
     """Where a step left the finite numbers: in a batch with these `names`, in the parameters, or in a forward and a
     backward pass. `forward`: batch → loss, under the same random numbers; `max_norm`: of clipping."""
@@ -123,7 +150,7 @@ def find_non_finite(
     for name, p in model.named_parameters():
         hooks.append(p.register_post_accumulate_grad_hook(lambda p, name=name: check("gradient", name, p.grad)))
     model.zero_grad(set_to_none=True)  # clipping has overwritten the gradients of the step
-    watch = Watch(size)
+    watch = Watch(batch)
     try:
         with torch.enable_grad(), torch.autograd.set_detect_anomaly(True, check_nan=False), watch:
             loss = forward(batch)
@@ -136,7 +163,9 @@ def find_non_finite(
         for hook in hooks:
             hook.remove()
     stage, tensor = found[0] if found else (None, NORM)
-    return Finding(stage, tensor, watch.first, watch.clips, _spread(model, max_norm))
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    first = watch.first([loss] if not loss.isfinite() else gradients)
+    return Finding(stage, tensor, *first, _spread(gradients, max_norm))
 
 
 def _bad_clips(values: Tensor, batch_size: int) -> tuple[int, ...]:
@@ -145,27 +174,33 @@ def _bad_clips(values: Tensor, batch_size: int) -> tuple[int, ...]:
     return tuple((~values.isfinite()).reshape(batch_size, -1).any(dim=1).nonzero().flatten().tolist())
 
 
-def _spread(model: nn.Module, max_norm: float) -> str:
+def _spread(gradients: Sequence[Tensor], max_norm: float) -> str:
     """What is wrong with the gradients, and what clipping would make of them, in words."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
     count, total = (sum(int(of(g)) for g in gradients) for of in (lambda g: (~g.isfinite()).sum(), Tensor.numel))
-    if not count:
-        return ""
-    said = f"{count:,} of {total:,} gradients are not finite"
-    if max_norm == float("inf"):
-        return said
     norm = nn.utils.get_total_norm(gradients)
-    return f"{said}; clipping makes {'all of them NaN' if norm.isnan() else 'those NaN and all others 0'}"
+    if norm.isfinite():
+        return ""
+    said = f"{count:,} of {total:,} gradients are not finite" if count else "the norm of finite gradients overflows"
+    made = "all of them NaN" if norm.isnan() else "those NaN and all others 0" if count else "all of them 0"
+    return said + f"; clipping makes {made}" * (max_norm < math.inf)
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    """What nested lists, tuples and dicts hold."""
+    if isinstance(values, list | tuple | dict):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _flat(value)
+    else:
+        yield values
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
     """All floating-point tensors in nested lists, tuples and dicts."""
-    if isinstance(values, Tensor):
-        if values.is_floating_point() or values.is_complex():
-            yield values
-    elif isinstance(values, list | tuple | dict):
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from _tensors(value)
+    return (x for x in _flat(values) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()))
 
 
 def _place(stack: str) -> str:

@@ -275,9 +275,10 @@ class Trainer:
         model = learner.unwrapped_model if split == "train" else learner.eval_model
 
         def forward(batch: Batch) -> Tensor:
-            set_rng_state(taken.rng)
-            return learner.loss(model, batch, taken.info)[0]
+            with torch.set_grad_enabled(split == "train"):
+                return learner.loss(model, batch, taken.info)[0]
 
+        set_rng_state(taken.rng)  # one batch after the other draws from it, as in the step
         with torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext():
             for batch, places in zip(taken.batches, taken.places, strict=True):
                 max_norm = self.config.max_norm if split == "train" else math.inf

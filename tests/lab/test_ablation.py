@@ -175,14 +175,8 @@ def test_the_final_metrics_are_those_of_the_last_checkpoint_on_the_chosen_pairs(
     monkeypatch.undo()
     model, pairs = load_model(Run.open(result.run), "last"), LatentPairs(tiny_index, "val")
     wanted = evaluate_fusion(model, [pairs[i] for i in (0, 2, 4, 6)])
-    assert {name: value for name, value in result.final.items() if not name.endswith("/ceiling")} == wanted
+    assert result.final == wanted
     assert evaluate_fusion(model, pairs)["mse"] != wanted["mse"]
-    ceilings = [result.final[f"stage{i}/ceiling"] for i in range(3)]
-    for i, (stage, ceiling) in enumerate(zip(model.cascade.stages, ceilings, strict=True)):
-        d, length = stage.post_norm.normalized_shape[0], stage.post_norm.weight.abs().max().item()
-        rest = stage.post_norm.bias.norm().item() + stage.output_projection.bias.norm().item()  # σ is 1
-        assert ceiling == pytest.approx((length * math.sqrt(d) + rest) / math.sqrt(8), rel=1e-4)
-        assert result.final[f"stage{i}/projection_rms"] < ceiling
 
 
 def test_a_second_call_runs_nothing(results, started):

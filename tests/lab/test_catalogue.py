@@ -1,8 +1,9 @@
-"""The catalogue says what is measured: each operation leaves the finite numbers, its bounded form does not."""
+"""The catalogue says what is measured: each operation leaves the finite numbers, its guarded form does not."""
 
 import math
 
 import pytest
+import torch
 
 from lib.lab.catalogue import ASTRONOMIC, DISTANCES, ENTRIES, GROWING, Entry
 
@@ -10,17 +11,17 @@ BY_NAME = {entry.name: entry for entry in ENTRIES}
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_the_bounded_form_stays_finite_at_the_state_and_on_the_way(name):
+def test_the_guarded_form_stays_finite_at_the_state_and_on_the_way(name):
     for t in (0.0, *DISTANCES):
-        assert all(map(math.isfinite, BY_NAME[name].at(BY_NAME[name].bounded, t))), t
+        assert all(map(math.isfinite, BY_NAME[name].at(BY_NAME[name].guarded, t))), t
 
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_each_operation_leaves_the_finite_numbers_in_its_state(name):
     entry = BY_NAME[name]
-    assert all(map(math.isfinite, entry.at(entry.seeds, 0.1))) or name == "correlation with silence"  # on no way
-    value, gradient = entry.at(entry.seeds, 0.0)
-    safe = name == "std of a mask over time"  # torch gives it the gradient 0
+    assert all(map(math.isfinite, entry.at(entry.plain, 0.1))) or name == "correlation with silence"  # on no way
+    value, gradient = entry.at(entry.plain, 0.0)
+    safe = name in ("std of a mask over time", "learnable weights")  # torch gives it the gradient 0; the seed's epsilon
     assert (math.isfinite(value) and math.isfinite(gradient)) is safe
 
 
@@ -31,6 +32,9 @@ def test_each_operation_leaves_the_finite_numbers_in_its_state(name):
         ("correlation of envelopes", "astronomic"),
         ("correlation with silence", "sudden"),
         ("root of the mean squared error", "sudden"),
+        ("RMS scaling", "astronomic"),
+        ("learnable weights", "astronomic, finite at the end"),
+        ("clipping by the norm", "sudden"),
     ],
 )
 def test_signatures_of_the_leads(name, signature):
@@ -51,6 +55,15 @@ def test_signatures_are_measured(power, signature):
 
 def test_a_row_has_both_forms():
     row = BY_NAME["clipping by the norm"].measure()
-    assert row["as the seeds had it: value, gradient"] == "0, nan"
-    assert row["bounded: value, gradient"] == "1, 0"
-    assert row["bounded"] in (entry.bounded for entry in ENTRIES)
+    assert row["plain: value, gradient"] == "nan, nan"
+    assert row["guarded: value, gradient"].startswith("0, ")
+    assert row["guarded"] in (entry.guarded for entry in ENTRIES)
+
+
+def test_clipping_does_to_an_infinite_gradient_what_torch_does():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    for t in (0.0, 1e-3):
+        parameter.grad = torch.tensor([1.0, 1 / t if t else math.inf])
+        torch.nn.utils.clip_grad_norm_(parameter, 10.0)
+        entry = BY_NAME["clipping by the norm"]
+        assert entry.at(entry.plain, t)[0] == pytest.approx(parameter.grad[1].item(), rel=1e-4, nan_ok=True)

@@ -64,7 +64,11 @@ STATES = {
     "log of 0": (lambda y, s: -(y.sum(dim=1).exp() * s).log(), "log gave inf"),
     "x / 0": (lambda y, s: y.mean(dim=1) / s, "div gave inf"),
     "exponential": (lambda y, s: (y.mean(dim=1) * 0 + 100 * (1 - s)).exp(), "exp gave inf"),
-    "deviation of a constant": (lambda y, s: (y * s[:, None]).std(dim=1), "the gradient of std gave inf"),
+    "root in place": (lambda y, s: (y.mean(dim=1) * 0 + s - 0.5).sqrt_(), "sqrt gave NaN"),
+    "a mask of infinities": (
+        lambda y, s: (y * 0 + s[:, None]).masked_fill(s[:, None] == 0, -math.inf).softmax(dim=1).square().sum(dim=1),
+        "softmax gave NaN",
+    ),
 }
 
 
@@ -81,6 +85,42 @@ def test_the_operation_the_line_and_the_clip_are_named(model, state):
     place = f"{Path(__file__).name}:{function.__code__.co_firstlineno} in <lambda>"
     assert found.operation == f"{said} ({place})"
     assert found.clips == (1,)
+
+
+# of the same clips, what is infinite on the way only, beside a root of 0 in the second
+HARMLESS = {
+    "clamped": lambda y, s: (1 / s.roll(1)).clamp(max=2),
+    "gradient that torch masks": lambda y, s: (y * s.roll(1)[:, None]).std(dim=1),
+    "padding": lambda y, s: nn.functional.pad(y, (1, 1), value=-math.inf).amax(dim=1),
+    "mask": lambda y, s: y.masked_fill(s[:, None] == 0, -math.inf).clamp(min=0).mean(dim=1),
+}
+
+
+@pytest.mark.parametrize("way", HARMLESS)
+def test_an_infinity_that_reaches_nothing_is_not_blamed(model, way):
+    healthy = torch.tensor([1.0, 0.0, 1.0])
+
+    def loss(batch):
+        y = model["stages"][0](batch[0])
+        return (HARMLESS[way](y, healthy) + (y * healthy[:, None]).square().mean(dim=1).sqrt()).mean()
+
+    found = find(model, (torch.randn(3, 4),), loss)
+    assert found.operation.startswith("the gradient of sqrt gave inf")
+    assert found.clips == (1,)
+    alone = find(model, (torch.randn(3, 4),), lambda batch: HARMLESS[way](model["stages"][0](batch[0]), healthy).mean())
+    assert alone == Finding(None, NORM)
+
+
+def test_rows_of_a_weight_are_no_clips(model):
+    one = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    weight = model["stages"][0].weight
+    found = find(model, (torch.randn(4, 4),), lambda batch: (weight.square().sum(dim=1) * one).sqrt().mean())
+    assert (found.operation.split(" (")[0], found.clips) == ("the gradient of sqrt gave inf", ())
+
+
+def test_a_norm_of_finite_gradients_can_overflow(model):
+    found = find(model, (torch.ones(2, 4),), lambda batch: 1e38 * forward(model, batch[0]) * 1e-3, 1.0)
+    assert found == Finding(None, NORM, spread="the norm of finite gradients overflows; clipping makes all of them 0")
 
 
 def test_what_clipping_makes_of_an_infinite_gradient_is_what_it_makes(model):
@@ -137,9 +177,8 @@ def test_stage_and_message():
     operation = "log gave inf (terms.py:3 in mine)"
     error = NonFiniteError(7, Finding(1, "output of stages.1", operation), ["a with b", "c with d", "e with f"])
     assert (error.step, error.stage, error.tensor, error.operation) == (7, 1, "output of stages.1", operation)
-    said = (
-        "step 7, stage 1, first in output of stages.1; log gave inf (terms.py:3 in mine); in a with b and c with d and"
-    )
+    said = "step 7, stage 1, first in output of stages.1; log gave inf (terms.py:3 in mine); in a with b, c with d and"
     assert f"{said} 1 more; no checkpoint" in str(error)
+    assert str(error).endswith("restart with a lower learning rate or that operation bounded; see notebook 03")
     assert error.facts["pairs"] == ["a with b", "c with d", "e with f"]
-    assert "lower the learning rate or see" in str(NonFiniteError(1, Finding(None, NORM)))
+    assert "restart with a lower learning rate; see" in str(NonFiniteError(1, Finding(None, NORM)))

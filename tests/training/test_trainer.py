@@ -1623,7 +1623,13 @@ def test_a_learner_of_another_kind_is_killed_and_resumes(tmp_path, step):
 class OwnTerm(Regression):
     """With a term of a user's own, whose root has an infinite slope where the model is right."""
 
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.drawn = []
+
     def loss(self, model, batch, info=None):
+        if info:
+            self.drawn.append(torch.rand(()).item())
         loss, metrics, _ = super().loss(model, batch, info)
         error = (model(batch[0]) - batch[1]) * (batch[0][:, :1] != 0)
         return loss + error.square().mean(dim=1).sqrt().mean(), metrics, None
@@ -1639,9 +1645,12 @@ def test_a_term_of_ones_own_is_named_with_its_line_and_its_pair_and_replayed(tmp
 
     def died(resume: bool) -> NonFiniteError:
         run = Run.start(tmp_path, {"train": dataclasses.asdict(config)}, resume=resume, code=[])
-        pairs = {"train": data, "val": Points()}
+        trainer = Trainer(run, config, {"train": data, "val": Points()}, lambda on: OwnTerm(config, on))
         with pytest.raises(NonFiniteError) as error:
-            Trainer(run, config, pairs, lambda on: OwnTerm(config, on)).run_to_end(progress=False)
+            trainer.run_to_end(progress=False)
+        *_, first, second, again, second_again = trainer.learner.drawn  # of the step's batches, and in the search
+        assert (first, second) == (again, second_again)
+        assert trainer.name_of_pair("train", 1, 3) == "a.ogg at 1 s with b.ogg at 3 s"
         return error.value
 
     error = died(resume=False)
@@ -1652,6 +1661,15 @@ def test_a_term_of_ones_own_is_named_with_its_line_and_its_pair_and_replayed(tmp
     assert "last, and resuming replays this step" in str(error)
     again = died(resume=True)  # from the checkpoint before it, the same step with the same random numbers
     assert (again.step, again.facts) == (error.step, error.facts)
+
+
+def test_a_death_in_validation_is_named_without_gradients(tmp_path):
+    run = Run.start(tmp_path, {"train": dataclasses.asdict(REGRESSION)}, resume=False, code=[])
+    pairs = {"train": Points(), "val": Points(3)}
+    with pytest.raises(NonFiniteError) as error:
+        Trainer(run, REGRESSION, pairs, lambda on: Regression(REGRESSION, on)).run_to_end(progress=False)
+    assert (error.value.tensor, error.value.pairs) == ("value", ("pair 3 with pair 3",))
+    assert error.value.facts["spread"] == ""
 
 
 def test_in_a_learner_of_another_kind_the_bad_tensor_is_named(tmp_path):
