@@ -274,10 +274,13 @@ def test_what_ends_a_training_is_quoted_from_its_tables(tmp_path):
     def death(experiment: str, data: str, found: str, operation: str = "–") -> dict:
         return {"experiment": experiment, "data": data, "non-finite": found, "operation": operation}
 
+    def at(rate: str, data: str) -> dict:
+        return {"learning rate": rate, "data": data}
+
     causes = [
-        {"experiment": "grid", "non-finite": "0 of 45", "largest norm": "9.5 (a)"},
-        {"experiment": "grid", "non-finite": "1 of 45", "largest norm": "1.2e+03 (b)"},
-        {"experiment": "longer", "non-finite": "1 of 5", "largest norm": "2.2e+03 (c)"},
+        {"experiment": "grid", **at("1e-04", "loops"), "non-finite": "0 of 45", "largest norm": "9.5 (a)"},
+        {"experiment": "grid", **at("3e-04", "songs"), "non-finite": "1 of 45", "largest norm": "1.2e+03 (b)"},
+        {"experiment": "longer", **at("2e-04", "loops"), "non-finite": "1 of 5", "largest norm": "2.2e+03 (c)"},
     ]
     deaths = [
         death("windows", "loops", "7 of 25", "div gave NaN"),
@@ -295,6 +298,7 @@ def test_what_ends_a_training_is_quoted_from_its_tables(tmp_path):
     facts = {"steps": 2000, "window": 0.5, "tables": {"causes": causes, "deaths": deaths}}
     write_record(tmp_path / "explosion.json", rows, facts)
     said = explosion_block(tmp_path)
+    assert ", at a learning rate of 1e-04 and 3e-04, on loops and songs, 2,000 steps each: 1 of 90 cases" in said
     assert "2,000 steps each: 1 of 90 cases (setting and seed) met a non-finite value; the largest" in said
     assert "largest gradient norm is 1.2e+03 (b). With 0.5 s of each clip decoded" in said
     assert "a few are digital silence: 15 of 50 (div gave NaN). " in said
