@@ -275,7 +275,7 @@ def test_what_ends_a_training_is_quoted_from_its_tables(tmp_path):
         return {"experiment": experiment, "data": data, "non-finite": found, "operation": operation}
 
     def at(rate: str, data: str) -> dict:
-        return {"learning rate": rate, "data": data}
+        return {"learning rate": rate, "data": data, "clip": "none" if data == "loops" else "10"}
 
     causes = [
         {"experiment": "grid", **at("1e-04", "loops"), "non-finite": "0 of 45", "largest norm": "9.5 (a)"},
@@ -298,10 +298,10 @@ def test_what_ends_a_training_is_quoted_from_its_tables(tmp_path):
     facts = {"steps": 2000, "window": 0.5, "tables": {"causes": causes, "deaths": deaths}}
     write_record(tmp_path / "explosion.json", rows, facts)
     said = explosion_block(tmp_path)
-    assert ", at a learning rate of 1e-04 and 3e-04, on loops and songs, 2,000 steps each: 1 of 90 cases" in said
-    assert "2,000 steps each: 1 of 90 cases (setting and seed) met a non-finite value; the largest" in said
+    said_first = "without epsilons (clip none and 10, learning rate 1e-04 and 3e-04, loops and songs, 2,000 steps): "
+    assert f"{said_first}1 of 90 cases (setting and seed) met a non-finite value; the largest" in said
     assert "largest gradient norm is 1.2e+03 (b). With 0.5 s of each clip decoded" in said
-    assert "a few are digital silence: 15 of 50 (div gave NaN). " in said
+    assert "a few are digital silence: 15 of 50, each as `div gave NaN`. " in said
     assert ": without the silent pairs 2 of 15, with epsilons 0 of 15; on songs 3 of 15, with" in said
     assert "a silent pair put in 4 of 15, and with epsilons too 5 of 15. " in said
     assert said.endswith(f"without larger gradients: {names[1]} (loops).")

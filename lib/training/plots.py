@@ -16,11 +16,8 @@ from lib.audio.plots import AVERAGE, INPUT, OUTPUT, STAGES, STYLE, draw_image
 Rows = Sequence[Mapping[str, Any]]
 
 EACH_STEP, VALIDATION = {"color": AVERAGE, "linewidth": 0.8}, {"color": OUTPUT, "marker": "o"}
-SIGNS = {  # of `envelope_signs` and of the gradient: above which value a term comes near a division by 0, and its words
-    "copying": (1e3, "an output follows a source's loudness"),
-    "flatness": (1e3, "a clip with constant loudness, or silent"),
-    "gradient_share": (0.999, "one weight has all of the gradient"),
-}
+SIGNS = {"copying": "an output follows a source's loudness", "flatness": "a clip with constant loudness, or silent"}
+EXTREME = 1e3  # of a sign: unguarded terms come near a division by 0
 HEALTHY = {"color": "#009E73", "alpha": 0.08, "linewidth": 0}  # the bands of claim C15
 
 
@@ -65,8 +62,8 @@ def training_dashboard(train: Rows, val: Rows, clamps: Sequence[tuple[float, flo
         _plot(norms, train, "grad_norm", color=INPUT, linewidth=1, label="before clipping")
         small = (row["grad_norm"] for row in train if 0 < (row.get("grad_norm") or 0) < 100)
         norms.axhspan(min(small, default=3) / 3, 100, **HEALTHY, label="below 100")
-        for (sign, (extreme, words)), colour in zip(SIGNS.items(), STAGES, strict=False):
-            steps = [row["step"] for row in train if (row.get(f"sign/{sign}") or 0) > extreme]
+        for (sign, words), colour in zip(SIGNS.items(), STAGES, strict=False):
+            steps = [row["step"] for row in train if (row.get(f"sign/{sign}") or 0) > EXTREME]
             whole = losses.get_xaxis_transform()
             if steps:
                 losses.vlines(steps, 0, 1, colors=colour, alpha=0.3, transform=whole, label=words)

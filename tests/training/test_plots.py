@@ -96,7 +96,7 @@ def test_the_dashboard_marks_steps_with_an_extreme_sign():
     rows[0]["sign/flatness"], rows[1]["sign/flatness"], rows[2]["sign/flatness"] = 2.0, 1e8, None
     losses = plots.training_dashboard(rows, val_rows(), ()).axes[0]
     (marks,) = losses.collections
-    assert marks.get_label() == plots.SIGNS["flatness"][1]
+    assert marks.get_label() == plots.SIGNS["flatness"]
     assert [line[0, 0] for line in marks.get_segments()] == [2]
     assert marks.get_label() in [text.get_text() for text in losses.get_legend().get_texts()]
 
