@@ -20,9 +20,9 @@ def chunk_starts(num_samples: int, chunk: int, overlap: int) -> list[int]:
 
 @contextlib.contextmanager
 def reading(chunks: Iterator[Chunk], count: int, description: str) -> Iterator[Iterable[Chunk]]:
-    """The chunks of an iterator, one prefetched, with a progress bar if there are several."""
+    """The chunks of an iterator, one prefetched, with a progress bar if they take long."""
     with contextlib.closing(prefetch(lambda _: next(chunks), range(count), threads=1)) as ahead:
-        yield tqdm(ahead, desc=description, unit="chunk", total=count, disable=count < 2)
+        yield tqdm(ahead, desc=description, unit="chunk", total=count, delay=1)
 
 
 def crossfaded(

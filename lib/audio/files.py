@@ -154,7 +154,7 @@ def check_files(
     found, stop = [], StopSignals()  # raised inside torch's loader, Ctrl-C would be lost, or leave processes
     try:
         with torch_threads(1), stop:
-            for report in tqdm(loader, desc=description, disable=len(files) < 8):
+            for report in tqdm(loader, desc=description, delay=1):
                 found.append(report)
                 if stop.asked:
                     raise KeyboardInterrupt

@@ -123,7 +123,7 @@ def _find_latents(store: Path, clips: dict[str, Clip], shape: tuple[int, int]) -
         return path.exists()
 
     with contextlib.closing(prefetch(check, paths, threads=os.cpu_count() or 1)) as checks:
-        bar = tqdm(checks, total=len(paths), desc="checking latents", disable=len(paths) < 20_000)
+        bar = tqdm(checks, total=len(paths), desc="checking latents", delay=1)
         return {path.stem.split("-")[0]: path.stem for path, intact in zip(paths, bar, strict=True) if intact}
 
 
