@@ -66,7 +66,8 @@ def test_silence_is_taken_away_and_put_in(data):
 
 def test_silent_pairs_are_counted(data):
     _, indices = data
-    rows = {row["data"]: row["silent for 0.5 s"] for row in explosion.silence_rows(indices)}
+    silences = {name: explosion.silences_of(index) for name, index in indices.items()}
+    rows = {row["data"]: row["silent for 0.5 s"] for row in explosion.silence_rows(silences)}
     assert rows == {name: sum(silent(index)) for name, index in indices.items()}
     assert rows["songs and silence"] == 1
 
@@ -169,15 +170,15 @@ def test_a_limit_is_set_on_some_seeds_and_judged_on_others(tmp_path):
 
 
 def test_a_look_at_the_data_foresees_deaths(data, tmp_path):
-    _, indices = data
+    silences = {name: explosion.silences_of(index) for name, index in data[1].items()}
     dead, alive = (logged(tmp_path / str(d), [1, 1], seed=2, dead=d) for d in (True, False))
     done = [
         (Experiment("a", "songs and silence", SOUND, window=0.5), (dead,)),
         (Experiment("b", "songs", SOUND, window=0.5), (alive,)),
     ]
-    row = by_the_data(done, indices)
+    row = by_the_data(done, silences)
     assert (row["false alarms"], row["announced"]) == ("0 of 1 healthy runs", "1 of 1 deaths")
-    wrong = by_the_data([(done[0][0], (alive,)), (done[1][0], (dead,))], indices)
+    wrong = by_the_data([(done[0][0], (alive,)), (done[1][0], (dead,))], silences)
     assert (wrong["false alarms"], wrong["announced"]) == ("1 of 1 healthy runs", "0 of 1 deaths")
 
 

@@ -67,7 +67,7 @@ class Listening:
             if rendition.masks is not None:
                 parts[run] = taken(self.model(run), self.codec, rendition)
         with torch.inference_mode():
-            for name, wav in {"plain average": sum(pair) / 2, **recipes(*pair, {})}.items():  # without a model
+            for name, wav in by_hand(input, target).items():
                 latents = self.codec.encode(wav[None])
                 rest = left_out(self.codec, wav[None], latents) if (settings or Settings()).whole_band else 0
                 wavs[name] = (self.codec.decode(latents, length=wav.shape[-1]) + rest)[0]
@@ -98,6 +98,12 @@ class Listening:
 
 
 @functools.lru_cache(maxsize=8)  # a slider plays the same pair again and again
+def by_hand(input: Clip, target: Clip) -> dict[str, Tensor]:
+    """What needs no model, `[1, N]`."""
+    pair = load_pair(input, target)
+    return {"plain average": (pair[0] + pair[1]) / 2} | recipes(*pair, {})
+
+
 @torch.inference_mode()
 def taken(model: FusionModel, codec: Codec, rendition: Rendition) -> tuple[Tensor, Tensor]:
     """Mel powers `[80, F]` of the masked input and of the masked target, each decoded separately."""

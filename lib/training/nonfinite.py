@@ -129,10 +129,9 @@ def find_non_finite(
 ) -> Finding:
     """Where a step left the finite numbers: in a batch with these `names`, in the parameters, or in a forward and a
     backward pass. `forward`: batch → loss, under the same random numbers; `max_norm`: of clipping."""
-    size = len(batch[0])
     for name, tensor in zip(names, batch, strict=True):
         if not tensor.isfinite().all():
-            return Finding(None, name, clips=_bad_clips(tensor, size))
+            return Finding(None, name, clips=_bad_clips(tensor, len(tensor)))
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             return Finding(stage_of(name), f"parameter {name}")

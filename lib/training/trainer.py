@@ -281,8 +281,7 @@ class Trainer:
         set_rng_state(taken.rng)  # one batch after the other draws from it, as in the step
         with torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext():
             for batch, places in zip(taken.batches, taken.places, strict=True):
-                max_norm = self.config.max_norm if split == "train" else math.inf
-                found = find_non_finite(model, batch, learner.batch_names, forward, max_norm)
+                found = find_non_finite(model, batch, learner.batch_names, forward, self.config.max_norm)
                 reports.append((found, [self.name_of_pair(split, *places[i].tolist()) for i in found.clips]))
         reports = gather_object(reports)
         self.end_non_finite(split, step, *next((r for r in reports if r[0].tensor != NORM), reports[0]))

@@ -119,6 +119,16 @@ def test_input_and_target_are_untouched_and_the_average_has_the_fusions_band(com
     torch.testing.assert_close(wavs["plain average"], average, rtol=0, atol=1e-5)
 
 
+def test_what_needs_no_model_is_made_once_for_a_pair(compare, monkeypatch):
+    made = []
+    monkeypatch.setattr(lib.listening.panel, "recipes", lambda *clips: made.append(clips) or {})
+    lib.listening.panel.by_hand.cache_clear()
+    for blend in (0.0, 0.3):  # a slider moves
+        compare(["a"], Settings(mask_blend=blend))
+    lib.listening.panel.by_hand.cache_clear()
+    assert len(made) == 1
+
+
 def test_several_outputs_have_their_runs_names(compare, codec, models, pair):
     wavs, parts = compare(list(models), Settings(mask_blend=0.5))
     assert list(wavs) == ["input", "target", "output: a", "output: b", "output: plain", "plain average", "HPSS"]

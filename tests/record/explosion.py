@@ -334,18 +334,18 @@ def signs(done: Done) -> list[dict[str, Any]]:
     return rows
 
 
-def silence_rows(indices: Mapping[str, Path]) -> list[dict[str, Any]]:
+def silence_rows(silences: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
     """How many training pairs of all data have a clip that is silent for as long as a window."""
     rows = []
-    for name, index in indices.items():
-        silent = [frames >= round(WINDOW * FRAME_RATE) for frames in silences_of(index)]
+    for name, found in silences.items():
+        silent = [frames >= round(WINDOW * FRAME_RATE) for frames in found]
         rows.append({"data": name, "training pairs": len(silent), f"silent for {WINDOW:g} s": sum(silent)})
     return rows
 
 
-def by_the_data(done: Done, indices: Mapping[str, Path]) -> dict[str, Any]:
+def by_the_data(done: Done, silences: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """A row of `signs` for what is known before the first step: whether a clip is silent for as long as a window."""
-    silences, found = {name: silences_of(index) for name, index in indices.items()}, {False: [], True: []}
+    found = {False: [], True: []}
     runs = {r.run: (e, r) for e, results in done if not e.guarded for r in results if r.variant in e.correlating}
     for e, r in (pair for pair in runs.values() if pair[1].seed not in CALIBRATING):
         found[max(silences[e.data]) >= round((e.window or 1.0) * FRAME_RATE)].append(r.non_finite)
@@ -400,13 +400,14 @@ def largest_error(run: str, stage: StageConfig, i: int, *, by_weights: bool = Tr
 def record(music: Path, songs: Path, folder: Path, path: Path) -> None:
     """Run all experiments and write what they found: tables, and the results of those that verdicts are made from."""
     done, indices = run_all(music, songs, folder)
+    silences = {name: silences_of(index) for name, index in indices.items()}
     deaths = [(e, runs) for e, runs in done if e.window or any(run.non_finite for run in runs)]
     tables = {
         "causes": cause_rows([ran for ran in done if ran[0].name in ("grid", "longer")]),
         "deaths": death_rows(deaths),
-        "signs": [*signs(done), by_the_data(done, indices)],
+        "signs": [*signs(done), by_the_data(done, silences)],
         "law": law_rows(done),
-        "silence": silence_rows(indices),
+        "silence": silence_rows(silences),
     }
     judged = [ran for ran in done if ran[0].name in JUDGED]
     rows = [{"data": e.data, "results": [slim(r) for r in results]} for e, results in judged]
