@@ -159,7 +159,7 @@ def check_files(
                 if stop.asked:
                     raise KeyboardInterrupt
     except RuntimeError as error:
-        if "exited unexpectedly" not in str(error):
+        if not str(error).startswith("DataLoader worker"):
             raise
         fault = "a process that read files here was killed"
         raise UserError(f"{root}: {fault}; free some memory, and run it again") from None

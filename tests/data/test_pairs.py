@@ -6,7 +6,9 @@ import re
 import shutil
 import signal
 import sys
+import time
 from dataclasses import replace
+from multiprocessing.queues import Queue
 
 import numpy as np
 import pytest
@@ -299,10 +301,12 @@ def test_same_bytes_for_any_number_of_cores_and_listing_order(tmp_path, monkeypa
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is forked")
-def test_a_killed_worker_is_said_in_one_line(tmp_path, monkeypatch):
-    """As the kernel kills one where memory runs out."""
-    root = tree(tmp_path / "data", count=4)
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_a_killed_worker_is_said_in_one_line(tmp_path, monkeypatch, seconds):
+    """As the kernel kills one where memory runs out: while files are read, and while they are still handed out."""
+    root, put = tree(tmp_path / "data", count=4), Queue.put
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
+    monkeypatch.setattr(Queue, "put", lambda *args: (put(*args), time.sleep(seconds)))
     with pytest.raises(UserError, match=r"data: a process that read files here was killed; free some memory"):
         build_manifest(root, tmp_path / "pairs.json", 2.0, check_file=lambda path: os.kill(os.getpid(), signal.SIGKILL))
 
