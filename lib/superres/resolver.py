@@ -12,7 +12,7 @@ from lib.audio.chunks import chunk_starts, crossfaded, reading
 from lib.audio.decode import AudioError, read_windows
 from lib.audio.files import AudioReport, AudioWriter, check_audio, walk_audio
 from lib.superres.degradation import LOWEST
-from lib.superres.diffusion import sample
+from lib.superres.diffusion import TIMESTEPS, sample
 from lib.superres.mel import HOP, N_FFT, SAMPLE_RATE, bin_of, inverse_spectrum, log_mel, spectrum
 from lib.superres.training import PartConfig, load_part
 from lib.superres.vocoder import griffin_lim
@@ -36,7 +36,7 @@ BLOCK_SECONDS = 60  # read at once to find where a file's band ends
 class Restoration:
     """How to restore. The same seed gives the same sound."""
 
-    steps: whole(1, 1000) = 50
+    steps: whole(1, TIMESTEPS - 1) = 50
     guidance: number(0, 20) = 1.5  # 1: none; chosen on a small model's training songs (notebook 06)
     seed: whole(0, 2**63 - 1) = 0
     cutoff: number(above=100, most=FULL) | None = None  # Hz, the end of the clip's band; None: measured

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib.superres.diffusion import TIMESTEPS, add_noise, sample, sampled_timesteps, schedule
+from lib.superres.diffusion import TIMESTEPS, add_noise, sample, schedule
 from lib.superres.unet import Denoiser
 from superres.conftest import DENOISER
 
@@ -78,28 +78,21 @@ def test_noise_is_added_and_velocity_defined_by_the_schedule():
     assert (velocity[0] + (1 - a[0]).sqrt() * latents[0]).abs().max() > 0.5  # the tolerance tells the noise's share
 
 
-@pytest.mark.parametrize("steps", [1, 3, 10, 50, 61, 1_000])
-def test_sampling_goes_through_the_timesteps(steps):
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 50, 61, 103, 501, 999])
+def test_any_number_of_timesteps_goes_evenly_from_the_last_one_down(steps):
     model = Model(lambda latents, a, low, context: latents)
     sample(model, LOW, MEL, noise(), steps=steps)
-    assert [call[1] for call in model.calls] == [[t] * 2 for t in sampled_timesteps(steps).tolist()]
-
-
-def test_any_number_of_timesteps_goes_evenly_from_the_last_one_down():
-    for steps in range(1, 1_001):
-        timesteps = sampled_timesteps(steps)
-        even = 1_000 - torch.arange(steps) * 1_000 / steps - 1
-        assert len(timesteps) == steps
-        assert timesteps[0] == 999
-        assert (timesteps - even).abs().max() <= 0.5 + 1e-3
-        assert bool((timesteps >= 0).all())
-        assert bool((timesteps.diff() < 0).all())
+    first, second = torch.tensor([call[1] for call in model.calls]).T
+    assert torch.equal(first, second)
+    assert len(first) == steps
+    assert (first - 999 * (1 - torch.arange(steps) / steps)).abs().max() <= 0.5 + 1e-3
+    assert bool((first.diff() < 0).all())
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 10, 30, 50, 61, 103, 501, 600, 1_000])
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 30, 50, 61, 103, 501, 600, 999])
 def test_with_the_true_velocity_sampling_gives_the_latents_back(steps):
     """Also for steps that do not divide 1000, and latents far beyond the unit interval, which nothing clips."""
     latents = 5 * noise(3)
@@ -113,22 +106,30 @@ def test_with_the_true_velocity_sampling_gives_the_latents_back(steps):
     torch.testing.assert_close(made, latents, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("steps", [30, 50, 70, 600])
-def test_each_step_leads_to_the_next_timestep(steps):
-    """The velocity of data that are normal with deviation 3 turns a unit normal into those, exactly when every step
-    ends where the next one begins: in small steps, z · 3."""
+@pytest.mark.parametrize(("steps", "tolerance"), [(10, 0.15), (20, 0.05), (50, 0.02), (600, 1e-3)])
+def test_the_solver_is_of_second_order(steps, tolerance):
+    """The velocity of data that are normal with deviation 3 turns a unit normal into those, as steps become small. One
+    of first order (DDIM, by its formula) is much further from it."""
     model = Model(lambda z, a, low, context: (a * (1 - a)).sqrt() * (1 - 9) / (9 * a + 1 - a) * z)
     made = sample(model, LOW, MEL, noise(), steps=steps)
     ratio = (made / noise()).flatten()
     assert ratio.std() < 1e-4
-    a = shares(torch.tensor([round(1_000 * (1 - i / steps)) - 1 for i in range(steps)])).flatten()
-    (expected,) = torch.ones(1, dtype=torch.double)
+    assert ratio.mean().item() == pytest.approx(3, rel=tolerance)
+    a = shares(torch.tensor([call[1][0] for call in model.calls])).flatten()
+    (first,) = torch.ones(1, dtype=torch.double)
     for now, then in zip(a, [*a[1:], torch.tensor(1.0)], strict=True):  # z = (√ᾱ·√ᾱ' · 9 + √(1-ᾱ)·√(1-ᾱ')) / var · z
-        together = 9 * (now * then).sqrt() + ((1 - now) * (1 - then)).sqrt()
-        expected = expected * together / (9 * now + 1 - now)
-    assert ratio.mean().item() == pytest.approx(expected.item(), rel=1e-3)
-    if steps >= 50:
-        assert expected.item() == pytest.approx(3, rel=0.05)
+        first = first * (9 * (now * then).sqrt() + ((1 - now) * (1 - then)).sqrt()) / (9 * now + 1 - now)
+    assert abs(ratio.mean().item() - 3) < 0.7 * abs(first.item() - 3)
+
+
+def test_one_step_gives_the_expected_latents_whatever_the_noise():
+    expected = 5 * noise(3)
+    model = Model(
+        lambda z, a, low, context: a.sqrt() * z - (1 - a).sqrt() * expected
+    )  # it expects these from any noise
+    one, other = (sample(model, LOW, MEL, noise(seed), steps=1) for seed in (1, 2))
+    torch.testing.assert_close(one, expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(other, one, rtol=0, atol=2e-3)
 
 
 def constants(latents: Tensor, a: Tensor, low: Tensor, context: Tensor) -> Tensor:

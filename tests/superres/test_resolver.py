@@ -177,7 +177,7 @@ def test_parts_that_do_not_belong_together_are_refused(trained, library, tmp_pat
     "fields",
     [
         {"steps": 0},
-        {"steps": 1_001},
+        {"steps": 1_000},
         {"steps": 2.0},
         {"guidance": -1.0},
         {"guidance": 21.0},
