@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, leaky_relu, pad, silu
 
 import lib.superres.audiosr
+from lib.audio.files import load_audio, save_audio
 from lib.superres.audiosr import import_audiosr
-from lib.superres.training import load_part
+from lib.superres.mel import SAMPLE_RATE
+from lib.superres.resolver import Restoration, SuperResolver, restore_file
+from lib.superres.training import PartConfig, load_part, train_part
 from lib.superres.vae import VaeConfig
 from lib.superres.vocoder import VocoderConfig
 from lib.training.run import Run
 from lib.util.errors import UserError
+from superres.conftest import CLIP, DENOISER, LOOP, band, changed, decibels, inner, white
 
-GROUPS = 2
-VAE = VaeConfig((4, 8, 8, 6), num_res_blocks=2, latent_channels=3, norm_groups=GROUPS)
+VAE = VaeConfig((4, 8, 8, 6), num_res_blocks=2, latent_channels=3, norm_groups=2)
 VOCODER = VocoderConfig(32, resblock_kernels=(3, 5), dilations=(1, 3))
 
 
@@ -29,10 +32,10 @@ VOCODER = VocoderConfig(32, resblock_kernels=(3, 5), dilations=(1, 3))
 
 
 class OriginalResnet(nn.Module):
-    def __init__(self, a, b):
+    def __init__(self, a, b, groups):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(GROUPS, a, 1e-6), nn.Conv2d(a, b, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(GROUPS, b, 1e-6), nn.Conv2d(b, b, 3, padding=1)
+        self.norm1, self.conv1 = nn.GroupNorm(groups, a, 1e-6), nn.Conv2d(a, b, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, b, 1e-6), nn.Conv2d(b, b, 3, padding=1)
         if a != b:
             self.nin_shortcut = nn.Conv2d(a, b, 1)
 
@@ -42,9 +45,9 @@ class OriginalResnet(nn.Module):
 
 
 class OriginalAttention(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, groups):
         super().__init__()
-        self.norm = nn.GroupNorm(GROUPS, c, 1e-6)
+        self.norm = nn.GroupNorm(groups, c, 1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
     def forward(self, x):
@@ -73,29 +76,30 @@ class OriginalUp(nn.Module):
 
 
 class OriginalMiddle(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, groups):
         super().__init__()
-        self.block_1, self.attn_1, self.block_2 = OriginalResnet(c, c), OriginalAttention(c), OriginalResnet(c, c)
+        self.block_1, self.block_2 = OriginalResnet(c, c, groups), OriginalResnet(c, c, groups)
+        self.attn_1 = OriginalAttention(c, groups)
 
     def forward(self, x):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class OriginalEncoder(nn.Module):
-    def __init__(self, widths, z):
+    def __init__(self, widths, z, groups):
         super().__init__()
         self.conv_in = nn.Conv2d(1, widths[0], 3, padding=1)
         self.down = nn.ModuleList()
         before = widths[0]
         for i, width in enumerate(widths):
             level = nn.Module()
-            level.block = nn.ModuleList([OriginalResnet(before, width), OriginalResnet(width, width)])
+            level.block = nn.ModuleList(OriginalResnet(a, width, groups) for a in (before, width))
             if i < len(widths) - 1:
                 level.downsample = OriginalDown(width)
             self.down.append(level)
             before = width
-        self.mid = OriginalMiddle(before)
-        self.norm_out, self.conv_out = nn.GroupNorm(GROUPS, before, 1e-6), nn.Conv2d(before, 2 * z, 3, padding=1)
+        self.mid = OriginalMiddle(before, groups)
+        self.norm_out, self.conv_out = nn.GroupNorm(groups, before, 1e-6), nn.Conv2d(before, 2 * z, 3, padding=1)
 
     def forward(self, x):
         x = self.conv_in(x)
@@ -108,20 +112,20 @@ class OriginalEncoder(nn.Module):
 
 
 class OriginalDecoder(nn.Module):
-    def __init__(self, widths, z):
+    def __init__(self, widths, z, groups):
         super().__init__()
         before = widths[-1]
-        self.conv_in, self.mid = nn.Conv2d(z, before, 3, padding=1), OriginalMiddle(before)
+        self.conv_in, self.mid = nn.Conv2d(z, before, 3, padding=1), OriginalMiddle(before, groups)
         levels = []
         for i, width in reversed(list(enumerate(widths))):
             level = nn.Module()
-            level.block = nn.ModuleList([OriginalResnet(before, width)] + [OriginalResnet(width, width) for _ in "ab"])
+            level.block = nn.ModuleList(OriginalResnet(a, width, groups) for a in (before, width, width))
             if i > 0:
                 level.upsample = OriginalUp(width)
             levels.insert(0, level)  # up.0 is the last to run
             before = width
         self.up = nn.ModuleList(levels)
-        self.norm_out, self.conv_out = nn.GroupNorm(GROUPS, before, 1e-6), nn.Conv2d(before, 1, 3, padding=1)
+        self.norm_out, self.conv_out = nn.GroupNorm(groups, before, 1e-6), nn.Conv2d(before, 1, 3, padding=1)
 
     def forward(self, z):
         x = self.mid(self.conv_in(z))
@@ -146,34 +150,48 @@ class OriginalResblock(nn.Module):
 
 
 class OriginalVocoder(nn.Module):
-    def __init__(self):
+    def __init__(self, c, kernels, dilations):
         super().__init__()
-        self.conv_pre = nn.Conv1d(256, 32, 7, padding=3)
-        sizes = list(zip((6, 5, 4, 2, 2), (12, 10, 8, 4, 4), (32, 16, 8, 4, 2), strict=True))
+        self.conv_pre, self.kernels = nn.Conv1d(256, c, 7, padding=3), len(kernels)
+        sizes = list(zip((6, 5, 4, 2, 2), (12, 10, 8, 4, 4), (c, c // 2, c // 4, c // 8, c // 16), strict=True))
         self.ups = nn.ModuleList(nn.ConvTranspose1d(c, c // 2, k, u, (k - u) // 2) for u, k, c in sizes)
-        self.resblocks = nn.ModuleList(OriginalResblock(c // 2, k, (1, 3)) for _, _, c in sizes for k in (3, 5))
-        self.conv_post = nn.Conv1d(1, 1, 7, padding=3)
+        self.resblocks = nn.ModuleList(OriginalResblock(c // 2, k, dilations) for _, _, c in sizes for k in kernels)
+        self.conv_post = nn.Conv1d(c // 32, 1, 7, padding=3)
 
     def forward(self, mel):
         """`[B, 256, T] → [B, 1, 480 · T + 16]`."""
         x = self.conv_pre(mel)
         for i, up in enumerate(self.ups):
             x = up(leaky_relu(x, 0.1))
-            x = (self.resblocks[2 * i](x) + self.resblocks[2 * i + 1](x)) / 2
+            x = sum(block(x) for block in self.resblocks[i * self.kernels : (i + 1) * self.kernels]) / self.kernels
         return torch.tanh(self.conv_post(leaky_relu(x)))
 
 
 class Original(nn.Module):
-    """The first stage. Its pictures lie on their side: `[B, 1, T, F]`."""
+    """The first stage, with weights that keep a signal's size, and norms that are no identity. Its pictures lie on
+    their side: `[B, 1, T, F]`."""
 
-    def __init__(self):
+    def __init__(self, vae: VaeConfig = VAE, vocoder: VocoderConfig = VOCODER):
         super().__init__()
-        self.encoder, self.decoder = OriginalEncoder(VAE.channels, 3), OriginalDecoder(VAE.channels, 3)
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(6, 6, 1), nn.Conv2d(3, 3, 1)
-        self.vocoder = OriginalVocoder()
+        self.z = z = vae.latent_channels
+        self.encoder, self.decoder = (
+            coder(vae.channels, z, vae.norm_groups) for coder in (OriginalEncoder, OriginalDecoder)
+        )
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
+        self.vocoder = OriginalVocoder(vocoder.channels, vocoder.resblock_kernels, vocoder.dilations)
+        for module in self.modules():
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d):
+                nn.init.kaiming_normal_(module.weight, a=0.5)
+                nn.init.normal_(module.bias, std=0.2)
+            if isinstance(module, nn.GroupNorm):
+                nn.init.normal_(module.weight, 1.0, 0.3)
+                nn.init.normal_(module.bias, std=0.3)
+        with torch.no_grad():
+            self.vocoder.conv_post.weight.mul_(0.3)  # away from the ends of the tanh
+        self.eval().requires_grad_(False)
 
     def encode(self, picture):
-        return self.quant_conv(self.encoder(picture))[:, :3]  # the posterior's mean
+        return self.quant_conv(self.encoder(picture))[:, : self.z]  # the posterior's mean
 
     def decode(self, latents):
         return self.decoder(self.post_quant_conv(latents))
@@ -181,19 +199,8 @@ class Original(nn.Module):
 
 @pytest.fixture(scope="module")
 def original() -> Original:
-    """With weights that keep a signal's size, and norms that are no identity."""
     torch.manual_seed(0)
-    original = Original().eval()
-    for module in original.modules():
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d):
-            nn.init.kaiming_normal_(module.weight, a=0.5)
-            nn.init.normal_(module.bias, std=0.2)
-        if isinstance(module, nn.GroupNorm):
-            nn.init.normal_(module.weight, 1.0, 0.3)
-            nn.init.normal_(module.bias, std=0.3)
-    with torch.no_grad():
-        original.vocoder.conv_post.weight.mul_(0.3)  # away from the ends of the tanh
-    return original.requires_grad_(False)
+    return Original()
 
 
 def content(original: Original, **changes: Tensor | None) -> dict:
@@ -316,6 +323,29 @@ def test_half_precision_is_read(original, tmp_path):
     weights = load_part(report[0], "vae").autoencoder.encoder.conv_in.weight
     assert weights.dtype == torch.float32
     assert torch.equal(weights, original.encoder.conv_in.weight.half().float().mT)
+
+
+def test_with_a_denoiser_trained_in_its_folder_it_restores_a_file(library, tmp_path):
+    """At the sizes of the public checkpoints, from the checkpoint to a wave."""
+    torch.manual_seed(0)
+    path = write(tmp_path, content(Original(VaeConfig(), VocoderConfig())))
+    import_audiosr(path, tmp_path / "out")
+    path.unlink()  # half a gigabyte
+    sizes = changed(DENOISER, latent_channels=16)
+    train_part(tmp_path / "out", "diffusion", library, sizes, PartConfig(**LOOP | {"max_steps": 1}))
+    resolver = SuperResolver(tmp_path / "out")
+    low = inner(band(white(2 * CLIP), 0, 5_000))
+    save_audio(tmp_path / "low.wav", low, SAMPLE_RATE)
+    _, cutoff = restore_file(tmp_path / "low.wav", tmp_path / "full.wav", resolver, Restoration(steps=1))
+    full = load_audio(tmp_path / "full.wav", sample_rate=SAMPLE_RATE)
+    assert full.shape == low.shape
+    assert cutoff == pytest.approx(5_000, abs=100)
+    assert decibels(band(full - low, 0, 4_000), full - low) < -30  # its own band is left as it is
+    assert decibels(band(full, 6_000), low) > -40  # and above it is what the vocoder made of the decoded latents
+    with torch.no_grad():
+        heard = resolver.vocoder(resolver.predict_mel(low[None, :, :CLIP], Restoration(steps=1)))[0]
+    part = slice(3_000)  # that no other clip is crossfaded with
+    assert decibels(band(full[:, part] - heard[:, part], 7_000), band(heard[:, part], 7_000)) < -10
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
