@@ -14,7 +14,7 @@ import clones
 import parts
 import pytest
 from clones import clean_commit, clone_of, continue_in_clone, replace_record
-from parts import FIGURES, GUIDANCES, LICENCES, NO_VECTORS, PARTS, STUDY, found_in, run_variation, variations
+from parts import FIGURES, LICENCES, NO_VECTORS, PARTS, STUDY, found_in, run_variation, variations
 from quotes import BLOCKS, MARKS
 from settings import settings_of
 
@@ -32,7 +32,7 @@ from lib.pipeline import NotebookError
 from lib.presets import load_preset
 from lib.project import RECORD, ROOT
 from lib.report.report import Section
-from lib.superres.evaluation import CUTOFFS, Evaluation, Score
+from lib.superres.evaluation import Evaluation, Score
 from lib.superres.resolver import Restoration
 from lib.training.run import Run
 from lib.util.errors import UserError
@@ -592,14 +592,10 @@ def test_the_super_resolver_is_trained_for_as_long_as_the_record_says(monkeypatc
     pair = (1.5, 0.25)
     scores = (Score("model", 4000, 3, 2, pair, pair, pair, pair, pair),)
 
-    def evaluate(resolver, library, restoration, *, clips, cutoffs=CUTOFFS, split="val"):
+    def evaluate(resolver, library, restoration, *, clips):
         assert (resolver, library, clips) == (tmp_path / "superres_record", "the library", 3)
-        assert restoration.steps == preset.superres.sampler_steps
-        if split == "val":
-            assert (restoration, cutoffs) == (Restoration(steps=restoration.steps), CUTOFFS)
-            return Evaluation(scores, {})
-        guided = (restoration.guidance, 0.125)
-        return Evaluation((Score("model", cutoffs[0], 3, 2, pair, pair, guided, pair, pair),), {})
+        assert restoration == Restoration(steps=preset.superres.sampler_steps)
+        return Evaluation(scores, {})
 
     monkeypatch.setattr(parts, "train_part", train_part)
     monkeypatch.setattr(parts, "compare_contexts", compare_contexts)
@@ -612,8 +608,6 @@ def test_the_super_resolver_is_trained_for_as_long_as_the_record_says(monkeypatc
     assert found == scores
     assert (facts["preset"], facts["vae_steps"], facts["steps"], facts["music"]) == ("demo", 7, 9, "songs")
     assert facts["contexts"] == {"sequence": [0.5, 0.25], "pooled": [0.5, 0.5]}
-    assert facts["guided"] == {str(guidance): [guidance, 0.125] for guidance in GUIDANCES}
-    assert facts["guidance"] == Restoration().guidance
 
 
 # --- what is committed ------------------------------------------------------------------------------------------------

@@ -22,14 +22,13 @@ def main() -> None:
     parser.add_argument("-o", "--out", required=True, help="output file (.wav holds any level), or folder for a folder")
     parser.add_argument("--run", required=True, help="folder of a trained super-resolver, e.g. outputs/demo/superres")
     parser.add_argument("--steps", type=int, default=DEFAULTS.steps, help="sampling steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=DEFAULTS.guidance, help="1: none (default: %(default)s)")
     parser.add_argument("--vocoder", choices=VOCODERS, help="default: hifigan where the run has trained it")
     parser.add_argument("--gain", type=float, default=0.0, metavar="DB", help=GAIN)
     parser.add_argument("--seed", type=int, default=DEFAULTS.seed, help="default: %(default)s")
     parser.add_argument("--cutoff", type=float, help="Hz, where the files' own band ends (default: measured in each)")
     options = parser.parse_args()
     with exit_on_user_error():
-        settings = Restoration(options.steps, options.guidance, options.seed, options.cutoff, options.gain)
+        settings = Restoration(options.steps, options.seed, options.cutoff, options.gain)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         resolver = SuperResolver(options.run, vocoder=options.vocoder, device=device)
         if not Path(options.input).is_dir():

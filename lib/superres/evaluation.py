@@ -6,7 +6,7 @@ scaling the estimate to the reference's mean magnitude in the lowest tenth of th
 import itertools
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,24 +76,20 @@ class Evaluation(NamedTuple):
     sounds: dict[int, dict[str, Tensor]]
 
 
-def evaluate(
-    resolver: SuperResolver, library: Library, settings=DEFAULTS, *, clips=16, cutoffs=CUTOFFS, split="val"
-) -> Evaluation:
+def evaluate(resolver: SuperResolver, library: Library, settings=DEFAULTS, *, clips=16, cutoffs=CUTOFFS) -> Evaluation:
     """Score every method on the same clips, not those that chose the checkpoint, resampled to twice each cutoff."""
-    whole = Examples(library, split, clips, resolver.clip_length, SEED)
+    whole = Examples(library, "val", clips, resolver.clip_length, SEED)
     songs = [whole.song(i).sha256 for i in range(clips)]
     original = torch.stack([whole[i][0] for i in range(clips)])
     mel, none = log_mel(original), torch.zeros(clips, dtype=torch.bool, device=resolver.device)
     with torch.inference_mode():
         coded = resolver.vae.decode(resolver.vae.encode(mel.to(resolver.device))).to(mel.device)
-    unguided = replace(settings, guidance=1.0)  # without a condition there is nothing to guide to
-    blind = resolver.predict_mel(torch.zeros_like(original), unguided, keeps_low=none, keeps_context=none)
     envelope = mean_envelope(library, resolver.clip_length)[:, None].expand_as(mel)
     # mels of the methods that do not see the low band
-    known = {"envelope": envelope, "no condition": blind, "autoencoder": coded, "vocoder": mel}
+    known = {"envelope": envelope, "autoencoder": coded, "vocoder": mel}
     scores, sounds = [], {}
     for cutoff in cutoffs:
-        examples = Examples(library, split, clips, resolver.clip_length, SEED, Degradation(cutoff))
+        examples = Examples(library, "val", clips, resolver.clip_length, SEED, Degradation(cutoff))
         low = torch.stack([examples[i][1] for i in range(clips)])
         without_context = resolver.predict_mel(low, settings, keeps_context=none)
         mels = {**known, "no context": without_context, "model": resolver.predict_mel(low, settings)}

@@ -15,7 +15,7 @@ from lib.superres.mel import HOP, SAMPLE_RATE, SILENCE
 from lib.util.stats import describe
 
 Rows = list[dict[str, str]]
-COLOURS = "#BBBBBB #777777 #56B4E9 #CC79A7 #D55E00 #009E73 #000000 #E69F00"
+COLOURS = "#BBBBBB #777777 #CC79A7 #D55E00 #009E73 #000000 #E69F00"
 METHOD_COLOURS = dict(zip(METHODS, COLOURS.split(), strict=True))
 LOUDEST = 2.5  # of a log mel, about
 

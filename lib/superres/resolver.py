@@ -37,7 +37,6 @@ class Restoration:
     """How to restore. The same seed gives the same sound."""
 
     steps: whole(1, TIMESTEPS - 1) = 50
-    guidance: number(0, 20) = 1.5  # 1: none; chosen on a small model's training songs (notebook 06)
     seed: whole(0, 2**63 - 1) = 0
     cutoff: number(above=100, most=FULL) | None = None  # Hz, the end of the clip's band; None: measured
     gain: number(-200, 200) = 0.0  # dB, of the file that is written
@@ -82,7 +81,7 @@ class SuperResolver:
         mel = log_mel(low.to(self.device))
         latents = self.latent_scale * self.vae.encode(mel)
         noise = drawn(torch.randn, latents.shape, settings, numbers).to(self.device)
-        full = sample(self.denoiser, latents, mel, noise, steps=settings.steps, guidance=settings.guidance, **keeps)
+        full = sample(self.denoiser, latents, mel, noise, steps=settings.steps, **keeps)
         return self.vae.decode(full / self.latent_scale).to(low.device)
 
     @torch.inference_mode()

@@ -31,7 +31,7 @@ from lib.util.provenance import code_fingerprint
 MEASURED = 64  # examples from which the mel's mean and the latents' scale are computed
 FROM_DATA = ("sizes.mel_mean", "sizes.mel_std", "latent_scale", "vae_sha256")  # fields of a run's config
 CACHE = 4 * 2**30  # bytes of encoded examples to keep in memory
-CONDITION_DROPOUT = 0.1  # share of clips trained without the context, and as many without any condition
+CONTEXT_DROPOUT = 0.1  # share of clips trained without the context
 MEL_WEIGHT, FEATURE_WEIGHT = 45.0, 2.0  # of HiFi-GAN's losses, as in its paper
 Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, multiple_of=0.16)]  # whole latent frames
 
@@ -89,7 +89,7 @@ class DiffusionLearner(Learner):
         # validation uses the same noise for the same batch, and timesteps spread over the schedule
         generator = None if info else torch.Generator().manual_seed(0)
         noise = torch.randn(high.shape, generator=generator).to(device)
-        keeps = (torch.rand(2, clips, generator=generator) >= CONDITION_DROPOUT).to(device)
+        keeps = (torch.rand(clips, generator=generator) >= CONTEXT_DROPOUT).to(device)
         if info:
             timesteps = torch.randint(TIMESTEPS, (clips,)).to(device)
         else:
@@ -97,7 +97,7 @@ class DiffusionLearner(Learner):
             keeps = torch.ones_like(keeps)
         noisy, velocity = add_noise(high, noise, timesteps)
         with self.autocast():
-            found = model(noisy, timesteps, low, batch[1], keeps_low=keeps[0], keeps_context=keeps.all(dim=0))
+            found = model(noisy, timesteps, low, batch[1], keeps_context=keeps)
         error = (found.float() - velocity).square().mean()
         return error, {"loss/velocity": error}, None
 

@@ -143,17 +143,13 @@ class Denoiser(nn.Module):
         """Velocity `[B, Z, H, W]` from noisy and low latents and the low mel `[B, 1, 256, T]`; see `conditions`."""
         return self.denoise(noisy, timesteps, *self.conditions(low, mel, **keeps))
 
-    def conditions(
-        self, low: Tensor, mel: Tensor, keeps_low: Tensor | None = None, keeps_context: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def conditions(self, low: Tensor, mel: Tensor, keeps_context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The latents, and the context `[B, L, context_dim]`: the pooled vector, with 'sequence' also one vector a mel
-        frame. Zeros and the null context replace them where `keeps_low [B]` and `keeps_context [B]` are false."""
+        frame. The null context replaces it where `keeps_context [B]` is false."""
         pooled, sequence = self.encoder(mel)
         context = pooled[:, None]
         if self.config.context == "sequence":
             context = torch.cat([context, sequence], dim=1)
-        if keeps_low is not None:
-            low = low * keeps_low[:, None, None, None]
         if keeps_context is not None:
             context = torch.where(keeps_context[:, None, None], context, self.null_context)
         return low, context

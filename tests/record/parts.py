@@ -47,7 +47,6 @@ from lib.util.provenance import gpu_name, versions
 PARTS = ("bench", "ablations", "explosion", "fusion", "superres", "notebooks", "variations")
 FIGURES = ("listening_0", "collapse")  # that the README shows
 POINTS = 40  # gradient norms of a run in a record
-GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # of which one is the default
 # without AVX2, sums are rounded differently; NumPy has had two sets of names for the features it can disable
 NO_VECTORS = {"ATEN_CPU_CAPABILITY": "default", "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 X86_V3 X86_V4 AVX512_ICL"}
 ON_MUSIC = tomllib.loads(Path(__file__).with_name("study.toml").read_text())
@@ -226,17 +225,12 @@ def record_superres(preset: Preset, project: Project, folder: Path) -> None:
     parts = project.out_dir / "superres_record"
     train_part(parts, "vae", library, plan.vae, plan.vae_training, resume=True)
     contexts = compare_contexts(plan, parts, library, record.superres_seeds, resume=True)
-    resolver, clips = SuperResolver(parts, diffusion="sequence-0"), longer.clips
+    resolver = SuperResolver(parts, diffusion="sequence-0")
     restoration = Restoration(steps=longer.sampler_steps)
-    guided = {}  # measured on training songs: validation songs are for the scores
-    for guidance in GUIDANCES:
-        settings = dataclasses.replace(restoration, guidance=guidance)
-        found = evaluate(resolver, library, settings, clips=clips, cutoffs=(4_000,), split="train")
-        guided[guidance] = next(score.upper for score in found.scores if score.method == "model")
-    scores = evaluate(resolver, library, restoration, clips=clips).scores
+    scores = evaluate(resolver, library, restoration, clips=longer.clips).scores
     facts = {"preset": preset.name, "vae_steps": longer.vae_steps, "steps": longer.steps, "music": source}
-    facts |= {"sampler_steps": restoration.steps, "guidance": restoration.guidance}
-    write_record(folder / "superres.json", scores, facts | {"contexts": contexts, "guided": guided})
+    facts |= {"sampler_steps": restoration.steps}
+    write_record(folder / "superres.json", scores, facts | {"contexts": contexts})
 
 
 def record_fusion(preset: Preset, overrides: dict[str, Any], music: Path, folder: Path) -> None:

@@ -46,7 +46,7 @@ def test_distances_show_every_method_and_what_is_a_bound():
     for label, line in lines.items():
         place = list(METHODS).index(label.split(" (")[0])
         assert line.get_ydata() == pytest.approx([place + 0.2, place + 0.8])
-        assert (line.get_linestyle() == "--") == label.endswith("(a bound)") == (place > 4)
+        assert (line.get_linestyle() == "--") == label.endswith("(a bound)") == (place > 3)
 
 
 def test_tables_show_what_was_counted():

@@ -74,7 +74,6 @@ def test_the_same_seed_is_the_same_sound(resolver, low):
         resolver.restore(low, 4_000, Restoration(steps=2, seed=1)),
         resolver.restore(low, 4_000, QUICK, numbers=[1, 2]),
         resolver.restore(low, 4_000, Restoration(steps=3)),
-        resolver.restore(low, 4_000, Restoration(steps=2, guidance=5.0)),
     ):
         assert decibels(other - made, band(made, 4_100)) > -40
     assert resolver.restore(low, 4_000, Restoration(steps=1, seed=2**63 - 1), numbers=[3, 4]).isfinite().all()
@@ -86,7 +85,6 @@ def test_seed_and_number_change_the_mel_itself(resolver, low):
     for other in (
         resolver.predict_mel(low, Restoration(steps=2, seed=1)),
         resolver.predict_mel(low, QUICK, numbers=[1, 2]),
-        resolver.predict_mel(low, QUICK, keeps_low=torch.tensor([False, False])),
     ):
         assert (other - mel).abs().mean() > 1e-3
 
@@ -99,7 +97,7 @@ def test_latents_are_scaled_for_the_denoiser_and_back_again(resolver, low, monke
         return latents
 
     monkeypatch.setattr("lib.superres.resolver.sample", given_back)
-    made = resolver.predict_mel(low, Restoration(steps=7, guidance=2.0))
+    made = resolver.predict_mel(low, Restoration(steps=7))
     with torch.inference_mode():
         latents = resolver.vae.encode(log_mel(low))
         torch.testing.assert_close(made, resolver.vae.decode(latents), rtol=1e-4, atol=1e-4)
@@ -108,7 +106,7 @@ def test_latents_are_scaled_for_the_denoiser_and_back_again(resolver, low, monke
     assert torch.equal(seen["mel"], log_mel(low))
     assert seen["denoiser"] is resolver.denoiser
     assert seen["noise"].std().item() == pytest.approx(1, abs=0.2)
-    assert seen["options"] == {"steps": 7, "guidance": 2.0}
+    assert seen["options"] == {"steps": 7}
 
 
 def test_what_is_restored_follows_from_the_low_resolution_clip_alone(resolver):
@@ -179,9 +177,6 @@ def test_parts_that_do_not_belong_together_are_refused(trained, library, tmp_pat
         {"steps": 0},
         {"steps": 1_000},
         {"steps": 2.0},
-        {"guidance": -1.0},
-        {"guidance": 21.0},
-        {"guidance": float("nan")},
         {"seed": -1},
         {"seed": 2**63},
         {"cutoff": 100.0},
@@ -307,7 +302,7 @@ def test_channels_take_the_same_random_numbers_and_clips_others(resolver):
     wav = band(white(2 * CLIP), 0, 5_000)
     made = resolver.restore_signal(wav.expand(2, -1), QUICK)
     torch.testing.assert_close(made[0], made[1], rtol=0, atol=1e-5)
-    torch.testing.assert_close(made[:1], resolver.restore_signal(wav, QUICK), rtol=0, atol=1e-5)
+    torch.testing.assert_close(made[:1], resolver.restore_signal(wav, QUICK), rtol=0, atol=5e-5)
     fake = NoiseResolver(CLIP)
     fake.restore_signal(wav.expand(2, -1), Restoration(cutoff=5_000))
     assert fake.seen == [((6, 1, CLIP), 5_000, [0, 0, 1, 1, 2, 2])]

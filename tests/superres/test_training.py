@@ -426,25 +426,22 @@ class Noted(nn.Module):
         super().__init__()
         self.calls = []
 
-    def forward(self, noisy, timesteps, low, mel, keeps_low, keeps_context):
-        self.calls.append((noisy, timesteps, low, mel, keeps_low, keeps_context))
+    def forward(self, noisy, timesteps, low, mel, keeps_context):
+        self.calls.append((noisy, timesteps, low, mel, keeps_context))
         return torch.zeros_like(noisy)
 
 
-def test_each_condition_is_left_out_for_a_tenth_of_the_clips():
+def test_the_context_is_left_out_for_a_tenth_of_the_clips():
     learner = make_learner("diffusion", PartConfig(**LOOP), DENOISER)
     model, clips = Noted(), 20_000
     batch = torch.zeros(clips, 4, 1, 1), torch.zeros(clips, 1, 1, 1)
     learner.loss(model, batch, StepInfo(0, 0))
-    _, timesteps, _, _, keeps_low, keeps_context = model.calls[0]
-    assert (~keeps_low).float().mean().item() == pytest.approx(0.1, abs=0.01)  # no condition at all
-    assert not keeps_context[~keeps_low].any()
-    assert (~keeps_context[keeps_low]).float().mean().item() == pytest.approx(0.1, abs=0.01)  # without context alone
+    _, timesteps, _, _, keeps_context = model.calls[0]
+    assert (~keeps_context).float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert (timesteps.min(), timesteps.max()) == (0, 999)
     assert timesteps.float().mean().item() == pytest.approx(499.5, abs=10)
     learner.loss(model, batch)
     assert model.calls[1][4].all()  # none in validation
-    assert model.calls[1][5].all()
 
 
 def test_validation_takes_the_same_noise_and_timesteps_all_over_the_schedule():
@@ -493,7 +490,7 @@ def predictions(learner: DiffusionLearner, batch: tuple[Tensor, Tensor]) -> tupl
 
 def test_the_original_reaches_the_model_through_the_noisy_latents_alone(monkeypatch):
     """At the last timestep they are noise: what is predicted there follows the low-resolution clip."""
-    monkeypatch.setattr(training, "CONDITION_DROPOUT", 0.0)
+    monkeypatch.setattr(training, "CONTEXT_DROPOUT", 0.0)
     learner = make_learner("diffusion", PartConfig(**LOOP), DENOISER)
     monkeypatch.setattr(torch, "randint", lambda highest, size: torch.full(size, timestep))
     generator = torch.Generator().manual_seed(1)
