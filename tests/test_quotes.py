@@ -300,7 +300,7 @@ def test_what_ends_a_training_is_quoted_from_its_tables(tmp_path):
     said = explosion_block(tmp_path)
     said_first = "without epsilons (clip none and 10, learning rate 1e-04 and 3e-04, loops and songs, 2,000 steps): "
     assert f"{said_first}1 of 90 cases (setting and seed) met a non-finite value; the largest" in said
-    assert "largest gradient norm is 1.2e+03 (b). With 0.5 s of each clip decoded" in said
+    assert "largest gradient norm is 1,200 (b). With 0.5 s of each clip decoded" in said
     assert "a few are digital silence: 15 of 50, each as `div gave NaN`. " in said
     assert ": without the silent pairs 2 of 15, with epsilons 0 of 15; on songs 3 of 15, with" in said
     assert "a silent pair put in 4 of 15, and with epsilons too 5 of 15. " in said

@@ -95,7 +95,8 @@ def explosion_block(folder: Path) -> str:
         groups = by_variant([Result(**run) for run in row["results"]])
         if set(names) <= set(groups):
             kept[row["data"]] = weak_residuals(groups, names)[-1].partition(": ")[-1]
-    largest = max((row["largest norm"] for row in causes), key=lambda said: float(said.split()[0]))
+    norms = [row["largest norm"].partition(" ") for row in causes]  # '565 (the setting)'
+    largest = max((float(norm), f"{float(norm):,.0f} {setting}") for norm, _, setting in norms)[1]
     values = {"facts": facts, "causes": causes, "of": of, "total": total, "kept": kept, "largest": largest}
     return filled("explosion.md.j2", values)
 
