@@ -13,7 +13,7 @@ PROGRAM = """import os, pathlib, sys, time
 from lib.util.locks import only_one
 with only_one(pathlib.Path(sys.argv[1])):
     worker = os.fork()
-    if worker:
+    if not worker:  # which holds the lock until its first lines have run
         print("in", flush=True)
     time.sleep(float(sys.argv[2]))
     if not worker:
