@@ -1,6 +1,6 @@
 """What produced a number or a file: a hash of the code, the commit, versions. A fingerprint covers modules of `lib` and
 all that they import from it, at the top or inside a function; a package's `__init__` only where a name is imported from
-the package. Comments, docstrings and layout do not count, nor does the version of Python."""
+the package. Comments, docstrings and layout do not count."""
 
 import ast
 import functools
@@ -9,7 +9,6 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -54,7 +53,7 @@ def _read(file: Path) -> tuple[str, tuple[str, ...]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: a relative import; name the module in full"
             imports += [f"{node.module}.{alias.name}" for alias in node.names]
-    return hashlib.sha256(ascii(_without_layout(tree)).encode()).hexdigest(), tuple(imports)
+    return hashlib.sha256(ascii(_plain(tree)).encode()).hexdigest(), tuple(imports)
 
 
 @functools.cache
@@ -65,19 +64,13 @@ def _version(package: str) -> str:
         return metadata.version(metadata.packages_distributions()[package][0])
 
 
-def _without_layout(node: Any) -> Any:
-    """A syntax tree as nested lists, without positions, bare strings and empty fields, which vary with Python."""
-    if isinstance(node, list):
-        bare = [isinstance(item, ast.Expr) and isinstance(getattr(item.value, "value", None), str) for item in node]
-        return [_without_layout(item) for item, is_string in zip(node, bare, strict=True) if not is_string]
-    if not isinstance(node, ast.AST):
-        return node
-    parts = [type(node).__name__]
-    for name in node._fields:
-        value = getattr(node, name, None)
-        if value is not None and value != [] and name != "ctx":  # ctx follows from the name's position
-            parts += [name, _without_layout(value)]
-    return parts
+def _plain(tree: ast.AST) -> str:
+    """The code of a syntax tree, without bare strings, comments and layout."""
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            bare = [isinstance(item, ast.Expr) and isinstance(getattr(item.value, "value", None), str) for item in body]
+            node.body = [item for item, is_string in zip(body, bare, strict=True) if not is_string]
+    return ast.unparse(tree)
 
 
 def gpu_name() -> str:
