@@ -51,6 +51,7 @@ bench: .venv/ready
 # hours in all; PARTS="fusion" measures some of it and keeps the rest
 PRESET ?= demo
 record: .venv/ready
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --group record
 	$(BIN)/python tests/record --preset $(PRESET) $(if $(PARTS),--parts $(PARTS))
 
 # execute the stored notebooks with the smoke preset and store their outputs

@@ -90,8 +90,9 @@ class SuperresSettings:
     """Notebook 06: super-resolution."""
 
     plan: choice(PLANS) = "small"  # sizes of its parts, in PLANS
-    vae_steps: Count = 140
-    steps: Count = 280  # of the diffusion model
+    completion_steps: Count = 200
+    vae_steps: Count = 100
+    steps: Count = 200  # of the diffusion model
     vocoder_steps: Whole = 0  # of HiFi-GAN; 0: Griffin-Lim, which needs no training
     sampler_steps: Count = 10
     clips: Count = 16  # at each cutoff, on which methods are compared
@@ -100,7 +101,9 @@ class SuperresSettings:
         self.training_plan(seed=0)  # refuses steps of a vocoder that the plan does not train
 
     def training_plan(self, seed: int) -> SuperresPlan:
-        return PLANS[self.plan].lasting(self.vae_steps, self.steps, self.vocoder_steps, seed=seed)
+        return PLANS[self.plan].lasting(
+            self.completion_steps, self.vae_steps, self.steps, self.vocoder_steps, seed=seed
+        )
 
 
 @checked_dataclass

@@ -196,6 +196,7 @@ def save_run() -> Callable[..., Run]:
 @pytest.fixture(scope="session")
 def tiny_superres(tmp_path_factory) -> Path:
     """A super-resolver of random weights for clips of 0.16 s, which makes noise of the upper band."""
+    from lib.superres.completion import Completion, CompletionConfig
     from lib.superres.unet import Denoiser, DenoiserConfig, EncoderConfig
     from lib.superres.vae import MelVae, VaeConfig
 
@@ -205,11 +206,13 @@ def tiny_superres(tmp_path_factory) -> Path:
     sizes = {"channels": (8, 16), "attention": (False, True), "num_res_blocks": 1, "head_channels": 8}
     denoiser = Denoiser(DenoiserConfig(2, **sizes, transformers=1, norm_groups=4, encoder=encoder))
     vae = MelVae(VaeConfig((4, 4, 8, 8), 1, 2, 2, mel_mean=-6.0, mel_std=2.0))
+    completion = Completion(CompletionConfig(8, 1))
+    completion.statistics.mean += torch.linspace(-3, -8, 256)
     facts = {"latent_scale": 1.0, "train": {"clip_seconds": 0.16}}
-    for name, model in (("vae", vae), ("diffusion", denoiser)):
+    for name, model in (("completion", completion), ("vae", vae), ("diffusion", denoiser)):
         run = Run.create(folder / name, {"sizes": dataclasses.asdict(model.config)} | facts)
         run.save(0, model, {}, is_best=True)
-        facts["vae_sha256"] = run.weights_sha256()  # of the first, for the second
+        facts[f"{name}_sha256"] = run.weights_sha256()  # of the first two, for the third
     return folder
 
 

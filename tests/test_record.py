@@ -1,6 +1,7 @@
 """The record: a clean commit, a clone of it, a folder that takes the old one's place; and what its parts run."""
 
 import dataclasses
+import functools
 import json
 import os
 import runpy
@@ -9,10 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import clones
+import numpy as np
 import parts
 import pytest
+import upper_band
 from clones import clean_commit, clone_of, continue_in_clone, replace_record
 from parts import FIGURES, LICENCES, NO_VECTORS, PARTS, STUDY, found_in, run_variation, variations
 from quotes import BLOCKS, MARKS
@@ -32,8 +36,9 @@ from lib.pipeline import NotebookError
 from lib.presets import load_preset
 from lib.project import RECORD, ROOT
 from lib.report.report import Section
-from lib.superres.evaluation import Evaluation, Score
-from lib.superres.resolver import Restoration
+from lib.superres.degradation import Library
+from lib.superres.evaluation import Score
+from lib.superres.unet import CONTEXTS
 from lib.training.run import Run
 from lib.util.errors import UserError
 
@@ -572,42 +577,114 @@ def test_the_full_preset_says_what_it_needs(stub, capsys, monkeypatch):
     assert "no GPU was found" in capsys.readouterr().err
 
 
-def test_the_super_resolver_is_trained_for_as_long_as_the_record_says(monkeypatch, tmp_path):
-    """Plan, library and evaluation are replaced; what goes from one to the next, and into the file, is looked at."""
-    longer = {"record.superres_vae_steps": 7, "record.superres_steps": 9, "superres.clips": 3}
-    preset = load_preset("demo", longer)
-    plan = dataclasses.replace(preset.superres, vae_steps=7, steps=9).training_plan(preset.train.seed)
-    trained = []
+# --- super-resolution -------------------------------------------------------------------------------------------------
 
-    def train_part(folder, part, library, sizes, config, *, resume):
-        assert (folder, part, library, resume) == (tmp_path / "superres_record", "vae", "the library", True)
-        assert (sizes, config) == (plan.vae, plan.vae_training)
-        trained.append(config.max_steps)
 
-    def compare_contexts(plan, folder, library, seeds, *, resume):
-        assert (folder, library, seeds, resume) == (tmp_path / "superres_record", "the library", 3, True)
-        trained.append(plan.training.max_steps)
-        return {"sequence": (0.5, 0.25), "pooled": (0.5, 0.5)}
+class Song(NamedTuple):
+    sha256: str
+    path: Path
 
-    pair = (1.5, 0.25)
-    scores = (Score("model", 4000, 3, 2, pair, pair, pair, pair, pair),)
 
-    def evaluate(resolver, library, restoration, *, clips):
-        assert (resolver, library, clips) == (tmp_path / "superres_record", "the library", 3)
-        assert restoration == Restoration(steps=preset.superres.sampler_steps)
-        return Evaluation(scores, {})
+def songs(count: int = 57) -> list[Song]:
+    """Every third one of the album that is held out."""
+    return [Song(f"{i:03}", Path(upper_band.ALBUM if i % 3 == 0 else "other") / f"{i}.ogg") for i in range(count)]
 
-    monkeypatch.setattr(parts, "train_part", train_part)
-    monkeypatch.setattr(parts, "compare_contexts", compare_contexts)
-    monkeypatch.setattr(parts, "SuperResolver", lambda folder, diffusion: folder)
-    monkeypatch.setattr(parts, "evaluate", evaluate)
-    project = type("Project", (), {"out_dir": tmp_path, "upper_band": lambda self: ("the library", "songs")})()
-    parts.record_superres(preset, project, tmp_path)
-    assert trained == [7, 9]
-    found, facts = read_record(tmp_path / "superres.json", Score)
-    assert found == scores
-    assert (facts["preset"], facts["vae_steps"], facts["steps"], facts["music"]) == ("demo", 7, 9, "songs")
-    assert facts["contexts"] == {"sequence": [0.5, 0.25], "pooled": [0.5, 0.5]}
+
+@pytest.fixture
+def splits(monkeypatch) -> dict[str, upper_band.Split]:
+    found = songs()
+    library = Library({"train": tuple(found[::-2]), "val": tuple(found[1::2])})  # in any order
+    monkeypatch.setattr(upper_band, "read_library", lambda music, clip_length: library)
+    return upper_band.splits_of(MUSIC, 48_000)
+
+
+def test_who_is_judged_neither_trains_nor_chooses(splits):
+    assert list(splits) == ["songs", "album", "8 songs", "16 songs"]
+    for name, split in splits.items():
+        judged = set(split.judging.songs["val"])
+        trained, choosing = (set(split.training.songs[part]) for part in ("train", "val"))
+        assert not judged & (trained | choosing)
+        assert not trained & choosing
+        assert split.judging.songs["train"] == split.training.songs["train"]
+        assert (name == "album") == ({song.path.parts[0] for song in judged} == {upper_band.ALBUM})
+    by_song = splits["songs"]
+    assert by_song.judging.songs["val"] == tuple(songs()[:20])
+    assert [len(splits[name].training.songs["train"]) for name in splits] == [33, 34, 8, 16]
+    assert all(splits[name].judging.songs["val"] == tuple(songs()[:20]) for name in ("8 songs", "16 songs"))
+    assert len(splits["album"].judging.songs["val"]) == 19
+
+
+def test_onsets_of_the_upper_band_are_compared():
+    rng, silence = np.random.default_rng(0), np.zeros(96_000)
+    beats = rng.standard_normal(96_000) * (np.arange(96_000) % 12_000 < 600)
+    early = np.roll(beats, -6_000)
+    low = 0.5 * np.sin(2 * np.pi * 440 * np.arange(96_000) / 48_000)
+    judge = functools.partial(upper_band.onset_convergence, cutoff=8_000, top=20_000)
+    assert judge(beats, beats) == 0
+    assert judge(beats + low, beats) < 0.2  # what is below the cutoff does not count
+    assert judge(silence, beats) == pytest.approx(1, abs=0.05)
+    assert judge(early, beats) > 1
+
+
+class Inline:
+    """In place of a pool of processes."""
+
+    def __init__(self, *_):
+        self.map = lambda function, *arguments: list(map(function, *arguments))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_the_super_resolver_is_trained_and_measured_as_the_record_says(monkeypatch, tmp_path, splits):
+    """Trainings and measures are replaced; what goes from one to the next, and into the file, is looked at."""
+    steps = {"completion": 7, "vae": 8, "diffusion": 9}
+    longer = {"completion_steps": 7, "vae_steps": 8, "steps": 9, "seeds": 2, "clips": 3}
+    preset = load_preset("demo", {f"record.superres_{name}": value for name, value in longer.items()})
+    trained, judged = [], []
+
+    def train_part(folder, part, library, sizes, config, *, resume, name=None, encoded=None):
+        assert resume
+        assert config.max_steps == steps[part]
+        if name:
+            assert name == f"{sizes.context}-{config.seed - preset.train.seed}"
+            assert encoded == ("encoded", upper_band.KNOWN)
+        trained.append((folder.name, name or part, len(library.songs["train"]), config.seed - preset.train.seed))
+        return SimpleNamespace(metrics=lambda split: [{"loss": 9.0}, {"loss": 0.25 + (name == "none-1")}])
+
+    def evaluate(resolver, library, settings, *, clips):
+        judged.append((resolver, len(library.songs["val"]), settings.steps, clips))
+        pair = (1.5, 0.25)
+        return SimpleNamespace(scores=(Score("model", 4000, 3, 2, pair, pair, {"ridge": pair}),))
+
+    monkeypatch.setattr(upper_band, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(upper_band, "train_part", train_part)
+    monkeypatch.setattr(upper_band, "evaluate", evaluate)
+    monkeypatch.setattr(upper_band, "encode", lambda folder, library, config, known: ("encoded", known))
+    monkeypatch.setattr(upper_band.Study, "resolver", lambda study, name, seed: f"{name} {seed}")
+    monkeypatch.setattr(upper_band, "by_steps", lambda study, resolver, library, _: [{"steps": resolver}])
+    monkeypatch.setattr(upper_band, "perceptions", lambda study, resolver, library, cutoff: [{"cutoff": cutoff}])
+    upper_band.record_superres(preset, MUSIC, tmp_path / "runs", tmp_path)
+    once = [("songs-0", "vae", 33, 0), ("songs-0", "completion", 33, 0), ("songs-1", "completion", 33, 1)]
+    once += [("album-0", "completion", 34, 0), ("8-songs-0", "completion", 8, 0), ("16-songs-0", "completion", 16, 0)]
+    once += [("songs-0", "diffusion", 33, 0)]
+    contexts = [("songs-0", f"{name}-{seed}", 33, seed) for seed in range(2) for name in CONTEXTS]
+    assert trained == [*once, *contexts]
+    drawn = preset.superres.sampler_steps
+    others = [("songs 1", 20, 0, 3), ("album 0", 19, 0, 3), ("8 songs 0", 20, 0, 3), ("16 songs 0", 20, 0, 3)]
+    assert judged == [("songs 0", 20, drawn, 3), *others]
+    scores, facts = read_record(tmp_path / "superres.json", Score)
+    assert [score.method for score in scores] == ["model"]
+    assert list(facts["others"]) == ["songs, seed 1", "album, seed 0", "8 songs, seed 0", "16 songs, seed 0"]
+    assert facts["others"]["album, seed 0"][0]["upper"] == [1.5, 0.25]
+    assert (facts["preset"], facts["steps"], facts["sampler_steps"]) == ("demo", steps, drawn)
+    assert facts["songs"] == {"songs": [33, 20], "album": [34, 19], "8 songs": [8, 20], "16 songs": [16, 20]}
+    assert facts["contexts"] == {"sequence": [0.25] * 2, "pooled": [0.25] * 2, "none": [0.25, 1.25]}
+    assert facts["by_steps"] == [{"steps": "songs 0"}]
+    assert facts["perceived"] == [{"cutoff": cutoff} for cutoff in upper_band.HEARD_AT]
 
 
 # --- what is committed ------------------------------------------------------------------------------------------------

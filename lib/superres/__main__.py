@@ -21,7 +21,12 @@ def main() -> None:
     parser.add_argument("input", help="audio file of any sample rate, length and number of channels, or a folder")
     parser.add_argument("-o", "--out", required=True, help="output file (.wav holds any level), or folder for a folder")
     parser.add_argument("--run", required=True, help="folder of a trained super-resolver, e.g. outputs/demo/superres")
-    parser.add_argument("--steps", type=int, default=DEFAULTS.steps, help="sampling steps (default: %(default)s)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=DEFAULTS.steps,
+        help="of the sampler, which adds detail drawn at random: 10, or 0 for none (default: %(default)s)",
+    )
     parser.add_argument("--vocoder", choices=VOCODERS, help="default: hifigan where the run has trained it")
     parser.add_argument("--gain", type=float, default=0.0, metavar="DB", help=GAIN)
     parser.add_argument("--seed", type=int, default=DEFAULTS.seed, help="default: %(default)s")

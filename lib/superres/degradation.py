@@ -39,9 +39,9 @@ class Degradation:
 
     @classmethod
     def draw(cls, generator: np.random.Generator) -> "Degradation":
-        """A random kind, order and cutoff, uniformly."""
+        """A random order and cutoff, uniformly, and for half of the clips a random kind."""
         cutoff = GRID * int(generator.integers(LOWEST // GRID, HIGHEST // GRID, endpoint=True))
-        kind = list(KINDS)[generator.integers(len(KINDS))]
+        kind = ([None] * len(KINDS) + list(KINDS))[generator.integers(2 * len(KINDS))]
         return cls(cutoff, kind, int(generator.integers(*ORDERS, endpoint=True)))
 
     def __call__(self, wav: Tensor) -> Tensor:
@@ -121,6 +121,9 @@ class Examples:
         song, offset, degradation = self._draw(i)
         clip = load_audio(song, offset, self.clip_length, SAMPLE_RATE)
         return clip, (self.degradation or degradation)(clip)
+
+    def cutoff(self, i: int) -> int:
+        return (self.degradation or self._draw(i)[2]).cutoff
 
     def song(self, i: int) -> AudioReport:
         return self._draw(i)[0]

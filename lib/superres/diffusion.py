@@ -35,10 +35,10 @@ def solver(steps: int) -> Any:
 
 
 @torch.no_grad()
-def sample(denoiser: Denoiser, low: Tensor, mel: Tensor, noise: Tensor, *, steps: int, **keeps: Tensor) -> Tensor:
-    """Latents of the full band `[B, Z, H, W]`, from the low band's latents, its mel `[B, 1, 256, T]` and unit normal
-    noise; `keeps` as in `Denoiser`. One step gives the mean that the denoiser expects, whatever the noise."""
-    low, context = denoiser.conditions(low, mel, **keeps)
+def sample(denoiser: Denoiser, low: Tensor, mel: Tensor, noise: Tensor, *, steps: int) -> Tensor:
+    """Latents `[B, Z, H, W]`, given the low band's latents, its mel `[B, 1, 256, T]` and unit normal noise. One step
+    gives the mean that the denoiser expects, whatever the noise."""
+    context = denoiser.context(mel)
     latents, solved = noise, solver(steps)
     for timestep in solved.timesteps:
         velocity = denoiser.denoise(latents, timestep.to(noise.device).expand(len(low)), low, context)

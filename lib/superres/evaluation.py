@@ -3,20 +3,19 @@
 10.1109/TASLP.2021.3054302, and in AudioSR), powers floored at the rounding noise of 16 bits. Energy-matched: after
 scaling the estimate to the reference's mean magnitude in the lowest tenth of the bins, as AudioSR's authors advise."""
 
-import itertools
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lib.audio.features import hann
 from lib.superres.degradation import Degradation, Examples, Library
-from lib.superres.mel import N_FFT, bin_of, log_mel
-from lib.superres.resolver import DEFAULTS, SuperResolver, join_bands
+from lib.superres.mel import N_FFT, SAMPLE_RATE, bin_of, log_mel
+from lib.superres.resolver import DEFAULTS, Restoration, SuperResolver, file_band, join_bands
 from lib.util.stats import Comparison, in_words, mean_and_error
 
 CUTOFFS = (2_000, 4_000, 8_000, 12_000, 16_000)  # Hz
@@ -26,17 +25,26 @@ FLOOR = 2**-30 / 12 * 0.375 * N_FFT  # power of a bin: rounding to 16 bits, thro
 LOWEST_TENTH = (N_FFT // 2 + 1) // 10
 
 METHODS = tomllib.loads(Path(__file__).with_name("methods.toml").read_text())
+BASELINES = ("sinc", "envelope", "replication", "ridge")
 BOUNDS = ("autoencoder", "vocoder", "griffin-lim")
+DRAWS = 4  # of the sampler, of which the mean is taken
+LEAST = 1_000  # Hz of a file's own band above a cutoff, to be judged there
+VERBS = {1: "beats", -1: "loses to", 0: "no statistically significant difference from"}  # by verdict
 
 
-def lsd(estimate: Tensor, reference: Tensor, *, above: float = 0.0, matched: bool = False) -> Tensor:
-    """Log-spectral distance of `[B, 1, N]` twice, in decades: `[B]`. `above`: lowest Hz. `matched`: in energy."""
+def lsd(estimate: Tensor, reference: Tensor, *, above=0.0, below: Tensor | None = None, matched=False) -> Tensor:
+    """Log-spectral distance of `[B, 1, N]` twice, in decades: `[B]`. `above`, and each clip's `below [B]`: in Hz.
+    `matched`: in energy."""
     first, second = (_magnitudes(wav) for wav in (estimate, reference))
     if matched:
         levels = [x[:, :LOWEST_TENTH].mean(dim=(1, 2), keepdim=True) for x in (first, second)]
         first = first * levels[1] / levels[0].clamp_min(FLOOR**0.5)
     a, b = (x[:, bin_of(above) :].square().clamp_min(FLOOR).log10() for x in (first, second))
-    return (a - b).square().mean(dim=1).sqrt().mean(dim=1)
+    bins = torch.arange(bin_of(above), N_FFT // 2 + 1)[:, None]
+    top = torch.full((len(a),), SAMPLE_RATE / 2) if below is None else below
+    counted = bins <= top.view(-1, 1, 1) * N_FFT / SAMPLE_RATE
+    squares = ((a - b).square() * counted).sum(dim=1) / counted.sum(dim=1)
+    return squares.sqrt().mean(dim=1)
 
 
 def _magnitudes(wav: Tensor) -> Tensor:
@@ -51,22 +59,24 @@ class Score:
     cutoff: int  # Hz
     clips: int
     songs: int  # that the clips are from
-    lsd: tuple[float, float]  # whole spectrum
-    lsd_matched: tuple[float, float]
-    upper: tuple[float, float]  # above the cutoff
+    upper: tuple[float, float]  # LSD above the cutoff
     upper_matched: tuple[float, float]
-    gain: tuple[float, float]  # the envelope's `upper` minus this one, clip by clip: positive if closer to the original
+    gains: dict[str, tuple[float, float]]  # a baseline's `upper` minus this one, clip by clip: positive if closer
 
-    @property
-    def comparison(self) -> Comparison:
-        return Comparison(*self.gain, self.songs)
+    def against(self, baseline: str) -> Comparison:
+        return Comparison(*self.gains[baseline], self.songs)
 
 
-def gains_in_words(scores: Sequence[Score]) -> str:
-    """How the model compares with the mean envelope, at every cutoff."""
-    verdicts = {1: "beats", -1: "loses to", 0: "no statistically significant difference from"}
-    wordings = {verdict: words + " the mean envelope at {names} kHz" for verdict, words in verdicts.items()}
-    return in_words({f"{s.cutoff / 1000:g}": s.comparison for s in scores if s.method == "model"}, wordings)
+def gains_in_words(scores: Sequence[Score], method: str = "model") -> str:
+    """How a method compares with every baseline, at every cutoff."""
+    own = [s for s in scores if s.method == method]
+    return "; ".join(
+        in_words(
+            {f"{s.cutoff / 1000:g}": s.against(baseline) for s in own},
+            {verdict: f"{words} {baseline} at {{names}} kHz" for verdict, words in VERBS.items()},
+        )
+        for baseline in own[0].gains
+    )
 
 
 class Evaluation(NamedTuple):
@@ -77,41 +87,63 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(resolver: SuperResolver, library: Library, settings=DEFAULTS, *, clips=16, cutoffs=CUTOFFS) -> Evaluation:
-    """Score every method on the same clips, not those that chose the checkpoint, resampled to twice each cutoff."""
+    """Score every method on the same clips, not those that chose the checkpoint, resampled to twice each cutoff. Only
+    up to where a clip's file has a band, and only clips that have at least `LEAST` above the cutoff."""
     whole = Examples(library, "val", clips, resolver.clip_length, SEED)
-    songs = [whole.song(i).sha256 for i in range(clips)]
+    songs = [whole.song(i) for i in range(clips)]
+    bands = {song.sha256: file_band(song) for song in dict.fromkeys(songs)}
     original = torch.stack([whole[i][0] for i in range(clips)])
-    mel, none = log_mel(original), torch.zeros(clips, dtype=torch.bool, device=resolver.device)
-    with torch.inference_mode():
-        coded = resolver.vae.decode(resolver.vae.encode(mel.to(resolver.device))).to(mel.device)
-    envelope = mean_envelope(library, resolver.clip_length)[:, None].expand_as(mel)
-    # mels of the methods that do not see the low band
-    known = {"envelope": envelope, "autoencoder": coded, "vocoder": mel}
+    tops = torch.tensor([bands[song.sha256] for song in songs])
     scores, sounds = [], {}
     for cutoff in cutoffs:
+        reaching = (tops >= cutoff + LEAST).nonzero().flatten().tolist()
+        if not reaching:
+            continue
         examples = Examples(library, "val", clips, resolver.clip_length, SEED, Degradation(cutoff))
-        low = torch.stack([examples[i][1] for i in range(clips)])
-        without_context = resolver.predict_mel(low, settings, keeps_context=none)
-        mels = {**known, "no context": without_context, "model": resolver.predict_mel(low, settings)}
-        full = {name: resolver.vocode(mel, low, cutoff, settings) for name, mel in mels.items()}
-        if resolver.vocoder is not None:
-            full["griffin-lim"] = resolver.vocode(mel, low, cutoff, settings, neural=False)
-        restored = {"sinc": low} | {name: join_bands(low, wav, cutoff) for name, wav in full.items()}
-        scores += [score(method, cutoff, restored, original, songs) for method in METHODS if method in restored]
-        sounds[cutoff] = {"original": original} | restored
+        low = torch.stack([examples[i][1] for i in reaching])
+        sounds[cutoff] = restored = restorations(resolver, original[reaching], low, cutoff, settings)
+        names = [songs[i].sha256 for i in reaching]
+        scores += [score(method, cutoff, restored, tops[reaching], names) for method in METHODS if method in restored]
     return Evaluation(tuple(scores), sounds)
 
 
-def mean_envelope(library: Library, clip_length: int, clips: int = 64) -> Tensor:
-    """The training set's mean log mel, `[256]`, over the frames of `clips` clips."""
-    examples = Examples(library, "train", clips, clip_length)
-    return torch.stack([log_mel(examples[i][0][None]).mean(dim=(0, 1, 3)) for i in range(clips)]).mean(dim=0)
+def restorations(
+    resolver: SuperResolver, original: Tensor, low: Tensor, cutoff: int, settings: Restoration
+) -> dict[str, Tensor]:
+    """The original, and what each method makes of its low band, `[B, 1, N]` each; draws if `settings` have steps."""
+    mel, statistics = log_mel(original), resolver.completion.statistics
+    with torch.inference_mode():
+        coded = resolver.vae.decode(resolver.vae.encode(mel.to(resolver.device))).to(mel.device)
+        regression = statistics.predicted(log_mel(low.to(resolver.device)), cutoff).to(mel.device)
+    mels = {
+        "envelope": statistics.mean.to(mel.device)[:, None].expand_as(mel),
+        "ridge": regression,
+        "model": resolver.predict_mel(low, cutoff, replace(settings, steps=0)),
+        "autoencoder": coded,
+        "vocoder": mel,
+    }
+    if settings.steps:
+        draws = [resolver.predict_mel(low, cutoff, replace(settings, seed=settings.seed + i)) for i in range(DRAWS)]
+        mels |= {"draw": draws[0], "mean of draws": torch.stack(draws).mean(dim=0)}
+    full = {name: resolver.vocode(mel, low, cutoff, settings) for name, mel in mels.items()}
+    if resolver.vocoder is not None:
+        full["griffin-lim"] = resolver.vocode(mel, low, cutoff, settings, neural=False)
+    full["replication"] = statistics.replicated(low.to(resolver.device), cutoff).to(low.device)
+    joined = {name: join_bands(low, wav, cutoff) for name, wav in full.items()}
+    return {"original": original, "sinc": low} | joined
 
 
-def score(method: str, cutoff: int, restored: Mapping[str, Tensor], original: Tensor, songs: Sequence[str]) -> Score:
-    """A method's waveforms `[B, 1, N]` against the originals; `songs`: the song of each clip."""
-    ways = itertools.product((0, cutoff), (False, True))
-    distances = [lsd(restored[method], original, above=above, matched=matched) for above, matched in ways]
-    distances.append(lsd(restored["envelope"], original, above=cutoff) - distances[2])
-    pairs = (mean_and_error(each.tolist(), songs) for each in distances)
-    return Score(method, cutoff, len(original), len(set(songs)), *pairs)
+def score(method: str, cutoff: int, sounds: Mapping[str, Tensor], tops: Tensor, songs: Sequence[str]) -> Score:
+    """A method's waveforms `[B, 1, N]` against the originals, from the cutoff up to each clip's `tops [B]`, Hz;
+    `songs`: the song of each clip."""
+
+    def distances(name: str, **options: Any) -> Tensor:
+        return lsd(sounds[name], sounds["original"], above=cutoff, below=tops, **options)
+
+    def in_songs(values: Tensor) -> tuple[float, float]:
+        return mean_and_error(values.tolist(), songs)
+
+    own = distances(method)
+    gains = {name: in_songs(distances(name) - own) for name in BASELINES}
+    ways = in_songs(own), in_songs(distances(method, matched=True))
+    return Score(method, cutoff, len(songs), len(set(songs)), *ways, gains)

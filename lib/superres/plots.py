@@ -1,6 +1,5 @@
 """Figures and tables of super-resolution, which compute no result. A table is a list of rows, column → text."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -8,14 +7,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lib.audio.plots import STAGES, STYLE, draw_image, mel_axes
+from lib.audio.plots import STYLE, draw_image, mel_axes
 from lib.superres.audit import Count
 from lib.superres.evaluation import BOUNDS, METHODS, Score
 from lib.superres.mel import HOP, SAMPLE_RATE, SILENCE
 from lib.util.stats import describe
 
 Rows = list[dict[str, str]]
-COLOURS = "#BBBBBB #777777 #CC79A7 #D55E00 #009E73 #000000 #E69F00"
+COLOURS = "#BBBBBB #777777 #56B4E9 #0072B2 #CC79A7 #D55E00 #882255 #009E73 #000000 #E69F00"
 METHOD_COLOURS = dict(zip(METHODS, COLOURS.split(), strict=True))
 LOUDEST = 2.5  # of a log mel, about
 
@@ -28,19 +27,6 @@ def mel_spectrograms(mels: Mapping[str, Tensor]) -> Figure:
         seconds = mel.shape[1] * HOP / SAMPLE_RATE
         image = draw_image(axis, mel.cpu().numpy(), seconds, vmin=SILENCE, vmax=LOUDEST, cmap="magma")
     figure.colorbar(image, ax=axes, label="ln of the magnitude")
-    return figure
-
-
-@plt.rc_context(STYLE)
-def filter_responses(responses: Mapping[str, Tensor], cutoff: float) -> Figure:
-    """Gain over frequency of several degradations: name → `[bins]`, linear, 0 to 24 kHz."""
-    figure, axes = plt.subplots(figsize=(7, 3.2))
-    for (name, gain), colour in zip(responses.items(), itertools.cycle((*STAGES, "black")), strict=False):
-        kilohertz = np.linspace(0, SAMPLE_RATE / 2000, len(gain))
-        axes.plot(kilohertz, 20 * np.log10(np.maximum(gain.numpy(), 1e-5)), color=colour, label=name)
-    axes.axvline(cutoff / 1000, color="black", linestyle=":", linewidth=1)
-    axes.set(xlabel="frequency (kHz)", ylabel="gain (dB)", ylim=(-90, 5), xlim=(0, 2.5 * cutoff / 1000))
-    axes.legend()
     return figure
 
 
@@ -74,30 +60,18 @@ def cost_rows(costs: Sequence[Count]) -> Rows:
     ]
 
 
-def upper_rows(scores: Sequence[Score]) -> Rows:
-    """LSD above the cutoff: a row for each method, a column for each cutoff."""
+def upper_rows(scores: Sequence[Score], which: str = "upper") -> Rows:
+    """LSD above the cutoff, `upper` or `upper_matched`: a row for each method, a column for each cutoff."""
     rows: dict[str, dict[str, str]] = {}
     for s in scores:
-        rows.setdefault(s.method, {"method": s.method})[kilohertz(s)] = plus_minus(s.upper)
+        rows.setdefault(s.method, {"method": s.method})[kilohertz(s)] = plus_minus(getattr(s, which))
     return list(rows.values())
 
 
-def distance_rows(scores: Sequence[Score]) -> Rows:
-    return [
-        {"cutoff": kilohertz(s), "method": s.method}
-        | {"LSD": plus_minus(s.lsd), "energy-matched": plus_minus(s.lsd_matched)}
-        | {"above the cutoff": plus_minus(s.upper), "energy-matched, above": plus_minus(s.upper_matched)}
-        for s in scores
-    ]
-
-
-def gain_rows(scores: Sequence[Score]) -> Rows:
-    """The model's gain on the mean envelope."""
-    return [
-        {"cutoff": kilohertz(s), "LSD reduction": plus_minus(s.gain), "verdict": s.comparison.in_words("the envelope")}
-        for s in scores
-        if s.method == "model"
-    ]
+def gain_rows(scores: Sequence[Score], method: str = "model") -> Rows:
+    """What a method gains on each baseline, a column for each cutoff."""
+    own = [s for s in scores if s.method == method]
+    return [{"against": name} | {kilohertz(s): str(s.against(name)) for s in own} for name in own[0].gains]
 
 
 def context_rows(losses: Mapping[str, Sequence[float]]) -> Rows:

@@ -14,7 +14,7 @@ from lib.audio.files import AudioReport, AudioWriter, check_audio, walk_audio
 from lib.superres.degradation import LOWEST
 from lib.superres.diffusion import TIMESTEPS, sample
 from lib.superres.mel import HOP, N_FFT, SAMPLE_RATE, bin_of, inverse_spectrum, log_mel, spectrum
-from lib.superres.training import PartConfig, load_part
+from lib.superres.training import NEEDED, PartConfig, load_part
 from lib.superres.vocoder import griffin_lim
 from lib.training.run import Run
 from lib.util.configs import check, checked_dataclass, number, whole
@@ -36,7 +36,7 @@ BLOCK_SECONDS = 60  # read at once to find where a file's band ends
 class Restoration:
     """How to restore. The same seed gives the same sound."""
 
-    steps: whole(1, TIMESTEPS - 1) = 50
+    steps: whole(0, TIMESTEPS - 1) = 0  # of the sampler, for a draw; 0: what is expected, which is nearer
     seed: whole(0, 2**63 - 1) = 0
     cutoff: number(above=100, most=FULL) | None = None  # Hz, the end of the clip's band; None: measured
     gain: number(-200, 200) = 0.0  # dB, of the file that is written
@@ -48,7 +48,7 @@ Numbers = Sequence[int] | None  # of clips, which decide their random numbers; 0
 
 
 class SuperResolver:
-    """The trained parts of a folder, on `device`, in eval mode: the runs `vae`, `diffusion` and `hifigan`. `vocoder`,
+    """The trained parts of a folder, on `device`, in eval mode: the runs of `PARTS`. `vocoder`,
     'hifigan' or 'griffin-lim' (which has no parameters), is HiFi-GAN by default if the folder has it."""
 
     def __init__(
@@ -57,11 +57,13 @@ class SuperResolver:
         folder, self.device = Path(folder), torch.device(device)
         vocoder = vocoder or VOCODERS[(folder / "hifigan" / "best").exists()]
         check(vocoder in VOCODERS, "vocoder", vocoder, f"one of {', '.join(VOCODERS)}")
-        vae, run = Run.open(folder / "vae"), Run.open(folder / diffusion)
-        self.vae, self.denoiser = load_part(vae, "vae").to(device), load_part(run, "diffusion").to(device)
-        if run.config.get("vae_sha256") != vae.weights_sha256():
-            fix = "put that one back, or train the diffusion model again"
-            raise UserError(f"{run.path}: was trained on latents of another autoencoder than {vae.path}; {fix}")
+        run, earlier = Run.open(folder / diffusion), {part: Run.open(folder / part) for part in NEEDED}
+        self.completion, self.vae = (load_part(run, part).to(device) for part, run in earlier.items())
+        self.denoiser = load_part(run, "diffusion").to(device)
+        for part, other in earlier.items():
+            if run.config.get(f"{part}_sha256") != other.weights_sha256():
+                fix = "put that one back, or train the diffusion model again"
+                raise UserError(f"{run.path}: was trained with another {part} than {other.path}; {fix}")
         with naming(run.path / "config.json", FIX):
             self.latent_scale = float(run.config["latent_scale"])
             self.clip_length = PartConfig(clip_seconds=run.config["train"]["clip_seconds"]).clip_length
@@ -72,17 +74,19 @@ class SuperResolver:
     def restore(self, low: Tensor, cutoff: float, settings: Restoration = DEFAULTS, numbers: Numbers = None) -> Tensor:
         """Clips `[B, 1, N]` at 48 kHz, unchanged below `cutoff` Hz, with a band above it: `[B, 1, N]`. N: `clip_length`
         or another multiple of eight mel frames. The seed and a clip's number decide its random numbers."""
-        mel = self.predict_mel(low, settings, numbers=numbers)
+        mel = self.predict_mel(low, cutoff, settings, numbers=numbers)
         return join_bands(low, self.vocode(mel, low, cutoff, settings, numbers=numbers), cutoff)
 
     @torch.inference_mode()
-    def predict_mel(self, low: Tensor, settings: Restoration, numbers: Numbers = None, **keeps: Tensor) -> Tensor:
-        """Log mel `[B, 1, 256, T]` of the whole band, sampled from the model. `keeps`: as in `Denoiser`."""
-        mel = log_mel(low.to(self.device))
-        latents = self.latent_scale * self.vae.encode(mel)
-        noise = drawn(torch.randn, latents.shape, settings, numbers).to(self.device)
-        full = sample(self.denoiser, latents, mel, noise, steps=settings.steps, **keeps)
-        return self.vae.decode(full / self.latent_scale).to(low.device)
+    def predict_mel(self, low: Tensor, cutoff: float, settings: Restoration, numbers: Numbers = None) -> Tensor:
+        """Log mel `[B, 1, 256, T]` of the whole band: the expected one, or a draw of the diffusion model around it."""
+        mel = self.completion.complete(log_mel(low.to(self.device)), cutoff)
+        if settings.steps:
+            latents = self.latent_scale * self.vae.encode(mel)
+            noise = drawn(torch.randn, latents.shape, settings, numbers).to(self.device)
+            added = sample(self.denoiser, latents, mel, noise, steps=settings.steps)
+            mel = self.vae.decode((latents + added) / self.latent_scale)
+        return mel.to(low.device)
 
     @torch.inference_mode()
     def vocode(

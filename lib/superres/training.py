@@ -1,9 +1,11 @@
-"""Training of the parts, each a run of its own in one folder: `vae`, `diffusion` on its latents, and `hifigan`. A plan
-holds sizes and training of all parts: seed 004's for a GPU, a small one for two cores and three minutes."""
+"""Training of the parts, each a run of its own in one folder: `completion` of mels, `vae`, `diffusion` on latents of
+what the completion lacks, and `hifigan`. A plan holds sizes and training of all parts: seed 004's for a GPU, a small
+one for two cores and minutes."""
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lib.superres import vocoder as hifigan
+from lib.superres.baselines import MelStatistics
+from lib.superres.completion import SHARE, Completion, CompletionConfig, missing_bands
 from lib.superres.degradation import Examples, Library
 from lib.superres.diffusion import TIMESTEPS, add_noise
-from lib.superres.mel import SAMPLE_RATE, log_mel
+from lib.superres.mel import MELS, SAMPLE_RATE, log_mel
 from lib.superres.unet import Denoiser, DenoiserConfig
 from lib.superres.vae import MelVae, VaeConfig
 from lib.training.batches import Batch, Pairs
@@ -28,10 +32,13 @@ from lib.util.configs import Count, NonNegative, check, checked_dataclass, from_
 from lib.util.errors import UserError
 from lib.util.provenance import code_fingerprint
 
+LISTENED = 384  # clips whose frames make the statistics
 MEASURED = 64  # examples from which the mel's mean and the latents' scale are computed
-FROM_DATA = ("sizes.mel_mean", "sizes.mel_std", "latent_scale", "vae_sha256")  # fields of a run's config
+NEEDED = ("completion", "vae")  # by the diffusion model
+FROM_DATA = ("sizes.mel_mean", "sizes.mel_std", "latent_scale", *(f"{p}_sha256" for p in NEEDED))  # in a run's config
 CACHE = 4 * 2**30  # bytes of encoded examples to keep in memory
-CONTEXT_DROPOUT = 0.1  # share of clips trained without the context
+LAST = 0.5  # share of clips at the last timestep, where the velocity is the expectation
+EQUALISER = 0.5  # nepers, deviation of level and slope over the mel bands that training clips are given at random
 MEL_WEIGHT, FEATURE_WEIGHT = 45.0, 2.0  # of HiFi-GAN's losses, as in its paper
 Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, multiple_of=0.16)]  # whole latent frames
 
@@ -61,6 +68,21 @@ class VocoderTraining(PartConfig):
     scale_channels: Count = 128  # and of the scale discriminators
 
 
+class CompletionLearner(Learner):
+    """Mean squared error of what regression leaves. A batch is the mel and its completion by regression
+    `[B, 2, 256, T]`, and the missing bands `[B, 256]`."""
+
+    batch_names = ("mels", "missing bands")
+
+    def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
+        (mel, linear), missing = batch[0].split(1, dim=1), batch[1]
+        with self.autocast():
+            correction = model(linear, missing).float()
+        squares = (linear + (1 if info else SHARE) * correction - mel).square().mean(dim=(1, 3))  # [B, 256]
+        error = ((squares * missing).sum(dim=1) / missing.sum(dim=1)).mean()
+        return error, {"loss/mel": error}, None
+
+
 class VaeLearner(Learner):
     """Reconstruction of the mel spectrograms of clips and degraded clips: mean absolute error and KL divergence."""
 
@@ -79,9 +101,10 @@ class VaeLearner(Learner):
 
 
 class DiffusionLearner(Learner):
-    """Velocity of noisy latents. A batch is high and low latents `[B, 2·Z, H, W]`, and the low mel."""
+    """Velocity of what the clip's latents have more than those of its completed low band. A batch is both latents
+    `[B, 2·Z, H, W]`, and the completed mel."""
 
-    batch_names = ("latents", "degraded mel")
+    batch_names = ("latents", "completed mel")
 
     def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
         high, low = batch[0].chunk(2, dim=1)
@@ -89,15 +112,13 @@ class DiffusionLearner(Learner):
         # validation uses the same noise for the same batch, and timesteps spread over the schedule
         generator = None if info else torch.Generator().manual_seed(0)
         noise = torch.randn(high.shape, generator=generator).to(device)
-        keeps = (torch.rand(clips, generator=generator) >= CONTEXT_DROPOUT).to(device)
-        if info:
-            timesteps = torch.randint(TIMESTEPS, (clips,)).to(device)
-        else:
-            timesteps = (torch.arange(clips, device=device) * 2 + 1) * TIMESTEPS // (2 * clips)
-            keeps = torch.ones_like(keeps)
-        noisy, velocity = add_noise(high, noise, timesteps)
+        spread = (torch.arange(clips) * 2 + 1) * TIMESTEPS // (2 * clips)
+        timesteps = torch.randint(TIMESTEPS, (clips,)) if info else spread
+        timesteps[torch.rand(clips, generator=generator) < LAST] = TIMESTEPS - 1
+        timesteps = timesteps.to(device)
+        noisy, velocity = add_noise(high - low, noise, timesteps)
         with self.autocast():
-            found = model(noisy, timesteps, low, batch[1], keeps_context=keeps)
+            found = model(noisy, timesteps, low, batch[1])
         error = (found.float() - velocity).square().mean()
         return error, {"loss/velocity": error}, None
 
@@ -135,18 +156,20 @@ class VocoderLearner(Learner):
 
 
 PARTS = {  # learner, model and sizes of each
+    "completion": (CompletionLearner, Completion, CompletionConfig),
     "vae": (VaeLearner, MelVae, VaeConfig),
     "diffusion": (DiffusionLearner, Denoiser, DenoiserConfig),
     "hifigan": (VocoderLearner, functools.partial(hifigan.Vocoder, weight_norm=True), hifigan.VocoderConfig),
 }
 
 
-class EncodedExamples:
-    """`Examples` for the diffusion model: `[i]` is (scaled latents of the clip and of the degraded clip `[2·Z, H, W]`,
-    log mel of the degraded clip `[1, 256, T]`), cached up to `CACHE`, as encoding costs more than a training step."""
+class MadeExamples:
+    """What `make(mel, cutoff)` makes of `Examples`: of the log mels `[2, 1, 256, T]` of a clip and its degraded
+    version, and the cutoff in Hz. Cached up to `CACHE`, as it costs more than a step. Clips for training pass an
+    equaliser, so that the shape of spectra is learned."""
 
-    def __init__(self, examples: Examples, vae: MelVae, latent_scale: float, device: torch.device):
-        self.examples, self.vae, self.latent_scale, self.device = examples, vae.to(device), latent_scale, device
+    def __init__(self, examples: Examples, make: Callable[[Tensor, int], tuple[Tensor, Tensor]], device: torch.device):
+        self.examples, self.make, self.device = examples, make, device
         self.clip_length, self.sample_rate = examples.clip_length, examples.sample_rate
         self.clip_names = examples.clip_names
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
@@ -160,11 +183,17 @@ class EncodedExamples:
         if i in self.kept:
             return self.kept[i]
         mel = log_mel(torch.stack(self.examples[i]).to(self.device))
-        item = (self.latent_scale * self.vae.encode(mel)).flatten(0, 1).cpu(), mel[1].cpu()
-        self.bytes_left -= sum(tensor.nbytes for tensor in item)
+        if self.examples.split == "train":
+            level, slope = (EQUALISER * torch.randn(2, generator=torch.Generator().manual_seed(i))).tolist()
+            mel = mel + (level + slope * torch.linspace(-1, 1, MELS, device=self.device))[:, None]
+        first, second = (tensor.cpu() for tensor in self.make(mel, self.examples.cutoff(i)))
+        self.bytes_left -= first.nbytes + second.nbytes
         if self.bytes_left >= 0:
-            self.kept[i] = item
-        return item
+            self.kept[i] = first, second
+        return first, second
+
+
+Encoded = tuple[dict[str, Pairs], dict[str, Any]]  # what the diffusion model learns, and what its run records of it
 
 
 def train_part(
@@ -175,33 +204,35 @@ def train_part(
     config: PartConfig,
     *,
     name: str | None = None,
-    data: dict[str, Pairs] | None = None,
+    encoded: Encoded | None = None,
     resume: bool = False,
 ) -> Run:
     """Train a part, a key of `PARTS`, into `folder/<name or part>`; `resume` as in `lib.training.fusion_learner.train`.
-    The autoencoder's sizes get the log mel's mean and deviation. The denoiser learns `data`, or `encode`'s latents."""
-    accelerator = open_accelerator()
-    facts, code = {}, [code_fingerprint("lib.superres.training")[:16]]
-    if part == "vae":
-        examples = examples_of(library, config)["train"]
+    The autoencoder's sizes get the log mel's mean and deviation. The denoiser learns `encoded` or `encode`'s data."""
+    accelerator, folder = open_accelerator(), Path(folder)
+    data, facts, code = examples_of(library, config), {}, [code_fingerprint("lib.superres.training")[:16]]
+    if part == "completion":
+        statistics = MelStatistics.of(library, config.clip_length, min(LISTENED, config.examples))
+        data = made(data, functools.partial(with_regression, statistics.to(accelerator.device)), accelerator.device)
+    elif part == "vae":
+        examples = data["train"]
         mels = torch.stack([log_mel(torch.stack(examples[i])) for i in range(min(MEASURED, len(examples)))])
         sizes = dataclasses.replace(sizes, mel_mean=mels.mean().item(), mel_std=mels.std().item())
     elif part == "diffusion":
-        vae_run = Run.open(Path(folder) / "vae")
-        data = data or encode(vae_run, library, config)
-        if (channels := data["train"].vae.config.latent_channels) != sizes.latent_channels:
-            fault = f"does not fit {vae_run.path}, whose latents have {channels}; use that number"
+        earlier = [Run.open(folder / needed) for needed in NEEDED]
+        if (channels := earlier[1].config["sizes"]["latent_channels"]) != sizes.latent_channels:
+            fault = f"does not fit {earlier[1].path}, whose latents have {channels}; use that number"
             raise UserError(f"latent_channels={sizes.latent_channels} {fault}")
-        facts = {"latent_scale": data["train"].latent_scale, "vae_sha256": vae_run.weights_sha256()}
-        code = list(dict.fromkeys([*vae_run.trained_by, *code]))
-    data = data or examples_of(library, config)
+        data, facts = encoded or encode(folder, library, config)
+        code = list(dict.fromkeys([*(by for run in earlier for by in run.trained_by), *code]))
     config = dataclasses.replace(config, precision=resolved_precision(config.precision))
     config.check_sizes({split: len(found) for split, found in data.items()}, accelerator.num_processes)
     wanted = {"sizes": dataclasses.asdict(sizes), "train": dataclasses.asdict(config), "data": library.fingerprint}
-    path, settings = Path(folder) / (name or part), wanted | facts
+    path, settings = folder / (name or part), wanted | facts
     with Run.started(path, settings, accelerator, resume=resume, code=code, measured=FROM_DATA) as run:
         config, (learner, model, _) = from_fields(type(config), run.config["train"]), PARTS[part]
-        Trainer(run, config, data, lambda launcher: learner(config, model(sizes), launcher)).run_to_end()
+        more = {"statistics": statistics} if part == "completion" else {}
+        Trainer(run, config, data, lambda launcher: learner(config, model(sizes, **more), launcher)).run_to_end()
     return run
 
 
@@ -225,32 +256,57 @@ def examples_of(library: Library, config: PartConfig) -> dict[str, Examples]:
     return {split: Examples(library, split, count, config.clip_length, config.seed) for split, count in counts.items()}
 
 
-def encode(vae_run: Run, library: Library, config: PartConfig) -> dict[str, EncodedExamples]:
-    """The examples as an autoencoder's latents, encoded on first use, scaled to a standard deviation of 1."""
-    vae = load_part(vae_run, "vae").requires_grad_(False)
-    examples, device = examples_of(library, config), open_accelerator().device
-    first = (examples["train"][i][0] for i in range(min(MEASURED, config.examples)))
-    scale = 1 / torch.cat([vae.encode(log_mel(clip[None])) for clip in first]).std().item()
-    return {split: EncodedExamples(own, vae, scale, device) for split, own in examples.items()}
+def made(examples: dict[str, Examples], make: Callable, device: torch.device) -> dict[str, MadeExamples]:
+    return {split: MadeExamples(own, make, device) for split, own in examples.items()}
+
+
+def with_regression(statistics: MelStatistics, mel: Tensor, cutoff: int) -> tuple[Tensor, Tensor]:
+    """For the completion: a mel and the regression of it on its lower bands `[2, 256, T]`, missing bands `[256]`."""
+    return torch.cat([mel[0], statistics.predicted(mel[1:], cutoff)[0]]), missing_bands(cutoff)
+
+
+def encode(folder: Path, library: Library, config: PartConfig, known: float = 0.0) -> Encoded:
+    """For the diffusion model: latents of a clip and of its completed low band `[2·Z, H, W]`, and the completed log mel
+    `[1, 256, T]`, by the parts in the folder. Scaled so that their difference has a standard deviation of 1. `known`:
+    share of a clip, from its start, of which the whole band is given."""
+    runs, device = {part: Run.open(folder / part) for part in NEEDED}, open_accelerator().device
+    completion, vae = (load_part(run, part).requires_grad_(False).to(device) for part, run in runs.items())
+    scale = 1.0
+
+    def encoded(mel: Tensor, cutoff: int) -> tuple[Tensor, Tensor]:
+        completed, frames = completion.complete(mel[1:], cutoff), round(known * mel.shape[-1])
+        completed[..., :frames] = mel[:1, ..., :frames]
+        return scale * vae.encode(torch.cat([mel[:1], completed])).flatten(0, 1), completed[0]
+
+    data = made(examples_of(library, config), encoded, device)
+    first = [torch.sub(*data["train"][i][0].chunk(2)) for i in range(min(MEASURED, config.examples))]
+    scale = 1 / torch.stack(first).std().item()
+    data["train"].kept.clear()
+    return data, {"latent_scale": scale} | {f"{part}_sha256": run.weights_sha256() for part, run in runs.items()}
 
 
 @checked_dataclass
 class Plan:
     """Sizes and training of the parts."""
 
+    completion: CompletionConfig = CompletionConfig()
     vae: VaeConfig = VaeConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
     vocoder: hifigan.VocoderConfig = hifigan.VocoderConfig()
+    completion_training: PartConfig = PartConfig()
     vae_training: VaeTraining = VaeTraining()
     training: PartConfig = PartConfig()
     vocoder_training: VocoderTraining | None = None  # None: Griffin-Lim, which is not trained
 
-    def lasting(self, vae_steps: int, steps: int, vocoder_steps: int = 0, seed: int = 0) -> "Plan":
+    def lasting(
+        self, completion_steps: int, vae_steps: int, steps: int, vocoder_steps: int = 0, seed: int = 0
+    ) -> "Plan":
         """The plan with these numbers of steps (`vocoder_steps=0`: no HiFi-GAN) and this random seed."""
         fix = "0, or a plan that trains a vocoder, such as 'full'"
         check(self.vocoder_training or not vocoder_steps, "vocoder_steps", vocoder_steps, fix)
         changes = {"vocoder_training": None}
-        for part, count in {"vae_training": vae_steps, "training": steps, "vocoder_training": vocoder_steps}.items():
+        parts = ("completion_training", "vae_training", "training", "vocoder_training")
+        for part, count in zip(parts, (completion_steps, vae_steps, steps, vocoder_steps), strict=True):
             if count:
                 config = getattr(self, part)
                 epochs = math.ceil(count * config.batch_size * config.accumulate / config.examples)
@@ -259,7 +315,8 @@ class Plan:
 
     def train(self, folder: str | Path, library: Library, **options: Any) -> dict[str, Run]:
         """Train every part into its run in the folder, with the options of `train_part`."""
-        parts = {"vae": (self.vae, self.vae_training), "diffusion": (self.denoiser, self.training)}
+        parts = {"completion": (self.completion, self.completion_training), "vae": (self.vae, self.vae_training)}
+        parts["diffusion"] = self.denoiser, self.training
         if self.vocoder_training is not None:
             parts["hifigan"] = (self.vocoder, self.vocoder_training)
         return {part: train_part(folder, part, library, *how, **options) for part, how in parts.items()}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lib.superres.mel import MELS
 from lib.util.configs import Count, Flag, Fraction, check, checked_dataclass, choice
 
-CONTEXTS = ("sequence", "pooled")
+CONTEXTS = ("sequence", "pooled", "none")
 # kernel, stride, padding over (bands, frames): the seed's table
 BLOCKS = (((8, 3), (4, 1), (2, 1)), ((4, 3), (2, 1), (1, 1)), ((4, 3), (2, 1), (1, 1)))
 
@@ -71,7 +71,7 @@ class DenoiserConfig:
     head_channels: Count = 32
     transformers: Count = 2  # in each stack
     norm_groups: Count = 32
-    context: choice(CONTEXTS) = "sequence"  # of cross-attention: 'pooled' is the seed's one vector
+    context: choice(CONTEXTS) = "sequence"  # of cross-attention: 'pooled' is the seed's one vector, 'none' zeros
     encoder: EncoderConfig = EncoderConfig()
 
     def __post_init__(self):
@@ -113,7 +113,7 @@ class TransformerStack(nn.Sequential):
 
 
 class Denoiser(nn.Module):
-    """Encoder and UNet, trained together, and a learned null context."""
+    """Encoder and UNet, trained together; untrained, the UNet predicts zeros."""
 
     def __init__(self, config: DenoiserConfig | None = None):
         from diffusers import UNet2DConditionModel  # seconds to import
@@ -137,22 +137,19 @@ class Denoiser(nn.Module):
             for i, replaced in enumerate(getattr(block, "attentions", ())):
                 sizes = (replaced.in_channels, config.head_channels, config.encoder.context_dim, config.norm_groups)
                 block.attentions[i] = TransformerStack(*(GlobalTransformer(*sizes) for _ in range(config.transformers)))
-        self.null_context = nn.Parameter(torch.zeros(1, 1, config.encoder.context_dim))
+        nn.init.zeros_(self.unet.conv_out.weight)
+        nn.init.zeros_(self.unet.conv_out.bias)
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, low: Tensor, mel: Tensor, **keeps: Tensor) -> Tensor:
-        """Velocity `[B, Z, H, W]` from noisy and low latents and the low mel `[B, 1, 256, T]`; see `conditions`."""
-        return self.denoise(noisy, timesteps, *self.conditions(low, mel, **keeps))
+    def forward(self, noisy: Tensor, timesteps: Tensor, low: Tensor, mel: Tensor) -> Tensor:
+        """Velocity `[B, Z, H, W]` from noisy and low latents and the low mel `[B, 1, 256, T]`."""
+        return self.denoise(noisy, timesteps, low, self.context(mel))
 
-    def conditions(self, low: Tensor, mel: Tensor, keeps_context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The latents, and the context `[B, L, context_dim]`: the pooled vector, with 'sequence' also one vector a mel
-        frame. The null context replaces it where `keeps_context [B]` is false."""
+    def context(self, mel: Tensor) -> Tensor:
+        """`[B, L, context_dim]`: the pooled vector, with 'sequence' also one vector a mel frame."""
         pooled, sequence = self.encoder(mel)
-        context = pooled[:, None]
-        if self.config.context == "sequence":
-            context = torch.cat([context, sequence], dim=1)
-        if keeps_context is not None:
-            context = torch.where(keeps_context[:, None, None], context, self.null_context)
-        return low, context
+        if self.config.context == "none":
+            return 0 * pooled[:, None]
+        return torch.cat([pooled[:, None], sequence], dim=1) if self.config.context == "sequence" else pooled[:, None]
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, low: Tensor, context: Tensor) -> Tensor:
         return self.unet(torch.cat([noisy, low], dim=1), timesteps, context, return_dict=False)[0]

@@ -20,6 +20,7 @@ import torch
 from explosion import rounded
 from quotes import BLOCKS, music_block, readme_blocks, study_rows, with_blocks
 from settings import settings_of
+from upper_band import record_superres
 
 from lib.data.latents import LatentPairs
 from lib.evaluation.baselines import best_crossovers, mean_metrics, measure_fusions, pairs_to_measure
@@ -31,11 +32,6 @@ from lib.pipeline import NotebookError, run_notebooks, say
 from lib.presets import Preset, load_preset
 from lib.project import RECORD, ROOT, Project, open_project
 from lib.report.report import sections, tables_of
-from lib.superres.degradation import Library
-from lib.superres.evaluation import evaluate
-from lib.superres.resolver import Restoration, SuperResolver
-from lib.superres.training import Plan, encode, train_part
-from lib.superres.unet import CONTEXTS
 from lib.train import pairs_to_follow
 from lib.training.plots import curves
 from lib.training.run import Run
@@ -68,7 +64,7 @@ def record(
     if preset.name == "full" and not torch.cuda.is_available():
         say("no GPU was found: preset full takes weeks here; PRESET=demo suits such a machine")
     project = open_project(preset, data_dir)
-    fetch, on_music = [ROOT / "data" / "fetch_music.sh", music], {"explosion", "fusion"}
+    fetch, on_music = [ROOT / "data" / "fetch_music.sh", music], {"explosion", "fusion", "superres"}
     if on_music & set(parts) and subprocess.run(fetch, check=False).returncode:
         raise UserError(f"{music}: lacks the music to measure on; data/README.md says where it comes from")
     measure = {
@@ -76,7 +72,7 @@ def record(
         "ablations": lambda: record_ablations(preset, project, folder),
         "explosion": lambda: record_explosion(project, music, folder),
         "fusion": lambda: record_fusion(preset, overrides, music, folder),  # its notebook shows the schedule's record
-        "superres": lambda: record_superres(preset, project, folder),
+        "superres": lambda: record_superres(preset, music, project.out_dir / "superres_record", folder),
         "notebooks": lambda: record_notebooks(preset, overrides, data_dir, folder),
         "variations": lambda: record_variations(preset, overrides, data_dir, folder),
     }
@@ -200,37 +196,6 @@ def shortened(result: Result) -> Result:
         norms = tuple(statistics.median(norms[a:b]) for a, b in itertools.pairwise(cuts))
     found = rounded(dataclasses.replace(result, grad_norm=norms))
     return Result(**found | {"grad_norm": tuple(found["grad_norm"])})
-
-
-def compare_contexts(plan: Plan, folder: Path, library: Library, seeds: int, **options: Any) -> dict[str, list[float]]:
-    """Train diffusion models that differ only in their context: context → last validation loss of each seed."""
-    losses = {context: [] for context in CONTEXTS}
-    for seed in range(seeds):
-        config = dataclasses.replace(plan.training, seed=plan.training.seed + seed)
-        options["data"] = encode(Run.open(folder / "vae"), library, config)
-        for context in CONTEXTS:
-            sizes = dataclasses.replace(plan.denoiser, context=context)
-            run = train_part(folder, "diffusion", library, sizes, config, name=f"{context}-{seed}", **options)
-            losses[context].append(run.metrics("val")[-1]["loss"])
-    return losses
-
-
-def record_superres(preset: Preset, project: Project, folder: Path) -> None:
-    """Train the super-resolver for longer than the notebook does, and measure it at every cutoff."""
-    record = settings_of(preset)
-    longer = dataclasses.replace(preset.superres, vae_steps=record.superres_vae_steps, steps=record.superres_steps)
-    plan = longer.training_plan(preset.train.seed)
-    say(f"super-resolution: {longer.vae_steps} and {longer.steps} steps")
-    library, source = project.upper_band()
-    parts = project.out_dir / "superres_record"
-    train_part(parts, "vae", library, plan.vae, plan.vae_training, resume=True)
-    contexts = compare_contexts(plan, parts, library, record.superres_seeds, resume=True)
-    resolver = SuperResolver(parts, diffusion="sequence-0")
-    restoration = Restoration(steps=longer.sampler_steps)
-    scores = evaluate(resolver, library, restoration, clips=longer.clips).scores
-    facts = {"preset": preset.name, "vae_steps": longer.vae_steps, "steps": longer.steps, "music": source}
-    facts |= {"sampler_steps": restoration.steps}
-    write_record(folder / "superres.json", scores, facts | {"contexts": contexts})
 
 
 def record_fusion(preset: Preset, overrides: dict[str, Any], music: Path, folder: Path) -> None:

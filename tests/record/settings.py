@@ -39,9 +39,11 @@ class RecordSettings:
 
     variants: choice(SETS)
     steps: Count
+    superres_completion_steps: Count
     superres_vae_steps: Count
-    superres_steps: Count
-    superres_seeds: Count  # with which both contexts are compared
+    superres_steps: Count  # of each diffusion model
+    superres_seeds: Count
+    superres_clips: Count
     data_seeds: Count  # each with its own songs, combined with each of `seeds`
     seeds: Count  # training seeds; 1 and 1: no variations
     seeds_on_music: Count  # training seeds on real music, each trained for ...

@@ -10,6 +10,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from lib.superres.completion import CompletionConfig
 from lib.superres.degradation import Library, read_library
 from lib.superres.mel import SAMPLE_RATE
 from lib.superres.resolver import SuperResolver
@@ -19,6 +20,7 @@ from lib.superres.vae import VaeConfig
 from lib.superres.vocoder import VocoderConfig
 
 CLIP = 7_680  # samples: the shortest clip, 0.16 s, 16 mel frames and two places of a latent map
+COMPLETION = CompletionConfig(hidden_dim=8, num_layers=1)
 VAE = VaeConfig(channels=(4, 4, 8, 8), num_res_blocks=1, latent_channels=2, norm_groups=2)
 ENCODER = EncoderConfig(
     channels=(2, 4, 8), hidden_dim=16, num_layers=1, num_heads=2, ffn_dim=16, context_dim=8, positions=32
@@ -89,8 +91,9 @@ def library(music) -> Library:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, library) -> Path:
-    """A folder with `vae` and `diffusion`, not to be written to."""
+    """A folder with all parts but a vocoder, not to be written to."""
     folder = tmp_path_factory.mktemp("superres")
+    train_part(folder, "completion", library, COMPLETION, PartConfig(**LOOP))
     train_part(folder, "vae", library, VAE, VaeTraining(**LOOP))
     train_part(folder, "diffusion", library, DENOISER, PartConfig(**LOOP))
     return folder

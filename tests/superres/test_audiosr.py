@@ -22,7 +22,7 @@ from lib.superres.vae import VaeConfig
 from lib.superres.vocoder import VocoderConfig
 from lib.training.run import Run
 from lib.util.errors import UserError
-from superres.conftest import CLIP, DENOISER, LOOP, band, changed, decibels, inner, white
+from superres.conftest import CLIP, COMPLETION, DENOISER, LOOP, band, changed, decibels, inner, white
 
 VAE = VaeConfig((4, 8, 8, 6), num_res_blocks=2, latent_channels=3, norm_groups=2)
 VOCODER = VocoderConfig(32, resblock_kernels=(3, 5), dilations=(1, 3))
@@ -331,6 +331,7 @@ def test_with_a_denoiser_trained_in_its_folder_it_restores_a_file(library, tmp_p
     path = write(tmp_path, content(Original(VaeConfig(), VocoderConfig())))
     import_audiosr(path, tmp_path / "out")
     path.unlink()  # half a gigabyte
+    train_part(tmp_path / "out", "completion", library, COMPLETION, PartConfig(**LOOP | {"max_steps": 1}))
     sizes = changed(DENOISER, latent_channels=16)
     train_part(tmp_path / "out", "diffusion", library, sizes, PartConfig(**LOOP | {"max_steps": 1}))
     resolver = SuperResolver(tmp_path / "out")
@@ -343,7 +344,7 @@ def test_with_a_denoiser_trained_in_its_folder_it_restores_a_file(library, tmp_p
     assert decibels(band(full - low, 0, 4_000), full - low) < -30  # its own band is left as it is
     assert decibels(band(full, 6_000), low) > -40  # and above it is what the vocoder made of the decoded latents
     with torch.no_grad():
-        heard = resolver.vocoder(resolver.predict_mel(low[None, :, :CLIP], Restoration(steps=1)))[0]
+        heard = resolver.vocoder(resolver.predict_mel(low[None, :, :CLIP], cutoff, Restoration(steps=1)))[0]
     part = slice(3_000)  # that no other clip is crossfaded with
     assert decibels(band(full[:, part] - heard[:, part], 7_000), band(heard[:, part], 7_000)) < -10
 

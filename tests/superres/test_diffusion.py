@@ -44,8 +44,8 @@ class Model:
     def __init__(self, velocity):
         self.velocity, self.calls = velocity, []
 
-    def conditions(self, low: Tensor, mel: Tensor) -> tuple[Tensor, Tensor]:
-        return low, torch.ones(len(mel), 5, 3)
+    def context(self, mel: Tensor) -> Tensor:
+        return torch.ones(len(mel), 5, 3)
 
     def denoise(self, latents: Tensor, timesteps: Tensor, low: Tensor, context: Tensor) -> Tensor:
         assert len(latents) == len(timesteps) == len(low) == len(context)
@@ -130,29 +130,8 @@ def test_one_step_gives_the_expected_latents_whatever_the_noise():
     torch.testing.assert_close(other, one, rtol=0, atol=2e-3)
 
 
-def tiny_denoiser() -> Denoiser:
-    """With a stand-in for the context that is not what it starts as."""
-    torch.manual_seed(0)
-    denoiser = Denoiser(DENOISER).eval()
-    torch.nn.init.normal_(denoiser.null_context)
-    return denoiser
-
-
-def test_the_context_is_left_out_clip_by_clip():
-    denoiser = tiny_denoiser()
-    low, mel = noise(4), torch.randn(2, 1, 256, 32, generator=torch.Generator().manual_seed(5))
-    made, plain, bare = (
-        sample(denoiser, low, mel, noise(), steps=2, keeps_context=torch.tensor(keeps))
-        for keeps in ([True, False], [True, True], [False, False])
-    )
-    torch.testing.assert_close(plain, sample(denoiser, low, mel, noise(), steps=2), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(made[0], plain[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(made[1], bare[1], rtol=1e-4, atol=1e-4)
-    assert (plain[1] - bare[1]).abs().max() > 5e-3
-
-
 def test_sampling_needs_no_gradient_and_leaves_its_inputs_alone():
-    denoiser = tiny_denoiser()
+    denoiser = Denoiser(DENOISER).eval()
     unit, low = noise(), noise(4)
     made = sample(denoiser, low, MEL, unit, steps=2)
     assert not made.requires_grad

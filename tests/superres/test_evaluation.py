@@ -1,5 +1,6 @@
 """Log-spectral distance against hand-made spectra, and what each method of the comparison is given."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,9 @@ from torch import Tensor
 from lib.superres import evaluation
 from lib.superres.degradation import Degradation, Examples
 from lib.superres.evaluation import (
+    BASELINES,
     CUTOFFS,
+    DRAWS,
     FLOOR,
     LOWEST_TENTH,
     METHODS,
@@ -19,11 +22,10 @@ from lib.superres.evaluation import (
     evaluate,
     gains_in_words,
     lsd,
-    mean_envelope,
     score,
 )
 from lib.superres.mel import bin_of, log_mel
-from lib.superres.resolver import Restoration, SuperResolver
+from lib.superres.resolver import Restoration, SuperResolver, file_band, join_bands
 from lib.util.stats import Comparison
 from superres.conftest import CLIP, band, white
 
@@ -81,6 +83,16 @@ def test_only_the_bins_from_a_frequency_up_are_compared(spectra):
     assert lsd(above, reference).item() == pytest.approx(2 * math.sqrt(513 / BINS), rel=1e-4)
 
 
+def test_a_clip_is_compared_up_to_its_own_band(spectra):
+    reference = torch.full((2, BINS, 3), 10.0)
+    estimate = reference.clone()
+    estimate[:, bin_of(12_000) + 1 :] *= 10
+    tops = torch.tensor([12_000.0, 18_000.0])
+    first, second = lsd(estimate, reference, above=6_000, below=tops).tolist()
+    assert first == 0
+    assert second == pytest.approx(2 * math.sqrt(256 / 513), rel=1e-4)  # of the bins 256 to 768
+
+
 def test_levels_are_matched_by_the_lowest_tenth(spectra):
     assert LOWEST_TENTH == 102
     reference = torch.full((1, BINS, 2), 10.0)
@@ -123,7 +135,8 @@ def score_of(compared: Evaluation, method: str, cutoff: int) -> Score:
 
 
 def test_every_method_is_scored_at_every_cutoff(compared, library):
-    methods = ["sinc", "envelope", "no context", "model", "autoencoder", "vocoder"]
+    methods = ["sinc", "envelope", "replication", "ridge", "model", "draw", "mean of draws"]
+    methods += ["autoencoder", "vocoder"]
     assert [*methods, "griffin-lim"] == list(METHODS)  # the last one beside a trained vocoder
     assert [(s.cutoff, s.method) for s in compared.scores] == [(c, m) for c in (4_000, 8_000) for m in methods]
     assert set(compared.sounds) == {4_000, 8_000}
@@ -133,9 +146,25 @@ def test_every_method_is_scored_at_every_cutoff(compared, library):
             assert wav.shape == (3, 1, CLIP)
             assert wav.isfinite().all()
             if name != "original":
-                songs = [Examples(library, "val", 3, CLIP, SEED).song(i).sha256 for i in range(3)]
-                assert score_of(compared, name, cutoff) == score(name, cutoff, sounds, sounds["original"], songs)
+                songs = [Examples(library, "val", 3, CLIP, SEED).song(i) for i in range(3)]
+                tops = torch.tensor([file_band(song) for song in songs])
+                expected = score(name, cutoff, sounds, tops, [song.sha256 for song in songs])
+                assert score_of(compared, name, cutoff) == expected
     assert CUTOFFS == (2_000, 4_000, 8_000, 12_000, 16_000)
+
+
+def test_a_clip_is_judged_where_its_file_has_a_band(resolver, library, monkeypatch):
+    """Of a clip without a band of 1 kHz above the cutoff, and of a cutoff without a clip, nothing is said."""
+    monkeypatch.setattr(evaluation, "file_band", lambda song: 4_900.0)
+    assert evaluate(resolver, library, QUICK, clips=2, cutoffs=(4_000,)).scores == ()
+    monkeypatch.setattr(evaluation, "file_band", lambda song: 5_000.0)
+    found = evaluate(resolver, library, QUICK, clips=2, cutoffs=(4_000, 8_000))
+    assert {s.cutoff for s in found.scores} == set(found.sounds) == {4_000}
+    sounds = found.sounds[4_000]
+    own = lsd(sounds["sinc"], sounds["original"], above=4_000, below=torch.full((2,), 5_000.0))
+    assert score_of(found, "sinc", 4_000).upper[0] == pytest.approx(own.mean().item())
+    whole = lsd(sounds["sinc"], sounds["original"], above=4_000)
+    assert score_of(found, "sinc", 4_000).upper[0] != pytest.approx(whole.mean().item(), rel=1e-2)
 
 
 def test_all_methods_have_the_same_clips_degraded_alike(compared, library):
@@ -148,58 +177,61 @@ def test_all_methods_have_the_same_clips_degraded_alike(compared, library):
     assert bound < 0.5 * sinc  # an upper band is nearer than none
 
 
-def test_a_score_is_mean_and_error_of_four_distances():
+def test_a_score_is_mean_and_error_of_distances_and_of_gains():
     reference = white(20_000, channels=4)[:, None]
     estimate = reference * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None] + 0.3 * white(20_000, seed=9)
-    envelope = 0.5 * reference + 0.1 * white(20_000, seed=7)
-    made = {"model": estimate, "envelope": envelope}
-    found = score("model", 6_000, made, reference, "abcd")
-    assert (found.method, found.cutoff, found.clips) == ("model", 6_000, 4)
-    for pair, options in (
-        (found.lsd, {}),
-        (found.lsd_matched, {"matched": True}),
-        (found.upper, {"above": 6_000}),
-        (found.upper_matched, {"above": 6_000, "matched": True}),
-    ):
-        distances = lsd(estimate, reference, **options)
+    made = {name: reference / (i + 2) + 0.1 * white(20_000, seed=i) for i, name in enumerate(BASELINES)}
+    made |= {"model": estimate, "original": reference}
+    tops = torch.tensor([24_000.0, 20_000.0, 18_000.0, 9_000.0])
+    found = score("model", 6_000, made, tops, "abcd")
+    assert (found.method, found.cutoff, found.clips, found.songs) == ("model", 6_000, 4, 4)
+    options = {"above": 6_000, "below": tops}
+    own, matched = (lsd(estimate, reference, **options, matched=matched) for matched in (False, True))
+    for pair, distances in ((found.upper, own), (found.upper_matched, matched)):
         assert pair == pytest.approx((distances.mean().item(), distances.std().item() / 2), rel=1e-4)
-    gains = lsd(envelope, reference, above=6_000) - lsd(estimate, reference, above=6_000)
-    assert found.gain == pytest.approx((gains.mean().item(), gains.std().item() / 2), rel=1e-4)
-    assert score("envelope", 6_000, made, reference, "abcd").gain == (0, 0)
-    songs = score("model", 6_000, made, reference, "aabb")
+    assert list(found.gains) == list(BASELINES)
+    for name, pair in found.gains.items():
+        gains = lsd(made[name], reference, **options) - own
+        assert pair == pytest.approx((gains.mean().item(), gains.std().item() / 2), rel=1e-4)
+    assert score("ridge", 6_000, made, tops, "abcd").gains["ridge"] == (0, 0)
+    songs = score("model", 6_000, made, tops, "aabb")
     assert songs.upper[0] == found.upper[0]
-    of_songs = lsd(estimate, reference, above=6_000).view(2, 2).mean(dim=1)  # two draws, not four
+    of_songs = own.view(2, 2).mean(dim=1)  # two draws, not four
     assert songs.upper[1] == pytest.approx(of_songs.std().item() / math.sqrt(2), rel=1e-4)
-    assert score("model", 6_000, made, reference, "aaaa").lsd[1] == math.inf
+    assert score("model", 6_000, made, tops, "aaaa").upper[1] == math.inf
 
 
-def gained(cutoff: int, gain: float, method: str = "model", songs: int = 6) -> Score:
+def gained(cutoff: int, gain: float, method: str = "model", songs: int = 6, other: float = 0.0) -> Score:
     pair = (0.0, 0.0)
-    return Score(method, cutoff, 16, songs, pair, pair, pair, pair, (gain, 1.0))
+    return Score(method, cutoff, 16, songs, pair, pair, {"ridge": (gain, 1.0), "sinc": (other, 1.0)})
 
 
 def test_a_gain_is_compared_over_songs():
-    assert gained(4_000, 3.0).comparison == Comparison(3.0, 1.0, 6)
-    assert [gained(4_000, 3.0, songs=songs).comparison.verdict for songs in (6, 2)] == [1, 0]
+    assert gained(4_000, 3.0).against("ridge") == Comparison(3.0, 1.0, 6)
+    assert [gained(4_000, 3.0, songs=songs).against("ridge").verdict for songs in (6, 2)] == [1, 0]
 
 
 @pytest.mark.parametrize(
     ("gains", "said"),
     [
-        ((3, 3), "beats the mean envelope at 2, 12 kHz"),
-        ((-3, -3), "loses to the mean envelope at 2, 12 kHz"),
-        ((1, -1), "no statistically significant difference from the mean envelope at 2, 12 kHz"),
-        ((-3, 3), "beats the mean envelope at 12 kHz; loses to the mean envelope at 2 kHz"),
-        (
-            (3, 0),
-            "beats the mean envelope at 2 kHz; "
-            "no statistically significant difference from the mean envelope at 12 kHz",
-        ),
+        ((3, 3), "beats ridge at 2, 12 kHz"),
+        ((-3, -3), "loses to ridge at 2, 12 kHz"),
+        ((1, -1), "no statistically significant difference from ridge at 2, 12 kHz"),
+        ((-3, 3), "beats ridge at 12 kHz; loses to ridge at 2 kHz"),
+        ((3, 0), "beats ridge at 2 kHz; no statistically significant difference from ridge at 12 kHz"),
     ],
 )
-def test_every_cutoff_is_in_the_summary(gains, said):
-    scores = [gained(cutoff, gain) for cutoff, gain in zip((2_000, 12_000), gains, strict=True)]
-    assert gains_in_words([gained(2_000, 9, "vocoder"), *scores, gained(12_000, -9, "sinc")]) == said
+def test_every_cutoff_and_every_baseline_is_in_the_summary(gains, said):
+    scores = [gained(cutoff, gain, other=9) for cutoff, gain in zip((2_000, 12_000), gains, strict=True)]
+    others = [gained(2_000, 9, "vocoder"), gained(12_000, -9, "sinc")]
+    assert gains_in_words([others[0], *scores, others[1]]) == f"{said}; beats sinc at 2, 12 kHz"
+    assert gains_in_words(others, "vocoder").startswith("beats ridge at 2 kHz;")
+
+
+def test_without_steps_nothing_is_drawn(resolver, library):
+    found = evaluate(resolver, library, Restoration(), clips=2, cutoffs=(4_000,))
+    assert {"draw", "mean of draws"}.isdisjoint(found.sounds[4_000])
+    assert score_of(found, "model", 4_000).upper[0] > 0
 
 
 class Recording(SuperResolver):
@@ -208,11 +240,11 @@ class Recording(SuperResolver):
     device = torch.device("cpu")
 
     def __init__(self, resolver: SuperResolver, vocoder: str | None):
-        self.vocoder = vocoder
+        self.vocoder, self.completion = vocoder, resolver.completion
         self.vae, self.clip_length, self.mels, self.asked = resolver.vae, resolver.clip_length, [], []
 
-    def predict_mel(self, low: Tensor, settings=None, *, numbers=None, **keeps: Tensor) -> Tensor:
-        self.asked.append(({name: value.tolist() for name, value in keeps.items()}, settings))
+    def predict_mel(self, low: Tensor, cutoff: float, settings=None, numbers=None) -> Tensor:
+        self.asked.append((cutoff, settings))
         return torch.full((len(low), 1, 256, CLIP // 480), float(len(self.asked)))
 
     def vocode(self, mel: Tensor, low: Tensor, cutoff: float, settings=None, numbers=None, neural=True) -> Tensor:
@@ -224,37 +256,28 @@ class Recording(SuperResolver):
 def test_each_method_is_given_its_mel(resolver, library, vocoder):
     fake, settings = Recording(resolver, vocoder), Restoration(seed=5, steps=3)
     sounds = evaluate(fake, library, settings, clips=2, cutoffs=(4_000,)).sounds[4_000]
-    no = [False, False]
-    assert fake.asked == [
-        ({"keeps_context": no}, settings),
-        ({}, settings),
-    ]
+    draws = [(4_000, dataclasses.replace(settings, seed=5 + i)) for i in range(DRAWS)]
+    assert fake.asked == [(4_000, dataclasses.replace(settings, steps=0)), *draws]
     assert all((cutoff, given) == (4_000, settings) for _, cutoff, given, _ in fake.mels)
-    order = ["envelope", "autoencoder", "vocoder", "no context", "model"]
+    order = ["envelope", "ridge", "model", "autoencoder", "vocoder", "draw", "mean of draws"]
     order += ["griffin-lim"] * (vocoder is not None)
     assert [trained for *_, trained in fake.mels] == [name != "griffin-lim" for name in order]
     mels = dict(zip(order, [mel for mel, *_ in fake.mels], strict=True))
-    assert set(sounds) == {"original", "sinc", *order}
-    original = log_mel(sounds["original"])
+    assert set(sounds) == {"original", "sinc", "replication", *order}
+    original, statistics = log_mel(sounds["original"]), resolver.completion.statistics
     assert torch.equal(mels["vocoder"], original)
     assert vocoder is None or torch.equal(mels["griffin-lim"], original)
     with torch.no_grad():
         assert torch.equal(mels["autoencoder"], resolver.vae.decode(resolver.vae.encode(original)))
-    assert [mels[name].unique().item() for name in ("no context", "model")] == [1, 2]
-    assert torch.equal(mels["envelope"], mean_envelope(library, CLIP)[:, None].expand_as(original))
-    assert torch.equal(
-        sounds["sinc"],
-        torch.stack([Examples(library, "val", 2, CLIP, SEED, Degradation(4_000))[i][1] for i in range(2)]),
-    )
-    for name in mels:  # below the cutoff every one has the clip's own band
+    assert mels["model"].unique().tolist() == [1]
+    assert mels["draw"].unique().tolist() == [2]
+    assert mels["mean of draws"].unique().tolist() == [(DRAWS + 3) / 2]
+    assert torch.equal(mels["envelope"], statistics.mean[:, None].expand_as(original))
+    assert torch.equal(mels["ridge"], statistics.predicted(log_mel(sounds["sinc"]), 4_000))
+    low = torch.stack([Examples(library, "val", 2, CLIP, SEED, Degradation(4_000))[i][1] for i in range(2)])
+    assert torch.equal(sounds["sinc"], low)
+    replicated = join_bands(low, statistics.replicated(low, 4_000), 4_000)
+    assert torch.equal(sounds["replication"], replicated)
+    for name in (*mels, "replication"):  # below the cutoff every one has the clip's own band
         difference = sounds[name] - sounds["sinc"]
         assert band(difference, 0, 3_000).square().mean() < 1e-4 * sounds["sinc"].square().mean()
-
-
-def test_the_envelope_is_the_training_sets_mean(library):
-    examples = Examples(library, "train", 5, CLIP)
-    frames = torch.cat([log_mel(examples[i][0][None])[0, 0] for i in range(5)], dim=1)
-    envelope = mean_envelope(library, CLIP, clips=5)
-    assert envelope.shape == (256,)
-    torch.testing.assert_close(envelope, frames.mean(dim=1), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(envelope, mean_envelope(library, CLIP, clips=4), atol=1e-2)

@@ -111,8 +111,8 @@ def test_a_folder_is_a_line_a_file_and_what_is_skipped_goes_to_stderr(call, clip
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--steps", 0), "steps=0 is not allowed"),
-        (("--steps", 1_000), "steps=1000 is not allowed; use a whole number, 1 or more, at most 999"),
+        (("--steps", -1), "steps=-1 is not allowed"),
+        (("--steps", 1_000), "steps=1000 is not allowed; use a whole number, 0 or more, at most 999"),
         (("--seed", -1), "seed=-1 is not allowed"),
         (("--seed", 2**63), "seed=9223372036854775808 is not allowed"),
         (("--cutoff", 50), "cutoff=50.0 is not allowed"),
@@ -125,7 +125,7 @@ def test_impossible_options_are_one_line(call, clip, trained, tmp_path, options,
 
 def test_what_is_missing_is_one_line(call, clip, trained, tmp_path):
     out = tmp_path / "out.wav"
-    check_one_line(call(clip, "-o", out, "--run", tmp_path / "none"), "none/vae: no run here")
+    check_one_line(call(clip, "-o", out, "--run", tmp_path / "none"), "none/diffusion: no run here")
     check_one_line(call(clip, "-o", out, "--run", trained, "--vocoder", "hifigan"), "hifigan: no run here")
     check_one_line(call(tmp_path / "none.wav", "-o", out, "--run", trained), "none.wav: no such file; check the path")
     check_one_line(call(clip, "-o", clip, "--run", trained), "is the input itself")

@@ -80,11 +80,11 @@ def test_the_same_seed_is_the_same_sound(resolver, low):
 
 
 def test_seed_and_number_change_the_mel_itself(resolver, low):
-    mel = resolver.predict_mel(low, QUICK)
+    mel = resolver.predict_mel(low, 4_000, QUICK)
     assert mel.shape == (2, 1, 256, 16)
     for other in (
-        resolver.predict_mel(low, Restoration(steps=2, seed=1)),
-        resolver.predict_mel(low, QUICK, numbers=[1, 2]),
+        resolver.predict_mel(low, 4_000, Restoration(steps=2, seed=1)),
+        resolver.predict_mel(low, 4_000, QUICK, numbers=[1, 2]),
     ):
         assert (other - mel).abs().mean() > 1e-3
 
@@ -97,16 +97,25 @@ def test_latents_are_scaled_for_the_denoiser_and_back_again(resolver, low, monke
         return latents
 
     monkeypatch.setattr("lib.superres.resolver.sample", given_back)
-    made = resolver.predict_mel(low, Restoration(steps=7))
+    made = resolver.predict_mel(low, 4_000, Restoration(steps=7))
     with torch.inference_mode():
-        latents = resolver.vae.encode(log_mel(low))
-        torch.testing.assert_close(made, resolver.vae.decode(latents), rtol=1e-4, atol=1e-4)
+        completed = resolver.completion.complete(log_mel(low), 4_000)
+        latents = resolver.vae.encode(completed)
+        torch.testing.assert_close(made, resolver.vae.decode(2 * latents), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(seen["latents"], resolver.latent_scale * latents)
     assert abs(resolver.latent_scale - 1) > 0.01
-    assert torch.equal(seen["mel"], log_mel(low))
+    assert torch.equal(seen["mel"], completed)
     assert seen["denoiser"] is resolver.denoiser
     assert seen["noise"].std().item() == pytest.approx(1, abs=0.2)
     assert seen["options"] == {"steps": 7}
+
+
+def test_without_steps_it_is_what_is_expected(resolver, low):
+    with torch.inference_mode():
+        expected = resolver.completion.complete(log_mel(low), 4_000)
+    assert Restoration().steps == 0
+    assert torch.equal(resolver.predict_mel(low, 4_000, Restoration(seed=3)), expected)
+    assert not torch.equal(resolver.predict_mel(low, 5_000, Restoration()), expected)
 
 
 def test_what_is_restored_follows_from_the_low_resolution_clip_alone(resolver):
@@ -116,7 +125,7 @@ def test_what_is_restored_follows_from_the_low_resolution_clip_alone(resolver):
     assert decibels(originals[0] - originals[1], common) > 0
     lows = [Degradation(5_000)(wav)[None] for wav in originals]
     assert decibels(lows[0] - lows[1], lows[0]) < -45  # what the filter lets through
-    mels = [resolver.predict_mel(wav, QUICK) for wav in lows]
+    mels = [resolver.predict_mel(wav, 5_000, QUICK) for wav in lows]
     apart = (log_mel(originals[0][None]) - log_mel(originals[1][None])).abs().mean()
     assert (mels[0] - mels[1]).abs().mean() < 0.05 * apart
     first, _, again = (resolver.restore(wav, 5_000, QUICK) for wav in (lows[0], lows[1], lows[0].clone()))
@@ -148,7 +157,7 @@ def test_hifigan_is_used_where_it_was_trained_and_griffin_lim_elsewhere(resolver
     train_part(tmp_path / "run", "hifigan", library, VOCODER, config)
     assert SuperResolver(tmp_path / "run", vocoder="griffin-lim").vocoder is resolver.vocoder is None
     other = SuperResolver(tmp_path / "run")
-    mel = resolver.predict_mel(low, QUICK)
+    mel = resolver.predict_mel(low, 4_000, QUICK)
     with torch.inference_mode():
         expected = join_bands(low, other.vocoder(mel), 4_000)
     chosen = SuperResolver(tmp_path / "run", vocoder="hifigan")
@@ -163,9 +172,9 @@ def test_parts_that_do_not_belong_together_are_refused(trained, library, tmp_pat
     shutil.copytree(trained, tmp_path / "run", symlinks=True)
     config = VaeTraining(**LOOP | {"seed": 3, "max_steps": 1})
     train_part(tmp_path / "run", "vae", library, VAE, config)
-    with pytest.raises(UserError, match=r"was trained on latents of another autoencoder than .*vae; put that one back"):
+    with pytest.raises(UserError, match=r"diffusion: was trained with another vae than .*vae; put that one back"):
         SuperResolver(tmp_path / "run")
-    with pytest.raises(UserError, match="vae: no run here"):
+    with pytest.raises(UserError, match="diffusion: no run here"):
         SuperResolver(tmp_path)
     with pytest.raises(UserError, match="diffusion-pooled: no run here"):
         SuperResolver(trained, diffusion="diffusion-pooled")
@@ -174,7 +183,7 @@ def test_parts_that_do_not_belong_together_are_refused(trained, library, tmp_pat
 @pytest.mark.parametrize(
     "fields",
     [
-        {"steps": 0},
+        {"steps": -1},
         {"steps": 1_000},
         {"steps": 2.0},
         {"seed": -1},
