@@ -26,7 +26,6 @@ LOWEST_TENTH = (N_FFT // 2 + 1) // 10
 
 METHODS = tomllib.loads(Path(__file__).with_name("methods.toml").read_text())
 BASELINES = ("sinc", "envelope", "replication", "ridge")
-BOUNDS = ("autoencoder", "vocoder", "griffin-lim")
 DRAWS = 4  # of the sampler, of which the mean is taken
 LEAST = 1_000  # Hz of a file's own band above a cutoff, to be judged there
 VERBS = {1: "beats", -1: "loses to", 0: "no statistically significant difference from"}  # by verdict

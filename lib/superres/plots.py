@@ -3,19 +3,15 @@
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.audio.plots import STYLE, draw_image, mel_axes
 from lib.superres.audit import Count
-from lib.superres.evaluation import BOUNDS, METHODS, Score
+from lib.superres.evaluation import Score
 from lib.superres.mel import HOP, SAMPLE_RATE, SILENCE
-from lib.util.stats import describe
 
 Rows = list[dict[str, str]]
-COLOURS = "#BBBBBB #777777 #56B4E9 #0072B2 #CC79A7 #D55E00 #882255 #009E73 #000000 #E69F00"
-METHOD_COLOURS = dict(zip(METHODS, COLOURS.split(), strict=True))
 LOUDEST = 2.5  # of a log mel, about
 
 
@@ -27,22 +23,6 @@ def mel_spectrograms(mels: Mapping[str, Tensor]) -> Figure:
         seconds = mel.shape[1] * HOP / SAMPLE_RATE
         image = draw_image(axis, mel.cpu().numpy(), seconds, vmin=SILENCE, vmax=LOUDEST, cmap="magma")
     figure.colorbar(image, ax=axes, label="ln of the magnitude")
-    return figure
-
-
-@plt.rc_context(STYLE)
-def distances(scores: Sequence[Score]) -> Figure:
-    """LSD above the cutoff over cutoffs, one line for each method, with standard errors."""
-    figure, axes = plt.subplots(figsize=(8.5, 4))
-    for method in dict.fromkeys(score.method for score in scores):
-        own = [score for score in scores if score.method == method]
-        cutoffs, means, errors = zip(*((score.cutoff / 1000, *score.upper) for score in own), strict=True)
-        errors = [error if np.isfinite(error) else 0 for error in errors]
-        line, label = ("--", f"{method} (a bound)") if method in BOUNDS else ("-", method)
-        style = {"color": METHOD_COLOURS[method], "marker": "o", "linestyle": line, "capsize": 3}
-        axes.errorbar(cutoffs, means, errors, label=label, **style)
-    axes.set(xlabel="cutoff (kHz)", ylabel="LSD above the cutoff", ylim=(0, None))
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -72,13 +52,6 @@ def gain_rows(scores: Sequence[Score], method: str = "model") -> Rows:
     """What a method gains on each baseline, a column for each cutoff."""
     own = [s for s in scores if s.method == method]
     return [{"against": name} | {kilohertz(s): str(s.against(name)) for s in own} for name in own[0].gains]
-
-
-def context_rows(losses: Mapping[str, Sequence[float]]) -> Rows:
-    return [
-        {"context": name, "validation losses": ", ".join(f"{v:.4f}" for v in values), "median": describe(values)}
-        for name, values in losses.items()
-    ]
 
 
 def kilohertz(score: Score) -> str:

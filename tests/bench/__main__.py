@@ -56,6 +56,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "paper": lambda found: steps.paper(found["cascade"][0]["here_s"], found["scaling"]["gradient_mib"] * 2**20),
     "explorer": lambda found: explorer.redraws(),
     "superres": lambda found: superres.parts(found["limit"]),
+    "restoring": lambda found: superres.restoring(),
     "gpu": gpu,
 }
 

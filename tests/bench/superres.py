@@ -1,19 +1,30 @@
-"""The super-resolver at the seed's size: what its parts take beside the machine's own matrix products."""
+"""The super-resolver at the seed's size: what its parts take beside the machine's own matrix products. And a small one
+on a file: how much faster than real time, and in how much memory."""
 
+import dataclasses
+import tempfile
+from pathlib import Path
 from typing import Any
 
+import soundfile
 import torch
 from measure import Run, alternate, device, precision, timed
+from paths import sampled_memory
 
 from lib.superres.audit import CLIP_FRAMES, count_costs, full_parts
+from lib.superres.completion import Completion
 from lib.superres.diffusion import add_noise, sample
-from lib.superres.mel import MELS
+from lib.superres.mel import MELS, SAMPLE_RATE
+from lib.superres.resolver import Restoration, SuperResolver, restore_file
+from lib.superres.training import PLANS
 from lib.superres.unet import Denoiser
 from lib.superres.vae import MelVae
 from lib.superres.vocoder import Vocoder
+from lib.training import run as runs
 
 STEPS = 50  # of the sampler
 BATCH = 8  # of a training step, on a GPU
+CUTOFF = 12_000.0  # Hz: of fusions
 
 
 def parts(limit: dict[str, float]) -> list[dict[str, Any]]:
@@ -43,6 +54,31 @@ def passes() -> list[Run]:
         lambda: vae.decode(latents),
         lambda: vocoder(mel),
     ]
+
+
+def restoring(minutes: float = 2.0) -> list[dict[str, Any]]:
+    """A mono file at 48 kHz by a small system of random weights: what is expected, and draws. The growth of memory is
+    that from the second third of the time to the last."""
+    torch.manual_seed(0)
+    plan, rows = PLANS["small"], []
+    with tempfile.TemporaryDirectory() as name:
+        folder, facts = Path(name), {"latent_scale": 1.0, "train": {"clip_seconds": plan.training.clip_seconds}}
+        models = {"completion": Completion(plan.completion), "vae": MelVae(plan.vae)}
+        for part, model in (models | {"diffusion": Denoiser(plan.denoiser)}).items():
+            run = runs.Run.create(folder / part, {"sizes": dataclasses.asdict(model.config)} | facts)
+            run.save(0, model, {}, is_best=True)
+            facts[f"{part}_sha256"] = run.weights_sha256()
+        soundfile.write(folder / "in.wav", 0.1 * torch.randn(round(minutes * 60 * SAMPLE_RATE)).numpy(), SAMPLE_RATE)
+        resolver = SuperResolver(folder, device=str(device()))
+        for steps in (0, 10, STEPS):
+            memory: list[float] = []
+            settings, files = Restoration(steps=steps, cutoff=CUTOFF), (folder / "in.wav", folder / "out.wav")
+            with sampled_memory(memory):
+                seconds = timed(lambda files=files, settings=settings: restore_file(*files, resolver, settings))
+            third = len(memory) // 3
+            growth = max(memory[-third:]) - max(memory[third : 2 * third])
+            rows.append({"steps": steps, "times_real_time": 60 * minutes / seconds, "memory_growth_mib": growth})
+    return rows
 
 
 def on_gpu() -> dict[str, float]:

@@ -125,6 +125,11 @@ TABLES: dict[str, Callable[[dict[str, Any]], Rows]] = {
         | {"share of the limit": f"{r['share']:.0%}"}
         for r in found["superres"]
     ],
+    "restoring": lambda found: [
+        {"steps of the sampler": r["steps"], "times real time": f"{r['times_real_time']:.1f}"}
+        | {"memory, last third over the second": f"{r['memory_growth_mib']:+.1f} MiB"}
+        for r in found["restoring"]
+    ],
     "gpu": lambda found: _flat(found["gpu"]),
 }
 

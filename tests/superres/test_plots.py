@@ -1,14 +1,12 @@
 """The figures of super-resolution: what they show is what they were given."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
 from lib.superres import plots as superres_plots
 from lib.superres.audit import Count
-from lib.superres.evaluation import METHODS, Score
+from lib.superres.evaluation import Score
 from lib.superres.mel import SILENCE
 
 
@@ -22,18 +20,6 @@ def test_mel_spectrograms_share_one_scale():
         assert np.array_equal(image.get_array(), mel.numpy())
         assert image.get_clim() == (SILENCE, superres_plots.LOUDEST)
         assert image.get_extent()[1] == pytest.approx(0.5)  # seconds
-
-
-def test_distances_show_every_method_and_what_is_a_bound():
-    pair = (0.0, 0.0)
-    scores = [Score(m, c, 4, 2, (i + c / 1e4, math.inf), pair, {}) for c in (2000, 8000) for i, m in enumerate(METHODS)]
-    figure = superres_plots.distances(scores)
-    lines = {container.get_label(): container.lines[0] for container in figure.axes[0].containers}
-    assert {label.split(" (")[0] for label in lines} == set(METHODS)
-    for label, line in lines.items():
-        place = list(METHODS).index(label.split(" (")[0])
-        assert line.get_ydata() == pytest.approx([place + 0.2, place + 0.8])
-        assert (line.get_linestyle() == "--") == label.endswith("(a bound)") == (place > 6)
 
 
 def test_tables_show_what_was_counted():
@@ -63,9 +49,3 @@ def test_tables_show_every_score_and_the_models_gains():
         {"against": "sinc", "2 kHz": "+0.500 ± 0.100", "12 kHz": "+0.500 ± 0.100"},
         {"against": "ridge", "2 kHz": "-0.200 ± 0.100", "12 kHz": "-1.200 ± 0.100"},
     ]
-
-
-def test_tables_of_the_record():
-    (row,) = superres_plots.context_rows({"pooled": (0.25, 0.5, 0.125)})
-    assert row["validation losses"] == "0.2500, 0.5000, 0.1250"
-    assert row["median"].startswith("0.25")
