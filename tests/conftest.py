@@ -207,7 +207,7 @@ def tiny_superres(tmp_path_factory) -> Path:
     denoiser = Denoiser(DenoiserConfig(2, **sizes, transformers=1, norm_groups=4, encoder=encoder))
     vae = MelVae(VaeConfig((4, 4, 8, 8), 1, 2, 2, mel_mean=-6.0, mel_std=2.0))
     completion = Completion(CompletionConfig(8, 1))
-    completion.statistics.mean += torch.linspace(-3, -8, 256)
+    completion.statistics.mean += torch.linspace(-1, -4, 256)
     facts = {"latent_scale": 1.0, "train": {"clip_seconds": 0.16}}
     for name, model in (("completion", completion), ("vae", vae), ("diffusion", denoiser)):
         run = Run.create(folder / name, {"sizes": dataclasses.asdict(model.config)} | facts)

@@ -11,9 +11,10 @@ from parts import markdown_table
 from quotes import (
     BLOCKS,
     DIFFERENT,
+    DISTANCES,
     MARKS,
     alike,
-    distances_table,
+    distances_block,
     explosion_block,
     mean_of,
     moved,
@@ -331,14 +332,23 @@ def test_speed_is_quoted_over_all_sizes():
     assert said == f"{step} {inference} Each size: [bench.md](outputs/record/bench.md)."
 
 
-def test_distances_are_shown_by_method_and_cutoff():
-    pair = (0.0, 0.0)
-    scores = [Score(name, c, 2, 2, (i + c / 1e6, 0.126), pair, {}) for c in CUTOFFS for i, name in enumerate(METHODS)]
-    lines = [line.strip("| ").split(" | ") for line in distances_table(scores).splitlines()]
+def test_distances_are_shown_by_method_and_cutoff_with_what_is_gained():
+    def scored(gain: float) -> list[Score]:
+        pair = (0.0, 0.0)
+        gains = {"ridge": (gain, 0.01), "sinc": (1.0, 0.01)}
+        places = enumerate(METHODS)
+        return [Score(m, c, 30, 20, (i + c / 1e6, 0.126), pair, gains) for i, m in places for c in CUTOFFS]
+
+    others = {"songs, seed 1": scored(-1.0), "album, seed 0": scored(1.0)}
+    facts = {"others": {name: [dataclasses.asdict(s) for s in scores] for name, scores in others.items()}}
+    *rows, empty, said = distances_block(scored(1.0), facts).splitlines()
+    lines = [line.strip("| ").split(" | ") for line in rows]
     assert lines[0] == ["method", "2 kHz", "4 kHz", "8 kHz", "12 kHz", "16 kHz"]
-    assert lines[2][1] == "0.00 ± 0.13"
-    assert lines[-1][0].startswith("griffin-lim: ")
-    assert lines[-1][-1] == "9.02 ± 0.13"
+    assert [line[0].split(":")[0] for line in lines[2:]] == list(DISTANCES)
+    assert lines[2][1:3] == ["1.00 ± 0.13", "1.00 ± 0.13"]
+    assert not empty
+    assert "The model beats ridge at 2, 4, 8, 12, 16 kHz" in said
+    assert said.endswith("Nearer than every baseline, with each of 2 seeds, at 2, 4, 8, 12, 16; none kHz.")
 
 
 TEXT = "\n".join(f"{MARKS[0].format(name)}\nold\n{MARKS[1].format(name)}" for name in BLOCKS)

@@ -29,7 +29,6 @@ from lib.training.run import Run
 
 UPLOADED = "uploaded files"  # the choice beside the validation pairs
 BLENDS = {"the masks": 0.0, "blended by half with 0.5": 0.5, "0.5 everywhere": 1.0}  # what a headless run shows
-PREVIEW_STEPS = 20  # of the super-resolver's sampler, so that a listener does not wait long
 
 
 class Listening:
@@ -79,7 +78,7 @@ class Listening:
         found = {name: resample(wav, SAMPLE_RATE, mel.SAMPLE_RATE) for name, wav in wavs.items()}
         for name in found:
             if name.startswith("output") and (edge := band_edge(wavs[name], SAMPLE_RATE)):
-                found[name] = resolver.restore_signal(found[name], Restoration(PREVIEW_STEPS, cutoff=edge))
+                found[name] = resolver.restore_signal(found[name], Restoration(cutoff=edge))
         return found
 
     def blends(self) -> Figure | None:

@@ -78,6 +78,11 @@ def gains_in_words(scores: Sequence[Score], method: str = "model") -> str:
     )
 
 
+def nearer_than_all(scores: Sequence[Score], method: str = "model") -> list[Score]:
+    """The scores of a method that is significantly nearer than every baseline."""
+    return [s for s in scores if s.method == method and all(s.against(name).verdict == 1 for name in s.gains)]
+
+
 class Evaluation(NamedTuple):
     """`scores` by cutoff, then method; `sounds`: cutoff → method or 'original' → waveforms `[B, 1, N]`."""
 

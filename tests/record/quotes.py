@@ -14,12 +14,13 @@ from lib.evaluation.tables import ALONE, MASKS_ALONE, WITH_CASCADE, number_row
 from lib.lab.findings import weak_residuals
 from lib.lab.results import Result, by_variant, read_record
 from lib.lab.variants import WEAK_RESIDUALS
-from lib.superres.evaluation import METHODS, Score
+from lib.superres.evaluation import METHODS, Score, gains_in_words, nearer_than_all
 from lib.superres.plots import upper_rows
 from lib.util.errors import UserError
 from lib.util.files import read_json
 from lib.util.stats import TEST, Comparison
 
+DISTANCES = ("envelope", "replication", "ridge", "model", "draw", "vocoder")  # methods that the README shows
 BLOCKS = ("music", "results", "explosion", "speed", "distances")
 MARKS = "<!-- {}: written by make record -->", "<!-- end of {} -->"
 DIFFERENT = "runs disagree on"
@@ -55,7 +56,7 @@ def readme_blocks(folder: Path) -> dict[str, str]:
         "results": "\n".join([*results(read_json(folder / "variations.json", list)), "", f"*Measured in {last}*"]),
         "explosion": explosion_block(folder),
         "speed": speed(bench["cascade"]),
-        "distances": distances_table(read_record(folder / "superres.json", Score)[0]),
+        "distances": distances_block(*read_record(folder / "superres.json", Score)),
     }
 
 
@@ -239,11 +240,19 @@ def speed(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{' '.join(parts)} Each size: [bench.md](outputs/record/bench.md)."
 
 
-def distances_table(scores: Sequence[Score]) -> str:
-    """LSD above the cutoff: a row for each method, a column for each cutoff."""
-    rows = upper_rows(sorted(scores, key=lambda score: score.cutoff))
+def distances_block(scores: Sequence[Score], facts: Mapping[str, Any]) -> str:
+    """LSD above the cutoff, a row for each method in `DISTANCES`, and what the model gains, with how many seeds."""
+    rows = [row for row in upper_rows(sorted(scores, key=lambda s: s.cutoff)) if row["method"] in DISTANCES]
     named = ([f"{row['method']}: {METHODS[row['method']]}", *list(row.values())[1:]] for row in rows)
-    return "\n".join(table(list(rows[0]), named))
+    seeds = {"seed 0": scores} | {
+        name.removeprefix("songs, "): [Score(**row) for row in found]
+        for name, found in facts["others"].items()
+        if name.startswith("songs, ")
+    }
+    nearest = [", ".join(f"{s.cutoff / 1000:g}" for s in nearer_than_all(own)) or "none" for own in seeds.values()]
+    said = f"The model {gains_in_words(scores)} ({TEST}). "
+    said += f"Nearer than every baseline, with each of {len(seeds)} seeds, at {'; '.join(nearest)} kHz."
+    return "\n".join([*table(list(rows[0]), named), "", said])
 
 
 WORDS = {"TEST": TEST, "ORACLE": ORACLE, "alike": alike, "span": span}  # of both templates

@@ -22,6 +22,7 @@ from lib.superres.evaluation import (
     evaluate,
     gains_in_words,
     lsd,
+    nearer_than_all,
     score,
 )
 from lib.superres.mel import bin_of, log_mel
@@ -232,6 +233,13 @@ def test_without_steps_nothing_is_drawn(resolver, library):
     found = evaluate(resolver, library, Restoration(), clips=2, cutoffs=(4_000,))
     assert {"draw", "mean of draws"}.isdisjoint(found.sounds[4_000])
     assert score_of(found, "model", 4_000).upper[0] > 0
+
+
+def test_nearer_than_all_is_significantly_nearer_than_every_one():
+    scores = [gained(2_000, 3, other=9), gained(4_000, -3, other=9), gained(8_000, 0.1, other=9), gained(9_000, 3)]
+    scores.append(gained(12_000, 3, "vocoder", other=9))
+    assert nearer_than_all(scores) == scores[:1]
+    assert nearer_than_all(scores, "vocoder") == scores[4:]
 
 
 class Recording(SuperResolver):
