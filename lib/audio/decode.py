@@ -251,29 +251,12 @@ def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
     if ratio == 1:
         return wav
     native, target = ratio.as_integer_ratio()
-    (C, N), (width, step, filters) = wav.shape, _filters(native, target)
-    groups = N // step + 1
-    padded = torch.nn.functional.pad(wav, (width, (groups + 1) * step + width - N))
-    row, parts = padded.stride(0), []
-    for weights, begin in filters:  # on views of what they weigh: a convolution takes three times as long
-        parts.append(padded.as_strided((C, groups, len(weights)), (row, step, 1), begin) @ weights)
-    return torch.cat(parts, dim=2).flatten(1)[:, : math.ceil(N / ratio)]
+    # with more silence at the end than torchaudio itself adds: it computes the length in float32
+    padded = torch.nn.functional.pad(wav, (0, native * math.ceil(64 / target)))
+    return _resampler(native, target)(padded)[:, : math.ceil(wav.shape[1] / ratio)]
 
 
-@functools.lru_cache
-def _filters(native: int, target: int) -> tuple[int, int, list[tuple[Tensor, int]]]:
-    """torchaudio's polyphase filter: its padding, how many samples it moves on at once, and its weights in parts, each
-    `[taps, phases]` with the first sample that it weighs, as most weights of all phases together are 0."""
-    resampler, times = torchaudio.transforms.Resample(native, target), math.ceil(128 / native)
-    one = resampler.kernel[:, 0].T  # [taps, target], for each step by `native` samples
-    whole = torch.zeros(len(one) + (times - 1) * native, times * target)
-    for i in range(times):
-        whole[i * native : i * native + len(one), i * target : (i + 1) * target] = one
-    parts = []
-    for weights in whole.chunk(4, dim=1):
-        used = weights.any(dim=1).nonzero()
-        parts.append((weights[used.min() : used.max() + 1].contiguous(), int(used.min())))
-    return resampler.width, times * native, parts
+_resampler = functools.lru_cache(torchaudio.transforms.Resample)  # whose filter takes longer than a short clip
 
 
 def _open(path: Path) -> BinaryIO:

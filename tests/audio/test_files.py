@@ -107,7 +107,7 @@ def test_a_window_equals_the_slice_of_the_whole_file(tmp_path, rate):
 )
 @pytest.mark.parametrize("length", [0, 1, 999, 70_001])
 def test_resampling_equals_torchaudios_at_any_rate_and_length(rates, length):
-    """Whose filter it applies by matrices instead of a convolution."""
+    """To the sample, also where torchaudio alone would round the length."""
     ratio = decode.rate_ratio(*rates)
     native, target = ratio.as_integer_ratio()
     wav = torch.randn(2, length, generator=torch.Generator().manual_seed(0))
