@@ -27,7 +27,6 @@ BLOCK = 1 << 16  # frames that are handed on together, about
 # without playlists and the like, which open other files or addresses, and those that do not tell half a file
 CONTAINERS = "wav,w64,aiff,flac,ogg,mp3,aac,mov"
 NAMES = "WAV, FLAC, OGG, MP3, M4A, Opus or AIFF"
-FULL_SCALE = {"u8": 2**7, "s16": 2**15, "s32": 2**31, "s64": 2**63}  # of integer samples
 MARK_EVERY, WARM_UP = 128, 16  # packets: between two marks, and decoded for their effect on those that follow
 NOISY = ("aac",)  # decoders that draw noise: what follows a packet depends on all before it
 UNKNOWN = 0x7FFF_0000  # bytes; writers that cannot seek back announce about 2**31 or 2**32, or 0
@@ -57,7 +56,7 @@ class Decoder:
     def __init__(self, path: str | Path, known: Marks = ()):
         self.path, self.num_frames, self.loudest, self.peak = Path(path), 0, 0.0, 0.0
         self._marks, self._known, self._start = [], known, (0, 0)
-        self._file, self._fifo = _open(self.path), av.AudioFifo()
+        self._file, self._fifo, self._floats = _open(self.path), av.AudioFifo(), av.AudioResampler("fltp")
         try:
             options = {"format_whitelist": CONTAINERS}
             self._container = av.open(self._file, options=options, buffer_size=1 << 18, metadata_errors="replace")
@@ -192,7 +191,7 @@ class Decoder:
                     break
         except AudioError as found:
             error = found
-        return _samples(fifo.read()) if fifo.samples else None, error
+        return self._floats.resample(fifo.read())[0].to_ndarray() if fifo.samples else None, error
 
     def _leave_out(self, frames: int) -> None:
         """Begin at the last known mark before a position."""
@@ -274,19 +273,6 @@ def _open(path: Path) -> BinaryIO:
         raise AudioError(path, "no such file; check the path") from error
     except OSError as error:
         raise AudioError(path, f"cannot be read ({error.strerror}); check the disk and its permissions") from error
-
-
-def _samples(frame: av.AudioFrame) -> np.ndarray:
-    """The samples of a frame, float32 `[C, n]`, full scale 1."""
-    samples = frame.to_ndarray()  # [C, n], or [1, n · C] if they are interleaved
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, frame.layout.nb_channels).T
-    kind = frame.format.name.removesuffix("p")
-    if kind not in FULL_SCALE:
-        return np.ascontiguousarray(samples, np.float32)
-    scaled = np.empty(samples.shape, np.float32)  # row by row: all that follows is twice as fast on it
-    np.multiply(samples, np.float32(1 / FULL_SCALE[kind]), out=scaled, casting="same_kind")
-    return scaled - np.float32(1) if kind == "u8" else scaled
 
 
 def _lacks_data(file: BinaryIO) -> bool:
