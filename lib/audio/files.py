@@ -58,6 +58,9 @@ class AudioReport:
         return self.samples_at(SAMPLE_RATE)
 
 
+Check = Callable[[Path], AudioReport]  # `check_audio`, or what does more in the same decode
+
+
 def load_audio(
     source: str | Path | AudioReport,
     offset: int = 0,
@@ -135,9 +138,7 @@ def walk_audio(root: Path, ignore: Iterable[Path] = ()) -> tuple[list[str], list
     return sorted(files), skipped
 
 
-def check_files(
-    root: Path, files: Sequence[str], check_file: Callable[[Path], AudioReport], description: str
-) -> list[AudioReport | AudioError]:
+def check_files(root: Path, files: Sequence[str], check_file: Check, what: str) -> list[AudioReport | AudioError]:
     """What `check_file` finds in each file below `root`, in processes: threads would wait for the GIL at every packet.
     The same bits come out however many there are."""
 
@@ -154,7 +155,7 @@ def check_files(
     found, stop = [], StopSignals()  # raised inside torch's loader, Ctrl-C would be lost, or leave processes
     try:
         with torch_threads(1), stop:
-            for report in tqdm(loader, desc=description, delay=1):
+            for report in tqdm(loader, desc=what, delay=1):
                 found.append(report)
                 if stop.asked:
                     raise KeyboardInterrupt

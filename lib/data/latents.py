@@ -20,7 +20,7 @@ import os
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lib.audio.decode import AudioError, Decoder
-from lib.audio.files import SAMPLE_RATE, AudioReport, check_files, report_on
+from lib.audio.files import SAMPLE_RATE, AudioReport, Check, check_files, report_on
 from lib.codec.codec import Codec
 from lib.data.pairs import Clip, Manifest
 from lib.util.errors import UserError
@@ -75,7 +75,7 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> 
     return index
 
 
-def encoding_check(codec: Codec, cache_dir: str | Path, clip_length: int) -> Callable[[Path], AudioReport]:
+def encoding_check(codec: Codec, cache_dir: str | Path, clip_length: int) -> Check:
     """A `check_audio` that, in the same decode, brings the latents of all clips of the file into the cache."""
     store = _store(cache_dir, codec, clip_length)
     with _writing(store):

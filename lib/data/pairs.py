@@ -32,16 +32,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lib.audio.decode import NAMES, AudioError
-from lib.audio.files import (
-    MIN_SAMPLES,
-    SAMPLE_RATE,
-    AudioReport,
-    Skipped,
-    check_audio,
-    check_files,
-    load_audio,
-    walk_audio,
-)
+from lib.audio.files import MIN_SAMPLES, SAMPLE_RATE, Check, Skipped, check_audio, check_files, load_audio, walk_audio
 from lib.util.configs import Count, Whole, check, checked_dataclass, choice
 from lib.util.errors import UserError
 from lib.util.files import cannot_write, naming, read_json, write_atomic
@@ -156,7 +147,7 @@ def build_manifest(
     clip_seconds: float = 16.0,
     mode: str = "auto",
     seed: int = 0,
-    check_file: Callable[[Path], AudioReport] = check_audio,
+    check_file: Check = check_audio,
     before_writing: Callable[["Manifest"], None] = lambda manifest: None,
 ) -> Manifest:
     """Check every file under `data_dir`, make pairs and write the manifest, or read it if nothing has changed. Split,
@@ -181,7 +172,7 @@ def build_manifest(
             return manifest
     found = list(zip(files, check_files(root, files, check_file, "checking audio"), strict=True))
     skipped += [Skipped(path, what.problem) for path, what in found if isinstance(what, AudioError)]
-    sources = [Clip(path, 0, w.num_samples, w.sha256) for path, w in found if isinstance(w, AudioReport)]
+    sources = [Clip(path, 0, w.num_samples, w.sha256) for path, w in found if not isinstance(w, AudioError)]
     named = _named_files(sources) if mode in ("auto", "named") else {}
     if mode == "named" and not named:
         layout = "train/ and val/ with pair_XXXX_input.* and pair_XXXX_target.*"
