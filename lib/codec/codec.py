@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from lib.codec.encodec import WEIGHTS_FILE, EncodecCodec
@@ -28,14 +27,7 @@ class Codec(Protocol):
         """`[B, dim, T]` → `[B, 1, T * hop]`, or the first `length` samples of it."""
 
 
-def _designed() -> MdctCodec:
-    """With its tables, which processes that are forked later need not compute again."""
-    codec = MdctCodec()
-    codec.encode(torch.zeros(1, 1, codec.hop))
-    return codec
-
-
-CODECS: dict[str, Callable[[], Codec]] = {"mdct": _designed, "encodec": EncodecCodec.from_hub}
+CODECS: dict[str, Callable[[], Codec]] = {"mdct": MdctCodec, "encodec": EncodecCodec.from_hub}
 
 
 def load_codec(name_or_path: str | Path) -> Codec:
