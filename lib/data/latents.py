@@ -34,7 +34,7 @@ from lib.audio.files import SAMPLE_RATE, AudioReport, Check, check_files, report
 from lib.codec.codec import Codec
 from lib.data.pairs import Clip, Manifest
 from lib.util.errors import UserError
-from lib.util.files import TEMPORARY, cannot_write, file_sha256, prefetch, write_atomic
+from lib.util.files import TEMPORARY, cannot_write, file_sha256, write_atomic
 from lib.util.provenance import code_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -113,18 +113,14 @@ def _writing(store: Path) -> Iterator[None]:
 
 def _find_latents(store: Path, clips: dict[str, Clip], shape: tuple[int, int]) -> dict[str, str]:
     """Key → name of the latents that are there for one of `clips`. Damaged files are deleted."""
-    paths = [path for path in sorted(store.glob("*-*.npy")) if path.stem.split("-")[0] in clips]
-
-    def check(path: Path) -> bool:
+    paths, names = [path for path in sorted(store.glob("*-*.npy")) if path.stem.split("-")[0] in clips], {}
+    for path in tqdm(paths, desc="checking latents", delay=1):
         try:
             _read_latents(path, shape)
+            names[path.stem.split("-")[0]] = path.stem
         except UserError:
             path.unlink(missing_ok=True)
-        return path.exists()
-
-    with contextlib.closing(prefetch(check, paths, threads=os.cpu_count() or 1)) as checks:
-        bar = tqdm(checks, total=len(paths), desc="checking latents", delay=1)
-        return {path.stem.split("-")[0]: path.stem for path, intact in zip(paths, bar, strict=True) if intact}
+    return names
 
 
 def _encode(key: str, wav: Tensor, clip_length: int, codec: Codec, store: Path) -> None:
