@@ -38,8 +38,7 @@ from lib.training.fusion_learner import run_settings
 from lib.training.run import Run
 from lib.util.configs import check
 from lib.util.errors import UserError, exit_on_user_error
-from lib.util.files import cannot_write, file_sha256, make_folder, read_json, write_atomic
-from lib.util.locks import only_one
+from lib.util.files import cannot_write, file_sha256, make_folder, only_one, read_json, write_atomic
 from lib.util.provenance import code_fingerprint, gpu_name
 from lib.util.signals import StopSignals
 

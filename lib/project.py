@@ -24,8 +24,7 @@ from lib.superres.training import Plan as SuperresPlan
 from lib.training.run import LOCK, Run
 from lib.util.configs import check
 from lib.util.errors import UserError
-from lib.util.files import make_folder
-from lib.util.locks import only_one
+from lib.util.files import make_folder, only_one
 
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in notebooks mean this folder, wherever a kernel starts
 RECORD = ROOT / "outputs" / "record"  # what `make record` wrote

@@ -28,7 +28,7 @@ from lib.training.run import LOCK, Run
 from lib.training.trainer import Callback, join_processes
 from lib.util.configs import check
 from lib.util.errors import UserError, exit_on_user_error
-from lib.util.locks import only_one
+from lib.util.files import only_one
 
 
 def train_project(

@@ -295,7 +295,7 @@ def test_a_refused_resume_and_a_training_under_way_leave_the_manifest_as_it_was(
     assert json.loads((root / "out" / "manifest.json").read_text())["pairs"] == json.loads(before)["pairs"]
 
     before = (root / "out" / "manifest.json").read_bytes()
-    program = "import pathlib, sys; from lib.util.locks import only_one\n"
+    program = "import pathlib, sys; from lib.util.files import only_one\n"
     program += "with only_one(pathlib.Path(sys.argv[1])): print('in', flush=True); input()"
     command = [sys.executable, "-c", program, root / "out" / LOCK]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:

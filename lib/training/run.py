@@ -37,11 +37,11 @@ from lib.util.files import (
     fsync,
     make_folder,
     naming,
+    only_one,
     read_json,
     read_json_lines,
     write_atomic,
 )
-from lib.util.locks import only_one
 from lib.util.provenance import versions
 from lib.util.tensors import load_weights, safe_torch_load
 

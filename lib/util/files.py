@@ -1,10 +1,13 @@
-"""Files: written so that a kill leaves the old or the new one, read with errors that name the fix, and prefetched."""
+"""Files: written so that a kill leaves the old or the new one, read with errors that name the fix, and prefetched; and
+folders, for one process at a time."""
 
 import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
+import socket
 import tempfile
 import uuid
 from collections import deque
@@ -13,7 +16,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
+
 from lib.util.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
 FIX = "restore it"
@@ -37,6 +44,29 @@ def make_folder(path: Path) -> None:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise cannot_write(path, error) from None
+
+
+@contextlib.contextmanager
+def only_one(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """While inside, no other process is inside with this file, on any host that the file system locks for: `UserError`
+    names the one that is or, with `wait`, this one waits. The lock ends with its process, however that ends; inside,
+    the same process may enter again."""
+    make_folder(path.parent)
+    lock = FileLock(path, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        other = path.read_text() or "another process"
+        if not wait:
+            fix = "wait for it, stop it, or choose another output folder"
+            raise UserError(f"{path.parent}: {other} is at work here; {fix}") from None
+        logger.warning("%s: waiting for %s", path.parent, other)
+        lock.acquire(timeout=-1)
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        lock.release()
 
 
 def write_atomic(path: Path, content: str | bytes | memoryview, *, sync: bool = True) -> None:

@@ -144,7 +144,7 @@ def test_one_training_at_a_time_in_a_folder(tmp_path):
         with Run.started(tmp_path, {"train": section(5, 0.1)}, launcher, resume=False, code=["a"]) as run:
             run.log({"step": 1})
 
-    program = "import pathlib, sys; from lib.util.locks import only_one\n"
+    program = "import pathlib, sys; from lib.util.files import only_one\n"
     program += "with only_one(pathlib.Path(sys.argv[1])): print('in', flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", program, tmp_path / LOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
