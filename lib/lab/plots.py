@@ -123,10 +123,11 @@ def waterfall(axes: Axes, traces: Sequence[Mapping[str, float]], goal: float) ->
 
 
 def waterfalls(settings: Mapping[str, Sequence[Mapping[str, float]]], goal: float) -> Figure:
-    """Waterfalls on one scale, three in a row, titled by their settings."""
+    """Waterfalls on one scale, at most three in a row, titled by their settings."""
     with plt.rc_context(STYLE | {"axes.grid.axis": "y", "font.size": 9}):
-        count = math.ceil(len(settings) / 3)
-        figure, grid = plt.subplots(count, 3, figsize=(12, 2.9 * count), sharey=True, squeeze=False)
+        columns = min(3, len(settings))
+        rows, width = math.ceil(len(settings) / columns), 12 if columns > 1 else 7
+        figure, grid = plt.subplots(rows, columns, figsize=(width, 2.9 * rows), sharey=True, squeeze=False)
         for axes, (title, traces) in zip(grid.flat, settings.items(), strict=False):
             waterfall(axes, traces, goal)
             axes.set_title(title, fontsize=9, pad=18)
