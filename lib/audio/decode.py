@@ -146,7 +146,7 @@ class Decoder:
         held, begin, pieces = torch.zeros(1 if mix else self.channels, 0), 0, None  # `held` begins with sample `begin`
         for offset, length in windows:
             if offset < begin or (length or 0) < 0:
-                raise ValueError(f"windows must follow each other and have a length, got {(offset, length)}")
+                raise ValueError(f"windows must follow each other and must not be negative, got {(offset, length)}")
             if pieces is None:
                 pieces, begin = self.samples(sample_rate, mix=mix, offset=offset), offset
             parts, reached, end = [held], begin + held.shape[1], math.inf if length is None else offset + length

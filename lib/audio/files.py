@@ -71,8 +71,6 @@ def load_audio(
 ) -> torch.Tensor:
     """One of `read_windows`: float32 `[1, N]`, the mean of the channels, or `[C, N]` without `mix`. A file is decoded
     up to the window's end; with its report, from shortly before it on. `AudioError` if damaged or not finite."""
-    if offset < 0 or (length is not None and length < 0):
-        raise ValueError(f"offset and length must not be negative, got {offset} and {length}")
     path, known = (source.path, source.marks) if isinstance(source, AudioReport) else (source, ())
     return next(read_windows(path, [(offset, length)], sample_rate, mix=mix, known=known))
 
