@@ -73,7 +73,10 @@ class WideMaskGenerator(nn.Module):
         check(latent_dim % self.BAND == 0, "latent_dim", latent_dim, f"a multiple of {self.BAND} for wide masks")
         self.bands = nn.Conv2d(6, width, (self.BAND, 3), stride=(self.BAND, 1), padding=(0, 1))
         self.positions = nn.Parameter(torch.zeros(width, latent_dim // self.BAND, 1))
-        self.blocks = nn.ModuleList(_block(width, *dilation) for dilation in self.DILATIONS)
+        self.blocks = nn.ModuleList()
+        for bands, frames in self.DILATIONS:
+            convolution = nn.Conv2d(width, width, (3, 5), padding=(bands, 2 * frames), dilation=(bands, frames))
+            self.blocks.append(nn.Sequential(convolution, _FrameNorm(4, width), nn.GELU()))
         self.channels = nn.ConvTranspose2d(width, width, (self.BAND, 1), stride=(self.BAND, 1))
         self.head = nn.Sequential(nn.Conv2d(width + 6, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, 2, 1))
         self.gains = nn.Parameter(torch.tensor([1.0, -1.0]))
@@ -95,11 +98,6 @@ class WideMaskGenerator(nn.Module):
         known = self.gains[:, None, None] * hits + self.offsets
         odds = known + self.head(torch.cat([self.channels(x), clips], dim=1))
         return Masks(*odds.sigmoid().unbind(dim=1))
-
-
-def _block(width: int, bands: int, frames: int) -> nn.Module:
-    convolution = nn.Conv2d(width, width, (3, 5), padding=(bands, 2 * frames), dilation=(bands, frames))
-    return nn.Sequential(convolution, _FrameNorm(4, width), nn.GELU())
 
 
 class _FrameNorm(nn.GroupNorm):
