@@ -132,7 +132,6 @@ def train(
     read and metrics gathered may have changed; another config or other data is refused, and a run that other code
     finished is trained again. Ctrl-C and SIGTERM save, then `KeyboardInterrupt`. A launcher's processes all call it."""
     masking = masking or MaskingConfig()
-    config = dataclasses.replace(config, precision=resolved_precision(config.precision))
     settings = run_settings(index, codec, cascade, config, masking)
     config.check_model(cascade, masking)
     if config.loss.anti_modulation == "log" and config.loss.anti_modulation_weight:
