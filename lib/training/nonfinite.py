@@ -96,7 +96,10 @@ class Watch(TorchDispatchMode):
             name = re.sub(r"(?<!^)(?=[A-Z])", "_", re.sub(r"Backward\d*$", "", self.node.name())).lower()
             # a private key; detect_anomaly prints what is there, and nothing public gives it
             name, stack = f"the gradient of {name}", self.node.metadata.get("traceback_", [])
-        said = f"{name} gave {'NaN' if bad.isnan().any() else 'inf'} ({_place(''.join(stack))})"
+        found = re.findall(r'File "(.+?)", line (\d+), in (.+)', "".join(stack))
+        own = [where for where in found if not any(part in where[0] for part in LIBRARIES)]  # the last is the innermost
+        place = "{}:{} in {}".format(Path(own[-1][0]).name, *own[-1][1:]) if own else "inside a library"
+        said = f"{name} gave {'NaN' if bad.isnan().any() else 'inf'} ({place})"
         clips = _bad_clips(bad, self.batch_size) if _memory(bad) in self.of_batch else ()
         self.origins.append((said, clips))
         return len(self.origins) - 1
@@ -200,13 +203,6 @@ def _flat(values: Any) -> Iterator[Any]:
 def _tensors(values: Any) -> Iterator[Tensor]:
     """All floating-point tensors in nested lists, tuples and dicts."""
     return (x for x in _flat(values) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()))
-
-
-def _place(stack: str) -> str:
-    """The innermost line outside of libraries, of a stack as text: 'losses.py:98 in anti_modulation'."""
-    found = re.findall(r'File "(.+?)", line (\d+), in (.+)', stack)
-    own = [where for where in found if not any(part in where[0] for part in LIBRARIES)]
-    return "{}:{} in {}".format(Path(own[-1][0]).name, *own[-1][1:]) if own else "inside a library"
 
 
 def stage_of(name: str) -> int | None:
