@@ -18,7 +18,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,67 +78,63 @@ def run_notebooks(
     """Execute the notebooks, rewriting `index.html` after each; returns its path. If one fails, the others that do not
     need it run first; then `NotebookError` is raised, or `UserError` if bad settings or data caused every failure."""
     out = Path(out_dir or ROOT / "outputs" / preset_name).resolve()
-    with only_one(out / ".notebooks.lock"):  # each notebook that trains has a lock of its own
-        return _run_notebooks(preset_name, overrides, data_dir, out, only, resume)
-
-
-def _run_notebooks(
-    preset_name: str, overrides: dict[str, Any], data_dir: str | Path, out: Path, only: Sequence[str], resume: bool
-) -> Path:
     preset, data = load_preset(preset_name, overrides), str(Path(data_dir).resolve()) if data_dir else ""
     # which notebooks keep in their parameters
     check(data.encode(errors="ignore").decode() == data, "folder", data, "a name in UTF-8")
-    say(f"preset {preset_name}: data and latents")
-    project = open_project(preset, data, out, resume=resume)
-    if resume and TRAINING[0] in only and (out / "config.json").exists():  # refused before anything is replaced
-        settings = run_settings(project.index, project.codec, preset.model.cascade, preset.train, preset.model.masking)
-        Run.open(out).differences(settings, refused=True)
-    make_folder(out / "report")
-    if FIRST in only:
-        project.listening()  # refuse songs too short to listen to before training, not after
-    say("\n".join(project.in_words()))
-    train, val = (len(project.manifest.split(split)) for split in ("train", "val"))
-    parameters = {"preset": preset_name, "overrides": overrides, "data_dir": data, "out_dir": str(out)}
-    # the index is named by its content; notebooks show recorded results, too, and what lib's TOML files say
-    shown = [path for path in (RECORD / f"{name}.json" for name in RECORDED) if path.exists()]
-    recorded = [file_sha256(path) for path in sorted([*shown, *(ROOT / "lib").rglob("*.toml")])]
-    inputs = [parameters, dataclasses.asdict(preset), project.codec.fingerprint, project.index.name]
-    inputs += [code_of_lib(), recorded]
-    chosen, failures, page = [name for name in EXECUTED if name in only], {}, out / "index.html"
-    for number, name in enumerate(chosen, start=1):
-        where, needed, executed = f"[{number}/{len(chosen)}] {name}", NEEDS.get(name, ""), out / f"{name}.ipynb"
-        conditions = json.dumps([*inputs, read_mark(out, needed), (FOLDER / f"{name}.ipynb").read_text()])
-        state = hashlib.sha256(conditions.encode()).hexdigest()
-        if resume and read_mark(out, name).get("state") == state:
-            say(f"{where}: done before, skipped")
-        else:
-            stopped = resume and executed.exists() and not read_mark(out, name)
-            forget(out, name)
-            started = time.monotonic()
-            try:
-                if name == FIRST and needed in failures:
-                    raise NotebookError(name, f"not run: it needs {needed}, which failed", failures[needed].by_user)
-                say(f"{where} → {executed}")
-                execute(name, out, parameters | ({"resume": resume} if name in TRAINING else {}))
-                seconds = round(time.monotonic() - started)
-                mark = {"state": state, "seconds": seconds, "resumed": stopped, "at": time.time()}
-                say(f"{where}: {seconds} s")
-            except NotebookError as error:
-                failures[name], mark = error, {"failed": error.reason}
-                say(f"{where}: {error.reason}")
-            write_atomic(out / "report" / f"{name}.mark", json.dumps(mark))
-            if executed.exists():
-                write_notebook_page(executed)
-        about, to_come = facts(preset, out, train, val), chosen[number:]
-        marks = {other: read_mark(out, other) for other in NOTEBOOKS if other not in to_come}
-        reasons = {other: mark["failed"] for other, mark in marks.items() if "failed" in mark}
-        write_report(out, f"Latent fusion: {preset_name}", LEAD, about, reasons, to_come)
-    if failures:
-        said = "; ".join(dict.fromkeys(map(str, failures.values())))
-        if all(error.by_user for error in failures.values()):
-            raise UserError(said)
-        raise NotebookError(f"{len(failures)} of {len(chosen)} notebooks failed", f"{said}; the page is {page}")
-    return page
+    with only_one(out / ".notebooks.lock"):  # each notebook that trains has a lock of its own
+        say(f"preset {preset_name}: data and latents")
+        project = open_project(preset, data, out, resume=resume)
+        if resume and TRAINING[0] in only and (out / "config.json").exists():  # refused before anything is replaced
+            settings = run_settings(
+                project.index, project.codec, preset.model.cascade, preset.train, preset.model.masking
+            )
+            Run.open(out).differences(settings, refused=True)
+        make_folder(out / "report")
+        if FIRST in only:
+            project.listening()  # refuse songs too short to listen to before training, not after
+        say("\n".join(project.in_words()))
+        train, val = (len(project.manifest.split(split)) for split in ("train", "val"))
+        parameters = {"preset": preset_name, "overrides": overrides, "data_dir": data, "out_dir": str(out)}
+        # the index is named by its content; notebooks show recorded results, too, and what lib's TOML files say
+        shown = [path for path in (RECORD / f"{name}.json" for name in RECORDED) if path.exists()]
+        recorded = [file_sha256(path) for path in sorted([*shown, *(ROOT / "lib").rglob("*.toml")])]
+        inputs = [parameters, dataclasses.asdict(preset), project.codec.fingerprint, project.index.name]
+        inputs += [code_of_lib(), recorded]
+        chosen, failures, page = [name for name in EXECUTED if name in only], {}, out / "index.html"
+        for number, name in enumerate(chosen, start=1):
+            where, needed, executed = f"[{number}/{len(chosen)}] {name}", NEEDS.get(name, ""), out / f"{name}.ipynb"
+            conditions = json.dumps([*inputs, read_mark(out, needed), (FOLDER / f"{name}.ipynb").read_text()])
+            state = hashlib.sha256(conditions.encode()).hexdigest()
+            if resume and read_mark(out, name).get("state") == state:
+                say(f"{where}: done before, skipped")
+            else:
+                stopped = resume and executed.exists() and not read_mark(out, name)
+                forget(out, name)
+                started = time.monotonic()
+                try:
+                    if name == FIRST and needed in failures:
+                        raise NotebookError(name, f"not run: it needs {needed}, which failed", failures[needed].by_user)
+                    say(f"{where} → {executed}")
+                    execute(name, out, parameters | ({"resume": resume} if name in TRAINING else {}))
+                    seconds = round(time.monotonic() - started)
+                    mark = {"state": state, "seconds": seconds, "resumed": stopped, "at": time.time()}
+                    say(f"{where}: {seconds} s")
+                except NotebookError as error:
+                    failures[name], mark = error, {"failed": error.reason}
+                    say(f"{where}: {error.reason}")
+                write_atomic(out / "report" / f"{name}.mark", json.dumps(mark))
+                if executed.exists():
+                    write_notebook_page(executed)
+            about, to_come = facts(preset, out, train, val), chosen[number:]
+            marks = {other: read_mark(out, other) for other in NOTEBOOKS if other not in to_come}
+            reasons = {other: mark["failed"] for other, mark in marks.items() if "failed" in mark}
+            write_report(out, f"Latent fusion: {preset_name}", LEAD, about, reasons, to_come)
+        if failures:
+            said = "; ".join(dict.fromkeys(map(str, failures.values())))
+            if all(error.by_user for error in failures.values()):
+                raise UserError(said)
+            raise NotebookError(f"{len(failures)} of {len(chosen)} notebooks failed", f"{said}; the page is {page}")
+        return page
 
 
 def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
