@@ -247,8 +247,6 @@ def rate_ratio(native: int, target: int) -> Fraction:
 def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
     """`[C, N]` at another rate, by torchaudio's windowed sinc."""
     ratio = rate_ratio(from_rate, to_rate)
-    if ratio == 1:
-        return wav
     native, target = ratio.as_integer_ratio()
     # with more silence at the end than torchaudio itself adds: it computes the length in float32
     padded = torch.nn.functional.pad(wav, (0, native * math.ceil(64 / target)))

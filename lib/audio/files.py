@@ -206,8 +206,7 @@ class AudioWriter:
         """Append `wav [C, N]`."""
         if wav.ndim != 2 or wav.shape[0] != self.channels:
             raise ValueError(f"expected wav [C, N] of {self.channels} channel(s), got {list(wav.shape)}")
-        samples = wav.detach().to("cpu", torch.float32).numpy().T
-        samples = samples * np.float32(self._factor) if self._factor != 1 else samples
+        samples = wav.detach().to("cpu", torch.float32).numpy().T * np.float32(self._factor)
         peak = float(np.abs(samples).max(initial=0.0))
         if not math.isfinite(peak):
             first = self.num_samples + int(np.argmin(np.isfinite(samples).all(axis=1)))

@@ -295,8 +295,6 @@ def _tree_pairs(
 def _crossings(clips: list[list[Clip]], seed: int) -> Iterator[tuple[Clip, Clip]]:
     """For each file, up to four distinct pairs of one of its clips with a clip of another file."""
     usable = [pieces for pieces in clips if pieces]
-    if len(usable) < 2:
-        return
     for pieces in usable:
         # seeded and sorted by content, so that the draw does not depend on what the files are called
         rng = random.Random(f"{seed}:{pieces[0].sha256}")

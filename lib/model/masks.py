@@ -151,8 +151,6 @@ def apply_mask(x: Tensor, mask: Tensor, restore_rms: bool = True) -> Tensor:
 def added(input: Tensor, target: Tensor, root: int) -> Tensor:
     """The sum of latents `[B, D, T]` that are the `root`-th roots of amplitudes, an odd number: of those amplitudes. So
     nothing is distorted where both clips sound."""
-    if root == 1:
-        return input + target
     total = input.pow(root) + target.pow(root)
     return total / (total.square() + SMALLEST).pow((1 - 1 / root) / 2)  # a root whose gradient at 0 is finite
 
