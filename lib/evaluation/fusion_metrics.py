@@ -4,20 +4,25 @@ uses none of this code; its hits (`lib.audio.features`) are built much like thes
 Onsets are those of hits, not of notes, which `notes` measures. A hit is short and raises most of a band; a note lasts
 and raises its partials only. So what lasts is removed first (the median over 0.2 s of each frequency), and a band rises
 by the median over its frequencies. Legend: N samples, M mel bands, K bands, F frames of a spectrogram (75 a second).
+
+The transcriber is basic-pitch (Bittner et al., ICASSP 2022, doi 10.1109/ICASSP43922.2022.9746549), a network of 17,000
+parameters by Spotify, Apache-2.0 (`basic_pitch.LICENSE`).
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 
 import librosa
 import mir_eval
 import numpy as np
+import onnxruntime
 from scipy.ndimage import maximum_filter1d, median_filter
 from scipy.signal import find_peaks
 from torch import Tensor
 
 from lib.audio.files import SAMPLE_RATE
-from lib.evaluation.transcriber import note_posteriors
 from lib.model.rms_law import pair_rms
 
 HOP = 320
@@ -28,6 +33,11 @@ EMPTY = 10**-4.5  # of a clip's power: −45 dB; what leaks past the upper end o
 NOTE = 0.3  # posterior above which there is a note
 CHROMA_FFT = 4096  # 5.9 Hz a bin
 CHROMA_HOP = 4 * HOP  # 53 ms
+# of the transcriber, whose windows are a whole number of frames apart
+NOTE_RATE, NOTE_HOP = 22_050, 256  # 86 frames a second
+WINDOW = 2 * NOTE_RATE - NOTE_HOP  # 172 frames
+MARGIN, KEPT = 15, 141  # frames of a window: dropped at its ends, used
+PITCHES = 88  # semitones from A0, 27.5 Hz
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,25 @@ def sound_features(wav: Tensor) -> SoundFeatures:
         float(np.abs(samples).max()),
         float(envelope.std(ddof=1) / envelope.mean()),
     )
+
+
+@functools.cache
+def _network() -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # the same sums on any machine
+    path = Path(__file__).with_name("basic_pitch.onnx")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def note_posteriors(samples: np.ndarray) -> np.ndarray:
+    """Posterior of each of 88 notes in every frame of 11.6 ms, `[N]` at 24 kHz → `[F, 88]`, 0 to 1, F at least 1."""
+    samples = librosa.resample(samples.astype(np.float32), orig_sr=SAMPLE_RATE, target_sr=NOTE_RATE)  # by soxr
+    frames = max(1, len(samples) // NOTE_HOP)
+    windows = -(-frames // KEPT)
+    padded = np.pad(samples, (MARGIN * NOTE_HOP, windows * KEPT * NOTE_HOP + WINDOW - len(samples)))
+    batch = np.stack([padded[start : start + WINDOW] for start in KEPT * NOTE_HOP * np.arange(windows)])[..., None]
+    (notes,) = _network().run(["StatefulPartitionedCall:1"], {"serving_default_input_2:0": batch})
+    return notes[:, MARGIN : MARGIN + KEPT].reshape(-1, PITCHES)[:frames]
 
 
 def sound_metrics(output: SoundFeatures, input: SoundFeatures, target: SoundFeatures) -> dict[str, float]:
