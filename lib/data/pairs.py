@@ -35,7 +35,7 @@ from lib.audio.decode import NAMES, AudioError
 from lib.audio.files import MIN_SAMPLES, SAMPLE_RATE, Check, Skipped, check_audio, check_files, load_audio, walk_audio
 from lib.util.configs import Count, Whole, check, checked_dataclass, choice
 from lib.util.errors import UserError
-from lib.util.files import cannot_write, naming, read_json, write_atomic
+from lib.util.files import naming, read_json, write_file
 from lib.util.provenance import code_fingerprint
 
 MODES = ("auto", "named", "continuation", "cross", "both")
@@ -325,8 +325,4 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
     root = Path(os.path.relpath(manifest.root, path.resolve().parent)).as_posix()
     content = {"version": MANIFEST_VERSION} | asdict(manifest) | {"root": root}
     content["pairs"] = content.pop("pairs")  # last, as they are many
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    write_file(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")

@@ -31,17 +31,7 @@ from torch import nn
 from lib.training.config import LENGTH, WITHOUT_EFFECT
 from lib.util.configs import differing_fields
 from lib.util.errors import UserError
-from lib.util.files import (
-    cannot_write,
-    file_sha256,
-    fsync,
-    make_folder,
-    naming,
-    only_one,
-    read_json,
-    read_json_lines,
-    write_atomic,
-)
+from lib.util.files import file_sha256, fsync, make_folder, naming, only_one, read_json, read_json_lines, write_file
 from lib.util.provenance import versions
 from lib.util.tensors import load_weights, safe_torch_load
 
@@ -71,7 +61,7 @@ class Run:
                 (path / "replaced").mkdir(exist_ok=True)
                 os.rename(item, path / "replaced" / item.name)
         config = json.loads(json.dumps(config | {"versions": versions()}))  # what a later open reads
-        write_atomic(path / "config.json", json.dumps(config, indent=1))
+        write_file(path / "config.json", json.dumps(config, indent=1))
         (path / "checkpoints").mkdir()
         return cls(path, config)
 
@@ -101,10 +91,7 @@ class Run:
             run._verified("last", FILES)
         now = run.config | {"train": config["train"], "code": [*run.trained_by, *missing]}
         if now != run.config:
-            try:
-                write_atomic(path / "config.json", json.dumps(now, indent=1))
-            except OSError as error:
-                raise cannot_write(path / "config.json", error) from None
+            write_file(path / "config.json", json.dumps(now, indent=1))
         run.config = now
         return run
 
@@ -151,7 +138,7 @@ class Run:
 
     def plan(self, total_steps: int) -> None:
         """Note the step at which the training that begins will end."""
-        write_atomic(self.path / "plan.json", json.dumps({"total_steps": total_steps}))
+        write_file(self.path / "plan.json", json.dumps({"total_steps": total_steps}))
 
     @property
     def trained_by(self) -> list[str]:
@@ -188,7 +175,7 @@ class Run:
     def forget_metrics_after(self, step: int) -> None:
         """Drop the rows of steps that a resumed training will repeat."""
         kept = [row for row in self.metrics() if row["step"] <= step]
-        write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        write_file(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
     def save(self, step: int, model: nn.Module, training: dict[str, Any], *, is_best: bool) -> None:
         """Write a checkpoint, point `last` (and `best`) at it, and delete the checkpoints that neither points at."""

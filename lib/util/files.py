@@ -82,6 +82,15 @@ def write_atomic(path: Path, content: str | bytes | memoryview, *, sync: bool = 
         temporary.unlink(missing_ok=True)
 
 
+def write_file(path: Path, content: str) -> None:
+    """`write_atomic`, in a folder that is created if need be; what prevents it becomes a `UserError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
