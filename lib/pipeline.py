@@ -37,7 +37,7 @@ from lib.training.fusion_learner import run_settings
 from lib.training.run import Run
 from lib.util.configs import check
 from lib.util.errors import UserError, exit_on_user_error
-from lib.util.files import cannot_write, file_sha256, make_folder, only_one, read_json, write_atomic
+from lib.util.files import cannot_write, file_sha256, only_one, read_json, write_file
 from lib.util.provenance import code_fingerprint, gpu_name
 from lib.util.signals import StopSignals
 
@@ -89,7 +89,6 @@ def run_notebooks(
                 project.index, project.codec, preset.model.cascade, preset.train, preset.model.masking
             )
             Run.open(out).differences(settings, refused=True)
-        make_folder(out / "report")
         if FIRST in only:
             project.listening()  # refuse songs too short to listen to before training, not after
         say("\n".join(project.in_words()))
@@ -122,7 +121,7 @@ def run_notebooks(
                 except NotebookError as error:
                     failures[name], mark = error, {"failed": error.reason}
                     say(f"{where}: {error.reason}")
-                write_atomic(out / "report" / f"{name}.mark", json.dumps(mark))
+                write_file(out / "report" / f"{name}.mark", json.dumps(mark))
                 if executed.exists():
                     write_notebook_page(executed)
             about, to_come = facts(preset, out, train, val), chosen[number:]

@@ -55,7 +55,6 @@ class Project:
     def ablation(self, plan: Plan | None = None) -> tuple[Result, ...]:
         """The results of a plan, by default of the preset's ablation. Finished runs are reused."""
         folder, settings = self.out_dir / "ablation", self.preset.ablation
-        make_folder(folder)
         manifest = _manifest(self.manifest.root, folder / "manifest.json", settings.clip_seconds, self.preset)
         index = encode_manifest(manifest, self.codec, ROOT / "data" / "latents")
         return run_plan(plan or settings.plan, index, self.preset.codec, folder / "runs")
