@@ -22,7 +22,7 @@ from lib.evaluation.progress import SPLIT, MeritOverTime
 from lib.pipeline import add_arguments, parse_overrides
 from lib.presets import load_preset
 from lib.project import ROOT, Project, open_project
-from lib.training.callbacks import DemoClips, TensorBoard
+from lib.training.callbacks import DemoClips
 from lib.training.fusion_learner import train
 from lib.training.run import LOCK, Run
 from lib.training.trainer import Callback, join_processes
@@ -34,14 +34,14 @@ from lib.util.files import only_one
 def train_project(
     project: Project, *, resume: bool = False, num_processes: int = 1, callbacks: tuple[Callback, ...] = ()
 ) -> Run:
-    """Train the project's model, with demo clips and TensorBoard curves. In a notebook, `num_processes` above 1 starts
+    """Train the project's model, with demo clips. In a notebook, `num_processes` above 1 starts
     one for each GPU, without `callbacks`: another process cannot reach the notebook's page."""
     preset = project.preset
 
     def start(*callbacks: Callback) -> Run:
         model, clips = preset.model, DemoClips(project.codec, project.manifest, preset.listening.every)
         what = (project.out_dir, project.index, project.codec, model.cascade, preset.train, model.masking)
-        return train(*what, resume=resume, callbacks=(clips, TensorBoard(), *callbacks))
+        return train(*what, resume=resume, callbacks=(clips, *callbacks))
 
     def start_forked() -> None:
         torch.set_num_threads(1)  # OpenMP's threads do not follow into a fork: a step would wait for them forever

@@ -1,10 +1,7 @@
-"""Callbacks of training: clips to listen to, and TensorBoard."""
-
-from typing import Any
+"""A callback of training: clips to listen to."""
 
 import matplotlib.pyplot as plt
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from lib.audio import plots
 from lib.audio.files import save_audio
@@ -50,23 +47,3 @@ class DemoClips(Callback):
             figure = plots.waveforms_and_mels(dict(zip(("input", "target", "output"), wavs, strict=True)))
             figure.savefig(figures / f"pair_{number}_{when}.png")
             plt.close(figure)
-
-
-class TensorBoard(Callback):
-    """Every number of metrics.jsonl as a curve: `tensorboard --logdir outputs`."""
-
-    writer: SummaryWriter | None = None
-
-    def on_start(self, trainer: Trainer) -> None:
-        self.writer = SummaryWriter(str(trainer.run.path / "tensorboard"), purge_step=trainer.step + 1)
-
-    def on_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        for name, value in row.items():
-            if isinstance(value, float):
-                self.writer.add_scalar(f"{row['split']}/{name}", value, row["step"])
-
-    on_validation = on_step
-
-    def on_end(self, trainer: Trainer) -> None:
-        if self.writer:
-            self.writer.close()

@@ -11,7 +11,6 @@ import pytest
 import soundfile
 import torch
 from matplotlib.image import imread
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lib.listening.dashboard
 from lib.audio.files import load_audio
@@ -23,7 +22,7 @@ from lib.listening.dashboard import Dashboard
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import load_model
 from lib.model.masks import MaskingConfig
-from lib.training.callbacks import DemoClips, TensorBoard
+from lib.training.callbacks import DemoClips
 from lib.training.config import TrainConfig
 from lib.training.fusion_learner import train
 from lib.training.run import Run
@@ -202,48 +201,10 @@ def test_callbacks_do_not_disturb_training(start, tiny_codec, tiny_manifest, mon
     monkeypatch.setattr(lib.listening.dashboard, "can_show_widgets", lambda: True)
     monkeypatch.setattr(lib.listening.dashboard, "display", lambda box: None)
     monkeypatch.setattr(lib.listening.dashboard, "figure_png", lambda figure: plt.close(figure) or b"")  # faster
-    watchers = [
-        Compare(c)
-        for c in (DemoClips(tiny_codec, tiny_manifest, every=1, count=1), TensorBoard(), Dashboard(seconds=0))
-    ]
+    watchers = [Compare(c) for c in (DemoClips(tiny_codec, tiny_manifest, every=1, count=1), Dashboard(seconds=0))]
     alone, watched = (start(w, folder, ema=ema, epochs=2) for w, folder in (((), "alone"), (watchers, "watched")))
     assert all(watcher.times == 1 + 6 + 2 + 2 + 1 for watcher in watchers)
     assert watched.metrics() == alone.metrics()
     for which in ("last", "best"):
         models = [load_model(run, which).state_dict() for run in (alone, watched)]
         assert all(torch.equal(value, models[1][name]) for name, value in models[0].items())
-
-
-# --- TensorBoard ------------------------------------------------------------------------------------------------------
-
-
-def curves(run: Run) -> dict[str, list[tuple[int, float]]]:
-    accumulator = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
-
-
-def expected_curves(run: Run) -> dict[str, list[tuple[int, float]]]:
-    expected: dict[str, list[tuple[int, float]]] = {}
-    for row in run.metrics():
-        for name in set(row) - {"split", "step", "epoch"}:
-            expected.setdefault(f"{row['split']}/{name}", []).append((row["step"], pytest.approx(row[name], rel=1e-6)))
-    return expected
-
-
-def test_event_files_hold_every_number(start):
-    run = start([TensorBoard()])
-    found = curves(run)
-    assert found == expected_curves(run)
-    assert [step for step, _ in found["train/loss"]] == list(range(1, 13))
-    assert [step for step, _ in found["val/loss"]] == [4, 8, 12]
-    assert {"train/grad_norm", "train/stage1/output_rms", "val/loss/input_mse"} <= set(found)
-
-
-def test_a_resumed_run_takes_the_place_of_the_steps_that_were_lost(start):
-    """Killed at step 6, it resumes from the checkpoint of step 4: steps 5 and 6 come once, as taken the second time."""
-    with pytest.raises(Stop):
-        start([TensorBoard(), Kill(6)])
-    run = start([TensorBoard()], resume=True)
-    assert [step for step, _ in curves(run)["train/loss"]] == list(range(1, 13))
-    assert curves(run) == expected_curves(run)
-    assert len(files(run.path / "tensorboard")) == 2
