@@ -26,14 +26,6 @@ def band_snr(reference: Tensor, estimate: Tensor, edges: Sequence[float]) -> lis
     return [10 * torch.log10(power / error).item() if power > 0 else math.nan for power, error in powers]
 
 
-def band_rows(ratios: Sequence[float], edges: Sequence[float]) -> list[dict[str, str]]:
-    """What `band_snr` measured, as rows of a table."""
-    return [
-        {"band (Hz)": f"{low} to {high}", "SNR (dB)": "no signal" if math.isnan(ratio) else f"{ratio:.0f}"}
-        for (low, high), ratio in zip(itertools.pairwise(edges), ratios, strict=True)
-    ]
-
-
 def survival(ratios: Sequence[float], design: float | None = None) -> str:
     """The lowest of some bands' signal-to-noise ratios (dB, NaN for an empty band) in words, beside the design's."""
     present = [ratio for ratio in ratios if not math.isnan(ratio)]

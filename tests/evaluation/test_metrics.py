@@ -9,7 +9,6 @@ import torch
 
 from lib.data.latents import LatentPairs
 from lib.evaluation.metrics import (
-    band_rows,
     band_snr,
     evaluate_fusion,
     movement,
@@ -47,11 +46,6 @@ def test_band_snr_of_an_empty_band_is_nan():
 def test_band_snr_of_a_perfect_copy_is_huge_but_finite():
     ratio = band_snr(sine(500, 0.5), sine(500, 0.5), (0, 1000))[0]
     assert 200 < ratio < math.inf
-
-
-def test_bands_are_rows_of_a_table():
-    rows = [{"band (Hz)": "0 to 500", "SNR (dB)": "71"}, {"band (Hz)": "500 to 1000", "SNR (dB)": "no signal"}]
-    assert band_rows([70.6, math.nan], (0, 500, 1000)) == rows
 
 
 def test_what_survives_is_said_in_every_wording():
