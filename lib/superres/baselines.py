@@ -4,19 +4,18 @@ of audio codecs (Dietz et al. 2002, AES 5553); and ridge regression of the upper
 import functools
 from typing import Literal
 
-import librosa
 import torch
 from torch import Tensor, nn
 
 from lib.superres.degradation import Examples, Library
 from lib.superres.mel import (
-    HIGHEST,
     HOP,
-    LOWEST,
+    KNOWN,
     MELS,
     N_FFT,
     bin_of,
     inverse_spectrum,
+    known_bands,
     log_mel,
     magnitudes_of,
     spectrum,
@@ -24,7 +23,6 @@ from lib.superres.mel import (
 
 SPAN = 2  # frames on either side from which a frame's upper bands are predicted
 RIDGE = 10.0  # added to the variance of each predictor, squared nepers; 1 to 10 did best on training songs left out
-EDGE = 0.9  # share of the cutoff below which a band is the clip's own, whatever filter removed the rest
 
 
 class MelStatistics(nn.Module):
@@ -63,7 +61,7 @@ class MelStatistics(nn.Module):
     def replicated(self, low: Tensor, cutoff: float) -> Tensor:
         """A waveform `[B, 1, N]` whose spectrum above the cutoff is that of the octave below it, copied as often as
         needed, with the envelope that is predicted from the tilt in place of its own."""
-        last = bin_of(EDGE * cutoff)
+        last = bin_of(KNOWN * cutoff)
         bins = torch.arange(N_FFT // 2 + 1, device=low.device)
         octave = last - last // 2
         sources = torch.where(bins < last, bins, last - octave + (bins - last) % octave)
@@ -79,9 +77,3 @@ def neighbours(mel: Tensor) -> Tensor:
     """Log mel `[B, 1, 256, T]` → each frame with those beside it, at the ends repeated: `[B, T, W · 256]`."""
     padded = torch.nn.functional.pad(mel[:, 0], (SPAN, SPAN), mode="replicate")
     return padded.unfold(2, 2 * SPAN + 1, 1).permute(0, 2, 3, 1).flatten(2)
-
-
-def known_bands(cutoff: float) -> int:
-    """The number of mel bands that end below `EDGE` of a cutoff."""
-    edges = librosa.mel_frequencies(MELS + 2, fmin=LOWEST, fmax=HIGHEST)[2:]
-    return int((edges <= EDGE * cutoff).sum())

@@ -4,8 +4,8 @@ small convolutional network corrects in it. A diffusion model then adds what no 
 import torch
 from torch import Tensor, nn
 
-from lib.superres.baselines import MelStatistics, known_bands
-from lib.superres.mel import MELS
+from lib.superres.baselines import MelStatistics
+from lib.superres.mel import MELS, known_bands
 from lib.util.configs import Count, checked_dataclass
 
 SHARE = (

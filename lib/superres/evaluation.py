@@ -68,14 +68,11 @@ class Score:
 
 def gains_in_words(scores: Sequence[Score], method: str = "model") -> str:
     """How a method compares with every baseline, at every cutoff."""
-    own = [s for s in scores if s.method == method]
-    return "; ".join(
-        in_words(
-            {f"{s.cutoff / 1000:g}": s.against(baseline) for s in own},
-            {verdict: f"{words} {baseline} at {{names}} kHz" for verdict, words in VERBS.items()},
-        )
-        for baseline in own[0].gains
-    )
+    own, said = [s for s in scores if s.method == method], []
+    for baseline in own[0].gains:
+        words = {verdict: f"{words} {baseline} at {{names}} kHz" for verdict, words in VERBS.items()}
+        said.append(in_words({f"{s.cutoff / 1000:g}": s.against(baseline) for s in own}, words))
+    return "; ".join(said)
 
 
 def nearer_than_all(scores: Sequence[Score], method: str = "model") -> list[Score]:
@@ -118,10 +115,9 @@ def restorations(
     mel, statistics = log_mel(original), resolver.completion.statistics
     with torch.inference_mode():
         coded = resolver.vae.decode(resolver.vae.encode(mel.to(resolver.device))).to(mel.device)
-        regression = statistics.predicted(log_mel(low.to(resolver.device)), cutoff).to(mel.device)
     mels = {
         "envelope": statistics.mean.to(mel.device)[:, None].expand_as(mel),
-        "ridge": regression,
+        "ridge": statistics.predicted(log_mel(low.to(resolver.device)), cutoff).to(mel.device),
         "model": resolver.predict_mel(low, cutoff, replace(settings, steps=0)),
         "autoencoder": coded,
         "vocoder": mel,

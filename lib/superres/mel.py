@@ -13,6 +13,7 @@ N_FFT, HOP, MELS = 2048, 480, 256
 LOWEST, HIGHEST = 20.0, 24_000.0  # Hz
 FLOOR = 1e-5  # of a magnitude
 SILENCE = -11.5129  # its logarithm: the value of a silent band
+KNOWN = 0.9  # share of a cutoff below which a band is the clip's own, whatever filter removed the rest
 PAD = (N_FFT - HOP) // 2  # on either side: frame t is centred on samples t · HOP to (t + 1) · HOP
 
 
@@ -53,6 +54,11 @@ def magnitudes_of(mel: Tensor) -> Tensor:
 def bin_of(frequency: float) -> int:
     """The first bin of the spectrum at or above a frequency in Hz."""
     return -int(-frequency * N_FFT // SAMPLE_RATE)
+
+
+def known_bands(cutoff: float) -> int:
+    """The number of bands that end below `KNOWN` of a cutoff in Hz."""
+    return int((librosa.mel_frequencies(MELS + 2, fmin=LOWEST, fmax=HIGHEST)[2:] <= KNOWN * cutoff).sum())
 
 
 @cached_table

@@ -193,9 +193,6 @@ class MadeExamples:
         return first, second
 
 
-Encoded = tuple[dict[str, Pairs], dict[str, Any]]  # what the diffusion model learns, and what its run records of it
-
-
 def train_part(
     folder: str | Path,
     part: str,
@@ -204,7 +201,7 @@ def train_part(
     config: PartConfig,
     *,
     name: str | None = None,
-    encoded: Encoded | None = None,
+    encoded: tuple[dict[str, Pairs], dict[str, Any]] | None = None,
     resume: bool = False,
 ) -> Run:
     """Train a part, a key of `PARTS`, into `folder/<name or part>`; `resume` as in `lib.training.fusion_learner.train`.
@@ -213,7 +210,12 @@ def train_part(
     data, facts, code = examples_of(library, config), {}, [code_fingerprint("lib.superres.training")[:16]]
     if part == "completion":
         statistics = MelStatistics.of(library, config.clip_length, min(LISTENED, config.examples))
-        data = made(data, functools.partial(with_regression, statistics.to(accelerator.device)), accelerator.device)
+        statistics.to(device := accelerator.device)
+
+        def with_regression(mel: Tensor, cutoff: int) -> tuple[Tensor, Tensor]:
+            return torch.cat([mel[0], statistics.predicted(mel[1:], cutoff)[0]]), missing_bands(cutoff)
+
+        data = {split: MadeExamples(own, with_regression, device) for split, own in data.items()}
     elif part == "vae":
         examples = data["train"]
         mels = torch.stack([log_mel(torch.stack(examples[i])) for i in range(min(MEASURED, len(examples)))])
@@ -256,19 +258,12 @@ def examples_of(library: Library, config: PartConfig) -> dict[str, Examples]:
     return {split: Examples(library, split, count, config.clip_length, config.seed) for split, count in counts.items()}
 
 
-def made(examples: dict[str, Examples], make: Callable, device: torch.device) -> dict[str, MadeExamples]:
-    return {split: MadeExamples(own, make, device) for split, own in examples.items()}
-
-
-def with_regression(statistics: MelStatistics, mel: Tensor, cutoff: int) -> tuple[Tensor, Tensor]:
-    """For the completion: a mel and the regression of it on its lower bands `[2, 256, T]`, missing bands `[256]`."""
-    return torch.cat([mel[0], statistics.predicted(mel[1:], cutoff)[0]]), missing_bands(cutoff)
-
-
-def encode(folder: Path, library: Library, config: PartConfig, known: float = 0.0) -> Encoded:
+def encode(
+    folder: Path, library: Library, config: PartConfig, known: float = 0.0
+) -> tuple[dict[str, Pairs], dict[str, Any]]:
     """For the diffusion model: latents of a clip and of its completed low band `[2·Z, H, W]`, and the completed log mel
     `[1, 256, T]`, by the parts in the folder. Scaled so that their difference has a standard deviation of 1. `known`:
-    share of a clip, from its start, of which the whole band is given."""
+    share of a clip, from its start, of which the whole band is given. With what a run records of it."""
     runs, device = {part: Run.open(folder / part) for part in NEEDED}, open_accelerator().device
     completion, vae = (load_part(run, part).requires_grad_(False).to(device) for part, run in runs.items())
     scale = 1.0
@@ -278,7 +273,7 @@ def encode(folder: Path, library: Library, config: PartConfig, known: float = 0.
         completed[..., :frames] = mel[:1, ..., :frames]
         return scale * vae.encode(torch.cat([mel[:1], completed])).flatten(0, 1), completed[0]
 
-    data = made(examples_of(library, config), encoded, device)
+    data = {split: MadeExamples(own, encoded, device) for split, own in examples_of(library, config).items()}
     first = [torch.sub(*data["train"][i][0].chunk(2)) for i in range(min(MEASURED, config.examples))]
     scale = 1 / torch.stack(first).std().item()
     data["train"].kept.clear()

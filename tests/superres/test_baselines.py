@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lib.superres.baselines import EDGE, SPAN, MelStatistics, known_bands, neighbours
+from lib.superres.baselines import SPAN, MelStatistics, neighbours
 from lib.superres.degradation import Degradation, Examples
-from lib.superres.mel import MELS, N_FFT, SAMPLE_RATE, bin_of, filters, log_mel, spectrum
+from lib.superres.mel import KNOWN, MELS, N_FFT, SAMPLE_RATE, bin_of, filters, known_bands, log_mel, spectrum
 from lib.superres.resolver import join_bands
 from superres.conftest import CLIP, band, decibels, white
 
@@ -42,7 +42,7 @@ def test_known_bands_end_below_the_cutoff():
     for cutoff in (2_000, 4_000, 8_000, 12_000, 16_000):
         known, bank = known_bands(cutoff), filters(torch.device("cpu"))
         ends = [(row > 0).nonzero().max().item() * SAMPLE_RATE / N_FFT for row in bank]
-        assert ends[known - 1] <= EDGE * cutoff < ends[known + 1]
+        assert ends[known - 1] <= KNOWN * cutoff < ends[known + 1]
 
 
 def of_frames(frames: torch.Tensor) -> MelStatistics:
@@ -88,7 +88,7 @@ def test_replication_copies_the_octave_below(statistics, cutoff):
     clip = white(CLIP) + 0.0
     low = Degradation(cutoff)(clip)[None]
     made = statistics.replicated(low, cutoff)
-    last = bin_of(EDGE * cutoff)
+    last = bin_of(KNOWN * cutoff)
     octave = last - last // 2
     source, copy = (spectrum(made)[0, first : first + octave, 2:-2].abs() for first in (last - octave, last))
     alike = torch.corrcoef(torch.stack([source.log().flatten(), copy.log().flatten()]))[0, 1]

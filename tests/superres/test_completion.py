@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lib.superres.baselines import MelStatistics, known_bands, neighbours
+from lib.superres.baselines import MelStatistics, neighbours
 from lib.superres.completion import SHARE, Completion, CompletionConfig, missing_bands
-from lib.superres.mel import MELS
+from lib.superres.mel import MELS, known_bands
 
 SIZES = CompletionConfig(hidden_dim=32, num_layers=2)
 
