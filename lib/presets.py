@@ -90,9 +90,9 @@ class SuperresSettings:
     """Notebook 06: super-resolution."""
 
     plan: choice(PLANS) = "small"  # sizes of its parts, in PLANS
-    completion_steps: Count = 200
-    vae_steps: Count = 100
-    steps: Count = 200  # of the diffusion model
+    completion_steps: Count = 120
+    vae_steps: Count = 60
+    steps: Count = 100  # of the diffusion model
     vocoder_steps: Whole = 0  # of HiFi-GAN; 0: Griffin-Lim, which needs no training
     sampler_steps: Count = 10
     clips: Count = 16  # at each cutoff, on which methods are compared

@@ -441,6 +441,8 @@ def stub(monkeypatch, tmp_path):
     said = []
 
     class Project:
+        out_dir = tmp_path / "out"
+
         def __init__(self, preset, data):
             self.preset = preset
             self.codec = type("codec", (), {"name": "mdct"})
@@ -458,7 +460,7 @@ def stub(monkeypatch, tmp_path):
         Section(out, "01_encoding", "Encoding").claims([judge("C3", "it holds", True)])
         return out / "index.html"
 
-    monkeypatch.setattr(parts, "record_superres", lambda preset, project, folder: None)
+    monkeypatch.setattr(parts, "record_superres", lambda *given: None)
     monkeypatch.setattr(parts, "record_variations", lambda *given: None)
     monkeypatch.setattr(parts, "record_explosion", lambda *given: None)
     monkeypatch.setattr(parts, "record_fusion", record_fusion)
@@ -493,6 +495,7 @@ def test_a_record_holds_everything_and_names_its_commit_in_one_file(stub, monkey
         ("abcdef0", "demo", "mdct")
     }
     assert (made["fusion"]["music"], made["notebooks"]["music"]) == ("real music", "music in songs")
+    assert made["superres"]["music"] == "real music"
     assert [path.name for path in written.glob("*") if b"abcdef0" in path.read_bytes()] == ["record.json"]
 
 
