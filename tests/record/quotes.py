@@ -251,7 +251,8 @@ def distances_block(scores: Sequence[Score], facts: Mapping[str, Any]) -> str:
     }
     nearest = [", ".join(f"{s.cutoff / 1000:g}" for s in nearer_than_all(own)) or "none" for own in seeds.values()]
     said = f"The model {gains_in_words(scores)} ({TEST}). "
-    said += f"Nearer than every baseline, with each of {len(seeds)} seeds, at {'; '.join(nearest)} kHz."
+    where = [f"{name} at {at} kHz" for name, at in zip(seeds, nearest, strict=True) if at != "none"]
+    said += f"Nearer than every baseline: {'; '.join(where) or f'nowhere, with none of {len(seeds)} seeds'}."
     return "\n".join([*table(list(rows[0]), named), "", said])
 
 
