@@ -36,7 +36,7 @@ class MelStatistics(nn.Module):
     @classmethod
     def of(cls, library: Library, clip_length: int, clips: int) -> "MelStatistics":
         examples = Examples(library, "train", clips, clip_length)
-        frames = torch.cat([neighbours(log_mel(examples[i][0][None])) for i in range(clips)]).flatten(0, 1).double()
+        frames = torch.cat([neighbours(log_mel(examples.clip(i)[None])) for i in range(clips)]).flatten(0, 1).double()
         return cls(frames.mean(dim=0).view(-1, MELS)[SPAN].float(), torch.cov(frames.mT).float())
 
     def predicted(self, mel: Tensor, cutoff: float, by: Literal["tilt", "bands"] = "bands") -> Tensor:

@@ -118,9 +118,12 @@ class Examples:
         return self.count
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        song, offset, degradation = self._draw(i)
-        clip = load_audio(song, offset, self.clip_length, SAMPLE_RATE)
-        return clip, (self.degradation or degradation)(clip)
+        clip = self.clip(i)
+        return clip, (self.degradation or self._draw(i)[2])(clip)
+
+    def clip(self, i: int) -> Tensor:
+        song, offset, _ = self._draw(i)
+        return load_audio(song, offset, self.clip_length, SAMPLE_RATE)
 
     def cutoff(self, i: int) -> int:
         return (self.degradation or self._draw(i)[2]).cutoff

@@ -93,7 +93,7 @@ def evaluate(resolver: SuperResolver, library: Library, settings=DEFAULTS, *, cl
     whole = Examples(library, "val", clips, resolver.clip_length, SEED)
     songs = [whole.song(i) for i in range(clips)]
     bands = {song.sha256: file_band(song) for song in dict.fromkeys(songs)}
-    original = torch.stack([whole[i][0] for i in range(clips)])
+    original = torch.stack([whole.clip(i) for i in range(clips)])
     tops = torch.tensor([bands[song.sha256] for song in songs])
     scores, sounds = [], {}
     for cutoff in cutoffs:

@@ -10,7 +10,6 @@ from lib.audio.plots import STYLE, draw_image, mel_axes
 from lib.superres.evaluation import Score
 from lib.superres.mel import HOP, SAMPLE_RATE, SILENCE
 
-Rows = list[dict[str, str]]
 LOUDEST = 2.5  # of a log mel, about
 
 
@@ -25,7 +24,7 @@ def mel_spectrograms(mels: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
-def upper_rows(scores: Sequence[Score], which: str = "upper") -> Rows:
+def upper_rows(scores: Sequence[Score], which: str = "upper") -> list[dict[str, str]]:
     """LSD above the cutoff, `upper` or `upper_matched`: a row for each method, a column for each cutoff."""
     rows: dict[str, dict[str, str]] = {}
     for s in scores:

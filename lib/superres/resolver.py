@@ -48,8 +48,8 @@ Numbers = Sequence[int] | None  # of clips, which decide their random numbers; 0
 
 
 class SuperResolver:
-    """The trained parts of a folder, on `device`, in eval mode: the runs of `PARTS`. `vocoder`,
-    'hifigan' or 'griffin-lim' (which has no parameters), is HiFi-GAN by default if the folder has it."""
+    """The trained parts of a folder, on `device`, in eval mode: its runs of `PARTS`. `vocoder`, 'hifigan' or
+    'griffin-lim' (which has no parameters), is HiFi-GAN by default if the folder has it."""
 
     def __init__(
         self, folder: str | Path, *, diffusion: str = "diffusion", vocoder: str | None = None, device: str = "cpu"
