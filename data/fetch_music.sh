@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# Real, free music from Debian's packages, unpacked into a folder: data/fetch_music.sh DIR. Nothing is installed.
+# Real, free music from Debian's packages, unpacked into a folder: data/fetch_music.sh DIR [more]. Nothing is installed.
 set -euo pipefail
+dir=${1:?usage: fetch_music.sh DIR [more]}
 packages=(nexuiz-music wesnoth-1.16-music)
-dir=${1:?usage: fetch_music.sh DIR}
+if [ "${2:-}" = more ]; then # none of these shares a song with another
+    packages=(amoebax-data fillets-ng-data flare-game freedroidrpg-data hedgewars-data marsshooter-data naev-data
+        planetblupi-music-ogg plee-the-bear-data singularity-music ufoai-music widelands-data wizznic-data)
+fi
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 work=$(mktemp -d)
@@ -27,8 +31,9 @@ for package in "${lacking[@]}"; do
     find "$package" -name '*.pk3' -exec python3 -m zipfile -e {} "$package/unzipped" \;
     rm -rf "$dir/$package.part"
     mkdir "$dir/$package.part"
-    # thunder.ogg has 11 kHz, silence.ogg and what is below sounds/ is no music
-    find "$package" -name '*.ogg' ! -name thunder.ogg ! -name silence.ogg ! -path '*/sounds/*' -exec mv {} "$dir/$package.part" \;
+    # thunder.ogg has 11 kHz, silence.ogg is no music, nor is speech in English
+    find "$package" \( -ipath '*/music/*.ogg' -o -path '*/cdtracks/*.ogg' \) ! -name thunder.ogg ! -name silence.ogg \
+        ! -path '*/en/*' -exec mv {} "$dir/$package.part" \;
     cp "$package"/usr/share/doc/*/copyright "$dir/$package.part/COPYRIGHT"
     mv -T "$dir/$package.part" "$dir/$package"
 done

@@ -415,7 +415,7 @@ def test_what_a_run_has_found_is_read_from_its_tables(tmp_path):
     assert found_in(tmp_path)["pairs"] != found["pairs"]
 
 
-MUSIC = Path("where music is")
+MUSIC, MORE = Path("where music is"), Path("more-music")
 
 
 @pytest.fixture
@@ -588,33 +588,37 @@ class Song(NamedTuple):
     path: Path
 
 
-def songs(count: int = 57) -> list[Song]:
-    """Every third one of the album that is held out."""
-    return [Song(f"{i:03}", Path(upper_band.ALBUM if i % 3 == 0 else "other") / f"{i}.ogg") for i in range(count)]
+def songs(count: int = 240) -> list[Song]:
+    """Of twelve albums in turn."""
+    return [Song(f"{i:03}", Path(f"album {i % 12}") / f"{i}.ogg") for i in range(count)]
 
 
 @pytest.fixture
 def splits(monkeypatch) -> dict[str, upper_band.Split]:
     found = songs()
-    library = Library({"train": tuple(found[::-2]), "val": tuple(found[1::2])})  # in any order
-    monkeypatch.setattr(upper_band, "read_library", lambda music, clip_length: library)
-    return upper_band.splits_of(MUSIC, 48_000)
+    libraries = {  # in any order
+        MUSIC: Library({"train": tuple(found[:60:-1]), "val": tuple(found[51:61])}),
+        MORE: Library({"train": tuple(found[:51:2]), "val": tuple(found[1:51:2])}),
+    }
+    monkeypatch.setattr(upper_band, "read_library", lambda music, clip_length: libraries[music])
+    return upper_band.splits_of((MUSIC, MORE), 48_000)
 
 
 def test_who_is_judged_neither_trains_nor_chooses(splits):
-    assert list(splits) == ["songs", "album", "8 songs", "16 songs"]
-    for name, split in splits.items():
+    assert list(splits) == ["songs", "albums", "30 songs", "90 songs"]
+    for split in splits.values():
         judged = set(split.judging.songs["val"])
         trained, choosing = (set(split.training.songs[part]) for part in ("train", "val"))
         assert not judged & (trained | choosing)
         assert not trained & choosing
         assert split.judging.songs["train"] == split.training.songs["train"]
-        assert (name == "album") == ({song.path.parts[0] for song in judged} == {upper_band.ALBUM})
-    by_song = splits["songs"]
-    assert by_song.judging.songs["val"] == tuple(songs()[:20])
-    assert [len(splits[name].training.songs["train"]) for name in splits] == [33, 34, 8, 16]
-    assert all(splits[name].judging.songs["val"] == tuple(songs()[:20]) for name in ("8 songs", "16 songs"))
-    assert len(splits["album"].judging.songs["val"]) == 19
+    assert [len(split.training.songs["train"]) for split in splits.values()] == [168, 148, 30, 90]
+    assert all(splits[name].judging.songs["val"] == tuple(songs()[:60]) for name in splits if name != "albums")
+    held_out, others = (
+        {upper_band.album_of(song) for song in of.songs[split]}
+        for of, split in ((splits["albums"].judging, "val"), (splits["albums"].judging, "train"))
+    )
+    assert (len(held_out), len(others), held_out & others) == (upper_band.ALBUMS, 8, set())
 
 
 def test_onsets_of_the_upper_band_are_compared():
@@ -670,21 +674,24 @@ def test_the_super_resolver_is_trained_and_measured_as_the_record_says(monkeypat
     monkeypatch.setattr(upper_band.Study, "resolver", lambda study, name, seed: f"{name} {seed}")
     monkeypatch.setattr(upper_band, "by_steps", lambda study, resolver, library, _: [{"steps": resolver}])
     monkeypatch.setattr(upper_band, "perceptions", lambda study, resolver, library, cutoff: [{"cutoff": cutoff}])
-    upper_band.record_superres(preset, MUSIC, tmp_path / "runs", tmp_path)
-    once = [("songs-0", "vae", 33, 0), ("songs-0", "completion", 33, 0), ("songs-1", "completion", 33, 1)]
-    once += [("album-0", "completion", 34, 0), ("8-songs-0", "completion", 8, 0), ("16-songs-0", "completion", 16, 0)]
-    once += [("songs-0", "diffusion", 33, 0)]
-    contexts = [("songs-0", f"{name}-{seed}", 33, seed) for seed in range(2) for name in CONTEXTS]
+    upper_band.record_superres(preset, (MUSIC, MORE), tmp_path / "runs", tmp_path)
+    once = [("songs-0", "vae", 168, 0), ("songs-0", "completion", 168, 0), ("songs-1", "completion", 168, 1)]
+    once += [("albums-0", "completion", 148, 0)]
+    once += [("30-songs-0", "completion", 30, 0), ("90-songs-0", "completion", 90, 0)]
+    once += [("songs-0", "diffusion", 168, 0)]
+    contexts = [("songs-0", f"{name}-{seed}", 168, seed) for seed in range(2) for name in CONTEXTS]
     assert trained == [*once, *contexts]
     drawn = preset.superres.sampler_steps
-    others = [("songs 1", 20, 0, 3), ("album 0", 19, 0, 3), ("8 songs 0", 20, 0, 3), ("16 songs 0", 20, 0, 3)]
-    assert judged == [("songs 0", 20, drawn, 3), *others]
+    others = [("songs 1", 60, 0, 3), ("albums 0", 80, 0, 3), ("30 songs 0", 60, 0, 3), ("90 songs 0", 60, 0, 3)]
+    assert judged == [("songs 0", 60, drawn, 3), *others]
     scores, facts = read_record(tmp_path / "superres.json", Score)
     assert [score.method for score in scores] == ["model"]
-    assert list(facts["others"]) == ["songs, seed 1", "album, seed 0", "8 songs, seed 0", "16 songs, seed 0"]
-    assert facts["others"]["album, seed 0"][0]["upper"] == [1.5, 0.25]
+    assert list(facts["others"]) == ["songs, seed 1", "albums, seed 0", "30 songs, seed 0", "90 songs, seed 0"]
+    assert facts["others"]["albums, seed 0"][0]["upper"] == [1.5, 0.25]
     assert (facts["preset"], facts["steps"], facts["sampler_steps"]) == ("demo", steps, drawn)
-    assert facts["songs"] == {"songs": [33, 20], "album": [34, 19], "8 songs": [8, 20], "16 songs": [16, 20]}
+    assert facts["songs"] == {"songs": [168, 60], "albums": [148, 80], "30 songs": [30, 60], "90 songs": [90, 60]}
+    assert len(facts["albums"]) == upper_band.ALBUMS
+    assert facts["seconds"] == {"vae": 0, "completion": 0, "diffusion": 0}
     assert facts["contexts"] == {"sequence": [0.25] * 2, "pooled": [0.25] * 2, "none": [0.25, 1.25]}
     assert facts["by_steps"] == [{"steps": "songs 0"}]
     assert facts["perceived"] == [{"cutoff": cutoff} for cutoff in upper_band.HEARD_AT]

@@ -216,9 +216,9 @@ def test_every_package_has_its_level():
 
 
 DPKG = """#!/bin/bash
-mkdir -p "$3/usr/share/doc/music" "$3/data/sounds"
+mkdir -p "$3/usr/share/doc/music" "$3/data/Music" "$3/data/sounds" "$3/sound/music/en"
 echo "GPL-2+ of $2" > "$3/usr/share/doc/music/copyright"
-for name in song.ogg thunder.ogg sounds/hit.ogg; do echo "$2" > "$3/data/$name"; done
+for name in data/Music/song data/Music/thunder data/sounds/hit sound/music/en/said; do echo "$2" > "$3/$name.ogg"; done
 cp "$PACKED" "$3/data/music.pk3"
 """
 
@@ -228,18 +228,18 @@ def fetch(tmp_path):
     """`fetch(tool=script, ...)` runs the script with these commands beside the ordinary ones."""
     (tmp_path / "bin").mkdir()
     with zipfile.ZipFile(tmp_path / "packed.zip", "w") as packed:
-        packed.writestr("in/packed.ogg", "sound")
+        packed.writestr("sound/cdtracks/packed.ogg", "sound")
     for name in ("bash", "env", "find", "mkdir", "mktemp", "rm", "mv", "cp", "wc"):
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
     (tmp_path / "bin" / "python3").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
     (tmp_path / "bin" / "python3").chmod(0o755)
 
-    def run(**tools: str) -> subprocess.CompletedProcess:
+    def run(*arguments: str, **tools: str) -> subprocess.CompletedProcess:
         for name, script in tools.items():
             path = tmp_path / "bin" / name.replace("_", "-")
             path.write_text(script)
             path.chmod(0o755)
-        command = [ROOT / "data" / "fetch_music.sh", tmp_path / "my music"]
+        command = [ROOT / "data" / "fetch_music.sh", tmp_path / "my music", *arguments]
         environment = {"PATH": str(tmp_path / "bin"), "PACKED": str(tmp_path / "packed.zip")}
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -255,6 +255,7 @@ def test_music_is_unpacked_with_its_licence_and_a_second_call_does_nothing(fetch
         assert package in (folder / "COPYRIGHT").read_text()
     again = fetch(apt_get="#!/bin/bash\nexit 1\n")
     assert (again.returncode, again.stdout) == (0, found.stdout)
+    assert fetch("more", apt_get='#!/bin/bash\necho > "$3_1.deb"\n').stdout == f"30 tracks in {tmp_path}/my music\n"
 
 
 def test_without_apt_or_a_mirror_it_says_what_to_download(fetch, tmp_path):

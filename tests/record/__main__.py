@@ -10,7 +10,7 @@ Parts that are not measured stay; record.json has commit, preset, codec, music a
                 schedule.json      every run of the whole schedule in miniature
     explosion   explosion.json     what ends a training and what does not, on real music and songs: about six hours
     fusion      fusion.json        notebook 04 on real music, whatever --data says: seeds, and what each change brings
-    superres    superres.json      a small super-resolver on real music: held-out songs and album, seeds, perception
+    superres    superres.json      a small super-resolver on more music: held-out songs and albums, seeds, perception
     notebooks   summary.json       facts and tables of the notebooks, and the figures in FIGURES
                 claims.json        the audit of every claim, and claims.md, the same as a table
     variations  variations.json    the demo with other songs and seeds, on one thread, and without vector instructions

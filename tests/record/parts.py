@@ -64,15 +64,18 @@ def record(
     if preset.name == "full" and not torch.cuda.is_available():
         say("no GPU was found: preset full takes weeks here; PRESET=demo suits such a machine")
     project = open_project(preset, data_dir)
-    fetch, on_music = [ROOT / "data" / "fetch_music.sh", music], {"explosion", "fusion", "superres"}
-    if on_music & set(parts) and subprocess.run(fetch, check=False).returncode:
-        raise UserError(f"{music}: lacks the music to measure on; data/README.md says where it comes from")
+    fetch, on_music = ROOT / "data" / "fetch_music.sh", {"explosion", "fusion", "superres"}
+    more = music.with_name("more-music")
+    needed = [[music]] * bool(on_music & set(parts)) + [[more, "more"]] * ("superres" in parts)
+    for place, *which in needed:
+        if subprocess.run([fetch, place, *which], check=False).returncode:
+            raise UserError(f"{place}: lacks the music to measure on; data/README.md says where it comes from")
     measure = {
         "bench": lambda: record_bench(folder),
         "ablations": lambda: record_ablations(preset, project, folder),
         "explosion": lambda: record_explosion(project, music, folder),
         "fusion": lambda: record_fusion(preset, overrides, music, folder),  # its notebook shows the schedule's record
-        "superres": lambda: record_superres(preset, music, project.out_dir / "superres_record", folder),
+        "superres": lambda: record_superres(preset, (music, more), project.out_dir / "superres_record", folder),
         "notebooks": lambda: record_notebooks(preset, overrides, data_dir, folder),
         "variations": lambda: record_variations(preset, overrides, data_dir, folder),
     }

@@ -1,9 +1,11 @@
-"""What a super-resolver is worth on real music: songs and an album that it was not trained on, by several measures."""
+"""What a super-resolver is worth on real music: songs and albums that it was not trained on, by several measures."""
 
 import dataclasses
+import hashlib
 import itertools
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -27,13 +29,14 @@ from lib.superres.unet import CONTEXTS
 from lib.training.run import Run
 from lib.util.stats import mean_and_error
 
-HELD_OUT = 20  # songs, the first by the hash of their content, on which everything is measured
-CHOOSING = 4  # of the other songs, those that choose checkpoints
-ALBUM = "nexuiz-music"  # held out as a whole, too: electronic, while the rest is orchestral
-FEWER = (8, 16)  # songs to train with: what more of them brings
+HELD_OUT = 60  # songs, the first by the hash of their content, on which everything is measured
+CHOOSING = 12  # of the other songs, those that choose checkpoints
+ALBUMS = 4  # the music of a package is an album; the first by the hash of their names are held out as a whole, too
+FEWER = (30, 90)  # songs to train with: what more of them brings
 MAIN = ("songs", 0)  # the split and the seed with which all parts are trained
 STEPS = (1, 2, 5, 10, 20, 50)  # of the sampler
-HEARD_AT, HEARD = (4_000, 12_000), 2.56  # cutoffs in Hz, and seconds of each song, for the models of perception
+HEARD_AT, HEARD = (4_000, 12_000), 2.56  # cutoffs in Hz, and seconds of each song, for the models of perception, ...
+HEARD_SONGS = 20  # ... of so many of the songs
 KNOWN = 0.5  # share of a clip whose whole band is given, so that a global context should help
 
 
@@ -47,13 +50,19 @@ class Split(NamedTuple):
         return cls(Library(own), Library(own | {"val": tuple(judged)}))
 
 
-def splits_of(music: Path, clip_length: int) -> dict[str, Split]:
-    songs = sorted(itertools.chain(*read_library(music, clip_length).songs.values()), key=lambda song: song.sha256)
+def splits_of(folders: Sequence[Path], clip_length: int) -> dict[str, Split]:
+    found = itertools.chain(*(read_library(folder, clip_length).songs.values() for folder in folders))
+    songs = sorted(itertools.chain(*found), key=lambda song: song.sha256)
     judged, others = songs[:HELD_OUT], songs[HELD_OUT:]
-    of_album = [song for song in songs if ALBUM in song.path.parts]
+    albums = sorted({album_of(song) for song in songs}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    apart = [song for song in songs if album_of(song) in albums[:ALBUMS]]
     found = {"songs": Split.of(others, judged)}
-    found["album"] = Split.of([song for song in songs if song not in of_album], of_album)
+    found["albums"] = Split.of([song for song in songs if song not in apart], apart)
     return found | {f"{count} songs": Split.of(others[: CHOOSING + count], judged) for count in FEWER}
+
+
+def album_of(song: AudioReport) -> str:
+    return song.path.parent.name
 
 
 class Study(NamedTuple):
@@ -79,21 +88,25 @@ class Study(NamedTuple):
         return resolver
 
 
-def record_superres(preset: Preset, music: Path, out: Path, folder: Path) -> None:
-    """Train the whole system once, and what is heard of it with other seeds and on other songs, too; measure all."""
+def record_superres(preset: Preset, music: Sequence[Path], out: Path, folder: Path) -> None:
+    """Train the whole system once, and what is heard of it with other seeds and on other songs, too; measure all.
+    `music`: folders."""
     splits = splits_of(music, preset.superres.training_plan(0).completion_training.clip_length)
     study, seeds = Study(preset, splits, out), range(settings_of(preset).superres_seeds)
     plan = study.plan()
     runs = [("songs", seed) for seed in seeds] + [(name, 0) for name in splits if name != "songs"]
-    say(f"super-resolution: {len(runs)} runs on the music in {music}")
+    say(f"super-resolution: {len(runs)} runs on the music in {' and '.join(map(str, music))}")
     workers = 1 if torch.cuda.is_available() else os.cpu_count()
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
 
         def each(function: Callable, tasks: Sequence[tuple]) -> list[Any]:
             return list(pool.map(function, itertools.repeat(study), *zip(*tasks, strict=True)))
 
-        each(train, [("vae", *MAIN), *(("completion", *run) for run in runs)])
-        each(train, [("diffusion", *MAIN)])
+        first = ("vae", "completion")
+        taken = each(train, [*((part, *MAIN) for part in first), *(("completion", *run) for run in runs[1:])])
+        seconds = dict(
+            zip((*first, "diffusion"), (*taken[: len(first)], *each(train, [("diffusion", *MAIN)])), strict=True)
+        )
         scores = dict(zip(runs, each(judged, runs), strict=True))
         contexts = each(context_losses, [(seed,) for seed in seeds])
         curve, *perceived = each(measured, [(by_steps, None), *((perceptions, cutoff) for cutoff in HEARD_AT)])
@@ -103,6 +116,8 @@ def record_superres(preset: Preset, music: Path, out: Path, folder: Path) -> Non
         "sampler_steps": preset.superres.sampler_steps,
         "steps": {part: config.max_steps for part, config in parts.items()},
         "songs": {name: [len(s.training.songs["train"]), len(s.judging.songs["val"])] for name, s in splits.items()},
+        "albums": sorted({album_of(song) for song in splits["albums"].judging.songs["val"]}),
+        "seconds": seconds,
         "others": {
             f"{name}, seed {seed}": [dataclasses.asdict(s) for s in found if s.method == "model"]
             for (name, seed), found in scores.items()
@@ -115,15 +130,18 @@ def record_superres(preset: Preset, music: Path, out: Path, folder: Path) -> Non
     write_record(folder / "superres.json", scores[MAIN], facts)
 
 
-def train(study: Study, part: str, name: str, seed: int) -> None:
+def train(study: Study, part: str, name: str, seed: int) -> int | None:
+    """How many seconds it took; None if it was resumed."""
     torch.set_num_threads(1)  # as many runs as cores
-    plan = study.plan(seed)
+    plan, folder, begun = study.plan(seed), study.folder(name, seed), time.perf_counter()
+    resumed = (folder / part).exists()
     sizes, config = {
         "completion": (plan.completion, plan.completion_training),
         "vae": (plan.vae, plan.vae_training),
         "diffusion": (plan.denoiser, plan.training),
     }[part]
-    train_part(study.folder(name, seed), part, study.splits[name].training, sizes, config, resume=True)
+    train_part(folder, part, study.splits[name].training, sizes, config, resume=True)
+    return None if resumed else round(time.perf_counter() - begun)
 
 
 def judged(study: Study, name: str, seed: int) -> tuple[Score, ...]:
@@ -174,7 +192,7 @@ def perceptions(study: Study, resolver: SuperResolver, library: Library, cutoff:
     the spectral convergence of its onsets above the cutoff."""
     from visqol import VisqolApi  # for the record alone: it is compiled when it is installed
 
-    songs, length = library.songs["val"], round(HEARD * SAMPLE_RATE)
+    songs, length = library.songs["val"][:HEARD_SONGS], round(HEARD * SAMPLE_RATE)
     original = torch.stack(
         [load_audio(s, (s.samples_at(SAMPLE_RATE) - length) // 2, length, SAMPLE_RATE) for s in songs]
     )
