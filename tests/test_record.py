@@ -605,14 +605,14 @@ def splits(monkeypatch) -> dict[str, upper_band.Split]:
 
 
 def test_who_is_judged_neither_trains_nor_chooses(splits):
-    assert list(splits) == ["songs", "albums", "30 songs", "90 songs"]
+    assert list(splits) == ["songs", "albums", "30 songs"]
     for split in splits.values():
         judged = set(split.judging.songs["val"])
         trained, choosing = (set(split.training.songs[part]) for part in ("train", "val"))
         assert not judged & (trained | choosing)
         assert not trained & choosing
         assert split.judging.songs["train"] == split.training.songs["train"]
-    assert [len(split.training.songs["train"]) for split in splits.values()] == [168, 148, 30, 90]
+    assert [len(split.training.songs["train"]) for split in splits.values()] == [168, 148, 30]
     assert all(splits[name].judging.songs["val"] == tuple(songs()[:60]) for name in splits if name != "albums")
     held_out, others = (
         {upper_band.album_of(song) for song in of.songs[split]}
@@ -677,19 +677,18 @@ def test_the_super_resolver_is_trained_and_measured_as_the_record_says(monkeypat
     upper_band.record_superres(preset, (MUSIC, MORE), tmp_path / "runs", tmp_path)
     once = [("songs-0", "vae", 168, 0), ("songs-0", "completion", 168, 0), ("songs-1", "completion", 168, 1)]
     once += [("albums-0", "completion", 148, 0)]
-    once += [("30-songs-0", "completion", 30, 0), ("90-songs-0", "completion", 90, 0)]
-    once += [("songs-0", "diffusion", 168, 0)]
+    once += [("30-songs-0", "completion", 30, 0), ("songs-0", "diffusion", 168, 0)]
     contexts = [("songs-0", f"{name}-{seed}", 168, seed) for seed in range(2) for name in CONTEXTS]
     assert trained == [*once, *contexts]
     drawn = preset.superres.sampler_steps
-    others = [("songs 1", 60, 0, 3), ("albums 0", 80, 0, 3), ("30 songs 0", 60, 0, 3), ("90 songs 0", 60, 0, 3)]
+    others = [("songs 1", 60, 0, 3), ("albums 0", 80, 0, 3), ("30 songs 0", 60, 0, 3)]
     assert judged == [("songs 0", 60, drawn, 3), *others]
     scores, facts = read_record(tmp_path / "superres.json", Score)
     assert [score.method for score in scores] == ["model"]
-    assert list(facts["others"]) == ["songs, seed 1", "albums, seed 0", "30 songs, seed 0", "90 songs, seed 0"]
+    assert list(facts["others"]) == ["songs, seed 1", "albums, seed 0", "30 songs, seed 0"]
     assert facts["others"]["albums, seed 0"][0]["upper"] == [1.5, 0.25]
     assert (facts["preset"], facts["steps"], facts["sampler_steps"]) == ("demo", steps, drawn)
-    assert facts["songs"] == {"songs": [168, 60], "albums": [148, 80], "30 songs": [30, 60], "90 songs": [90, 60]}
+    assert facts["songs"] == {"songs": [168, 60], "albums": [148, 80], "30 songs": [30, 60]}
     assert len(facts["albums"]) == upper_band.ALBUMS
     assert facts["seconds"] == {"vae": 0, "completion": 0, "diffusion": 0}
     assert facts["contexts"] == {"sequence": [0.25] * 2, "pooled": [0.25] * 2, "none": [0.25, 1.25]}
