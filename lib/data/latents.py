@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import time
-import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ from lib.audio.files import SAMPLE_RATE, AudioReport, Check, check_files, report
 from lib.codec.codec import Codec
 from lib.data.pairs import Clip, Manifest
 from lib.util.errors import UserError
-from lib.util.files import TEMPORARY, cannot_write, file_sha256, write_atomic
+from lib.util.files import TEMPORARY, cannot_write, file_sha256, naming, write_atomic
 from lib.util.provenance import code_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -169,15 +168,10 @@ class LatentPairs(Dataset):
 
     def __init__(self, index_path: str | Path, split: str, codec_fingerprint: str | None = None):
         self.path = Path(index_path)
-        try:
-            with np.load(self.path, allow_pickle=False) as index:  # whose checksums it verifies
-                facts = json.loads(str(index["facts"]))
-                splits = [name for name in index if name != "facts"]
-                self._table = index[split] if split in splits else None
-        except FileNotFoundError:
-            raise UserError(f"{self.path}: no such file; {AGAIN}") from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{self.path}: damaged ({error}); {AGAIN}") from None
+        with naming(self.path, AGAIN), np.load(self.path, allow_pickle=False) as index:  # which verifies checksums
+            facts = json.loads(str(index["facts"]))
+            splits = [name for name in index if name != "facts"]
+            self._table = index[split] if split in splits else None
         self.codec, self.fingerprint = facts["codec"], facts["fingerprint"]
         self.dim, self.frames = facts["dim"], facts["frames"]
         self.clip_length, self.sample_rate = facts["clip_length"], facts["sample_rate"]

@@ -10,6 +10,7 @@ import os
 import socket
 import tempfile
 import uuid
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -103,39 +104,35 @@ def read_json(path: Path, shape: Shape = dict, *, missing: str = "", fix: str = 
     """The content of a JSON file: an object, one of another type, or an object that has certain fields (name → type).
     `UserError` for a file that is missing, cannot be read, is not JSON in UTF-8, or has another shape. `fix`: what to
     do about it; `missing`: the whole message where there is no such file; `errors`: as in `open`."""
-    content = _read_bytes(path, missing or f"{path}: no such file; {fix}")
-    with naming(path, fix):
-        return _parsed(content.decode(errors=errors), shape)
+    with naming(path, fix, missing):
+        return _parsed(Path(path).read_bytes().decode(errors=errors), shape)
 
 
 def read_json_lines(path: Path, *, fix: str = FIX) -> list[dict[str, Any]]:
     """The object in every line but a half-written last one. Errors as in `read_json`, with the number of the line."""
-    rows = []
-    for number, line in enumerate(_read_bytes(path, f"{path}: no such file; {fix}").split(b"\n")[:-1], 1):
+    with naming(path, fix):
+        rows, lines = [], path.read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(lines, 1):
         with naming(f"{path}, line {number}", fix):
             rows.append(_parsed(line.decode()))
     return rows
 
 
 @contextlib.contextmanager
-def naming(where: str | Path, fix: str) -> Iterator[None]:
-    """While content of a file is used: what is wrong with it becomes a `UserError` that names the file and the fix."""
+def naming(where: str | Path, fix: str, missing: str = "") -> Iterator[None]:
+    """While a file is read and its content used: what is wrong with it becomes a `UserError` that names the file and
+    the fix; `missing`: the whole message where there is no such file."""
     try:
         yield
     except UserError as error:  # names the field and the fix already
         raise UserError(str(error) if str(where) in str(error) else f"{where}: {error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except FileNotFoundError:
+        raise UserError(missing or f"{where}: no such file; {fix}") from None
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         reason = f"no field {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{where}: damaged ({reason}); {fix}") from None
-
-
-def _read_bytes(path: str | Path, missing: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(missing) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
 
 
 def _parsed(text: str, shape: Shape = dict) -> Any:
