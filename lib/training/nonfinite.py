@@ -3,7 +3,7 @@
 import math
 import re
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode  # a private name of what torch's notes tell users to extend
+from torch.utils._python_dispatch import TorchDispatchMode  # private names, but those that torch's notes tell users of
+from torch.utils._pytree import tree_leaves
 
 from lib.util.errors import UserError
 
@@ -37,14 +38,13 @@ class NonFiniteError(UserError):
     def __init__(self, step: int, found: Finding, pairs: Sequence[str] = (), checkpoint: Path | None = None):
         self.step, self.stage, self.tensor, self.operation = step, found.stage, found.tensor, found.operation
         self.pairs = tuple(pairs)
-        self.facts = {"stage": found.stage, "tensor": found.tensor, "operation": found.operation}
-        self.facts |= {"pairs": list(pairs), "spread": found.spread}
+        self.facts = {name: value for name, value in vars(found).items() if name != "clips"} | {"pairs": list(pairs)}
         where = f"stage {found.stage}" if found.stage is not None else "outside the stages"
         kept = f"the last good checkpoint is {checkpoint}, and resuming replays this step, with the code as it is then"
         clips = f"in {', '.join(self.pairs[:2])}" + f" and {len(pairs) - 2} more" * (len(pairs) > 2)
         parts = [
             f"non-finite value at step {step}, {where}, first in {found.tensor}",
-            self.facts["operation"],
+            found.operation,
             clips if pairs else "",
             found.spread,
             kept if checkpoint else "no checkpoint had been written yet",
@@ -73,7 +73,7 @@ class Watch(TorchDispatchMode):
         bad = [x for x in _tensors(arguments) if not x.isfinite().all()]  # before it works in place
         sources = [self.traced[_memory(x)] for x in bad if _memory(x) in self.traced]
         # an infinity that is given, such as a mask's, is meant; a NaN that is made of it is not
-        meant = bad or any(isinstance(x, float) and not math.isfinite(x) for x in _flat(arguments))
+        meant = bad or any(isinstance(x, float) and not math.isfinite(x) for x in tree_leaves(arguments))
         had_nan = any(x.isnan().any() for x in bad)
         result, name = operation(*args, **(kwargs or {})), operation.overloadpacket.__name__.strip("_")
         given = set(map(_memory, _tensors(arguments)))
@@ -111,15 +111,11 @@ class Watch(TorchDispatchMode):
 
     def follow(self, loss: Tensor) -> None:
         """Know which part of the graph below `loss` a backward pass is at."""
-
-        def enter(grads: Any, node: Any) -> None:
-            self.node = node
-
         seen, waiting = set(), [loss.grad_fn]
         while waiting:
             if (node := waiting.pop()) is not None and node not in seen:
                 seen.add(node)
-                node.register_prehook(partial(enter, node=node))
+                node.register_prehook(lambda grads, node=node: setattr(self, "node", node))
                 waiting += [following for following, _ in node.next_functions]
 
 
@@ -191,18 +187,10 @@ def _memory(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
 
 
-def _flat(values: Any) -> Iterator[Any]:
-    """What nested lists, tuples and dicts hold."""
-    if isinstance(values, list | tuple | dict):
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from _flat(value)
-    else:
-        yield values
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
+def _tensors(values: Any) -> list[Tensor]:
     """All floating-point tensors in nested lists, tuples and dicts."""
-    return (x for x in _flat(values) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()))
+    leaves = tree_leaves(values)
+    return [x for x in leaves if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
 
 
 def stage_of(name: str) -> int | None:
