@@ -47,7 +47,11 @@ def import_original_checkpoint(path: str | Path, *, last_residual_weight: float 
     config = _original_config(path, tensors, last_residual_weight)
     learned = any(name.startswith("creative_agent.mask_generator.") for name in tensors)
     model = FusionModel(config, MaskingConfig("learned" if learned else "none"))
-    positions = _positions(tensors, config)
+    positions = {}  # ours, [1, T, d], under the original's names, with as many frames as the file has
+    for i in range(len(config.stages)):
+        name = f"cascade_stages.{i}.pos_encoding.pe"
+        T = tensors[name].shape[1] if name in tensors and tensors[name].ndim == 3 else 2000
+        positions[name] = sinusoidal_positions(T, config.width(i), torch.device("cpu"))[None]
     _load(path, model, tensors, positions)
     for name, wanted in positions.items():
         if not torch.allclose(tensors[name].float(), wanted, atol=1e-4):
@@ -86,26 +90,11 @@ def _original_config(path: Path, tensors: dict[str, Tensor], last_residual_weigh
     return config
 
 
-def _positions(tensors: dict[str, Tensor], config: CascadeConfig) -> dict[str, Tensor]:
-    """Our positions `[1, T, d]` under the original's names, with as many frames as the file has."""
-    positions = {}
-    for i in range(len(config.stages)):
-        name = f"cascade_stages.{i}.pos_encoding.pe"
-        T = tensors[name].shape[1] if name in tensors and tensors[name].ndim == 3 else 2000
-        positions[name] = sinusoidal_positions(T, config.width(i), torch.device("cpu"))[None]
-    return positions
-
-
 def _load(path: Path | str, module: nn.Module, tensors: dict[str, Tensor], besides: dict[str, Tensor] | None = None):
     """Load every tensor of the file except those `besides`, which it must have too. The file's u and v are kept."""
-    own = module.state_dict()
-    names = {_original_name(name): name for name in own}
+    own, names = module.state_dict(), {name: name for name in module.state_dict()}  # the original's → ours
+    for ours, original in NAMES.items():
+        names = {re.sub(ours, original, theirs): name for theirs, name in names.items()}
     wanted = {original: own[name] for original, name in names.items()} | (besides or {})
     check_tensors(path, tensors, wanted, fix="give a file that the original training script wrote")
     module.eval().load_state_dict({name: tensors[original] for original, name in names.items()})
-
-
-def _original_name(name: str) -> str:
-    for ours, original in NAMES.items():
-        name = re.sub(ours, original, name)
-    return name

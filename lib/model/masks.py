@@ -49,14 +49,9 @@ class MaskGenerator(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Masks:
         """`input`, `target` `[B, D, T]` → masks between 0 and 1."""
-        input_features = self.input_analyzer(input).transpose(1, 2)  # [B, T, width]
-        target_features = self.target_analyzer(target).transpose(1, 2)
-        attended_input, _ = self.cross_attention(input_features, target_features, target_features, need_weights=False)
-        attended_target, _ = self.cross_attention(target_features, input_features, input_features, need_weights=False)
-        return Masks(
-            self.input_mask_generator(attended_input.transpose(1, 2)).sigmoid(),
-            self.target_mask_generator(attended_target.transpose(1, 2)).sigmoid(),
-        )
+        a, b = self.input_analyzer(input).mT, self.target_analyzer(target).mT  # [B, T, width]
+        from_a, from_b = (self.cross_attention(q, kv, kv, need_weights=False)[0].mT for q, kv in ((a, b), (b, a)))
+        return Masks(self.input_mask_generator(from_a).sigmoid(), self.target_mask_generator(from_b).sigmoid())
 
 
 class WideMaskGenerator(nn.Module):
@@ -89,7 +84,9 @@ class WideMaskGenerator(nn.Module):
     def forward(self, input: Tensor, target: Tensor) -> Masks:
         """`input`, `target` `[B, D, T]` → masks between 0 and 1."""
         powers = torch.stack([_log_power(input), _log_power(target)], dim=1)  # [B, 2, D, T]
-        hits = _hits(powers)
+        # how much more a place belongs to a hit than to a held note, in nepers of amplitude: the geometric mean over
+        # neighbouring channels less the one over frames. HPSS (Fitzgerald, DAFx 2010) takes medians
+        hits = (_average(powers, HIT_CHANNELS, 1) - _average(powers, 1, NOTE_FRAMES)) / 2
         powers = (powers - _average(powers.mean(dim=(1, 2), keepdim=True), 1, LEVEL_FRAMES)) / 4
         clips = torch.cat([powers, F.pad(2 * powers.diff(dim=3), (1, 0)), hits], dim=1)  # [B, 6, D, T]
         x = self.bands(clips) + self.positions  # [B, width, D / 4, T]
@@ -106,12 +103,6 @@ class _FrameNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         frames = super().forward(x.movedim(3, 1).flatten(0, 1))  # [B·T, width, D / 4]
         return frames.unflatten(0, (len(x), -1)).movedim(1, 3)
-
-
-def _hits(log_power: Tensor) -> Tensor:
-    """How much more a place belongs to a hit than to a held note, in nepers of amplitude, `[B, 2, D, T]`: the geometric
-    mean over neighbouring channels less the one over frames. HPSS (Fitzgerald, DAFx 2010) takes medians."""
-    return (_average(log_power, HIT_CHANNELS, 1) - _average(log_power, 1, NOTE_FRAMES)) / 2
 
 
 def _average(x: Tensor, channels: int, frames: int) -> Tensor:
