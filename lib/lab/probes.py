@@ -149,14 +149,9 @@ def weight_row(weight: float, safe_weight: float, traces: Sequence[StageTrace]) 
     }
 
 
-def last_stage(config: CascadeConfig, name: str) -> str:
-    """The name that metrics.jsonl has for a measure of the last stage."""
-    return f"stage{len(config.stages) - 1}/{name}"
-
-
 def training_panel(config: CascadeConfig, runs: Runs, x: Tensor, y: Tensor) -> dict[str, Any]:
     """The last stage's RMS before scaling at every step, the law before training, and its bound while γ is 1."""
-    key = last_stage(config, "rms_before_scaling")
+    key = f"stage{len(config.stages) - 1}/rms_before_scaling"  # in metrics.jsonl
     measured = [[row[key] for row in training_steps(run.run)] for run in runs]
     count = min(map(len, measured))
     law = predictions(config, x, y)
@@ -168,7 +163,8 @@ def training_panel(config: CascadeConfig, runs: Runs, x: Tensor, y: Tensor) -> d
 def clamped_row(name: str, config: CascadeConfig, runs: Runs) -> Row:
     """Share of clips that the last stage clamps at the start and at the end, beside the law's verdict."""
     weight, safe = config.stages[-1].residual_weight, config.predict_rms()[-1].smallest_safe_weight
-    start, end = ([getattr(run, when)[last_stage(config, "clamped")] for run in runs] for when in ("start", "end"))
+    key = f"stage{len(config.stages) - 1}/clamped"
+    start, end = ([getattr(run, when)[key] for run in runs] for when in ("start", "end"))
     return {
         "variant": name,
         "weight": weight,

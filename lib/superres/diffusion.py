@@ -25,22 +25,15 @@ def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor
     return schedule().add_noise(latents, noise, timesteps), schedule().get_velocity(latents, noise, timesteps)
 
 
-def solver(steps: int) -> Any:
-    """Of second order, through `steps` timesteps, 1 to 999, evenly spaced from 999, where only noise is left."""
-    from diffusers import DPMSolverMultistepScheduler
-
-    found = DPMSolverMultistepScheduler(**SCHEDULE)
-    found.set_timesteps(steps)
-    return found
-
-
 @torch.no_grad()
 def sample(denoiser: Denoiser, low: Tensor, mel: Tensor, noise: Tensor, *, steps: int) -> Tensor:
     """Latents `[B, Z, H, W]`, given the low band's latents, its mel `[B, 1, 256, T]` and unit normal noise. One step
     gives the mean that the denoiser expects, whatever the noise."""
-    context = denoiser.context(mel)
-    latents, solved = noise, solver(steps)
-    for timestep in solved.timesteps:
+    from diffusers import DPMSolverMultistepScheduler
+
+    solver, context, latents = DPMSolverMultistepScheduler(**SCHEDULE), denoiser.context(mel), noise
+    solver.set_timesteps(steps)  # 1 to 999, evenly spaced from 999, where only noise is left
+    for timestep in solver.timesteps:
         velocity = denoiser.denoise(latents, timestep.to(noise.device).expand(len(low)), low, context)
-        latents = solved.step(velocity, timestep, latents, return_dict=False)[0]
+        latents = solver.step(velocity, timestep, latents, return_dict=False)[0]
     return latents
