@@ -9,12 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.audio.features import hann
+from lib.audio.plots import STYLE, draw_image, mel_axes
 from lib.superres.degradation import Degradation, Examples, Library
-from lib.superres.mel import N_FFT, SAMPLE_RATE, bin_of, log_mel
+from lib.superres.mel import HOP, N_FFT, SAMPLE_RATE, SILENCE, bin_of, log_mel
 from lib.superres.resolver import DEFAULTS, Restoration, SuperResolver, file_band, join_bands
 from lib.util.stats import Comparison, in_words, mean_and_error
 
@@ -28,6 +31,7 @@ METHODS = tomllib.loads(Path(__file__).with_name("methods.toml").read_text())
 BASELINES = ("sinc", "envelope", "replication", "ridge")
 DRAWS = 4  # of the sampler, of which the mean is taken
 LEAST = 1_000  # Hz of a file's own band above a cutoff, to be judged there
+LOUDEST = 2.5  # of a log mel, about
 VERBS = {1: "beats", -1: "loses to", 0: "no statistically significant difference from"}  # by verdict
 
 
@@ -147,3 +151,26 @@ def score(method: str, cutoff: int, sounds: Mapping[str, Tensor], tops: Tensor, 
     gains = {name: in_songs(distances(name) - own) for name in BASELINES}
     ways = in_songs(own), in_songs(distances(method, matched=True))
     return Score(method, cutoff, len(songs), len(set(songs)), *ways, gains)
+
+
+@plt.rc_context(STYLE)
+def mel_spectrograms(mels: Mapping[str, Tensor]) -> Figure:
+    """Log mels `[256, T]` side by side on one scale, three in a row."""
+    figure, axes = mel_axes(list(mels), 3.8, 2.7)
+    for axis, mel in zip(axes, mels.values(), strict=True):
+        seconds = mel.shape[1] * HOP / SAMPLE_RATE
+        image = draw_image(axis, mel.cpu().numpy(), seconds, vmin=SILENCE, vmax=LOUDEST, cmap="magma")
+    figure.colorbar(image, ax=axes, label="ln of the magnitude")
+    return figure
+
+
+def upper_rows(scores: Sequence[Score], which: str = "upper") -> list[dict[str, str]]:
+    """LSD above the cutoff, `upper` or `upper_matched`: a row for each method, a column for each cutoff."""
+    rows: dict[str, dict[str, str]] = {}
+    for s in scores:
+        rows.setdefault(s.method, {"method": s.method})[kilohertz(s)] = "{:.2f} ± {:.2f}".format(*getattr(s, which))
+    return list(rows.values())
+
+
+def kilohertz(score: Score) -> str:
+    return f"{score.cutoff / 1000:g} kHz"

@@ -230,8 +230,8 @@ def train_part(
     config = dataclasses.replace(config, precision=resolved_precision(config.precision))
     config.check_sizes({split: len(found) for split, found in data.items()}, accelerator.num_processes)
     wanted = {"sizes": dataclasses.asdict(sizes), "train": dataclasses.asdict(config), "data": library.fingerprint}
-    path, settings = folder / (name or part), wanted | facts
-    with Run.started(path, settings, accelerator, resume=resume, code=code, measured=FROM_DATA) as run:
+    started = {"resume": resume, "code": code, "measured": FROM_DATA}
+    with Run.started(folder / (name or part), wanted | facts, accelerator, **started) as run:
         config, (learner, model, _) = from_fields(type(config), run.config["train"]), PARTS[part]
         more = {"statistics": statistics} if part == "completion" else {}
         Trainer(run, config, data, lambda launcher: learner(config, model(sizes, **more), launcher)).run_to_end()
@@ -310,11 +310,10 @@ class Plan:
 
     def train(self, folder: str | Path, library: Library, **options: Any) -> dict[str, Run]:
         """Train every part into its run in the folder, with the options of `train_part`."""
-        parts = {"completion": (self.completion, self.completion_training), "vae": (self.vae, self.vae_training)}
-        parts["diffusion"] = self.denoiser, self.training
-        if self.vocoder_training is not None:
-            parts["hifigan"] = (self.vocoder, self.vocoder_training)
-        return {part: train_part(folder, part, library, *how, **options) for part, how in parts.items()}
+        sizes = (self.completion, self.vae, self.denoiser, self.vocoder)
+        training = (self.completion_training, self.vae_training, self.training, self.vocoder_training)
+        parts = [how for how in zip(PARTS, sizes, training, strict=True) if how[2] is not None]
+        return {part: train_part(folder, part, library, *how, **options) for part, *how in parts}
 
 
 PLANS: dict[str, Plan] = read_entries(Path(__file__).with_name("plans.toml"), lambda name, **parts: Plan(**parts))

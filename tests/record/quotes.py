@@ -14,8 +14,7 @@ from lib.evaluation.tables import ALONE, MASKS_ALONE, WITH_CASCADE, number_row
 from lib.lab.findings import weak_residuals
 from lib.lab.results import Result, by_variant, read_record
 from lib.lab.variants import WEAK_RESIDUALS
-from lib.superres.evaluation import METHODS, Score, gains_in_words, nearer_than_all
-from lib.superres.plots import upper_rows
+from lib.superres.evaluation import METHODS, Score, gains_in_words, nearer_than_all, upper_rows
 from lib.util.errors import UserError
 from lib.util.files import read_json
 from lib.util.stats import TEST, Comparison
