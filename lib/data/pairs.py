@@ -1,14 +1,11 @@
 """Folders of music → pairs of clips, split into train and validation by source file, written as a manifest (JSON).
 
-A pair is an *input* clip and a *target* clip. The mode says where they come from:
+A pair is an *input* clip and a *target* clip. The mode says where they come from (data/README.md shows the folders):
 
-- `named`: `train/` and `val/` hold `pair_XXXX_input.*` and `pair_XXXX_target.*` (or `_output`); the folder is the
-  split. Files longer than a clip give one pair per clip, cut at the same positions.
+- `named`: pairs of files; those longer than a clip give one pair per clip, cut at the same positions.
 - `continuation`: a file is cut into clips, each the input for the next one: [0, L) → [L, 2L), [L, 2L) → [2L, 3L), …
 - `cross`: a clip of one file and a clip of another file of the same split, drawn with the seed.
 - `both`: continuation and cross. `auto`: named if that layout is found, else both.
-
-Where `train/` and `val/` hold songs of other names, the folder is the split too; else songs are split by content.
 
 Files are identified by the hash of their bytes, so a copy under another name cannot leak from train to val. The
 manifest, which gives the reason for every file that is not used, is built again only when something has changed.
