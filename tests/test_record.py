@@ -690,7 +690,6 @@ def test_the_super_resolver_is_trained_and_measured_as_the_record_says(monkeypat
     assert (facts["preset"], facts["steps"], facts["sampler_steps"]) == ("demo", steps, drawn)
     assert facts["songs"] == {"songs": [168, 60], "albums": [148, 80], "30 songs": [30, 60]}
     assert len(facts["albums"]) == upper_band.ALBUMS
-    assert facts["seconds"] == {"vae": 0, "completion": 0, "diffusion": 0}
     assert facts["contexts"] == {"sequence": [0.25] * 2, "pooled": [0.25] * 2, "none": [0.25, 1.25]}
     assert facts["by_steps"] == [{"steps": "songs 0"}]
     assert facts["perceived"] == [{"cutoff": cutoff} for cutoff in upper_band.HEARD_AT]

@@ -243,15 +243,14 @@ def distances_block(scores: Sequence[Score], facts: Mapping[str, Any]) -> str:
     """LSD above the cutoff, a row for each method in `DISTANCES`, and what the model gains, with how many seeds."""
     rows = [row for row in upper_rows(sorted(scores, key=lambda s: s.cutoff)) if row["method"] in DISTANCES]
     named = ([f"{row['method']}: {METHODS[row['method']]}", *list(row.values())[1:]] for row in rows)
-    seeds = {"seed 0": scores} | {
-        name.removeprefix("songs, "): [Score(**row) for row in found]
-        for name, found in facts["others"].items()
-        if name.startswith("songs, ")
-    }
-    nearest = [", ".join(f"{s.cutoff / 1000:g}" for s in nearer_than_all(own)) or "none" for own in seeds.values()]
-    said = f"The model {gains_in_words(scores)} ({TEST}). "
-    where = [f"{name} at {at} kHz" for name, at in zip(seeds, nearest, strict=True) if at != "none"]
-    said += f"Nearer than every baseline: {'; '.join(where) or f'nowhere, with none of {len(seeds)} seeds'}."
+    trained, judged = facts["songs"]["songs"]
+    others = {name: [Score(**row) for row in found] for name, found in facts["others"].items()}
+    runs = {"songs, seed 0": scores} | others
+    nearest = {name: ", ".join(f"{s.cutoff / 1000:g}" for s in nearer_than_all(own)) for name, own in runs.items()}
+    said = f"Trained on {trained} songs, judged on {judged} others, the model {gains_in_words(scores)} ({TEST}). "
+    said += "Nearer than every baseline, by what was held out (or trained with) and random seed: "
+    said += "; ".join(f"{name}: {f'at {at} kHz' if at else 'nowhere'}" for name, at in nearest.items())
+    said += f". Albums held out: {', '.join(facts['albums'])}."
     return "\n".join([*table(list(rows[0]), named), "", said])
 
 

@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import multiprocessing
 import os
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -102,11 +101,8 @@ def record_superres(preset: Preset, music: Sequence[Path], out: Path, folder: Pa
         def each(function: Callable, tasks: Sequence[tuple]) -> list[Any]:
             return list(pool.map(function, itertools.repeat(study), *zip(*tasks, strict=True)))
 
-        first = ("vae", "completion")
-        taken = each(train, [*((part, *MAIN) for part in first), *(("completion", *run) for run in runs[1:])])
-        seconds = dict(
-            zip((*first, "diffusion"), (*taken[: len(first)], *each(train, [("diffusion", *MAIN)])), strict=True)
-        )
+        each(train, [("vae", *MAIN), *(("completion", *run) for run in runs)])
+        each(train, [("diffusion", *MAIN)])
         scores = dict(zip(runs, each(judged, runs), strict=True))
         contexts = each(context_losses, [(seed,) for seed in seeds])
         curve, *perceived = each(measured, [(by_steps, None), *((perceptions, cutoff) for cutoff in HEARD_AT)])
@@ -117,7 +113,6 @@ def record_superres(preset: Preset, music: Sequence[Path], out: Path, folder: Pa
         "steps": {part: config.max_steps for part, config in parts.items()},
         "songs": {name: [len(s.training.songs["train"]), len(s.judging.songs["val"])] for name, s in splits.items()},
         "albums": sorted({album_of(song) for song in splits["albums"].judging.songs["val"]}),
-        "seconds": seconds,
         "others": {
             f"{name}, seed {seed}": [dataclasses.asdict(s) for s in found if s.method == "model"]
             for (name, seed), found in scores.items()
@@ -130,18 +125,15 @@ def record_superres(preset: Preset, music: Sequence[Path], out: Path, folder: Pa
     write_record(folder / "superres.json", scores[MAIN], facts)
 
 
-def train(study: Study, part: str, name: str, seed: int) -> int | None:
-    """How many seconds it took; None if it was resumed."""
+def train(study: Study, part: str, name: str, seed: int) -> None:
     torch.set_num_threads(1)  # as many runs as cores
-    plan, folder, begun = study.plan(seed), study.folder(name, seed), time.perf_counter()
-    resumed = (folder / part).exists()
+    plan = study.plan(seed)
     sizes, config = {
         "completion": (plan.completion, plan.completion_training),
         "vae": (plan.vae, plan.vae_training),
         "diffusion": (plan.denoiser, plan.training),
     }[part]
-    train_part(folder, part, study.splits[name].training, sizes, config, resume=True)
-    return None if resumed else round(time.perf_counter() - begun)
+    train_part(study.folder(name, seed), part, study.splits[name].training, sizes, config, resume=True)
 
 
 def judged(study: Study, name: str, seed: int) -> tuple[Score, ...]:
