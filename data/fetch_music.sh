@@ -2,11 +2,15 @@
 # Real, free music from Debian's packages, unpacked into a folder: data/fetch_music.sh DIR [more]. Nothing is installed.
 set -euo pipefail
 dir=${1:?usage: fetch_music.sh DIR [more]}
-packages=(nexuiz-music wesnoth-1.16-music)
-if [ "${2:-}" = more ]; then # none of these shares a song with another
-    packages=(amoebax-data fillets-ng-data flare-game freedroidrpg-data hedgewars-data marsshooter-data naev-data
-        planetblupi-music-ogg plee-the-bear-data singularity-music ufoai-music widelands-data wizznic-data)
-fi
+case ${2:-} in
+    '') packages=(nexuiz-music wesnoth-1.16-music) ;;
+    more) # none of these shares a song with another
+        packages=(amoebax-data fillets-ng-data flare-game freedroidrpg-data hedgewars-data marsshooter-data naev-data
+            planetblupi-music-ogg plee-the-bear-data singularity-music ufoai-music widelands-data wizznic-data) ;;
+    *)
+        echo "error: $2: no such choice of music; say 'more' or leave it out" >&2
+        exit 2 ;;
+esac
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 work=$(mktemp -d)

@@ -341,14 +341,16 @@ def test_distances_are_shown_by_method_and_cutoff_with_what_is_gained():
 
     others = {"songs, seed 1": scored(-1.0), "albums, seed 0": scored(1.0)}
     facts = {"others": {name: [dataclasses.asdict(s) for s in scores] for name, scores in others.items()}}
-    facts |= {"songs": {"songs": [50, 20]}, "albums": ["an album", "another"]}
+    facts |= {"songs": {"songs": [50, 25]}, "albums": ["an album", "another"]}
     *rows, empty, said = distances_block(scored(1.0), facts).splitlines()
     lines = [line.strip("| ").split(" | ") for line in rows]
     assert lines[0] == ["method", "2 kHz", "4 kHz", "8 kHz", "12 kHz", "16 kHz"]
     assert [line[0].split(":")[0] for line in lines[2:]] == list(DISTANCES)
     assert lines[2][1:3] == ["1.00 ± 0.13", "1.00 ± 0.13"]
     assert not empty
-    assert said.startswith("Trained on 50 songs, judged on 20 others, the model beats ridge at 2, 4, 8, 12, 16 kHz")
+    assert said.startswith(
+        "Trained on 50 songs, judged on clips of 20 of 25 that are held out, the model beats ridge at"
+    )
     everywhere = "at 2, 4, 8, 12, 16 kHz"
     assert f"songs, seed 0: {everywhere}; songs, seed 1: nowhere; albums, seed 0: {everywhere}. " in said
     assert said.endswith("Albums held out: an album, another.")

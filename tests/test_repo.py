@@ -255,6 +255,7 @@ def test_music_is_unpacked_with_its_licence_and_a_second_call_does_nothing(fetch
         assert package in (folder / "COPYRIGHT").read_text()
     again = fetch(apt_get="#!/bin/bash\nexit 1\n")
     assert (again.returncode, again.stdout) == (0, found.stdout)
+    assert "'more'" in fetch("mroe").stderr
     assert fetch("more", apt_get='#!/bin/bash\necho > "$3_1.deb"\n').stdout == f"30 tracks in {tmp_path}/my music\n"
 
 

@@ -243,11 +243,12 @@ def distances_block(scores: Sequence[Score], facts: Mapping[str, Any]) -> str:
     """LSD above the cutoff, a row for each method in `DISTANCES`, and what the model gains, with how many seeds."""
     rows = [row for row in upper_rows(sorted(scores, key=lambda s: s.cutoff)) if row["method"] in DISTANCES]
     named = ([f"{row['method']}: {METHODS[row['method']]}", *list(row.values())[1:]] for row in rows)
-    trained, judged = facts["songs"]["songs"]
+    trained, held_out = facts["songs"]["songs"]
+    judged = f"clips of {max(s.songs for s in scores)} of {held_out} that are held out"
     others = {name: [Score(**row) for row in found] for name, found in facts["others"].items()}
     runs = {"songs, seed 0": scores} | others
     nearest = {name: ", ".join(f"{s.cutoff / 1000:g}" for s in nearer_than_all(own)) for name, own in runs.items()}
-    said = f"Trained on {trained} songs, judged on {judged} others, the model {gains_in_words(scores)} ({TEST}). "
+    said = f"Trained on {trained} songs, judged on {judged}, the model {gains_in_words(scores)} ({TEST}). "
     said += "Nearer than every baseline, by what was held out (or trained with) and random seed: "
     said += "; ".join(f"{name}: {f'at {at} kHz' if at else 'nowhere'}" for name, at in nearest.items())
     said += f". Albums held out: {', '.join(facts['albums'])}."

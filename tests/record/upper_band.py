@@ -50,8 +50,8 @@ class Split(NamedTuple):
 
 
 def splits_of(folders: Sequence[Path], clip_length: int) -> dict[str, Split]:
-    found = itertools.chain(*(read_library(folder, clip_length).songs.values() for folder in folders))
-    songs = sorted(itertools.chain(*found), key=lambda song: song.sha256)
+    read = itertools.chain(*(read_library(folder, clip_length).songs.values() for folder in folders))
+    songs = sorted(itertools.chain(*read), key=lambda song: song.sha256)
     judged, others = songs[:HELD_OUT], songs[HELD_OUT:]
     albums = sorted({album_of(song) for song in songs}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     apart = [song for song in songs if album_of(song) in albums[:ALBUMS]]
