@@ -108,7 +108,7 @@ def evaluate(resolver: SuperResolver, library: Library, settings=DEFAULTS, *, cl
         low = torch.stack([examples[i][1] for i in reaching])
         sounds[cutoff] = restored = restorations(resolver, original[reaching], low, cutoff, settings)
         names = [songs[i].sha256 for i in reaching]
-        scores += [score(method, cutoff, restored, tops[reaching], names) for method in METHODS if method in restored]
+        scores += score(cutoff, restored, tops[reaching], names)
     return Evaluation(tuple(scores), sounds)
 
 
@@ -137,20 +137,24 @@ def restorations(
     return {"original": original, "sinc": low} | joined
 
 
-def score(method: str, cutoff: int, sounds: Mapping[str, Tensor], tops: Tensor, songs: Sequence[str]) -> Score:
-    """A method's waveforms `[B, 1, N]` against the originals, from the cutoff up to each clip's `tops [B]`, Hz;
+def score(cutoff: int, sounds: Mapping[str, Tensor], tops: Tensor, songs: Sequence[str]) -> list[Score]:
+    """Every method's waveforms `[B, 1, N]` against the originals, from the cutoff up to each clip's `tops [B]`, Hz;
     `songs`: the song of each clip."""
-
-    def distances(name: str, **options: Any) -> Tensor:
-        return lsd(sounds[name], sounds["original"], above=cutoff, below=tops, **options)
+    methods, original = [method for method in METHODS if method in sounds], sounds["original"]
 
     def in_songs(values: Tensor) -> tuple[float, float]:
         return mean_and_error(values.tolist(), songs)
 
-    own = distances(method)
-    gains = {name: in_songs(distances(name) - own) for name in BASELINES}
-    ways = in_songs(own), in_songs(distances(method, matched=True))
-    return Score(method, cutoff, len(songs), len(set(songs)), *ways, gains)
+    def distances(**options: Any) -> dict[str, Tensor]:
+        return {name: lsd(sounds[name], original, above=cutoff, below=tops, **options) for name in methods}
+
+    apart, matched = distances(), distances(matched=True)
+    found = []
+    for method in methods:
+        gains = {name: in_songs(apart[name] - apart[method]) for name in BASELINES}
+        ways = in_songs(apart[method]), in_songs(matched[method])
+        found.append(Score(method, cutoff, len(songs), len(set(songs)), *ways, gains))
+    return found
 
 
 @plt.rc_context(STYLE)

@@ -1,5 +1,6 @@
 """A trained super-resolver: clips in, clips with a restored upper band out, of any length."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -188,6 +189,7 @@ def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, set
     return writer, cutoff
 
 
+@functools.lru_cache(maxsize=1024)  # of content: reading all of a file takes seconds
 def file_band(info: AudioReport) -> float:
     """`band_edge` of a file at its own sample rate, read minute by minute."""
     rate, block = info.sample_rate, BLOCK_SECONDS * info.sample_rate

@@ -250,6 +250,13 @@ def test_degradations_vary(library):
     assert len(set(edges)) > 5
 
 
+def test_every_song_is_drawn_as_often_as_the_others(eight):
+    library = read_library(eight, CLIP)
+    for split, songs in library.songs.items():
+        drawn = Counter(Examples(library, split, 3 * len(songs), CLIP, seed=7).song(i) for i in range(3 * len(songs)))
+        assert drawn == dict.fromkeys(songs, 3)
+
+
 def test_clips_match_their_offset_and_cover_the_song(tmp_path):
     """Songs whose samples say where they are: the clip's first sample is its offset."""
     lengths = {"a.wav": CLIP + 3, "b.wav": CLIP + 12, "c.wav": CLIP + 7}
@@ -268,4 +275,6 @@ def test_clips_match_their_offset_and_cover_the_song(tmp_path):
         number = "abc".index(song.path.stem) + 1
         expected += [20_000 * number + place for place in range(song.samples_at(48_000) - CLIP + 1)]
     assert sorted(set(seen)) == sorted(expected)  # every place that a clip fits in, the last one too, and no other
-    assert max(seen.count(place) for place in expected) < 5 * 400 / len(expected)
+    for song in library.songs["train"]:  # none of its places more than five times as often as the others
+        places = [place for place in seen if "abc"[place // 20_000 - 1] == song.path.stem]
+        assert max(Counter(places).values()) < 5 * len(places) / (song.samples_at(48_000) - CLIP + 1)

@@ -144,14 +144,13 @@ def test_every_method_is_scored_at_every_cutoff(compared, library):
     assert set(compared.sounds) == {4_000, 8_000}
     for cutoff, sounds in compared.sounds.items():
         assert set(sounds) == {*methods, "original"}
-        for name, wav in sounds.items():
+        for wav in sounds.values():
             assert wav.shape == (3, 1, CLIP)
             assert wav.isfinite().all()
-            if name != "original":
-                songs = [Examples(library, "val", 3, CLIP, SEED).song(i) for i in range(3)]
-                tops = torch.tensor([file_band(song) for song in songs])
-                expected = score(name, cutoff, sounds, tops, [song.sha256 for song in songs])
-                assert score_of(compared, name, cutoff) == expected
+        songs = [Examples(library, "val", 3, CLIP, SEED).song(i) for i in range(3)]
+        tops = torch.tensor([file_band(song) for song in songs])
+        expected = score(cutoff, sounds, tops, [song.sha256 for song in songs])
+        assert [s for s in compared.scores if s.cutoff == cutoff] == expected
     assert CUTOFFS == (2_000, 4_000, 8_000, 12_000, 16_000)
 
 
@@ -185,7 +184,12 @@ def test_a_score_is_mean_and_error_of_distances_and_of_gains():
     made = {name: reference / (i + 2) + 0.1 * white(20_000, seed=i) for i, name in enumerate(BASELINES)}
     made |= {"model": estimate, "original": reference}
     tops = torch.tensor([24_000.0, 20_000.0, 18_000.0, 9_000.0])
-    found = score("model", 6_000, made, tops, "abcd")
+
+    def scored(method: str, songs: str) -> Score:
+        (found,) = (s for s in score(6_000, made, tops, songs) if s.method == method)
+        return found
+
+    found = scored("model", "abcd")
     assert (found.method, found.cutoff, found.clips, found.songs) == ("model", 6_000, 4, 4)
     options = {"above": 6_000, "below": tops}
     own, matched = (lsd(estimate, reference, **options, matched=matched) for matched in (False, True))
@@ -195,12 +199,12 @@ def test_a_score_is_mean_and_error_of_distances_and_of_gains():
     for name, pair in found.gains.items():
         gains = lsd(made[name], reference, **options) - own
         assert pair == pytest.approx((gains.mean().item(), gains.std().item() / 2), rel=1e-4)
-    assert score("ridge", 6_000, made, tops, "abcd").gains["ridge"] == (0, 0)
-    songs = score("model", 6_000, made, tops, "aabb")
+    assert scored("ridge", "abcd").gains["ridge"] == (0, 0)
+    songs = scored("model", "aabb")
     assert songs.upper[0] == found.upper[0]
     of_songs = own.view(2, 2).mean(dim=1)  # two draws, not four
     assert songs.upper[1] == pytest.approx(of_songs.std().item() / math.sqrt(2), rel=1e-4)
-    assert score("model", 6_000, made, tops, "aaaa").upper[1] == math.inf
+    assert scored("model", "aaaa").upper[1] == math.inf
 
 
 def gained(cutoff: int, gain: float, method: str = "model", songs: int = 6, other: float = 0.0) -> Score:
