@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from lib.superres import vocoder as hifigan
 from lib.superres.baselines import MelStatistics
 from lib.superres.completion import SHARE, Completion, CompletionConfig, missing_bands
-from lib.superres.degradation import Examples, Library
+from lib.superres.degradation import GRID, HIGHEST, LOWEST, Degradation, Examples, Library
 from lib.superres.diffusion import TIMESTEPS, add_noise
 from lib.superres.mel import MELS, SAMPLE_RATE, log_mel
 from lib.superres.unet import Denoiser, DenoiserConfig
@@ -37,6 +37,7 @@ MEASURED = 64  # examples from which the mel's mean and the latents' scale are c
 NEEDED = ("completion", "vae")  # by the diffusion model
 FROM_DATA = ("sizes.mel_mean", "sizes.mel_std", "latent_scale", *(f"{p}_sha256" for p in NEEDED))  # in a run's config
 CACHE = 4 * 2**30  # bytes of encoded examples to keep in memory
+WHOLE = Degradation(SAMPLE_RATE // 2)  # nothing is removed: what is known of a clip, the learner of completions decides
 LAST = 0.5  # share of clips at the last timestep, where the velocity is the expectation
 EQUALISER = 0.5  # nepers, deviation of level and slope over the mel bands that training clips are given at random
 MEL_WEIGHT, FEATURE_WEIGHT = 45.0, 2.0  # of HiFi-GAN's losses, as in its paper
@@ -69,13 +70,19 @@ class VocoderTraining(PartConfig):
 
 
 class CompletionLearner(Learner):
-    """Mean squared error of what regression leaves. A batch is the mel and its completion by regression
-    `[B, 2, 256, T]`, and the missing bands `[B, 256]`."""
+    """Mean squared error of what regression leaves above a cutoff, which is another one each time. A batch is the first
+    and the second halves of log mels, `[B, 1, 256, T]` each."""
 
-    batch_names = ("mels", "missing bands")
+    batch_names = ("first halves", "second halves")
 
     def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
-        (mel, linear), missing = batch[0].split(1, dim=1), batch[1]
+        mel, statistics = torch.cat(batch), self.unwrapped_model.statistics
+        clips, grid = len(mel), torch.arange(LOWEST, HIGHEST + 1, GRID)
+        # validation has cutoffs that are spread over all
+        places = torch.randint(len(grid), (clips,)) if info else torch.linspace(0, len(grid) - 1, clips).long()
+        cutoffs = grid[places].tolist()
+        linear = torch.cat([statistics.predicted(one, at) for one, at in zip(mel.split(1), cutoffs, strict=True)])
+        missing = torch.stack([missing_bands(cutoff) for cutoff in cutoffs]).to(mel.device)
         with self.autocast():
             correction = model(linear, missing).float()
         squares = (linear + (1 if info else SHARE) * correction - mel).square().mean(dim=(1, 3))  # [B, 256]
@@ -212,10 +219,11 @@ def train_part(
         statistics = MelStatistics.of(library, config.clip_length, min(LISTENED, config.examples))
         statistics.to(device := accelerator.device)
 
-        def with_regression(mel: Tensor, cutoff: int) -> tuple[Tensor, Tensor]:
-            return torch.cat([mel[0], statistics.predicted(mel[1:], cutoff)[0]]), missing_bands(cutoff)
+        def halves(examples: Examples) -> MadeExamples:
+            whole = dataclasses.replace(examples, degradation=WHOLE)
+            return MadeExamples(whole, lambda mel, _: mel[0].chunk(2, dim=-1), device)
 
-        data = {split: MadeExamples(own, with_regression, device) for split, own in data.items()}
+        data = {split: halves(examples) for split, examples in data.items()}
     elif part == "vae":
         examples = data["train"]
         mels = torch.stack([log_mel(torch.stack(examples[i])) for i in range(min(MEASURED, len(examples)))])

@@ -19,7 +19,7 @@ from lib.superres import training
 from lib.superres.completion import SHARE
 from lib.superres.degradation import Examples, read_library
 from lib.superres.diffusion import schedule
-from lib.superres.mel import log_mel
+from lib.superres.mel import known_bands, log_mel
 from lib.superres.resolver import SuperResolver
 from lib.superres.training import (
     LAST,
@@ -410,23 +410,52 @@ def test_the_diffusion_model_is_given_the_completed_clip(trained, library):
 
 
 def test_the_loss_of_the_completion_is_over_missing_bands_alone():
+    """Of every half by itself, above its own cutoff; in validation with the share of the correction that is used."""
     learner = make_learner("completion", PartConfig(**LOOP), COMPLETION)
-    mel, linear, correction = torch.randn(3, 2, 256, 5, generator=torch.Generator().manual_seed(0))
-    missing = torch.zeros(2, 256)
-    missing[0, 100:], missing[1, 250:] = 1, 1
-    batch = torch.stack([mel, linear], dim=1), missing
+    mel, correction = torch.randn(2, 4, 1, 256, 8, generator=torch.Generator().manual_seed(0))
+    seen = []
 
-    def model(given: Tensor, bands: Tensor) -> Tensor:
-        assert torch.equal(given[:, 0], linear)
-        assert torch.equal(bands, missing)
-        return correction[:, None]
+    def model(linear: Tensor, missing: Tensor) -> Tensor:
+        seen.append(missing)
+        for one, own, bands in zip(mel, linear, missing, strict=True):
+            known = int((bands == 0).sum())
+            assert torch.equal(one[:, :known], own[:, :known])
+            assert not own[:, known:].any()  # what these statistics expect
+        return correction
 
-    for info, share in ((StepInfo(0, 0), 1.0), (None, SHARE)):  # in validation, the share of it that will be used
-        loss, terms, _ = learner.loss(model, batch, info)
-        squares = (linear + share * correction - mel).square()
-        expected = (squares[0, 100:].mean() + squares[1, 250:].mean()) / 2
+    for info, share in ((StepInfo(0, 0), 1.0), (None, SHARE)):
+        loss, terms, _ = learner.loss(model, mel.split(2), info)
+        squares = ((share * correction - mel) * seen[-1][:, None, :, None]).square()
+        expected = (squares.sum(dim=(1, 2, 3)) / seen[-1].sum(dim=1) / 8).mean()
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         assert terms["loss/mel"] == loss
+    bands = [known_bands(cutoff) for cutoff in (2_000, 6_500, 11_250, 16_000)]
+    assert (seen[-1] == 0).sum(dim=1).tolist() == bands  # of validation: spread over all
+
+
+def test_the_completion_is_given_another_cutoff_each_time():
+    learner, known = make_learner("completion", PartConfig(**LOOP), COMPLETION), set()
+
+    def model(linear: Tensor, missing: Tensor) -> Tensor:
+        known.update((missing == 0).sum(dim=1).tolist())
+        return torch.zeros_like(linear)
+
+    for step in range(100):
+        learner.loss(model, (torch.randn(2, 1, 256, 8),) * 2, StepInfo(step, 0))
+    assert (min(known), max(known)) == (known_bands(2_000), known_bands(16_000))
+    assert len(known) > 40
+
+
+def test_the_completion_learns_from_both_halves_of_whole_clips(library, train, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training.CompletionLearner, "loss", lambda self, model, batch, info=None: seen.append(batch))
+    with pytest.raises(TypeError):
+        train("completion", batch_size=3, max_steps=1)
+    first, second = seen[0]
+    plain = [log_mel(Examples(library, "train", 3, CLIP).clip(i)[None])[0] for i in range(3)]
+    for mel in torch.cat([first, second], dim=-1):  # but for the equaliser's level and slope
+        gains = [mel - one for one in plain]
+        assert any(torch.allclose(gain, gain[..., :1].expand_as(gain), atol=1e-4) for gain in gains)
 
 
 def test_the_loss_of_the_autoencoder(library):
