@@ -45,10 +45,8 @@ FOLDER = ROOT / "notebooks"
 # in the order of execution: listening comes early
 EXECUTED = ("01_encoding", "04_training", "05_listening", "02_stage_ablation", "03_rms_collapse", "06_super_resolution")
 NOTEBOOKS = tuple(sorted(EXECUTED))
-LEAD = """Two clips of music, an input and a target, become latents of a frozen codec; masks choose what to take from
-each, and a cascade may follow; the codec turns the result back into sound. This page shows one run of that: what it
-sounds like, how it was trained, and what the codec does. Every figure, number and player comes from the notebook named
-below it."""
+LEAD = """Two clips of music fused into one, with the rhythm of the input and the harmony of the target, beside what
+simple recipes make of the same pair."""
 TRAINING = ("04_training", "06_super_resolution")  # those that can resume
 # runs again after the notebook that it needs has run; without a trained run, listening has nothing to play
 NEEDS = {"05_listening": "04_training", "06_super_resolution": "04_training"}

@@ -79,7 +79,7 @@ class AblationSettings:
 
     @property
     def plan(self) -> Plan:
-        """Its reference trains like the seeds' model, in float32, whatever the preset's own training does."""
+        """Its reference trains as the source documents say, in float32, whatever the preset's own training does."""
         length = {"epochs": 1_000_000, "max_steps": self.steps, "checkpoint_every": min(self.steps, 500)}
         reference = TrainConfig(**length, batch_size=self.batch_size, max_val_pairs=self.val_pairs)
         return Plan(SETS[self.variants], self.layers, self.seeds, reference)

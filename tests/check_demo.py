@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from lib.pipeline import NOTEBOOKS
-from lib.report.report import FIRST
+from lib.report.report import FIRST, ORDER
 
-SECTIONS = [FIRST, "summary", *(name for name in NOTEBOOKS if name != FIRST), "claims"]
+SECTIONS = [FIRST, "summary", *ORDER[1:], "claims"]
 WITH_PLAYERS = ("01_encoding", FIRST, "06_super_resolution")
 SILENT = 1e-3  # RMS; the demo's songs are a hundred times louder
 SHORT = 0.5  # seconds

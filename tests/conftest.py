@@ -63,7 +63,7 @@ class TinyDiscriminator(nn.Module):
 class Page(HTMLParser):
     """What a browser would see: tags, addresses, text; fails on tags that do not match."""
 
-    VOID = frozenset({"meta", "link", "img", "br", "hr", "input"})
+    VOID = frozenset({"meta", "link", "img", "source", "br", "hr", "input"})
 
     def __init__(self, source: str):
         super().__init__()

@@ -9,7 +9,7 @@ from check_demo import SECTIONS, WITH_PLAYERS, fault_of, main, problems
 from lib.lab.claims import judge
 from lib.listening.player import Players
 from lib.pipeline import NOTEBOOKS
-from lib.report.report import Section, write_report
+from lib.report.report import ORDER, Section, write_report
 
 
 def page(folder, failures: Mapping[str, str] = {}, to_come=(), level: float = 0.1, seconds: float = 1.0) -> str:
@@ -21,6 +21,10 @@ def page(folder, failures: Mapping[str, str] = {}, to_come=(), level: float = 0.
             section.players(Players({"original": wav, "output": 2 * wav}), "A pair")
     section.claims([judge("C1", "said", True)])
     return write_report(folder, "t", "l", {}, failures, to_come).read_text()
+
+
+def test_every_notebook_has_its_place_on_the_page():
+    assert sorted(ORDER) == sorted(NOTEBOOKS)
 
 
 def test_a_whole_page_has_nothing_wrong(tmp_path, monkeypatch, capsys):
@@ -37,13 +41,13 @@ def test_a_failed_notebook_is_found(tmp_path):
 def test_a_page_that_is_not_finished_or_lacks_a_section_is_found(tmp_path):
     said = problems(page(tmp_path, to_come=("06_super_resolution",)))
     assert said[0] == "the page says that it is not finished"
-    assert said[1].startswith("sections are 05_listening, summary, 01_encoding")
+    assert said[1].startswith("sections are 05_listening, summary, 04_training")
     assert "06_super_resolution: no player" in said
 
 
 def test_sections_in_another_order_are_found(tmp_path):
-    source = page(tmp_path).replace('id="summary"', 'id="x"').replace('id="01_encoding"', 'id="summary"')
-    assert "they must be 05_listening, summary, 01_encoding" in problems(source)[0]
+    source = page(tmp_path).replace('id="summary"', 'id="x"').replace('id="04_training"', 'id="summary"')
+    assert "they must be 05_listening, summary, 04_training" in problems(source)[0]
 
 
 def test_a_page_that_is_cut_off_is_found(tmp_path):

@@ -29,7 +29,7 @@ from quotes import (
 )
 
 from lib.evaluation.baselines import ORACLE
-from lib.evaluation.tables import ALONE, MASKS_ALONE, SEEDS_SYSTEM, WITH_CASCADE
+from lib.evaluation.tables import ALONE, MASKS_ALONE, SOURCE_SYSTEM, WITH_CASCADE
 from lib.lab.results import read_record, write_record
 from lib.lab.variants import EXPLODING, REFERENCE, WEAK_RESIDUALS
 from lib.project import RECORD, ROOT
@@ -151,7 +151,7 @@ def studied(setting: str, merit: float, advantage: str = "+0.100 ± 0.040", verd
 
 LONGER = f"{MASKS_ALONE}, 900 steps"
 STUDIED = [
-    studied(SEEDS_SYSTEM, 0.2),
+    studied(SOURCE_SYSTEM, 0.2),
     studied(MASKS_ALONE, 0.3),
     studied(LONGER, 0.5, "+0.050 ± 0.030", "no statistically significant difference from"),
     studied(LONGER, 0.61, "-0.010 ± 0.020"),
@@ -218,7 +218,7 @@ def test_the_advantage_on_real_music_is_said_with_its_errors_and_where_it_comes_
     assert "24 pairs of 1 held-out songs" in text
     assert "tracks: 2 of nexuiz-music (GPL-2 or later), 1 of wesnoth-1.16-music (CC0)." in text
     assert "Tuned on training songs: crossover with the input below 1,700 Hz." in text
-    trained = {SEEDS_SYSTEM: "0.20", MASKS_ALONE: "0.30", LONGER: "0.50 to 0.61", WITH_CASCADE: "0.40"}
+    trained = {SOURCE_SYSTEM: "0.20", MASKS_ALONE: "0.30", LONGER: "0.50 to 0.61", WITH_CASCADE: "0.40"}
     changes = ", ".join(f"{setting} 0.99 → {merit}" for setting, merit in trained.items())
     assert f"; 300 steps if nothing else is said, 2-layer stages. Merit, untrained → trained: {changes}." in text
     assert "GPU" not in text

@@ -28,7 +28,7 @@ import lib.superres.training
 import lib.train
 from lib.audio.synth import make_demo_dataset
 from lib.data.pairs import Clip, Pair
-from lib.evaluation.tables import MASKS_ALONE, SEEDS_SYSTEM
+from lib.evaluation.tables import MASKS_ALONE, SOURCE_SYSTEM
 from lib.lab.claims import CLAIMS, VERDICTS, judge
 from lib.lab.results import read_record
 from lib.lab.variants import NAMED, SCHEDULED, VARIANTS
@@ -284,12 +284,12 @@ def test_the_study_on_real_music_runs_notebook_04_for_every_setting_and_seed(mon
     same = {"model.num_layers": 1, "train.max_steps": 24, "evaluation.pairs": 4}  # the reference has others
     assert settings == {"train.clip": 2.0, "train.seed": 1} | same | {"train.max_steps": 30}
     assert by_name["music-wide-masks-0"][3] == {"train.clip": 2.0, "train.seed": 0} | same
-    assert by_name["music-the-seeds-system-0"][1] == "reference"
+    assert by_name["music-the-source-documents-system-0"][1] == "reference"
     assert by_name["music-a-cascade-alone-0"][3]["model.masking.masking"] == "none"
     assert facts["held_out"] == ["a", "b"]
     assert facts["tracks"] == {package: ["one"] for package in LICENCES}
     for name, settings in STUDY.items():  # every setting is one that trains
-        load_preset("reference" if name == SEEDS_SYSTEM else "demo", settings)
+        load_preset("reference" if name == SOURCE_SYSTEM else "demo", settings)
 
 
 def test_what_notebook_04_measured_is_read_from_its_tables(tmp_path, monkeypatch):

@@ -13,9 +13,13 @@ import numpy as np
 import torch
 import torchaudio
 from matplotlib import rc_params_from_file
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.collections import Collection
+from matplotlib.colors import LinearSegmentedColormap, to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor
 
@@ -26,6 +30,7 @@ logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it lists
 INPUT, TARGET, OUTPUT, AVERAGE = "#0072B2", "#E69F00", "#009E73", "#777777"
 STAGES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 DECIBELS = "dB below the clip's peak"
+WIDTH = 9.0  # inches: that of a page, which shows the text of a wider figure smaller than it is drawn
 SHADES = 48  # of a small mel spectrogram: steps of 1.7 dB
 STYLE = dict(rc_params_from_file(Path(__file__).with_suffix(".mplstyle"), use_default_template=False))
 
@@ -101,7 +106,7 @@ def spectra(wavs: Mapping[str, Tensor], band_edge: float | None) -> Figure:
 def mixing_maps(taken: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -> Figure:
     """Mel powers `[80, frames]` taken from input and target, by name. Blue: input, orange: target, grey: both."""
     colours = LinearSegmentedColormap.from_list("taken", (TARGET, "#BBBBBB", INPUT))
-    figure, axes = mel_axes(list(taken), 4.2, 3.1)
+    figure, axes = mel_axes(list(taken))
     for ax, (of_input, of_target) in zip(axes, taken.values(), strict=True):
         picture = colours((of_input / (of_input + of_target).clamp_min(1e-20)).numpy())
         picture[..., 3] = (decibels_below_peak(of_input + of_target).numpy() / 60 + 1).clip(0, 1)
@@ -113,23 +118,34 @@ def mixing_maps(taken: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -> F
 
 @plt.rc_context(STYLE)
 def waveforms_and_mels(wavs: Mapping[str, Tensor]) -> Figure:
-    """Clips `[1, N]` side by side on the same scale: waveform above, mel spectrogram below."""
-    figure, axes = plt.subplots(2, len(wavs), figsize=(3.4 * len(wavs), 4.2), sharex=True, sharey="row", squeeze=False)
+    """Clips `[1, N]` below each other on one time axis and the same scale: the waveform, and its mel spectrogram."""
+    size = (WIDTH, 0.6 + 1.5 * len(wavs))
+    figure, axes = plt.subplots(len(wavs), 2, figsize=size, sharex=True, sharey="col", squeeze=False)
     colours = itertools.cycle((INPUT, TARGET, OUTPUT, AVERAGE, AVERAGE))
-    for (name, wav), (top, bottom), colour in zip(wavs.items(), axes.T, colours, strict=False):
-        picture = _draw_clip(top, bottom, wav, colour, name)
-        bottom.set_xlabel("time (s)")
-        top.label_outer()
-        bottom.label_outer()
-    figure.colorbar(picture, ax=bottom, label=DECIBELS)
+    for (name, wav), (left, right), colour in zip(wavs.items(), axes, colours, strict=False):
+        picture = _draw_clip(left, right, wav, colour, name)
+    for ax in axes[-1]:
+        ax.set_xlabel("time (s)")
+    figure.colorbar(picture, ax=axes[:, 1], label=DECIBELS)
     return figure
 
 
-def mel_axes(titles: Sequence[str], width: float, height: float) -> tuple[Figure, list[plt.Axes]]:
-    """Axes for mel spectrograms of one length, three in a row; width and height of each in inches."""
+def darken(figure: Figure) -> None:
+    """Turn a figure into its version for a dark page, in place: black becomes white, white nearly black and greys what
+    is between; colours and pictures stay."""
+    for artist in set(figure.findobj(lambda part: isinstance(part, (Line2D, Text, Patch, Collection)))):
+        for name in ("markerfacecolor", "markeredgecolor", "color", "facecolor", "edgecolor"):  # markers follow lines
+            if hasattr(artist, f"get_{name}") and len(rgba := to_rgba_array(getattr(artist, f"get_{name}")())):
+                grey = np.ptp(rgba[:, :3], axis=1) < 0.02
+                rgba[grey, :3] = 1 - 0.93 * rgba[grey, :3]
+                getattr(artist, f"set_{name}")(rgba if isinstance(artist, Collection) else rgba[0])
+
+
+def mel_axes(titles: Sequence[str]) -> tuple[Figure, list[plt.Axes]]:
+    """Axes for mel spectrograms of one length, three in a row."""
     columns = min(3, len(titles))
     rows = -(-len(titles) // columns)
-    size = (width * columns, height * rows)
+    size = (WIDTH * columns / 3, 2.6 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     for ax, title in itertools.zip_longest(axes.flat, titles):
         ax.set(title=title, xlabel="time (s)", ylabel="mel band", visible=title is not None)

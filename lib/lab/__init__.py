@@ -1,4 +1,4 @@
-"""The laboratory: which part of the cascade does what, and which claims of the seeds hold.
+"""The laboratory: which part of the cascade does what, and which claims of the source documents hold.
 
 variants ─▶ ablation ─▶ results ─▶ findings, audit, plots     notebook 02
 probes, which hold cascades against the law of the RMS        notebook 03

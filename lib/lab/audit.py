@@ -17,7 +17,7 @@ from lib.util.stats import difference
 
 Values = Sequence[float]  # one per seed
 
-EPOCH_3_BATCH_205 = 3 * 205  # seed 001 puts the NaN of claim C7 here: at least so many steps
+EPOCH_3_BATCH_205 = 3 * 205  # source document 001 puts the NaN of claim C7 here: at least so many steps
 EPOCHS = 200  # of claim C10
 FEW_PAIRS = 8  # fewer pairs prove nothing about a mean
 AGENT = 1_281_730  # parameters of the creative agent, from the shapes in the original checkpoints
@@ -78,7 +78,7 @@ def audit_spectral_norm(ours: float, torchs: float, lipschitz: Values) -> list[V
 
 
 def audit_named(results: Runs) -> list[Verdict]:
-    """C5, C6, C15, C8 but for its NaN and the 0.3× part of C14, from the settings that the seeds describe."""
+    """C5, C6, C15, C8 but for its NaN and the 0.3× part of C14, from the settings of the source documents."""
     found = by_variant(results)
     reference, exploding, repair, learnable = (found[variant.name] for variant in variants.NAMED)
     trained = [r for r in learnable if r.start]  # without a step there is nothing to compare
@@ -112,7 +112,7 @@ def audit_grid(results: Runs) -> list[Verdict]:
 
 
 def audit_gradients(results: Runs) -> list[Verdict]:
-    """C7, C9 and the NaN of C8, from runs of three epochs and more of the settings that the seeds describe, and of the
+    """C7, C9 and the NaN of C8, from runs of three epochs and more of the settings of the source documents, and of the
     2×2×2 of the protections."""
     found = by_variant(results)
     reference, exploding, repair, learnable = (found[variant.name] for variant in variants.NAMED)

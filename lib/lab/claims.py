@@ -1,4 +1,4 @@
-"""The claims of the seed documents, and verdicts on them, made by `decide` and `judge` and gathered by `collect`."""
+"""The claims of the source documents, and verdicts on them, made by `decide` and `judge` and gathered by `collect`."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -18,17 +18,17 @@ LIMITS = {"above": operator.gt, "below": operator.lt, "least": operator.ge, "mos
 class Part:
     """A part of a claim that has its own verdict: by its limits, if it has some, for the value of every seed."""
 
-    said: str  # as the seed says it
+    said: str  # as the document says it
     unit: str = ""  # after the median, a format string
     limits: dict[choice(LIMITS), Number] = field(default_factory=dict)
 
 
 @checked_dataclass
 class Claim:
-    """A claim of the seed documents in claims.toml."""
+    """A claim of the source documents in claims.toml."""
 
     name: str
-    seeds: str  # that state it
+    documents: str  # that state it
     text: str
     parts: dict[str, Part] = field(default_factory=dict)
 
@@ -42,7 +42,7 @@ class Verdict:
     """One part of a claim against what was measured."""
 
     claim: str  # its id
-    said: str  # the part that is tested, as the seed says it
+    said: str  # the part that is tested, as the document says it
     measured: str  # median, or what was found in words
     spread: str  # range over seeds; empty where nothing varies
     verdict: str

@@ -1,4 +1,4 @@
-"""The cascade: transformer stages that fuse two latents into one (seed 000 describes the two-stage reference).
+"""The cascade: transformer stages that fuse two latents into one (source document 000 has the two-stage reference).
 
 Read it top to bottom: parts (positions, dropout, transformer layer, RMS scaling), stage, configs, cascade.
 
@@ -97,8 +97,8 @@ class TransformerLayer(nn.Module):
 
 class RmsScaling(nn.Module):
     """Scale a stage's output towards the RMS of its two clips. fixed: target scale √((rms_in² + rms_tgt²)/2) / rms.
-    learnable (seed 003): two learned weights average the clips' RMS values, and a learned log-scale multiplies the
-    result. off: the target scale is measured but not applied."""
+    learnable (source document 003): two learned weights average the clips' RMS values, and a learned log-scale
+    multiplies the result. off: the target scale is measured but not applied."""
 
     def __init__(self, config: "StageConfig"):
         super().__init__()
@@ -212,7 +212,7 @@ class StageConfig:
     # RMS, of both clips', to which the projection is brought outside the weights, so that training cannot change it
     projection_level: Positive | None = None
     spectral_norm: Flag = True
-    rms_scaling: choice(RMS_SCALINGS) = "fixed"  # 'learnable' is the model of seed 003
+    rms_scaling: choice(RMS_SCALINGS) = "fixed"  # 'learnable' is the model of source document 003
     clamp: tuple[Positive, Positive] | None = (0.7, 1.5)  # range of the applied scale; None: unlimited
 
     def __post_init__(self):
@@ -264,7 +264,7 @@ class CascadeConfig:
 
     @classmethod
     def reference(cls, num_stages: int = 2, *, anti_cheating: float = 0.0, **changes: Any) -> "CascadeConfig":
-        """The reference of seed 000: stage 0 fuses (input, target), each later one (input, previous, target). `changes`
+        """Document 000's reference: stage 0 fuses (input, target), each later one (input, previous, target). `changes`
         are `StageConfig` fields of every stage: `CascadeConfig.reference(3, num_layers=2)`."""
         check(num_stages >= 0, "num_stages", num_stages, "0 or more")
         later = StageConfig(sources=("noisy_input", "previous", "noisy_target"), **changes)
@@ -322,7 +322,7 @@ class Cascade(nn.Module):
             raise ValueError(f"input and target must both be [B, {D}, T] with T ≥ 1, got {found}")
 
     def add_noise(self, x: Tensor) -> Tensor:
-        """Anti-cheating noise, `level · std · randn`, in training only; std of each clip (seed 000: of the batch)."""
+        """Anti-cheating noise, `level · std · randn`, in training only; std of each clip (000: of the batch)."""
         if not self.training or self.config.anti_cheating == 0:
             return x
         return x + self.config.anti_cheating * x.std(dim=(1, 2), keepdim=True) * torch.randn_like(x)

@@ -34,8 +34,8 @@ class OriginalCheckpoint(NamedTuple):
 
 def import_original_checkpoint(path: str | Path, *, last_residual_weight: float | None = None) -> OriginalCheckpoint:
     """Widths, layers, stages and the creative agent are inferred from the tensors. The residual weight of a third stage
-    is not in the file: pass it as `last_residual_weight` (seed 001: 0.1, its repair 0.3); its residual is then the
-    previous stage's output, as in seed 002. `UserError` lists unknown, missing and misshapen tensors."""
+    is not in the file: pass it as `last_residual_weight` (document 001: 0.1, its repair 0.3); its residual is then
+    the previous stage's output, as in 002. `UserError` lists unknown, missing and misshapen tensors."""
     path = Path(path)
     content = safe_torch_load(path, allowed=(argparse.Namespace,))  # its `args` holds numbers and strings only
     if not isinstance(content, dict) or not isinstance(content.get("model_state_dict"), dict):
@@ -84,7 +84,7 @@ def _original_config(path: Path, tensors: dict[str, Tensor], last_residual_weigh
         config = config.with_stage(stage, num_layers=num_layers)
     if len(layers) > 2:
         if last_residual_weight is None:
-            fix = "pass last_residual_weight=0.1 (seed 001) or 0.3 (its repair)"
+            fix = "pass last_residual_weight=0.1 (source document 001) or 0.3 (its repair)"
             raise UserError(f"{path}: does not say the residual weight of the last of its {len(layers)} stages; {fix}")
         config = config.with_stage(-1, residual_weight=last_residual_weight, residual_source="previous")
     return config

@@ -13,7 +13,7 @@ from lib.model.projection import rms_ceiling
 if TYPE_CHECKING:
     from lib.model.cascade import CascadeConfig, StageConfig
 
-LATENT_RMS = 5.7  # of latents of music (seed 000, claim C1); the mdct codec is normalised to it
+LATENT_RMS = 5.7  # of latents of music (source document 000, claim C1); the mdct codec is normalised to it
 SAFE_SCALE = 1.5  # upper end of the reference's clamp: what a stage without a clamp may amplify by
 
 Value = TypeVar("Value", float, Tensor)

@@ -21,6 +21,7 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from PIL import Image
 from pygments.formatters import HtmlFormatter
 
+from lib.audio.plots import darken
 from lib.lab.claims import VERDICTS, Verdict, claim_rows, collect
 from lib.listening.player import SCRIPT, STYLE, Players, data_uri
 from lib.listening.widgets import figure_png
@@ -28,17 +29,20 @@ from lib.util.errors import UserError
 from lib.util.files import read_json, write_atomic
 
 LIMIT = 20_000_000  # bytes of a page, so that a phone can open it
-FIRST = "05_listening"  # the section at the top of the page
+# sections as the page has them, others after them
+ORDER = ("05_listening", "04_training", "03_rms_collapse", "02_stage_ablation", "06_super_resolution", "01_encoding")
+FIRST, FOLD = ORDER[0], 10  # rows: a longer table is folded
 Facts = Mapping[str, str]
 FOLDER = Path(__file__).with_name("templates")
 TEMPLATES = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 
 
 class Table:
-    """Rows as a table: HTML in a notebook, aligned columns as text. `folded`: a click on the caption opens it."""
+    """Rows as a table: HTML in a notebook, aligned columns as text. `folded`, as all longer than `FOLD` rows are: a
+    click on the caption opens it."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], caption: str = "", folded: bool = False):
-        self.caption, self.folded = caption, folded
+        self.caption, self.folded = caption, folded or len(rows) > FOLD
         self.columns = list(dict.fromkeys(column for row in rows for column in row))
         self.rows = [[str(row.get(column, "")) for column in self.columns] for row in rows]
 
@@ -70,12 +74,15 @@ class Section:
         self._store({"kind": "key figure", "what": what, "value": value})
 
     def figure(self, figure: Figure, name: str, caption: str) -> display.Image:
-        """Store as figures/<name>.png, of 256 colours, which take a third of the bytes; show that file."""
-        path = self.out_dir / "figures" / f"{name}.png"
-        drawn = Image.open(io.BytesIO(figure_png(figure))).convert("RGB")
-        drawn.quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
-        self._store({"kind": "figure", "file": f"figures/{name}.png", "caption": caption})
-        return display.Image(filename=path)
+        """Store as figures/<name>.png, of 256 colours, which take a third of the bytes, and for dark pages as
+        <name>_dark.png; show the first."""
+        files = {"file": f"figures/{name}.png", "dark": f"figures/{name}_dark.png"}
+        for file in files.values():
+            drawn = Image.open(io.BytesIO(figure_png(figure))).convert("RGB")
+            drawn.quantize(256, Image.Quantize.MAXCOVERAGE).save(self.out_dir / file, optimize=True)
+            darken(figure)
+        self._store({"kind": "figure", "caption": caption} | files)
+        return display.Image(filename=self.out_dir / files["file"])
 
     def table(self, rows: Sequence[Mapping[str, Any]], caption: str, folded: bool = False) -> Table:
         table = Table(rows, caption, folded)
@@ -116,32 +123,26 @@ def write_report(
     stored |= {section["name"]: section for section in sections(out_dir) if section["name"] not in to_come}
     if not stored:
         raise UserError(f"{out_dir}: no sections to report on; run the notebooks first")
-    shown = [stored[name] for name in sorted(stored, key=lambda name: (name != FIRST, name))]
+    shown = [stored[name] for name in (*ORDER, *sorted(stored.keys() - set(ORDER))) if name in stored]
     write_atomic(out_dir / "summary.json", json.dumps({"facts": dict(facts), "tables": tables_of(shown)}, indent=1))
     for section in shown:
         section["failure"] = failures.get(section["name"])
         section["executed"] = (out_dir / f"{section['name']}.html").exists()
         for item in section["items"]:
             if item["kind"] == "figure":
-                item["data"] = data_uri("image/png", (out_dir / item["file"]).read_bytes())
+                files = item["file"], item.get("dark", item["file"])  # older sections have no dark version
+                item["data"], item["dark"] = (data_uri("image/png", (out_dir / file).read_bytes()) for file in files)
     verdicts = collect(shown)
     leave_out_largest_players(shown, LIMIT)
     values = {"title": title, "lead": lead, "facts": facts, "sections": shown, "first": FIRST}
     values["to_come"] = [title_of(name) for name in to_come]
-    values["summary"] = Table(summary_of(shown, verdicts), "Key figures of every notebook")
+    figures = [(section, item) for section in shown for item in section["items"] if item["kind"] == "key figure"]
+    key_figures = [{"what": i["what"], "found": i["value"], "section": section["title"]} for section, i in figures]
+    values["summary"] = Table(key_figures, "Key figures of every notebook")
     values["claims"] = Table(claim_rows(verdicts), "Every claim and its verdict")
+    found = Counter(row["verdict"] for row in verdicts)
+    values["tally"] = [f"{found[verdict]} {verdict}" for verdict in VERDICTS]
     return write_page(out_dir / "index.html", title, render("report.html.j2", **values))
-
-
-def summary_of(sections: Sequence[dict[str, Any]], verdicts: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Every key figure with its section, and how many claims came to which verdict."""
-    figures = [(section, item) for section in sections for item in section["items"] if item["kind"] == "key figure"]
-    rows = [{"what": i["what"], "found": i["value"], "section": section["title"]} for section, i in figures]
-    if verdicts:
-        found = Counter(verdict["verdict"] for verdict in verdicts)
-        counts = ", ".join(f"{found[verdict]} {verdict}" for verdict in VERDICTS)
-        rows.append({"what": "claims of the seed documents", "found": counts, "section": "Claims"})
-    return rows
 
 
 def title_of(name: str) -> str:
@@ -151,7 +152,7 @@ def title_of(name: str) -> str:
 
 def leave_out_largest_players(sections: Sequence[dict[str, Any]], limit: int) -> None:
     """Replace players, the largest first, by a line that says where they are, until all fits in `limit` bytes."""
-    size = sum(len(item.get("html", "")) + len(item.get("data", "")) for s in sections for item in s["items"])
+    size = sum(len(item.get(part, "")) for s in sections for item in s["items"] for part in ("html", "data", "dark"))
     players = [(len(item["html"]), s, item) for s in sections for item in s["items"] if item["kind"] == "players"]
     for length, section, item in sorted(players, key=lambda found: -found[0]):
         if size <= 0.97 * limit:  # the rest is for styles, scripts and the tables of claims

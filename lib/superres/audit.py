@@ -1,4 +1,4 @@
-"""Parameters and operations of the full configuration, and the verdicts on what seed 004 claims of it."""
+"""Parameters and operations of the full configuration, and the verdicts on what source document 004 claims of it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ class Count(NamedTuple):
 
 
 def full_parts() -> dict[str, nn.Module]:
-    """The parts at the seed's sizes, on the meta device."""
+    """The parts at the document's sizes, on the meta device."""
     with torch.device("meta"):
         return {"denoiser": Denoiser(), "vae": MelVae(), "vocoder": Vocoder()}
 
@@ -56,7 +56,7 @@ def count_sizes(parts: Mapping[str, nn.Module]) -> list[Count]:
 
 
 def count_costs(parts: Mapping[str, nn.Module]) -> list[Count]:
-    """Matrix products, convolutions and attention of one clip; the seed counts a batch of eight."""
+    """Matrix products, convolutions and attention of one clip; the document counts a batch of eight."""
     denoiser, vae = parts["denoiser"], parts["vae"]
     with torch.device("meta"):
         mel, latents, time = torch.zeros(1, 1, MELS, CLIP_FRAMES), torch.zeros(1, *latent_shape(parts)), torch.zeros(1)

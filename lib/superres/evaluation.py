@@ -160,7 +160,7 @@ def score(cutoff: int, sounds: Mapping[str, Tensor], tops: Tensor, songs: Sequen
 @plt.rc_context(STYLE)
 def mel_spectrograms(mels: Mapping[str, Tensor]) -> Figure:
     """Log mels `[256, T]` side by side on one scale, three in a row."""
-    figure, axes = mel_axes(list(mels), 3.8, 2.7)
+    figure, axes = mel_axes(list(mels))
     for axis, mel in zip(axes, mels.values(), strict=True):
         seconds = mel.shape[1] * HOP / SAMPLE_RATE
         image = draw_image(axis, mel.cpu().numpy(), seconds, vmin=SILENCE, vmax=LOUDEST, cmap="magma")

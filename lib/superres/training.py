@@ -1,6 +1,6 @@
 """Training of the parts, each a run of its own in one folder: `completion` of mels, `vae`, `diffusion` on latents of
-what the completion lacks, and `hifigan`. A plan holds sizes and training of all parts: seed 004's for a GPU, a small
-one for two cores and minutes."""
+what the completion lacks, and `hifigan`. A plan holds sizes and training of all parts: those of source document 004
+for a GPU, small ones for two cores and minutes."""
 
 import dataclasses
 import functools

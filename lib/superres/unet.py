@@ -10,13 +10,13 @@ from lib.superres.mel import MELS
 from lib.util.configs import Count, Flag, Fraction, check, checked_dataclass, choice
 
 CONTEXTS = ("sequence", "pooled", "none")
-# kernel, stride, padding over (bands, frames): the seed's table
+# kernel, stride, padding over (bands, frames): source document 004's table
 BLOCKS = (((8, 3), (4, 1), (2, 1)), ((4, 3), (2, 1), (1, 1)), ((4, 3), (2, 1), (1, 1)))
 
 
 @checked_dataclass
 class EncoderConfig:
-    """Sizes of the encoder; the defaults are seed 004's."""
+    """Sizes of the encoder; the defaults are source document 004's."""
 
     channels: tuple[Count, Count, Count] = (32, 64, 256)  # of the three convolutions
     hidden_dim: Count = 256
@@ -30,7 +30,7 @@ class EncoderConfig:
 
 class GlobalAudioEncoder(nn.Module):
     """Log mel `[B, 1, 256, T]` → pooled context `[B, context_dim]` and context sequence `[B, T, context_dim]`. The
-    seed's kernels reduce 256 bands to 16, not to the 8 of its table, so neighbours are averaged; and its frame
+    document's kernels reduce 256 bands to 16, not to the 8 of its table, so neighbours are averaged; and its frame
     projection, created after the optimizer, would never be trained."""
 
     def __init__(self, config: EncoderConfig | None = None):
@@ -62,7 +62,7 @@ class GlobalAudioEncoder(nn.Module):
 
 @checked_dataclass
 class DenoiserConfig:
-    """Sizes of the UNet and its encoder; the defaults are seed 004's."""
+    """Sizes of the UNet and its encoder; the defaults are source document 004's."""
 
     latent_channels: Count = 16
     channels: tuple[Count, ...] = (128, 256, 384, 640)  # of each level, at half the resolution of the one before
@@ -71,7 +71,7 @@ class DenoiserConfig:
     head_channels: Count = 32
     transformers: Count = 2  # in each stack
     norm_groups: Count = 32
-    context: choice(CONTEXTS) = "sequence"  # of cross-attention: 'pooled' is the seed's one vector, 'none' zeros
+    context: choice(CONTEXTS) = "sequence"  # of cross-attention: 'pooled' is the document's one vector, 'none' zeros
     encoder: EncoderConfig = EncoderConfig()
 
     def __post_init__(self):
@@ -79,7 +79,7 @@ class DenoiserConfig:
 
 
 class GlobalTransformer(nn.Module):
-    """Cross-attention to the projected context, added to a map, then a transformer block, as in seed 004."""
+    """Cross-attention to the projected context, added to a map, then a transformer block, as in source document 004."""
 
     def __init__(self, channels: int, head_channels: int, context_dim: int, norm_groups: int):
         from diffusers import Transformer2DModel  # seconds to import

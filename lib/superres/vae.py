@@ -1,4 +1,4 @@
-"""The KL autoencoder of log-mel spectrograms: diffusers' `AutoencoderKL`, the architecture that seed 004 names."""
+"""The KL autoencoder of log-mel spectrograms: diffusers' `AutoencoderKL`, as source document 004 names it."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from lib.util.configs import Count, Number, Positive, checked_dataclass
 
 @checked_dataclass
 class VaeConfig:
-    """Sizes; the defaults are seed 004's. Each level but the last halves the number of bands and of frames."""
+    """Sizes; the defaults are document 004's. Each level but the last halves the number of bands and of frames."""
 
     channels: tuple[Count, ...] = (128, 256, 512, 1024)
     num_res_blocks: Count = 2

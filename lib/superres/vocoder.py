@@ -14,7 +14,7 @@ from lib.util.configs import Count, checked_dataclass
 
 @checked_dataclass
 class VocoderConfig:
-    """Sizes; the defaults are seed 004's."""
+    """Sizes; the defaults are source document 004's."""
 
     channels: Count = 1536
     upsample_rates: tuple[Count, ...] = (6, 5, 4, 2, 2)  # their product is the mel hop, 480

@@ -29,7 +29,7 @@ from lib.util.provenance import code_fingerprint
 
 logger = logging.getLogger(__name__)
 
-SCALE_WARNING = 1.3  # seed 001 calls a scale above it a warning sign
+SCALE_WARNING = 1.3  # source document 001 calls a scale above it a warning sign
 
 
 class FusionLearner(Learner):

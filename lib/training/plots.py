@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lib.audio.plots import AVERAGE, INPUT, OUTPUT, STAGES, STYLE, draw_image
+from lib.audio.plots import AVERAGE, INPUT, OUTPUT, STAGES, STYLE, WIDTH, draw_image
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -40,7 +40,7 @@ def curves(
 def mask_pictures(input_mask: Tensor, target_mask: Tensor, frame_rate: float) -> Figure:
     """Both masks `[D, T]` over channels and time: dark where nothing is taken from a clip, bright where all is."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), sharex=True, sharey=True)
+        figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.2), sharex=True, sharey=True)
         for ax, mask, name in zip(axes, (input_mask, target_mask), ("input", "target"), strict=True):
             image = draw_image(ax, mask.numpy(), mask.shape[1] / frame_rate, vmin=0, vmax=1)
             ax.set(title=f"taken from the {name}", xlabel="time (s)")
@@ -55,7 +55,7 @@ def training_dashboard(train: Rows, val: Rows, clamps: Sequence[tuple[float, flo
     stays there while its target scale is from lo / 1.2 to hi / 0.8: within the clamp, or not far beyond. Steps in which
     a sign is extreme are marked."""
     rows = 1 + bool(clamps)
-    with _over_steps(rows, 2, (11, 3 * rows), sharex=True) as (figure, _):
+    with _over_steps(rows, 2, (WIDTH, 3 * rows), sharex=True) as (figure, _):
         losses, norms, *of_stages = figure.axes
         _plot(losses, train, "loss", **EACH_STEP, label="training, each step")
         _plot(losses, val, "loss", **VALIDATION, label="validation")
@@ -91,7 +91,7 @@ def training_dashboard(train: Rows, val: Rows, clamps: Sequence[tuple[float, flo
 
 def runs_side_by_side(runs: Mapping[str, Mapping[str, Rows]]) -> Figure:
     """Validation loss, gradient norm and the last stage's level over steps; `runs`: name → split → rows."""
-    with _over_steps(1, 3, (13, 3.6)) as (figure, (losses, norms, levels)):
+    with _over_steps(1, 3, (WIDTH, 3.4)) as (figure, (losses, norms, levels)):
         for (name, rows), colour in zip(runs.items(), itertools.cycle(STAGES), strict=False):
             _plot(losses, rows["val"], "loss", color=colour, marker="o", label=name)
             _plot(norms, rows["train"], "grad_norm", color=colour, linewidth=1, label=name)

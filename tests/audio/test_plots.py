@@ -47,7 +47,7 @@ def test_every_figure_of_the_module_is_tested():
     public = {
         name for name, f in vars(plots).items() if getattr(f, "__module__", "") == "lib.audio.plots" and name[0] != "_"
     }
-    helpers = {"mel_db", "mel_power", "decibels_below_peak", "clip_image", "draw_image", "mel_axes"}
+    helpers = {"mel_db", "mel_power", "decibels_below_peak", "clip_image", "draw_image", "mel_axes", "darken"}
     assert public - helpers == set(FIGURES)
 
 
@@ -117,6 +117,32 @@ def test_waveforms_and_mels_share_a_scale(count):
     wanted = [plots.INPUT, plots.TARGET, plots.OUTPUT, plots.AVERAGE, plots.AVERAGE] * 2
     found = [tuple(axes.collections[0].get_facecolor()[0][:3]) for axes in tops]
     assert found == [to_rgb(colour) for colour in wanted[:count]]
+
+
+def test_a_dark_figure_turns_black_and_white_over_and_keeps_colours():
+    figure, axes = plt.subplots()
+    (line,) = axes.plot([1, 2], color="black", marker="o", label="a line")
+    (coloured,) = axes.plot([2, 1], color=plots.INPUT, marker="s")
+    (grey,) = axes.plot([2, 2], color="#777777")
+    band = axes.fill_between([0, 1], [1, 1], color="black", alpha=0.25)
+    image = axes.imshow(torch.rand(2, 2))
+    axes.set_title("a title")
+    axes.legend()
+    figure.canvas.draw()
+    before = image.get_array().copy()
+    plots.darken(figure)
+    white, dark = pytest.approx((1, 1, 1), abs=0.01), pytest.approx((0.07,) * 3, abs=0.01)
+    ticks = [axis.get_ticklabels()[0] for axis in (axes.xaxis, axes.yaxis)]
+    for text in (axes.title, *ticks, axes.get_legend().get_texts()[0]):
+        assert to_rgb(text.get_color()) == white
+    for colour in (line.get_color(), line.get_markerfacecolor(), axes.spines["left"].get_edgecolor()):
+        assert to_rgb(colour) == white
+    for background in (figure.get_facecolor(), axes.get_facecolor()):
+        assert to_rgb(background) == dark
+    assert tuple(band.get_facecolor()[0]) == pytest.approx((1, 1, 1, 0.25), abs=0.01)
+    assert to_rgb(coloured.get_color()) == to_rgb(coloured.get_markerfacecolor()) == to_rgb(plots.INPUT)
+    assert 0.5 < to_rgb(grey.get_color())[0] < 0.6
+    assert np.array_equal(image.get_array(), before)
 
 
 # --- images of clips --------------------------------------------------------------------------------------------------

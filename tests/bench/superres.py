@@ -1,5 +1,5 @@
-"""The super-resolver at the seed's size: what its parts take beside the machine's own matrix products. And a small one
-on a file: how much faster than real time, and in how much memory."""
+"""The super-resolver at document 004's size: what its parts take beside the machine's own matrix products. And a small
+one on a file: how much faster than real time, and in how much memory."""
 
 import dataclasses
 import tempfile

@@ -21,7 +21,7 @@ def test_each_operation_leaves_the_finite_numbers_in_its_state(name):
     entry = BY_NAME[name]
     assert all(map(math.isfinite, entry.at(entry.plain, 0.1))) or name == "correlation with silence"  # on no way
     value, gradient = entry.at(entry.plain, 0.0)
-    safe = name in ("std of a mask over time", "learnable weights")  # torch gives it the gradient 0; the seed's epsilon
+    safe = name in ("std of a mask over time", "learnable weights")  # torch has the gradient 0; the document's epsilon
     assert (math.isfinite(value) and math.isfinite(gradient)) is safe
 
 

@@ -1,10 +1,12 @@
 """The figures of the laboratory: labelled, one colour a variant, and true to their numbers."""
 
+import itertools
 import math
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from training.test_plots import assert_legible
 
 from lib.lab.plots import (
     COLOURS,
@@ -80,6 +82,31 @@ def test_ranges_have_a_row_a_variant_and_a_panel_a_measure(groups):
     assert list(figure.axes[0].lines[0].get_xdata()) == [1.0, 3.0]
 
 
+def test_the_names_of_a_whole_grid_are_legible_and_do_not_touch():
+    names = [REFERENCE, *(f"causes: weak + learnable + log penalty {i}" for i in range(43))]
+    values = dict.fromkeys(names, (1.0, 2.0, 3.0))
+    labels = ("validation MSE (squared latent units)", "gradient growth (last / first tenth)", "norm", "level")
+    figure = variant_ranges(dict.fromkeys(names, ()), dict.fromkeys(labels, values))
+    figure.canvas.draw()
+    assert_legible(figure)
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert len(boxes) == 44
+    assert all(upper.y0 > lower.y1 for upper, lower in itertools.pairwise(boxes))
+    below = [axes.xaxis.label.get_window_extent() for axes in figure.axes]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(below))
+    assert figure.axes[0].get_xlabel().replace("\n", " ") == labels[0]
+
+
+def test_the_scales_above_a_waterfall_do_not_touch():
+    stage = dict.fromkeys(("projection_rms", "weighted_residual", "rms_before_scaling", "output_rms"), 0.9)
+    stage |= {"target_scale": 6.6, "applied_scale": 1.5, "clamped": 1.0}
+    figure = waterfalls({f"w = {i}": [stage] * 3 for i in range(3)}, 5.7)
+    figure.canvas.draw()
+    assert_legible(figure)
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
 def test_effects_that_seeds_disagree_on_are_grey_crosses():
     figure = factorial({"decades": {"norm": [1.0, 2.0], "clamp": [-1.0, 1.0]}})
     (axes,) = figure.axes
@@ -110,6 +137,6 @@ def test_a_waterfall_shows_the_target_scale_and_the_applied_one():
     }
     figure = waterfalls({"with": [stage], "without": [stage | {"clamped": 0.0}]}, 5.7)
     texts = [[text.get_text() for text in axes.texts] for axes in figure.axes[:2]]
-    assert texts == [["target ×6.6, applied ×1.5"], ["target ×6.6"]]
+    assert texts == [["target ×6.6\napplied ×1.5"], ["target ×6.6"]]
     assert sorted(bar.get_height() for bar in figure.axes[0].patches) == [0.6, 0.6, 0.9, 1.3]
     assert figure.axes[0].get_ylabel() == "RMS (latent units)"

@@ -160,7 +160,7 @@ def test_objectives():
     assert squared.anti_modulation_weight > 0
 
 
-# --- what the seeds describe ------------------------------------------------------------------------------------------
+# --- what the source documents describe -------------------------------------------------------------------------------
 
 
 def test_the_exploding_cascade():

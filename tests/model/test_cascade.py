@@ -80,7 +80,7 @@ def test_reference_is_the_design():
 
 
 class PlainCascade(nn.Module):
-    """The two-stage reference from seed 000's text and PyTorch's own encoder; it shares no code with lib."""
+    """The two-stage reference from source document 000 and PyTorch's own encoder; it shares no code with lib."""
 
     def __init__(self, config: CascadeConfig, activation="gelu", norm_first=False, positions=True, sigma=1.0):
         super().__init__()
@@ -341,7 +341,7 @@ def test_output_rms_is_the_root_mean_square_of_both_when_unclamped(tiny_cascade)
 def test_learnable_scaling_is_that_of_seed_003():
     scaling = RmsScaling(StageConfig(rms_scaling="learnable", clamp=None))
     with torch.no_grad():
-        scaling.input_weight.fill_(-0.3)  # the seed takes the absolute value
+        scaling.input_weight.fill_(-0.3)  # the source document takes the absolute value
         scaling.target_weight.fill_(0.9)
         scaling.log_scale.fill_(0.2)
     x, _ = clips(rms_in=3.0)

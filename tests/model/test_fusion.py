@@ -381,7 +381,7 @@ def test_the_discriminators_gradient_reaches_mask_generator_and_cascade():
 
 
 def test_masks_are_float32_under_autocast():
-    """Means of masks are what the seeds measure: in bfloat16 they would move in steps of 0.004."""
+    """Means of masks are what the source documents measure: in bfloat16 they would move in steps of 0.004."""
     model = build(MaskingConfig("learned")).eval()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         masks = model(*clips()).masks

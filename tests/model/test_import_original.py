@@ -85,7 +85,7 @@ class OriginalAgent(nn.Module):
 
 
 class Original(nn.Module):
-    """The model that wrote the files, from its file format and seeds 000 to 002. `broken`: one mistake on purpose."""
+    """The model that wrote the files, from its format and documents 000 to 002. `broken`: one mistake on purpose."""
 
     def __init__(self, layers=(6, 6), last_residual_weight=0.1, agent=False, broken=None):
         super().__init__()

@@ -45,7 +45,7 @@ from lib.util.stats import describe
 
 ELECTRONIC = "nexuiz-music"  # the folder of the loops
 STEPS, SEEDS = 2_000, 5
-PAIRS = {"train": 410, "val": 8}  # 205 batches of 2: an epoch of seed 001
+PAIRS = {"train": 410, "val": 8}  # 205 batches of 2: an epoch of source document 001
 RATES, CLIPS = (1e-4, 3e-4), (10.0, None)
 WINDOW = 0.5  # seconds
 FRAME_RATE = 75  # latents a second
@@ -64,7 +64,7 @@ LAW = (
 NAMES = ("projection_rms", "residual_rms", "alignment", "rms_before_scaling")  # of a stage
 LOG_PENALTY = BY_NAME["causes: log penalty"].loss
 PROTECTED = tuple(dataclasses.replace(variant, loss=LOG_PENALTY) for variant in PROTECTIONS.values())
-# the model of seed 003, with its objective; its NaNs came in epochs 5, 14 and 24
+# the model of source document 003, with its objective; its NaNs came in epochs 5, 14 and 24
 CREATIVE_LOG = dict(BY_NAME[CREATIVE].loss) | {"anti_modulation": "log"}
 SEED_003 = dataclasses.replace(BY_NAME[LEARNABLE], name=f"{LEARNABLE}, creative terms", loss=CREATIVE_LOG)
 LONGER = 24 * 205 + 80
@@ -301,7 +301,7 @@ SIGNS: dict[str, Callable[[Mapping[str, float]], float]] = {
     "target scale": lambda row: max(v for k, v in row.items() if k.endswith("/target_scale")),
     "gradient norm": lambda row: row["grad_norm"],
 }
-OF_C15 = {"target scale": 1.3, "gradient norm": 100.0}  # the seeds' own limits
+OF_C15 = {"target scale": 1.3, "gradient norm": 100.0}  # the source documents' own limits
 CALIBRATING = (0, 1)  # seeds whose healthy runs set the limits; the others are judged
 
 

@@ -25,7 +25,7 @@ from upper_band import record_superres
 from lib.data.latents import LatentPairs
 from lib.evaluation.baselines import best_crossovers, mean_metrics, measure_fusions, pairs_to_measure
 from lib.evaluation.progress import SPLIT
-from lib.evaluation.tables import MASKS_ALONE, SEEDS_SYSTEM, WITH_CASCADE
+from lib.evaluation.tables import MASKS_ALONE, SOURCE_SYSTEM, WITH_CASCADE
 from lib.lab.claims import CLAIMS, claim_rows, collect, judge
 from lib.lab.results import Result, write_record
 from lib.pipeline import NotebookError, run_notebooks, say
@@ -118,10 +118,10 @@ def with_untested(verdicts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def markdown_table(verdicts: Sequence[dict[str, Any]]) -> str:
     """claims.json as a Markdown table."""
-    lines = ["| claim | seed | said | measured (range over seeds) | verdict |", "|" + " --- |" * 5]
+    lines = ["| claim | document | said | measured (range over seeds) | verdict |", "|" + " --- |" * 5]
     for claim, said, measured, verdict in map(dict.values, claim_rows(verdicts)):
         word, colon, why = verdict.partition(":")
-        cells = (claim, CLAIMS[claim].seeds, said, measured, f"**{word}**{colon}{why}")
+        cells = (claim, CLAIMS[claim].documents, said, measured, f"**{word}**{colon}{why}")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -216,7 +216,7 @@ def record_fusion(preset: Preset, overrides: dict[str, Any], music: Path, folder
     manifest = open_project(preset, music, "outputs/variations/music").manifest  # and they find its latents
 
     def run(name: str, seed: int, changed: dict[str, Any]) -> dict[str, Any]:
-        of = "reference" if name == SEEDS_SYSTEM else preset.name
+        of = "reference" if name == SOURCE_SYSTEM else preset.name
         settings = overrides | same | changed | {"train.seed": seed}
         place = f"music-{name}-{seed}".replace(" ", "-").replace("'", "").replace(",", "")
         out = run_apart(place, of, str(music), settings, "04")

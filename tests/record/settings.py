@@ -22,7 +22,7 @@ class ScheduleSettings:
 
     @property
     def plan(self) -> Plan:
-        """The objective and discriminator of the seeds' system with everything that their schedule has."""
+        """The objective and discriminator of the source documents' system with everything that their schedule has."""
         sizes = {"batch_size": self.batch_size, "max_train_pairs": self.pairs, "max_val_pairs": self.val_pairs}
         length = {"epochs": self.epochs, "max_steps": None, "patience": None, "accumulate": 1, "checkpoint_every": 500}
         schedule = {"warmup_steps": 20, "schedule": "cosine", "ema": 0.99}

@@ -232,10 +232,22 @@ def test_listening_comes_first_then_what_was_found_then_the_story(out, write):
         Section(out, name, name)
     Section(out, "02_stage_ablation", "Ablation").claims([judge("C1", "said", True)])
     page = write(out)
-    wanted = ["05_listening", "summary", "01_encoding", "02_stage_ablation", "04_training", "06_super_resolution"]
+    wanted = ["05_listening", "summary", "04_training", "02_stage_ablation", "06_super_resolution", "01_encoding"]
     assert [section["id"] for section in page.all("section")] == [*wanted, "claims"]
-    links = [link["href"] for link in page.all("a") if link["href"][0] == "#"]
-    assert links == ["#main", *("#" + name for name in wanted), "#claims"]
+    menu = text(out / "index.html").partition("<nav")[2].partition("</nav>")[0]
+    assert re.findall('href="#(.*?)"', menu) == [*wanted, "claims"]
+
+
+def test_the_page_begins_with_a_sentence_and_a_player(tmp_path):
+    section = Section(tmp_path, "05_listening", "Listening")
+    section.text("Words about the clips.")
+    section.players(players("a"), "A pair")
+    section.players(players("b"), "Another pair")
+    source = text(write_report(tmp_path, "Title", "A plain sentence.", {}))
+    main = source.partition("<main")[2]
+    order = ("Title", "A plain sentence.", "A pair", "<audio", "Words about the clips.", "Another pair", "summary")
+    assert [main.index(part) for part in order] == sorted(main.index(part) for part in order)
+    assert main.count("<audio") == 2
 
 
 def test_a_page_without_listening_yet_begins_with_what_was_found(tmp_path, write):
@@ -248,7 +260,7 @@ def test_a_failed_notebook_has_its_section_with_the_reason_even_if_it_never_open
     path = write_report(out, "t", "l", {}, failures)
     page = parse(text(path))
     failed = [section["id"] for section in page.all("section") if section.get("class") == "failed"]
-    assert failed == ["01_encoding", "02_stage_ablation"]
+    assert failed == ["02_stage_ablation", "01_encoding"]
     for words in ("cell 3: KeyError: 'x'", EVIL, "Stage ablation", "What a clip becomes."):
         assert words in page.text
     assert page.text.count("did not finish") == 2
@@ -269,8 +281,95 @@ def test_a_folded_table_opens_by_its_caption(tmp_path, parse):
     page = parse(text(write_report(tmp_path, "t", "l", {})))
     (details,) = page.all("details")
     assert "open" not in details
-    assert page.text.count("Forty rows") == 1
+    assert page.text.count("Forty rows (1 row)") == page.text.count("Forty rows") == 1
     assert tables_of(sections(tmp_path)) == {"Forty rows": [{"a": 1}]}
+
+
+@pytest.mark.parametrize(("rows", "folded"), [(10, 0), (11, 1)])
+def test_a_table_of_more_than_ten_rows_is_folded(parse, rows, folded):
+    table = parse(Table([{"a": i} for i in range(rows)], "Rows")._repr_html_())
+    assert len(table.all("details")) == folded
+    assert ("Rows (11 rows)" in table.text) == folded
+    assert table.text.count("Rows") == 1
+
+
+def test_verdicts_have_a_sign_and_a_colour(parse):
+    said = {
+        "reproduced": "✓ yes",
+        "refuted": "✗ no",
+        "not tested here: takes days": "○ open",
+        "better than the baseline": "▲ yes",
+        "worse than the baseline": "▼ no",
+        "no statistically significant difference from the baseline": "≈ open",
+    }
+    source = Table([{"verdict": words, "said": "refuted"} for words in said])._repr_html_()
+    page = parse(source)
+    signs = re.findall('<span class="verdict (.*?)"><span aria-hidden="true">(.)</span>', source)
+    assert [f"{sign} {kind}" for kind, sign in signs] == list(said.values())  # the column beside has none
+    assert all(f"{sign[0]}\xa0{words}" in page.text for words, sign in said.items())
+    css = (Path(lib.report.report.FOLDER) / "page.css").read_text()
+    assert len({re.search(rf"\.{kind} {{ color: (.*?); }}", css)[1] for kind in ("yes", "no", "open")}) == 3
+
+
+def test_any_other_verdict_is_text_as_it_is(parse):
+    page = parse(Table([{"verdict": EVIL}])._repr_html_())
+    assert EVIL in page.text
+    assert not page.all("span")
+
+
+def test_a_tally_heads_the_claims_and_the_documents_are_introduced_once(tmp_path, parse):
+    section = Section(tmp_path, "02", "Two")
+    section.claims([judge("C1", "a", True), judge("C2", "b", False), judge("C3", "c", False)])
+    source = text(write_report(tmp_path, "t", "l", {}))
+    claims = source.partition('<section id="claims">')[2]
+    found = "✓\xa01 reproduced, ✗\xa02 refuted, ○\xa00 not tested here"
+    tally = re.search('<p class="tally">.*?</p>', claims)[0]
+    assert parse(tally).text.strip() == found
+    assert claims.index(tally) < claims.index("<table")
+    assert source.count("<em>source documents</em>") == source.count("C1 to C18") == 1
+    assert source.index("<em>source documents</em>") < source.index('<section id="02">')
+
+
+def test_a_figure_has_a_version_for_dark_pages(tmp_path, parse):
+    made, axes = plt.subplots(figsize=(1, 1))
+    axes.axhspan(0, 1, color="#0072B2")
+    Section(tmp_path, "01", "One").figure(made, "f", "A caption")
+    page = parse(text(write_report(tmp_path, "t", "l", {})))
+    (dark,) = page.all("source")
+    assert dark["media"] == "(prefers-color-scheme: dark)"
+    (light,) = page.all("img")
+    pictures = {"f": light["src"], "f_dark": dark["srcset"]}
+    for name, data in pictures.items():
+        assert base64.b64decode(data.partition(",")[2]) == (tmp_path / "figures" / f"{name}.png").read_bytes()
+    corners, middles = zip(*map(corner_and_middle, pictures.values()), strict=True)
+    assert [sum(corner) for corner in corners] == [3 * 255, pytest.approx(3 * 18, abs=9)]
+    assert np.abs(np.subtract(*middles)).max() <= 8  # data keep their colour
+    assert page.text.count("A caption") == len(page.all("figcaption")) == 1
+    assert page.all("figcaption")[0] == {"aria-hidden": "true"}  # read out once, as the picture's name
+
+
+def corner_and_middle(data: str) -> tuple[np.ndarray, np.ndarray]:
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data.partition(",")[2]))).convert("RGB")).astype(int)
+    return pixels[1, 1], pixels[len(pixels) // 2, pixels.shape[1] // 2]
+
+
+def test_a_section_of_before_there_were_dark_versions_is_shown_as_it_is(tmp_path, parse):
+    Section(tmp_path, "01", "One").figure(figure(), "f", "c")
+    stored = json.loads(text(tmp_path / "report" / "01.json"))
+    del stored["items"][0]["dark"]
+    (tmp_path / "report" / "01.json").write_text(json.dumps(stored))
+    page = parse(text(write_report(tmp_path, "t", "l", {})))
+    assert page.all("source")[0]["srcset"] == page.all("img")[0]["src"]
+
+
+def test_every_caption_is_there_once(tmp_path, write):
+    section = Section(tmp_path, "01", "One")
+    section.figure(figure(), "f", "the caption of a figure")
+    section.table([{"a": 1}], "the caption of a table")
+    section.players(players("a"), "the caption of players")
+    page = write(tmp_path)
+    for kind in ("a figure", "a table", "players"):
+        assert page.text.count(f"the caption of {kind}") == 1
 
 
 def test_the_summary_has_every_key_figure_with_its_section(tmp_path, parse):
@@ -287,7 +386,6 @@ def test_the_summary_has_every_key_figure_with_its_section(tmp_path, parse):
         *("RMS of the input", "5.66", "Encoding"),
         *("validation loss", "from 9 to 7", "Training"),
         *("time", "3 min", "Training"),
-        *("claims of the seed documents", "2 reproduced, 1 refuted, 1 not tested here", "Claims"),
     ]
     assert "Key figures of every notebook" in summary
     for name in ("01", "02"):  # not once more in their sections

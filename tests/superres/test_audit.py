@@ -118,7 +118,7 @@ def test_full_table_beside_the_seed_s(full):
     sizes = {size.what: size for size in count_sizes(full)}
     parts = [sizes[name] for name in ("global encoder", "UNet, all of it", "autoencoder", "vocoder")]
     assert sizes["together"].counted == sum(size.counted for size in parts)
-    assert sizes["together"].claimed == sum(size.claimed for size in parts)  # the seed too counts transformers once
+    assert sizes["together"].claimed == sum(size.claimed for size in parts)  # the document too counts transformers once
     assert all(p.device.type == "meta" for part in full.values() for p in part.parameters())
 
 

@@ -692,7 +692,7 @@ def test_the_small_plan_runs():
 
 
 def test_the_full_plan_has_the_seeds_sizes():
-    """Of seed 004: autoencoder, UNet, encoder, and clips of 10.24 s."""
+    """Of source document 004: autoencoder, UNet, encoder, and clips of 10.24 s."""
     vae, unet, training = FULL_PLAN.vae, FULL_PLAN.denoiser, FULL_PLAN.training
     assert (vae.channels, vae.num_res_blocks, vae.latent_channels) == ((128, 256, 512, 1024), 2, 16)
     assert (unet.channels, unet.num_res_blocks, unet.head_channels) == ((128, 256, 384, 640), 2, 32)

@@ -192,7 +192,7 @@ def test_what_the_config_refuses_and_rebuilds():
     assert DenoiserConfig(encoder={"hidden_dim": 8}).encoder == EncoderConfig(hidden_dim=8)
 
 
-# --- the seed's sizes -------------------------------------------------------------------------------------------------
+# --- the source document's sizes --------------------------------------------------------------------------------------
 
 
 def test_full_configuration():
@@ -255,7 +255,7 @@ def test_parameter_counts_against_arithmetic():
             counted[name.split(".")[0]] += parameter.numel()
     assert counted == wanted
     assert sum(wanted.values()) == 3_233_312
-    # the seed's lines are these; its sum of the first two is 746,552, and so its total 1,000 less
+    # the source document's lines are these; its sum of the first two is 746,552, and so its total 1,000 less
     assert wanted["convolutions"] + wanted["frame_projection"] == 747_552
     assert (wanted["transformer"], wanted["output_projection"] + wanted["global_projection"]) == (2_108_416, 115_200)
 
@@ -268,7 +268,7 @@ def test_shapes_of_the_default(T):
 
 
 def test_kernels_leave_4096_values_a_frame_and_pooling_2048():
-    """The seed's kernels and strides take 256 bands to 16, not to the 8 of its table."""
+    """The source document's kernels and strides take 256 bands to 16, not to the 8 of its table."""
     with torch.device("meta"):
         encoder = GlobalAudioEncoder()
         maps = encoder.convolutions[:-1](torch.zeros(1, 1, 256, 10))

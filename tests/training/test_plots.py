@@ -4,8 +4,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
+from lib.audio.plots import WIDTH
 from lib.training import plots
+
+PAGE = 992  # pixels: the widest picture on a page
 
 
 def training_rows(num_stages: int = 2) -> list[dict]:
@@ -74,6 +78,16 @@ def assert_labelled(draw) -> None:
         if subplot is not None and subplot.is_last_row() and axes.get_label() != "<colorbar>":
             assert axes.get_xlabel(), axes
     figure.canvas.draw()
+    assert_legible(figure)
+
+
+def assert_legible(figure) -> None:
+    """On a page no text is smaller than 11 pixels."""
+    assert figure.get_figwidth() <= WIDTH
+    scale = figure.dpi / 72 * min(1, PAGE / (figure.dpi * figure.get_figwidth()))
+    texts = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+    assert texts
+    assert min(text.get_fontsize() for text in texts) * scale >= 11
 
 
 @pytest.mark.parametrize("name", FIGURES)

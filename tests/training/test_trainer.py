@@ -258,7 +258,7 @@ def test_best_is_the_lowest_validation_loss(start, monkeypatch):
 
 
 def test_warns_once_a_stage_when_a_target_scale_passes_1_3(start, tiny_cascade, caplog, monkeypatch):
-    weak = tiny_cascade(2, residual_weight=2.0).with_stage(1, residual_weight=0.1)  # the seeds' broken stage
+    weak = tiny_cascade(2, residual_weight=2.0).with_stage(1, residual_weight=0.1)  # the source documents' broken stage
     log = Run.log
 
     def stop_at_5(run, row):
