@@ -1,4 +1,4 @@
-"""Fuse two clips of music in the latent space of a frozen codec; study why the cascade that does it can explode."""
+"""Fuse two clips of music in the latent space of a frozen codec; study why the cascade that does it goes quiet."""
 
 import os
 

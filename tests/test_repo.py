@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -174,6 +175,17 @@ def tracked() -> list[Path]:
 
 def test_no_large_file_is_tracked():
     assert not [path for path in tracked() if path.exists() and path.stat().st_size > 2_000_000]
+
+
+def test_seeds_are_random_seeds():
+    """What the project began with are its source documents."""
+    for path in tracked():
+        if path.suffix in (".py", ".md", ".toml", ".j2", ".ipynb"):
+            prose = path.read_text()
+            if path.suffix == ".ipynb":
+                prose = "".join("".join(cell["source"]) for cell in json.loads(prose)["cells"])
+            found = re.search(r"(?i)\bseed[ ]documents?\b|\bthe[ ]seeds?'|\bseeds?[ ]00\d", prose)
+            assert not found, f"{path}: {found[0]!r}"
 
 
 def test_generated_files_are_not_tracked():

@@ -14,8 +14,7 @@ from lib.util.stats import Comparison
 Row = dict[str, Any]
 JUDGED = ("merit", "onsets", "notes", "onsets_left", "notes_left", "beats", "artifacts", "level", "peak")
 PLAIN = ("plain_merit", "rhythm", "harmony")
-SOURCE_SYSTEM = "the source documents' system"  # settings on real music
-MASKS_ALONE, WITH_CASCADE = "wide masks", "wide masks and a cascade"
+SOURCE_SYSTEM, MASKS_ALONE, WITH_CASCADE = "the source documents' system", "wide masks", "wide masks and a cascade"
 ALONE = "its masks without the stages"  # an output, of a trained model with both
 STAGE_COLUMNS = "projection_rms", "rms_before_scaling", "output_rms", "target_scale", "applied_scale", "clamped"
 

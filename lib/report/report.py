@@ -4,7 +4,6 @@ they show through a `Section`, and `write_report` joins the sections."""
 import functools
 import io
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -140,8 +139,7 @@ def write_report(
     key_figures = [{"what": i["what"], "found": i["value"], "section": section["title"]} for section, i in figures]
     values["summary"] = Table(key_figures, "Key figures of every notebook")
     values["claims"] = Table(claim_rows(verdicts), "Every claim and its verdict")
-    found = Counter(row["verdict"] for row in verdicts)
-    values["tally"] = [f"{found[verdict]} {verdict}" for verdict in VERDICTS]
+    values["tally"] = [f"{sum(row['verdict'] == verdict for row in verdicts)} {verdict}" for verdict in VERDICTS]
     return write_page(out_dir / "index.html", title, render("report.html.j2", **values))
 
 

@@ -8,6 +8,7 @@ import torch
 from playwright.sync_api import Page, expect
 
 from lib.audio.files import SAMPLE_RATE
+from lib.audio.plots import spectra
 from lib.listening.player import Players
 from lib.report.report import Section, write_report
 
@@ -22,12 +23,16 @@ def tone(level: float, frequency: float) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> str:
-    """The address of a page with two panels, a table and a figure."""
+    """The address of a page with two panels, tables and a figure."""
     folder = tmp_path_factory.mktemp("report")
     section = Section(folder, "05_listening", "Listening")
+    section.text("Words about the clips, which come after the first of them. " * 4)
     section.players(Players({"input": tone(0.5, 440), "target": tone(0.05, 660), "output": tone(0.2, 550)}), "A pair")
     section.players(Players({"input": tone(0.1, 300), "output": tone(0.1, 400)}), "Another pair")
     section.table([{f"column {i}": "a long cell" * 3 for i in range(12)}], "A wide table")
+    section.table([{"a": i} for i in range(3)], "A narrow table")
+    section.table([{"a": i} for i in range(30)], "A long table")
+    section.figure(spectra({"a tone": tone(0.5, 440)}, None), "spectra", "A figure")
     return write_report(folder, "A run", "What it is.", {"a fact": "its value"}).as_uri()
 
 
@@ -245,6 +250,51 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(watched, report, screenshot
     )
     assert ("255, 255, 255" in colour) is dark or background != colour
     page.screenshot(path=screenshots / f"phone_{'dark' if dark else 'light'}.png", full_page=True)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1200, 900), (360, 740)])
+def test_the_first_screen_has_a_player_and_the_menu_stays(watched, report, screenshots, width, height):
+    page = watched(width=width, height=height)
+    page.goto(report)
+    play = page.get_by_role("button", name="Play").first.bounding_box()
+    assert play["y"] + play["height"] <= height
+    page.screenshot(path=screenshots / f"first_screen_{width}.png")
+    menu = page.get_by_role("navigation", name="Sections")
+    page.mouse.wheel(0, 3000)
+    page.wait_for_function("() => scrollY > 300")
+    assert menu.bounding_box()["y"] == 0
+    menu.get_by_role("link", name="Results").click()
+    heading = page.get_by_role("heading", name="Results").bounding_box()
+    assert menu.bounding_box()["height"] <= heading["y"] < height
+
+
+def test_on_a_phone_a_wide_table_scrolls_and_says_so(watched, report):
+    page = watched(width=360, height=740)
+    page.goto(report)
+    hint = "(box) => getComputedStyle(box, '::before').content"
+    wide, narrow = (page.get_by_role("region", name=f"A {name} table") for name in ("wide", "narrow"))
+    expect(wide).to_have_class(re.compile("cut"))
+    assert "scroll sideways" in wide.evaluate(hint)
+    assert wide.evaluate("(box) => { box.scrollLeft = 200; return box.scrollLeft; }") == 200
+    assert narrow.evaluate(hint) == "none"
+
+
+def test_a_long_table_opens_by_a_click(page):
+    table = page.get_by_role("region", name="A long table")
+    expect(table).to_be_hidden()
+    page.get_by_text("A long table (30 rows)").click()
+    expect(table).to_be_visible()
+
+
+def test_a_figure_follows_the_scheme_of_the_page(watched, report):
+    shown = []
+    for dark in (False, True):
+        page = watched(dark=dark)
+        page.goto(report)
+        image = page.get_by_role("img", name="A figure")
+        shown.append(image.evaluate("(image) => image.currentSrc"))
+        assert (shown[-1] == image.get_attribute("src")) is not dark
+    assert len(set(shown)) == 2
 
 
 def test_without_scripts_the_players_are_plain_ones(browser, report):
