@@ -68,7 +68,7 @@ def test_the_model_suits_the_codec_unless_something_else_is_asked_for(name, code
     assert (asked.model.num_stages, asked.model.masking.masking) == (1, "wide")
 
 
-def test_the_reference_is_the_system_of_the_seeds():
+def test_the_reference_is_the_system_of_the_source_documents():
     """Two stages behind masks whose clips stay as loud, every term of the source documents, a discriminator, noise."""
     preset = PRESETS["reference"]
     assert (preset.model.num_stages, preset.model.masking) == (2, MaskingConfig("learned", restore_rms=True))

@@ -318,7 +318,7 @@ def test_a_quiet_output_is_not_called_constant():
     assert (constant.verdict, level.verdict) == (REFUTED, REFUTED)
 
 
-def test_a_late_nan_is_not_the_seeds():
+def test_a_late_nan_is_not_the_documents():
     late = all_results(
         three=lambda name, seed: scheduled(name, seed, non_finite={"step": 700, "stage": 1, "tensor": "x"})
     )

@@ -21,7 +21,7 @@ def row(claim: str, holds: bool | None = True, **more) -> dict:
     return dataclasses.asdict(judge(claim, "it holds", holds, why="too short" if holds is None else "", **more))
 
 
-def test_every_claim_has_its_seed_and_text():
+def test_every_claim_has_its_documents_and_text():
     assert list(CLAIMS) == [f"C{i}" for i in range(1, 19)]
     assert all(claim.documents and claim.text for claim in CLAIMS.values())
 

@@ -338,7 +338,7 @@ def test_output_rms_is_the_root_mean_square_of_both_when_unclamped(tiny_cascade)
     torch.testing.assert_close(true_rms(output), torch.full((2,), 5.0).double(), rtol=1e-5, atol=0)  # not 4, their mean
 
 
-def test_learnable_scaling_is_that_of_seed_003():
+def test_learnable_scaling_is_that_of_document_003():
     scaling = RmsScaling(StageConfig(rms_scaling="learnable", clamp=None))
     with torch.no_grad():
         scaling.input_weight.fill_(-0.3)  # the source document takes the absolute value

@@ -106,7 +106,7 @@ def test_sizes_are_the_numbers_in_parts_really_built(on_meta):
     assert list(counted.values()) == [size.counted for size in count_sizes(on_meta)]
 
 
-def test_full_table_beside_the_seed_s(full):
+def test_full_table_beside_the_documents(full):
     assert count_sizes(full) == [
         Count("global encoder", 3_233_312, 3_232_312),
         Count("UNet, all of it", 288_248_208, 64_876_712),

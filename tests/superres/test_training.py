@@ -691,7 +691,7 @@ def test_the_small_plan_runs():
         assert vae.decode(latents).shape == mel.shape
 
 
-def test_the_full_plan_has_the_seeds_sizes():
+def test_the_full_plan_has_the_sizes_of_the_source_document():
     """Of source document 004: autoencoder, UNet, encoder, and clips of 10.24 s."""
     vae, unet, training = FULL_PLAN.vae, FULL_PLAN.denoiser, FULL_PLAN.training
     assert (vae.channels, vae.num_res_blocks, vae.latent_channels) == ((128, 256, 512, 1024), 2, 16)
