@@ -13,9 +13,9 @@ from lib.audio.chunks import chunk_starts, crossfaded, reading
 from lib.audio.decode import AudioError, read_windows
 from lib.audio.files import AudioReport, AudioWriter, check_audio, walk_audio
 from lib.superres.degradation import LOWEST
-from lib.superres.diffusion import TIMESTEPS, sample
 from lib.superres.mel import HOP, N_FFT, SAMPLE_RATE, bin_of, inverse_spectrum, log_mel, spectrum
 from lib.superres.training import NEEDED, PartConfig, load_part
+from lib.superres.unet import TIMESTEPS, sample
 from lib.superres.vocoder import griffin_lim
 from lib.training.run import Run
 from lib.util.configs import check, checked_dataclass, number, whole

@@ -19,9 +19,8 @@ from lib.superres import vocoder as hifigan
 from lib.superres.baselines import MelStatistics
 from lib.superres.completion import SHARE, Completion, CompletionConfig, missing_bands
 from lib.superres.degradation import GRID, HIGHEST, LOWEST, Degradation, Examples, Library
-from lib.superres.diffusion import TIMESTEPS, add_noise
 from lib.superres.mel import MELS, SAMPLE_RATE, log_mel
-from lib.superres.unet import Denoiser, DenoiserConfig
+from lib.superres.unet import TIMESTEPS, Denoiser, DenoiserConfig, add_noise
 from lib.superres.vae import MelVae, VaeConfig
 from lib.training.batches import Batch, Pairs
 from lib.training.config import AdversaryConfig, LoopConfig, resolved_precision

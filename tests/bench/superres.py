@@ -13,11 +13,10 @@ from paths import sampled_memory
 
 from lib.superres.audit import CLIP_FRAMES, count_costs, full_parts
 from lib.superres.completion import Completion
-from lib.superres.diffusion import add_noise, sample
 from lib.superres.mel import MELS, SAMPLE_RATE
 from lib.superres.resolver import Restoration, SuperResolver, restore_file
 from lib.superres.training import PLANS
-from lib.superres.unet import Denoiser
+from lib.superres.unet import Denoiser, add_noise, sample
 from lib.superres.vae import MelVae
 from lib.superres.vocoder import Vocoder
 from lib.training import run as runs

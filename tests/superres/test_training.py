@@ -18,7 +18,6 @@ from torch.nn.utils import parametrize
 from lib.superres import training
 from lib.superres.completion import SHARE
 from lib.superres.degradation import Examples, read_library
-from lib.superres.diffusion import schedule
 from lib.superres.mel import known_bands, log_mel
 from lib.superres.resolver import SuperResolver
 from lib.superres.training import (
@@ -36,7 +35,7 @@ from lib.superres.training import (
     load_part,
     train_part,
 )
-from lib.superres.unet import Denoiser
+from lib.superres.unet import Denoiser, schedule
 from lib.superres.vae import MelVae
 from lib.training.learner import StepInfo
 from lib.training.nonfinite import NonFiniteError
