@@ -167,7 +167,7 @@ def audit_schedule(results: Runs, epochs: int) -> list[Verdict]:
     finite = measured.never_non_finite(whole)
     return [
         decide("C7.whole_ends", holds=ended, found=first_non_finite(three), short=fewer),
-        decide("C10.finite", holds=finite, found=first_non_finite(whole), short=short, unless=False),
+        decide("C10.finite", holds=finite, found=first_non_finite(whole), short=finite and short),
         decide("C10.norm", early, facts=facts, short=short),
         decide("C11.factor", each(whole, measured.largest_factor)),
         decide("C12.masks", masks, facts=facts, short=short),

@@ -49,15 +49,13 @@ class Verdict:
     why: str = ""  # of 'not tested here', or what the verdict rests on
 
 
-def judge(
-    claim: str, said: str, holds: Holds, values: Values = None, *, found="", why="", short="", unless: Holds = None
-) -> Verdict:
+def judge(claim: str, said: str, holds: Holds, values: Values = None, *, found="", why="", short="") -> Verdict:
     """A verdict: `holds` decides it; None is 'not tested here', and `why` says what a test would take. `found`: what
     was measured in words, or the unit after the median of `values`. `short`: why the runs cannot decide, such as too
-    few steps: 'not tested here' `unless` the outcome is one that more steps could not change."""
+    few steps: 'not tested here'."""
     if claim not in CLAIMS:
         raise ValueError(f"unknown claim {claim!r}")
-    if short and (unless is None or holds is not unless):
+    if short:
         holds, why = None, short
     if holds is None and not why:
         raise ValueError(f"{claim}: a claim that was not tested needs a reason")
@@ -71,7 +69,7 @@ def decide(
     part: str, values: Values = None, holds: Holds = None, *, found="", facts: Mapping[str, Any] = {}, **reasons: Any
 ) -> Verdict:
     """The verdict on a part of a claim, such as 'C7.weak_rises': by its limits for `values`, or by whether it `holds`.
-    `facts`: what its unit has in braces; `found` replaces the unit. `reasons`: why, short and unless of `judge`."""
+    `facts`: what its unit has in braces; `found` replaces the unit. `reasons`: why and short of `judge`."""
     claim, _, name = part.partition(".")
     own = CLAIMS[claim].parts[name]
     if own.limits:
