@@ -21,6 +21,7 @@ from clones import clean_commit, clone_of, continue_in_clone, replace_record
 from parts import FIGURES, LICENCES, NO_VECTORS, PARTS, STUDY, found_in, run_variation, variations
 from quotes import BLOCKS, MARKS
 from settings import settings_of
+from verdicts import audit_gradients, audit_schedule, schedule_rows
 
 import lib.evaluation.progress
 import lib.project
@@ -30,7 +31,7 @@ from lib.audio.synth import make_demo_dataset
 from lib.data.pairs import Clip, Pair
 from lib.evaluation.tables import MASKS_ALONE, SOURCE_SYSTEM
 from lib.lab.claims import CLAIMS, VERDICTS, judge
-from lib.lab.results import read_record
+from lib.lab.results import Result, by_variant, read_record
 from lib.lab.variants import NAMED, SCHEDULED, VARIANTS
 from lib.pipeline import NotebookError
 from lib.presets import load_preset
@@ -223,8 +224,8 @@ def test_the_command_does_not_measure_where_it_would_write(monkeypatch, capsys):
     [("demo", [(VARIANTS, 2, 100), (NAMED, 6, 100)]), ("full", [(VARIANTS, 6, 2000)])],
 )
 def test_the_record_has_the_grid_and_the_named_settings_at_full_depth(tmp_path, name, plans):
-    asked, (results, _) = [], read_record(RECORD / "ablation.json")
-    project = SimpleNamespace(codec=SimpleNamespace(name="mdct"), ablation=lambda plan: asked.append(plan) or results)
+    asked, (scheduled, _) = [], read_record(RECORD / "schedule.json")
+    project = SimpleNamespace(codec=SimpleNamespace(name="mdct"), ablation=lambda plan: asked.append(plan) or scheduled)
     parts.record_ablations(load_preset(name), project, tmp_path)
     assert [(plan.variants, plan.num_layers, plan.train.max_steps) for plan in asked[:-1]] == plans
     assert asked[-1].variants == SCHEDULED
@@ -720,6 +721,15 @@ def test_the_recorded_ablation_has_two_depths_and_three_seeds():
         seeds[r.variant, r.num_layers] += 1
     assert set(seeds.values()) == {3}
     assert all(dataclasses.asdict(r)["steps"] == facts["steps"] or r.non_finite for r in results)
+
+
+def test_the_recorded_verdicts_follow_from_the_recorded_runs():
+    results, facts = read_record(RECORD / "schedule.json")
+    assert facts["claims"] == [dataclasses.asdict(v) for v in audit_schedule(results, facts["epochs"])]
+    assert facts["table"] == schedule_rows(by_variant(results))
+    rows, facts = read_record(RECORD / "explosion.json", dict)
+    loops = [Result(**run) for row in rows if row["data"] == "loops" for run in row["results"]]
+    assert facts["claims"] == [dataclasses.asdict(v) for v in audit_gradients(loops)]
 
 
 def test_the_recorded_schedule_ran_its_epochs():

@@ -126,16 +126,3 @@ def weak_residuals(groups: Groups, names: Sequence[str]) -> list[str]:
         if level == "at" and found["leakage"] == "lower" and found["gradients"] != "higher":
             winners.append(name)
     return [*lines, f"less leakage at the target level without larger gradients: {', '.join(winners) or 'none'}"]
-
-
-def schedule_rows(groups: Groups) -> Rows:
-    """A row for each variant of the whole schedule: how its runs ended, and the mean objective metrics after it."""
-    rows = []
-    for name, runs in groups.items():
-        row = {"variant": name, "seeds": len(runs), "steps": min(run.steps for run in runs)}
-        row["non-finite"] = sum(run.non_finite is not None for run in runs)
-        for key in ("rhythm", "harmony", "merit", "movement_ratio"):
-            values = known(runs, final(f"model/{key}"))
-            row[key.removesuffix("_ratio")] = f"{sum(values) / max(1, len(values)):.2f}"
-        rows.append(row)
-    return rows

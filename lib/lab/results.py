@@ -99,8 +99,6 @@ def final(key: str, missing: float = math.nan) -> Measure:
 
 
 level = final("rms_ratio", 0.0)  # output RMS over target RMS
-decoded_merit = final("model/merit", 0.0)  # figure of merit
-movement = final("model/movement_ratio", 0.0)  # movement of the decoded output over its clips' mean
 
 
 def nearer(result: Result) -> float:
@@ -116,12 +114,6 @@ def peak(result: Result) -> float:
 def growth(result: Result) -> float:
     """Median gradient norm of the last tenth of the steps over the first; infinite where a value was not finite."""
     return math.inf if result.non_finite else result.end["grad_norm"] / result.start["grad_norm"]
-
-
-def largest_factor(result: Result) -> float:
-    """Largest target scale of any stage, at the start, a quarter or the end of training."""
-    parts = (result.start, result.quarter, result.end)
-    return max((v for part in parts for k, v in part.items() if k.endswith("/target_scale")), default=math.inf)
 
 
 def gradient_norms(part: Mapping[str, float]) -> dict[str, float]:

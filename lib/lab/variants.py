@@ -70,7 +70,3 @@ PROTECTION_NAMES = ("norm", "clamp", "clipping")
 CAUSE_NAMES = ("weak residual", "learnable scalars", "log penalty")
 _LEVELS = tuple(itertools.product((False, True), repeat=3))
 PROTECTIONS, CAUSES = (dict(zip(_LEVELS, variants, strict=True)) for variants in (_PROTECTIONS, _CAUSES))
-
-WHOLE, WHOLE_3 = "whole system", "whole system, 3 stages"
-CREATIVE, RECONSTRUCTION = "creative terms alone", "creative terms, reconstruction"
-NOVELTY, RESIDUAL = "creative terms, novelty 0.6", "creative terms, residual 0.3"

@@ -4,37 +4,33 @@ import dataclasses
 import math
 
 import pytest
-
-from lib.lab.audit import (
+from verdicts import (
+    CREATIVE,
     CURES,
-    audit_continuations,
+    NOVELTY,
+    RECONSTRUCTION,
+    RESIDUAL,
+    WHOLE,
+    WHOLE_3,
     audit_cures,
     audit_gradients,
+    audit_schedule,
+    largest_factor,
+    schedule_rows,
+)
+
+from lib.lab.audit import (
+    audit_continuations,
     audit_grid,
     audit_named,
     audit_parameters,
-    audit_schedule,
     audit_spectral_norm,
     audit_untrained,
     disagreements,
 )
 from lib.lab.claims import CLAIMS, NOT_TESTED, REFUTED, REPRODUCED
 from lib.lab.results import Result
-from lib.lab.variants import (
-    CREATIVE,
-    EXPLODING,
-    LEARNABLE,
-    NOVELTY,
-    PROTECTIONS,
-    RECONSTRUCTION,
-    REFERENCE,
-    REPAIR,
-    RESIDUAL,
-    SCHEDULED,
-    VARIANTS,
-    WHOLE,
-    WHOLE_3,
-)
+from lib.lab.variants import EXPLODING, LEARNABLE, PROTECTIONS, REFERENCE, REPAIR, SCHEDULED, VARIANTS
 
 VARIANT = {variant.name: variant for variant in VARIANTS}
 
@@ -323,6 +319,22 @@ def test_a_late_nan_is_not_the_documents():
         three=lambda name, seed: scheduled(name, seed, non_finite={"step": 700, "stage": 1, "tensor": "x"})
     )
     assert verdict_of(audit_schedule(late, 200), "C7", "NaN within") == REFUTED
+
+
+def test_the_largest_factor_is_that_of_any_stage():
+    assert largest_factor(result(EXPLODING, factor=4.0)) == 4.0
+
+
+def test_a_row_of_the_schedule_has_means_over_the_runs_that_ended():
+    keys = ("rhythm", "harmony", "merit", "movement_ratio")
+    good, better, bad = (result(REFERENCE, seed) for seed in range(3))
+    good = dataclasses.replace(good, final={f"model/{key}": 0.5 for key in keys})
+    better = dataclasses.replace(better, final={f"model/{key}": 1.0 for key in keys})
+    bad = dataclasses.replace(bad, final=None, non_finite={"step": 3, "stage": 0, "tensor": "x"}, steps=3)
+    (row,) = schedule_rows({"whole": [good, better, bad]})
+    assert row == {"variant": "whole", "seeds": 3, "steps": 3, "non-finite": 1} | dict.fromkeys(
+        ("rhythm", "harmony", "merit", "movement"), "0.75"
+    )
 
 
 @pytest.mark.parametrize(

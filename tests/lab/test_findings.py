@@ -1,7 +1,5 @@
 """What is said of the grid, brought to every wording by results invented for it."""
 
-import dataclasses
-
 import pytest
 
 from lab.test_audit import dead, protections, result
@@ -12,7 +10,6 @@ from lib.lab.findings import (
     findings,
     grid_measures,
     leakage_rows,
-    schedule_rows,
     single_changes,
     summary,
     weak_residuals,
@@ -134,15 +131,3 @@ def test_a_weak_residual_that_ends_in_a_non_finite_value_has_larger_gradients():
 
 def broken_seeds() -> list[Result]:
     return [result("weak, RMS-preserving", seed, leak=0.2, bad_step=3 if seed else 5) for seed in range(3)]
-
-
-def test_a_row_of_the_schedule_has_means_over_the_runs_that_ended():
-    keys = ("rhythm", "harmony", "merit", "movement_ratio")
-    good, better, bad = (result(REFERENCE, seed) for seed in range(3))
-    good = dataclasses.replace(good, final={f"model/{key}": 0.5 for key in keys})
-    better = dataclasses.replace(better, final={f"model/{key}": 1.0 for key in keys})
-    bad = dataclasses.replace(bad, final=None, non_finite={"step": 3, "stage": 0, "tensor": "x"}, steps=3)
-    (row,) = schedule_rows({"whole": [good, better, bad]})
-    assert row == {"variant": "whole", "seeds": 3, "steps": 3, "non-finite": 1} | dict.fromkeys(
-        ("rhythm", "harmony", "merit", "movement"), "0.75"
-    )

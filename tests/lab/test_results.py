@@ -11,7 +11,6 @@ from lib.lab.results import (
     Result,
     at_level,
     first_non_finite,
-    largest_factor,
     last_projection_share,
     peak,
     read_record,
@@ -100,10 +99,9 @@ def test_a_record_keeps_other_results_to_the_last_digit(tmp_path):
 
 
 def test_measures():
-    run = result(EXPLODING, norms=(1, 7), factor=4.0)
+    run = result(EXPLODING, norms=(1, 7))
     assert peak(run) == 7
     assert math.isinf(peak(result(EXPLODING, bad_step=3)))
-    assert largest_factor(run) == 4.0
     assert last_projection_share(run) == pytest.approx(0.25 / 3.75)
     assert at_level([run, run])
     assert not at_level([run, result(EXPLODING, bad_step=3)])

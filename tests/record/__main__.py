@@ -7,7 +7,7 @@ Parts that are not measured stay; record.json has commit, preset, codec, music a
 
     bench       bench.json         speed compared with stock PyTorch modules, and bench.md, the same as tables
     ablations   ablation.json      every run of the grid, and of the named settings at full depth
-                schedule.json      every run of the whole schedule in miniature
+                schedule.json      every run of the whole schedule in miniature, and the verdicts on it
     explosion   explosion.json     what ends a training and what does not, on real music and songs: about six hours
     fusion      fusion.json        notebook 04 on real music, whatever --data says: seeds, and what each change brings
     superres    superres.json      a small super-resolver on more music: held-out songs and albums, seeds, perception

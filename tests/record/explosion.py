@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from verdicts import CREATIVE, audit_gradients
 
 from lib.audio.files import SAMPLE_RATE, load_audio, save_audio
 from lib.codec.codec import load_codec
@@ -23,7 +24,6 @@ from lib.lab.results import Result, by_variant, peak, training_steps, write_reco
 from lib.lab.variants import (
     CAUSE_NAMES,
     CAUSES,
-    CREATIVE,
     EXPLODING,
     LEARNABLE,
     PROTECTIONS,
@@ -411,7 +411,9 @@ def record(music: Path, songs: Path, folder: Path, path: Path) -> None:
     }
     judged = [ran for ran in done if ran[0].name in JUDGED]
     rows = [{"data": e.data, "results": [slim(r) for r in results]} for e, results in judged]
-    write_record(path, rows, {"steps": STEPS, "window": WINDOW, "tables": tables})
+    loops = [Result(**run) for row in rows if row["data"] == "loops" for run in row["results"]]
+    claims = [dataclasses.asdict(verdict) for verdict in audit_gradients(loops)]
+    write_record(path, rows, {"steps": STEPS, "window": WINDOW, "tables": tables, "claims": claims})
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ from explosion import rounded
 from quotes import BLOCKS, music_block, readme_blocks, study_rows, with_blocks
 from settings import settings_of
 from upper_band import record_superres
+from verdicts import audit_schedule, schedule_rows
 
 from lib.data.latents import LatentPairs
 from lib.evaluation.baselines import best_crossovers, mean_metrics, measure_fusions, pairs_to_measure
 from lib.evaluation.progress import SPLIT
 from lib.evaluation.tables import MASKS_ALONE, SOURCE_SYSTEM, WITH_CASCADE
 from lib.lab.claims import CLAIMS, claim_rows, collect, judge
-from lib.lab.results import Result, write_record
+from lib.lab.results import Result, by_variant, write_record
 from lib.pipeline import NotebookError, run_notebooks, say
 from lib.presets import Preset, load_preset
 from lib.project import RECORD, ROOT, Project, open_project
@@ -180,9 +181,11 @@ def record_ablations(preset: Preset, project: Project, folder: Path) -> None:
         results += project.ablation(ablation.plan)
     write_record(folder / "ablation.json", [shortened(result) for result in results], facts | steps)
     say(f"the whole schedule in miniature: {schedule.epochs} epochs, {schedule.seeds} seeds")
-    scheduled = project.ablation(schedule.plan)
-    length = {"epochs": schedule.epochs, "steps": max(result.steps for result in scheduled)}
-    write_record(folder / "schedule.json", [shortened(result) for result in scheduled], facts | length)
+    scheduled = [shortened(result) for result in project.ablation(schedule.plan)]
+    facts |= {"epochs": schedule.epochs, "steps": max(result.steps for result in scheduled)}
+    facts["table"] = schedule_rows(by_variant(scheduled))
+    facts["claims"] = [dataclasses.asdict(verdict) for verdict in audit_schedule(scheduled, schedule.epochs)]
+    write_record(folder / "schedule.json", scheduled, facts)
 
 
 def record_explosion(project: Project, music: Path, folder: Path) -> None:
