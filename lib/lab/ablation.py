@@ -37,18 +37,15 @@ from lib.lab.variants import Variant
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import load_model
 from lib.model.masks import MaskingConfig
-from lib.model.projection import expected_rms
 from lib.training.batches import evenly_spread
 from lib.training.config import TrainConfig
 from lib.training.fusion_learner import train
 from lib.training.nonfinite import NonFiniteError
-from lib.training.trainer import Callback, Trainer
+from lib.training.trainer import Callback
 from lib.util.errors import UserError
 from lib.util.files import make_folder, write_atomic
 from lib.util.provenance import code_fingerprint
 from lib.util.signals import StopSignals
-
-LAW = "law"  # split of its rows in metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,7 @@ class Plan:
     seeds: int
     train: TrainConfig  # of the reference; variants change it
     masking: MaskingConfig = field(default_factory=MaskingConfig)  # with masks, objective metrics are measured too
+    callbacks: tuple[Callback, ...] = ()  # that watch every run; they are sent to the workers
 
 
 class Job(NamedTuple):
@@ -71,6 +69,7 @@ class Job(NamedTuple):
     cascade: CascadeConfig
     train: TrainConfig
     masking: MaskingConfig
+    callbacks: tuple[Callback, ...] = ()
 
 
 def run_plan(plan: Plan, index: Path, codec: str, folder: str | Path, workers: int | None = None) -> tuple[Result, ...]:
@@ -87,7 +86,7 @@ def run_plan(plan: Plan, index: Path, codec: str, folder: str | Path, workers: i
             training = dataclasses.replace(variant.training(plan.train), seed=seed)
             configs = (variant.cascade(plan.num_layers), training, plan.masking)
             key = job_key(*configs, fingerprint, index.stem)
-            jobs[key] = Job(folder / key, index, codec, *configs)
+            jobs[key] = Job(folder / key, index, codec, *configs, plan.callbacks)
             order.append((variant.name, seed, key))
     missing = [job for job in jobs.values() if not (job.folder / "result.json").exists()]
     if missing:
@@ -190,7 +189,7 @@ def train_and_evaluate(job: Job) -> dict[str, float]:
     """Metrics of the trained model on the validation pairs."""
     codec = load_codec(job.codec)
     settings = (job.cascade, job.train, job.masking)
-    run = train(job.folder, job.index, codec, *settings, resume=True, progress=False, callbacks=[Law()])
+    run = train(job.folder, job.index, codec, *settings, resume=True, progress=False, callbacks=job.callbacks)
     model = load_model(run, "last").to("cuda" if torch.cuda.is_available() else "cpu")
     validation = LatentPairs(job.index, "val", codec_fingerprint=codec.fingerprint)
     pairs = Subset(validation, evenly_spread(len(validation), job.train.max_val_pairs).tolist())
@@ -200,16 +199,6 @@ def train_and_evaluate(job: Job) -> dict[str, float]:
         for name in ("model", "average of latents"):
             final |= {f"{name}/{key}": value for key, value in mean_metrics(measured[name]).items()}
     return final
-
-
-class Law(Callback):
-    """Logs, beside every validation, the RMS that each stage's projection would have by its weights alone."""
-
-    def on_validation(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        law = {"split": LAW, "step": trainer.step}
-        for i, s in enumerate(trainer.learner.eval_model.cascade.stages):
-            law[f"stage{i}/projection_rms"] = s.config.projection_gain * expected_rms(s.post_norm, s.output_projection)
-        trainer.run.log(law)
 
 
 def drop_checkpoints(folder: Path) -> None:

@@ -45,7 +45,7 @@ from lib.model.masks import MaskingConfig
 from lib.training.config import CurriculumConfig, TrainConfig
 from lib.training.losses import LossConfig
 from lib.training.run import LOCK, Run
-from lib.training.trainer import Trainer
+from lib.training.trainer import Callback, Trainer
 from lib.util.configs import from_fields
 from lib.util.errors import UserError
 from lib.util.files import file_sha256
@@ -124,6 +124,19 @@ def uninterrupted(index: Path, folder: Path) -> tuple[Result, ...]:
 @pytest.fixture
 def whole(tiny_index, tmp_path_factory) -> tuple[Result, ...]:
     return uninterrupted(tiny_index, tmp_path_factory.getbasetemp() / "whole")
+
+
+class Stages(Callback):
+    def on_validation(self, trainer: Trainer, row: dict) -> None:
+        trainer.run.log(
+            {"split": "stages", "step": trainer.step, "count": len(trainer.learner.eval_model.cascade.stages)}
+        )
+
+
+def test_the_callbacks_of_a_plan_watch_every_run(results):
+    found = results(dataclasses.replace(tiny_plan(seeds=1), callbacks=(Stages(),)))
+    rows = [Run.open(result.run).metrics("stages") for result in found]
+    assert [[row["count"] for row in own] for own in rows] == [[2] * 3, [3] * 3]
 
 
 def assert_same_results(found: tuple[Result, ...], wanted: tuple[Result, ...]) -> None:

@@ -17,7 +17,6 @@ from lib.audio.files import SAMPLE_RATE, load_audio, save_audio
 from lib.codec.codec import load_codec
 from lib.data.latents import LatentPairs, encode_manifest, encoding_check
 from lib.data.pairs import Clip, Manifest, build_manifest
-from lib.lab.ablation import LAW as LAW_ROWS
 from lib.lab.ablation import Plan, run_plan
 from lib.lab.findings import effects
 from lib.lab.results import Result, by_variant, peak, training_steps, write_record
@@ -35,11 +34,13 @@ from lib.lab.variants import (
     Variant,
 )
 from lib.model.cascade import StageConfig
+from lib.model.projection import expected_rms
 from lib.model.rms_law import rms_before_scaling
 from lib.training.batches import evenly_spread
 from lib.training.config import TrainConfig
 from lib.training.losses import LossConfig
 from lib.training.run import Run
+from lib.training.trainer import Callback, Trainer
 from lib.util.files import file_sha256
 from lib.util.stats import describe
 
@@ -68,7 +69,18 @@ PROTECTED = tuple(dataclasses.replace(variant, loss=LOG_PENALTY) for variant in 
 CREATIVE_LOG = dict(BY_NAME[CREATIVE].loss) | {"anti_modulation": "log"}
 SEED_003 = dataclasses.replace(BY_NAME[LEARNABLE], name=f"{LEARNABLE}, creative terms", loss=CREATIVE_LOG)
 LONGER = 24 * 205 + 80
+LAW_ROWS = "law"  # split of the rows that `Law` logs
 JUDGED = ("weak residual", "protections", "longer")
+
+
+class Law(Callback):
+    """Logs, beside every validation, the RMS that each stage's projection would have by its weights alone."""
+
+    def on_validation(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        law = {"split": LAW_ROWS, "step": trainer.step}
+        for i, s in enumerate(trainer.learner.eval_model.cascade.stages):
+            law[f"stage{i}/projection_rms"] = s.config.projection_gain * expected_rms(s.post_norm, s.output_projection)
+        trainer.run.log(law)
 
 
 class Experiment(NamedTuple):
@@ -105,7 +117,7 @@ class Experiment(NamedTuple):
         base = dataclasses.replace(base, loss=loss, max_val_pairs=PAIRS["val"])
         sizes = SMALL | {"width": self.width}
         small = tuple(dataclasses.replace(v, every=sizes | dict(v.every)) for v in self.variants)
-        return Plan(small, self.layers, self.seeds, base)
+        return Plan(small, self.layers, self.seeds, base, callbacks=(Law(),))
 
 
 Ran = tuple[Experiment, tuple[Result, ...]]
