@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import soundfile
+from writing import write_record
 
 import lib.data.pairs
 import lib.project
 from lib.audio.synth import make_demo_dataset
 from lib.data.latents import LatentPairs
-from lib.lab.results import write_record
 from lib.presets import load_preset
 from lib.project import DEMO_SONGS, UPPER_BAND, Project, open_project
 from lib.training.run import LOCK, Run

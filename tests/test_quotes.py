@@ -27,10 +27,11 @@ from quotes import (
     trained_mean,
     with_blocks,
 )
+from writing import write_record
 
 from lib.evaluation.baselines import ORACLE
 from lib.evaluation.tables import ALONE, MASKS_ALONE, SOURCE_SYSTEM, WITH_CASCADE
-from lib.lab.results import read_record, write_record
+from lib.lab.results import read_record
 from lib.lab.variants import EXPLODING, REFERENCE, WEAK_RESIDUALS
 from lib.project import RECORD, ROOT
 from lib.superres.evaluation import CUTOFFS, METHODS, Score

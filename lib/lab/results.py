@@ -1,15 +1,14 @@
 """How the ablation's runs went: a result for each, the record of all, and what is measured of a run or a variant."""
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lib.training.run import Run
-from lib.util.files import naming, read_json, write_atomic
+from lib.util.files import naming, read_json
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,8 @@ def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
     return {name: [result for result in results if result.variant == name] for name in names}
 
 
-def write_record(path: Path, results: Sequence[Any], facts: Mapping[str, Any]) -> None:
-    """Dataclass instances or rows as one JSON file, one per line, after the facts that hold for all of them."""
-    rows = (asdict(result) if is_dataclass(result) else result for result in results)
-    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    write_atomic(path, f'{{"facts": {json.dumps(dict(facts))},\n"results": [\n{lines}\n]}}\n')
-
-
 def read_record(path: Path, kind: type[Item] = Result) -> tuple[tuple[Item, ...], dict[str, Any]]:
-    """What `write_record` wrote: results of one `kind`, and facts. `UserError` where it is missing or damaged."""
+    """What `make record` wrote: results of one `kind`, and facts. `UserError` where it is missing or damaged."""
     missing = f"{path}: no such record; `make record` writes one"
     fix = "restore it from the repository or run `make record`"
     content = read_json(path, {"results": list, "facts": dict}, missing=missing, fix=fix)

@@ -21,6 +21,7 @@ import soundfile
 import torch
 from conftest import TinyCodec
 from parts import shortened
+from writing import write_record
 
 import lib.lab.ablation
 from lib.codec.mdct import MdctCodec
@@ -37,7 +38,7 @@ from lib.lab.ablation import (
     run_plan,
     work,
 )
-from lib.lab.results import Result, by_variant, growth, read_record, write_record
+from lib.lab.results import Result, by_variant, growth, read_record
 from lib.lab.variants import Variant
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import load_model

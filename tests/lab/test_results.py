@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 from parts import shortened
+from writing import write_record
 
 from lab.test_audit import VARIANT, result
 from lib.lab.results import (
@@ -16,7 +17,6 @@ from lib.lab.results import (
     read_record,
     scalar_ratio,
     stable,
-    write_record,
 )
 from lib.lab.variants import EXPLODING, LEARNABLE, REPAIR
 from lib.model.cascade import Cascade

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from verdicts import CREATIVE, audit_gradients
+from writing import write_record
 
 from lib.audio.files import SAMPLE_RATE, load_audio, save_audio
 from lib.codec.codec import load_codec
@@ -19,7 +20,7 @@ from lib.data.latents import LatentPairs, encode_manifest, encoding_check
 from lib.data.pairs import Clip, Manifest, build_manifest
 from lib.lab.ablation import Plan, run_plan
 from lib.lab.findings import effects
-from lib.lab.results import Result, by_variant, peak, training_steps, write_record
+from lib.lab.results import Result, by_variant, peak, training_steps
 from lib.lab.variants import (
     CAUSE_NAMES,
     CAUSES,

@@ -22,13 +22,14 @@ from quotes import BLOCKS, music_block, readme_blocks, study_rows, with_blocks
 from settings import settings_of
 from upper_band import record_superres
 from verdicts import audit_schedule, schedule_rows
+from writing import write_record
 
 from lib.data.latents import LatentPairs
 from lib.evaluation.baselines import best_crossovers, mean_metrics, measure_fusions, pairs_to_measure
 from lib.evaluation.progress import SPLIT
 from lib.evaluation.tables import MASKS_ALONE, SOURCE_SYSTEM, WITH_CASCADE
 from lib.lab.claims import CLAIMS, claim_rows, collect, judge
-from lib.lab.results import Result, by_variant, write_record
+from lib.lab.results import Result, by_variant
 from lib.pipeline import NotebookError, run_notebooks, say
 from lib.presets import Preset, load_preset
 from lib.project import RECORD, ROOT, Project, open_project

@@ -14,9 +14,9 @@ import librosa
 import numpy as np
 import torch
 from settings import settings_of
+from writing import write_record
 
 from lib.audio.files import AudioReport, load_audio
-from lib.lab.results import write_record
 from lib.pipeline import say
 from lib.presets import Preset
 from lib.superres.degradation import Degradation, Examples, Library, read_library
