@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lib.codec.mdct import DIM, HOP, SAMPLE_RATE, checked, trimmed
 from lib.util.errors import UserError
-from lib.util.files import file_sha256
+from lib.util.files import file_sha256, naming
 from lib.util.tensors import check_tensors, safe_torch_load, torch_threads
 
 OFFLINE_VARIABLE = "ENCODEC_OFFLINE"  # if set, and not to 0, the weights are never downloaded
@@ -67,10 +67,8 @@ class EncodecCodec(nn.Module):
 
     @classmethod
     def _from_file(cls, file: Path) -> "EncodecCodec":
-        try:
+        with naming(file, "download it again"):
             sha256 = file_sha256(file)
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
         if not sha256.startswith(file.stem[-8:]):
             raise UserError(f"{file}: its checksum begins with {sha256[:8]}, unlike its name; download it again")
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # the initial weights are replaced below
