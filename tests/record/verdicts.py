@@ -33,7 +33,7 @@ WHOLE, WHOLE_3 = "whole system", "whole system, 3 stages"
 CREATIVE, RECONSTRUCTION = "creative terms alone", "creative terms, reconstruction"
 NOVELTY, RESIDUAL = "creative terms, novelty 0.6", "creative terms, residual 0.3"
 
-EPOCH_3_BATCH_205 = 3 * 205  # seed 001 puts the NaN of claim C7 here: at least so many steps
+EPOCH_3_BATCH_205 = 3 * 205  # source document 001 puts the NaN of claim C7 here: at least so many steps
 EPOCHS = 200  # of claim C10
 CURES = (RECONSTRUCTION, NOVELTY, RESIDUAL)  # of a constant output, by claim C15
 
@@ -48,7 +48,7 @@ def largest_factor(result: Result) -> float:
 
 
 def audit_gradients(results: Runs) -> list[Verdict]:
-    """C7, C9 and the NaN of C8, from runs of three epochs and more of the settings that the seeds describe, and of the
+    """C7, C9 and the NaN of C8, from runs of three epochs and more of the settings of the source documents, and of the
     2×2×2 of the protections."""
     found = by_variant(results)
     reference, exploding, repair, learnable = (found[variant.name] for variant in NAMED)
