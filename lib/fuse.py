@@ -5,8 +5,8 @@
     python -m lib.fuse --recipe FAVOURITE.json -o OUT.wav
 
 Files of any length are fused in chunks of 16 s that overlap by a second and are crossfaded. The output is as long as
-the shorter file, 24 kHz; with a trained super-resolver, 48 kHz with the upper band restored. What codec `mdct` does not
-carry, 4.8 to 12 kHz, is mixed by the masks too (`--narrow` leaves it out). If a file is stereo, so is the output
+the shorter file, at the codec's rate; with a trained super-resolver, 48 kHz with the upper band restored. What `mdct`
+leaves out, 4.8 to 12 kHz, is mixed by the masks too (`--narrow`: it is not). If a file is stereo, so is the output
 (`--mono`), by the masks of the mean of both channels; mono counts as two equal channels, more than two are mixed. A
 recipe, which the playground of notebook 05 writes beside a favourite, reproduces its samples, mono, bit for bit.
 """
@@ -23,20 +23,17 @@ from torch import Tensor
 
 from lib.audio.chunks import chunk_starts, crossfaded, reading
 from lib.audio.decode import NAMES, AudioError, read_windows
-from lib.audio.files import GAIN, SAMPLE_RATE, AudioWriter, check_audio, save_audio
-from lib.codec.codec import Codec, load_codec
-from lib.listening.render import follow_recipe
+from lib.audio.files import GAIN, AudioWriter, check_audio, save_audio
+from lib.codec.codec import CODEC, Codec, load_codec
+from lib.listening.render import Settings, follow_recipe, render
 from lib.model.fusion import FusionModel, load_model
-from lib.model.masks import Masks
-from lib.model.whole_band import decode_fusion, left_out
 from lib.superres.resolver import Restoration, SuperResolver, Written, restore_file
 from lib.training.run import Run
 from lib.util.errors import UserError, exit_on_user_error
 from lib.util.files import cannot_write
 from lib.util.provenance import versions
 
-CHUNK = 16 * SAMPLE_RATE  # samples: the clip length of the full preset
-OVERLAP = 1 * SAMPLE_RATE
+CHUNK_SECONDS, OVERLAP_SECONDS = 16, 1  # the clip length of the full preset, and what is crossfaded
 File = str | Path
 
 
@@ -61,17 +58,18 @@ def fuse_files(
     paths = (input, target)
     _check_out(out, paths)
     infos = [check_audio(path) for path in paths]  # whose mean decides the masks
-    num_samples = min(info.num_samples for info in infos)
-    starts = chunk_starts(num_samples, CHUNK, OVERLAP)
+    rate, chunk, overlap = (seconds * codec.sample_rate for seconds in (1, CHUNK_SECONDS, OVERLAP_SECONDS))
+    num_samples = min(info.samples_at(rate) for info in infos)
+    starts = chunk_starts(num_samples, chunk, overlap)
     mixed = [mono or info.channels != 2 for info in infos]
     channels = 1 if all(mixed) else 2
 
-    windows = [(start, min(CHUNK, num_samples - start)) for start in starts]
-    wavs = (read_windows(path, windows, SAMPLE_RATE, mix=mix) for path, mix in zip(paths, mixed, strict=True))
+    windows = [(start, min(chunk, num_samples - start)) for start in starts]
+    wavs = (read_windows(path, windows, rate, mix=mix) for path, mix in zip(paths, mixed, strict=True))
     pairs = ([wav.expand(channels, -1)[None].to(device) for wav in pair] for pair in zip(*wavs, strict=True))
-    with AudioWriter(out, channels=channels, gain=gain) as writer, reading(pairs, len(starts), "fusing") as chunks:
+    with AudioWriter(out, rate, channels, gain) as writer, reading(pairs, len(starts), "fusing") as chunks:
         fused = (fuse_clips(*clips, model, codec, whole_band)[0].cpu() for clips in chunks)
-        for piece in crossfaded(fused, OVERLAP):
+        for piece in crossfaded(fused, overlap):
             writer.write(piece)
     return writer
 
@@ -100,18 +98,10 @@ def _check_out(out: File, clips: Iterable[File]) -> None:
         raise UserError(f"{out}: is one of the two clips; choose another output file")
 
 
-@torch.inference_mode()
 def fuse_clips(input: Tensor, target: Tensor, model: FusionModel, codec: Codec, whole_band: bool = True) -> Tensor:
-    """Waveforms `[B, C, N]` twice → fused waveforms `[B, C, N]`. Several channels share the masks of their mean."""
-    B, C, N = input.shape
-    clips = torch.cat([input, target])
-    wavs, masks = clips.reshape(-1, 1, N), None
-    latents = codec.encode(wavs)
-    if C > 1 and (masks := model.make_masks(*codec.encode(clips.mean(1, keepdim=True)).chunk(2))):
-        masks = Masks(*(mask.repeat_interleave(C, 0) for mask in masks))
-    fusion = model(*latents.chunk(2), masks=masks)
-    rest = left_out(codec, wavs, latents) if whole_band else None
-    return decode_fusion(codec, fusion, latents, rest, N).view(B, C, N)
+    """Waveforms `[B, C, N]` twice → fused waveforms `[B, C, N]`, by `render`."""
+    settings = Settings(whole_band=whole_band)
+    return torch.stack([render(model, codec, *pair, settings).wav for pair in zip(input, target, strict=True)])
 
 
 def main() -> None:
@@ -122,7 +112,7 @@ def main() -> None:
     parser.add_argument("-o", "--out", required=True, help="output file; .wav holds any level")
     parser.add_argument("--run", help="run directory, such as outputs/demo (default: the recipe's)")
     parser.add_argument("--superres", help="trained super-resolver, such as outputs/demo/superres: 48 kHz")
-    parser.add_argument("--codec", help="mdct, encodec or a directory of EnCodec weights (default: the run's codec)")
+    parser.add_argument("--codec", help=f"{CODEC} (default: the run's codec)")
     parser.add_argument("--gain", type=float, default=0.0, metavar="DB", help=GAIN)
     parser.add_argument("--mono", action="store_true", help="mix stereo files to mono first")
     parser.add_argument("--narrow", action="store_true", help="the codec's own band alone: with mdct up to 4.8 kHz")
@@ -145,7 +135,8 @@ def fuse(options: argparse.Namespace) -> int:
     chosen["gain"] = options.gain
     if options.superres is None:
         written = fuse_files(*files, run, codec, **chosen)
-        how = f"in {len(chunk_starts(written.num_samples, CHUNK, OVERLAP))} chunk(s)"
+        seconds = -(-written.num_samples // written.sample_rate)
+        how = f"in {len(chunk_starts(seconds, CHUNK_SECONDS, OVERLAP_SECONDS))} chunk(s)"
     else:
         resolver = SuperResolver(options.superres, device="cuda" if torch.cuda.is_available() else "cpu")
         written, cutoff = fuse_and_restore(*files, run, codec, resolver, **chosen)
@@ -160,11 +151,11 @@ def fuse_recipe(options: argparse.Namespace) -> int:
         raise UserError(f"{options.out}: only a .wav holds the samples as they are; choose a name that ends in .wav")
     result = follow_recipe(options.recipe, run=options.run, codec=options.codec)
     _check_out(options.out, result.files)
-    save_audio(options.out, result.wav)
+    save_audio(options.out, result.wav, result.sample_rate)
     there, here = (f"torch {v.get('torch')}, commit {v.get('commit')}" for v in (result.versions, versions()))
     why = f"it is from {there}, this from {here}; or the processor differs, or the recipe was edited"
     found = "equal to the recipe's output bit for bit" if result.equal else f"NOT equal to the recipe's output: {why}"
-    print(f"{options.out}: {result.wav.shape[-1] / SAMPLE_RATE:.2f} s, {found}")
+    print(f"{options.out}: {result.wav.shape[-1] / result.sample_rate:.2f} s, {found}")
     return int(not result.equal)
 
 

@@ -29,7 +29,7 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
 from papermill.exceptions import PapermillExecutionError
 
-from lib.codec.codec import CODECS
+from lib.codec.codec import CODEC
 from lib.presets import PRESETS, Preset, load_preset
 from lib.project import RECORD, RECORDED, ROOT, open_project
 from lib.report.report import FIRST, write_notebook_page, write_report
@@ -245,7 +245,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
     """Options of every command that takes a preset; `--out` only where the folder can be chosen."""
     parser.add_argument("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
     parser.add_argument("--data", default="", help="folder of music (default: generated demo songs)")
-    parser.add_argument("--codec", help=f"{', '.join(CODECS)} or a directory of EnCodec weights")
+    parser.add_argument("--codec", help=CODEC)
     if out:
         parser.add_argument("--out", default="", help="output folder (default: outputs/<preset>)")
     example = "change a setting of the preset: train.max_steps=200"

@@ -111,7 +111,7 @@ class Preset:
     """All settings, by section."""
 
     name: str
-    codec: str  # a name, or a folder with weights
+    codec: str  # a name, a folder with weights, or module:Class
     data: DataSettings
     model: ModelSettings
     train: TrainConfig
@@ -162,7 +162,7 @@ def load_preset(name: str, overrides: Mapping[str, Any] | str | None = None) -> 
     if (codec := (overrides or {}).get("codec", preset.codec)) != preset.codec:
         preset = _read_presets("mdct" if codec == "mdct" else "encodec")[name]
     values = dataclasses.asdict(preset)
-    known = [address for address in flat(values) if address != "name"]
+    known = [address for address in flat(values) if address != "name"] + ["train.loss.own"]  # which is empty
     for address, value in (overrides or {}).items():
         if address not in known:
             raise UserError(f"setting {address} {_advice(address, known)}")

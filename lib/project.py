@@ -10,7 +10,6 @@ from typing import Any
 
 from accelerate import PartialState
 
-from lib.audio.files import SAMPLE_RATE
 from lib.audio.synth import make_demo_dataset
 from lib.codec.codec import Codec, load_codec
 from lib.data.latents import encode_manifest, encoding_check
@@ -55,7 +54,8 @@ class Project:
     def ablation(self, plan: Plan | None = None) -> tuple[Result, ...]:
         """The results of a plan, by default of the preset's ablation. Finished runs are reused."""
         folder, settings = self.out_dir / "ablation", self.preset.ablation
-        manifest = _manifest(self.manifest.root, folder / "manifest.json", settings.clip_seconds, self.preset)
+        where = (self.manifest.root, folder / "manifest.json", settings.clip_seconds)
+        manifest = _manifest(*where, self.preset, self.codec)
         index = encode_manifest(manifest, self.codec, ROOT / "data" / "latents")
         return run_plan(plan or settings.plan, index, self.preset.codec, folder / "runs")
 
@@ -102,7 +102,7 @@ class Project:
         """Pairs of the listening length, split by source file as for training."""
         seconds = self.preset.listening.seconds
         try:
-            return _manifest(self.manifest.root, self.out_dir / "listening.json", seconds, self.preset)
+            return _manifest(self.manifest.root, self.out_dir / "listening.json", seconds, self.preset, self.codec)
         except UserError as error:
             raise UserError(f"listening.seconds={seconds:g} is too long for this music; lower it ({error})") from None
 
@@ -140,8 +140,8 @@ def open_project(
         with only_one(cache / f".{name}.lock", wait=True):  # who waits finds what the other has encoded
             if not data_dir:
                 make_demo_dataset(data, num_songs=DEMO_SONGS, seed=preset.data.seed)
-            check_file = encoding_check(codec, cache, round(seconds * SAMPLE_RATE))
-            manifest = _manifest(data, out / "manifest.json", seconds, preset, check_file, before_writing)
+            check_file = encoding_check(codec, cache, round(seconds * codec.sample_rate))
+            manifest = _manifest(data, out / "manifest.json", seconds, preset, codec, check_file, before_writing)
             return Project(preset, out, codec, manifest, encode_manifest(manifest, codec, cache))
 
 
@@ -149,5 +149,6 @@ def demo_folder(name: str, seed: int) -> Path:
     return ROOT / "data" / (f"{name}_seed{seed}" if seed else name)
 
 
-def _manifest(data: Path, path: Path, clip_seconds: float, preset: Preset, *functions) -> Manifest:
-    return build_manifest(data, path, clip_seconds, preset.data.pair_mode, preset.data.seed, *functions)
+def _manifest(data: Path, path: Path, clip_seconds: float, preset: Preset, codec: Codec, *functions) -> Manifest:
+    chosen = (clip_seconds, preset.data.pair_mode, preset.data.seed)
+    return build_manifest(data, path, *chosen, *functions, sample_rate=codec.sample_rate)

@@ -3,7 +3,6 @@ seeks: MP3, Vorbis, Opus and AAC have a memory, so that what is read after a see
 may leave out packets, whose samples were counted then. Nor is a header's length believed, but to tell that something is
 missing. C channels, N samples."""
 
-import functools
 import itertools
 import math
 import mmap
@@ -21,6 +20,7 @@ import torchaudio
 from torch import Tensor
 
 from lib.util.errors import UserError
+from lib.util.tensors import cached_table
 
 MIN_RATE, MAX_RATE = 1_000, 1_000_000  # Hz; outside, the header is damaged or the file is no music
 BLOCK = 1 << 16  # frames that are handed on together, about
@@ -245,15 +245,19 @@ def rate_ratio(native: int, target: int) -> Fraction:
 
 
 def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
-    """`[C, N]` at another rate, by torchaudio's windowed sinc."""
+    """`[…, N]` at another rate, by torchaudio's windowed sinc, on its device; it carries a gradient."""
     ratio = rate_ratio(from_rate, to_rate)
+    if ratio == 1:
+        return wav
     native, target = ratio.as_integer_ratio()
     # with more silence at the end than torchaudio itself adds: it computes the length in float32
     padded = torch.nn.functional.pad(wav, (0, native * math.ceil(64 / target)))
-    return _resampler(native, target)(padded)[:, : math.ceil(wav.shape[1] / ratio)]
+    return _resampler(native, target, wav.device)(padded)[..., : math.ceil(wav.shape[-1] / ratio)]
 
 
-_resampler = functools.lru_cache(torchaudio.transforms.Resample)  # whose filter takes longer than a short clip
+@cached_table
+def _resampler(native: int, target: int, device: torch.device) -> torchaudio.transforms.Resample:
+    return torchaudio.transforms.Resample(native, target).to(device)  # whose filter takes longer than a short clip
 
 
 def _open(path: Path) -> BinaryIO:

@@ -1,5 +1,5 @@
-"""Waveform ⇄ latents, by a frozen codec. Legend: B batch, N samples, T frames (75 Hz), D latent channels (128)."""
+"""Waveform ⇄ latents, by a frozen codec. Legend: B batch, N samples, T frames, D latent channels."""
 
-from lib.codec.codec import Codec, load_codec
+from lib.codec.codec import Codec, decoded, load_codec
 from lib.codec.encodec import EncodecCodec
 from lib.codec.mdct import MdctCodec

@@ -1,40 +1,78 @@
-"""The protocol of every codec, and `load_codec`. A new codec is a class that implements it, and a name in `CODECS`."""
+"""The protocol of every codec, and `load_codec`, which finds a codec of your own by `module:Class`."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from lib.audio.decode import resample
+from lib.audio.files import SAMPLE_RATE
 from lib.codec.encodec import WEIGHTS_FILE, EncodecCodec
 from lib.codec.mdct import MdctCodec
+from lib.util.configs import check, load_object
 from lib.util.errors import UserError
 
 
 class Codec(Protocol):
-    """What every codec offers. It is frozen: `encode` carries no gradient, `decode` carries one to the latents."""
+    """A codec has whole numbers sample_rate (Hz), hop (samples a frame) and dim (latent channels); a fingerprint, hash
+    of what changes latents, in 12 or more hex digits; encode: [B, 1, N] → [B, dim, T], T = ceil(N / hop), without a
+    gradient, and ValueError for NaN or inf; and decode: latents, length=None → [B, 1, T · hop] or its first `length`
+    samples, with a gradient. Sound is mono; latents should have an RMS near 5.7, which the law of the RMS assumes."""
 
-    sample_rate: int  # Hz: 24,000, at which the pairs are cut
-    hop: int  # samples per frame: 320, on which losses and metrics count
-    dim: int  # latent channels: 128 in the presets' model
-    name: str
-    fingerprint: str  # hex sha256 of everything that changes latents
+    sample_rate: int
+    hop: int
+    dim: int
+    name: str  # by which `load_codec` finds it, and which it gives to a codec of your own
+    fingerprint: str
 
-    def encode(self, wav: Tensor) -> Tensor:
-        """`[B, 1, N]` → `[B, dim, T]`, T = ceil(N / hop): the last frame is padded. `ValueError` for NaN or inf."""
+    def encode(self, wav: Tensor) -> Tensor: ...
 
-    def decode(self, latents: Tensor, length: int | None = None) -> Tensor:
-        """`[B, dim, T]` → `[B, 1, T * hop]`, or the first `length` samples of it."""
+    def decode(self, latents: Tensor, length: int | None = None) -> Tensor: ...
 
 
 CODECS: dict[str, Callable[[], Codec]] = {"mdct": MdctCodec, "encodec": EncodecCodec.from_hub}
+CODEC = f"{' or '.join(CODECS)}, a directory of EnCodec's weights, or a codec of your own as module:Class"
 
 
 def load_codec(name_or_path: str | Path) -> Codec:
-    """`"mdct"`, `"encodec"` (cached or downloaded weights), or a directory with EnCodec's weights."""
-    if name_or_path in CODECS:
-        return CODECS[str(name_or_path)]()
-    if Path(name_or_path).is_dir():
-        return EncodecCodec.from_directory(name_or_path)
-    fix = f"choose {' or '.join(CODECS)}, or the path of a directory that holds EnCodec's weights ({WEIGHTS_FILE})"
-    raise UserError(f"codec {str(name_or_path)!r}: unknown; {fix}")
+    """`"mdct"`, `"encodec"` (cached or downloaded weights), a directory with EnCodec's weights, or `"module:Class"`: a
+    class of your own, which is called without arguments and tried on a second of sound. `UserError` says what fails."""
+    name = str(name_or_path)
+    if name in CODECS:
+        return CODECS[name]()
+    if Path(name).is_dir():
+        return EncodecCodec.from_directory(name)
+    if ":" not in name:
+        raise UserError(f"codec {name!r}: unknown; choose {CODEC} ({WEIGHTS_FILE})")
+    make, _ = load_object(name)
+    try:
+        codec = make()
+        codec.name = name
+        _try_out(codec)
+    except Exception as error:  # of code that is not ours, too
+        wanted = " ".join(Codec.__doc__.split())
+        raise UserError(f"codec {name!r}: {type(error).__name__}: {error}. {wanted}") from error
+    return codec
+
+
+@torch.enable_grad()
+def _try_out(codec: Codec) -> None:
+    if isinstance(codec, nn.Module):
+        codec.requires_grad_(False)
+    sizes = codec.sample_rate, codec.hop, codec.dim
+    check({type(size) for size in sizes} == {int}, "sample_rate, hop, dim", sizes, "whole numbers")
+    check(re.fullmatch("[0-9a-f]{12,}", codec.fingerprint), "fingerprint", codec.fingerprint, "12 or more hex digits")
+    N, T = codec.sample_rate + 1, codec.sample_rate // codec.hop + 1
+    latents = codec.encode(0.1 * torch.arange(N).sin()[None, None])
+    whole, cut = (codec.decode(latents.detach().clone().requires_grad_(), length=length) for length in (None, N))
+    found = [(list(x.shape), x.requires_grad) for x in (latents, whole, cut)]
+    wanted = [([1, codec.dim, T], False), ([1, 1, T * codec.hop], True), ([1, 1, N], True)]
+    check(found == wanted, f"shapes and gradients of encode, decode and decode with length={N}", found, wanted)
+
+
+def decoded(codec: Codec, latents: Tensor) -> Tensor:
+    """Latents `[B, D, T]` as sound `[B, 1, N]` at 24 kHz, at which losses and metrics compare whatever the codec."""
+    return resample(codec.decode(latents), codec.sample_rate, SAMPLE_RATE)

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lib.audio.decode import AudioError, Decoder
-from lib.audio.files import SAMPLE_RATE, AudioReport, Check, check_files, report_on
+from lib.audio.files import AudioReport, Check, check_files, report_on
 from lib.codec.codec import Codec
 from lib.data.pairs import Clip, Manifest
 from lib.util.errors import UserError
@@ -46,7 +46,10 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> 
     """Bring the latents of every clip into the cache, encoding only what it lacks; returns the manifest's index. Clips
     shorter than `clip_length` are padded with zeros. One that cannot be read, or whose file changed since the manifest,
     is dropped with its pairs, and a warning says why. `UserError` if no pair is left, if the codec has another sample
-    rate, or if the cache cannot be written."""
+    rate than the manifest, or if the cache cannot be written."""
+    if codec.sample_rate != manifest.sample_rate:
+        rates = f"takes {codec.sample_rate} Hz, the clips have {manifest.sample_rate} Hz"
+        raise UserError(f"codec {codec.name}: {rates}; build the manifest with the codec's sample_rate")
     store, shape = _store(cache_dir, codec, manifest.clip_length), (codec.dim, -(-manifest.clip_length // codec.hop))
     clips = {clip.key: clip for pair in manifest.pairs for clip in (pair.input, pair.target)}
     with _writing(store):
@@ -95,8 +98,6 @@ def encoding_check(codec: Codec, cache_dir: str | Path, clip_length: int) -> Che
 
 
 def _store(cache_dir: str | Path, codec: Codec, clip_length: int) -> Path:
-    if codec.sample_rate != SAMPLE_RATE:
-        raise UserError(f"codec {codec.name}: takes {codec.sample_rate} Hz, the clips have {SAMPLE_RATE} Hz")
     code = code_fingerprint("lib.data.latents")
     return Path(cache_dir) / f"{codec.name}-{codec.fingerprint[:12]}-{clip_length}-{code[:12]}"
 
@@ -136,7 +137,7 @@ def _write_index(store: Path, manifest: Manifest, names: dict[str, str], facts: 
     splits: dict[str, list[tuple[bytes, ...]]] = {}
     for pair in manifest.pairs:
         if pair.input.key in names and pair.target.key in names:
-            clips = [f"{clip.path} at {clip.offset / SAMPLE_RATE:.2f} s" for clip in (pair.input, pair.target)]
+            clips = [f"{clip.path} at {clip.offset / clip.sample_rate:.2f} s" for clip in (pair.input, pair.target)]
             row = (pair.id, names[pair.input.key], names[pair.target.key], *clips)
             splits.setdefault(pair.split, []).append(tuple(part.encode(errors="surrogateescape") for part in row))
     tables = {split: np.array(rows) for split, rows in splits.items()}

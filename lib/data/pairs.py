@@ -50,12 +50,13 @@ _NAMED = re.compile(r"(?P<id>pair_.+)_(?P<role>input|target|output)", re.IGNOREC
 
 @checked_dataclass
 class Clip:
-    """A window of a file. `offset` and `length` are samples at 24 kHz; `length` counts real ones, before padding."""
+    """A window of a file. `offset` and `length` are samples at its `sample_rate`; `length` does not count padding."""
 
     path: str  # posix, relative to the data root
     offset: Whole
     length: Count
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]  # of the file's bytes
+    sample_rate: Count = SAMPLE_RATE  # Hz, the codec's
 
     @property
     def key(self) -> str:
@@ -131,7 +132,7 @@ def cut_to_shorter(input: Clip, target: Clip) -> tuple[Clip, Clip]:
 def load_pair(input: Clip, target: Clip) -> tuple[Tensor, Tensor]:
     """Both clips `[1, N]`, cut to the shorter one. They are whole ones: each `path` is that of the file."""
     clips = cut_to_shorter(input, target)
-    wavs = tuple(load_audio(clip.path, clip.offset, clip.length) for clip in clips)
+    wavs = tuple(load_audio(clip.path, clip.offset, clip.length, clip.sample_rate) for clip in clips)
     for clip, wav in zip(clips, wavs, strict=True):
         if wav.shape[-1] < clip.length:
             raise UserError(f"{clip.path}: ends before sample {clip.offset + clip.length}; restore the file")
@@ -146,11 +147,12 @@ def build_manifest(
     seed: int = 0,
     check_file: Check = check_audio,
     before_writing: Callable[["Manifest"], None] = lambda manifest: None,
+    sample_rate: int = SAMPLE_RATE,
 ) -> Manifest:
     """Check every file under `data_dir`, make pairs and write the manifest, or read it if nothing has changed. Split,
     unless by folders: contents in the order of sha256(seed, hash); the first ceil(n / 5) are validation. Each
     split has at least one file, with four files or more two, as a cross pair needs. `UserError` if one has no pair, or
-    from `before_writing`, which may refuse to replace an earlier manifest."""
+    from `before_writing`, which may refuse to replace an earlier manifest. `sample_rate`: Hz, the codec's."""
     root, out_path = Path(data_dir), Path(out_path)
     check(mode in MODES, "mode", mode, f"one of {', '.join(MODES)}")
     long_enough = math.isfinite(clip_seconds) and round(clip_seconds * SAMPLE_RATE) >= MIN_SAMPLES
@@ -158,18 +160,19 @@ def build_manifest(
     if not root.is_dir():
         fault = "a file, not a folder; name the folder it is in" if root.exists() else "no such folder; check the path"
         raise UserError(f"{root}: {fault}")
-    clip_length = round(clip_seconds * SAMPLE_RATE)
+    clip_length = round(clip_seconds * sample_rate)
     files, skipped = walk_audio(root, ignore=[out_path])
     if not files:
         others = f" (only {len(skipped)} other files)" if skipped else ""
         raise UserError(f"{root}: no music in this folder{others}; put {NAMES} files there")
-    made_of = _made_of(root, files, [clip_length, mode, seed])
+    made_of = _made_of(root, files, [clip_length, sample_rate, mode, seed])
     with contextlib.suppress(UserError):  # there is none, or a damaged one
         if (manifest := read_manifest(out_path)).made_of == made_of and manifest.root == root.resolve():
             return manifest
     found = list(zip(files, check_files(root, files, check_file, "checking audio"), strict=True))
     skipped += [Skipped(path, what.problem) for path, what in found if isinstance(what, AudioError)]
-    sources = [Clip(path, 0, w.num_samples, w.sha256) for path, w in found if not isinstance(w, AudioError)]
+    good = [(path, what) for path, what in found if not isinstance(what, AudioError)]
+    sources = [Clip(path, 0, what.samples_at(sample_rate), what.sha256, sample_rate) for path, what in good]
     named = _named_files(sources) if mode in ("auto", "named") else {}
     if mode == "named" and not named:
         layout = "train/ and val/ with pair_XXXX_input.* and pair_XXXX_target.*"
@@ -185,7 +188,7 @@ def build_manifest(
             reasons = "; ".join([f"{item.path}: {item.reason}" for item in skipped if item.path in set(files)][:3])
             found = f"no usable pair for {split} among {len(files)} music files"
             raise UserError(f"{root}: {found}; first reasons: {reasons or 'too few files'}")
-    manifest = Manifest(root.resolve(), clip_length, SAMPLE_RATE, seed, tuple(pairs), tuple(skipped), made_of)
+    manifest = Manifest(root.resolve(), clip_length, sample_rate, seed, tuple(pairs), tuple(skipped), made_of)
     before_writing(manifest)
     write_manifest(manifest, out_path)
     return manifest
@@ -302,7 +305,7 @@ def _crossings(clips: list[list[Clip]], seed: int) -> Iterator[tuple[Clip, Clip]
 
 
 def _too_short(source: Clip, clip_length: int) -> str:
-    has, needs = source.length / SAMPLE_RATE, MIN_FILL * clip_length / SAMPLE_RATE
+    has, needs = source.length / source.sample_rate, MIN_FILL * clip_length / source.sample_rate
     return f"too short: {has:.2f} s, a clip needs {needs:.2f} s; use a longer recording or a smaller clip_seconds"
 
 

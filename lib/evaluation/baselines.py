@@ -4,7 +4,7 @@ import importlib
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import librosa
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lib.audio.files import SAMPLE_RATE
-from lib.codec.codec import Codec
+from lib.codec.codec import Codec, decoded
 from lib.data.latents import LatentPairs
 from lib.data.pairs import Manifest
 from lib.evaluation.fusion_metrics import SoundFeatures, sound_features, sound_metrics
 from lib.model.fusion import FusionModel
 from lib.training.batches import evenly_spread
+from lib.util.errors import UserError
 from lib.util.stats import Comparison, paired_comparison
 
 CROSSOVERS = 130.0, 200.0, 320.0, 500.0, 750.0, 1100.0, 1700.0, 2600.0, 4000.0  # Hz, for `best_crossovers`
@@ -68,7 +69,7 @@ def best_crossovers(pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec) -> dic
     """For each recipe, the frequency of `CROSSOVERS` with the highest mean merit on `pairs` of training latents."""
     merits: dict[tuple[str, float], list[float]] = {}
     for pair in pairs:
-        clips = [codec.decode(latents[None])[0] for latents in pair]
+        clips = [decoded(codec, latents[None])[0] for latents in pair]
         wavs = {(name, hz): crossover(*lh, hz) for name, lh in low_and_high(*clips).items() for hz in CROSSOVERS}
         *found, input, target = features_of([*wavs.values(), *clips])
         for key, output in zip(wavs, found, strict=True):
@@ -88,9 +89,9 @@ def features_of(wavs: Sequence[Tensor]) -> list[SoundFeatures]:
 def fusions(
     input: Tensor, target: Tensor, codec: Codec, models: Models, crossovers: Mapping[str, float] | None = None
 ) -> dict[str, Tensor]:
-    """Every fusion of two latents `[D, T]` by name, as sound `[1, N]` from the codec: each clip alone, the averages of
-    waveforms and of latents, the recipes if there are `crossovers`, and every model's."""
-    first, second = codec.decode(input[None])[0], codec.decode(target[None])[0]
+    """Every fusion of two latents `[D, T]` by name, as sound `[1, N]` at 24 kHz from the codec: each clip alone, the
+    averages of waveforms and of latents, the recipes if there are `crossovers`, and every model's."""
+    first, second = decoded(codec, input[None])[0], decoded(codec, target[None])[0]
     wavs = {"input": first, "target": second, "average of waveforms": (first + second) / 2}
     if crossovers:
         wavs |= recipes(first, second, crossovers)
@@ -98,15 +99,27 @@ def fusions(
     for name, model in models.items():
         device = next(model.parameters()).device
         latents[name] = model.eval()(input[None].to(device), target[None].to(device)).latents.cpu()
-    return wavs | {name: codec.decode(x)[0] for name, x in latents.items()}
+    return wavs | {name: decoded(codec, x)[0] for name, x in latents.items()}
+
+
+def encoded(pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of latents `[D, T]`, as they are or from pairs of waveforms `[1, N]` at the codec's rate. `UserError` for a
+    pair of other shapes, or of clips that are not equally long."""
+    for i, (input, target) in enumerate(pairs):
+        if input.shape != target.shape or input.ndim != 2 or len(input) not in (1, codec.dim):
+            wanted = f"two waveforms [1, N] or two latents [{codec.dim}, T] of one length"
+            raise UserError(f"pair {i}: is {list(input.shape)} and {list(target.shape)}; give {wanted}")
+        is_sound = len(input) == 1 and codec.dim > 1
+        yield tuple(codec.encode(x[None])[0] for x in (input, target)) if is_sound else (input, target)
 
 
 def measure_fusions(
     pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec, models: Models, crossovers: Mapping[str, float] | None = None
 ) -> Measured:
-    """`sound_metrics` of every output of `fusions`, and with `crossovers` of each pair's own best one, as a mark."""
+    """`sound_metrics` of every output of `fusions`, and with `crossovers` of each pair's own best one, as a mark.
+    `pairs`: of latents or waveforms, as `encoded` takes them."""
     rows: dict[str, list[dict[str, float]]] = {}
-    for input, target in pairs:
+    for input, target in encoded(pairs, codec):
         wavs = fusions(input, target, codec, models, crossovers)
         marks = [crossover(wavs["target"], wavs["input"], hz) for hz in CROSSOVERS] if crossovers else []
         features = features_of([*wavs.values(), *marks])

@@ -37,7 +37,8 @@ def survival(ratios: Sequence[float], design: float | None = None) -> str:
 
 @torch.no_grad()
 def evaluate_fusion(model: FusionModel, pairs: Dataset) -> dict[str, float]:
-    """Metrics of the latents that a model fuses from `pairs`, as means over them, in eval mode on the model's device.
+    """Metrics of the latents that a model fuses from pairs of latents `[D, T]` (`encoded` makes them of waveforms), as
+    means over them, in eval mode on the model's device.
 
     input_mse, target_mse, mse (their mean)    squared latent units
     input_correlation, target_correlation      Pearson's over all values of a clip: how much of each source leaks
@@ -47,9 +48,9 @@ def evaluate_fusion(model: FusionModel, pairs: Dataset) -> dict[str, float]:
     device = next(model.parameters()).device
     sums: dict[str, Tensor] = {}
     model.eval()
-    for input, target in DataLoader(pairs, batch_size=8):
+    for input, target in DataLoader(pairs, batch_size=1 if isinstance(pairs, list) else 8):  # a list's may differ in T
         input, target = input.to(device), target.to(device)
-        output, traces, masks, _ = model(input, target)
+        output, traces, masks, *_ = model(input, target)
         values = {
             "input_mse": latent_mse(output, input),
             "target_mse": latent_mse(output, target),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.codec.codec import Codec
+from lib.codec.codec import Codec, decoded
 from lib.evaluation.baselines import features_of
 from lib.evaluation.fusion_metrics import SoundFeatures, sound_metrics
 from lib.training.learner import evaluating
@@ -53,4 +53,4 @@ class MeritOverTime(Callback):
     def features(self, latents: Sequence[Tensor]) -> list[SoundFeatures]:
         """Features of each of the latents `[1, D, T]` as sound."""
         with torch.inference_mode():
-            return features_of([self.codec.decode(x)[0].cpu() for x in latents])
+            return features_of([decoded(self.codec, x)[0].cpu() for x in latents])

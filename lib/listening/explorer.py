@@ -37,7 +37,8 @@ class RmsExplorer:
         self.along = direction * target.norm()
         variant = next(variant for variant in VARIANTS if variant.name == EXPLODING)
         variants = {on: dataclasses.replace(variant, every={"spectral_norm": on}) for on in (True, False)}
-        self.cascades = {on: untrained(changed.cascade(num_layers), seed=0) for on, changed in variants.items()}
+        replace, D = dataclasses.replace, input.shape[1]
+        self.cascades = {on: untrained(replace(v.cascade(num_layers), latent_dim=D), 0) for on, v in variants.items()}
         self.before_last = functools.lru_cache(maxsize=8)(self._before_last)
 
     @torch.inference_mode()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lib.audio.files import save_audio
+from lib.audio.files import SAMPLE_RATE, save_audio
 from lib.codec.codec import Codec, load_codec
 from lib.data.pairs import Clip, cut_to_shorter, load_pair
 from lib.model.cascade import StageTrace
@@ -48,17 +48,19 @@ class Settings:
 
 
 class Rendition(NamedTuple):
-    wav: Tensor  # [1, N]
-    latents: tuple[Tensor, Tensor]  # of input and target [1, D, T], noise included
-    masks: Masks | None  # [1, D, T] each, as applied; None without masking
+    wav: Tensor  # [C, N]
+    latents: tuple[Tensor, Tensor]  # of input and target [C, D, T], noise included
+    masks: Masks | None  # [C, D, T] each, as applied; None without masking
     traces: tuple[StageTrace, ...]  # one per applied stage
+    stages: tuple[Tensor, ...] = ()  # [C, D, T], the latents after each of them
 
 
 @torch.inference_mode()
 def render(
     model: FusionModel, codec: Codec, input: Tensor, target: Tensor, settings: Settings | None = None
 ) -> Rendition:
-    """Fuse two waveforms `[1, N]` of one length. `UserError` for others, and for a setting that this model lacks."""
+    """Fuse two waveforms `[C, N]` of one shape, at the codec's rate; channels share the masks of their mean.
+    `UserError` for others, and for a setting that this model lacks."""
     if input.shape != target.shape:
         raise UserError(f"clips are {list(input.shape)} and {list(target.shape)} samples; cut both to one length")
     settings = settings or Settings()
@@ -68,16 +70,17 @@ def render(
     check(weight is None or stages, "residual_weight", weight, none)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)  # torch.manual_seed would seed GPUs too
-        clean = codec.encode(input[None]), codec.encode(target[None])  # [1, D, T] each
+        clean = codec.encode(input[:, None]), codec.encode(target[:, None])  # [C, D, T] each
         latents = tuple(mix_noise(x, settings.noise) for x in clean)
-    masks = model.make_masks(*latents)
+    one = latents if len(input) == 1 else (codec.encode(x.mean(0)[None, None]) for x in (input, target))
+    masks = model.make_masks(*one)
     if masks is not None:
-        masks = Masks(*(adjusted(mask, settings) for mask in masks))
+        masks = Masks(*(adjusted(mask, settings).expand_as(latents[0]) for mask in masks))
     with contextlib.nullcontext() if weight is None else stages[: settings.stages][-1].override(residual_weight=weight):
         fusion = model(*latents, masks=masks, stages=settings.stages)
-    rest = left_out(codec, torch.stack([input, target]), torch.cat(clean)) if settings.whole_band else None
-    wav = decode_fusion(codec, fusion, torch.cat(latents), rest, input.shape[-1])[0]
-    return Rendition(wav, latents, masks, fusion.traces)
+    rest = left_out(codec, torch.cat([input, target])[:, None], torch.cat(clean)) if settings.whole_band else None
+    wav = decode_fusion(codec, fusion, torch.cat(latents), rest, input.shape[-1])[:, 0]
+    return Rendition(wav, latents, masks, fusion.traces, fusion.stages)
 
 
 def adjusted(mask: Tensor, settings: Settings) -> Tensor:
@@ -96,7 +99,7 @@ def save_with_recipe(path: str | Path, run: Run, codec: Codec, input: Clip, targ
         _check_file(clip, "the pair", "restore that file, or make the pairs again")
     model = load_model(run, codec_fingerprint=codec.fingerprint)
     rendition = render(model, codec, *load_pair(input, target), settings)
-    save_audio(path, rendition.wav)
+    save_audio(path, rendition.wav, codec.sample_rate)
     folder, root = path.parent.resolve(), run.path.resolve()
     root = root if folder.is_relative_to(root) else folder.parent
 
@@ -124,13 +127,14 @@ def save_with_recipe(path: str | Path, run: Run, codec: Codec, input: Clip, targ
 
 class Rerendering(NamedTuple):
     wav: Tensor  # [1, N]
+    sample_rate: int
     equal: bool  # bit for bit to the samples that the recipe was written for
     versions: dict[str, str]  # the versions that the recipe was written with
     files: tuple[Path, Path]  # of the two clips
 
 
 def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str | Path | None = None) -> Rerendering:
-    """Render a recipe again. `run`: where it is now; `codec`: name or folder. `UserError` if a file has changed."""
+    """Render a recipe again. `run`: where it is now; `codec`: as in `load_codec`. `UserError` if a file has changed."""
     path = Path(path)
     recipe = _read_recipe(path)
     clips = [dataclasses.replace(recipe[role], path=str(path.parent / recipe[role].path)) for role in ROLES]
@@ -154,7 +158,7 @@ def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str
     except UserError as error:  # a setting that this model does not have
         raise UserError(f"{path}: {error}") from None
     equal = samples_sha256(wav) == recipe["output"]["samples_sha256"]
-    return Rerendering(wav, equal, recipe["versions"], tuple(Path(clip.path) for clip in clips))
+    return Rerendering(wav, loaded.sample_rate, equal, recipe["versions"], tuple(Path(clip.path) for clip in clips))
 
 
 def samples_sha256(wav: Tensor) -> str:
@@ -180,7 +184,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
             raise UserError(f"recipe version {version!r}, this code reads {RECIPE_VERSION}; use the code that wrote it")
         # one without `whole_band` is older than the field, and of the codec's band alone
         recipe["settings"] = from_fields(Settings, {"whole_band": False} | recipe["settings"])
-        recipe |= {role: from_fields(Clip, recipe[role]) for role in ROLES}
+        recipe |= {role: from_fields(Clip, {"sample_rate": SAMPLE_RATE} | recipe[role]) for role in ROLES}
         length, other, threads = recipe["input"].length, recipe["target"].length, recipe["threads"]
         check(length == other, "target.length", other, f"the input's, {length}")
         check(recipe["checkpoint"] in ("best", "last"), "checkpoint", recipe["checkpoint"], "best or last")

@@ -304,13 +304,15 @@ class Cascade(nn.Module):
     def run_stages(
         self, input: Tensor, target: Tensor, stages: int | None = None
     ) -> tuple[dict[str, Tensor], tuple[StageTrace, ...]]:
-        """All signals by the names of `SOURCES`, `[B, D, T]`, as the next stage reads them, and one trace per stage."""
+        """All signals by the names of `SOURCES`, `[B, D, T]`, as the next stage reads them, and each stage's output as
+        'stage0' and so on; and one trace per stage."""
         self.check_shapes(input, target)
         signals = {"input": input, "target": target}
         signals["noisy_input"], signals["noisy_target"] = self.add_noise(input), self.add_noise(target)
         traces = []
-        for stage in self.stages[:stages]:
+        for i, stage in enumerate(self.stages[:stages]):
             signals["previous"], trace = stage(signals)
+            signals[f"stage{i}"] = signals["previous"]
             traces.append(trace)
         return signals, tuple(traces)
 

@@ -19,6 +19,7 @@ class Fusion(NamedTuple):
     traces: tuple[StageTrace, ...]  # one per stage
     masks: Masks | None  # None without masking
     root: int = 1  # as in `added`, by which a model without stages has summed the masked clips
+    stages: tuple[Tensor, ...] = ()  # [B, D, T], the latents after each stage that was applied
 
 
 class FusionModel(nn.Module):
@@ -42,8 +43,9 @@ class FusionModel(nn.Module):
             input, target = apply_mask(input, masks.input, restore), apply_mask(target, masks.target, restore)
         if not self.cascade.stages:
             return Fusion(added(input, target, self.masking.root), (), masks, self.masking.root)
-        latents, traces = self.cascade(input, target, stages)
-        return Fusion(latents, traces, masks)
+        signals, traces = self.cascade.run_stages(input, target, stages)
+        outputs = tuple(signals[f"stage{i}"] for i in range(len(traces)))
+        return Fusion(outputs[-1], traces, masks, stages=outputs)
 
     def make_masks(self, input: Tensor, target: Tensor) -> Masks | None:
         """What is taken from each clip; None without masking."""

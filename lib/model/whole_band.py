@@ -34,7 +34,7 @@ def decode_fusion(codec: Codec, fusion: Fusion, latents: Tensor, rest: Tensor | 
     """A fusion of latents `[2·B, D, T]` as sound `[B, 1, length]`. `rest`: what the codec left out of their clips; None
     for its band alone. If the cascade changes the RMS of the masked clips' sum, the bins above follow."""
     wav = codec.decode(fusion.latents, length=length)
-    if rest is None:
+    if rest is None or not isinstance(codec, MdctCodec):
         return wav
     masks = torch.cat(fusion.masks or 2 * [torch.ones_like(fusion.latents)])
     scale = rms(fusion.latents) / rms(added(*(latents * masks).chunk(2), fusion.root))

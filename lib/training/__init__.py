@@ -2,6 +2,6 @@
 
 from lib.training.config import TrainConfig
 from lib.training.fusion_learner import train
-from lib.training.losses import LossConfig
+from lib.training.losses import LossConfig, OwnTerm
 from lib.training.run import Run
 from lib.training.trainer import Callback, Trainer

@@ -4,7 +4,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from lib.audio import plots
-from lib.audio.files import save_audio
+from lib.audio.decode import resample
+from lib.audio.files import SAMPLE_RATE, save_audio
 from lib.codec.codec import Codec
 from lib.data.pairs import Manifest, load_pair, whole_clip
 from lib.model.whole_band import decode_fusion, left_out
@@ -43,7 +44,8 @@ class DemoClips(Callback):
                 output = decode_fusion(self.codec, fusion, latents, rest, rest.shape[-1])
                 wavs = torch.cat([self.codec.decode(latents, length=rest.shape[-1]) + rest, output]).cpu()
             for name, wav in zip(("input", "target", when), wavs, strict=True):
-                save_audio(audio / f"pair_{number}_{name}.wav", wav)
+                save_audio(audio / f"pair_{number}_{name}.wav", wav, self.codec.sample_rate)
+            wavs = resample(wavs, self.codec.sample_rate, SAMPLE_RATE)
             figure = plots.waveforms_and_mels(dict(zip(("input", "target", "output"), wavs, strict=True)))
             figure.savefig(figures / f"pair_{number}_{when}.png")
             plt.close(figure)

@@ -20,11 +20,11 @@ from lib.model.rms_law import check_collapse
 from lib.training.batches import Batch, Pairs, mix_noise
 from lib.training.config import TrainConfig, resolved_precision
 from lib.training.learner import Adversary, Learner, Losses, StepInfo
-from lib.training.losses import Decode, total_loss
+from lib.training.losses import total_loss
 from lib.training.run import Run
 from lib.training.trainer import Callback, Trainer, open_accelerator
-from lib.util.configs import from_fields
-from lib.util.errors import UserError
+from lib.util.configs import from_fields, load_object
+from lib.util.files import file_sha256
 from lib.util.provenance import code_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -43,9 +43,9 @@ class FusionLearner(Learner):
         cascade: CascadeConfig,
         masking: MaskingConfig,
         accelerator: Accelerator,
-        decode: Decode | None = None,
+        codec: Codec | None = None,
     ):
-        self.decode = decode
+        self.codec = codec
         model = FusionModel(cascade, masking)
         super().__init__(config, model, accelerator, parameter_groups(model, config))
         if config.adversary.discriminator_learning_rate is not None:
@@ -60,7 +60,7 @@ class FusionLearner(Learner):
             fusion: Fusion = model(mix_noise(input, noise), mix_noise(target, noise))
         output = fusion.latents.float()
         options = {"masks": fusion.masks, "critic": critic, "training": model.training}
-        loss, terms = total_loss(output, input, target, self.config.loss, self.decode, **options)
+        loss, terms = total_loss(output, input, target, self.config.loss, self.codec, **options)
         fake_and_real = (output, torch.cat([input, target])) if self.adversary else None
         return loss, step_metrics(terms, fusion), fake_and_real
 
@@ -104,10 +104,12 @@ def step_metrics(terms: dict[str, Tensor], fusion: Fusion) -> dict[str, Tensor]:
 def run_settings(
     index: str | Path, codec: Codec, cascade: CascadeConfig, config: TrainConfig, masking: MaskingConfig
 ) -> dict[str, Any]:
-    """The config of a run: all that its result depends on."""
-    config = dataclasses.replace(config, precision=resolved_precision(config.precision))
+    """The config of a run: all that its result depends on. The cascade's channels are the codec's."""
+    replace, own = dataclasses.replace, config.loss.own.items()
+    own = {name: replace(term, source=file_sha256(load_object(term.function)[1])) for name, term in own}
+    config = replace(config, precision=resolved_precision(config.precision), loss=replace(config.loss, own=own))
     return {
-        "cascade": dataclasses.asdict(cascade),
+        "cascade": dataclasses.asdict(replace(cascade, latent_dim=codec.dim)),
         "masking": dataclasses.asdict(masking),
         "train": dataclasses.asdict(config),
         "codec": {"name": codec.name, "fingerprint": codec.fingerprint},
@@ -133,6 +135,7 @@ def train(
     finished is trained again. Ctrl-C and SIGTERM save, then `KeyboardInterrupt`. A launcher's processes all call it."""
     masking = masking or MaskingConfig()
     settings = run_settings(index, codec, cascade, config, masking)
+    cascade = from_fields(CascadeConfig, settings["cascade"])
     config.check_model(cascade, masking)
     if config.loss.anti_modulation == "log" and config.loss.anti_modulation_weight:
         logger.warning("anti_modulation='log' has no bound: it is infinite where an output's envelope is a source's")
@@ -141,14 +144,12 @@ def train(
     pairs = {split: LatentPairs(index, split, codec_fingerprint=codec.fingerprint) for split in ("train", "val")}
     accelerator = open_accelerator()
     config.check_sizes({split: len(found) for split, found in pairs.items()}, accelerator.num_processes)
-    if cascade.latent_dim != codec.dim:
-        raise UserError(f"latent_dim={cascade.latent_dim} does not fit codec {codec.name}; use {codec.dim}")
     code = [code_fingerprint("lib.training.fusion_learner")[:16]]
     with Run.started(out_dir, settings, accelerator, resume=resume, code=code) as run:
         if isinstance(codec, nn.Module):  # a codec with weights decodes on the training's device
             codec.to(accelerator.device)
         try:
-            fusion_trainer(run, pairs, codec.decode, callbacks).run_to_end(progress=progress)
+            fusion_trainer(run, pairs, codec, callbacks).run_to_end(progress=progress)
         finally:
             if isinstance(codec, nn.Module):
                 codec.to("cpu")
@@ -156,10 +157,10 @@ def train(
 
 
 def fusion_trainer(
-    run: Run, pairs: dict[str, Pairs], decode: Decode | None = None, callbacks: Sequence[Callback] = ()
+    run: Run, pairs: dict[str, Pairs], codec: Codec | None = None, callbacks: Sequence[Callback] = ()
 ) -> Trainer:
     """The trainer of the fusion model that a run's config describes."""
     config = from_fields(TrainConfig, run.config["train"])
     cascade = from_fields(CascadeConfig, run.config["cascade"])
     masking = from_fields(MaskingConfig, run.config["masking"])
-    return Trainer(run, config, pairs, lambda on: FusionLearner(config, cascade, masking, on, decode), callbacks)
+    return Trainer(run, config, pairs, lambda on: FusionLearner(config, cascade, masking, on, codec), callbacks)

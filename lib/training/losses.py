@@ -2,17 +2,19 @@
 mean over clips of what depends on one clip alone, so that a batch split over processes has the same loss. Legend: B
 batch, D latent channels, T frames, N samples."""
 
+import math
 from collections.abc import Callable
+from dataclasses import field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.audio.features import HOP, Sound, correlation, harmony_similarity
-from lib.audio.files import SAMPLE_RATE
+from lib.audio.features import Sound, correlation, harmony_similarity
+from lib.codec.codec import Codec, decoded
 from lib.model.cascade import cosine, rms
 from lib.model.masks import Masks
-from lib.util.configs import Flag, NonNegative, checked_dataclass, choice, number
+from lib.util.configs import Flag, NonNegative, Positive, check, checked_dataclass, choice, load_object, number
 from lib.util.errors import UserError
 
 NOVELTY_THRESHOLD = 0.7  # cosine above which an output counts as a copy
@@ -20,8 +22,23 @@ SHORTEST_WINDOW = 0.1  # seconds: 8 frames, more than half of the longest window
 STFT_SIZES = (512, 1024, 2048)  # samples
 OUTLIER_DEVIATIONS = 3.0  # above a band's mean in the sources, in its standard deviations
 
-Decode = Callable[[Tensor], Tensor]  # latents [B, D, T] → sound [B, 1, N], differentiable
 Critic = Callable[[Tensor], Tensor]  # latents [B, D, T] → logits [B], positive for real
+
+
+@checked_dataclass
+class OwnTerm:
+    """A term of your own: a function of output, input, target `[B, D, T]` and masks (or None) → scalar, for each batch
+    the mean over its clips."""
+
+    function: str  # 'module:function'
+    weight: Positive
+    source: str = ""  # sha256 of the module, which `train` fills in: a run resumes with the same one only
+
+    def measure(self, *of: Tensor | Masks | None) -> Tensor:
+        value = load_object(self.function)[0](*of)
+        is_scalar = isinstance(value, Tensor) and value.ndim == 0
+        check(is_scalar, f"the value of {self.function}", getattr(value, "shape", value), "a scalar, a mean over clips")
+        return value
 
 
 @checked_dataclass
@@ -61,10 +78,14 @@ class LossConfig:
     coverage_weight: NonNegative = 0.0
     balance_weight: NonNegative = 0.0
     temporal_diversity_weight: NonNegative = 0.0
+    own: dict[str, OwnTerm] = field(default_factory=dict)  # by name
 
     def __post_init__(self):
-        if not any(self.weights.values()):
+        if not any(self.weights.values()) and not self.own:
             raise UserError(f"{', '.join(self.weights)} are all 0; give at least one term a weight")
+        for name in self.own:
+            free = name.isidentifier() and f"{name.removesuffix('_mse')}_weight" not in self.weights
+            check(free, "own", name, "a name of letters, digits and _ that no other term has")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -200,14 +221,14 @@ def total_loss(
     input: Tensor,
     target: Tensor,
     config: LossConfig,
-    decode: Decode | None = None,
+    codec: Codec | None = None,
     *,
     masks: Masks | None = None,
     critic: Critic | None = None,
     training: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum for latents `[B, D, T]`, and every term before weighting, by name. The two squared errors are always
-    among the terms, so that runs with different objectives can be compared. Terms on sound need `decode`, terms on
+    among the terms, so that runs with different objectives can be compared. Terms on sound need a `codec`, terms on
     masks `masks` (`ValueError` without); without a `critic` the adversarial term is left out. The decoded window is
     the middle; in `training` it is drawn from torch's generator, and `envelope_signs` are beside the terms."""
     terms = {"input_mse": latent_mse(output, input), "target_mse": latent_mse(output, target)}
@@ -219,10 +240,13 @@ def total_loss(
     if config.adversarial_weight and critic is not None:
         terms["adversarial"] = -critic(output).mean()  # the generator's side of the hinge loss
     if on_sound := config.weighted(SOUND_TERMS):
-        if decode is None:
-            raise ValueError(f"{on_sound[0]}_weight needs sound: give total_loss the codec's decode")
-        start, end = _window(output.shape[2], config.window_seconds, training)
-        sounds = [Sound(decode(x[..., start:end]), config.guarded) for x in (output, input.detach(), target.detach())]
+        if codec is None:
+            raise ValueError(f"{on_sound[0]}_weight needs sound: give total_loss the codec")
+        seconds, frames = config.window_seconds or math.inf, output.shape[2]
+        length = round(min(frames, max(1, seconds * codec.sample_rate / codec.hop)))
+        start, end = _window(frames, length, training)
+        clips = (x[..., start:end] for x in (output, input.detach(), target.detach()))
+        sounds = [Sound(decoded(codec, x), config.guarded) for x in clips]
         terms |= {name: ON_SOUND[name](*sounds, config) for name in on_sound}
         if training and "anti_modulation" in on_sound:
             terms |= envelope_signs(*sounds)
@@ -230,13 +254,14 @@ def total_loss(
         if masks is None:
             raise ValueError(f"{on_masks[0]}_weight needs masks: give the model a masking")
         terms |= {name: ON_MASKS[name](masks) for name in on_masks}
+    terms |= {name: own.measure(output, input, target, masks) for name, own in config.own.items()}
     weights |= {name: getattr(config, f"{name}_weight", 0.0) for name in terms if name not in weights}
+    weights |= {name: own.weight for name, own in config.own.items()}
     return sum(weights[name] * term for name, term in terms.items() if "/" not in name), terms
 
 
-def _window(frames: int, seconds: float | None, random: bool) -> tuple[int, int]:
+def _window(frames: int, length: int, random: bool) -> tuple[int, int]:
     """Start and end frame of the window to decode."""
-    length = frames if seconds is None else min(frames, max(1, round(seconds * SAMPLE_RATE / HOP)))
     latest = frames - length
     start = int(torch.randint(latest + 1, ())) if random and latest else latest // 2
     return start, start + length

@@ -104,6 +104,8 @@ class Run:
         if found and refused:
             said = "; ".join(f"{field}: {old!r} → {new!r}" for field, old, new in found[:4])
             fix = "resume with its own config, start again without resume, or choose another output folder"
+            if any(field.startswith("train.loss.own.") for field, *_ in found):
+                fix = f"give train.loss.own as in its config.json, each function's module as it was; {fix}"
             raise UserError(f"{self.path}: holds a run with another config ({said}); {fix}")
         return {field for field, *_ in found}
 

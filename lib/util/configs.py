@@ -3,6 +3,7 @@ annotations of a `checked_dataclass` say what each field takes; its `__post_init
 
 import dataclasses
 import functools
+import importlib
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,6 +110,17 @@ def read_entries(path: Path, make: Callable[..., Any]) -> dict[str, Any]:
         with naming(f"{path}, {name}", FIX):
             configs[name] = make(name, **values)
     return configs
+
+
+def load_object(address: str) -> tuple[Callable, Path]:
+    """The function or class of one's own that 'module:name' means, and its file; `UserError` where there is none."""
+    module, _, name = address.partition(":")
+    try:
+        found = importlib.import_module(module)
+        return getattr(found, name), Path(found.__file__)
+    except (ImportError, AttributeError, ValueError) as error:
+        fix = "write module:name, and run where that module is, or with its folder in PYTHONPATH"
+        raise UserError(f"{address!r}: cannot be imported ({error}); {fix}") from error
 
 
 def flat(config: Any, address: str = "") -> dict[str, Any]:

@@ -49,7 +49,7 @@ def training_config() -> TrainConfig:
 def learner() -> FusionLearner:
     torch.manual_seed(0)
     accelerator = Accelerator(mixed_precision="no")
-    return FusionLearner(training_config(), CASCADE, MaskingConfig("learned"), accelerator, MdctCodec().decode)
+    return FusionLearner(training_config(), CASCADE, MaskingConfig("learned"), accelerator, MdctCodec())
 
 
 def clips(B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +59,7 @@ def clips(B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
 def objective(B: int = 4, T: int = 1200) -> dict[str, Any]:
     """Seconds of every part of a step with everything on, forward and backward. A term on sound is what a step without
     it saves, since terms share the decoding and features; every other part is measured by itself."""
-    whole, batch, decode = learner(), clips(B, T), MdctCodec().decode
+    whole, batch, codec = learner(), clips(B, T), MdctCodec()
     model = whole.unwrapped_model.train()
     output = torch.randn(B, 128, T, device=device(), requires_grad=True)
     masks = [torch.rand_like(output, requires_grad=True) for _ in range(2)]
@@ -77,13 +77,13 @@ def objective(B: int = 4, T: int = 1200) -> dict[str, Any]:
         loss = dataclasses.replace(OBJECTIVE, **weights | {f"{n}_weight": 1.0 for n in names})
         critic = whole.adversary.critic(0) if "adversarial" in names else None
         of_masks = Masks(*masks) if set(names) & set(MASK_TERMS) else None
-        total_loss(output, *batch, loss, decode, masks=of_masks, critic=critic, training=True)[0].backward()
+        total_loss(output, *batch, loss, codec, masks=of_masks, critic=critic, training=True)[0].backward()
 
     def window() -> None:
         frames = round(OBJECTIVE.window_seconds * 75)
-        decode(output[..., :frames]).square().mean().backward()
+        codec.decode(output[..., :frames]).square().mean().backward()
         with torch.no_grad():
-            decode(batch[0][..., :frames]), decode(batch[1][..., :frames])
+            codec.decode(batch[0][..., :frames]), codec.decode(batch[1][..., :frames])
 
     of_latents = ("novelty", "adversarial", *MASK_TERMS)
     learn = functools.partial(whole.train_step, [batch], StepInfo(0, epoch=1))
@@ -225,7 +225,7 @@ def full_training(pairs: int = 1000) -> dict[str, float]:
     codec = EncodecCodec(encodec.model.EncodecModel.encodec_model_24khz(pretrained=False), "random").to(device())
     accelerator = Accelerator(mixed_precision="no")
     config = dataclasses.replace(config, precision=precision())
-    whole = FusionLearner(config, CascadeConfig.reference(), MaskingConfig("learned"), accelerator, codec.decode)
+    whole = FusionLearner(config, CascadeConfig.reference(), MaskingConfig("learned"), accelerator, codec)
     batch = clips(config.batch_size, 1200)
     (seconds,) = alternate(lambda: whole.train_step([batch], StepInfo(5000, 1, 0.5)))
     steps = config.epochs * -(-pairs // config.batch_size)
@@ -242,7 +242,7 @@ def no_wait() -> None:
         values |= {"train": dataclasses.asdict(config)}
         values |= {"codec": {"name": codec.name, "fingerprint": codec.fingerprint}}
         pairs = LatentPairs(index, "train")
-        trainer = fusion_trainer(Run.create(Path(name, "run"), values), {"train": pairs, "val": pairs}, codec.decode)
+        trainer = fusion_trainer(Run.create(Path(name, "run"), values), {"train": pairs, "val": pairs}, codec)
         with contextlib.closing(trainer.steps()) as steps:
             trainer.train_step(next(steps), [])
             torch.cuda.set_sync_debug_mode("error")

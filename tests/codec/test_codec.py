@@ -1,13 +1,85 @@
-"""`load_codec` names its choices."""
+"""`load_codec` names its choices, and takes a codec of one's own that has what `Codec` says."""
+
+import sys
 
 import pytest
+import torch
+from conftest import BLOCKS
 
-from lib.codec.codec import CODECS, load_codec
+from lib.codec.codec import CODECS, decoded, load_codec
+from lib.codec.mdct import MdctCodec
 from lib.util.errors import UserError
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Writes the module `own_codec`, with some of its code changed."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(**changes: str) -> None:
+        code = BLOCKS
+        for old, new in changes.values():
+            assert code.count(old) == 1
+            code = code.replace(old, new)
+        (tmp_path / "own_codec.py").write_text(code)
+        monkeypatch.delitem(sys.modules, "own_codec", raising=False)
+
+    yield write
+    sys.modules.pop("own_codec", None)
 
 
 def test_load_codec_names_its_choices():
     assert load_codec("mdct").name == "mdct"
     with pytest.raises(UserError) as caught:
         load_codec("opus")
-    assert all(choice in str(caught.value) for choice in ("opus", *CODECS, "directory"))
+    assert all(choice in str(caught.value) for choice in ("opus", *CODECS, "directory", "module:Class"))
+
+
+def test_a_codec_of_ones_own_is_found_again_by_its_name(own):
+    own()
+    codec = load_codec("own_codec:Blocks")
+    assert codec.name == "own_codec:Blocks"
+    assert type(load_codec(codec.name)) is type(codec)
+
+
+FAULTS = {
+    "no hop": ("hop, dim, fingerprint = 16_000, 128, 64,", "dim, fingerprint = 16_000, 64,"),
+    "a rate that is no whole number": ("= 16_000,", "= 16_000.0,"),
+    "a fingerprint that is none": ("b10c5b10c5b1", "mine"),
+    "a frame too few": ("torch.nn.functional.pad(wav, (0, -wav.shape[-1] % self.hop))", "wav[..., :15_872]"),
+    "other channels": ("128, 64,", "128, 32,"),
+    "no length": ("[..., :length]", ""),
+    "no gradient": ("return (latents.mT", "return (latents.detach().mT"),
+    "an error": ("return 30 *", "return 1 / 0 *"),
+    "arguments": ("    def encode", "    def __init__(self, size):\n        pass\n\n    def encode"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_codec_is_named_and_what_a_codec_must_have(own, fault):
+    own(change=FAULTS[fault])
+    with pytest.raises(
+        UserError, match=r"^codec 'own_codec:Blocks': \w+Error: .*A codec has whole numbers sample_rate"
+    ):
+        load_codec("own_codec:Blocks")
+
+
+@pytest.mark.parametrize("address", ["own_codec:Gone", "no_such_module:Blocks", ":Blocks"])
+def test_a_codec_that_is_not_there_is_named(own, address):
+    own()
+    with pytest.raises(UserError, match=f"^'{address}': cannot be imported .*PYTHONPATH"):
+        load_codec(address)
+
+
+def test_sound_is_compared_at_24_khz_with_a_gradient(own):
+    """A tone of 1 kHz, at the codec's 16 kHz, is a tone of 1 kHz there; mdct's sound is not touched."""
+    own()
+    codec = load_codec("own_codec:Blocks")
+    latents = codec.encode((2 * torch.pi * 1000 * torch.arange(16_000) / 16_000).sin()[None, None]).requires_grad_()
+    wav = decoded(codec, latents)
+    assert wav.shape == (1, 1, 24_000)
+    assert torch.fft.rfft(wav[0, 0]).abs().argmax() == 1000
+    wav.square().mean().backward()
+    assert (latents.grad != 0).float().mean() > 0.9
+    latents = 5 * torch.randn(1, 128, 3)
+    assert torch.equal(decoded(MdctCodec(), latents), MdctCodec().decode(latents))

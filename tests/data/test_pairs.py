@@ -13,6 +13,7 @@ from multiprocessing.queues import Queue
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from lib.audio.files import SAMPLE_RATE, load_audio
 from lib.data import pairs
@@ -148,6 +149,20 @@ def test_every_source_format_and_rate_can_be_paired(tmp_path):
     }  # fmt: skip
     for clip in clips(manifest, "train"):
         assert load_audio(manifest.path(clip), clip.offset, clip.length).shape == (1, clip.length)
+
+
+def test_clips_are_counted_and_read_at_the_codecs_rate(tmp_path):
+    for index in range(4):
+        song(tmp_path / "data" / f"{index}.wav", 1.0, seed=index, rate=44_100)
+    manifest = build(tmp_path / "data", sample_rate=16_000, mode="continuation")
+    assert manifest.sample_rate == 16_000
+    assert read_manifest(tmp_path / "out" / "pairs.json") == manifest
+    assert sorted({clip.offset for clip in clips(manifest, "train")}) == [0, 3_200, 6_400, 9_600, 12_800]
+    pair = manifest.split("train")[1]
+    wavs = pairs.load_pair(*(pairs.whole_clip(manifest, clip) for clip in (pair.input, pair.target)))
+    both = load_audio(manifest.path(pair.input), 3_200, 6_400, 16_000)
+    torch.testing.assert_close(torch.cat(wavs, 1), both, rtol=0, atol=1e-5)
+    assert build(tmp_path / "data", mode="continuation").pairs[1].input.offset == 4_800  # and not the earlier manifest
 
 
 def test_a_last_clip_may_be_a_tenth_short(tmp_path):

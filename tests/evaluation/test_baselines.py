@@ -13,6 +13,7 @@ from lib.evaluation.baselines import (
     advantage,
     best_crossovers,
     crossover,
+    encoded,
     fusions,
     low_and_high,
     mean_metrics,
@@ -22,6 +23,7 @@ from lib.evaluation.baselines import (
 )
 from lib.evaluation.fusion_metrics import sound_features, sound_metrics
 from lib.model.fusion import Fusion
+from lib.util.errors import UserError
 from lib.util.stats import paired_comparison
 
 CHOSEN = {"crossover": 900.0, "crossover, input below": 500.0, "HPSS with crossover": 900.0}
@@ -114,6 +116,24 @@ def test_every_pair_is_measured_against_its_own_clips(clips, known_model):
     means = mean_metrics(rows["model"])
     first, second = rows["model"]
     assert means == pytest.approx({name: (first[name] + second[name]) / 2 for name in first})
+
+
+def test_pairs_of_waveforms_are_measured_as_their_latents(clips, wavs, known_model):
+    codec, models = MdctCodec(), {"model": known_model(lambda i, t: (2 * i + t) / 3)}
+    latents = [tuple(codec.encode(wav[None])[0] for wav in wavs[:2]), (clips[2], clips[3])]
+    mixed = [(wavs[0], wavs[1]), (clips[2], clips[3])]
+    for found, wanted in zip(encoded(mixed, codec), latents, strict=True):
+        assert all(map(torch.equal, found, wanted))
+    assert measure_fusions(mixed, codec, models) == measure_fusions(latents, codec, models)
+
+
+@pytest.mark.parametrize("shapes", [((1, 640), (1, 641)), ((2, 640), (2, 640)), ((640,), (640,)), ((1, 640), (128, 2))])
+def test_a_pair_that_is_neither_is_refused_by_its_place(clips, shapes):
+    pairs = [(clips[0], clips[1]), tuple(map(torch.zeros, shapes))]
+    with pytest.raises(
+        UserError, match=r"^pair 1: is \[.*640.*\] and .*; give two waveforms \[1, N\] or two latents \[128, T\]"
+    ):
+        list(encoded(pairs, MdctCodec()))
 
 
 def test_without_crossovers_there_are_no_recipes(clips):

@@ -87,7 +87,7 @@ def test_evaluate_fusion_is_what_the_formulas_give(tiny_index, tiny_cascade):
     rows = []
     for input, target in (pairs[i] for i in range(9)):
         with torch.no_grad():
-            output, traces, masks, _ = model(input[None], target[None])
+            output, traces, masks, *_ = model(input[None], target[None])
         row = by_hand(*(x.double().numpy() for x in (output[0], input, target)))
         row["complementarity"] = 1 - (masks.input * masks.target).mean().item()
         for i, trace in enumerate(traces):
@@ -101,6 +101,15 @@ def test_evaluate_fusion_is_what_the_formulas_give(tiny_index, tiny_cascade):
         values = [row[name] for row in rows]
         mean_of_batch_means = (np.mean(values[:8]) + values[8]) / 2
         assert abs(mean_of_batch_means / found[name] - 1) > 1e-3, name  # the tolerance tells them apart
+
+
+def test_a_list_of_pairs_may_hold_clips_of_different_lengths(known_model):
+    model, pairs = known_model(lambda input, target: (input + 3 * target) / 4), []
+    for frames in (7, 12):
+        pairs.append(tuple(torch.randn(2, 8, frames, generator=torch.Generator().manual_seed(frames))))
+    both, first, second = (evaluate_fusion(model, some) for some in (pairs, pairs[:1], pairs[1:]))
+    assert both == pytest.approx({name: (first[name] + second[name]) / 2 for name in first})
+    assert first["target_mse"] != pytest.approx(second["target_mse"], rel=1e-3)
 
 
 def test_a_model_that_gives_its_input_back(tiny_index, known_model):

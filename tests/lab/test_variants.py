@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from lib.codec.mdct import MdctCodec
 from lib.lab.variants import (
     CAUSES,
     CEILING_GAIN,
@@ -82,9 +83,11 @@ def test_the_exploding_cascade_is_one_that_collapses_by_design():
     assert check_collapse(BY_NAME[REFERENCE].cascade(1)) == []
 
 
-def decode(latents: torch.Tensor) -> torch.Tensor:
+class Flat(MdctCodec):
     """`[B, D, T] → [B, 1, D · T]`, every value a sample."""
-    return latents.flatten(1)[:, None]
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.flatten(1)[:, None]
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -93,7 +96,7 @@ def test_forward_and_backward_of_every_variant(name):
     cascade = Cascade(BY_NAME[name].cascade(1))
     input, target = LATENT_RMS * torch.randn(2, 2, 128, 6)
     output, _ = cascade(input, target)
-    loss, _ = total_loss(output, input, target, BY_NAME[name].training(TrainConfig()).loss, decode)
+    loss, _ = total_loss(output, input, target, BY_NAME[name].training(TrainConfig()).loss, Flat())
     loss.backward()
     assert loss.isfinite()
     for parameter, value in cascade.named_parameters():

@@ -179,6 +179,7 @@ def test_fewer_stages_end_at_the_output_of_the_last_one_applied(codec, build, st
     assert torch.equal(fewer.wav, whole.wav) == (stages == 3)
     assert len(fewer.traces) == stages
     assert all(map(same, fewer.traces, whole.traces[:stages]))
+    assert [list(map(torch.equal, some.stages, outputs)) for some in (whole, fewer)] == [3 * [True], stages * [True]]
 
 
 @pytest.mark.parametrize("num_stages", [1, 2])
@@ -531,6 +532,12 @@ def test_a_recipe_gives_the_same_bits_again(tmp_path, project, mdct, settings):
     assert [path.resolve() for path in made.files] == [Path(clip.path) for clip in (input, target)]
 
 
+def test_a_recipe_older_than_other_sample_rates_is_of_24_khz(favourite):
+    recipe = json.loads(favourite.read_text())
+    assert all(recipe[role].pop("sample_rate") == 24_000 for role in ("input", "target"))
+    assert follow_recipe(rewritten(favourite, input=recipe["input"], target=recipe["target"])).equal
+
+
 def test_a_recipe_older_than_the_whole_band_gives_the_codecs_band_again(tmp_path, project, mdct):
     run, clips = Run.open(project / "an output é"), pair(project)
     recipes = [save(tmp_path / f"{on}.wav", run, mdct, *clips, Settings(whole_band=on)) for on in (True, False)]
@@ -801,7 +808,7 @@ FIELDS = (
     *("recipe", "run", "checkpoint", "weights_sha256", "threads", "versions", "output", "codec", "settings"),
     *("input", "target", "codec.name", "codec.fingerprint", "output.samples_sha256"),
     *(f"settings.{field.name}" for field in dataclasses.fields(Settings) if field.name != "whole_band"),
-    *(f"{role}.{field.name}" for role in ("input", "target") for field in dataclasses.fields(Clip)),
+    *(f"{role}.{field}" for role in ("input", "target") for field in ("path", "offset", "length", "sha256")),
 )
 
 

@@ -36,12 +36,12 @@ def build(monkeypatch, tiny_cascade):
     """`build(TrainConfig fields)`: a learner of small models."""
     monkeypatch.setattr(lib.training.fusion_learner, "Discriminator", TinyDiscriminator)
 
-    def learner(masking="learned", dim=8, decode=None, cascade=None, **changes):
+    def learner(masking="learned", dim=8, codec=None, cascade=None, **changes):
         torch.manual_seed(0)
         cascade = cascade or dataclasses.replace(tiny_cascade(anti_cheating=0.1), latent_dim=dim)
         config = dataclasses.replace(CONFIG, **changes)
-        decode = decode or TinyCodec().decode
-        return FusionLearner(config, cascade, MaskingConfig(masking), Accelerator(mixed_precision="no"), decode)
+        codec = codec or TinyCodec()
+        return FusionLearner(config, cascade, MaskingConfig(masking), Accelerator(mixed_precision="no"), codec)
 
     return learner
 
@@ -74,7 +74,7 @@ def test_a_step_with_everything_on_never_asks_what_a_tensor_holds(build, precisi
     adversary = AdversaryConfig(discriminator_learning_rate=1e-3)
     learner = build(
         dim=128,
-        decode=MdctCodec().decode,
+        codec=MdctCodec(),
         loss=loss,
         adversary=adversary,
         curriculum=CurriculumConfig(noise_rate=0.2),

@@ -6,6 +6,7 @@ Every term is a mean over clips: a batch's loss is the mean of its parts' losses
 import dataclasses
 import itertools
 import math
+import sys
 import warnings
 
 import encodec.model
@@ -26,6 +27,7 @@ from lib.training.losses import (
     MASK_TERMS,
     SOUND_TERMS,
     LossConfig,
+    OwnTerm,
     balance,
     coverage,
     discriminator_hinge,
@@ -152,7 +154,7 @@ def test_windows_too_short_to_hear_are_refused(seconds):
 
 def test_the_shortest_window_is_long_enough_for_every_term(batch):
     config = LossConfig(**(NONE | dict.fromkeys((f"{t}_weight" for t in SOUND_TERMS), 1.0)), window_seconds=0.1)
-    loss, terms = total_loss(*batch, config, MdctCodec().decode)
+    loss, terms = total_loss(*batch, config, MdctCodec())
     assert all(term.isfinite() for term in terms.values())
     assert len(terms) == 2 + len(SOUND_TERMS)
     assert loss > 0
@@ -401,7 +403,7 @@ def test_signs_grow_towards_a_copy_and_towards_a_constant_envelope():
 def test_signs_are_measured_in_training_only(batch):
     config = LossConfig(anti_modulation_weight=1.0, window_seconds=None)
     signs = {"sign/copying", "sign/flatness"}
-    losses = [total_loss(*batch, config, MdctCodec().decode, training=training) for training in (False, True)]
+    losses = [total_loss(*batch, config, MdctCodec(), training=training) for training in (False, True)]
     assert losses[0][0] == losses[1][0]
     assert set(losses[1][1]) - set(losses[0][1]) == signs
 
@@ -511,24 +513,25 @@ def some_masks(B: int = 4) -> Masks:
     return Masks(*torch.rand(2, B, 128, FRAMES, generator=torch.Generator().manual_seed(3)))
 
 
-class Decoding:
-    """A codec's decode that counts its calls and keeps what it was given."""
+class Recording(MdctCodec):
+    """A codec that keeps what it was given to decode; `decoding` instead of its own."""
 
-    def __init__(self, decode=None):
-        self.decode, self.heard = decode or MdctCodec().decode, []
+    def __init__(self, decoding=None):
+        super().__init__()
+        self.decoding, self.heard = decoding or super().decode, []
 
-    def __call__(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         self.heard.append(latents.detach())
-        return self.decode(latents)
+        return self.decoding(latents)
 
 
 @pytest.mark.parametrize("form", ["squared", "log"])
 def test_total_is_the_weighted_sum_of_all_terms(batch, form):
     output, input, target = batch
-    masks, decode = some_masks(), MdctCodec().decode
+    masks, codec = some_masks(), MdctCodec()
     config = dataclasses.replace(EVERY, anti_modulation=form)
-    loss, terms = total_loss(*batch, config, decode, masks=masks, critic=critic)
-    sounds = [decode(x[..., 37:112]) for x in batch]  # a second in the middle
+    loss, terms = total_loss(*batch, config, codec, masks=masks, critic=critic)
+    sounds = [codec.decode(x[..., 37:112]) for x in batch]  # a second in the middle
     expected = {
         "input_mse": latent_mse(output, input),
         "target_mse": latent_mse(output, target),
@@ -573,7 +576,7 @@ def test_every_term_is_a_mean_over_clips(batch, size):
     config = dataclasses.replace(EVERY, window_seconds=None)
     losses, rows = [], []
     for x, i, t, *m in parts:
-        loss, terms = total_loss(x, i, t, config, MdctCodec().decode, masks=Masks(*m), critic=critic)
+        loss, terms = total_loss(x, i, t, config, MdctCodec(), masks=Masks(*m), critic=critic)
         losses.append(loss.item())
         rows.append({name: term.item() for name, term in terms.items()})
     assert losses[0] == pytest.approx(np.mean(losses[1:]), rel=1e-4)
@@ -589,7 +592,7 @@ def test_each_term_alone(batch, name):
     config = LossConfig(**(NONE | {name: 2.0}), window_seconds=0.5)
     output = (batch[0] + batch[1]).requires_grad_()
     masks = Masks(*(mask.requires_grad_() for mask in some_masks()))
-    loss, terms = total_loss(output, *batch[1:], config, MdctCodec().decode, masks=masks, critic=critic)
+    loss, terms = total_loss(output, *batch[1:], config, MdctCodec(), masks=masks, critic=critic)
     term = name.removesuffix("_weight")
     on_masks = term in MASK_TERMS
     term = f"{term}_mse" if term in ("input", "target") else term
@@ -615,24 +618,24 @@ def test_without_a_critic_there_is_no_adversarial_term(batch):
 @pytest.mark.parametrize("name", SOUND_TERMS)
 def test_sound_is_decoded_only_for_terms_that_need_it(batch, name):
     """Each of the three latents once, and no more than the window: 75 frames for a second."""
-    decode = Decoding()
+    codec = Recording()
     silent = dataclasses.replace(EVERY, **{f"{term}_weight": 0.0 for term in SOUND_TERMS})
-    total_loss(*batch, silent, decode, masks=some_masks())
-    assert decode.heard == []
-    total_loss(*batch, dataclasses.replace(silent, **{f"{name}_weight": 1.0}), decode, masks=some_masks())
-    assert [tuple(latents.shape) for latents in decode.heard] == [(4, 128, 75)] * 3
+    total_loss(*batch, silent, codec, masks=some_masks())
+    assert codec.heard == []
+    total_loss(*batch, dataclasses.replace(silent, **{f"{name}_weight": 1.0}), codec, masks=some_masks())
+    assert [tuple(latents.shape) for latents in codec.heard] == [(4, 128, 75)] * 3
 
 
 def test_all_terms_on_sound_share_three_decodings(batch):
-    decode = Decoding()
-    total_loss(*batch, EVERY, decode, masks=some_masks())
-    assert len(decode.heard) == 3
+    codec = Recording()
+    total_loss(*batch, EVERY, codec, masks=some_masks())
+    assert len(codec.heard) == 3
 
 
 @pytest.mark.parametrize("name", SOUND_TERMS)
-def test_a_term_on_sound_without_decode_is_refused(batch, name):
+def test_a_term_on_sound_without_a_codec_is_refused(batch, name):
     config = LossConfig(**{f"{name}_weight": 1.0})
-    with pytest.raises(ValueError, match=f"{name}_weight needs sound: give total_loss the codec's decode"):
+    with pytest.raises(ValueError, match=f"{name}_weight needs sound: give total_loss the codec"):
         total_loss(*batch, config)
 
 
@@ -652,13 +655,21 @@ def windows(frames: int, seconds: float | None, random: bool, times: int = 1) ->
     config = LossConfig(mel_weight=1.0, window_seconds=seconds)
     found = []
     for _ in range(times):
-        decode = Decoding(lambda x: x.repeat_interleave(40, 2).flatten(1)[:, None])
-        total_loss(latents, latents, latents, config, decode, training=random)
-        assert all(torch.equal(x, decode.heard[0]) for x in decode.heard)
-        first, *_, last = (decode.heard[0][0, 0] - 1).int().tolist()
-        assert last - first + 1 == decode.heard[0].shape[2]
+        codec = Recording(lambda x: x.repeat_interleave(40, 2).flatten(1)[:, None])
+        total_loss(latents, latents, latents, config, codec, training=random)
+        assert all(torch.equal(x, codec.heard[0]) for x in codec.heard)
+        first, *_, last = (codec.heard[0][0, 0] - 1).int().tolist()
+        assert last - first + 1 == codec.heard[0].shape[2]
         found.append((first, last))
     return found
+
+
+def test_the_window_counts_the_codecs_frames():
+    codec = Recording()
+    codec.hop = 192  # 125 frames a second
+    latents = torch.ones(1, 128, 200)
+    total_loss(latents, latents, latents, LossConfig(mel_weight=1.0, window_seconds=1.0), codec)
+    assert [x.shape[2] for x in codec.heard] == 3 * [125]
 
 
 def test_the_window_is_the_middle_and_draws_nothing():
@@ -695,12 +706,12 @@ def test_the_gradient_flows_through_a_codec_to_the_latents(form):
     generator = torch.Generator().manual_seed(4)
     output, input, target = 5 * torch.randn(3, 1, 128, 8, generator=generator, dtype=torch.float64)
     config = LossConfig(0.0, 0.0, anti_modulation_weight=1.0, anti_modulation=form)
-    decode = MdctCodec().decode
+    codec = MdctCodec()
     output.requires_grad_()
-    total_loss(output, input, target, config, decode)[0].backward()
+    total_loss(output, input, target, config, codec)[0].backward()
     direction = output.grad / output.grad.norm()
     with torch.no_grad():
-        ends = [total_loss(output + h * direction, input, target, config, decode)[0].item() for h in (1e-5, -1e-5)]
+        ends = [total_loss(output + h * direction, input, target, config, codec)[0].item() for h in (1e-5, -1e-5)]
     assert output.grad.norm() > 1e-4
     assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(output.grad.norm().item(), rel=1e-3)
 
@@ -723,7 +734,7 @@ def test_every_term_on_sound_reaches_the_latents_through_each_codec(batch, encod
     outputs = {"outlier": 4 * output, "onsets_left": output + target}  # where the term is not 0
     output = outputs.get(name, output).clone().requires_grad_()
     config = LossConfig(**(NONE | {f"{name}_weight": 1.0}), window_seconds=0.2)  # frames 2 to 16
-    loss, _ = total_loss(output, input, target, config, codec.decode)
+    loss, _ = total_loss(output, input, target, config, codec)
     loss.backward()
     gradient = output.grad
     assert gradient.isfinite().all()
@@ -731,14 +742,14 @@ def test_every_term_on_sound_reaches_the_latents_through_each_codec(batch, encod
     assert gradient[..., :2].abs().max() == gradient[..., 17:].abs().max() == 0
     with torch.no_grad():
         steps = [1e-3 * loss / gradient.square().sum() * k for k in (1, 10)]  # first-order: 0.1 % and 1 % lower
-        lower = [total_loss(output - s * gradient, input, target, config, codec.decode)[0] for s in steps]
+        lower = [total_loss(output - s * gradient, input, target, config, codec)[0] for s in steps]
     assert min(lower) < loss
 
 
 def test_the_sources_get_no_gradient_from_their_sound(batch):
     output, input, target = (x.clone().requires_grad_() for x in batch)
     config = LossConfig(**(NONE | dict.fromkeys((f"{t}_weight" for t in SOUND_TERMS), 1.0)), window_seconds=0.2)
-    total_loss(output, input, target, config, MdctCodec().decode)[0].backward()
+    total_loss(output, input, target, config, MdctCodec())[0].backward()
     for source in (input, target):
         assert source.grad is None or source.grad.abs().max() == 0
     assert output.grad.abs().max() > 0
@@ -764,3 +775,50 @@ def test_tones_are_the_targets_with_its_level_and_without_hits():
     nothing = sound(0 * chord)
     assert tones(target, target, nothing).item() == pytest.approx(4, abs=0.01)  # where the target is silent
     assert tones(nothing, target, nothing).item() < 1e-3
+
+
+# --- terms of one's own -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """`own(body)` writes the module `own_terms` with the function `term`."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(body: str) -> dict[str, OwnTerm]:
+        (tmp_path / "own_terms.py").write_text(f"def term(output, input, target, masks):\n    {body}\n")
+        return {"mine": OwnTerm("own_terms:term", 0.5)}
+
+    yield write
+    sys.modules.pop("own_terms", None)
+
+
+def test_a_term_of_ones_own_is_weighted_and_reported(batch, own):
+    terms = own("return (output - 2 * input + 3 * target).mean() + masks.input.mean()")
+    masks, output = some_masks(), batch[0].clone().requires_grad_()
+    plain, _ = total_loss(output, *batch[1:], LossConfig())
+    loss, found = total_loss(output, *batch[1:], LossConfig(own=terms), masks=masks)
+    mine = (batch[0] - 2 * batch[1] + 3 * batch[2]).mean() + masks.input.mean()
+    assert set(found) == {"input_mse", "target_mse", "mine"}
+    assert found["mine"].item() == pytest.approx(mine.item())
+    assert (loss - plain).item() == pytest.approx(0.5 * mine.item(), rel=1e-3)
+    (loss - plain).backward()
+    assert output.grad.mean().item() == pytest.approx(0.5 / output.numel(), rel=1e-2)
+
+
+def test_a_term_of_ones_own_may_be_the_only_one_and_sees_no_masks(batch, own):
+    config = LossConfig(0.0, 0.0, own=own("return output.abs().mean() * (masks is None)"))
+    assert total_loss(*batch, config)[0].item() == pytest.approx(0.5 * batch[0].abs().mean().item())
+
+
+@pytest.mark.parametrize("body", ["return output.mean(dim=(1, 2))", "return 1.0", "pass"])
+def test_what_is_no_scalar_is_refused_by_the_functions_name(batch, own, body):
+    config = LossConfig(own=own(body))
+    with pytest.raises(UserError, match=r"value of own_terms:term=.*use a scalar, a mean over clips"):
+        total_loss(*batch, config)
+
+
+@pytest.mark.parametrize("name", ["mel", "input_mse", "target_rms", "a/b", "two words", ""])
+def test_a_name_that_another_term_has_is_refused(name):
+    with pytest.raises(UserError, match=r"own=.* that no other term has"):
+        LossConfig(own={name: OwnTerm("own_terms:term", 1.0)})

@@ -1,6 +1,7 @@
 """Training: what it computes and records, that a kill at any moment changes nothing, and how it stops when it must."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
@@ -31,6 +32,7 @@ from lib.model.cascade import Cascade, CascadeConfig
 from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import GENERATORS, MASKINGS, MaskingConfig
 from lib.model.projection import spectral_sigma
+from lib.training import losses
 from lib.training.batches import Batch, epoch_order
 from lib.training.config import AdversaryConfig, CurriculumConfig, LoopConfig, TrainConfig
 from lib.training.fusion_learner import fusion_trainer, train
@@ -108,7 +110,7 @@ def new_trainer(tmp_path, tiny_index, tiny_codec, tiny_cascade) -> Callable[...,
         values |= {"train": dataclasses.asdict(config)}
         values |= {"codec": {"name": tiny_codec.name, "fingerprint": tiny_codec.fingerprint}}
         pairs = {split: LatentPairs(tiny_index, split) for split in ("train", "val")}
-        return fusion_trainer(Run.create(tmp_path / "run", values), pairs, tiny_codec.decode, callbacks)
+        return fusion_trainer(Run.create(tmp_path / "run", values), pairs, tiny_codec, callbacks)
 
     return build
 
@@ -971,6 +973,33 @@ def test_resume_with_another_config_lists_the_fields(start, tiny_cascade, tiny_c
     with pytest.raises(UserError, match=r"train\.loss\.input_weight: 0\.3 → 0\.5"):
         start(resume=True, loss=LossConfig(input_weight=0.5))
     start(resume=True)  # its own config is accepted
+
+
+def test_a_run_keeps_its_own_loss_term_and_resumes_with_it_alone(start, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "own_steady.py"
+    module.write_text("def steady(output, input, target, masks):\n    return output.diff(dim=2).abs().mean()\n")
+    loss = LossConfig(own={"steady": losses.OwnTerm("own_steady:steady", 0.25)})
+    run = start(loss=loss, max_steps=2)
+    source = hashlib.sha256(module.read_bytes()).hexdigest()
+    term = {"function": "own_steady:steady", "weight": 0.25, "source": source}
+    assert run.config["train"]["loss"]["own"] == {"steady": term}
+    assert all(row["loss/steady"] > 0 for split in ("train", "val") for row in run.metrics(split))
+    fix = "give train.loss.own as in its config.json, each function's module as it was; resume with its own config"
+    with pytest.raises(UserError, match=rf"train\.loss\.own\.steady\.function: 'own_steady:steady' → None.*{fix}"):
+        start(resume=True, max_steps=4)
+    with pytest.raises(UserError, match=rf"train\.loss\.own\.steady\.weight: 0\.25 → 0\.5\).*{fix}"):
+        start(resume=True, loss=LossConfig(own={"steady": losses.OwnTerm("own_steady:steady", 0.5)}), max_steps=4)
+    written = module.read_text()
+    module.write_text(written.replace("abs", "square"))
+    with pytest.raises(UserError, match=rf"train\.loss\.own\.steady\.source: '{source}' → .*{fix}"):
+        start(resume=True, loss=loss, max_steps=4)
+    module.write_text(written)
+    assert start(resume=True, loss=loss, max_steps=4).metrics("train")[-1]["step"] == 4
+    module.unlink()
+    monkeypatch.delitem(sys.modules, "own_steady")
+    with pytest.raises(UserError, match="'own_steady:steady': cannot be imported"):
+        start(resume=True, loss=loss, max_steps=6)
 
 
 def test_resume_where_nothing_is_starts(start, whole):
