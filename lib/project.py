@@ -1,8 +1,11 @@
 """What notebooks and commands work with: a preset's folder, codec, manifest and latents, opened once."""
 
 import contextlib
+import dataclasses
 import hashlib
+import json
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +23,15 @@ from lib.lab.variants import NAMED, Variant
 from lib.presets import Preset
 from lib.superres.degradation import Library, read_library
 from lib.superres.training import Plan as SuperresPlan
-from lib.training.run import LOCK, Run
-from lib.util.configs import check
+from lib.training.run import LOCK, Run, find_runs
+from lib.util.configs import check, from_fields
 from lib.util.errors import UserError
-from lib.util.files import make_folder, only_one
+from lib.util.files import make_folder, naming, only_one, read_json, write_file
 
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in notebooks mean this folder, wherever a kernel starts
-RECORD = ROOT / "outputs" / "record"  # what `make record` wrote
+OUTPUTS = ROOT / "outputs"
+OPENED = "project.json"  # in a run's folder: the settings and the music that its project was opened with last
+RECORD = OUTPUTS / "record"  # what `make record` wrote
 RECORDED = ("ablation", "schedule", "fusion", "superres")  # of that, what notebooks show
 DEMO_SONGS = 64
 UPPER_BAND = {"num_songs": 24, "seconds": 8.0, "sample_rate": 48_000}  # demo songs for super-resolution
@@ -142,7 +147,33 @@ def open_project(
                 make_demo_dataset(data, num_songs=DEMO_SONGS, seed=preset.data.seed)
             check_file = encoding_check(codec, cache, round(seconds * codec.sample_rate))
             manifest = _manifest(data, out / "manifest.json", seconds, preset, codec, check_file, before_writing)
-            return Project(preset, out, codec, manifest, encode_manifest(manifest, codec, cache))
+            index = encode_manifest(manifest, codec, cache)
+        opened = {"preset": dataclasses.asdict(preset), "data_dir": str(data_dir)}
+        write_file(out / OPENED, json.dumps(opened, indent=1))
+        return Project(preset, out, codec, manifest, index)
+
+
+def reopen_project(out_dir: str | Path) -> Project:
+    """The project of a run's folder, with the settings and the music that it was opened with last. `UserError` as in
+    `open_project`, and where the folder does not say what they were."""
+    path, fix = ROOT / out_dir / OPENED, "open the project with its preset and its folder of music"
+    with naming(path, fix):
+        opened = read_json(path, {"preset": dict, "data_dir": str}, fix=fix)
+        preset = from_fields(Preset, opened["preset"])
+    return open_project(preset, opened["data_dir"], out_dir)
+
+
+def trained_runs(out_dir: str | Path = "", outputs: Path = OUTPUTS) -> dict[str, Run]:
+    """What notebook 05 can play, in words → run: the one in `out_dir` or, where no folder is given, all in `outputs`
+    whose project can be reopened, the newest first. `UserError` if there is none."""
+    if out_dir:
+        return {str(out_dir): Run.open(ROOT / out_dir)}
+    runs = [run for run in find_runs(outputs).values() if (run.path / OPENED).exists()]
+    if not runs:
+        raise UserError(f"{outputs}: no trained run here yet; `make demo` trains one, and so does notebook 04")
+    saved = {run.path.name: time.localtime((run.path / "best").lstat().st_mtime) for run in runs}
+    runs.sort(key=lambda run: saved[run.path.name], reverse=True)
+    return {f"{run.path.name}, saved {time.strftime('%d %B %H:%M', saved[run.path.name])}": run for run in runs}
 
 
 def demo_folder(name: str, seed: int) -> Path:

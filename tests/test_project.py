@@ -18,7 +18,7 @@ import lib.project
 from lib.audio.synth import make_demo_dataset
 from lib.data.latents import LatentPairs
 from lib.presets import load_preset
-from lib.project import DEMO_SONGS, UPPER_BAND, Project, open_project
+from lib.project import DEMO_SONGS, OPENED, UPPER_BAND, Project, open_project, reopen_project, trained_runs
 from lib.training.run import LOCK, Run
 from lib.util.errors import UserError
 
@@ -307,3 +307,71 @@ def test_a_refused_resume_and_a_training_under_way_leave_the_manifest_as_it_was(
         other.stdin.write("\n")
     open_project(preset, "others", "out")
     assert (root / "out" / "manifest.json").read_bytes() != before
+
+
+# --- reopening --------------------------------------------------------------------------------------------------------
+
+
+def test_a_project_is_reopened_with_its_own_settings_and_music(root):
+    changes = SMALL | {"listening.seconds": 1.5, "train.max_steps": 7}
+    opened = open_project(load_preset("demo", changes), "my songs é", "outputs/mine")
+    again = reopen_project("outputs/mine")
+    assert dataclasses.replace(again, codec=opened.codec) == opened
+    assert again.codec.fingerprint == opened.codec.fingerprint
+    assert reopen_project(root / "outputs" / "mine").listening().clip_length == 36_000
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "no such file; open the project"), ("{", "damaged"), ('{"preset": {}, "data_dir": ""}', "name is missing")],
+)
+def test_a_folder_that_does_not_say_how_it_was_opened_is_named(root, content, words):
+    (root / "outputs" / "mine").mkdir(parents=True)
+    if content is not None:
+        (root / "outputs" / "mine" / OPENED).write_text(content)
+    with pytest.raises(UserError, match=rf"mine/project\.json: .*{words}"):
+        reopen_project("outputs/mine")
+
+
+@pytest.fixture
+def outputs(root, save_run, tiny_codec, tiny_cascade) -> Path:
+    """Three trained runs, the second of which is the newest, one whose project is not known, and other folders."""
+    folder = root / "outputs"
+    for name, when in (("demo", 300), ("mine", 500), ("smoke", 400), ("unknown", 600)):
+        run = save_run(folder / name, tiny_codec, tiny_cascade())
+        os.utime(run.path / "best", (when, when), follow_symlinks=False)
+        if name != "unknown":
+            (run.path / OPENED).write_text("{}")
+    Run.create(folder / "begun", run.config)
+    (folder / "begun" / OPENED).write_text("{}")
+    (folder / "record").mkdir()
+    return folder
+
+
+def names(found: dict[str, Run]) -> list[str]:
+    return [run.path.name for run in found.values()]
+
+
+def test_the_newest_trained_run_comes_first(outputs):
+    found = trained_runs(outputs=outputs)
+    assert names(found) == ["mine", "smoke", "demo"]
+    assert next(iter(found)).startswith("mine, saved 01 January 0")
+    os.utime(outputs / "demo" / "best", follow_symlinks=False)
+    assert names(trained_runs(outputs=outputs)) == ["demo", "mine", "smoke"]
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_given_folder_wins(outputs, root, absolute):
+    found = trained_runs(outputs / "unknown" if absolute else "outputs/unknown", outputs)
+    assert names(found) == ["unknown"]
+    with pytest.raises(UserError, match="elsewhere: no run here"):
+        trained_runs("outputs/elsewhere", outputs)
+
+
+def test_without_a_run_one_line_says_where_none_is_and_what_to_do(outputs, root):
+    for name in ("demo", "mine", "smoke"):
+        (outputs / name / OPENED).unlink()
+    for folder in (outputs, root / "nothing"):
+        with pytest.raises(UserError, match=r"^\S*: no trained run here yet; `make demo` trains one") as caught:
+            trained_runs(outputs=folder)
+        assert caught.value._render_traceback_() == [str(caught.value)]  # all that a notebook shows

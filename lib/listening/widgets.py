@@ -5,8 +5,9 @@ import dataclasses
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ipywidgets
@@ -38,6 +39,14 @@ def can_show_widgets() -> bool:
 def show(panel: Callable[[], ipywidgets.Widget], instead: Any) -> Any:
     """Display a live panel where the front end can show one; otherwise return what a headless run shows instead."""
     return display(panel()) if can_show_widgets() else instead
+
+
+def choose(what: str, options: Mapping[str, Any]) -> Any:
+    """Something whose `value` is one of the options: a list where the front end can show one; otherwise the first."""
+    if not can_show_widgets():
+        return SimpleNamespace(value=next(iter(options.values())))
+    display(listed := ipywidgets.Dropdown(options=list(options.items()), description=what, **CONTROL))
+    return listed
 
 
 def observe(controls: Iterable[ipywidgets.Widget], redraw: Callable[[Any], None]) -> None:

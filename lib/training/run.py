@@ -267,8 +267,8 @@ class Run:
         return folder, meta
 
 
-def find_runs(folder: str | Path, codec_fingerprint: str) -> dict[str, Run]:
-    """Name → run, for every trained run in a subfolder that was trained on this codec's latents."""
+def find_runs(folder: str | Path, codec_fingerprint: str | None = None) -> dict[str, Run]:
+    """Name → run, for every trained run in a subfolder that was trained on this codec's latents, None: on any's."""
     runs = {}
     for config in sorted(Path(folder).glob("*/config.json")):
         with contextlib.suppress(UserError):  # not a run, or a damaged one

@@ -10,6 +10,10 @@ from tqdm import tqdm
 class UserError(ValueError):
     """What a user can put right: a file, an option, a folder. The message is one line: where, what, how to fix it."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback."""
+        return [str(self)]
+
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:

@@ -21,6 +21,7 @@ from lib.data.pairs import Clip
 from lib.listening.widgets import (
     Message,
     can_show_widgets,
+    choose,
     describe_clip,
     figure_png,
     keep_upload,
@@ -82,6 +83,19 @@ def test_a_headless_run_gets_the_alternative_and_builds_no_panel(monkeypatch):
     monkeypatch.setattr(lib.listening.widgets, "can_show_widgets", lambda: False)
     monkeypatch.setattr(lib.listening.widgets, "display", pytest.fail)
     assert show(lambda: pytest.fail("built"), "still") == "still"
+
+
+def test_a_choice_is_a_list_in_a_front_end_and_the_first_without_one(monkeypatch):
+    options, shown = {"the newest": 1, "another": 2}, []
+    monkeypatch.setattr(lib.listening.widgets, "display", shown.append)
+    assert choose("run", options).value == 1
+    assert shown == []
+    monkeypatch.setattr(lib.listening.widgets, "can_show_widgets", lambda: True)
+    chosen = choose("run", options)
+    assert shown == [chosen]
+    assert chosen.value == 1
+    chosen.label = "another"
+    assert chosen.value == 2
 
 
 def test_without_ipython_the_still_one_is_shown():

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from tqdm import tqdm
 
 from lib.util.errors import UserError, exit_on_user_error
@@ -63,3 +64,11 @@ with exit_on_user_error():
     environment = os.environ | {"PYTHONUTF8": "1"}  # as under any UTF-8 locale, stdout takes no surrogates
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, getattr(done, stream)) == (0, "song \\udcff.wav\n")
+
+
+def test_a_notebook_shows_a_mistake_as_one_line_and_a_bug_with_its_traceback(capsys):
+    shell = InteractiveShell()
+    shell.run_cell("from lib.audio.decode import AudioError\nraise AudioError('x.wav', 'empty; copy it again')")
+    assert capsys.readouterr().out == "x.wav: empty; copy it again\n"
+    shell.run_cell("1 / 0")
+    assert "Traceback" in capsys.readouterr().out
