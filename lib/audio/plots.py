@@ -111,6 +111,8 @@ def mixing_maps(taken: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -> F
         picture = colours((of_input / (of_input + of_target).clamp_min(1e-20)).numpy())
         picture[..., 3] = (decibels_below_peak(of_input + of_target).numpy() / 60 + 1).clip(0, 1)
         draw_image(ax, picture, seconds)
+        label_bands(ax)
+        ax.label_outer()
     bar = figure.colorbar(plt.cm.ScalarMappable(cmap=colours), ax=axes, label="from", ticks=(0, 0.5, 1))
     bar.ax.set_yticklabels(("target", "both", "input"))
     return figure
@@ -153,6 +155,13 @@ def mel_axes(titles: Sequence[str]) -> tuple[Figure, list[plt.Axes]]:
     return figure, list(axes.flat[: len(titles)])
 
 
+def label_bands(axes: plt.Axes) -> None:
+    """Frequencies beside the bands of `mel_power`."""
+    hertz = np.array((100, 300, 1000, 3000, 10_000))
+    axes.set_yticks(81 * np.log1p(hertz / 700) / np.log1p(SAMPLE_RATE / 1400) - 0.5, [f"{f:,}" for f in hertz])
+    axes.set_ylabel("frequency (Hz)")
+
+
 def _draw_clip(top: plt.Axes, bottom: plt.Axes, wav: Tensor, colour: str, title: str) -> AxesImage:
     """Minimum and maximum of each of about 1,000 slices of the waveform, and below them its mel spectrogram."""
     width = max(1, wav.shape[-1] // 1000)
@@ -160,7 +169,7 @@ def _draw_clip(top: plt.Axes, bottom: plt.Axes, wav: Tensor, colour: str, title:
     time = np.arange(len(slices)) * width / SAMPLE_RATE
     top.fill_between(time, slices.min(1), slices.max(1), color=colour, linewidth=0.3)
     top.set(title=title, ylabel="amplitude")
-    bottom.set_ylabel("mel band")
+    label_bands(bottom)
     return draw_image(bottom, mel_db(wav).numpy(), wav.shape[-1] / SAMPLE_RATE, cmap="magma", vmin=-80, vmax=0)
 
 

@@ -106,12 +106,14 @@ def predicted_and_measured(series: Mapping[str, Mapping], xlabel: str, ylabel: s
 
 
 def waterfall(axes: Axes, traces: Sequence[Mapping[str, float]], goal: float) -> None:
-    """RMS through the stages. `traces`: the fields of a `StageTrace` and the weighted residual's RMS, one per stage."""
+    """RMS through the stages: of each a `StageTrace`, the weighted residual's RMS and, by the law, the output's."""
     fields = ("projection_rms", "weighted_residual", "rms_before_scaling", "output_rms")
     labels = ("projection", "residual", "before scaling", "output")
     for offset, (field, label, colour) in enumerate(zip(fields, labels, STAGES, strict=False)):
         x = [i + (offset - 1.5) * 0.2 for i in range(len(traces))]
         axes.bar(x, [trace[field] for trace in traces], width=0.18, color=colour, label=label)
+    outputs = [i + 0.3 for i in range(len(traces))]
+    axes.plot(outputs, [trace["law"] for trace in traces], "D", color="black", markersize=4, label="output by the law")
     axes.axhline(goal, color="black", linewidth=1, linestyle="--", label="target RMS")
     above = {"ha": "center", "va": "bottom", "fontsize": 8, "transform": axes.get_xaxis_transform()}
     for i, trace in enumerate(traces):

@@ -5,32 +5,26 @@ import functools
 from typing import Any
 
 import torch
-from ipywidgets import Checkbox, FloatSlider, Image, VBox
+from ipywidgets import Image, VBox
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from lib.lab.plots import waterfalls
 from lib.lab.probes import untrained
 from lib.lab.variants import EXPLODING, VARIANTS
-from lib.listening.widgets import CONTROL, figure_png, observe
+from lib.listening.widgets import TABLES, controls, figure_png, observe
 from lib.model.cascade import StageTrace, rms
-from lib.model.rms_law import pair_rms
+from lib.model.rms_law import Clips, pair_rms
 
-GRID = {  # what a headless run shows
-    "w = 0.1": {"weight": 0.1},
-    "w = 0.3": {"weight": 0.3},
-    "w = 1.0": {"weight": 1.0},
-    "w = 0.1, no clamp": {"weight": 0.1, "clamp": False},
-    "w = 0.1, equal clips": {"weight": 0.1, "similarity": 1.0},
-    "w = 0.1, no spectral norm": {"weight": 0.1, "spectral_norm": False},
-}
+GRID = TABLES["grid"]  # what a headless run shows
 
 
 class RmsExplorer:
     """The exploding three-stage cascade on a pair of latents `[1, D, T]`; the sliders change its last stage."""
 
     def __init__(self, input: Tensor, target: Tensor, num_layers: int):
-        self.input, self.goal = input, pair_rms(rms(input), rms(target)).item()
+        self.input, self.levels = input, (rms(input).item(), rms(target).item())
+        self.goal = pair_rms(*self.levels)
         direction = input / input.norm()
         across = target - (target * direction).sum() * direction
         self.across = across / across.norm() * target.norm()  # orthogonal to the input, at the target's RMS
@@ -45,14 +39,18 @@ class RmsExplorer:
     def traces(
         self, weight: float = 0.1, clamp: bool = True, similarity: float = 0.0, spectral_norm: bool = True
     ) -> list[dict[str, float]]:
-        """RMS by stage for `waterfall`. `similarity`: the clips' cosine; `clamp`: whether the last has one."""
+        """RMS by stage, for `waterfall`. `similarity`: the clips' cosine; `clamp`: whether the last has one."""
         stages = self.cascades[spectral_norm].stages
         signals, traces = self.before_last(similarity, spectral_norm)
-        with stages[-1].override(residual_weight=weight, **({} if clamp else {"clamp": None})):
+        changed = {"residual_weight": weight} | ({} if clamp else {"clamp": None})
+        with stages[-1].override(**changed):
             traces = (*traces, stages[-1](signals)[1])
             rows = [{name: value.item() for name, value in vars(trace).items()} for trace in traces]
             for stage, row in zip(stages, rows, strict=True):
                 row["weighted_residual"] = stage.config.residual_weight * row["residual_rms"]
+        law = self.cascades[spectral_norm].config.with_stage(-1, **changed).predict_rms(Clips(*self.levels, similarity))
+        for row, stage in zip(rows, law, strict=True):
+            row |= {"law": stage.output_rms, "safe_weight": stage.smallest_safe_weight}
         return rows
 
     @torch.inference_mode()
@@ -64,7 +62,9 @@ class RmsExplorer:
 
     def png(self, **settings: Any) -> bytes:
         """The waterfall of one setting as a PNG: what a slider redraws, in under 200 ms."""
-        return figure_png(waterfalls({"": self.traces(**settings)}, self.goal))
+        traces = self.traces(**settings)
+        safe = f"smallest safe last residual weight by the law: {traces[-1]['safe_weight']:.2f}"
+        return figure_png(waterfalls({safe: traces}, self.goal))
 
     def grid(self) -> Figure:
         """The settings of `GRID` side by side."""
@@ -72,16 +72,11 @@ class RmsExplorer:
 
     def sliders(self) -> VBox:
         """The live explorer."""
-        controls = {
-            "weight": FloatSlider(0.1, min=0, max=1, step=0.01, description="last residual weight", **CONTROL),
-            "similarity": FloatSlider(0, min=0, max=1, step=0.01, description="similarity of clips", **CONTROL),
-            "clamp": Checkbox(True, description="clamp to 0.7 to 1.5", **CONTROL),
-            "spectral_norm": Checkbox(True, description="spectral norm", **CONTROL),
-        }
+        shown = controls("explorer")
         picture = Image(format="png", value=self.png(), layout={"width": "630px", "max_width": "100%"})
 
         def redraw(change: Any) -> None:
-            picture.value = self.png(**{name: control.value for name, control in controls.items()})
+            picture.value = self.png(**{name: control.value for name, control in shown.items()})
 
-        observe(controls.values(), redraw)
-        return VBox([*controls.values(), picture])
+        observe(shown.values(), redraw)
+        return VBox([*shown.values(), picture])

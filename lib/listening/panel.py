@@ -2,24 +2,26 @@
 
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from ipywidgets import Checkbox, Dropdown, FloatSlider, Image, Label, VBox
+from ipywidgets import Image, Label, VBox
 from matplotlib.figure import Figure
 from torch import Tensor
+from traitlets import Dict, HasTraits
 
-from lib.audio.decode import NAMES, resample
+from lib.audio.decode import resample
 from lib.audio.files import SAMPLE_RATE
 from lib.audio.plots import mel_power, mixing_maps
 from lib.codec.codec import Codec
-from lib.data.pairs import Clip, Manifest, load_pair, whole_clip
+from lib.data.pairs import Clip, Manifest, Pair, load_pair, whole_clip
 from lib.evaluation.baselines import recipes
+from lib.listening import widgets as ui
 from lib.listening.player import Players, PlayerWidget
 from lib.listening.render import Rendition, Settings, render
-from lib.listening.widgets import CONTROL, PICTURE, SLIDER, Message, Several, Upload, describe_clip, figure_png, observe
+from lib.listening.widgets import describe_clip, step, uploaded_clips
 from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import apply_mask
 from lib.model.whole_band import left_out
@@ -31,18 +33,26 @@ UPLOADED = "uploaded files"  # the choice beside the validation pairs
 BLENDS = {"the masks": 0.0, "blended by half with 0.5": 0.5, "0.5 everywhere": 1.0}  # what a headless run shows
 
 
-class Listening:
+class Listening(HasTraits):
     """Validation pairs and uploaded files, fused by runs that share a codec."""
+
+    clips = Dict()  # by name, those that are uploaded meanwhile included
 
     def __init__(self, codec: Codec, manifest: Manifest, runs: Mapping[str, Run], uploads: Path, superres: Path):
         """`runs`: name → run; the first is selected at the start. `uploads`: folder that keeps uploaded files, which
         recipes name. `superres`: folder of the super-resolver, which notebook 06 may not have trained yet."""
+        super().__init__()
         self.codec, self.runs, self.uploads, self.superres = codec, dict(runs), uploads, superres
         self.clip_length = manifest.clip_length
-        pairs = [(pair.input, pair.target) for pair in manifest.split("val")]
-        self.pairs = {describe_pair(*pair): tuple(whole_clip(manifest, clip) for clip in pair) for pair in pairs}
-        self.clips = {describe_clip(clip): whole_clip(manifest, clip) for pair in pairs for clip in pair}
+        pairs = {marked(pair): (pair.input, pair.target) for pair in manifest.split("val")}
+        self.pairs = {name: tuple(whole_clip(manifest, clip) for clip in pair) for name, pair in pairs.items()}
+        self.clips = {describe_clip(clip): whole_clip(manifest, clip) for pair in pairs.values() for clip in pair}
+        self.offer_uploads()
         self.models: dict[str, tuple[int, FusionModel]] = {}
+        self.render = functools.lru_cache(maxsize=8)(self._render)  # what a playground plays beside the next variant
+
+    def offer_uploads(self) -> None:
+        self.clips = self.clips | uploaded_clips(self.uploads, self.clip_length)
 
     def model(self, run: str) -> FusionModel:
         """The best model of a run: loaded at the first call, and again once another training has replaced it."""
@@ -54,23 +64,30 @@ class Listening:
         return self.models[run][1]
 
     def compare(
-        self, input: Clip, target: Clip, runs: Sequence[str], settings: Settings | None = None, restored: bool = False
-    ) -> tuple[Players, dict[str, tuple[Tensor, Tensor]]]:
-        """A pair beside its fusion by each run and by hand: the plain average and HPSS, through the codec. And for each
-        run with masks, mel powers `[80, F]` of what it took from both. `restored`: at 48 kHz, with an upper band."""
-        pair = load_pair(input, target)
-        wavs, parts = dict(zip(("input", "target"), pair, strict=True)), {}
-        for run in runs:
-            rendition = render(self.model(run), self.codec, *pair, settings)
-            wavs["output" if len(runs) == 1 else f"output: {run}"] = rendition.wav
-            if rendition.masks is not None:
-                parts[run] = taken(self.model(run), self.codec, rendition)
+        self, input: Clip, target: Clip, outputs: Mapping[str, tuple[str, Settings]], restored: bool = False
+    ) -> tuple[Players, dict[str, tuple[Tensor, Tensor]], dict[str, Rendition]]:
+        """A pair beside its fusions, by name, each by a run with settings, and by hand: the plain average and HPSS,
+        through the codec. For each output with masks, mel powers `[80, F]` of what it took from both. And all that was
+        rendered. `restored`: at 48 kHz, with an upper band."""
+        wavs, parts, found = dict(zip(("input", "target"), load_pair(input, target), strict=True)), {}, {}
+        for name, (run, settings) in outputs.items():
+            step(f"fusing: {name}")
+            model = self.model(run)
+            found[name] = self.render(model, input, target, settings)
+            wavs[name] = found[name].wav
+            if found[name].masks is not None:
+                parts[name] = taken(model, self.codec, found[name])
+        step("plain average and HPSS")
         with torch.inference_mode():
             for name, wav in by_hand(input, target).items():
                 latents = self.codec.encode(wav[None])
-                rest = left_out(self.codec, wav[None], latents) if (settings or Settings()).whole_band else 0
+                rest = left_out(self.codec, wav[None], latents) if settings.whole_band else 0
                 wavs[name] = (self.codec.decode(latents, length=wav.shape[-1]) + rest)[0]
-        return (Players(self.restore(wavs), mel.SAMPLE_RATE) if restored else Players(wavs)), parts
+        step("players")
+        return (Players(self.restore(wavs), mel.SAMPLE_RATE) if restored else Players(wavs)), parts, found
+
+    def _render(self, model: FusionModel, input: Clip, target: Clip, settings: Settings) -> Rendition:
+        return render(model, self.codec, *load_pair(input, target), settings)
 
     def restore(self, wavs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The clips at 48 kHz, the outputs with a restored upper band."""
@@ -78,18 +95,16 @@ class Listening:
         found = {name: resample(wav, SAMPLE_RATE, mel.SAMPLE_RATE) for name, wav in wavs.items()}
         for name in found:
             if name.startswith("output") and (edge := band_edge(wavs[name], SAMPLE_RATE)):
+                step(f"upper band of the {name}")
                 found[name] = resolver.restore_signal(found[name], Restoration(cutoff=edge))
         return found
 
     def blends(self) -> Figure | None:
         """What the first run takes from which clip of the first pair, masks blended with 0.5; None without masks."""
-        pair = load_pair(*next(iter(self.pairs.values())))
-        model = self.model(next(iter(self.runs)))
-        if model.masking.masking == "none":
-            return None
-        blended = {title: Settings(mask_blend=blend) for title, blend in BLENDS.items()}
-        shown = {title: taken(model, self.codec, render(model, self.codec, *pair, s)) for title, s in blended.items()}
-        return mixing_maps(shown, pair[0].shape[-1] / SAMPLE_RATE)
+        run, first = next(iter(self.runs)), next(iter(self.pairs.values()))
+        blended = {title: (run, Settings(mask_blend=blend)) for title, blend in BLENDS.items()}
+        players, parts, _ = self.compare(*first, blended)
+        return mixing_maps(parts, players.seconds) if parts else None
 
     def panel(self) -> VBox:
         """The live panel."""
@@ -115,46 +130,61 @@ def describe_pair(input: Clip, target: Clip) -> str:
     return f"{describe_clip(input)} + {describe_clip(target)}"
 
 
+def marked(pair: Pair) -> str:
+    return f"{pair.mode}: {describe_pair(pair.input, pair.target)}"
+
+
 class _Panel:
     """The widgets of a panel and what they do."""
 
     def __init__(self, listening: Listening):
         self.listening = listening
-        names = list(listening.runs)
-        self.pair = Dropdown(options=[*listening.pairs, UPLOADED], description="pair", **CONTROL)
-        self.files = {role: Upload(role, listening.uploads, listening.clip_length) for role in ("input", "target")}
-        self.runs = Several("runs", names, names[0], rows=min(5, max(2, len(names))))
-        self.blend = FloatSlider(0, min=0, max=1, step=0.05, description="blend masks with 0.5", **SLIDER)
-        self.whole = Checkbox(True, description="whole band, beyond the codec's", **CONTROL)
-        can_restore = (listening.superres / "diffusion" / "best").exists()
-        upper_band = "restore the outputs' upper band (48 kHz)"
-        upper_band += "" if can_restore else ": needs notebook 06, which trains the super-resolver"
-        self.restored = Checkbox(False, description=upper_band, disabled=not can_restore, **CONTROL)
-        self.message = Message()
-        self.uploads = VBox([file.box for file in self.files.values()])
-        self.playing = Label()  # which pair the players hold
-        self.players, self.masks = PlayerWidget(), Image(**PICTURE)
-        controls = (self.pair, self.uploads, self.runs, self.blend, self.whole, self.restored, self.message)
-        self.box = VBox([*controls, self.playing, self.players, self.masks])
-        uploads = [control for file in self.files.values() for control in (file.button, file.begin)]
-        observe((self.pair, self.runs, self.blend, self.whole, self.restored, *uploads), self.redraw)
+        self.files = [ui.Upload(role, listening.uploads, listening.clip_length) for role in ("input", "target")]
+        self.controls = ui.controls("listening", runs=listening.runs, pair=[*listening.pairs, UPLOADED])
+        search, self.pair, self.runs, *others = self.controls.values()
+        self.runs.value = self.runs.options[:1]
+        if not (listening.superres / "diffusion" / "best").exists():
+            restored = self.controls["restored"]
+            restored.disabled, restored.layout.width = True, "auto"
+            restored.description += ": needs notebook 06, which trains the super-resolver"
+        self.work, self.playing = ui.Work(), Label()  # the latter says which pair the players hold
+        self.players, self.masks = PlayerWidget(), Image(**ui.PICTURE)
+        shown = (*self.files, *self.controls.values(), self.work, self.playing, self.players, self.masks)
+        self.box = VBox(shown)
+        ui.observe([file.button for file in self.files], self.keep)
+        ui.observe([search], self.find)
+        ui.observe((self.pair, self.runs, *others, *(file.begin for file in self.files)), self.redraw)
         self.redraw()
 
+    def keep(self, change: Any) -> None:
+        """Keep a file that arrives, offer it to the playground, and play it."""
+        with self.work.message.show_errors():
+            next(file for file in self.files if file.button is change["owner"]).keep()
+            self.listening.offer_uploads()
+            self.pair.value = UPLOADED
+            self.redraw()
+
+    def find(self, change: Any) -> None:
+        """Offer the pairs that have all words, or all pairs where none has."""
+        words, playing = change["new"].lower().split(), self.pair.value
+        found = [name for name in self.listening.pairs if all(word in name.lower() for word in words)]
+        change["owner"].description = f"find pairs ({len(found)} found)"
+        self.pair.options = [*(found or self.listening.pairs), UPLOADED]
+        self.pair.value = playing if playing in self.pair.options else self.pair.options[0]
+
     def redraw(self, change: Any = None) -> None:
-        title, uploaded = self.pair.value, self.pair.value == UPLOADED
-        self.uploads.layout.display = None if uploaded else "none"
-        with self.message.show_errors():
-            clips = [file.clip() for file in self.files.values()] if uploaded else self.listening.pairs[title]
-            if None in clips:
-                return self.message.say(f"Choose two audio files: {NAMES}.")
-            if uploaded:
-                title = " + ".join(f"{file.name.value} from {file.begin.value:g} s" for file in self.files.values())
-            settings = Settings(mask_blend=self.blend.value, whole_band=self.whole.value)
-            players, parts = self.listening.compare(*clips, self.runs.chosen(), settings, self.restored.value)
-            self.players.html = players._repr_html_()
-            self.playing.value = f"playing {title}"
-            self.masks.layout.display = None if parts else "none"
-            if parts:
-                titles = {f"taken by {run}": powers for run, powers in parts.items()}
-                self.masks.value = figure_png(mixing_maps(titles, players.seconds))
-        return None
+        self.work.start(self.render)
+
+    def render(self) -> None:
+        blend, whole_band, restored = (self.controls[name].value for name in ("blend", "whole_band", "restored"))
+        uploaded, title = self.pair.value == UPLOADED, self.pair.value
+        clips = [file.clip() for file in self.files] if uploaded else self.listening.pairs[title]
+        title = " + ".join(file.part() for file in self.files) if uploaded else title
+        runs, settings = ui.chosen(self.runs), Settings(mask_blend=blend, whole_band=whole_band)
+        outputs = {f"output: {run}" if len(runs) > 1 else "output": (run, settings) for run in runs}
+        players, parts, _ = self.listening.compare(*clips, outputs, restored)
+        masks = ui.figure_png(mixing_maps(parts, players.seconds)) if parts else b""
+        html = players._repr_html_()
+        step("showing it")
+        self.players.html, self.masks.value, self.playing.value = html, masks, f"playing {title}"
+        self.masks.layout.display = None if parts else "none"

@@ -2,6 +2,7 @@
 // also work without scripts): one transport for all clips, so that switching keeps the position; true levels or equal
 // loudness; a cursor in every picture; a blind ABX test. An anywidget in notebooks, inlined in the page.
 
+const FREQUENCIES = [300, 1000, 3000, 10000]; // Hz, beside every mel spectrogram
 const FADE = 0.008; // seconds of crossfade when clips are switched, so that nothing clicks
 const shared = (globalThis.latentFusionSound ??= { context: null, audible: null }); // one panel plays at a time
 
@@ -32,7 +33,7 @@ function choice(legend, values, chosen, choose) {
 
 class Panel {
   /** `state`: of the panel that this one replaces. */
-  constructor(root, { position = 0, name = "", equal = false, message = "" } = {}) {
+  constructor(root, { position = 0, name = "", equal = false, loop = false, message = "" } = {}) {
     this.root = root;
     this.clips = [...root.querySelectorAll(".player")].map((figure) => ({
       figure,
@@ -40,7 +41,7 @@ class Panel {
       audio: figure.querySelector("audio"),
       gain: Number(figure.dataset.gain), // linear; makes it as loud as the others
     }));
-    Object.assign(this, { position, equal, blind: false });
+    Object.assign(this, { position, equal, loop, blind: false });
     this.current = Math.max(0, this.clips.findIndex((clip) => clip.name === name));
     this.note = root.querySelector(".note");
     this.sources = []; // one for each clip while playing, all in sync: switching only changes gains
@@ -56,7 +57,7 @@ class Panel {
     const { name } = this.clips[this.blind ? this.before : this.current]; // X stays secret
     const ended = "The clips changed, which ended the blind test. ";
     const message = this.blind ? ended + this.score.textContent : this.problem.textContent;
-    return { position: this.now(), name, equal: this.equal, message };
+    return { position: this.now(), name, equal: this.equal, loop: this.loop, message };
   }
 
   // --- display ---
@@ -68,7 +69,10 @@ class Panel {
     this.slider.setAttribute("aria-label", "Position in the clip, seconds");
     this.slider.addEventListener("input", () => this.seek(Number(this.slider.value)));
     this.time = element("output", { className: "time" });
-    const transport = element("div", { className: "transport" }, [this.button, this.slider, this.time]);
+    const loop = element("input", { type: "checkbox", checked: this.loop });
+    loop.addEventListener("change", () => (this.loop = loop.checked));
+    const repeat = element("label", {}, [loop, " loop"]);
+    const transport = element("div", { className: "transport" }, [this.button, this.slider, this.time, repeat]);
     this.names = choice("Clip", this.clips.map((clip) => clip.name), this.current, (i) => this.select(i));
     this.levels = choice("Level", ["true", "equal loudness"], Number(this.equal), (i) => this.match(i === 1));
     this.problem = element("p", { className: "problem" });
@@ -84,12 +88,20 @@ class Panel {
       clip.shift = element("small", { className: "shift" });
       clip.figure.querySelector("figcaption").append(clip.shift);
       const picture = clip.figure.querySelector(".picture");
-      picture.append(clip.cursor);
+      picture.append(clip.cursor, ...FREQUENCIES.map((hertz) => this.frequency(hertz)));
       picture.addEventListener("click", (event) => {
         const box = picture.getBoundingClientRect();
         this.seek(((event.clientX - box.left) / box.width) * this.duration);
       });
     }
+  }
+
+  /** A label at a frequency of the mel spectrogram, the lower 80 of a picture's 140 rows. */
+  frequency(hertz) {
+    const height = Math.log(1 + hertz / 700) / Math.log(1 + Number(this.root.dataset.rate) / 1400);
+    const label = element("span", { className: "frequency", textContent: `${hertz / 1000} kHz` });
+    label.style.bottom = `${(8000 / 140) * height}%`;
+    return label;
   }
 
   show() {
@@ -111,7 +123,10 @@ class Panel {
 
   follow() {
     if (!this.playing) return;
-    if (this.now() >= this.duration) return this.pause(0);
+    if (this.now() >= this.duration) {
+      this.pause(0);
+      return this.loop ? this.play() : undefined;
+    }
     this.show();
     requestAnimationFrame(() => this.follow());
   }
@@ -233,7 +248,8 @@ class Panel {
     this.score.setAttribute("aria-live", "polite");
     const test = element("details", { className: "abx" }, [
       element("summary", { textContent: "Blind test (ABX)" }),
-      element("p", { textContent: "X is A or B, chosen at random every round; all play equally loud. Can you hear which?" }),
+      element("p", { textContent: "X is A or B, chosen at random every round; all play equally loud. Can you hear which? " +
+        "Listen to X before you answer. While A, B or X plays, clip and level are not yours to choose." }),
       element("div", {}, [labelA, " ", labelB]),
       this.listen,
       element("div", {}, this.guesses),

@@ -24,7 +24,7 @@ BLOCK = 0.4  # seconds: the shortest window of the loudness standard
 SCRIPT, STYLE = (Path(__file__).with_name(f"player.{suffix}") for suffix in ("js", "css"))
 COLOURS = {"input": INPUT, "target": TARGET, "output": OUTPUT, "plain average": AVERAGE, "HPSS": AVERAGE}
 OTHERS = (OUTPUT, *STAGES[3:], STAGES[1])  # for clips with other names: neither the input's colour nor the target's
-PANEL = Markup('<div class="players" data-seconds="{:.6f}"><small class="note">{}</small>{}</div>')
+PANEL = Markup('<div class="players" data-seconds="{:.6f}" data-rate="{}"><small class="note">{}</small>{}</div>')
 PLAYER = Markup(Path(__file__).with_suffix(".html").read_text().replace("\n", ""))
 
 
@@ -97,7 +97,7 @@ class Players:
             )
             for name, wav in self.wavs.items()
         ]
-        return str(PANEL.format(self.seconds, note, Markup().join(players)))
+        return str(PANEL.format(self.seconds, self.sample_rate, note, Markup().join(players)))
 
 
 class PlayerWidget(anywidget.AnyWidget):

@@ -1,19 +1,22 @@
 """The playground: one input fused with several targets while sliders change the model's settings; headless, settings
 of one pair. A favourite is saved as a WAV with a recipe that renders it again, by `python -m lib.fuse --recipe`."""
 
+import itertools
 import shlex
 from pathlib import Path
 from typing import Any
 
-from ipywidgets import BoundedIntText, Button, Checkbox, Dropdown, FloatLogSlider, FloatSlider, IntSlider, Text, VBox
+from ipywidgets import Button, HBox, Image, Label, VBox
 from matplotlib.figure import Figure
 
-from lib.audio.plots import waveforms_and_mels
-from lib.data.pairs import load_pair
+from lib.audio.plots import mixing_maps, waveforms_and_mels
+from lib.listening import widgets as ui
 from lib.listening.panel import Listening
 from lib.listening.player import Players, PlayerWidget
-from lib.listening.render import Settings, render, save_with_recipe
-from lib.listening.widgets import CONTROL, SLIDER, Message, Several, observe, plain_name, uploaded_clips
+from lib.listening.render import Rendition, Settings, save_with_recipe
+from lib.listening.widgets import step
+from lib.model.fusion import FusionModel
+from lib.model.rms_law import Clips
 from lib.training.run import Run
 from lib.util.errors import UserError
 from lib.util.files import make_folder
@@ -25,111 +28,147 @@ class Playground:
     def __init__(self, listening: Listening, favourites: Path):
         """`favourites`: the folder that fusions are saved in."""
         self.listening, self.favourites = listening, favourites
-        self.clips = listening.clips | uploaded_clips(listening.uploads, listening.clip_length)
-        self.first = tuple(self.clips)[:2]  # names of the first pair's input and target
+        self.first = tuple(listening.clips)[:2]  # names of the first pair's input and target
 
-    def fuse(self, run: str, input: str, targets: tuple[str, ...], settings: Settings) -> Players:
-        """The input and its fusion with each target, all given by the names of their clips."""
-        wavs = {}
-        for target in targets:
-            pair = load_pair(self.clips[input], self.clips[target])
-            wavs.setdefault("input", pair[0])
-            wavs[f"with {target}"] = render(self.listening.model(run), self.listening.codec, *pair, settings).wav
-        return Players(wavs)
+    def fuse(self, run: str, input: str, targets: tuple[str, ...], settings: Settings) -> tuple[Players, dict, str]:
+        """For each target, given like the input by the name of its clip: `Listening.compare` of the variant with these
+        settings and the unmodified output. What both took, and the variant's level in words, are of the first."""
+        outputs = {"variant": (run, settings), "unmodified output": (run, Settings(whole_band=settings.whole_band))}
+        clips = self.listening.clips
+        compared = [self.listening.compare(clips[input], clips[target], outputs) for target in targets]
+        (players, parts, found), *others = compared
+        for target, (other, *_) in zip(targets[1:], others, strict=True):
+            players.wavs |= {f"{name}, {target}": wav for name, wav in other.wavs.items() if name != "input"}
+        return Players(players.wavs), parts, level_in_words(self.listening.model(run), found["variant"], settings)
 
     def save(self, name: str, run: str, input: str, target: str, settings: Settings) -> Path:
         """Save a fusion as favourites/<name>.wav and return its recipe's path. A taken name gets a number."""
-        stem = plain_name(name).strip("._") or "favourite"
+        stem = ui.plain_name(name).strip("._") or "favourite"
         make_folder(self.favourites)
-        path, number = self.favourites / f"{stem}.wav", 1
-        while path.exists() or path.with_suffix(".json").exists():
-            number += 1
-            path = self.favourites / f"{stem}_{number}.wav"
+        paths = (self.favourites / f"{stem}{f'_{i}' if i > 1 else ''}.wav" for i in itertools.count(1))
+        path = next(path for path in paths if not (path.exists() or path.with_suffix(".json").exists()))
+        clips = self.listening.clips
         opened = Run.open(self.listening.runs[run].path)  # another training may have replaced it
-        return save_with_recipe(path, opened, self.listening.codec, self.clips[input], self.clips[target], settings)
+        return save_with_recipe(path, opened, self.listening.codec, clips[input], clips[target], settings)
 
     def settings_side_by_side(self) -> Figure:
-        """The first pair, rendered with one setting changed at a time."""
-        model = self.listening.model(next(iter(self.listening.runs)))
-        changed = {"as trained": {}, "half noise": {"noise": 0.5}}
-        if len(model.cascade.stages) > 1:
-            changed["one stage"] = {"stages": 1}
-        if len(model.cascade.stages):
-            changed["last residual 0.1"] = {"residual_weight": 0.1}
-        if model.masking.masking != "none":
-            changed["all-or-nothing masks"] = {"mask_hardness": 100.0}
-        pair, codec = load_pair(*(self.clips[name] for name in self.first)), self.listening.codec
-        wavs = {name: render(model, codec, *pair, Settings(**values)).wav for name, values in changed.items()}
-        return waveforms_and_mels(wavs)
+        """The first pair, rendered with one setting changed at a time, of those that the first run has."""
+        run = next(iter(self.listening.runs))
+        model, table = self.listening.model(run), ui.TABLES["side_by_side"]
+        stages, masks = len(model.cascade.stages), model.masking.masking != "none"
+        fitting = {title: how for title, how in table.items() if how["stages"] <= stages and how["masks"] <= masks}
+        outputs = {title: (run, Settings(**how["settings"])) for title, how in fitting.items()}
+        *_, found = self.listening.compare(*(self.listening.clips[name] for name in self.first), outputs)
+        return waveforms_and_mels({title: rendition.wav for title, rendition in found.items()})
 
     def panel(self) -> VBox:
         """The live playground."""
         return _Panel(self).box
 
 
+def level_in_words(model: FusionModel, rendition: Rendition, settings: Settings) -> str:
+    """The RMS after the last stage that was applied, beside the law's for two unlike clips at the level that scaling
+    aims at; empty without stages."""
+    if not rendition.traces:
+        return ""
+    last, trace = len(rendition.traces) - 1, rendition.traces[-1]
+    goal, weight = (trace.target_scale * trace.rms_before_scaling).item(), settings.residual_weight
+    config = model.cascade.config.with_stage(last, **({} if weight is None else {"residual_weight": weight}))
+    law = config.predict_rms(Clips(goal, goal))[last]
+    found = f"RMS {trace.output_rms.item():.2f} of {goal:.2f}; by the law, before training, {law.output_rms:.2f}"
+    return f"{found}; smallest safe weight {law.smallest_safe_weight:.2f}"
+
+
 class _Panel:
     """The widgets of a playground and what they do."""
 
     def __init__(self, playground: Playground):
-        self.playground, self.model = playground, playground.listening.model
-        names = list(playground.clips)
-        input, target = playground.first
-        self.run = Dropdown(options=list(playground.listening.runs), description="run", **CONTROL)
-        self.input = Dropdown(options=names, value=input, description="input", **CONTROL)
-        self.targets = Several("targets", names, target, rows=5)
-        self.controls = {  # by the settings that they set
-            "stages": IntSlider(1, min=1, max=1, description="stages to apply", **SLIDER),
-            "residual_weight": FloatSlider(1, min=0, max=2, step=0.05, description="last residual weight", **SLIDER),
-            "noise": FloatSlider(0, min=0, max=1, step=0.05, description="noise share", **SLIDER),
-            "seed": BoundedIntText(0, min=0, max=2**31 - 1, description="seed of the noise", **CONTROL),
-            "mask_hardness": FloatLogSlider(1, min=-2, max=2, step=0.1, description="mask hardness", **SLIDER),
-            "whole_band": Checkbox(True, description="whole band, beyond the codec's", **CONTROL),
-        }
-        self.message, self.players = Message(), PlayerWidget()
+        self.playground, listening = playground, playground.listening
+        chosen = ui.controls("playground", run=listening.runs, input=listening.clips, targets=listening.clips)
+        self.run, self.input, self.targets = chosen.values()
+        self.input.value, self.targets.value = playground.first[0], playground.first[1:]
+        self.controls, saved = ui.controls("settings"), ui.controls("favourite")  # the former by the settings they set
+        self.favourite, self.name = saved.values()
+        self.level, self.greyed = Label(), Label()  # of the last stage; why some of the controls are disabled
+        self.work, self.players, self.masks = ui.Work(), PlayerWidget(), Image(**ui.PICTURE)
         self.shown: Any = None  # what the players hold: two sliders that change together redraw once
-        self.favourite = Dropdown(description="save the fusion with", **CONTROL)
-        self.name = Text("favourite", description="as", **CONTROL)
+        self.choices = (*chosen.values(), *self.controls.values())
+        self.states: list[tuple[Any, ...]] = []  # that all choices had, the newest last
+        self.restoring = False
+        self.undo, self.reset = Button(description="Undo", icon="undo"), Button(description="Reset", icon="refresh")
         self.button = Button(description="Save WAV and recipe", icon="save", layout={"width": "14rem"})
-        self.button.on_click(self.save)
-        choices = (self.run, self.input, self.targets, *self.controls.values())
-        self.box = VBox([*choices, self.players, self.favourite, self.name, self.button, self.message])
+        stages, weight, *others = self.controls.values()
+        beside = HBox([weight, self.level], layout={"flex_flow": "row wrap"})
+        top = (*chosen.values(), stages, beside, *others, self.greyed, HBox([self.undo, self.reset]), self.work)
+        self.box = VBox([*top, self.players, self.masks, self.favourite, self.name, self.button])
         self.fit()
-        observe([self.run, self.controls["stages"]], self.fit)
-        observe(choices, self.redraw)
+        ui.observe([self.run, stages], self.fit)
+        ui.observe(self.choices, self.redraw)
+        self.undo.on_click(lambda button: self.restore(self.states[:-1] or self.states))
+        self.reset.on_click(lambda button: self.restore([*self.states, self.states[0]]))
+        self.button.on_click(lambda button: self.work.start(self.save))
+        listening.observe(self.offer, "clips")
         self.redraw()
 
     def fit(self, change: Any = None) -> None:
         """Offer as many stages as the run has, the last one's own weight, and hardness only where there are masks."""
-        with self.message.show_errors():
-            model = self.model(self.run.value)
-            stages, weight = self.controls["stages"], self.controls["residual_weight"]
+        changing, self.restoring = self.restoring, True  # what fits the run is no change of its own
+        with self.work.message.show_errors():
+            model = self.playground.listening.model(self.run.value)
+            stages, weight, hardness = (self.controls[name] for name in ("stages", "residual_weight", "mask_hardness"))
             if change is None or change["owner"] is self.run:
                 stages.disabled = weight.disabled = not len(model.cascade.stages)
                 stages.max = stages.value = max(1, len(model.cascade.stages))
-                self.controls["mask_hardness"].disabled = model.masking.masking == "none"
+                hardness.disabled = model.masking.masking == "none"
+                why = ["stages and residual weight: this run has no cascade"] * stages.disabled
+                why += ["mask hardness: this run has no masks"] * hardness.disabled
+                self.greyed.value = f"Greyed: {'; '.join(why)}." if why else ""
             if not weight.disabled:
                 own = model.cascade.stages[stages.value - 1].config.residual_weight
                 weight.max, weight.value = max(2.0, own), own
+        self.restoring = changing
 
     def settings(self) -> Settings:
         return Settings(**{name: control.value for name, control in self.controls.items() if not control.disabled})
 
-    def redraw(self, change: Any = None) -> None:
-        with self.message.show_errors():
-            targets = self.targets.chosen()
-            wanted = (self.run.value, self.input.value, targets, self.settings())
-            if wanted == self.shown:
-                return
-            self.players.html = self.playground.fuse(*wanted)._repr_html_()
-            self.shown = wanted
-            kept, self.favourite.options = self.favourite.value, targets
-            self.favourite.value = kept if kept in targets else targets[0]
+    def offer(self, change: Any) -> None:
+        """List the files that have been uploaded, too."""
+        self.restoring = True
+        self.input.options = self.targets.options = tuple(change["new"])
+        self.restore(self.states)
 
-    def save(self, button: Any) -> None:
-        with self.message.show_errors():
-            if self.favourite.value is None:
-                raise UserError("nothing to save yet: choose a target whose fusion is playing")
-            choices = (self.name, self.run, self.input, self.favourite)
-            recipe = self.playground.save(*(choice.value for choice in choices), self.settings())
-            again = f"python -m lib.fuse --recipe {shlex.quote(str(recipe))} -o again.wav"
-            self.message.say(f"Saved {recipe.stem}.wav in {recipe.parent}. Render it again: {again}")
+    def restore(self, states: list[tuple[Any, ...]]) -> None:
+        """Make the last of these states that of all choices, and play it."""
+        self.states, self.restoring = states, True
+        for choice, value in zip(self.choices, states[-1], strict=True):
+            choice.value = value
+        self.restoring = False
+        self.redraw()
+
+    def redraw(self, change: Any = None) -> None:
+        if not self.restoring:
+            state = tuple(choice.value for choice in self.choices)
+            self.states += [state] if state not in self.states[-1:] else []
+            self.work.start(self.render)
+
+    def render(self) -> None:
+        targets = ui.chosen(self.targets)
+        wanted = (self.run.value, self.input.value, targets, self.settings())
+        if wanted == self.shown:
+            return
+        players, parts, level = self.playground.fuse(*wanted)
+        html, masks = players._repr_html_(), ui.figure_png(mixing_maps(parts, players.seconds)) if parts else b""
+        step("showing it")
+        self.players.html, self.masks.value, self.level.value, self.shown = html, masks, level, wanted
+        self.masks.layout.display = None if parts else "none"
+        kept, self.favourite.options = self.favourite.value, targets
+        self.favourite.value = kept if kept in targets else targets[0]
+
+    def save(self) -> None:
+        if self.favourite.value is None:
+            raise UserError("nothing to save yet: choose a target whose fusion is playing")
+        step("saving")
+        choices = (self.name, self.run, self.input, self.favourite)
+        recipe = self.playground.save(*(choice.value for choice in choices), self.settings())
+        again = f"python -m lib.fuse --recipe {shlex.quote(str(recipe))} -o again.wav"
+        self.work.message.say(f"Saved {recipe.stem}.wav in {recipe.parent}. Render it again: {again}")

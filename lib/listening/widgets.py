@@ -1,30 +1,33 @@
 """What every panel is built from: styles, messages, pictures, uploaded files, and whether a front end shows widgets."""
 
 import contextlib
-import dataclasses
+import functools
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar, copy_context
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import ipywidgets
 import matplotlib.pyplot as plt
 from IPython import get_ipython
 from IPython.display import display
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from lib.audio.decode import AudioError
-from lib.audio.files import AUDIO_SUFFIXES, MIN_SAMPLES, SAMPLE_RATE, AudioReport, check_audio
+from lib.audio.decode import NAMES, AudioError
+from lib.audio.files import AUDIO_SUFFIXES, SAMPLE_RATE, AudioReport, check_audio
 from lib.data.pairs import Clip
 from lib.util.errors import UserError
 from lib.util.files import make_folder, write_atomic
 
+TABLES = tomllib.loads(Path(__file__).with_name("panels.toml").read_text())
 CONTROL = {"style": {"description_width": "11rem"}, "layout": {"width": "30rem", "max_width": "100%"}}
-SLIDER = {"continuous_update": False, **CONTROL}  # redraws once the handle is released
 PICTURE = {"format": "png", "layout": {"max_width": "100%", "align_self": "flex-start"}}
 
 
@@ -41,14 +44,6 @@ def show(panel: Callable[[], ipywidgets.Widget], instead: Any) -> Any:
     return display(panel()) if can_show_widgets() else instead
 
 
-def choose(what: str, options: Mapping[str, Any]) -> Any:
-    """Something whose `value` is one of the options: a list where the front end can show one; otherwise the first."""
-    if not can_show_widgets():
-        return SimpleNamespace(value=next(iter(options.values())))
-    display(listed := ipywidgets.Dropdown(options=list(options.items()), description=what, **CONTROL))
-    return listed
-
-
 def observe(controls: Iterable[ipywidgets.Widget], redraw: Callable[[Any], None]) -> None:
     for control in controls:
         control.observe(redraw, names="value")
@@ -62,18 +57,18 @@ def figure_png(figure: Figure) -> bytes:
     return content.getvalue()
 
 
-class Several(ipywidgets.SelectMultiple):
-    """A list to select one or more names from."""
+def controls(panel: str, **options: Iterable[str]) -> dict[str, ipywidgets.Widget]:
+    """The controls of a panel, by name, as panels.toml has them; `options` of its lists, by their names."""
+    table = {name: CONTROL | how for name, how in TABLES[panel].items()}
+    table |= {name: table[name] | {"options": list(names)} for name, names in options.items()}
+    return {name: getattr(ipywidgets, how.pop("kind"))(**how) for name, how in table.items()}
 
-    def __init__(self, what: str, options: Sequence[str], first: str, rows: int):
-        super().__init__(options=options, value=(first,), rows=rows, description=f"{what} (one or more)", **CONTROL)
-        self.what = what
 
-    def chosen(self) -> tuple[str, ...]:
-        """`UserError` if none is."""
-        if not self.value:
-            raise UserError(f"{self.what}: none is selected; click one, or several with Ctrl")
-        return self.value
+def chosen(control: ipywidgets.SelectMultiple) -> tuple[str, ...]:
+    """The selected names; `UserError` if there is none."""
+    if not control.value:
+        raise UserError(f"{control.description}: none is selected; click one, or several with Ctrl")
+    return control.value
 
 
 class Message(ipywidgets.HTML):
@@ -85,41 +80,91 @@ class Message(ipywidgets.HTML):
 
     @contextlib.contextmanager
     def show_errors(self) -> Iterator[None]:
-        """Clear the message before the block; show a `UserError` that the block raises."""
+        """Clear the message before the block; show what the block raises, and raise it unless it is a `UserError`."""
         self.value = ""
         try:
             yield
-        except UserError as error:
-            self.say(str(error), problem=True)
+        except Exception as error:  # a thread would keep it to itself
+            self.say(str(error) if isinstance(error, UserError) else repr(error), problem=True)
+            if not isinstance(error, UserError):
+                raise
 
 
-class Upload:
-    """A button to upload a file with, and the second at which the clip begins; the file is kept in `folder`."""
+class Cancelled(Exception):
+    """Ends work that nobody waits for any more."""
+
+
+STEP = ContextVar("step", default=lambda what: None)
+
+
+def step(what: str) -> None:
+    """Called by slow code before a step, with what it does: a panel shows it, and here its work ends if cancelled."""
+    STEP.get()(what)
+
+
+class Work(ipywidgets.VBox):
+    """One piece of work at a time, in a thread where a front end shows widgets; a newer one replaces it at its next
+    `step`. Shows that it goes on, a button that cancels it, and what is missing or wrong."""
+
+    THREAD = ThreadPoolExecutor(1)  # of all panels: they share models, and the order of random numbers
+
+    def __init__(self):
+        self.message, self.sign = Message(), ipywidgets.HTML()
+        self.button = ipywidgets.Button(description="Cancel", icon="times")
+        self.button.on_click(self.cancel)
+        self.busy = ipywidgets.HBox([self.sign, self.button])
+        super().__init__([self.busy, self.message])
+
+    def start(self, work: Callable[[], None]) -> None:
+        self.current = work
+        run = functools.partial(copy_context().run, self.do, work)
+        self.THREAD.submit(run) if can_show_widgets() else run()
+
+    def cancel(self, button: Any) -> None:
+        self.current, self.busy.layout.display = None, "none"
+        self.message.say("Cancelled: what plays is what played before.")
+
+    def do(self, work: Callable[[], None]) -> None:
+        def show(what: str) -> None:
+            if self.current is not work:
+                raise Cancelled
+            self.sign.value, self.busy.layout.display = f"<progress></progress> {escape(what)}", None
+
+        STEP.set(show)
+        with self.message.show_errors(), contextlib.suppress(Cancelled):
+            try:
+                work()
+            finally:
+                if self.current is work:
+                    self.busy.layout.display = "none"
+
+
+class Upload(ipywidgets.HBox):
+    """A button to upload a file with, and the second at which its clip begins; the file is kept in `folder`."""
 
     def __init__(self, role: str, folder: Path, clip_length: int):
-        self.folder, self.clip_length = folder, clip_length
-        self.button = ipywidgets.FileUpload(accept=",".join(AUDIO_SUFFIXES), multiple=False, description=f"{role} file")
-        style = {"description_width": "initial"}
-        self.begin = ipywidgets.BoundedFloatText(0, min=0, max=1e6, step=1, description="from second", style=style)
-        self.name = ipywidgets.Label()
-        self.file: dict[str, Any] | None = None  # the newest one; checked once, not at every redraw
+        self.folder, self.clip_length, self.name = folder, clip_length, ""
+        self.button, self.begin = controls("upload").values()
+        self.button.accept, self.button.description = ",".join(AUDIO_SUFFIXES), f"{role} file"
         self.report: AudioReport | None = None
-        self.box = ipywidgets.HBox([self.button, self.begin, self.name])
+        super().__init__([self.button, self.begin])
 
-    def clip(self) -> Clip | None:
-        """The chosen clip, of `clip_length` samples or fewer; None without a file, `UserError` for a bad one."""
-        if not self.button.value:
-            return None
+    def keep(self) -> None:
+        """Keep the file that has arrived. `AudioError` if it cannot be used; then the one before it stays."""
         (file,) = self.button.value
-        if self.report is None or file is not self.file:
-            self.file, self.report, self.name.value = file, None, file["name"]
-            self.report = keep_upload(file["name"], bytes(file["content"]), self.folder)
-        report, offset = self.report, round(self.begin.value * SAMPLE_RATE)
-        length = min(self.clip_length, report.num_samples - offset)
-        if length < MIN_SAMPLES:
-            seconds = report.num_samples / SAMPLE_RATE
-            raise UserError(f"{file['name']}: is only {seconds:.1f} s long; begin before second {self.begin.value:g}")
-        return Clip(str(report.path), offset, length, report.sha256)
+        self.report, self.name = keep_upload(file["name"], bytes(file["content"]), self.folder), file["name"]
+        self.begin.value, self.begin.max = 0, max(0, self.report.num_samples - self.clip_length) / SAMPLE_RATE
+
+    def clip(self) -> Clip:
+        """The chosen part, or the whole of a file that is shorter than `clip_length`; `UserError` without a file."""
+        if self.report is None:
+            raise UserError(f"Choose two audio files: {NAMES}.")
+        length = min(self.clip_length, self.report.num_samples)
+        return Clip(str(self.report.path), round(self.begin.value * SAMPLE_RATE), length, self.report.sha256)
+
+    def part(self) -> str:
+        """'song.wav 4–20 s of 24 s'."""
+        return f"{describe_clip(replace(self.clip(), path=self.name))} of {self.report.num_samples / SAMPLE_RATE:.4g} s"
 
 
 def keep_upload(name: str, content: bytes, folder: Path) -> AudioReport:
@@ -143,7 +188,7 @@ def uploaded_clips(folder: Path, length: int) -> dict[str, Clip]:
             report = check_audio(path)
             clip = Clip(str(path), 0, min(length, report.num_samples), report.sha256)
             name = path.name.partition("_")[2] or path.name  # without its hash
-            clips[describe_clip(dataclasses.replace(clip, path=name))] = clip
+            clips[describe_clip(replace(clip, path=name))] = clip
     return clips
 
 

@@ -47,7 +47,16 @@ def test_every_figure_of_the_module_is_tested():
     public = {
         name for name, f in vars(plots).items() if getattr(f, "__module__", "") == "lib.audio.plots" and name[0] != "_"
     }
-    helpers = {"mel_db", "mel_power", "decibels_below_peak", "clip_image", "draw_image", "mel_axes", "darken"}
+    helpers = {
+        "mel_db",
+        "mel_power",
+        "decibels_below_peak",
+        "clip_image",
+        "draw_image",
+        "label_bands",
+        "mel_axes",
+        "darken",
+    }
     assert public - helpers == set(FIGURES)
 
 
@@ -274,3 +283,12 @@ def test_a_fusion_of_silence_is_empty():
     silence = torch.zeros(80, 8)
     picture = plots.mixing_maps({"a": (silence, silence)}, 1.0).axes[0].images[0].get_array()
     assert (picture[..., 3] == 0).all()
+
+
+@pytest.mark.parametrize("frequency", [300.0, 1000.0, 3000.0])
+def test_a_mel_spectrograms_axis_names_the_frequency_of_a_sine(frequency):
+    _, bottom = plots.waveforms_and_mels({"sine": sine(frequency)}).axes[:2]
+    ticks = {label.get_text(): at for at, label in zip(bottom.get_yticks(), bottom.get_yticklabels(), strict=True)}
+    peak = int(plots.mel_db(sine(frequency)).mean(1).argmax()) + 0.5
+    assert ticks[f"{frequency:,.0f}"] == pytest.approx(peak, abs=1)
+    assert bottom.get_ylabel() == "frequency (Hz)"

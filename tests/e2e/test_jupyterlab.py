@@ -1,7 +1,9 @@
 """JupyterLab as people use it: run a notebook, move a slider, press play, guess blind, upload files, stop training."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from playwright.sync_api import Locator, WebSocketRoute, expect
 
 from lib.training.run import Run
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.timeout(900), pytest.mark.jupyterlab]
 
 
@@ -114,6 +117,9 @@ def test_training_is_watched_stopped_and_resumed(lab, screenshots):
     changes(image)
     assert len(connections) > before  # it was another connection
     expect(page.locator(".players audio").first).to_be_attached(timeout=240_000)  # after an epoch
+    expect(page.get_by_role("button", name="Python 3 (ipykernel) | Busy")).to_be_visible()
+    training = notebook.cell("train_project(")
+    expect(training.locator("[data-mime-type='application/vnd.jupyter.stderr']")).to_have_count(0)
     image.scroll_into_view_if_needed()
     page.screenshot(path=screenshots / "04_dashboard.png")
     page.close()
@@ -156,11 +162,45 @@ def watching(out: Path) -> nbformat.NotebookNode:
     return nbformat.v4.new_notebook(cells=[cell], metadata=kernel)
 
 
+@pytest.fixture
+def newest(trained):
+    """The trained run as the newest of the repository's own outputs."""
+    run = ROOT / "outputs" / "e2e_newest"
+    shutil.copytree(trained, run, symlinks=True)
+    os.utime(run / "best", follow_symlinks=False)
+    yield run
+    shutil.rmtree(run)
+
+
+def test_listening_finds_the_newest_run(lab, newest, screenshots):
+    notebook = lab.open("05_listening")
+    notebook.run_all(timeout=600)
+    chosen = notebook.cell("trained_runs(asked)")
+    expect(chosen.get_by_text(re.compile("listening to e2e_newest, saved"))).to_be_visible()
+    expect(chosen.locator("select option").first).to_have_text(re.compile("^e2e_newest, saved"))
+    expect(notebook.cell("show(listening.panel").locator(".players audio").first).to_be_attached(timeout=60_000)
+    notebook.page.screenshot(path=screenshots / "05_newest.png")
+    notebook.page.close()
+
+
+def test_listening_without_a_run_is_one_line(lab, screenshots):
+    notebook = lab.open("05_listening", out_dir=str(lab.folder / "nothing"))
+    notebook.start("Run All Cells")
+    output = notebook.cell("trained_runs(asked)").locator(".jp-OutputArea-output")
+    expect(output).to_have_text(
+        re.compile(r"^\S*nothing: no run here .*`make demo` trains one[^\n]*$"), timeout=120_000
+    )
+    expect(notebook.page.get_by_text("Traceback")).to_have_count(0)
+    notebook.page.screenshot(path=screenshots / "05_no_run.png")
+    notebook.page.close()
+
+
 def test_listening(lab, trained, tmp_path, screenshots):
     notebook = lab.open("05_listening", out_dir=str(trained))
     notebook.run_all(timeout=300)
     page, cell = notebook.page, notebook.cell("show(listening.panel")
     panel, message = cell.locator(".players"), cell.locator(".widget-html").get_by_role("alert")
+    expect(panel.locator("audio").first).to_be_attached(timeout=60_000)  # rendered in a thread
     # press play and see time advance
     cell.get_by_role("button", name="Play").click()
     time = cell.locator(".position")
@@ -191,12 +231,29 @@ def test_listening(lab, trained, tmp_path, screenshots):
     expect(cell.locator(".problem")).to_contain_text("which ended the blind test")
     cell.scroll_into_view_if_needed()
     page.screenshot(path=screenshots / "05_listening.png")
+    # find a pair
+    search = cell.get_by_placeholder("words of names, cross, continuation")
+    search.fill("continuation")
+    search.press("Enter")
+    expect(cell.get_by_text(re.compile("^playing continuation: "))).to_be_visible(timeout=60_000)
+    options = cell.get_by_label("pair", exact=True).locator("option").all_inner_texts()
+    assert options[-1] == "uploaded files"
+    assert all(option.startswith("continuation: ") for option in options[:-1])
+    # loop, and start another rendering while one is under way, then cancel
+    cell.get_by_label("loop").check()
+    playing = panel.locator("audio").nth(2).get_attribute("src")
+    move(slider(cell, "blend masks with 0.5"), -1)
+    cancel = cell.get_by_role("button", name="Cancel")
+    if cancel.is_visible():  # a machine may be faster than a click
+        cancel.click()
+    expect(cancel).to_be_hidden(timeout=60_000)
+    if cell.get_by_text("Cancelled: what plays is what played before.").is_visible():
+        expect(panel.locator("audio").nth(2)).to_have_attribute("src", playing)
     # two files, one of them broken
     (tmp_path / "broken.wav").write_bytes(b"RIFF\x10\x00\x00\x00WAVE no sound")
     rng = np.random.default_rng(0)
     for name, seconds in (("mine.wav", 140), ("other.flac", 2)):  # 12 MB: more than a server takes by itself
         soundfile.write(tmp_path / name, 0.1 * rng.standard_normal(44_100 * seconds), 44_100)
-    cell.get_by_label("pair").select_option("uploaded files")
     upload(cell.get_by_role("button", name="input file"), tmp_path / "mine.wav")
     upload(cell.get_by_role("button", name="target file"), tmp_path / "broken.wav")
     expect(message).to_contain_text("broken.wav: not audio")
@@ -204,6 +261,9 @@ def test_listening(lab, trained, tmp_path, screenshots):
     upload(cell.get_by_role("button", name="target file"), tmp_path / "other.flac")
     expect(message).to_have_count(0)
     expect(panel.locator("audio").first).not_to_have_attribute("src", before)
+    expect(cell.get_by_text("playing mine.wav 0–2 s of 140 s + other.flac 0–2 s of 2 s")).to_be_visible()
+    offered = notebook.cell("show(playground.panel").get_by_label("input", exact=True).locator("option")
+    expect(offered.filter(has_text="mine.wav")).to_have_count(1)  # without running its cell again
     assert sorted(path.name.split("_")[1] for path in (trained / "uploads").iterdir()) == ["mine.wav", "other.flac"]
     page.close()
 
@@ -213,13 +273,19 @@ def test_playground(lab, trained, tmp_path, screenshots):
     notebook.run_all(timeout=300)
     cell = notebook.cell("show(playground.panel")
     audio = cell.locator(".players audio")
-    expect(audio).to_have_count(2)
+    expect(audio).to_have_count(6, timeout=60_000)
+    expect(cell.get_by_text(re.compile("by the law, before training"))).to_be_visible()
     for name, steps in (("last residual weight", -18), ("noise share", 4), ("mask hardness", 10)):
-        before = audio.nth(1).get_attribute("src")
+        before = audio.nth(2).get_attribute("src")
         move(slider(cell, name), steps)
-        expect(audio.nth(1)).not_to_have_attribute("src", before)
-    cell.get_by_label("targets").select_option(index=[1, 2, 3])
-    expect(audio).to_have_count(4)
+        expect(audio.nth(2)).not_to_have_attribute("src", before)
+    changed = audio.nth(2).get_attribute("src")
+    cell.get_by_role("button", name="Reset").click()
+    expect(audio.nth(2)).not_to_have_attribute("src", changed)
+    cell.get_by_role("button", name="Undo").click()
+    expect(audio.nth(2)).to_have_attribute("src", changed)
+    cell.get_by_label("targets (one or more)").select_option(index=[1, 2, 3])
+    expect(audio).to_have_count(16)
     cell.get_by_role("button", name="Save WAV and recipe").click()
     expect(cell.get_by_text("Saved favourite.wav")).to_be_visible()
     cell.scroll_into_view_if_needed()

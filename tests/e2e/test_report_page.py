@@ -109,6 +109,25 @@ def test_one_panel_plays_at_a_time(page):
     expect(page.get_by_role("button", name="Pause")).to_have_count(1)
 
 
+def test_a_loop_begins_again(page):
+    page.get_by_label("loop").first.check()
+    page.locator(".position").first.evaluate(
+        f"(slider) => {{ slider.value = {SECONDS - 0.3}; slider.dispatchEvent(new Event('input')); }}"
+    )
+    page.get_by_role("button", name="Play").first.click()
+    page.wait_for_function("() => { const at = document.querySelector('.position').value; return at > 0.2 && at < 2; }")
+    expect(page.get_by_role("button", name="Pause")).to_be_visible()
+
+
+def test_frequencies_stand_beside_their_bands(page):
+    """By the mel scale up to 12 kHz, in the lower 80 of 140 rows."""
+    picture = page.locator(".picture").first
+    label = picture.locator(".frequency", has_text=re.compile("^1 kHz$"))
+    box, at = picture.bounding_box(), label.bounding_box()
+    height = (box["y"] + box["height"] - at["y"] - at["height"] / 2) / box["height"]
+    assert height == pytest.approx(80 / 140 * math.log(1 + 1000 / 700) / math.log(1 + 12000 / 700), abs=0.05)
+
+
 def test_the_end_is_the_end(page):
     page.locator(".position").first.evaluate(
         f"(slider) => {{ slider.value = {SECONDS - 0.3}; slider.dispatchEvent(new Event('input')); }}"

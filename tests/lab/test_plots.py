@@ -134,9 +134,11 @@ def test_a_waterfall_shows_the_target_scale_and_the_applied_one():
         "target_scale": 6.6,
         "applied_scale": 1.5,
         "clamped": 1.0,
+        "law": 1.2,
     }
     figure = waterfalls({"with": [stage], "without": [stage | {"clamped": 0.0}]}, 5.7)
     texts = [[text.get_text() for text in axes.texts] for axes in figure.axes[:2]]
     assert texts == [["target ×6.6\napplied ×1.5"], ["target ×6.6"]]
     assert sorted(bar.get_height() for bar in figure.axes[0].patches) == [0.6, 0.6, 0.9, 1.3]
+    assert [line.get_xydata().tolist() for line in figure.axes[0].lines[:1]] == [[[0.3, 1.2]]]
     assert figure.axes[0].get_ylabel() == "RMS (latent units)"

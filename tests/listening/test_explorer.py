@@ -12,6 +12,7 @@ from matplotlib.image import imread
 from lib.lab.variants import EXPLODING, VARIANTS
 from lib.listening.explorer import GRID, RmsExplorer
 from lib.model.cascade import Cascade, cosine, rms
+from lib.model.rms_law import Clips
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +60,24 @@ def test_every_control_moves_the_last_stage(explorer):
     assert explorer.traces(clamp=False)[2]["output_rms"] == pytest.approx(explorer.goal, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"weight": 0.7}, {"clamp": False}, {"similarity": 0.5}, {"spectral_norm": False}]
+)
+def test_the_law_is_that_of_the_drawn_cascade_and_near_what_is_measured(explorer, clips, changes):
+    rows, weight = explorer.traces(**changes), changes.get("weight", 0.1)
+    config = explorer.cascades[changes.get("spectral_norm", True)].config
+    config = config.with_stage(-1, residual_weight=weight, **({"clamp": None} if "clamp" in changes else {}))
+    law = config.predict_rms(Clips(*(rms(clip).item() for clip in clips), changes.get("similarity", 0.0)))
+    assert [row["law"] for row in rows] == [stage.output_rms for stage in law]
+    assert rows[-1]["safe_weight"] == law[-1].smallest_safe_weight
+    assert [row["law"] for row in rows] == pytest.approx([row["output_rms"] for row in rows], rel=0.15)
+
+
 def test_a_slider_redraws_the_picture(explorer):
     box = explorer.sliders()
     assert isinstance(box, ipywidgets.VBox)
     *controls, picture = box.children
+    assert [type(control).__name__ for control in controls] == ["FloatSlider"] * 2 + ["Checkbox"] * 2
     before = bytes(picture.value)
     assert controls[0].description == "last residual weight"
     for control, value in zip(controls, (0.2, 0.5, False, False), strict=True):

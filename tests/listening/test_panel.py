@@ -21,10 +21,12 @@ from matplotlib.image import imread
 from torch import Tensor
 
 import lib.listening.panel
+import lib.listening.widgets
 from lib.audio.plots import mel_power, mixing_maps
 from lib.fuse import fuse_clips
-from lib.listening.panel import BLENDS, UPLOADED, Listening, _Panel, describe_pair, taken
+from lib.listening.panel import BLENDS, UPLOADED, Listening, _Panel, marked, taken
 from lib.listening.render import Rendition, Settings, render
+from lib.listening.widgets import Upload
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import MaskingConfig, Masks
@@ -32,6 +34,7 @@ from lib.training.run import Run
 from listening.test_widgets import audio
 
 HALF = 12_000  # samples of a clip
+AS_TRAINED = Settings()
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +57,12 @@ def listening(tmp_path, codec, songs, runs) -> Listening:
 
 @pytest.fixture
 def compare(listening) -> Callable[..., tuple[dict[str, Tensor], dict]]:
-    """`compare(runs, settings)`: the clips of the first pair, and what each run took."""
+    """`compare(runs, settings)`: the clips of the first pair with the output of each run, and what each took."""
 
-    def first_pair(*arguments) -> tuple[dict[str, Tensor], dict]:
-        players, parts = listening.compare(*next(iter(listening.pairs.values())), *arguments)
+    def first_pair(runs: list[str], settings: Settings = AS_TRAINED) -> tuple[dict[str, Tensor], dict]:
+        outputs = {f"output: {run}" if len(runs) > 1 else "output": (run, settings) for run in runs}
+        players, parts, found = listening.compare(*next(iter(listening.pairs.values())), outputs)
+        assert all(torch.equal(players.wavs[name], found[name].wav) for name in outputs)
         return players.wavs, parts
 
     return first_pair
@@ -71,7 +76,7 @@ def panel(listening, monkeypatch) -> _Panel:
         plt.close(figure)
         return b"".join(image.get_array().tobytes() for axes in figure.axes for image in axes.images)
 
-    monkeypatch.setattr(lib.listening.panel, "figure_png", colours)
+    monkeypatch.setattr(lib.listening.widgets, "figure_png", colours)
     return _Panel(listening)
 
 
@@ -132,13 +137,13 @@ def test_what_needs_no_model_is_made_once_for_a_pair(compare, monkeypatch):
 def test_several_outputs_have_their_runs_names(compare, codec, models, pair):
     wavs, parts = compare(list(models), Settings(mask_blend=0.5))
     assert list(wavs) == ["input", "target", "output: a", "output: b", "output: plain", "plain average", "HPSS"]
-    assert list(parts) == ["a", "b"]
+    assert list(parts) == ["output: a", "output: b"]
     for name, model in models.items():
         wanted = render(model, codec, *pair, Settings(mask_blend=0.5))
         assert torch.equal(wavs[f"output: {name}"], wanted.wav)
-        if name in parts:
+        if f"output: {name}" in parts:
             powers = taken(model, codec, wanted)
-            assert all(torch.equal(x, y) for x, y in zip(parts[name], powers, strict=True))
+            assert all(torch.equal(x, y) for x, y in zip(parts[f"output: {name}"], powers, strict=True))
 
 
 def test_a_model_is_loaded_again_once_another_training_has_replaced_it(tmp_path, codec, songs, save_run):
@@ -206,9 +211,9 @@ def test_the_first_pair_and_the_first_run_play_at_once(panel, codec, models, pai
     assert sounds_like(heard["input"], pair[0])
     assert sounds_like(heard["target"], pair[1])
     assert sounds_like(heard["output"], render(models["a"], codec, *pair).wav)
-    assert panel.message.value == ""
+    assert panel.work.message.value == ""
     validation = songs.split("val")
-    assert panel.pair.options == (*(describe_pair(pair.input, pair.target) for pair in validation), UPLOADED)
+    assert panel.pair.options == (*(marked(pair) for pair in validation), UPLOADED)
     assert len(validation) > 3
 
 
@@ -216,8 +221,8 @@ def test_the_panel_is_all_of_its_parts_and_draws_a_real_picture(listening):
     before = plt.get_fignums()
     box = listening.panel()
     kinds = [type(child).__name__ for child in box.children]
-    controls = ["Dropdown", "VBox", "Several", "FloatSlider", "Checkbox", "Checkbox", "Message"]
-    assert kinds == [*controls, "Label", "PlayerWidget", "Image"]
+    controls = ["Upload", "Upload", "Text", "Dropdown", "SelectMultiple", "FloatSlider", "Checkbox", "Checkbox"]
+    assert kinds == [*controls, "Work", "Label", "PlayerWidget", "Image"]
     picture = imread(io.BytesIO(bytes(box.children[-1].value)))
     assert picture.std() > 0.05
     assert plt.get_fignums() == before
@@ -226,7 +231,7 @@ def test_the_panel_is_all_of_its_parts_and_draws_a_real_picture(listening):
 def test_another_pair_plays(panel, songs):
     other = songs.split("val")[1]
     assert panel.playing.value == f"playing {panel.pair.options[0]}"
-    panel.pair.value = describe_pair(other.input, other.target)
+    panel.pair.value = marked(other)
     assert panel.playing.value == f"playing {panel.pair.options[1]}"
     heard = played(panel.players.html)
     assert sounds_like(heard["input"], window(songs.path(other.input), other.input.offset))
@@ -245,17 +250,17 @@ def test_several_runs_play_and_show_their_masks(panel, monkeypatch, codec, model
     assert list(heard) == ["input", "target", "output: a", "output: plain", "output: b", "plain average", "HPSS"]
     for name, model in models.items():
         assert sounds_like(heard[f"output: {name}"], render(model, codec, *pair).wav)
-    assert titles == [["taken by a", "taken by b"]]
+    assert titles == [["output: a", "output: b"]]
 
 
 def test_without_a_run_the_players_stay_and_the_message_says_what_to_do(panel):
     before = panel.players.html
     panel.runs.value = ()
-    assert 'role="alert"' in panel.message.value
-    assert "runs: none is selected; click one" in panel.message.value
+    assert 'role="alert"' in panel.work.message.value
+    assert "runs (one or more): none is selected; click one" in panel.work.message.value
     assert panel.players.html == before
     panel.runs.value = ("b",)
-    assert panel.message.value == ""
+    assert panel.work.message.value == ""
     assert panel.players.html != before
 
 
@@ -269,7 +274,7 @@ def test_a_run_without_masks_hides_the_picture(panel):
 
 def test_the_slider_blends_the_masks_of_what_plays_and_is_seen(panel, codec, models, pair):
     before, picture = played(panel.players.html), bytes(panel.masks.value)
-    panel.blend.value = 1.0
+    panel.controls["blend"].value = 1.0
     heard = played(panel.players.html)
     assert sounds_like(heard["output"], render(models["a"], codec, *pair, Settings(mask_blend=1.0)).wav)
     assert not sounds_like(heard["output"], before["output"])
@@ -279,7 +284,7 @@ def test_the_slider_blends_the_masks_of_what_plays_and_is_seen(panel, codec, mod
 
 def test_the_codecs_band_alone_plays_where_the_whole_band_is_off(panel, codec, models, pair):
     before = played(panel.players.html)
-    panel.whole.value = False
+    panel.controls["whole_band"].value = False
     heard = played(panel.players.html)
     assert sounds_like(heard["output"], render(models["a"], codec, *pair, Settings(whole_band=False)).wav)
     assert not sounds_like(heard["output"], before["output"])
@@ -291,8 +296,36 @@ def test_a_damaged_run_is_reported(tmp_path, codec, songs, save_run, runs):
     panel = _Panel(Listening(codec, songs, {"a": runs["a"], "bad": bad}, tmp_path / "uploads", tmp_path))
     before = panel.players.html
     panel.runs.value = ("bad",)
-    assert "model.safetensors: truncated or changed" in panel.message.value
+    assert "model.safetensors: truncated or changed" in panel.work.message.value
     assert panel.players.html == before
+
+
+# --- searching --------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_marked_and_found_by_words_in_any_order_and_case(panel, songs):
+    search, everything = panel.controls["search"], panel.pair.options
+    modes = [pair.mode for pair in songs.split("val")]
+    assert [name.partition(": ")[0] for name in everything[:-1]] == modes
+    assert {"cross", "continuation"} == set(modes)
+    song = songs.split("val")[0].input.path
+    search.value = f"{song.upper()} Cross"
+    wanted = [name for name in everything[:-1] if name.startswith("cross: ") and song in name]
+    assert 0 < len(wanted) < modes.count("cross") + modes.count("continuation")
+    assert panel.pair.options == (*wanted, UPLOADED)
+    assert panel.pair.value == wanted[0]
+    assert panel.playing.value == f"playing {wanted[0]}"
+    assert search.description == f"find pairs ({len(wanted)} found)"
+    search.value = ""
+    assert panel.pair.options == everything
+    assert panel.playing.value == f"playing {wanted[0]}"  # still, among all
+
+
+def test_where_no_pair_has_all_words_all_are_offered_and_nothing_changes(panel):
+    everything, playing = panel.pair.options, panel.playing.value
+    panel.controls["search"].value = "no such song"
+    assert panel.controls["search"].description == "find pairs (0 found)"
+    assert (panel.pair.options, panel.playing.value) == (everything, playing)
 
 
 # --- uploaded files ---------------------------------------------------------------------------------------------------
@@ -302,144 +335,120 @@ def upload(panel: _Panel, role: str, name: str, content: bytes) -> None:
     """What a front end sends when a file is chosen."""
     when = datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)
     file = {"name": name, "type": "audio/wav", "size": len(content), "last_modified": when}
-    panel.files[role].button.value = ({**file, "content": memoryview(content)},)
+    role_of(panel, role).button.value = ({**file, "content": memoryview(content)},)
 
 
-@pytest.fixture
-def uploading(panel) -> _Panel:
-    panel.pair.value = UPLOADED
-    return panel
+def role_of(panel: _Panel, role: str) -> Upload:
+    return panel.files[("input", "target").index(role)]
 
 
-def test_the_upload_buttons_show_only_where_they_are_needed(panel):
-    assert panel.uploads.layout.display == "none"
+def test_what_is_greyed_says_why(panel, listening, monkeypatch):
+    restored = panel.controls["restored"]
+    assert restored.disabled
+    assert restored.description.endswith(": needs notebook 06, which trains the super-resolver")
+    (listening.superres / "diffusion" / "best").mkdir(parents=True)
+    restored = _Panel(listening).controls["restored"]
+    assert (restored.disabled, restored.description) == (False, "restore the outputs' upper band (48 kHz)")
+
+
+def test_two_files_play_and_are_kept_under_their_hash(panel, listening, codec, models):
     before = panel.players.html
-    panel.pair.value = UPLOADED
-    assert panel.uploads.layout.display is None
-    assert panel.playing.value == f"playing {panel.pair.options[0]}"  # as before
-    assert 'role="status"' in panel.message.value
-    assert "Choose two audio files" in panel.message.value
-    assert panel.players.html == before
-    panel.pair.value = panel.pair.options[0]
-    assert panel.uploads.layout.display == "none"
-    assert panel.message.value == ""
-
-
-def test_two_files_play_and_are_kept_under_their_hash(uploading, listening, codec, models):
-    before = uploading.players.html
     contents = audio(HALF), audio(HALF, seed=1, format="FLAC")
-    upload(uploading, "input", "mine.wav", contents[0])
-    assert "Choose two audio files" in uploading.message.value  # one is missing yet
-    assert uploading.players.html == before
-    upload(uploading, "target", "yours.flac", contents[1])
-    assert uploading.message.value == ""
+    upload(panel, "input", "mine.wav", contents[0])
+    assert panel.pair.value == UPLOADED  # without a click
+    assert "Choose two audio files" in panel.work.message.value  # one is missing yet
+    assert panel.players.html == before
+    upload(panel, "target", "yours.flac", contents[1])
+    assert panel.work.message.value == ""
     wavs = [torch.from_numpy(soundfile.read(io.BytesIO(c), dtype="float32")[0])[None] for c in contents]
-    heard = played(uploading.players.html)
+    heard = played(panel.players.html)
     for role, wav in zip(("input", "target"), wavs, strict=True):
         assert sounds_like(heard[role], wav)
     assert sounds_like(heard["output"], render(models["a"], codec, *wavs).wav)
     kept = {path.name: path.read_bytes() for path in listening.uploads.iterdir()}
     names = [hashlib.sha256(content).hexdigest()[:12] for content in contents]
     assert kept == {f"{names[0]}_mine.wav": contents[0], f"{names[1]}_yours.flac": contents[1]}
-    assert [file.name.value for file in uploading.files.values()] == ["mine.wav", "yours.flac"]
+    assert {"mine.wav 0–0.5 s", "yours.flac 0–0.5 s"} <= set(listening.clips)
 
 
-def test_a_clip_of_a_file_names_the_file_for_a_recipe(uploading, listening):
-    content = audio(4 * HALF)
-    upload(uploading, "input", "mine.wav", content)
-    uploading.files["input"].begin.value = 0.25
-    clip = uploading.files["input"].clip()
-    assert (clip.offset, clip.length, clip.sha256) == (6_000, HALF, hashlib.sha256(content).hexdigest())
-    assert Path(clip.path).read_bytes() == content
-
-
-def test_a_file_plays_from_the_chosen_second(uploading):
+def test_a_chosen_part_of_a_file_plays_and_is_named(panel, listening):
     content = audio(3 * HALF)
-    upload(uploading, "input", "a.wav", content)
-    upload(uploading, "target", "b.wav", audio(3 * HALF, seed=1))
+    upload(panel, "input", "a.wav", content)
+    upload(panel, "target", "b.wav", audio(3 * HALF, seed=1))
     samples = torch.from_numpy(soundfile.read(io.BytesIO(content), dtype="float32")[0])[None]
-    assert sounds_like(played(uploading.players.html)["input"], samples[:, :HALF])
-    assert uploading.playing.value == "playing a.wav from 0 s + b.wav from 0 s"
-    uploading.files["input"].begin.value = 0.75
-    assert uploading.playing.value == "playing a.wav from 0.75 s + b.wav from 0 s"
-    assert sounds_like(played(uploading.players.html)["input"], samples[:, 18_000 : 18_000 + HALF])
+    assert sounds_like(played(panel.players.html)["input"], samples[:, :HALF])
+    assert panel.playing.value == "playing a.wav 0–0.5 s of 1.5 s + b.wav 0–0.5 s of 1.5 s"
+    chosen = role_of(panel, "input")
+    assert chosen.begin.max == 1.0  # where the last whole part begins
+    chosen.begin.value = 0.75
+    assert panel.playing.value == "playing a.wav 0.75–1.25 s of 1.5 s + b.wav 0–0.5 s of 1.5 s"
+    assert sounds_like(played(panel.players.html)["input"], samples[:, 18_000 : 18_000 + HALF])
+    clip = chosen.clip()
+    assert (clip.offset, clip.length, clip.sha256) == (18_000, HALF, hashlib.sha256(content).hexdigest())
+    assert Path(clip.path).read_bytes() == content
+    upload(panel, "input", "c.wav", audio(2 * HALF, seed=2))
+    assert panel.playing.value == "playing c.wav 0–0.5 s of 1 s + b.wav 0–0.5 s of 1.5 s"  # from its beginning
 
 
-def test_a_clip_is_as_long_as_what_is_left_of_the_shorter_file(uploading):
-    upload(uploading, "input", "a.wav", audio(20_000))
-    upload(uploading, "target", "b.wav", audio(9_000, seed=1))
-    assert {wav.shape for wav in played(uploading.players.html).values()} == {(1, 9_000)}
-    uploading.files["input"].begin.value = 0.5  # 8,000 samples before the end
-    assert {wav.shape for wav in played(uploading.players.html).values()} == {(1, 8_000)}
+def test_of_a_shorter_file_all_plays(panel):
+    upload(panel, "input", "a.wav", audio(20_000))
+    upload(panel, "target", "b.wav", audio(9_000, seed=1))
+    assert role_of(panel, "target").begin.max == 0
+    assert {wav.shape for wav in played(panel.players.html).values()} == {(1, 9_000)}
 
 
-def test_a_start_past_the_end_is_reported(uploading):
-    upload(uploading, "input", "a song.wav", audio(24_000))
-    upload(uploading, "target", "b.wav", audio(24_000, seed=1))
-    before = uploading.players.html
-    for second in (5, 0.99):  # after which less than a frame is left
-        uploading.files["input"].begin.value = second
-        told = f"a song.wav: is only 1.0 s long; begin before second {second:g}"
-        assert told in uploading.message.value
-        assert uploading.players.html == before
-    uploading.files["input"].begin.value = 0.5
-    assert uploading.message.value == ""
-
-
-def test_a_broken_file_is_reported_under_its_own_name_and_removed(uploading, listening):
-    upload(uploading, "input", "good.wav", audio())
-    upload(uploading, "target", "other.wav", audio(seed=1))
-    before = uploading.players.html
-    upload(uploading, "target", "my song (1).wav", b"RIFF no sound")
-    assert "my song (1).wav: not audio" in uploading.message.value
-    assert 'role="alert"' in uploading.message.value
-    assert uploading.players.html == before
-    assert uploading.playing.value == "playing good.wav from 0 s + other.wav from 0 s"  # not what was asked for now
+def test_a_broken_file_is_reported_under_its_own_name_and_the_one_before_it_stays(panel, listening):
+    upload(panel, "input", "good.wav", audio())
+    upload(panel, "target", "other.wav", audio(seed=1))
+    before = panel.players.html
+    upload(panel, "target", "my song (1).wav", b"RIFF no sound")
+    assert "my song (1).wav: not audio" in panel.work.message.value
+    assert 'role="alert"' in panel.work.message.value
+    assert panel.players.html == before
+    assert panel.playing.value == "playing good.wav 0–0.5 s of 0.5 s + other.wav 0–0.5 s of 0.5 s"
     assert sorted(path.name.split("_")[1] for path in listening.uploads.iterdir()) == ["good.wav", "other.wav"]
-    upload(uploading, "target", "third.wav", audio(seed=2))
-    assert uploading.message.value == ""
-    assert uploading.players.html != before
+    upload(panel, "target", "third.wav", audio(seed=2))
+    assert panel.work.message.value == ""
+    assert panel.players.html != before
 
 
-def test_a_folder_that_cannot_be_written_is_reported(uploading, listening, tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(panel, listening, tmp_path):
     (tmp_path / "uploads").write_text("a file")
-    upload(uploading, "input", "a.wav", audio())
-    assert "uploads: cannot be written" in uploading.message.value
+    upload(panel, "input", "a.wav", audio())
+    assert "uploads: cannot be written" in panel.work.message.value
 
 
-def test_a_files_name_is_no_markup(uploading):
-    upload(uploading, "input", "<b>bold.wav", b"no sound")
-    assert "&lt;b&gt;bold.wav: not audio" in uploading.message.value
-    assert "<b>" not in uploading.message.value
+def test_a_files_name_is_no_markup(panel):
+    upload(panel, "input", "<b>bold.wav", b"no sound")
+    assert "&lt;b&gt;bold.wav: not audio" in panel.work.message.value
+    assert "<b>" not in panel.work.message.value
 
 
 def test_the_players_are_those_of_the_compared_clips(panel, listening, songs):
     """To the letter: levels, gains and pictures as well."""
     first = next(iter(listening.pairs.values()))
-    assert panel.players.html == listening.compare(*first, ["a"])[0]._repr_html_()
+    assert panel.players.html == listening.compare(*first, {"output": ("a", AS_TRAINED)})[0]._repr_html_()
 
 
-# --- with an upper band -----------------------------------------------------------------------------------------------
+# --- cancelling -------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_super_resolver_the_box_cannot_be_checked(panel):
-    assert panel.restored.disabled
-    assert "notebook 06" in panel.restored.description
+def test_a_cancelled_rendering_leaves_what_plays(panel, monkeypatch):
+    before, playing = panel.players.html, panel.playing.value
+    fused = []
 
+    def render_and_cancel(*what):
+        fused.append(what)
+        panel.work.button.click()
+        return render(*what)
 
-def test_with_one_the_outputs_play_at_48_khz(tmp_path, codec, songs, runs, tiny_superres):
-    listening = Listening(codec, songs, runs, tmp_path, tiny_superres)
-    panel = _Panel(listening)
-    assert not panel.restored.disabled
-    plain = played(panel.players.html)
-    panel.restored.value = True
-    assert not panel.message.value
-    restored = played(panel.players.html)
-    assert list(restored) == list(plain)
-    for name, wav in restored.items():
-        assert wav.shape[1] == 2 * plain[name].shape[1]
-        power = torch.fft.rfft(torch.hann_window(wav.shape[1]) * wav[0]).abs() ** 2
-        upper = power[13 * len(power) // 24 :].sum() / power.sum()  # above 13 kHz; clips at 24 kHz end at 12
-        assert (upper > 1e-4) == (name == "output"), (name, upper)  # 16 bits leave 1e-5
-    panel.restored.value = False
-    assert played(panel.players.html)["output"].shape == plain["output"].shape
+    monkeypatch.setattr(lib.listening.panel, "render", render_and_cancel)
+    panel.controls["blend"].value = 0.5
+    assert len(fused) == 1
+    assert (panel.players.html, panel.playing.value) == (before, playing)
+    assert "Cancelled" in panel.work.message.value
+    assert panel.work.busy.layout.display == "none"
+    monkeypatch.undo()
+    panel.controls["blend"].value = 0.6
+    assert panel.players.html != before
+    assert panel.work.message.value == ""

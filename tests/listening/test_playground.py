@@ -26,6 +26,7 @@ from lib.listening.render import Settings, follow_recipe, render
 from lib.listening.widgets import describe_clip
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import FusionModel, load_model
+from lib.model.rms_law import Clips
 from lib.training.run import Run
 
 AS_TRAINED = Settings(stages=2, residual_weight=0.3)
@@ -65,14 +66,14 @@ def panel(playground) -> _Panel:
 
 @pytest.fixture
 def renderings(monkeypatch) -> list[Settings]:
-    """The settings of every fusion that is rendered from now on."""
-    found = []
+    """The settings of everything that is fused from now on."""
+    found, fuse = [], Playground.fuse
 
-    def counted(model, codec, input, target, settings):
+    def counted(playground, run, input, targets, settings):
         found.append(settings)
-        return render(model, codec, input, target, settings)
+        return fuse(playground, run, input, targets, settings)
 
-    monkeypatch.setattr(lib.listening.playground, "render", counted)
+    monkeypatch.setattr(Playground, "fuse", counted)
     return found
 
 
@@ -81,7 +82,10 @@ def rendered(codec, models, playground) -> Callable[..., Tensor]:
     """`rendered(settings, run, target)`: the fusion of the first pair, or with another target."""
 
     def wanted(settings: Settings = AS_TRAINED, run: str = "two", target: str = "") -> Tensor:
-        clips = playground.clips[playground.first[0]], playground.clips[target or playground.first[1]]
+        clips = (
+            playground.listening.clips[playground.first[0]],
+            playground.listening.clips[target or playground.first[1]],
+        )
         return render(models[run], codec, *load_pair(*clips), settings).wav
 
     return wanted
@@ -95,9 +99,8 @@ def played(page: str) -> dict[str, Tensor]:
 
 
 def output(panel: _Panel) -> Tensor:
-    """What plays beside the input."""
-    _, wav = played(panel.players.html).values()
-    return wav
+    """The variant that plays."""
+    return played(panel.players.html)["variant"]
 
 
 def sounds_like(heard: Tensor, wanted: Tensor) -> bool:
@@ -110,14 +113,17 @@ def sounds_like(heard: Tensor, wanted: Tensor) -> bool:
 
 def test_it_begins_with_the_first_pair_as_trained(panel, songs, rendered):
     first = songs.split("val")[0]
-    names = list(played(panel.players.html))
-    assert names == ["input", f"with {describe_clip(first.target)}"]
-    samples, _ = soundfile.read(songs.path(first.input), start=first.input.offset, frames=12_000, dtype="float32")
-    assert sounds_like(played(panel.players.html)["input"], torch.from_numpy(samples)[None])
+    heard = played(panel.players.html)
+    assert list(heard) == ["input", "target", "variant", "unmodified output", "plain average", "HPSS"]
+    for role, clip in (("input", first.input), ("target", first.target)):
+        samples, _ = soundfile.read(songs.path(clip), start=clip.offset, frames=12_000, dtype="float32")
+        assert sounds_like(heard[role], torch.from_numpy(samples)[None])
+    assert sounds_like(heard["plain average"], (heard["input"] + heard["target"]) / 2)
+    assert describe_clip(first.input) == panel.input.value
     assert panel.settings() == AS_TRAINED
     assert torch.equal(rendered(AS_TRAINED), rendered(Settings()))
     assert sounds_like(output(panel), rendered(Settings()))
-    assert panel.message.value == ""
+    assert panel.work.message.value == ""
 
 
 def test_every_clip_of_the_validation_pairs_can_be_chosen_and_no_other(panel, songs):
@@ -158,9 +164,9 @@ def test_all_sliders_at_once(panel, rendered):
 
 
 def test_another_input_plays(panel, codec, models, playground):
-    other = next(name for name in playground.clips if name not in playground.first)
+    other = next(name for name in playground.listening.clips if name not in playground.first)
     panel.input.value = other
-    pair = load_pair(playground.clips[other], playground.clips[playground.first[1]])
+    pair = load_pair(playground.listening.clips[other], playground.listening.clips[playground.first[1]])
     assert sounds_like(played(panel.players.html)["input"], pair[0])
     assert sounds_like(output(panel), render(models["two"], codec, *pair, AS_TRAINED).wav)
 
@@ -179,6 +185,7 @@ def test_fewer_stages_bring_that_stages_own_weight_and_are_rendered_once(panel, 
     panel.controls["stages"].value = 2
     assert panel.controls["residual_weight"].value == 0.3
     assert renderings[1:] == [AS_TRAINED]
+    assert sounds_like(output(panel), rendered())
 
 
 def test_the_sliders_fit_another_run(panel, rendered, renderings):
@@ -201,14 +208,17 @@ def test_a_run_without_stages_offers_none(tmp_path, codec, songs, runs, save_run
     none = {"none": save_run(tmp_path / "none", codec, CascadeConfig.reference(0), "wide")}
     playground = make(codec, songs, none | runs, tmp_path / "favourites")
     panel = _Panel(playground)
-    assert panel.message.value == ""
+    assert panel.work.message.value == ""
     assert renderings[-1] == Settings()
     off = [name for name, control in panel.controls.items() if control.disabled]
     assert off == ["stages", "residual_weight"]
+    assert panel.greyed.value == "Greyed: stages and residual weight: this run has no cascade."
+    assert panel.level.value == ""
     assert len(playground.settings_side_by_side().axes) >= 2 * 3
     panel.run.value = "two"
     assert renderings[-1] == AS_TRAINED
     assert not any(control.disabled for control in panel.controls.values())
+    assert panel.greyed.value == ""
     panel.run.value = "none"
     assert renderings[-1] == Settings()
 
@@ -224,12 +234,14 @@ def test_nothing_is_rendered_twice_in_a_row(panel, renderings):
 
 
 def test_every_target_plays_and_can_be_saved(panel, playground, rendered):
-    targets = tuple(playground.clips)[:3]
+    targets = tuple(playground.listening.clips)[:3]
     panel.targets.value = targets
     heard = played(panel.players.html)
-    assert list(heard) == ["input", *(f"with {target}" for target in targets)]
+    kinds = ("target", "variant", "unmodified output", "plain average", "HPSS")
+    of = {targets[0]: "", targets[1]: f", {targets[1]}", targets[2]: f", {targets[2]}"}
+    assert list(heard) == ["input", *(f"{kind}{of[target]}" for target in targets for kind in kinds)]
     for target in targets:
-        assert sounds_like(heard[f"with {target}"], rendered(target=target))
+        assert sounds_like(heard[f"variant{of[target]}"], rendered(target=target))
     assert panel.favourite.options == targets
     panel.favourite.value = targets[1]
     panel.targets.value = targets[1:]
@@ -241,18 +253,18 @@ def test_every_target_plays_and_can_be_saved(panel, playground, rendered):
 def test_without_a_target_the_players_stay_and_the_message_says_what_to_do(panel):
     before, targets = panel.players.html, panel.targets.value
     panel.targets.value = ()
-    assert "targets: none is selected; click one" in panel.message.value
-    assert 'role="alert"' in panel.message.value
+    assert "targets (one or more): none is selected; click one" in panel.work.message.value
+    assert 'role="alert"' in panel.work.message.value
     assert panel.players.html == before
     panel.targets.value = targets
-    assert panel.message.value == ""
+    assert panel.work.message.value == ""
 
 
 # --- favourites -------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_saved_is_what_played_and_its_recipe_renders_it_again(panel, playground, songs, rendered):
-    targets = tuple(playground.clips)[1:4]
+    targets = tuple(playground.listening.clips)[1:4]
     panel.targets.value = targets
     panel.favourite.value = targets[1]
     (
@@ -261,7 +273,7 @@ def test_what_is_saved_is_what_played_and_its_recipe_renders_it_again(panel, pla
         panel.controls["mask_hardness"].value,
         panel.controls["stages"].value,
     ) = 0.3, 7, 4.0, 1
-    heard = played(panel.players.html)[f"with {targets[1]}"]
+    heard = played(panel.players.html)[f"variant, {targets[1]}"]
     panel.name.value = "mine"
     panel.button.click()
     wav, recipe = (playground.favourites / f"mine.{suffix}" for suffix in ("wav", "json"))
@@ -272,9 +284,9 @@ def test_what_is_saved_is_what_played_and_its_recipe_renders_it_again(panel, pla
     made = follow_recipe(recipe)
     assert made.equal
     assert torch.equal(made.wav, saved)
-    clips = [playground.clips[name] for name in (playground.first[0], targets[1])]
+    clips = [playground.listening.clips[name] for name in (playground.first[0], targets[1])]
     assert made.files == tuple(Path(clip.path) for clip in clips)
-    told = html.unescape(panel.message.value)
+    told = html.unescape(panel.work.message.value)
     assert f"Saved mine.wav in {playground.favourites}. " in told
     assert f"python -m lib.fuse --recipe '{recipe}' -o again.wav" in told  # the folder's name has a space
 
@@ -285,13 +297,13 @@ def test_nothing_is_overwritten(panel, playground):
         panel.controls["seed"].value = number
         panel.controls["noise"].value = 0.5
         panel.button.click()
-        assert f"Saved {name}.wav" in panel.message.value
+        assert f"Saved {name}.wav" in panel.work.message.value
         assert all((playground.favourites / f"{stem}.wav").read_bytes() == wav for stem, wav in contents.items())
         contents[name] = (playground.favourites / f"{name}.wav").read_bytes()
     assert len(set(contents.values())) == 3
     (playground.favourites / "favourite_4.json").write_text("mine")
     panel.button.click()
-    assert "Saved favourite_5.wav" in panel.message.value
+    assert "Saved favourite_5.wav" in panel.work.message.value
     assert (playground.favourites / "favourite_4.json").read_text() == "mine"
 
 
@@ -320,7 +332,7 @@ def test_any_name_becomes_a_file_in_the_folder(playground, name, wanted):
 def test_what_cannot_be_saved_is_reported(panel, playground):
     playground.favourites.write_text("a file")
     panel.button.click()
-    assert "my favourites: cannot be written" in panel.message.value
+    assert "my favourites: cannot be written" in panel.work.message.value
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -342,26 +354,26 @@ def spoil(path: Path, num_samples: int) -> None:
 def test_a_file_that_is_shorter_now_or_gone_is_reported(own_songs, codec, runs):
     panel = _Panel(make(codec, read_manifest(own_songs / "manifest.json"), runs, own_songs / "favourites"))
     before = panel.players.html
-    path = Path(panel.playground.clips[panel.input.value].path)
+    path = Path(panel.playground.listening.clips[panel.input.value].path)
     content = path.read_bytes()
     spoil(path, 400)
     panel.controls["noise"].value = 0.5
-    assert re.search(r"song_\d\.wav: ends before sample \d+; restore the file", panel.message.value)
+    assert re.search(r"song_\d\.wav: ends before sample \d+; restore the file", panel.work.message.value)
     path.unlink()
     panel.controls["noise"].value = 0.6
-    assert re.search(r"song_\d\.wav: no such file; check the path", panel.message.value)
+    assert re.search(r"song_\d\.wav: no such file; check the path", panel.work.message.value)
     assert panel.players.html == before
     path.write_bytes(content)
     panel.controls["noise"].value = 0.7
-    assert panel.message.value == ""
+    assert panel.work.message.value == ""
     assert panel.players.html != before
 
 
 def test_another_file_of_the_same_name_is_not_saved(own_songs, codec, runs):
     panel = _Panel(make(codec, read_manifest(own_songs / "manifest.json"), runs, own_songs / "favourites"))
-    spoil(Path(panel.playground.clips[panel.favourite.value].path), 42_000)
+    spoil(Path(panel.playground.listening.clips[panel.favourite.value].path), 42_000)
     panel.button.click()
-    assert re.search(r"song_\d\.wav: not the file that the pair was made of", panel.message.value)
+    assert re.search(r"song_\d\.wav: not the file that the pair was made of", panel.work.message.value)
     assert list((own_songs / "favourites").iterdir()) == []
 
 
@@ -369,9 +381,9 @@ def test_what_never_played_cannot_be_saved(own_songs, codec, runs):
     manifest = read_manifest(own_songs / "manifest.json")
     shutil.rmtree(own_songs / "songs")
     panel = _Panel(make(codec, manifest, runs, own_songs / "favourites"))
-    assert "no such file" in panel.message.value
+    assert "no such file" in panel.work.message.value
     panel.button.click()
-    assert "nothing to save yet" in panel.message.value
+    assert "nothing to save yet" in panel.work.message.value
     assert not (own_songs / "favourites").exists()
 
 
@@ -381,10 +393,10 @@ def test_a_damaged_run_is_reported_and_another_can_be_selected(tmp_path, codec, 
     panel = _Panel(make(codec, songs, {"two": runs["two"], "bad": bad}, tmp_path / "favourites"))
     before = panel.players.html
     panel.run.value = "bad"
-    assert "model.safetensors: truncated or changed" in panel.message.value
+    assert "model.safetensors: truncated or changed" in panel.work.message.value
     assert panel.players.html == before
     panel.run.value = "two"
-    assert panel.message.value == ""
+    assert panel.work.message.value == ""
 
 
 # --- without a front end ----------------------------------------------------------------------------------------------
@@ -432,8 +444,92 @@ def test_uploaded_files_are_offered_and_saved_with_a_recipe(playground, songs, t
     save_audio(uploads / "0123456789ab_my song.wav", torch.rand(1, 9000) - 0.5)
     (uploads / "broken.wav").write_bytes(b"RIFF")
     with_uploads = make(codec, songs, runs, tmp_path / "favourites")
-    (offered,) = with_uploads.clips.keys() - playground.clips.keys()
+    (offered,) = with_uploads.listening.clips.keys() - playground.listening.clips.keys()
     assert offered == "my song.wav 0–0.375 s"
     recipe = with_uploads.save("mine", next(iter(runs)), with_uploads.first[0], offered, Settings())
     assert follow_recipe(recipe).equal
     assert json.loads(recipe.read_text())["target"]["path"].endswith("uploads/0123456789ab_my song.wav")
+
+
+# --- beside the variant -----------------------------------------------------------------------------------------------
+
+
+def test_the_unmodified_output_stays_while_the_variant_changes(panel, rendered):
+    panel.controls["noise"].value = 0.5
+    heard = played(panel.players.html)
+    assert sounds_like(heard["unmodified output"], rendered(Settings()))
+    assert not sounds_like(heard["variant"], heard["unmodified output"])
+
+
+def test_masks_are_shown_where_a_run_has_some(panel, playground):
+    assert panel.masks.layout.display is None
+    before = bytes(panel.masks.value)
+    panel.controls["mask_hardness"].value = 10.0
+    assert bytes(panel.masks.value) != before
+    _, parts, _ = playground.fuse("two", *playground.first[:1], playground.first[1:], AS_TRAINED)
+    assert list(parts) == ["variant", "unmodified output"]
+    panel.run.value = "one"
+    assert panel.masks.layout.display == "none"
+
+
+def test_the_level_is_that_of_the_last_applied_stage_beside_the_laws(panel, playground, models, codec):
+    panel.controls["residual_weight"].value = 0.1
+    pair = load_pair(*(playground.listening.clips[name] for name in playground.first))
+    (*_, trace) = render(models["two"], codec, *pair, replace(AS_TRAINED, residual_weight=0.1)).traces
+    goal = (trace.target_scale * trace.rms_before_scaling).item()
+    config = models["two"].cascade.config.with_stage(1, residual_weight=0.1)
+    law = config.predict_rms(Clips(goal, goal))[1]
+    measured = f"RMS {trace.output_rms.item():.2f} of {goal:.2f}"
+    predicted = f"by the law, before training, {law.output_rms:.2f}"
+    safe = f"smallest safe weight {law.smallest_safe_weight:.2f}"
+    assert panel.level.value == f"{measured}; {predicted}; {safe}"
+    assert law.smallest_safe_weight > 0.1
+
+
+# --- undo and reset ---------------------------------------------------------------------------------------------------
+
+
+def chosen(panel: _Panel) -> tuple:
+    return tuple(choice.value for choice in panel.choices)
+
+
+def test_undo_goes_back_one_change_at_a_time_and_plays_each_once(panel, rendered, renderings):
+    begun = chosen(panel)
+    panel.controls["noise"].value = 0.5
+    panel.controls["stages"].value = 1
+    panel.run.value = "one"
+    renderings.clear()
+    panel.undo.click()
+    assert panel.settings() == Settings(stages=1, residual_weight=0.7, noise=0.5)
+    assert sounds_like(output(panel), rendered(panel.settings()))
+    panel.undo.click()
+    assert panel.settings() == replace(AS_TRAINED, noise=0.5)
+    for _ in range(3):  # more often than there were changes
+        panel.undo.click()
+        assert chosen(panel) == begun
+    assert len(renderings) == 3
+    assert sounds_like(output(panel), rendered())
+
+
+def test_reset_restores_the_beginning_and_can_be_undone(panel, rendered):
+    begun = chosen(panel)
+    panel.controls["mask_hardness"].value = 10.0
+    panel.controls["residual_weight"].value = 1.2
+    changed = chosen(panel)
+    panel.reset.click()
+    assert chosen(panel) == begun
+    assert sounds_like(output(panel), rendered())
+    panel.undo.click()
+    assert chosen(panel) == changed
+
+
+def test_a_file_that_is_uploaded_meanwhile_is_offered_at_once(panel, playground, tmp_path):
+    before, playing = chosen(panel), panel.players.html
+    (tmp_path / "uploads").mkdir()
+    save_audio(tmp_path / "uploads" / "0123456789ab_mine.wav", torch.rand(1, 9000) - 0.5)
+    playground.listening.offer_uploads()
+    for listed in (panel.input, panel.targets):
+        assert listed.options[-1] == "mine.wav 0–0.375 s"
+    assert (chosen(panel), panel.players.html) == (before, playing)
+    panel.targets.value = ("mine.wav 0–0.375 s",)
+    assert played(panel.players.html)["target"].shape == (1, 9000)

@@ -1,6 +1,7 @@
 """What panels share: a browser's cell against a headless run's, messages, pictures, and uploaded files."""
 
 import io
+import threading
 
 import ipywidgets
 import matplotlib
@@ -20,13 +21,14 @@ from lib.audio.files import load_audio
 from lib.data.pairs import Clip
 from lib.listening.widgets import (
     Message,
+    Work,
     can_show_widgets,
-    choose,
     describe_clip,
     figure_png,
     keep_upload,
     plain_name,
     show,
+    step,
 )
 from lib.util.errors import UserError
 
@@ -85,19 +87,6 @@ def test_a_headless_run_gets_the_alternative_and_builds_no_panel(monkeypatch):
     assert show(lambda: pytest.fail("built"), "still") == "still"
 
 
-def test_a_choice_is_a_list_in_a_front_end_and_the_first_without_one(monkeypatch):
-    options, shown = {"the newest": 1, "another": 2}, []
-    monkeypatch.setattr(lib.listening.widgets, "display", shown.append)
-    assert choose("run", options).value == 1
-    assert shown == []
-    monkeypatch.setattr(lib.listening.widgets, "can_show_widgets", lambda: True)
-    chosen = choose("run", options)
-    assert shown == [chosen]
-    assert chosen.value == 1
-    chosen.label = "another"
-    assert chosen.value == 2
-
-
 def test_without_ipython_the_still_one_is_shown():
     assert show(lambda: pytest.fail("built"), "still") == "still"
 
@@ -136,6 +125,84 @@ def test_mistakes_are_shown_and_defects_are_raised():
         assert message.value == ""
     with pytest.raises(RuntimeError), message.show_errors():
         raise RuntimeError
+
+
+# --- work -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def live(monkeypatch) -> None:
+    """As if a front end showed widgets."""
+    monkeypatch.setattr(lib.listening.widgets, "can_show_widgets", lambda: True)
+
+
+class Slow:
+    """Work of two steps, the second of which waits for leave."""
+
+    def __init__(self):
+        self.taken, self.begun, self.leave = [], threading.Event(), threading.Event()
+
+    def __call__(self) -> None:
+        step("first <step>")
+        self.taken.append("first")
+        self.begun.set()
+        assert self.leave.wait(60)
+        step("second")
+        self.taken.append("second")
+
+
+def all_done() -> None:
+    Work.THREAD.submit(lambda: None).result()
+
+
+def test_in_a_front_end_work_shows_its_step_and_can_be_cancelled(live):
+    work, slow = Work(), Slow()
+    work.start(slow)  # and comes back at once
+    assert slow.begun.wait(60)
+    assert work.busy.layout.display is None
+    assert work.sign.value == "<progress></progress> first &lt;step&gt;"
+    work.button.click()
+    assert work.busy.layout.display == "none"
+    slow.leave.set()
+    all_done()
+    assert slow.taken == ["first"]
+    assert "Cancelled" in work.message.value
+    step("outside of any work")  # which nobody can cancel
+
+
+def test_newer_work_replaces_what_is_under_way(live):
+    work, slow, other, newest = Work(), Slow(), Slow(), Slow()
+    newest.leave.set()
+    for started in (slow, other, newest):
+        work.start(started)
+    slow.leave.set()
+    all_done()
+    assert [started.taken for started in (slow, other, newest)] in (
+        [["first"], [], ["first", "second"]],
+        [[], [], ["first", "second"]],
+    )
+    assert work.busy.layout.display == "none"
+    assert work.message.value == ""
+
+
+@pytest.mark.parametrize(("error", "words"), [(UserError("a.wav: gone"), "a.wav: gone"), (KeyError("x"), "KeyError")])
+def test_what_fails_in_a_thread_is_shown(live, error, words):
+    def fail() -> None:
+        raise error
+
+    work = Work()
+    work.start(fail)
+    all_done()
+    assert words in work.message.value
+    assert work.busy.layout.display == "none"
+
+
+def test_without_a_front_end_work_is_done_at_once():
+    work, slow = Work(), Slow()
+    slow.leave.set()
+    work.start(slow)
+    assert slow.taken == ["first", "second"]
+    assert threading.current_thread() is threading.main_thread()
 
 
 # --- uploaded files ---------------------------------------------------------------------------------------------------

@@ -679,7 +679,7 @@ def test_pictures_and_players_of_a_notebook_are_in_its_page(convert, parse):
     assert_self_contained(source, page)
     images = [image["src"] for image in page.all("img")]
     assert images[0].replace("\n", "") == f"data:image/png;base64,{picture}"
-    first = page.tags.index(("div", {"class": "players", "data-seconds": "0.016667"}))
+    first = page.tags.index(("div", {"class": "players", "data-seconds": "0.016667", "data-rate": "24000"}))
     wanted = parse(players.replace(" controls ", ' controls="" ')).tags  # how nbconvert writes it
     assert page.tags[first : first + len(wanted)] == wanted
 
