@@ -26,8 +26,9 @@ test: .venv/ready
 stored-notebooks:
 	$(NBVAL)
 
+# in a folder where notebook 05, which may run beside it, looks for no run
 smoke-run:
-	$(BIN)/python -m lib.pipeline --preset smoke --out outputs/smoke-papermill
+	$(BIN)/python -m lib.pipeline --preset smoke --out outputs/test/smoke
 
 # in a real browser, which must be there: the report page, and JupyterLab with notebooks 03, 04 and 05; about eight minutes.
 # Leaves pictures of what it saw in outputs/e2e

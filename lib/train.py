@@ -32,16 +32,16 @@ from lib.util.files import only_one
 
 
 def train_project(
-    project: Project, *, resume: bool = False, num_processes: int = 1, callbacks: tuple[Callback, ...] = ()
+    project: Project, *, resume=False, num_processes: int = 1, callbacks: tuple[Callback, ...] = (), progress=True
 ) -> Run:
     """Train the project's model, with demo clips. In a notebook, `num_processes` above 1 starts
-    one for each GPU, without `callbacks`: another process cannot reach the notebook's page."""
+    one for each GPU, without `callbacks`: another process cannot reach the notebook's page. `progress`: a bar."""
     preset = project.preset
 
     def start(*callbacks: Callback) -> Run:
         model, clips = preset.model, DemoClips(project.codec, project.manifest, preset.listening.every)
         what = (project.out_dir, project.index, project.codec, model.cascade, preset.train, model.masking)
-        return train(*what, resume=resume, callbacks=(clips, *callbacks))
+        return train(*what, resume=resume, callbacks=(clips, *callbacks), progress=progress)
 
     def start_forked() -> None:
         torch.set_num_threads(1)  # OpenMP's threads do not follow into a fork: a step would wait for them forever

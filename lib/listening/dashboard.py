@@ -4,6 +4,7 @@ run's folder. `watch("outputs/demo")` shows a run that trains anywhere on the sa
 import asyncio
 import contextlib
 import json
+import logging
 import math
 import os
 import re
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from IPython import get_ipython
 from IPython.display import display
 from ipywidgets import Button, HBox, Image, Label, VBox, Widget
 from tqdm import tqdm
 
 from lib.audio.files import load_audio
 from lib.listening.player import Players, PlayerWidget
-from lib.listening.widgets import PICTURE, can_show_widgets, figure_png
+from lib.listening.widgets import PICTURE, Message, can_show_widgets, figure_png
 from lib.model.cascade import CascadeConfig
 from lib.training import plots
 from lib.training.run import Run
@@ -35,6 +37,7 @@ class Dashboard(Callback):
     def __init__(self, seconds: float = SECONDS):
         self.seconds, self.updated = seconds, -math.inf
         self.panel: Panel | None = None
+        self.warnings = WarningLine() if can_show_widgets() else None
 
     def on_start(self, trainer: Trainer) -> None:
         if can_show_widgets():
@@ -45,6 +48,7 @@ class Dashboard(Callback):
         if self.panel is not None and time.monotonic() - self.updated >= self.seconds:
             self.panel.update()
             self.updated = time.monotonic()
+            show_as_busy()
 
     on_validation = on_step
 
@@ -53,6 +57,31 @@ class Dashboard(Callback):
             ended = f"ended at step {trainer.step}; resume = True resumes"
             self.panel.update("finished" if trainer.finished else ended)
             self.panel.button.disabled = True
+            self.warnings.replace_stderr(False)
+
+
+class WarningLine(logging.Handler):
+    """Until it is closed, shows all warnings in a line of its own, rather than on stderr."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.line, self.said = Message(), {}
+        display(self.line)
+        self.replace_stderr(True)
+
+    def replace_stderr(self, on: bool) -> None:
+        logging.captureWarnings(on)
+        logging.root.addHandler(self) if on else logging.root.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said[record.getMessage()] = None
+        self.line.say(" · ".join(list(self.said)[-5:]))
+
+
+def show_as_busy() -> None:
+    """Let the front end show the kernel as busy: it shows it as idle once a subshell has answered a button."""
+    if kernel := getattr(get_ipython(), "kernel", None):
+        kernel.session.send(kernel.iopub_socket, "status", {"execution_state": "busy"}, kernel.get_parent())
 
 
 def watch(path: str | Path, seconds: float = SECONDS) -> plt.Figure | None:

@@ -71,9 +71,9 @@ def training_dashboard(train: Rows, val: Rows, clamps: Sequence[tuple[float, flo
     if clamps:
         levels, scales = of_stages
         for i in range(len(clamps)):
-            colour = STAGES[i % len(STAGES)]
-            _plot(levels, train, f"stage{i}/output_rms", color=colour, label=f"stage {i} output")
-            _plot(scales, train, f"stage{i}/target_scale", color=colour, label=f"stage {i} target")
+            line = {"color": STAGES[i % len(STAGES)], "linewidth": 1.5 * (len(clamps) - i)}  # none hides another
+            _plot(levels, train, f"stage{i}/output_rms", **line, label=f"stage {i} output")
+            _plot(scales, train, f"stage{i}/target_scale", **line, label=f"stage {i} target")
         before, scale = "stage0/rms_before_scaling", "stage0/target_scale"
         if targets := [row[before] * row[scale] for row in train if row.get(before)]:
             target = statistics.median(targets)
@@ -108,7 +108,7 @@ def runs_side_by_side(runs: Mapping[str, Mapping[str, Rows]]) -> Figure:
 def _over_steps(figure: Figure, lowest: Sequence[Axes]) -> Figure:
     """The figure with a legend in every panel, and the axis of the lowest ones named."""
     for axes in figure.axes:
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above, where no line runs
     for axes in lowest:
         axes.set_xlabel("step")
     return figure

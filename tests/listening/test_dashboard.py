@@ -3,8 +3,10 @@
 import asyncio
 import dataclasses
 import json
+import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from matplotlib.figure import Figure
 
 import lib.listening.dashboard
 from lib.audio.files import save_audio
-from lib.listening.dashboard import Dashboard, Metrics, Panel, curves, leave_subshell_to_front_end, watch
+from lib.listening.dashboard import Dashboard, Metrics, Panel, curves, leave_subshell_to_front_end, show_as_busy, watch
 from lib.model.fusion import load_model
 from lib.training.callbacks import DemoClips
 from lib.training.config import TrainConfig
@@ -128,7 +130,7 @@ def test_headless_nothing_is_drawn_and_no_widget_is_created(start, monkeypatch):
 def test_a_front_end_sees_the_curves_grow(start, front_end):
     """Every picture has all steps and validations so far; the last one, after training, all there are."""
     start([dashboard := Dashboard(seconds=0)])
-    assert front_end.boxes == [dashboard.panel.box]
+    assert front_end.boxes == [dashboard.warnings.line, dashboard.panel.box]
     validations = {4: 1, 8: 2, 12: 3}
     wanted, seen = [], 0
     for step in range(1, 13):
@@ -227,6 +229,39 @@ def test_a_button_pressed_before_training_stops_none_of_it(start, run):
 def test_the_clips_of_a_training_are_shown(start, front_end, tiny_codec, tiny_manifest):
     start([DemoClips(tiny_codec, tiny_manifest, every=100, count=1), dashboard := Dashboard(seconds=1000)])
     assert names(dashboard.panel) == ["input", "target", "output, last"]
+
+
+# --- warnings ---------------------------------------------------------------------------------------------------------
+
+
+def test_warnings_are_in_a_line_of_their_own_while_a_training_is_watched(start, front_end, capsys):
+    def warn() -> None:
+        for message in ("RMS <low>", "RMS <low>", "another"):
+            logging.getLogger("lib.training").warning(message)
+        warnings.warn("from elsewhere", stacklevel=1)
+
+    handlers = list(logging.getLogger().handlers)
+    start([dashboard := Dashboard(seconds=1000), At(5, warn)])
+    line = dashboard.warnings.line.value
+    assert "RMS &lt;low&gt; · another · " in line
+    assert "from elsewhere" in line
+    assert capsys.readouterr().err == ""
+    assert logging.getLogger().handlers == handlers
+
+
+def test_the_kernel_is_shown_as_busy(monkeypatch):
+    sent = []
+    kernel = SimpleNamespace(
+        session=SimpleNamespace(send=lambda *message: sent.append(message)),
+        iopub_socket="iopub",
+        get_parent=lambda: {"header": {"msg_id": "the cell's"}},
+    )
+    monkeypatch.setattr(lib.listening.dashboard, "get_ipython", lambda: SimpleNamespace(kernel=kernel))
+    show_as_busy()
+    assert sent == [("iopub", "status", {"execution_state": "busy"}, {"header": {"msg_id": "the cell's"}})]
+    monkeypatch.setattr(lib.listening.dashboard, "get_ipython", lambda: None)
+    show_as_busy()
+    assert len(sent) == 1
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------

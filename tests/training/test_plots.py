@@ -212,3 +212,14 @@ def test_runs_side_by_side_takes_more_runs_than_colours_and_what_is_missing():
     assert len(losses.get_lines()) == 8
     assert curve(norms, "broken")[0] == curve(levels, "broken")[0] == [1, 5]
     figure.canvas.draw()
+
+
+def test_no_legend_and_no_line_hides_a_line():
+    figure = plots.training_dashboard(training_rows(3), val_rows(), [(0.7, 1.5)] * 3)
+    figure.canvas.draw()
+    for axes in figure.axes:
+        assert axes.get_legend().get_window_extent().y0 >= axes.get_window_extent().y1 - 1
+    for axes in figure.axes[2:]:
+        widths = [line.get_linewidth() for line in axes.lines]
+        assert widths == sorted(widths, reverse=True)  # the first is below the others
+        assert len(set(widths)) == 3
