@@ -1,20 +1,25 @@
 """Two runs side by side: their configs, their metrics, and the same pairs fused by both.
 
-    python -m lib.compare outputs/a outputs/b [--out DIR] [--pairs 3] [--judged 24]
+    python -m lib.compare outputs/a outputs/b [-o DIR] [--data DIR] [--pairs 3] [--judged 24]
 
-The pairs are validation pairs of the first run whose music neither run was trained on; those that are measured are of
-two songs, if there are some. Prints the tables and writes them, with curves and players, to a page, by default
-outputs/compare/<a>-<b>/index.html.
+Both are measured on both runs' validation sets, and on the music in `--data`: on pairs that neither run was trained on,
+of two songs, if there are some. The order in which they are named plays no part. Prints the tables and writes them,
+with curves and players, to a page, by default outputs/compare/<a>-<b>/index.html.
 """
 
-import argparse
-from collections.abc import Sequence
+from lib.commands import parser_of
+
+if __name__ == "__main__":  # at once: what is imported below takes seconds
+    parser_of("compare").parse_args()
+
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from lib.codec.codec import load_codec
-from lib.data.pairs import Clip, load_pair, read_manifest, whole_clip
+from lib.data.pairs import Clip, build_manifest, load_pair, read_manifest, whole_clip
 from lib.evaluation.baselines import advantage
 from lib.evaluation.fusion_metrics import sound_features, sound_metrics
 from lib.evaluation.tables import count_parameters, fusion_rows
@@ -32,10 +37,12 @@ from lib.util.errors import UserError, exit_on_user_error
 from lib.util.files import make_folder
 from lib.util.stats import TEST
 
-LEAD = "Two runs on validation pairs that neither was trained on: how their configs, metrics and sounds differ."
+LEAD = "Two runs on music that neither was trained on: how their configs, metrics and sounds differ."
 MEASURES = ("merit", "onsets", "notes", "onsets_left", "notes_left", "artifacts", "level", "plain_merit")
-SECTIONS = {"config", "metrics", "sounds"}
+SECTIONS = {"config", "runs", "metrics", "sounds"}
+OF_LOSSES = ("data", "codec", "train.loss", "train.max_val_pairs")  # fields that decide what a validation loss is of
 Pairs = dict[str, tuple[Clip, Clip]]
+File = str | Path
 
 
 class Compared:
@@ -48,62 +55,78 @@ class Compared:
 
 
 def compare_runs(
-    first: str | Path, second: str | Path, out: str | Path = "", *, pairs: int = 3, judged: int = 24, codec: str = ""
+    first: File, second: File, out: File = "", *, data: File = "", pairs: int = 3, judged: int = 24, codec: str = ""
 ) -> tuple[Path, dict[str, Table]]:
-    """Compare two run directories; returns the page's path and its tables by name. `UserError` if no pair is new."""
+    """Compare two run directories, in the order of their names, whichever is given first; returns the page's path and
+    its tables by name. `data`: a folder of other music to measure them on, too. Of each music, `pairs` are played and
+    `judged` measured. `UserError` if no pair is new to both."""
     if pairs < 1 or judged < 1:
         raise UserError(f"--pairs {pairs}, --judged {judged}: at least one pair each is needed")
-    paths = [Path(path) for path in (first, second)]
-    runs = [Run.open(path) for path in paths]
-    names = names_of(paths)
-    compared = [Compared(name, run, codec) for name, run in zip(names, runs, strict=True)]
-    new = pairs_new_to_both(*paths)
-    out = Path(out) if out else ROOT / "outputs" / "compare" / "-".join(names).replace("/", "_")
+    given = [Path(first), Path(second)]
+    paths = dict(sorted(zip(names_of(given), given, strict=True)))
+    runs = {name: Run.open(path) for name, path in paths.items()}
+    compared = [Compared(name, run, codec) for name, run in runs.items()]
+    music = music_new_to_both(paths, data)
+    out = Path(out) if out else ROOT / "outputs" / "compare" / "-".join(paths).replace("/", "_")
     if (out / "config.json").exists() or {path.stem for path in (out / "report").glob("*")} - SECTIONS:
         raise UserError(f"{out}: holds a run or its page, which would be lost; choose another folder")
     make_folder(out)
-    changes = differing_fields(runs[0].config, runs[1].config)
-    rows = [{"field": field} | dict(zip(names, map(str, values), strict=True)) for field, *values in changes]
+    changes = differing_fields(*(run.config for run in runs.values()))
+    rows = [{"field": field} | dict(zip(runs, map(str, values), strict=True)) for field, *values in changes]
     configs = Section(out, "config", "Configs")
     configs.key_figure("fields of the configs that differ", str(len(rows)))
-    of_two_songs = {what: pair for what, pair in new.items() if pair[0].sha256 != pair[1].sha256} or new
     tables = {
         "configs": configs.table(rows or [{"field": "none: the configs are equal"}], "What differs in the configs"),
-        "metrics": write_metrics(Section(out, "metrics", "Metrics"), compared, spread(of_two_songs, judged)),
+        "runs": write_runs(Section(out, "runs", "Runs"), compared, [field for field, *_ in changes]),
     }
+    measured = {what: spread(new, judged, of_two_songs=True) for what, new in music.items() if new}
+    tables["metrics"] = write_metrics(Section(out, "metrics", "Metrics"), compared, measured)
     sounds = Section(out, "sounds", "Sounds")
-    for what, clips in spread(new, pairs).items():
-        wavs = load_pair(*clips)
-        outputs = {c.name: render(c.model, c.codec, *wavs).wav for c in compared}
-        sounds.players(Players({"input": wavs[0], "target": wavs[1], **outputs}), what)
+    for what, new in music.items():
+        for pair, clips in spread(new, pairs).items():
+            wavs = load_pair(*clips)
+            outputs = {c.name: render(c.model, c.codec, *wavs).wav for c in compared}
+            sounds.players(Players({"input": wavs[0], "target": wavs[1], **outputs}), f"{what}: {pair}")
     facts = {c.name: f"{c.run.path}, commit {c.run.config.get('versions', {}).get('commit')}" for c in compared}
-    facts["pairs"] = f"{len(new)} that are new to both, {min(judged, len(of_two_songs))} of them measured"
-    return write_report(out, f"{names[0]} and {names[1]}", LEAD, facts), tables
+    for what, new in music.items():
+        facts[what] = f"{len(new)} pairs that are new to both, {len(measured.get(what, ()))} of them measured"
+    return write_report(out, " and ".join(paths), LEAD, facts), tables
 
 
-def write_metrics(section: Section, compared: Sequence[Compared], pairs: Pairs) -> Table:
+def write_runs(section: Section, compared: Sequence[Compared], changed: Sequence[str]) -> Table:
+    """What was trained, and the curves. Losses are left out if a field that they depend on has `changed`."""
     curves = {c.name: {split: c.run.metrics(split) for split in ("train", "val")} for c in compared}
-    measured: dict[str, list[dict[str, float]]] = {c.name: [] for c in compared}
-    for input, target in tqdm(pairs.values(), desc="measuring", unit="pair"):
-        wavs = load_pair(input, target)
-        clips = [sound_features(wav) for wav in wavs]
-        for c in compared:
-            measured[c.name].append(sound_metrics(sound_features(render(c.model, c.codec, *wavs).wav), *clips))
-    a, b = measured
-    found = advantage(measured, a, b, [(input.sha256, target.sha256) for input, target in pairs.values()])
-    said = f"{found}, {found.in_words(b)} on {len(pairs)} pair(s) ({TEST})"
-    section.key_figure(f"figure of merit of {a} against {b}", said)
-    print(f"figure of merit of {a} against {b}: {said}\n")
+    of_one_kind = not any(field.startswith(OF_LOSSES) for field in changed)
     rows = []
-    for c, means in zip(compared, fusion_rows(measured, MEASURES, "run"), strict=True):
-        section.key_figure(f"figure of merit of {c.name}", f"{means['merit']}, 1 at best")
-        losses = [row["loss"] for row in curves[c.name]["val"] if row.get("loss") is not None]
+    for c in compared:
         steps = max((row["step"] for row in curves[c.name]["train"]), default=0)
         row = {"run": c.name, "parameters": f"{count_parameters(c.model):,}", "steps": steps}
-        row["lowest validation loss"] = f"{min(losses):.3f}" if losses else "none"
-        rows.append(row | means)
-    section.figure(plots.runs_side_by_side(curves), "curves", "Validation loss, gradient norm and level over steps")
-    return section.table(rows, f"Means over {len(pairs)} validation pairs; losses compare where the objectives do")
+        losses = [row["loss"] for row in curves[c.name]["val"] if row.get("loss") is not None]
+        lowest = f"{min(losses):.3f}" if losses else "none"
+        rows.append(row | ({"lowest validation loss": lowest} if of_one_kind else {}))
+    about = "" if of_one_kind else "; no losses, as they are of different pairs, codecs or objectives"
+    section.figure(plots.runs_side_by_side(curves, losses=of_one_kind), "curves", f"Training, over steps{about}")
+    return section.table(rows, f"What was trained{about}")
+
+
+def write_metrics(section: Section, compared: Sequence[Compared], music: Mapping[str, Pairs]) -> Table:
+    """Both runs' metrics on the pairs of each music, and the verdict between them, which is printed too."""
+    a, b = (c.name for c in compared)
+    rows = []
+    for what, pairs in music.items():
+        measured: dict[str, list[dict[str, float]]] = {a: [], b: []}
+        for input, target in tqdm(pairs.values(), desc=f"measuring on {what}", unit="pair"):
+            wavs = load_pair(input, target)
+            clips = [sound_features(wav) for wav in wavs]
+            for c in compared:
+                measured[c.name].append(sound_metrics(sound_features(render(c.model, c.codec, *wavs).wav), *clips))
+        found = advantage(measured, a, b, [(input.sha256, target.sha256) for input, target in pairs.values()])
+        asked = f"figure of merit of {a} against {b} on {what}"
+        said = f"{found}, {found.in_words(b)} on {len(pairs)} pair(s) ({TEST})"
+        section.key_figure(asked, said)
+        print(f"{asked}: {said}\n")
+        rows += [{"music": what, "pairs": len(pairs)} | row for row in fusion_rows(measured, MEASURES, "run")]
+    return section.table(rows, "Means over pairs that neither run was trained on")
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -116,34 +139,42 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     raise UserError(f"{paths[0]}: compared with itself; name two runs")
 
 
-def pairs_new_to_both(first: Path, second: Path) -> Pairs:
-    """Validation pairs of the first run, of listening length if it has some, from files new to both runs."""
-    longer = first / "listening.json"
-    manifest = read_manifest(longer if longer.exists() else first / "manifest.json")
-    first_songs, second_songs = (read_manifest(run / "manifest.json").songs("train") for run in (first, second))
-    pairs = [(pair.input, pair.target) for pair in manifest.split("val")]
-    new = [clips for clips in pairs if (first_songs | second_songs).isdisjoint(clip.sha256 for clip in clips)]
-    if not new:
-        fault = f"was trained on the music of every validation pair of {first}"
-        raise UserError(f"{second}: {fault}; nothing is new to both")
-    return {describe_pair(*clips): tuple(whole_clip(manifest, clip) for clip in clips) for clips in new}
+def music_new_to_both(runs: Mapping[str, Path], data: str | Path = "") -> dict[str, Pairs]:
+    """Name of the music → its pairs of songs that neither run was trained on, if any: the validation set of each run,
+    of listening length where it has one, and everything in the folder `data`. Where two are equal, they are one."""
+    trained_on = set().union(*(read_manifest(path / "manifest.json").songs("train") for path in runs.values()))
+    sets, music = [], {}
+    for name, path in runs.items():
+        longer = path / "listening.json"
+        manifest = read_manifest(longer if longer.exists() else path / "manifest.json")
+        sets.append((f"{manifest.root}, validation set of {name}", manifest, manifest.split("val")))
+    if data:
+        seconds = max(manifest.clip_length / manifest.sample_rate for _, manifest, _ in sets)
+        with tempfile.TemporaryDirectory() as folder:
+            manifest = build_manifest(data, Path(folder) / "manifest.json", seconds)
+        sets.append((str(manifest.root), manifest, manifest.pairs))
+    for what, manifest, pairs in sets:
+        couples = [(pair.input, pair.target) for pair in pairs]
+        new = [clips for clips in couples if trained_on.isdisjoint(clip.sha256 for clip in clips)]
+        found = {describe_pair(*clips): tuple(whole_clip(manifest, clip) for clip in clips) for clips in new}
+        if found and (twin := next((other for other, known in music.items() if known == found), None)):
+            music[f"{twin} and {what.rpartition('validation set of ')[2]}"] = music.pop(twin)
+        else:
+            music[what] = found
+    if not any(music.values()):
+        fault = f"one of the two was trained on the songs of every pair of {'; '.join(music)}"
+        raise UserError(f"{' and '.join(runs)}: {fault}; name a folder of other music by --data")
+    return music
 
 
-def spread(pairs: Pairs, count: int) -> Pairs:
-    """At most `count` of the pairs, evenly spread."""
-    names = list(pairs)
+def spread(pairs: Pairs, count: int, of_two_songs: bool = False) -> Pairs:
+    """At most `count` of the pairs, evenly spread; those of two songs alone, if there are some."""
+    names = [name for name, (a, b) in pairs.items() if of_two_songs and a.sha256 != b.sha256] or list(pairs)
     return {names[i]: pairs[names[i]] for i in evenly_spread(len(names), count).tolist()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lib.compare", description="Two runs side by side.")
-    parser.add_argument("first", help="run directory, such as outputs/demo")
-    parser.add_argument("second", help="run directory to compare it with")
-    parser.add_argument("--out", default="", help="folder for the page (default: outputs/compare/<first>-<second>)")
-    parser.add_argument("--pairs", type=int, default=3, help="pairs to listen to (default: 3)")
-    parser.add_argument("--judged", type=int, default=24, help="pairs to measure on (default: 24)")
-    parser.add_argument("--codec", default="", help="directory of EnCodec weights, for runs that were trained with it")
-    options = parser.parse_args()
+    options = parser_of("compare").parse_args()
     with exit_on_user_error():
         page, tables = compare_runs(**vars(options))
         for table in tables.values():

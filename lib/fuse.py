@@ -11,6 +11,11 @@ leaves out, 4.8 to 12 kHz, is mixed by the masks too (`--narrow`: it is not). If
 recipe, which the playground of notebook 05 writes beside a favourite, reproduces its samples, mono, bit for bit.
 """
 
+from lib.commands import parser_of
+
+if __name__ == "__main__":  # at once: what is imported below takes seconds
+    parser_of("fuse").parse_args()
+
 import argparse
 import sys
 import tempfile
@@ -22,9 +27,9 @@ import torch
 from torch import Tensor
 
 from lib.audio.chunks import chunk_starts, crossfaded, reading
-from lib.audio.decode import NAMES, AudioError, read_windows
-from lib.audio.files import GAIN, AudioWriter, check_audio, save_audio
-from lib.codec.codec import CODEC, Codec, load_codec
+from lib.audio.decode import AudioError, read_windows
+from lib.audio.files import AudioWriter, check_audio, save_audio
+from lib.codec.codec import Codec, load_codec
 from lib.listening.render import Settings, follow_recipe, render
 from lib.model.fusion import FusionModel, load_model
 from lib.superres.resolver import Restoration, SuperResolver, Written, restore_file
@@ -67,7 +72,8 @@ def fuse_files(
     windows = [(start, min(chunk, num_samples - start)) for start in starts]
     wavs = (read_windows(path, windows, rate, mix=mix) for path, mix in zip(paths, mixed, strict=True))
     pairs = ([wav.expand(channels, -1)[None].to(device) for wav in pair] for pair in zip(*wavs, strict=True))
-    with AudioWriter(out, rate, channels, gain) as writer, reading(pairs, len(starts), "fusing") as chunks:
+    music = reading(pairs, starts, num_samples, rate, "fusing")
+    with AudioWriter(out, rate, channels, gain) as writer, music as chunks:
         fused = (fuse_clips(*clips, model, codec, whole_band)[0].cpu() for clips in chunks)
         for piece in crossfaded(fused, overlap):
             writer.write(piece)
@@ -105,18 +111,7 @@ def fuse_clips(input: Tensor, target: Tensor, model: FusionModel, codec: Codec, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lib.fuse", description="Fuse two audio files with a trained run.")
-    parser.add_argument("input", nargs="?", help=f"audio file: {NAMES}")
-    parser.add_argument("target", nargs="?", help="audio file to fuse it with")
-    parser.add_argument("--recipe", help="JSON beside a saved favourite, instead of the two files: reproduces it")
-    parser.add_argument("-o", "--out", required=True, help="output file; .wav holds any level")
-    parser.add_argument("--run", help="run directory, such as outputs/demo (default: the recipe's)")
-    parser.add_argument("--superres", help="trained super-resolver, such as outputs/demo/superres: 48 kHz")
-    parser.add_argument("--codec", help=f"{CODEC} (default: the run's codec)")
-    parser.add_argument("--gain", type=float, default=0.0, metavar="DB", help=GAIN)
-    parser.add_argument("--mono", action="store_true", help="mix stereo files to mono first")
-    parser.add_argument("--narrow", action="store_true", help="the codec's own band alone: with mdct up to 4.8 kHz")
-    parser.add_argument("--checkpoint", choices=("best", "last"), help="default: best, or the recipe's")
+    parser = parser_of("fuse")
     options = parser.parse_args()
     if options.recipe:
         if options.input or options.checkpoint or options.superres or options.mono or options.narrow or options.gain:

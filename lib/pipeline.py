@@ -1,13 +1,17 @@
 """Run the notebooks by papermill and collect their results on one page, which is rewritten after each of them.
 
-    python -m lib.pipeline --preset demo [--data DIR] [--codec NAME|DIR] [--out DIR] [--only 04,05] [--resume]
+    python -m lib.pipeline --preset demo [--data DIR] [--codec NAME|DIR] [-o DIR] [--only 04,05] [--resume]
                            [--set train.max_steps=200]
 
 When a notebook fails, the page shows its section with the error. `--resume` skips notebooks that finished with the same
 settings and code, and resumes a stopped training.
 """
 
-import argparse
+from lib.commands import parser_of
+
+if __name__ == "__main__":  # at once: what is imported below takes seconds
+    parser_of("pipeline").parse_args()
+
 import contextlib
 import dataclasses
 import hashlib
@@ -29,8 +33,7 @@ from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
 from papermill.exceptions import PapermillExecutionError
 
-from lib.codec.codec import CODEC
-from lib.presets import PRESETS, Preset, load_preset
+from lib.presets import Preset, load_preset
 from lib.project import RECORD, RECORDED, ROOT, open_project
 from lib.report.report import FIRST, write_notebook_page, write_report
 from lib.training.fusion_learner import run_settings
@@ -232,8 +235,10 @@ def parse_overrides(settings: list[str], codec: str | None = None) -> dict[str, 
     return overrides
 
 
-def chosen_notebooks(only: str) -> tuple[str, ...]:
-    """`"04,05"` → the notebooks' names, in their own order."""
+def chosen_notebooks(only: str | None) -> tuple[str, ...]:
+    """`"04,05"` → the notebooks' names, in their own order; None: all."""
+    if only is None:
+        return NOTEBOOKS
     asked = [part.strip() for part in only.split(",") if part.strip()]
     unknown = [part for part in asked if not any(part in (name, name[:2]) for name in NOTEBOOKS)]
     if unknown or not asked:
@@ -241,23 +246,8 @@ def chosen_notebooks(only: str) -> tuple[str, ...]:
     return tuple(name for name in NOTEBOOKS if name in asked or name[:2] in asked)
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, out: bool = True) -> None:
-    """Options of every command that takes a preset; `--out` only where the folder can be chosen."""
-    parser.add_argument("--preset", required=True, help=f"one of {', '.join(PRESETS)}")
-    parser.add_argument("--data", default="", help="folder of music (default: generated demo songs)")
-    parser.add_argument("--codec", help=CODEC)
-    if out:
-        parser.add_argument("--out", default="", help="output folder (default: outputs/<preset>)")
-    example = "change a setting of the preset: train.max_steps=200"
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=example)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lib.pipeline", description="Run the notebooks in order.")
-    add_arguments(parser)
-    parser.add_argument("--only", default=",".join(NOTEBOOKS), help="notebooks to run, by their numbers: 04,05")
-    parser.add_argument("--resume", action="store_true", help="skip finished notebooks, resume a stopped training")
-    options = parser.parse_args()
+    options = parser_of("pipeline").parse_args()
     with exit_on_user_error():
         overrides = parse_overrides(options.set, options.codec)
         only = chosen_notebooks(options.only)

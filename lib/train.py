@@ -5,7 +5,11 @@ accelerate launch --num_processes 4 -m lib.train --preset full ...
 torchrun --nproc_per_node 4 -m lib.train --preset full ...
 """
 
-import argparse
+from lib.commands import parser_of
+
+if __name__ == "__main__":  # at once: what is imported below takes seconds
+    parser_of("train").parse_args()
+
 import contextlib
 import sys
 from pathlib import Path
@@ -19,7 +23,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from lib.data.latents import LatentPairs
 from lib.evaluation.baselines import pairs_to_measure
 from lib.evaluation.progress import SPLIT, MeritOverTime
-from lib.pipeline import add_arguments, parse_overrides
+from lib.pipeline import parse_overrides
 from lib.presets import load_preset
 from lib.project import ROOT, Project, open_project
 from lib.training.callbacks import DemoClips
@@ -64,12 +68,7 @@ def pairs_to_follow(project: Project, count: int) -> list[tuple[Tensor, Tensor]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m lib.train", description="Train a preset's model.")
-    add_arguments(parser)
-    parser.add_argument("--resume", action="store_true", help="resume the run in the output folder")
-    followed = "measure the figure of merit at every validation, on N held-out pairs, for metrics.jsonl"
-    parser.add_argument("--follow", type=int, default=0, metavar="N", help=followed)
-    options = parser.parse_args()
+    options = parser_of("train").parse_args()
     with exit_on_user_error(), contextlib.ExitStack() as held:
         preset = load_preset(options.preset, parse_overrides(options.set, options.codec))
         processes = join_processes()

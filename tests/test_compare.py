@@ -21,8 +21,8 @@ from markupsafe import escape
 import lib.compare
 from lib.audio.files import load_audio
 from lib.codec.mdct import MdctCodec
-from lib.compare import MEASURES, Compared, compare_runs, main, names_of, pairs_new_to_both, spread
-from lib.data.pairs import Manifest, Pair, write_manifest
+from lib.compare import MEASURES, OF_LOSSES, Compared, compare_runs, main, music_new_to_both, names_of, spread
+from lib.data.pairs import Manifest, Pair, build_manifest, read_manifest, write_manifest
 from lib.evaluation.baselines import advantage
 from lib.evaluation.fusion_metrics import sound_features, sound_metrics
 from lib.fuse import fuse_clips
@@ -38,6 +38,9 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def codec():
     return MdctCodec()
+
+
+NO_LOSSES = "; no losses, as they are of different pairs, codecs or objectives"
 
 
 def row(step: int, split: str, loss: float) -> dict:
@@ -60,10 +63,10 @@ def runs(tmp_path_factory, codec, songs, save_run, moved) -> tuple[Run, Run]:
     """One without masks and one with, whose split of the songs is another."""
     folder, cascade = tmp_path_factory.mktemp("compared"), CascadeConfig.reference(num_layers=1)
     train = {"learning_rate": 1e-4, "batch_size": 4, "loss": {"input_weight": 0.3}}
-    first = save_run(folder / "a", codec, cascade, seed=1, train=train)
+    first = save_run(folder / "a", codec, cascade, seed=1, train=train, data="index-1")
     other = cascade.with_stage(1, residual_weight=0.9)
     train = train | {"learning_rate": 1e-3, "loss": {"input_weight": 0.4}}
-    second = save_run(folder / "b run", codec, other, "learned", seed=2, train=train)
+    second = save_run(folder / "b run", codec, other, "learned", seed=2, train=train, data="index-1")
     for run, losses in ((first, (2.0, 1.5, 1.75)), (second, (1.25,))):
         for number, loss in enumerate(losses, 1):
             run.log(row(number, "train", 10 * loss))
@@ -92,7 +95,7 @@ def new_pairs(songs, moved) -> list[Pair]:
 def page(tmp_path_factory, runs) -> tuple[str, dict, str]:
     """The page, its tables and facts as data, and what the program printed."""
     out = tmp_path_factory.mktemp("out") / "page"
-    command = [sys.executable, "-m", "lib.compare", *(str(run.path) for run in runs), "--out", out, "--pairs", "1"]
+    command = [sys.executable, "-m", "lib.compare", *(str(run.path) for run in runs), "-o", out, "--pairs", "1"]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert ended.returncode == 0, ended.stderr
     return (out / "index.html").read_text(), json.loads((out / "summary.json").read_text()), ended.stdout
@@ -116,20 +119,21 @@ def test_the_configs_differences_are_found_exactly(page):
 
 def test_the_metrics_are_those_of_the_sounds(page, runs, codec, songs, new_pairs):
     _, summary, _ = page
-    caption = f"Means over {len(new_pairs)} validation pairs; losses compare where the objectives do"
-    rows = {row["run"]: row for row in summary["tables"][caption]}
-    assert list(rows) == ["a", "b run"]
+    rows = {row["run"]: row for row in summary["tables"]["Means over pairs that neither run was trained on"]}
+    trained = {row["run"]: row for row in summary["tables"][f"What was trained{NO_LOSSES}"]}
+    assert list(rows) == list(trained) == ["a", "b run"]
+    music = f"{songs.root}, validation set of a and b run"  # one, as what is new to both is the same
+    assert {(row["music"], row["pairs"]) for row in rows.values()} == {(music, len(new_pairs))}
     everything = {}
-    for run, steps, loss in zip(runs, (3, 1), ("1.500", "1.250"), strict=True):
+    for run, steps in zip(runs, (3, 1), strict=True):
         model, judged = load_model(run), []
         for pair in new_pairs:
             wavs = [load_audio(songs.path(c), c.offset, c.length) for c in (pair.input, pair.target)]
             output = fuse_clips(*(wav[None] for wav in wavs), model, codec)[0]
             judged.append(sound_metrics(*map(sound_features, (output, *wavs))))
         row, everything[run.path.name] = rows[run.path.name], judged
-        assert row["steps"] == steps
-        assert row["lowest validation loss"] == loss
-        assert row["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
+        parameters = f"{sum(p.numel() for p in model.parameters()):,}"
+        assert trained[run.path.name] == {"run": run.path.name, "parameters": parameters, "steps": steps}
         for name in MEASURES:
             mean = sum(judgement[name] for judgement in judged) / len(judged)
             assert float(row[name.replace("_", " ")]) == pytest.approx(mean, abs=0.0051)
@@ -177,8 +181,10 @@ def test_the_page_says_what_was_compared(page, runs, songs, new_pairs):
         assert summary["facts"][run.path.name].startswith(f"{run.path}, commit ")
         assert html.escape(summary["facts"][run.path.name]) in text
     count = len(new_pairs)
-    assert summary["facts"]["pairs"] == f"{count} that are new to both, {count} of them measured"
-    assert "Validation loss, gradient norm and level over steps" in text
+    music = f"{songs.root}, validation set of a and b run"
+    assert summary["facts"][music] == f"{count} pairs that are new to both, {count} of them measured"
+    assert f"figure of merit of a against b run on {music}: " in printed
+    assert f"Training, over steps{NO_LOSSES}" in text
     lines = printed.splitlines()
     assert "What differs in the configs" in lines
     assert re.search(r"^train\.learning_rate +0\.0001 +0\.001$", printed, re.MULTILINE)
@@ -191,8 +197,7 @@ def test_in_a_notebook_the_tables_come_back(tmp_path, runs, monkeypatch):
     assert path == tmp_path / "outputs" / "compare" / "a-b run" / "index.html"
     assert path.exists()
     assert len(tables["configs"].rows) == 4
-    assert [row[0] for row in tables["metrics"].rows] == ["a", "b run"]
-    assert tables["metrics"].caption.startswith("Means over 1 validation pairs")
+    assert [row[1:3] for row in tables["metrics"].rows] == [["1", "a"], ["1", "b run"]]
 
 
 def test_equal_runs_are_said_to_be_equal_on_pairs_of_two_songs(tmp_path, runs, songs):
@@ -201,10 +206,12 @@ def test_equal_runs_are_said_to_be_equal_on_pairs_of_two_songs(tmp_path, runs, s
     _, tables = compare_runs(runs[0].path, tmp_path / "twin", tmp_path / "out", pairs=1, judged=99)
     of_two = sum(len(songs_of(pair)) == 2 for pair in songs.split("val"))
     assert 0 < of_two < len(songs.split("val"))
-    assert tables["metrics"].caption.startswith(f"Means over {of_two} validation pairs")
     assert tables["configs"].rows == [["none: the configs are equal"]]
     first, second = tables["metrics"].rows
-    assert first[1:] == second[1:]
+    assert first[1:3] == [str(of_two), "a"]
+    assert first[3:] == second[3:]
+    assert tables["runs"].columns == ["run", "parameters", "steps", "lowest validation loss"]  # of equal objectives
+    assert [row[-1] for row in tables["runs"].rows] == ["1.500", "1.500"]
     assert "fields of the configs that differ" in (tmp_path / "out" / "index.html").read_text()
 
 
@@ -219,29 +226,91 @@ def expected(pairs: list[Pair]) -> list[tuple[str, int, str, int]]:
     return [(pair.input.path, pair.input.offset, pair.target.path, pair.target.offset) for pair in pairs]
 
 
-def test_only_pairs_that_neither_run_trained_on(runs, songs, new_pairs, moved):
+def of(*runs: Path) -> dict[str, Path]:
+    return {path.name: path for path in runs}
+
+
+def test_only_pairs_that_neither_run_trained_on(runs, songs, new_pairs):
     paths = [run.path for run in runs]
-    found = pairs_new_to_both(*paths)
+    music = music_new_to_both(of(*paths))
+    assert list(music) == [f"{songs.root}, validation set of a and b run"]
+    (found,) = music.values()
     assert ids(found) == expected(new_pairs)
     assert all(Path(clip.path).is_file() for clips in found.values() for clip in clips)
-    back = pairs_new_to_both(*reversed(paths))
-    assert ids(back) == expected([pair for pair in songs.split("val") if moved not in songs_of(pair)])
 
 
-def test_the_longer_clips_for_listening_are_taken_where_there_are_any(tmp_path, runs, songs, new_pairs, moved):
+def test_the_order_of_the_arguments_plays_no_part(tmp_path, runs, other_music):
+    """Neither for the music nor for what is found on it."""
+    pages = []
+    for number, paths in enumerate(((runs[0].path, other_music), (other_music, runs[0].path))):
+        page, tables = compare_runs(*paths, tmp_path / str(number), pairs=1, judged=2)
+        pages.append((page.read_text(), {name: table.rows for name, table in tables.items()}))
+    assert pages[0] == pages[1]
+    assert [row[2] for row in pages[0][1]["metrics"]] == 2 * ["a", "other"]
+
+
+@pytest.fixture
+def other_music(tmp_path, runs, songs) -> Path:
+    """A copy of the first run that was trained on other music, in `tmp_path/music`."""
+    shutil.copytree(songs.root, tmp_path / "music")
+    for path in (tmp_path / "music").glob("*.wav"):
+        samples, rate = soundfile.read(path)
+        soundfile.write(path, samples[::-1], rate, subtype="PCM_24")
+    shutil.copytree(runs[0].path, tmp_path / "other", symlinks=True)
+    build_manifest(tmp_path / "music", tmp_path / "other" / "manifest.json", 0.5, mode="both")
+    return tmp_path / "other"
+
+
+def test_both_runs_are_measured_on_both_validation_sets_and_on_other_music(tmp_path, runs, songs, other_music):
+    shutil.copytree(songs.root, tmp_path / "third")
+    for path in (tmp_path / "third").glob("*.wav"):
+        samples, rate = soundfile.read(path)
+        soundfile.write(path, samples / 2, rate, subtype="PCM_24")
+    music = music_new_to_both(of(runs[0].path, other_music), tmp_path / "third")
+    theirs = f"{tmp_path / 'music'}, validation set of other"
+    assert list(music) == [f"{songs.root}, validation set of a", theirs, str(tmp_path / "third")]
+    assert {Path(clip.path).parent for clips in music[theirs].values() for clip in clips} == {tmp_path / "music"}
+    third = {clip.path for clips in music[str(tmp_path / "third")].values() for clip in clips}
+    assert third == {str(path) for path in (tmp_path / "third").glob("*.wav")}  # no split, as neither was trained on it
+    # a set that one of them was trained on is named, and left out
+    manifest = read_manifest(other_music / "manifest.json")
+    write_manifest(dataclasses.replace(manifest, pairs=known(manifest) + known(songs)), other_music / "manifest.json")
+    music = music_new_to_both(of(runs[0].path, other_music), tmp_path / "third")
+    assert [len(pairs) > 0 for pairs in music.values()] == [False, False, True]
+    _, tables = compare_runs(runs[0].path, other_music, tmp_path / "out", data=tmp_path / "third", pairs=1, judged=1)
+    assert [row[0] for row in tables["metrics"].rows] == 2 * [str(tmp_path / "third")]
+    facts = json.loads((tmp_path / "out" / "summary.json").read_text())["facts"]
+    assert facts[theirs] == "0 pairs that are new to both, 0 of them measured"
+
+
+def known(manifest: Manifest) -> tuple[Pair, ...]:
+    """All of its pairs, as training pairs."""
+    return tuple(dataclasses.replace(pair, split="train") for pair in manifest.pairs)
+
+
+def test_losses_are_shown_where_pairs_codec_and_objective_are_the_same():
+    changed = {"masking.masking": True, "train.learning_rate": True, "data": False, "codec.fingerprint": False}
+    changed |= {"train.loss.notes_weight": False, "train.max_val_pairs": False}
+    for field, compare in changed.items():
+        assert field.startswith(OF_LOSSES) is not compare, field
+
+
+def test_the_longer_clips_for_listening_are_taken_where_there_are_any(tmp_path, runs, songs, new_pairs):
     first = tmp_path / "first"
     first.mkdir()
     write_manifest(songs, first / "manifest.json")
     longer = [dataclasses.replace(new_pairs[0], mode="cross"), songs.split("val")[0]]
     write_manifest(dataclasses.replace(songs, pairs=tuple(longer)), first / "listening.json")
-    assert ids(pairs_new_to_both(first, runs[1].path)) == expected(new_pairs[:1])
+    found = music_new_to_both(of(first, runs[1].path))
+    assert ids(found[f"{songs.root}, validation set of first"]) == expected(new_pairs[:1])
     # a song that the first run itself was trained on is none to compare with, whatever it listens to
     trained = dataclasses.replace(songs.split("train")[0], split="val")
     write_manifest(dataclasses.replace(songs, pairs=(trained, new_pairs[0])), first / "listening.json")
     others = tuple(pair for pair in songs.split("train") if not songs_of(pair) & songs_of(trained))
     (tmp_path / "second").mkdir()
     write_manifest(dataclasses.replace(songs, pairs=others), tmp_path / "second" / "manifest.json")
-    assert ids(pairs_new_to_both(first, tmp_path / "second")) == expected(new_pairs[:1])
+    found = music_new_to_both(of(first, tmp_path / "second"))
+    assert ids(found[f"{songs.root}, validation set of first"]) == expected(new_pairs[:1])
 
 
 def test_pairs_are_spread_evenly():
@@ -281,7 +350,7 @@ def test_runs_in_folders_of_one_name_get_a_page(tmp_path, runs, monkeypatch):
     monkeypatch.setattr(lib.compare, "ROOT", tmp_path)
     page, tables = compare_runs(tmp_path / "one/demo", tmp_path / "two/demo", pairs=1, judged=1)
     assert page.parent == tmp_path / "outputs" / "compare" / "one_demo-two_demo"
-    assert [row[0] for row in tables["metrics"].rows] == ["one/demo", "two/demo"]
+    assert [row[2] for row in tables["metrics"].rows] == ["one/demo", "two/demo"]
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -372,8 +441,10 @@ def test_a_run_that_lacks_something_is_reported_in_one_line(program, runs, spoil
 def test_pairs_that_one_run_knows_are_reported(program, runs, songs, spoiled, tmp_path):
     pairs = tuple(dataclasses.replace(pair, split="train") for pair in songs.pairs)
     write_manifest(dataclasses.replace(songs, pairs=pairs), spoiled / "manifest.json")
-    told = f"error: {spoiled}: was trained on the music of every validation pair of {runs[0].path}; "
-    assert program(runs[0].path, spoiled, "--out", tmp_path / "out") == (2, [told + "nothing is new to both"])
+    told = "error: a and spoiled: one of the two was trained on the songs of every pair of "
+    told += f"{songs.root}, validation set of a; {songs.root}, validation set of spoiled; "
+    told += "name a folder of other music by --data"
+    assert program(runs[0].path, spoiled, "--out", tmp_path / "out") == (2, [told])
 
 
 def test_a_runs_own_page_is_not_written_over(program, runs):

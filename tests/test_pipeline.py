@@ -172,6 +172,7 @@ def test_a_setting_of_another_form_is_refused(setting):
 def test_notebooks_are_chosen_by_number_in_their_own_order():
     assert chosen_notebooks("05, 04") == ("04_training", "05_listening")
     assert chosen_notebooks("04_training,04") == ("04_training",)
+    assert chosen_notebooks(None) == NOTEBOOKS
     for only in ("99", "04,99", "training", "", ",", "0"):
         with pytest.raises(UserError, match=f"--only {only}: unknown .*; choose from {', '.join(NOTEBOOKS)}"):
             chosen_notebooks(only)

@@ -1,7 +1,7 @@
 """Long signals in overlapping chunks, crossfaded, so that memory does not grow with a file. C channels, N samples."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -19,10 +19,21 @@ def chunk_starts(num_samples: int, chunk: int, overlap: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def reading(chunks: Iterator[Chunk], count: int, description: str) -> Iterator[Iterable[Chunk]]:
-    """The chunks of an iterator, one prefetched, with a progress bar if they take long."""
-    with contextlib.closing(prefetch(lambda _: next(chunks), range(count), threads=1)) as ahead:
-        yield tqdm(ahead, desc=description, unit="chunk", total=count, delay=1)
+def reading(
+    chunks: Iterator[Chunk], starts: Sequence[int], num_samples: int, sample_rate: int, description: str
+) -> Iterator[Iterable[Chunk]]:
+    """The chunks of an iterator, which begin at `starts` in a signal of `num_samples`, one prefetched. If they take
+    long, a progress bar counts seconds of music."""
+    total, ends = num_samples / sample_rate, [*starts[1:], num_samples]
+    bar = tqdm(desc=description, total=total, unit=" s of music", unit_scale=True, delay=1)
+
+    def counted() -> Iterator[Chunk]:
+        for chunk, end in zip(ahead, ends, strict=True):
+            yield chunk
+            bar.update(end / sample_rate - bar.n)
+
+    with bar, contextlib.closing(prefetch(lambda _: next(chunks), range(len(starts)), threads=1)) as ahead:
+        yield counted()
 
 
 def crossfaded(

@@ -153,7 +153,7 @@ def check_files(root: Path, files: Sequence[str], check_file: Check, what: str) 
     found, stop = [], StopSignals()  # raised inside torch's loader, Ctrl-C would be lost, or leave processes
     try:
         with torch_threads(1), stop:
-            for report in tqdm(loader, desc=what, delay=1):
+            for report in tqdm(loader, desc=what, unit="file", delay=1):
                 found.append(report)
                 if stop.asked:
                     raise KeyboardInterrupt

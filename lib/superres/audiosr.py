@@ -5,7 +5,11 @@ Its spectrograms are `[B, 1, T, F]`, so the kernels of the autoencoder are trans
     python -m lib.superres.audiosr basic.pth -o outputs/audiosr
 """
 
-import argparse
+from lib.commands import parser_of
+
+if __name__ == "__main__":  # at once: what is imported below takes seconds
+    parser_of("superres.audiosr").parse_args()
+
 import dataclasses
 import re
 import tomllib
@@ -92,13 +96,9 @@ def without_weight_norm(path: Path, tensors: dict[str, Tensor]) -> dict[str, Ten
 
 
 def main() -> None:
-    about = "Import autoencoder and vocoder of an AudioSR checkpoint."
-    parser = argparse.ArgumentParser("python -m lib.superres.audiosr", description=about)
-    parser.add_argument("checkpoint", help="basic.pth or speech.pth")
-    parser.add_argument("-o", "--out", required=True, help="folder for the runs vae and hifigan")
-    options = parser.parse_args()
+    options = parser_of("superres.audiosr").parse_args()
     with exit_on_user_error():
-        vae, vocoder, ignored = import_audiosr(options.checkpoint, options.out)
+        vae, vocoder, ignored = import_audiosr(options.checkpoint_file, options.out)
         print(f"{vae.path}, {vocoder.path}: imported; {ignored} tensors of other parts left out")
 
 

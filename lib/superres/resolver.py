@@ -182,7 +182,7 @@ def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, set
     total = info.samples_at(SAMPLE_RATE)
     starts = resolver.starts(total)
     windows = read_windows(path, [(start, resolver.clip_length) for start in starts], SAMPLE_RATE, mix=False)
-    chunks = reading(windows, len(starts), path.name)
+    chunks = reading(windows, starts, total, SAMPLE_RATE, path.name)
     with AudioWriter(out, SAMPLE_RATE, info.channels, settings.gain) as writer, chunks as clips:
         for piece in resolver.restored(clips, cutoff, settings):
             writer.write(piece[:, : total - writer.num_samples])

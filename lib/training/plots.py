@@ -87,11 +87,13 @@ def training_dashboard(train: Rows, val: Rows, clamps: Sequence[tuple[float, flo
 
 
 @plt.rc_context(STYLE)
-def runs_side_by_side(runs: Mapping[str, Mapping[str, Rows]]) -> Figure:
-    """Validation loss, gradient norm and the last stage's level over steps; `runs`: name → split → rows."""
-    figure, (losses, norms, levels) = plt.subplots(1, 3, figsize=(WIDTH, 3.4))
+def runs_side_by_side(runs: Mapping[str, Mapping[str, Rows]], losses: bool = True) -> Figure:
+    """Validation `losses`, if they compare, gradient norm and the last stage's level over steps; `runs`: name → split →
+    rows."""
+    figure, (*of_losses, norms, levels) = plt.subplots(1, 2 + losses, figsize=(WIDTH, 3.4))
     for (name, rows), colour in zip(runs.items(), itertools.cycle(STAGES), strict=False):
-        _plot(losses, rows["val"], "loss", color=colour, marker="o", label=name)
+        for axes in of_losses:
+            _plot(axes, rows["val"], "loss", color=colour, marker="o", label=name)
         _plot(norms, rows["train"], "grad_norm", color=colour, linewidth=1, label=name)
         stages = [key for key in (rows["train"] or [{}])[0] if key.endswith("/applied_scale")]
         if stages:
@@ -99,7 +101,8 @@ def runs_side_by_side(runs: Mapping[str, Mapping[str, Rows]]) -> Figure:
             found = [(row["step"], row[applied] / row[target]) for row in rows["train"] if row.get(target)]
             levels.plot(*zip(*found, strict=True), color=colour, label=name)
     levels.axhspan(0.8, 1.2, **HEALTHY, label="0.8 to 1.2")
-    losses.set_ylabel("validation loss")
+    for axes in of_losses:
+        axes.set_ylabel("validation loss")
     norms.set(ylabel="gradient norm", yscale="log")
     levels.set(ylabel="output / target RMS, last stage", ylim=(0, None))
     return _over_steps(figure, figure.axes)

@@ -125,7 +125,7 @@ class Run:
     def open(cls, path: str | Path) -> "Run":
         """The run in `path`; `UserError` where there is none."""
         path = Path(path)
-        missing = f"{path}: no run here (no config.json); `make demo` trains one, and notebooks 04 and 06 do"
+        missing = f"{path.absolute()}: no run here (no config.json); `make demo` trains one, and notebooks 04 and 06 do"
         return cls(path, read_json(path / "config.json", missing=missing, fix="restore it or train again"))
 
     @property

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+import lib.audio.chunks
 from lib.audio.chunks import chunk_starts, crossfaded, reading
 
 
@@ -102,12 +104,22 @@ def test_reading_prefetches_one_chunk_in_order():
                 second.set()
             yield start
 
-    with reading(read(), 4, "fusing") as chunks:
+    with reading(read(), [0, 90, 180, 270], 360, 100, "fusing") as chunks:
         assert next(iter(chunks)) == 0
         assert second.wait(timeout=30)
     assert seen in ([0, 90], [0, 90, 180])
-    with reading(iter([0, 90, 180]), 3, "fusing") as chunks:
+    with reading(iter([0, 90, 180]), [0, 90, 180], 250, 100, "fusing") as chunks:
         assert list(chunks) == [0, 90, 180]
+
+
+def test_progress_is_in_seconds_of_music(monkeypatch):
+    bars = []
+    monkeypatch.setattr(lib.audio.chunks, "tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    with reading(iter("abc"), [0, 90, 180], 250, 100, "fusing") as chunks:
+        shown = [bars[0].n for _ in chunks]
+    assert (bars[0].total, bars[0].unit) == (2.5, " s of music")
+    assert shown == pytest.approx([0, 0.9, 1.8])
+    assert bars[0].n == pytest.approx(2.5)
 
 
 def linear_fade(tail: Tensor, head: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ from pathlib import Path
 import clones
 from parts import PARTS, record, record_followed
 
-from lib.pipeline import NotebookError, add_arguments, parse_overrides
+from lib.commands import add_options
+from lib.pipeline import NotebookError, parse_overrides
 from lib.presets import load_preset
 from lib.project import RECORD, ROOT, open_project
 from lib.util.errors import UserError, exit_on_user_error
@@ -39,7 +40,7 @@ from lib.util.errors import UserError, exit_on_user_error
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python tests/record", description=__doc__, formatter_class=raw)
-    add_arguments(parser, out=False)
+    add_options(parser, {"preset": {}, "data": {}, "codec": {}, "set": {}})
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="measure these, and keep the others")
     parser.add_argument("--followed", nargs="+", metavar="RUN", help="record runs of lib.train --follow, and only them")
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)  # in the clone: whose record is to be replaced

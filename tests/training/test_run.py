@@ -189,9 +189,11 @@ def test_open_names_a_damaged_config(run, content):
         Run.open(run.path)
 
 
-def test_open_names_a_folder_without_a_run(tmp_path):
-    with pytest.raises(UserError, match=r"no run here \(no config\.json\)"):
-        Run.open(tmp_path)
+def test_open_names_a_folder_without_a_run(tmp_path, monkeypatch):
+    """In full, so that a reader sees from which folder a relative path was taken."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/none: no run here \(no config\.json\)"):
+        Run.open("none")
     (tmp_path / "config.json").mkdir()
     with pytest.raises(UserError, match=r"config\.json: cannot be read"):
         Run.open(tmp_path)
