@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]  # relative paths in notebooks mean t
 OUTPUTS = ROOT / "outputs"
 OPENED = "project.json"  # in a run's folder: the settings and the music that its project was opened with last
 RECORD = OUTPUTS / "record"  # what `make record` wrote
-RECORDED = ("ablation", "schedule", "fusion", "superres")  # of that, what notebooks show
+RECORDED = ("ablation", "schedule", "explosion", "constructed", "fusion", "superres", "full_size")  # notebooks show
 DEMO_SONGS = 64
 UPPER_BAND = {"num_songs": 24, "seconds": 8.0, "sample_rate": 48_000}  # demo songs for super-resolution
 

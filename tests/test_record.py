@@ -22,6 +22,7 @@ from parts import FIGURES, LICENCES, NO_VECTORS, PARTS, STUDY, found_in, run_var
 from quotes import BLOCKS, MARKS
 from settings import settings_of
 from verdicts import audit_gradients, audit_schedule, schedule_rows
+from writing import write_record
 
 import lib.evaluation.progress
 import lib.project
@@ -457,6 +458,7 @@ def stub(monkeypatch, tmp_path):
 
     def run_notebooks(*given, resume):
         assert resume
+        assert (tmp_path / "record" / "constructed.json").exists()  # notebook 04 shows it
         said.append(given)
         Section(out, "01_encoding", "Encoding").claims([judge("C3", "it holds", True)])
         return out / "index.html"
@@ -464,6 +466,9 @@ def stub(monkeypatch, tmp_path):
     monkeypatch.setattr(parts, "record_superres", lambda *given: None)
     monkeypatch.setattr(parts, "record_variations", lambda *given: None)
     monkeypatch.setattr(parts, "record_explosion", lambda *given: None)
+    for name in ("constructed", "full_size"):
+        write = functools.partial(lambda name, folder: write_record(folder / f"{name}.json", [], {}), name)
+        monkeypatch.setattr(parts, f"record_{name}", write)
     monkeypatch.setattr(parts, "record_fusion", record_fusion)
     monkeypatch.setattr(parts, "open_project", Project)
     monkeypatch.setattr(parts, "run_notebooks", run_notebooks)
@@ -479,7 +484,7 @@ def test_a_record_holds_everything_and_names_its_commit_in_one_file(stub, monkey
     parts.record("demo", {}, "songs", MUSIC, folder=written)
     assert said == [MUSIC, ("demo", {}, "songs")]
     names = {"ablation.json", "schedule.json", "bench.json", "summary.json", "claims.json", "record.json"}
-    names |= {"bench.md", "claims.md"}
+    names |= {"bench.md", "claims.md", "constructed.json", "full_size.json"}
     assert {path.name for path in written.iterdir()} == names | {f"{name}.png" for name in FIGURES}
     assert (written / "bench.md").read_text() == "tables"
     results, facts = read_record(written / "ablation.json")

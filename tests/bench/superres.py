@@ -11,9 +11,10 @@ import torch
 from measure import Run, alternate, device, precision, timed
 from paths import sampled_memory
 
-from lib.superres.audit import CLIP_FRAMES, count_costs, full_parts
+from lib.lab.results import read_record
+from lib.project import RECORD
 from lib.superres.completion import Completion
-from lib.superres.mel import MELS, SAMPLE_RATE
+from lib.superres.mel import HOP, MELS, SAMPLE_RATE
 from lib.superres.resolver import Restoration, SuperResolver, restore_file
 from lib.superres.training import PLANS
 from lib.superres.unet import Denoiser, add_noise, sample
@@ -24,6 +25,7 @@ from lib.training import run as runs
 STEPS = 50  # of the sampler
 BATCH = 8  # of a training step, on a GPU
 CUTOFF = 12_000.0  # Hz: of fusions
+CLIP_FRAMES = round(10.24 * SAMPLE_RATE / HOP)
 
 
 def parts(limit: dict[str, float]) -> list[dict[str, Any]]:
@@ -31,17 +33,16 @@ def parts(limit: dict[str, float]) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     best = 1e9 * limit["fp32_gflops"]
     rows = []
-    for cost, run in zip(count_costs(full_parts()), passes(), strict=True):
+    for cost, run in zip(read_record(RECORD / "full_size.json", dict)[0], passes(), strict=True):
         with torch.inference_mode():
             seconds = min(timed(run) for _ in range(2))
-        rows.append(
-            {"what": cost.what, "gmacs": cost.counted / 1e9, "s": seconds, "share": 2 * cost.counted / seconds / best}
-        )
+        share = 2 * cost["counted"] / seconds / best
+        rows.append({"what": cost["what"], "gmacs": cost["counted"] / 1e9, "s": seconds, "share": share})
     return rows
 
 
 def passes() -> list[Run]:
-    """In the order of `count_costs`."""
+    """In the order of the record's full_size.json."""
     denoiser, vae, vocoder = (make().eval().to(device()) for make in (Denoiser, MelVae, Vocoder))
     mel = torch.randn(1, 1, MELS, CLIP_FRAMES, device=device())
     latents = torch.randn(1, 16, MELS // 8, CLIP_FRAMES // 8, device=device())

@@ -11,7 +11,9 @@ Parts that are not measured stay; record.json has commit, preset, codec, music a
     explosion   explosion.json     what ends a training and what does not, on real music and songs: about six hours
     fusion      fusion.json        notebook 04 on real music, whatever --data says: seeds, and what each change brings
     superres    superres.json      a small super-resolver on more music: held-out songs and albums, seeds, perception
-    notebooks   summary.json       facts and tables of the notebooks, and the figures in FIGURES
+    notebooks   constructed.json   whether the figure of merit ranks outputs right whose worth is known
+                full_size.json     parameters and operations of the super-resolver at the document's sizes
+                summary.json       facts and tables of the notebooks, and the figures in FIGURES
                 claims.json        the audit of every claim, and claims.md, the same as a table
     variations  variations.json    the demo with other songs and seeds, on one thread, and without vector instructions
     by hand     gpu.json, gpu.png  only where a GPU trained runs for it: their figure of merit over time

@@ -17,7 +17,9 @@ from typing import Any
 
 import explosion
 import torch
+from constructed import record_constructed
 from explosion import rounded
+from full_size import record_full_size
 from quotes import BLOCKS, music_block, readme_blocks, study_rows, with_blocks
 from settings import settings_of
 from upper_band import record_superres
@@ -97,7 +99,10 @@ def record(
 
 
 def record_notebooks(preset: Preset, overrides: dict[str, Any], data_dir: str, folder: Path) -> None:
-    """All notebooks: their facts, tables, figures and claims."""
+    """All notebooks: their facts, tables, figures and claims; first what they show that no run changes."""
+    say("constructed outputs, and the super-resolver's full size")
+    record_constructed(folder)
+    record_full_size(folder)
     out = run_notebooks(preset.name, overrides, data_dir, resume=True).parent
     for name in FIGURES:
         shutil.copyfile(out / "figures" / f"{name}.png", folder / f"{name}.png")

@@ -2,17 +2,18 @@
 
 import numpy as np
 import pytest
+from constructed import CROSSOVERS, PAIRS, as_rows, constructed_cases, measure_cases, measured_in, stem, tables
 
 from lib.audio.synth import PEAK
-from lib.evaluation.constructed import PAIRS, constructed_cases, measure_cases, stem
+from lib.lab.results import read_record
+from lib.project import RECORD
 
-CROSSOVERS = {"crossover": 750.0, "crossover, input below": 750.0, "HPSS with crossover": 750.0}
 RECIPES = {*CROSSOVERS, "HPSS"}
 
 
 @pytest.fixture(scope="module")
 def measured():
-    return measure_cases(CROSSOVERS, PAIRS[:3])
+    return measure_cases(PAIRS[:3])
 
 
 @pytest.mark.parametrize("reference", [0, 1])
@@ -51,3 +52,14 @@ def test_all_parts_of_every_pair_play(pair):
         assert (drums + harmony - cases[name]).abs().max() < 0.6  # but for the compression
         assert (drums + harmony - cases[name]).square().mean() < 0.05 * cases[name].square().mean()
     assert cases["input above 2 kHz"].abs().max() < cases["input"].abs().max()
+
+
+def test_what_is_recorded_is_what_the_code_measures(measured):
+    rows, facts = read_record(RECORD / "constructed.json", dict)
+    recorded = {(row["case"], *row["songs"]): row for row in rows}
+    assert len(recorded) == len(rows) == len(PAIRS) * len(measured[0])
+    for row in as_rows(*measured, PAIRS[:3]):
+        found = recorded[row["case"], *row["songs"]]
+        for reference in ("by_clips", "by_stems"):
+            assert found[reference] == pytest.approx(row[reference], abs=0.01), row
+    assert facts == {"crossovers": CROSSOVERS} | tables(*measured_in(rows))
