@@ -73,12 +73,3 @@ def rms_ceiling(d: int, D: int, gamma: float = 1.0) -> float:
     if d < 1 or D < 1 or gamma < 0:
         raise ValueError(f"rms_ceiling needs d ≥ 1, D ≥ 1 and gamma ≥ 0, got d={d}, D={D}, gamma={gamma}")
     return math.sqrt(d / D) * gamma
-
-
-@torch.no_grad()
-def expected_rms(norm: nn.LayerNorm, projection: nn.Linear) -> float:
-    """RMS that `projection` gives to the output γ ⊙ n + β of `norm` with their present weights, if the directions of n
-    are spread evenly over all channels: √((‖W·diag(γ)‖² + ‖W·β + b‖²)/D), Frobenius norm and length."""
-    weight = applied_weight(projection)
-    spread, constant = (weight * norm.weight).square().sum(), (weight @ norm.bias + projection.bias).square().sum()
-    return ((spread + constant) / len(weight)).sqrt().item()

@@ -10,7 +10,8 @@ from math import inf, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from verdicts import CREATIVE, audit_gradients
 from writing import write_record
 
@@ -35,7 +36,7 @@ from lib.lab.variants import (
     Variant,
 )
 from lib.model.cascade import StageConfig
-from lib.model.projection import expected_rms
+from lib.model.projection import applied_weight
 from lib.model.rms_law import rms_before_scaling
 from lib.training.batches import evenly_spread
 from lib.training.config import TrainConfig
@@ -72,6 +73,15 @@ SEED_003 = dataclasses.replace(BY_NAME[LEARNABLE], name=f"{LEARNABLE}, creative 
 LONGER = 24 * 205 + 80
 LAW_ROWS = "law"  # split of the rows that `Law` logs
 JUDGED = ("weak residual", "protections", "longer")
+
+
+@torch.no_grad()
+def expected_rms(norm: nn.LayerNorm, projection: nn.Linear) -> float:
+    """RMS that `projection` gives to the output γ ⊙ n + β of `norm` with their present weights, if the directions of n
+    are spread evenly over all channels: √((‖W·diag(γ)‖² + ‖W·β + b‖²)/D), Frobenius norm and length."""
+    weight = applied_weight(projection)
+    spread, constant = (weight * norm.weight).square().sum(), (weight @ norm.bias + projection.bias).square().sum()
+    return ((spread + constant) / len(weight)).sqrt().item()
 
 
 class Law(Callback):
