@@ -430,7 +430,7 @@ def test_a_manifest_is_read_as_it_was_built(tmp_path):
     written = json.loads(out.read_text(errors="surrogateescape"))
     assert len(written["pairs"]) == len(manifest.pairs)
     assert set(written["pairs"][0]) == {"id", "split", "mode", "input", "target"}
-    assert set(written["pairs"][0]["input"]) == {"path", "offset", "length", "sha256"}
+    assert set(written["pairs"][0]["input"]) == {"path", "offset", "length", "sha256", "sample_rate"}
     assert [item["path"] for item in written["skipped"]] == ["bad.wav"]
     with pytest.raises(ValueError, match="unknown split 'test'; choose one of train, val"):
         manifest.split("test")

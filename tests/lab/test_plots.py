@@ -99,7 +99,7 @@ def test_the_names_of_a_whole_grid_are_legible_and_do_not_touch():
 
 def test_the_scales_above_a_waterfall_do_not_touch():
     stage = dict.fromkeys(("projection_rms", "weighted_residual", "rms_before_scaling", "output_rms"), 0.9)
-    stage |= {"target_scale": 6.6, "applied_scale": 1.5, "clamped": 1.0}
+    stage |= {"target_scale": 6.6, "applied_scale": 1.5, "clamped": 1.0, "law": 0.9}
     figure = waterfalls({f"w = {i}": [stage] * 3 for i in range(3)}, 5.7)
     figure.canvas.draw()
     assert_legible(figure)
