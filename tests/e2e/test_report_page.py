@@ -240,6 +240,9 @@ def test_the_keyboard_is_enough(page):
     at = seconds(page)
     assert at > 1
     page.keyboard.press("Tab")
+    page.keyboard.press("Space")  # plays it again and again
+    expect(page.locator(":focus")).to_be_checked()
+    page.keyboard.press("Tab")
     page.keyboard.press("ArrowRight")  # the next clip
     expect(page.locator(".player.current").first).to_have_attribute("data-name", "target")
     assert seconds(page) == at
