@@ -81,7 +81,7 @@ def notebooks(tmp_path, monkeypatch) -> Callable[..., None]:
 def project(monkeypatch) -> SimpleNamespace:
     """No data, no codec: what `open_project` would return, and what it was asked for."""
     stub = SimpleNamespace(asked=[], index=Path("index-1.npz"))
-    stub.codec = SimpleNamespace(name="mdct", fingerprint="f" * 64)
+    stub.codec = SimpleNamespace(name="mdct", dim=128, fingerprint="f" * 64)
     stub.listening = lambda: stub.asked.append("listening")
     stub.manifest = SimpleNamespace(split=lambda split: (1, 2, 3) if split == "train" else (4,))
     stub.in_words = lambda: ["what it works with"]
@@ -488,7 +488,7 @@ import pathlib, sys
 from types import SimpleNamespace
 import lib.pipeline
 manifest = SimpleNamespace(split=lambda split: ())
-codec, index = SimpleNamespace(name="mdct", fingerprint="f"), pathlib.Path("index.json")
+codec, index = SimpleNamespace(name="mdct", dim=128, fingerprint="f"), pathlib.Path("index.json")
 project = SimpleNamespace(manifest=manifest, codec=codec, index=index, in_words=lambda: [])
 lib.pipeline.open_project = lambda *_, resume: project
 lib.pipeline.FOLDER = pathlib.Path({str(tmp_path / "notebooks")!r})

@@ -133,7 +133,7 @@ def test_the_autoencoder_learns(train):
     rows = train("vae", max_steps=24, checkpoint_every=24, examples=8, learning_rate=1e-2).metrics("train")
     losses = [row["loss/mel"] for row in rows]
     assert len(losses) == 24
-    assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])  # the last epoch and the first: the same clips
 
 
 @pytest.mark.parametrize("part", PARTS)
