@@ -57,7 +57,7 @@ def test_the_readmes_api_section_runs_as_it_stands(folder, save_run, capsys):
     assert len(fusion.traces) == 2
     run = names["mine"]
     assert run.path == folder / "outputs" / "mine"
-    assert run.metrics("train")[-1]["step"] == 12
+    assert run.metrics("train")[-1]["step"] == 24
     source = hashlib.sha256(module.encode()).hexdigest()
     term = {"function": "mine:steady", "weight": 0.1, "source": source}
     assert run.config["train"]["loss"]["own"] == {"steady": term}
