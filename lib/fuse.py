@@ -7,8 +7,11 @@
 Files of any length are fused in chunks of 16 s that overlap by a second and are crossfaded. The output is as long as
 the shorter file, at the codec's rate; with a trained super-resolver, 48 kHz with the upper band restored. What `mdct`
 leaves out, 4.8 to 12 kHz, is mixed by the masks too (`--narrow`: it is not). If a file is stereo, so is the output
-(`--mono`), by the masks of the mean of both channels; mono counts as two equal channels, more than two are mixed. A
-recipe, which the playground of notebook 05 writes beside a favourite, reproduces its samples, mono, bit for bit.
+(`--mono`), by the masks of the mean of both channels; mono counts as two equal channels, more than two are mixed.
+
+Whatever the format, the output is as loud as both files are on average (BS.1770), or less, so that its true peak is
+−1 dBTP at most (`--level peak`: it is −1 dBTP; `--level none`: it is only lowered, if it exceeds that). A recipe, which
+the playground of notebook 05 writes beside a favourite, reproduces its samples, mono, bit for bit.
 """
 
 from lib.commands import parser_of
@@ -17,9 +20,10 @@ if __name__ == "__main__":  # at once: what is imported below takes seconds
     parser_of("fuse").parse_args()
 
 import argparse
+import itertools
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ from torch import Tensor
 from lib.audio.chunks import chunk_starts, crossfaded, reading
 from lib.audio.decode import AudioError, read_windows
 from lib.audio.files import AudioWriter, check_audio, save_audio
+from lib.audio.levels import Meter, mean_loudness
 from lib.codec.codec import Codec, load_codec
 from lib.listening.render import Settings, follow_recipe, render
 from lib.model.fusion import FusionModel, load_model
@@ -52,10 +57,11 @@ def fuse_files(
     which: str = "best",
     mono: bool = False,
     whole_band: bool = True,
-    gain: float = 0.0,
+    level: str | None = None,
 ) -> AudioWriter:
     """Fuse two audio files; `out` appears when it is complete, in stereo if one of them is, unless `mono`. Returns its
-    closed writer, with length and level. `gain`: dB. `UserError` for unusable files and a run of another codec."""
+    closed writer, with length and level. `level`: a policy of `AudioWriter`, whose `loudness` is the mean of what is
+    fused of both files, at the codec's rate. `UserError` for unusable files and a run of another codec."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(run, which, codec_fingerprint=codec.fingerprint).to(device)
     if isinstance(codec, torch.nn.Module):
@@ -70,13 +76,20 @@ def fuse_files(
     channels = 1 if all(mixed) else 2
 
     windows = [(start, min(chunk, num_samples - start)) for start in starts]
+    meters = [Meter(rate, channels) for _ in paths]
     wavs = (read_windows(path, windows, rate, mix=mix) for path, mix in zip(paths, mixed, strict=True))
     pairs = ([wav.expand(channels, -1)[None].to(device) for wav in pair] for pair in zip(*wavs, strict=True))
     music = reading(pairs, starts, num_samples, rate, "fusing")
-    with AudioWriter(out, rate, channels, gain) as writer, music as chunks:
-        fused = (fuse_clips(*clips, model, codec, whole_band)[0].cpu() for clips in chunks)
-        for piece in crossfaded(fused, overlap):
+
+    def fused(number: int, clips: Sequence[Tensor]) -> Tensor:
+        for meter, clip in zip(meters, clips, strict=True):
+            meter.add(clip[0, :, overlap if number else 0 :].T.cpu().numpy())
+        return fuse_clips(*clips, model, codec, whole_band)[0].cpu()
+
+    with AudioWriter(out, rate, channels, level) as writer, music as chunks:
+        for piece in crossfaded(itertools.starmap(fused, enumerate(chunks)), overlap):
             writer.write(piece)
+        writer.loudness = mean_loudness(*(meter.level().lufs for meter in meters))
     return writer
 
 
@@ -85,18 +98,20 @@ def fuse_and_restore(
 ) -> Written:
     """Fuse two audio files, with the options of `fuse_files`; write 48 kHz with the upper band restored."""
     _check_out(out, (input, target))
-    settings = Restoration(gain=options.pop("gain", 0.0))  # of the restored file, not of the draft
+    level = options.pop("level", None)
     try:
         folder = tempfile.TemporaryDirectory(prefix=".fused-", dir=Path(out).parent)
     except OSError as error:
         raise cannot_write(out, error, "choose an existing folder you may write to") from None
     with folder as name:
         draft = Path(name) / "fusion.wav"
-        try:
-            fuse_files(input, target, draft, run, codec, **options)
+        try:  # at the level of the sources, which limit the restored band, unless another is wanted
+            policy = "lufs" if level == "lufs" else None
+            fused = fuse_files(input, target, draft, run, codec, level=policy, **options)
         except AudioError as error:
             raise AudioError(out, error.problem) if error.path == draft else error from None
-        return restore_file(draft, out, resolver, settings)
+        settings, sources = Restoration(level=level), [check_audio(path, mix=False) for path in (input, target)]
+        return restore_file(draft, out, resolver, settings, sources=sources, loudness=fused.loudness)
 
 
 def _check_out(out: File, clips: Iterable[File]) -> None:
@@ -114,7 +129,7 @@ def main() -> None:
     parser = parser_of("fuse")
     options = parser.parse_args()
     if options.recipe:
-        if options.input or options.checkpoint or options.superres or options.mono or options.narrow or options.gain:
+        if options.input or options.checkpoint or options.superres or options.mono or options.narrow or options.level:
             parser.error("--recipe reproduces a favourite; give it -o, --run and --codec only")
     elif not (options.target and options.run):
         parser.error("give INPUT, TARGET and --run, or --recipe")
@@ -127,7 +142,7 @@ def fuse(options: argparse.Namespace) -> int:
     codec = load_codec(options.codec or run.codec["name"])
     files = options.input, options.target, options.out
     chosen = {"which": options.checkpoint or "best", "mono": options.mono, "whole_band": not options.narrow}
-    chosen["gain"] = options.gain
+    chosen["level"] = options.level or "lufs"
     if options.superres is None:
         written = fuse_files(*files, run, codec, **chosen)
         seconds = -(-written.num_samples // written.sample_rate)
@@ -136,7 +151,7 @@ def fuse(options: argparse.Namespace) -> int:
         resolver = SuperResolver(options.superres, device="cuda" if torch.cuda.is_available() else "cpu")
         written, cutoff = fuse_and_restore(*files, run, codec, resolver, **chosen)
         how = f"at 48 kHz, restored above {cutoff / 1000:.1f} kHz"
-    print(f"{written.path}: {written.num_samples / written.sample_rate:.2f} s {how}, {written.level}")
+    print(f"{written}, {how}")
     return 0
 
 

@@ -8,18 +8,19 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.signal import resample_poly
 from soundfile import SoundFile, SoundFileError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from lib.audio.decode import NAMES, AudioError, Decoder, Marks, rate_ratio, read_windows
+from lib.audio.levels import BAND_FRAME, POLICIES, Meter, band_edge, decibels, level_of
+from lib.util.configs import check
 from lib.util.errors import UserError
 from lib.util.files import file_sha256, fsync
 from lib.util.signals import StopSignals
@@ -31,10 +32,8 @@ AUDIO_SUFFIXES = (*SUBTYPES, ".aac", ".aif", ".aiff", ".m4a", ".oga", ".opus", "
 MIN_SAMPLES = 320  # one codec frame: less than this cannot be encoded
 SILENCE_PEAK = 1e-4  # -80 dBFS: inaudible, and an RMS that the cascade would divide by
 
-CEILING = 10 ** (-1 / 20)  # true peak, where more would clip
-GAIN = "dB, before writing; formats other than .wav are still lowered where they would clip (default: %(default)g)"
 _BLOCK = 1 << 16  # frames per write: libsndfile's Vorbis encoder overflows its stack on much larger ones
-_TAPS = 16  # samples on either side that the value between two depends on, at most
+_TRIES = 5  # to encode at a level: what a lossy format adds to a peak is known when it is decoded
 
 
 @dataclass(frozen=True)
@@ -170,29 +169,33 @@ def check_files(root: Path, files: Sequence[str], check_file: Check, what: str) 
 
 class AudioWriter:
     """Write a file piece by piece: `with AudioWriter("out.wav") as writer: writer.write(wav)`. Until it is complete, it
-    is a hidden temporary file, removed if the block raises. A .wav holds 32-bit floats, any value. Another format is
-    brought to a true peak of −1 dBFS (ITU-R BS.1770: of the waveform between the samples) if that exceeds 0 dBFS, where
-    it would clip; `lowered` then says by how many dB. `gain`, dB, comes first. `AudioError` if it cannot be written,
-    for non-finite samples, and for channels or rates that a format cannot hold."""
+    is a hidden temporary file, removed if the block raises. `policy`: how the whole is brought to its level, one of
+    `POLICIES`; None: a .wav, of 32-bit floats, holds the samples as they are, another format is written by 'none'.
+    After the block, `level` and `band` (its upper edge in Hz) are what the file decodes to, with a true peak of −1 dBTP
+    at most, and `change` says by how many dB it was raised. `AudioError` if it cannot be written, for non-finite
+    samples, and for channels or rates that a format cannot hold."""
 
-    def __init__(self, path: str | Path, sample_rate: int = SAMPLE_RATE, channels: int = 1, gain: float = 0.0):
-        if not abs(gain) <= 200:
-            raise UserError(f"gain={gain:g} is not allowed; use -200 to 200 dB")
-        self.path, self.sample_rate, self.channels = Path(path), sample_rate, channels
-        self.num_samples, self.peak, self.true_peak, self.lowered = 0, 0.0, 0.0, 0.0  # of what is written
-        suffix = self.path.suffix.lower()
+    loudness = -math.inf  # LUFS, that 'lufs' brings the whole to; it may be set within the block
+
+    def __init__(self, path: str | Path, sample_rate: int = SAMPLE_RATE, channels: int = 1, policy: str | None = None):
+        self.path, self.sample_rate, self.channels, self.policy = Path(path), sample_rate, channels, policy
+        self.num_samples, self.change = 0, 0.0
+        self.suffix = suffix = self.path.suffix.lower()
         if suffix not in SUBTYPES:
             raise AudioError(path, f"cannot write {suffix or 'a file without suffix'}; use {', '.join(SUBTYPES)}")
-        self.subtype, self._factor = SUBTYPES[suffix], 10 ** (gain / 20)
-        self._last = np.zeros((0, channels), dtype=np.float32)  # of the samples before, for the peaks between them
+        check(policy in (None, *POLICIES), "level", policy, f"one of {', '.join(POLICIES)}")
+        if policy is None and suffix != ".wav":
+            self.policy = "none"
         self._temp, self._draft = (self.path.with_name(f".{secrets.token_hex(6)}.tmp") for _ in range(2))
 
     def __enter__(self) -> "AudioWriter":
         try:
             open(self._temp, "xb").close()  # Python's own error says why a folder cannot be written, libsndfile's not
-            self._file = self._create(self._temp, self.path.suffix[1:].upper(), self.subtype)
-            if self.subtype != "FLOAT":  # floats, until the peak of all is known
-                self._file, self._encoded = self._create(self._draft, "W64", "FLOAT"), self._file
+            self._file = self._create(self._temp, self.suffix)
+            if self.policy:  # floats, until the level of all is known
+                self._file.close()
+                self._file = self._create(self._draft, ".w64")
+                self._meter = Meter(self.sample_rate, self.channels)
         except OSError as error:
             self._remove()
             raise self._cannot_write(error) from error
@@ -206,31 +209,24 @@ class AudioWriter:
         """Append `wav [C, N]`."""
         if wav.ndim != 2 or wav.shape[0] != self.channels:
             raise ValueError(f"expected wav [C, N] of {self.channels} channel(s), got {list(wav.shape)}")
-        samples = wav.detach().to("cpu", torch.float32).numpy().T * np.float32(self._factor)
-        peak = float(np.abs(samples).max(initial=0.0))
-        if not math.isfinite(peak):
-            first = self.num_samples + int(np.argmin(np.isfinite(samples).all(axis=1)))
+        samples = wav.detach().to("cpu", torch.float32).numpy().T
+        if not (finite := np.isfinite(samples).all(axis=1)).all():
+            first = self.num_samples + int(finite.argmin())
             raise AudioError(self.path, f"not written: sample {first} is NaN or infinite; fix what computed it")
         self._append(self._file, samples)
         self.num_samples += len(samples)
-        self.peak = max(self.peak, peak)
-        if self.subtype != "FLOAT":
-            around = np.concatenate([self._last, samples])
-            between = resample_poly(around, 4, 1, axis=0)[4 * _TAPS : -4 * _TAPS]  # what the filter sees whole
-            self.true_peak = max(self.true_peak, peak, float(np.abs(between).max(initial=0.0)))
-            self._last = around[-2 * _TAPS :]
+        if self.policy:
+            self._meter.add(samples)
 
     def __exit__(self, error_type: type | None, *_: object) -> None:
         try:
             self._file.close()
-            if self.subtype != "FLOAT":
-                with self._encoded as file:
-                    if error_type is None:
-                        self._encode(file)
             if error_type is None:
+                if self.policy:
+                    self._encode()
                 with open(self._temp, "r+b") as stream:
                     place = stream.read(256).find(b"PEAK")
-                    if self.subtype == "FLOAT" and place >= 0:  # this chunk of a .wav holds the time of writing after
+                    if self.suffix == ".wav" and place >= 0:  # this chunk holds the time of writing after
                         stream.seek(place + 12)  # its name, size and version; zeroed, equal samples make equal files
                         stream.write(bytes(4))
                 fsync(self._temp)
@@ -240,23 +236,36 @@ class AudioWriter:
         finally:
             self._remove()
 
-    @property
-    def level(self) -> str:
-        """'peak 0.891, lowered by 1.3 dB, or it would clip'."""
-        lowered = f", lowered by {self.lowered:.1f} dB, or it would clip" if self.lowered else ""
-        return f"peak {self.peak:.3f}{lowered}"
+    def __str__(self) -> str:
+        """'out.mp3: 12.00 s, stereo, band up to 11.9 kHz, -18.8 LUFS, true peak -1.0 dBTP (lowered by 1.3 dB)'."""
+        channels = {1: "mono", 2: "stereo"}.get(self.channels, f"{self.channels} channels")
+        length, band = f"{self.num_samples / self.sample_rate:.2f} s", f"band up to {self.band / 1000:.1f} kHz"
+        change = f" ({'raised' if self.change > 0 else 'lowered'} by {abs(self.change):.1f} dB)"
+        return f"{self.path}: {length}, {channels}, {band}, {self.level}{change if round(self.change, 1) else ''}"
 
-    def _encode(self, file: SoundFile) -> None:
-        """From the draft, as loud as the format allows."""
-        factor = CEILING / self.true_peak if self.true_peak > 1 else 1.0
-        with SoundFile(os.fsencode(self._draft)) as draft:
-            while len(samples := draft.read(_BLOCK, dtype="float32", always_2d=True)):
-                self._append(file, samples * np.float32(factor))
-        self.peak, self.true_peak = self.peak * factor, self.true_peak * factor
-        self.lowered = -20 * math.log10(factor)
+    def _encode(self) -> None:
+        """From the draft, by the policy; again, if a lossy format is decoded to another level."""
+        level, factor = self._meter.level(), 1.0
+        for _ in range(_TRIES):
+            factor *= level.factor(self.policy, self.loudness)
+            with self._create(self._temp, self.suffix) as file:
+                for samples in self._blocks(self._draft, _BLOCK):
+                    self._append(file, samples * np.float32(factor))
+            level = level_of(self._blocks(self._temp, _BLOCK), self.sample_rate, self.channels)
+            if 0.999 < level.factor(self.policy, self.loudness) < 1.01:
+                break
+        self.level, self.change = level, decibels(factor)
+        blocks = self._blocks(self._temp, 4 * _BLOCK, overlap=BAND_FRAME)
+        self.band = band_edge((torch.from_numpy(samples.T) for samples in blocks), self.sample_rate)
 
-    def _create(self, path: Path, kind: str, subtype: str) -> SoundFile:
+    def _create(self, path: Path, suffix: str) -> SoundFile:
+        kind, subtype = suffix[1:].upper(), SUBTYPES.get(suffix, "FLOAT")
         return SoundFile(os.fsencode(path), "w", self.sample_rate, self.channels, subtype, format=kind)
+
+    @staticmethod
+    def _blocks(path: Path, size: int, overlap: int = 0) -> Iterator[np.ndarray]:
+        with SoundFile(os.fsencode(path)) as file:
+            yield from file.blocks(size, overlap, dtype="float32", always_2d=True)
 
     def _append(self, file: SoundFile, samples: np.ndarray) -> None:
         try:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import anywidget
 import soundfile
-import torchaudio
 import traitlets
 from markupsafe import Markup
 from torch import Tensor
 
 from lib.audio.files import SAMPLE_RATE
+from lib.audio.levels import decibels, level_of
 from lib.audio.plots import AVERAGE, INPUT, OUTPUT, STAGES, TARGET, clip_image
 from lib.listening.widgets import can_show_widgets
 
@@ -31,9 +31,8 @@ PLAYER = Markup(Path(__file__).with_suffix(".html").read_text().replace("\n", ""
 def loudness(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> float:
     """Loudness of `[1, N]` in LUFS by ITU-R BS.1770-4; −∞ for silence. A clip shorter than its window is repeated."""
     repeats = math.ceil(2 * BLOCK * sample_rate / wav.shape[-1]) if wav.shape[-1] < BLOCK * sample_rate else 1
-    scale = max(1.0, 4 * float(wav.abs().max()))  # torchaudio's filters raise peaks by up to 3.4 and clip them at 1
-    value = float(torchaudio.functional.loudness(wav.repeat(1, repeats) / scale, sample_rate))
-    return value + 20 * math.log10(scale) if math.isfinite(value) else -math.inf
+    scale = max(1.0, float(wav.abs().max()))  # the meter ends at 10 LUFS
+    return level_of([(wav.T / scale).numpy()] * repeats, sample_rate, len(wav)).lufs + decibels(scale)
 
 
 def data_uri(kind: str, content: bytes) -> str:

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from lib.audio.files import AudioWriter
-from lib.superres.mel import SAMPLE_RATE
 from lib.superres.resolver import Restoration, SuperResolver, restore_file, restore_folder
 from lib.util.errors import exit_on_user_error
 
@@ -23,7 +22,7 @@ from lib.util.errors import exit_on_user_error
 def main() -> None:
     options = parser_of("superres").parse_args()
     with exit_on_user_error():
-        settings = Restoration(options.steps, options.seed, options.cutoff, options.gain)
+        settings = Restoration(options.steps, options.seed, options.cutoff, options.level)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         resolver = SuperResolver(options.run, vocoder=options.vocoder, device=device)
         if not Path(options.input).is_dir():
@@ -34,8 +33,7 @@ def main() -> None:
 
 
 def report(written: AudioWriter, cutoff: float) -> None:
-    size = f"{written.num_samples / SAMPLE_RATE:.2f} s, {written.channels} channel(s)"
-    print(f"{written.path}: {size}, restored above {cutoff / 1000:.1f} kHz, {written.level}")
+    print(f"{written}, restored above {cutoff / 1000:.1f} kHz")
 
 
 if __name__ == "__main__":

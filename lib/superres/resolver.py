@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from torch import Tensor
 from lib.audio.chunks import chunk_starts, crossfaded, reading
 from lib.audio.decode import AudioError, read_windows
 from lib.audio.files import AudioReport, AudioWriter, check_audio, walk_audio
+from lib.audio.levels import band_edge, level_of
 from lib.superres.degradation import LOWEST
-from lib.superres.mel import HOP, N_FFT, SAMPLE_RATE, bin_of, inverse_spectrum, log_mel, spectrum
+from lib.superres.mel import HOP, N_FFT, SAMPLE_RATE, bin_of, inverse_spectrum, known_bands, log_mel, spectrum
 from lib.superres.training import NEEDED, PartConfig, load_part
 from lib.superres.unet import TIMESTEPS, sample
 from lib.superres.vocoder import griffin_lim
@@ -27,7 +29,6 @@ MARGIN = 1 / 4  # share of a clip, at its end, that the next one replaces: the a
 OVERLAP = 3 / 8  # share of a clip that overlaps the next: a fade, and the margin
 TRANSITION = 12  # bins from the clip's own band to the restored one: 280 Hz
 FULL = 0.9 * SAMPLE_RATE / 2  # Hz: a band that ends above it is complete
-EDGE = 70.0  # dB below the loudest bin: where a clip's own band ends, and only rounding to 16 bits is left
 SILENT = 2**-16  # a sample below it is rounded to 0 in 16 bits
 BATCH_SECONDS = 16  # of clips that are restored together
 BLOCK_SECONDS = 60  # read at once to find where a file's band ends
@@ -40,12 +41,13 @@ class Restoration:
     steps: whole(0, TIMESTEPS - 1) = 0  # of the sampler, for a draw; 0: what is expected, which is nearer
     seed: whole(0, 2**63 - 1) = 0
     cutoff: number(above=100, most=FULL) | None = None  # Hz, the end of the clip's band; None: measured
-    gain: number(-200, 200) = 0.0  # dB, of the file that is written
+    level: Literal["lufs", "peak", "none"] | None = None  # of the file that is written, by `AudioWriter`'s policies
 
 
 DEFAULTS = Restoration()
-Written = tuple[AudioWriter, float]  # the closed writer of a file, with length and peak, and the end of its band in Hz
+Written = tuple[AudioWriter, float]  # the closed writer of a file, with length and level, and the end of its band in Hz
 Numbers = Sequence[int] | None  # of clips, which decide their random numbers; 0 to B − 1 by default
+Sources = Sequence[tuple[Tensor, float]]  # clips `[B, 1, N]` that others are mixed of, and the end of their band in Hz
 
 
 class SuperResolver:
@@ -72,10 +74,22 @@ class SuperResolver:
         self.vocoder = load_part(Run.open(folder / vocoder), vocoder).to(device) if vocoder == "hifigan" else None
 
     @torch.inference_mode()
-    def restore(self, low: Tensor, cutoff: float, settings: Restoration = DEFAULTS, numbers: Numbers = None) -> Tensor:
+    def restore(
+        self,
+        low: Tensor,
+        cutoff: float,
+        settings: Restoration = DEFAULTS,
+        numbers: Numbers = None,
+        sources: Sources = (),
+    ) -> Tensor:
         """Clips `[B, 1, N]` at 48 kHz, unchanged below `cutoff` Hz, with a band above it: `[B, 1, N]`. N: `clip_length`
-        or another multiple of eight mel frames. The seed and a clip's number decide its random numbers."""
+        or another multiple of eight mel frames. The seed and a clip's number decide its random numbers. The band is
+        `limited` by the sources; what they lack is what is expected of them."""
         mel = self.predict_mel(low, cutoff, settings, numbers=numbers)
+        if sources:
+            mels = [(log_mel(wav.to(self.device)), end) for wav, end in sources]
+            whole = [self.completion.complete(own, end) if end <= FULL else own for own, end in mels]
+            mel = limited(mel.to(self.device), whole, cutoff).to(low.device)
         return join_bands(low, self.vocode(mel, low, cutoff, settings, numbers=numbers), cutoff)
 
     @torch.inference_mode()
@@ -103,9 +117,12 @@ class SuperResolver:
         """Start positions of the overlapping clips that cover a signal, in samples."""
         return chunk_starts(num_samples, self.clip_length, round(OVERLAP * self.clip_length))
 
-    def restored(self, clips: Iterable[Tensor], cutoff: float, settings: Restoration = DEFAULTS) -> Iterator[Tensor]:
+    def restored(
+        self, clips: Iterable[Tensor], cutoff: float, settings: Restoration = DEFAULTS, ends: Sequence[float] = ()
+    ) -> Iterator[Tensor]:
         """Pieces `[C, n]` of a long signal, from clips `[C, clip_length]` at its `starts`, shorter at its end. Channels
-        share random numbers. Crossfade gains follow from the added band: neighbouring clips agree on their own band."""
+        share random numbers. Crossfade gains follow from the added band: neighbouring clips agree on their own band.
+        `ends`: of the bands (Hz) of S sources that follow in each clip, `[(1 + S) · C, clip_length]`."""
         length = self.clip_length
         batch_size = max(1, round(BATCH_SECONDS * SAMPLE_RATE / length))
 
@@ -113,9 +130,12 @@ class SuperResolver:
             numbered = enumerate(clips)
             while batch := list(itertools.islice(numbered, batch_size)):
                 padded = [torch.nn.functional.pad(clip, (0, length - clip.shape[-1])) for _, clip in batch]
-                low = torch.stack(padded)  # [B, C, N]
-                numbers = [number for number, clip in batch for _ in clip]
-                full = self.restore(low.flatten(0, 1)[:, None], cutoff, settings, numbers=numbers).view_as(low)
+                parts = torch.stack(padded).unflatten(1, (1 + len(ends), -1))  # [B, 1 + S, C, N]
+                low, *sources = (part.flatten(0, 1)[:, None] for part in parts.unbind(1))  # [B · C, 1, N]
+                numbers = [number for number, _ in batch for _ in range(parts.shape[2])]
+                limits = list(zip(sources, ends, strict=True))
+                full = self.restore(low, cutoff, settings, numbers=numbers, sources=limits)
+                full, low = full.view_as(parts[:, 0]), parts[:, 0]
                 yield from torch.cat([low, audible(low) * (full - low)], dim=1)
 
         for piece in crossfaded(parts(), round(OVERLAP * length), margin=round(MARGIN * length), keep_power=True):
@@ -144,18 +164,20 @@ def join_bands(low: Tensor, high: Tensor, cutoff: float) -> Tensor:
     return low + inverse_spectrum(share * spectrum(high - low))
 
 
-def band_edge(wav: Tensor | Iterable[Tensor], rate: int = SAMPLE_RATE) -> float:
-    """Upper edge (Hz) of the band of a signal `[C, N]`, whole or in clips: the highest bin whose peak over time is
-    within 70 dB of the loudest bin's; 0 for silence. Give the signal's own `rate`: resampling leaves faint images."""
-    peaks = torch.zeros(N_FFT // 2 + 1)
-    for clip in [wav] if isinstance(wav, Tensor) else wav:
-        if size := min(N_FFT, clip.shape[-1]):  # a shorter clip is one frame
-            # only frames inside the clip: one across its end would have power everywhere. A Kaiser window: leakage to
-            # bins more than five away is 100 dB down
-            frames = clip.unfold(-1, size, HOP) * torch.kaiser_window(size, periodic=True, beta=14.0)  # [C, T, size]
-            peaks = torch.maximum(peaks, torch.fft.rfft(frames, N_FFT).abs().square().amax(dim=(0, 1)))
-    within = (peaks > peaks.max() * 10 ** (-EDGE / 10)).nonzero()
-    return within.max().item() * rate / N_FFT if len(within) else 0.0
+def limited(mel: Tensor, sources: Sequence[Tensor], cutoff: float) -> Tensor:
+    """A log mel `[B, 1, 256, T]` whose bands above the cutoff (Hz) are no louder, over the clip, than in the loudest of
+    the sources `[B, 1, 256, T]`. A source that is louder than the clip in the octave below the cutoff is taken at the
+    clip's level there, so that its tilt counts."""
+    known, octave = known_bands(cutoff), known_bands(cutoff / 2)
+
+    def mean(mel: Tensor, dim: int) -> Tensor:  # of powers
+        return ((2 * mel).logsumexp(dim, keepdim=True) - math.log(mel.shape[dim])) / 2
+
+    spectra = torch.stack([mean(x, -1) for x in (mel, *sources)])  # [1 + S, B, 1, 256, 1]
+    levels = mean(spectra[:, :, :, octave:known], -2)
+    most = (spectra + (levels[0] - levels).clamp_max(0))[1:].amax(dim=0)
+    excess = (spectra[0] - most).clamp_min(0)
+    return torch.cat([mel[:, :, :known], (mel - excess)[:, :, known:]], dim=2)
 
 
 def audible(low: Tensor) -> Tensor:
@@ -165,8 +187,17 @@ def audible(low: Tensor) -> Tensor:
     return torch.nn.functional.interpolate(near, low.shape[-1], mode="linear").view_as(low)
 
 
-def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, settings: Restoration) -> Written:
-    """Restore a file into `out`, 48 kHz, which appears when complete. `AudioError` if it is unusable."""
+def restore_file(
+    path: str | Path,
+    out: str | Path,
+    resolver: SuperResolver,
+    settings: Restoration,
+    *,
+    sources: Sequence[AudioReport] = (),
+    loudness: float | None = None,
+) -> Written:
+    """Restore a file into `out`, 48 kHz, which appears when complete. `AudioError` if it is unusable. `sources`: files
+    that it was mixed of, by which the band is `limited`; `loudness`: LUFS for the level 'lufs', or None: the file's."""
     path = Path(path)
     if Path(out).resolve() == path.resolve():
         raise UserError(f"{out}: is the input itself; choose another output file")
@@ -181,10 +212,21 @@ def restore_file(path: str | Path, out: str | Path, resolver: SuperResolver, set
 
     total = info.samples_at(SAMPLE_RATE)
     starts = resolver.starts(total)
-    windows = read_windows(path, [(start, resolver.clip_length) for start in starts], SAMPLE_RATE, mix=False)
-    chunks = reading(windows, starts, total, SAMPLE_RATE, path.name)
-    with AudioWriter(out, SAMPLE_RATE, info.channels, settings.gain) as writer, chunks as clips:
-        for piece in resolver.restored(clips, cutoff, settings):
+    windows = [(start, min(resolver.clip_length, total - start)) for start in starts]
+    files = [
+        read_windows(file.path, windows, SAMPLE_RATE, mix=file.channels != info.channels) for file in (info, *sources)
+    ]
+
+    def clip(parts: Sequence[Tensor]) -> Tensor:
+        size = parts[0].shape[-1]
+        padded = (torch.nn.functional.pad(part, (0, size - part.shape[-1])) for part in parts)
+        return torch.cat([part.expand(info.channels, -1) for part in padded])
+
+    ends = [max(file_band(source), LOWEST) for source in sources]
+    chunks = reading(map(clip, zip(*files, strict=True)), starts, total, SAMPLE_RATE, path.name)
+    with AudioWriter(out, SAMPLE_RATE, info.channels, settings.level) as writer, chunks as clips:
+        writer.loudness = file_loudness(info) if loudness is None and settings.level == "lufs" else loudness
+        for piece in resolver.restored(clips, cutoff, settings, ends):
             writer.write(piece[:, : total - writer.num_samples])
     return writer, cutoff
 
@@ -196,6 +238,13 @@ def file_band(info: AudioReport) -> float:
     starts = (min(start, max(0, info.num_frames - block)) for start in range(0, info.num_frames, block))
     windows = ((start, block) for start in starts)  # the last one is a full block
     return band_edge(read_windows(info.path, windows, rate, mix=False), rate)
+
+
+def file_loudness(info: AudioReport) -> float:
+    """LUFS, of a file of any length."""
+    rate, block = info.sample_rate, BLOCK_SECONDS * info.sample_rate
+    windows = read_windows(info.path, [(start, block) for start in range(0, info.num_frames, block)], rate, mix=False)
+    return level_of((wav.T.numpy() for wav in windows), rate, info.channels).lufs
 
 
 def restore_folder(

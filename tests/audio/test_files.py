@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.signal
 import soundfile
 import torch
 import torchaudio
@@ -28,6 +29,7 @@ from lib.audio.files import (
     save_audio,
     walk_audio,
 )
+from lib.audio.levels import CEILING
 from lib.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,46 +189,95 @@ def test_equal_samples_make_equal_files(tmp_path, suffix):
     torch.testing.assert_close(load_audio(tmp_path / f"a{suffix}"), wav.mean(0, keepdim=True), atol=2**-15, rtol=0)
 
 
-def test_what_would_clip_is_lowered_to_one_decibel_below_full_scale(tmp_path):
+FORMATS = ["a.wav", "a.flac", "a.mp3", "a.ogg"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_decodes_to_minus_one_dbtp_at_most(tmp_path, name):
     """In one piece or many. A sine between whose samples the waveform is √2 times as high counts by its waveform."""
-    wav = torch.sin(torch.pi / 2 * torch.arange(48_000) + torch.pi / 4)[None] * 0.99  # samples of ± 0.70
-    hidden = save_audio(tmp_path / "a.flac", 1.2 * wav)
-    assert 1.2 * wav.abs().max() < 1
-    assert hidden.lowered == pytest.approx(20 * math.log10(1.2 * 0.99) + 1, abs=0.05)
-    loud = torch.from_numpy(tone(2, channels=2).T).float() * 3
-    once = save_audio(tmp_path / "b.flac", loud)
-    with AudioWriter(tmp_path / "c.flac", channels=2) as writer:
-        for piece in (*loud.split(7_001, dim=1), loud[:, :0]):
-            writer.write(piece)
-    assert writer.lowered == pytest.approx(once.lowered, abs=1e-6)
-    found = load_audio(tmp_path / "b.flac", mix=False)
-    assert found.abs().max() == pytest.approx(once.peak, abs=1e-6)
-    torch.testing.assert_close(found, loud * 10 ** (-once.lowered / 20), rtol=0, atol=2**-22)
-    assert once.true_peak == pytest.approx(10 ** (-1 / 20))
-    assert once.level == f"peak {once.peak:.3f}, lowered by {once.lowered:.1f} dB, or it would clip"
-    kept = save_audio(tmp_path / "d.flac", loud / 4)
-    assert (kept.lowered, kept.level) == (0, f"peak {kept.peak:.3f}")
-    torch.testing.assert_close(load_audio(tmp_path / "d.flac", mix=False), loud / 4, rtol=0, atol=2**-22)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".flac"}
+    sine = torch.sin(torch.pi / 2 * torch.arange(48_000) + torch.pi / 4)[None]  # samples of ± 0.71
+    wav = 1.2 * sine * torch.hann_window(48_000).clamp_max(0.5) * 2  # fades, as an abrupt end has a peak of its own
+    loud = 4 * torch.from_numpy(tone(2, channels=2).T).float() * torch.hann_window(48_000).sqrt()
+    for number, sound in enumerate((wav, loud, 0.2 * loud)):
+        with AudioWriter(tmp_path / name, channels=len(sound), policy="none") as writer:
+            for piece in (*sound.split(7_001, dim=1), sound[:, :0]):
+                writer.write(piece)
+        made = load_audio(tmp_path / name, mix=False)
+        peak = true_peak(made)
+        assert peak == pytest.approx(writer.level.true_peak, rel=5e-3)
+        if number == 2:
+            assert writer.change == 0
+            assert peak == pytest.approx(true_peak(sound), rel=0.02)
+            continue
+        assert 0.97 * CEILING < peak < 1.005 * CEILING
+        assert writer.change == pytest.approx(-20 * math.log10(true_peak(sound) / CEILING), abs=0.5)
+        factor = 10 ** (writer.change / 20)
+        if name in ("a.wav", "a.flac"):
+            torch.testing.assert_close(made, factor * sound, rtol=1e-5, atol=2**-22)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("name", ["a.ogg", "a.mp3"])
-def test_lossy_formats_are_decoded_without_clipping(tmp_path, name):
-    written = save_audio(tmp_path / name, torch.from_numpy(tone().T) * 4)
-    assert written.lowered == pytest.approx(20 * math.log10(4 * 0.43) + 1, abs=0.5)
-    assert 0.7 < load_audio(tmp_path / name).abs().max() <= 1
+def true_peak(wav: torch.Tensor) -> float:
+    """By interpolation of the whole spectrum, 8 values to a sample."""
+    return np.abs(scipy.signal.resample(wav.numpy(), 8 * wav.shape[1], axis=1)).max()
 
 
-def test_a_gain_is_applied_first(tmp_path):
-    wav = torch.from_numpy(tone().T).float()
-    for name, gain in (("a.wav", -6.0), ("b.flac", -6.0), ("c.wav", 20.0), ("d.flac", 20.0)):
-        with AudioWriter(tmp_path / name, gain=gain) as writer:
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("gain", [0.01, 0.3])
+def test_a_file_is_as_loud_as_is_wanted_or_as_its_peak_allows(tmp_path, name, gain):
+    """The loudness by another implementation of the standard."""
+    sound = gain * torch.from_numpy(tone(2, channels=2).T).float()
+    with AudioWriter(tmp_path / name, channels=2, policy="lufs") as writer:
+        writer.write(sound)
+        writer.loudness = -20.0
+    made = load_audio(tmp_path / name, mix=False)
+    assert torchaudio.functional.loudness(made, SAMPLE_RATE) == pytest.approx(-20, abs=0.2)
+    assert writer.level.lufs == pytest.approx(-20, abs=0.1)
+    assert writer.change == pytest.approx(-20 - torchaudio.functional.loudness(sound, SAMPLE_RATE).item(), abs=0.2)
+    with AudioWriter(tmp_path / name, channels=2, policy="lufs") as writer:
+        writer.write(sound)
+        writer.loudness = 3.0
+    assert writer.level.lufs < 0
+    assert true_peak(load_audio(tmp_path / name, mix=False)) == pytest.approx(CEILING, rel=0.02)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("gain", [0.01, 3])
+def test_a_peak_is_brought_to_the_ceiling_from_either_side(tmp_path, name, gain):
+    with AudioWriter(tmp_path / name, policy="peak") as writer:
+        writer.write(gain * torch.from_numpy(tone().T).float())
+    assert true_peak(load_audio(tmp_path / name)) == pytest.approx(CEILING, rel=0.02)
+    assert writer.change == pytest.approx(
+        -20 * math.log10(gain * true_peak(torch.from_numpy(tone().T)) / CEILING), abs=0.3
+    )
+
+
+def test_silence_and_less_than_the_meters_window_keep_their_level(tmp_path):
+    for wav in (torch.zeros(1, 48_000), 0.1 * torch.ones(1, 9_000), torch.zeros(1, 0)):
+        with AudioWriter(tmp_path / "a.wav", policy="lufs") as writer:
             writer.write(wav)
-        factor = 10 ** ((gain - writer.lowered) / 20)
-        torch.testing.assert_close(load_audio(tmp_path / name), factor * wav, rtol=1e-5, atol=2**-22)
-        assert (writer.lowered > 0) == (name == "d.flac")
-    with pytest.raises(UserError, match="gain=nan is not allowed; use -200 to 200 dB"):
-        AudioWriter(tmp_path / "a.wav", gain=math.nan)
+            writer.loudness = -20.0
+        assert torch.equal(load_audio(tmp_path / "a.wav"), wav)
+        assert writer.level.lufs == -math.inf
+        assert writer.change == 0
+
+
+def test_the_closing_line_says_what_is_in_the_file(tmp_path):
+    time = torch.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
+    sine = torch.sin(2 * torch.pi * 997 * time).expand(2, -1)  # 0.0 LUFS as stereo
+    with AudioWriter(tmp_path / "a.flac", channels=2, policy="none") as writer:
+        writer.write(sine)
+    said = (
+        f"{tmp_path / 'a.flac'}: 2.00 s, stereo, band up to 1.0 kHz, -1.0 LUFS, true peak -1.0 dBTP (lowered by 1.0 dB)"
+    )
+    assert str(writer) == said
+    with AudioWriter(tmp_path / "b.wav", policy="lufs") as writer:
+        writer.write(sine[:1] / 100)
+        writer.loudness = -23.0
+    said = "2.00 s, mono, band up to 1.0 kHz, -23.0 LUFS, true peak -20.0 dBTP (raised by 20.0 dB)"
+    assert str(writer) == f"{tmp_path / 'b.wav'}: {said}"
+    with pytest.raises(UserError, match="level='loud' is not allowed; use one of lufs, peak, none"):
+        AudioWriter(tmp_path / "a.wav", policy="loud")
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ class NoiseResolver(SuperResolver):
     def __init__(self, clip_length: int, rms: float = 0.01):
         self.clip_length, self.rms, self.seen = clip_length, rms, []
 
-    def restore(self, low: Tensor, cutoff: float, settings=None, *, numbers=()) -> Tensor:
+    def restore(self, low: Tensor, cutoff: float, settings=None, *, numbers=(), sources=()) -> Tensor:
         self.seen.append((tuple(low.shape), cutoff, list(numbers)))
         if not self.rms:
             return low
