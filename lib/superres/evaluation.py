@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lib.audio.features import hann
 from lib.audio.plots import STYLE, draw_image, mel_axes
+from lib.lab.claims import Verdict, decide
 from lib.superres.degradation import Degradation, Examples, Library
 from lib.superres.mel import HOP, N_FFT, SAMPLE_RATE, SILENCE, bin_of, log_mel
 from lib.superres.resolver import DEFAULTS, Restoration, SuperResolver, file_band, join_bands
@@ -32,6 +33,7 @@ BASELINES = ("sinc", "envelope", "replication", "ridge")
 DRAWS = 4  # of the sampler, of which the mean is taken
 LEAST = 1_000  # Hz of a file's own band above a cutoff, to be judged there
 LOUDEST = 2.5  # of a log mel, about
+ALIKE = 1e-5  # relative spread over positions, below which all of them receive the same
 VERBS = {1: "beats", -1: "loses to", 0: "no statistically significant difference from"}  # by verdict
 
 
@@ -178,3 +180,19 @@ def upper_rows(scores: Sequence[Score], which: str = "upper") -> list[dict[str, 
 
 def kilohertz(score: Score) -> str:
     return f"{score.cutoff / 1000:g} kHz"
+
+
+def audit_attention(pooled: Tensor, sequence: Tensor) -> list[Verdict]:
+    """C18, from the attention outputs `[C, H, W]` for one pooled vector and for a sequence as context."""
+    verdicts = []
+    for part, received, why in (("pooled", pooled, ""), ("sequence", sequence, "the repair that is the default here")):
+        differ = (spread := spread_over_places(received)) > ALIKE
+        found = f"places differ by {spread:.0%} of what they receive" if differ else "every place receives the same"
+        verdicts.append(decide(f"C18.{part}", holds=differ, found=found, why=why))
+    return verdicts
+
+
+def spread_over_places(received: Tensor) -> float:
+    """RMS distance of `[C, H, W]` from its mean over places, relative to its RMS."""
+    deviation = received - received.mean(dim=(1, 2), keepdim=True)
+    return float(deviation.square().mean().sqrt() / received.square().mean().sqrt())
