@@ -150,7 +150,7 @@ def mel_axes(titles: Sequence[str]) -> tuple[Figure, list[plt.Axes]]:
     size = (WIDTH * columns / 3, 2.6 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     for ax, title in itertools.zip_longest(axes.flat, titles):
-        ax.set(title=title, xlabel="time (s)", ylabel="mel band", visible=title is not None)
+        ax.set(title=title, xlabel="time (s)", ylabel="frequency (Hz)", visible=title is not None)
         ax.label_outer()
     return figure, list(axes.flat[: len(titles)])
 

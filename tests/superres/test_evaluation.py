@@ -312,6 +312,10 @@ def test_mel_spectrograms_share_one_scale():
         assert np.array_equal(image.get_array(), mel.numpy())
         assert image.get_clim() == (SILENCE, evaluation.LOUDEST)
         assert image.get_extent()[1] == pytest.approx(0.5)  # seconds
+    labels = [label.get_text() for label in axes[0].get_yticklabels()]  # at the left of a row
+    assert labels == ["2,000", "4,000", "8,000", "12,000", "16,000"]
+    sine = torch.sin(2 * torch.pi * 8_000 * torch.arange(48_000) / 48_000)[None, None]
+    assert int(axes[0].get_yticks()[2]) == log_mel(sine)[0, 0, :, 50].argmax()
 
 
 def test_tables_show_every_score():
