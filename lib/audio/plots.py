@@ -49,15 +49,11 @@ def decibels_below_peak(power: Tensor) -> Tensor:
     return decibels - decibels.max()
 
 
-def mel_db(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> Tensor:
-    """Mel spectrogram of `[1, N]` in dB relative to its maximum, floor -80: `[80, frames]`, hop 256 samples."""
-    return decibels_below_peak(mel_power(wav, sample_rate))
-
-
 def clip_image(wav: Tensor, colour: str = INPUT, sample_rate: int = SAMPLE_RATE) -> bytes:
     """The waveform of `[1, N]`, at full scale, above its mel spectrogram, as a PNG without axes for a player."""
     width, height = 480, 60
-    levels = ((mel_db(wav, sample_rate).flip(0) + 80) * ((SHADES - 1) / 80)).round().byte()  # [80, frames]
+    decibels = decibels_below_peak(mel_power(wav, sample_rate))  # [80, frames]
+    levels = ((decibels.flip(0) + 80) * ((SHADES - 1) / 80)).round().byte()
     mel = Image.fromarray(levels.numpy()).resize((width, len(levels)), Image.Resampling.BOX)
     edges = np.linspace(0, wav.shape[-1], width + 1).astype(int)
     slices = [wav[0, a : max(a + 1, b)].numpy() for a, b in itertools.pairwise(edges)]
@@ -170,7 +166,8 @@ def _draw_clip(top: plt.Axes, bottom: plt.Axes, wav: Tensor, colour: str, title:
     top.fill_between(time, slices.min(1), slices.max(1), color=colour, linewidth=0.3)
     top.set(title=title, ylabel="amplitude")
     label_bands(bottom)
-    return draw_image(bottom, mel_db(wav).numpy(), wav.shape[-1] / SAMPLE_RATE, cmap="magma", vmin=-80, vmax=0)
+    decibels = decibels_below_peak(mel_power(wav)).numpy()
+    return draw_image(bottom, decibels, wav.shape[-1] / SAMPLE_RATE, cmap="magma", vmin=-80, vmax=0)
 
 
 def draw_image(axes: plt.Axes, values: np.ndarray, seconds: float, **options: Any) -> AxesImage:

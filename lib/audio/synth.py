@@ -113,7 +113,12 @@ def _drums(song: Song, bars: Bars) -> Notes:
     seconds = np.arange(round(0.3 * song.sample_rate)) / song.sample_rate
     sweep = tuning / 4 * seconds - 4 * _exp(-30 * seconds)  # reaches a quarter of `tuning` within 0.1 s
     kick = _sin(sweep) * _exp(-12 * seconds)
-    snare = _snare(tuning, song.rng, song.sample_rate)
+    seconds = seconds[: round(0.2 * song.sample_rate)]
+    # the snare's noise is smoothed by a Hann window: below about 4 kHz at 24 kHz, twice that at 48 kHz
+    padded, slope = np.pad(_noise(song.rng, len(seconds)), 3), math.sqrt(0.125)
+    window = (0.5 - slope, 0.5, 0.5 + slope, 1, 0.5 + slope, 0.5, 0.5 - slope)
+    noise = sum(weight / 5 * padded[i : i + len(seconds)] for i, weight in enumerate(window))
+    snare = (0.9 * noise + 0.5 * _sin(tuning * seconds)) * _exp(-22 * seconds)
     seconds = seconds[: round(0.08 * song.sample_rate)]
     hat = np.diff(_noise(song.rng, len(seconds) + 1)) * _exp(-70 * seconds)
     for number, _ in bars:
@@ -191,15 +196,6 @@ def _harmonics(turns: np.ndarray, first: int, last: int) -> np.ndarray:
         total += now / number
         before, now = now, twice * now - before
     return total
-
-
-def _snare(frequency: float, rng: np.random.Generator, sample_rate: int) -> np.ndarray:
-    seconds = np.arange(round(0.2 * sample_rate)) / sample_rate
-    # smoothed by a Hann window: below about 4 kHz at 24 kHz, twice that at 48 kHz
-    padded, slope = np.pad(_noise(rng, len(seconds)), 3), math.sqrt(0.125)
-    window = (0.5 - slope, 0.5, 0.5 + slope, 1, 0.5 + slope, 0.5, 0.5 - slope)
-    noise = sum(weight / 5 * padded[i : i + len(seconds)] for i, weight in enumerate(window))
-    return (0.9 * noise + 0.5 * _sin(frequency * seconds)) * _exp(-22 * seconds)
 
 
 # NumPy and the C library choose sin, exp, tanh, pow and log by the processor, and the last bits differ. The functions
