@@ -292,20 +292,16 @@ class Cascade(nn.Module):
             Stage(stage, self.config.width(i), self.config.latent_dim) for i, stage in enumerate(self.config.stages)
         )
 
-    def forward(
-        self, input: Tensor, target: Tensor, stages: int | None = None
-    ) -> tuple[Tensor, tuple[StageTrace, ...]]:
-        """`input`, `target` `[B, D, T]`, any T ≥ 1 → fused latents `[B, D, T]` and one trace for each of the `stages`
-        that are applied, from the first; None: all."""
-        assert stages is None or 1 <= stages <= len(self.stages), (stages, len(self.stages))
-        signals, traces = self.run_stages(input, target, stages)
+    def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, tuple[StageTrace, ...]]:
+        """`input`, `target` `[B, D, T]`, any T ≥ 1 → fused latents `[B, D, T]` and one trace per stage."""
+        signals, traces = self.run_stages(input, target)
         return signals["previous"], traces
 
     def run_stages(
         self, input: Tensor, target: Tensor, stages: int | None = None
     ) -> tuple[dict[str, Tensor], tuple[StageTrace, ...]]:
         """All signals by the names of `SOURCES`, `[B, D, T]`, as the next stage reads them, and each stage's output as
-        'stage0' and so on; and one trace per stage."""
+        'stage0' and so on; and one trace for each of the `stages` that are applied, from the first; None: all."""
         self.check_shapes(input, target)
         signals = {"input": input, "target": target}
         signals["noisy_input"], signals["noisy_target"] = self.add_noise(input), self.add_noise(target)

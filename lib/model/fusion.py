@@ -35,7 +35,7 @@ class FusionModel(nn.Module):
         self.mask_generator = generator and generator(self.cascade.config.latent_dim)
 
     def forward(self, input: Tensor, target: Tensor, masks: Masks | None = None, stages: int | None = None) -> Fusion:
-        """Of `[B, D, T]` twice, T ≥ 1. `masks` of that shape replace the model's own; `stages` as in `Cascade`."""
+        """Of `[B, D, T]` twice, T ≥ 1. `masks` of that shape replace the model's own; `stages`: of `run_stages`."""
         self.cascade.check_shapes(input, target)  # before the masks, whose own errors would name no cause
         masks = masks or self.make_masks(input, target)
         if masks is not None:
