@@ -65,9 +65,8 @@ class TrainingOrder:
             whole, rest = divmod(pairs, self.pairs_per_step)
             return whole + (rest >= self.processes)
 
-        total, epochs_left = taken, self.config.epochs - self.epoch
-        if epochs_left > 0:
-            total += steps(self.num_pairs - self.position) + (epochs_left - 1) * steps(self.num_pairs)
+        later = self.config.epochs - self.epoch - 1  # epochs after this one
+        total = taken + max(0, steps(self.num_pairs - self.position) + later * steps(self.num_pairs))
         return min(total, self.config.max_steps or total)
 
     def progress(self, taken: int) -> float:

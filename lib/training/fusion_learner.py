@@ -37,19 +37,11 @@ class FusionLearner(Learner):
 
     batch_names = ("input latents", "target latents")
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        cascade: CascadeConfig,
-        masking: MaskingConfig,
-        accelerator: Accelerator,
-        codec: Codec | None = None,
-    ):
+    def __init__(self, config: TrainConfig, model: FusionModel, accelerator: Accelerator, codec: Codec | None = None):
         self.codec = codec
-        model = FusionModel(cascade, masking)
         super().__init__(config, model, accelerator, parameter_groups(model, config))
         if config.adversary.discriminator_learning_rate is not None:
-            discriminator = Discriminator(cascade.latent_dim)
+            discriminator = Discriminator(model.cascade.config.latent_dim)
             self.adversary = Adversary(config.adversary, discriminator, config.max_norm, accelerator)
 
     def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
@@ -161,6 +153,5 @@ def fusion_trainer(
 ) -> Trainer:
     """The trainer of the fusion model that a run's config describes."""
     config = from_fields(TrainConfig, run.config["train"])
-    cascade = from_fields(CascadeConfig, run.config["cascade"])
-    masking = from_fields(MaskingConfig, run.config["masking"])
-    return Trainer(run, config, pairs, lambda on: FusionLearner(config, cascade, masking, on, codec), callbacks)
+    model = from_fields(CascadeConfig, run.config["cascade"]), from_fields(MaskingConfig, run.config["masking"])
+    return Trainer(run, config, pairs, lambda on: FusionLearner(config, FusionModel(*model), on, codec), callbacks)

@@ -108,10 +108,11 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         means = accumulate_gradients(self.accelerator, self.model, batches, loss_and_metrics)
         part_norms = gradient_norms(self.parts(self.unwrapped_model))
-        largest = largest_element([p.grad for p in self.model.parameters() if p.grad is not None])
+        # the infinite norm by both ends, which takes a tenth of the time on a CPU
+        ends = [end for p in self.model.parameters() if p.grad is not None for end in torch.aminmax(p.grad)]
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_norm)
         metrics = {"loss": means.pop("loss"), "grad_norm": grad_norm} | part_norms | means
-        metrics["sign/gradient_share"] = largest / (grad_norm + 1e-12)  # of its largest element in the norm
+        metrics["sign/gradient_share"] = torch.stack(ends).abs().max() / (grad_norm + 1e-12)  # of the largest element
         bad = torch.maximum(not_finite(metrics["loss"]), not_finite(grad_norm))
         bad = self.accelerator.reduce(bad, "sum").clamp(max=1)  # all processes skip the update, or none
         self.failed = torch.maximum(self.failed, bad)
@@ -199,11 +200,6 @@ def gradient_norms(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
     return {f"grad_norm/{name}": nn.utils.get_total_norm(found) for name, found in grads.items() if found}
 
 
-def largest_element(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest absolute value; by both ends, as the norm that is infinite takes ten times as long on a CPU."""
-    return torch.stack([end for x in tensors for end in torch.aminmax(x)]).abs().max()
-
-
 def step_unless(failed: Tensor, optimizer: Any) -> None:
     """Step a fused optimizer, as accelerate wraps it; it skips the update where `failed` is 1."""
     # Private, set by torch's GradScaler. No public API skips an update without the host waiting for the flag.
@@ -214,13 +210,11 @@ def step_unless(failed: Tensor, optimizer: Any) -> None:
 @torch.no_grad()
 def update_ema(ema_model: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Move the EMA weights towards the model's, further in the first steps, or the initial ones dominate for long.
-    Statistics of batch norms are averages already, and are copied."""
+    Buffers are copied: statistics of batch norms are averages already, and projections are realigned before use."""
     decay = min(decay, (1 + step) / (10 + step))
     get_ema_multi_avg_fn(decay)(list(ema_model.parameters()), list(model.parameters()), step)
-    for ema_module, module in zip(ema_model.modules(), model.modules(), strict=True):
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-            for averaged, current in zip(ema_module.buffers(), module.buffers(), strict=True):
-                averaged.copy_(current)
+    for averaged, current in zip(ema_model.buffers(), model.buffers(), strict=True):
+        averaged.copy_(current)
 
 
 def to_floats(values: dict[Hashable, Tensor], accelerator: Accelerator | None = None) -> dict[Hashable, float]:

@@ -244,8 +244,9 @@ def total_loss(
             raise ValueError(f"{on_sound[0]}_weight needs sound: give total_loss the codec")
         seconds, frames = config.window_seconds or math.inf, output.shape[2]
         length = round(min(frames, max(1, seconds * codec.sample_rate / codec.hop)))
-        start, end = _window(frames, length, training)
-        clips = (x[..., start:end] for x in (output, input.detach(), target.detach()))
+        latest = frames - length
+        start = int(torch.randint(latest + 1, ())) if training and latest else latest // 2
+        clips = (x[..., start : start + length] for x in (output, input.detach(), target.detach()))
         sounds = [Sound(decoded(codec, x), config.guarded) for x in clips]
         terms |= {name: ON_SOUND[name](*sounds, config) for name in on_sound}
         if training and "anti_modulation" in on_sound:
@@ -258,10 +259,3 @@ def total_loss(
     weights |= {name: getattr(config, f"{name}_weight", 0.0) for name in terms if name not in weights}
     weights |= {name: own.weight for name, own in config.own.items()}
     return sum(weights[name] * term for name, term in terms.items() if "/" not in name), terms
-
-
-def _window(frames: int, length: int, random: bool) -> tuple[int, int]:
-    """Start and end frame of the window to decode."""
-    latest = frames - length
-    start = int(torch.randint(latest + 1, ())) if random and latest else latest // 2
-    return start, start + length

@@ -24,6 +24,7 @@ from lib.codec.encodec import EncodecCodec
 from lib.codec.mdct import MdctCodec
 from lib.data.latents import LatentPairs
 from lib.model.cascade import Cascade, CascadeConfig
+from lib.model.fusion import FusionModel
 from lib.model.masks import MaskingConfig, Masks
 from lib.presets import PRESETS, load_preset
 from lib.training.config import AdversaryConfig, CurriculumConfig, TrainConfig
@@ -49,7 +50,7 @@ def training_config() -> TrainConfig:
 def learner() -> FusionLearner:
     torch.manual_seed(0)
     accelerator = Accelerator(mixed_precision="no")
-    return FusionLearner(training_config(), CASCADE, MaskingConfig("learned"), accelerator, MdctCodec())
+    return FusionLearner(training_config(), FusionModel(CASCADE, MaskingConfig("learned")), accelerator, MdctCodec())
 
 
 def clips(B: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -225,7 +226,7 @@ def full_training(pairs: int = 1000) -> dict[str, float]:
     codec = EncodecCodec(encodec.model.EncodecModel.encodec_model_24khz(pretrained=False), "random").to(device())
     accelerator = Accelerator(mixed_precision="no")
     config = dataclasses.replace(config, precision=precision())
-    whole = FusionLearner(config, CascadeConfig.reference(), MaskingConfig("learned"), accelerator, codec)
+    whole = FusionLearner(config, FusionModel(masking=MaskingConfig("learned")), accelerator, codec)
     batch = clips(config.batch_size, 1200)
     (seconds,) = alternate(lambda: whole.train_step([batch], StepInfo(5000, 1, 0.5)))
     steps = config.epochs * -(-pairs // config.batch_size)
