@@ -3,7 +3,7 @@
 import importlib
 import math
 import os
-import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -67,15 +67,14 @@ def crossover(low: Tensor, high: Tensor, frequency: float) -> Tensor:
 
 def best_crossovers(pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec) -> dict[str, float]:
     """For each recipe, the frequency of `CROSSOVERS` with the highest mean merit on `pairs` of training latents."""
-    merits: dict[tuple[str, float], list[float]] = {}
+    merits: Counter[tuple[str, float]] = Counter()  # summed over pairs
     for pair in pairs:
         clips = [decoded(codec, latents[None])[0] for latents in pair]
         wavs = {(name, hz): crossover(*lh, hz) for name, lh in low_and_high(*clips).items() for hz in CROSSOVERS}
         *found, input, target = features_of([*wavs.values(), *clips])
         for key, output in zip(wavs, found, strict=True):
-            merits.setdefault(key, []).append(sound_metrics(output, input, target)["merit"])
-    means = {key: statistics.fmean(values) for key, values in merits.items()}
-    return {name: max(CROSSOVERS, key=lambda hz: means[name, hz]) for name, _ in means}
+            merits[key] += sound_metrics(output, input, target)["merit"]
+    return {name: max(CROSSOVERS, key=lambda hz: merits[name, hz]) for name, _ in merits}
 
 
 def features_of(wavs: Sequence[Tensor]) -> list[SoundFeatures]:

@@ -174,31 +174,25 @@ def work(job: Job) -> None:
 
 
 def run_job(job: Job) -> None:
-    """Train, evaluate, write result.json, and delete the checkpoints."""
+    """Train, evaluate on the validation pairs, write result.json, and delete the checkpoints."""
     final = bad = None
     try:
         with sdpa_kernel(SDPBackend.MATH) if torch.cuda.is_available() else nullcontext():  # see `start_worker`
-            final = train_and_evaluate(job)
+            codec = load_codec(job.codec)
+            settings = (job.cascade, job.train, job.masking)
+            run = train(job.folder, job.index, codec, *settings, resume=True, progress=False, callbacks=job.callbacks)
+            model = load_model(run, "last").to("cuda" if torch.cuda.is_available() else "cpu")
+            validation = LatentPairs(job.index, "val", codec_fingerprint=codec.fingerprint)
+            pairs = Subset(validation, evenly_spread(len(validation), job.train.max_val_pairs).tolist())
+            final = evaluate_fusion(model, pairs)
+            if job.masking.masking != "none":
+                measured = measure_fusions((pairs[i] for i in range(len(pairs))), codec, {"model": model})
+                for name in ("model", "average of latents"):
+                    final |= {f"{name}/{key}": value for key, value in mean_metrics(measured[name]).items()}
     except NonFiniteError as error:
         bad = {"step": error.step} | error.facts
     write_atomic(job.folder / "result.json", json.dumps({"non_finite": bad, "final": final}, indent=1))
     drop_checkpoints(job.folder)
-
-
-def train_and_evaluate(job: Job) -> dict[str, float]:
-    """Metrics of the trained model on the validation pairs."""
-    codec = load_codec(job.codec)
-    settings = (job.cascade, job.train, job.masking)
-    run = train(job.folder, job.index, codec, *settings, resume=True, progress=False, callbacks=job.callbacks)
-    model = load_model(run, "last").to("cuda" if torch.cuda.is_available() else "cpu")
-    validation = LatentPairs(job.index, "val", codec_fingerprint=codec.fingerprint)
-    pairs = Subset(validation, evenly_spread(len(validation), job.train.max_val_pairs).tolist())
-    final = evaluate_fusion(model, pairs)
-    if job.masking.masking != "none":
-        measured = measure_fusions((pairs[i] for i in range(len(pairs))), codec, {"model": model})
-        for name in ("model", "average of latents"):
-            final |= {f"{name}/{key}": value for key, value in mean_metrics(measured[name]).items()}
-    return final
 
 
 def drop_checkpoints(folder: Path) -> None:

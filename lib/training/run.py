@@ -78,14 +78,18 @@ class Run:
         if not (resume and (path / "config.json").exists()):
             return cls.create(path, config | {"code": code})
         run = cls.open(path)
-        fields = run.differences(config)
-        if run.trained_by != code and fields <= set(measured) and (fields or run.is_finished):
+        fields, finished = run.differences(config), (run.saved_step or 0) >= (run.total_steps or math.inf)
+        if run.trained_by != code and fields <= set(measured) and (fields or finished):
             logger.warning("%s: was trained by other code and is trained again; the old run is in replaced/", path)
             return cls.create(path, config | {"code": code})
         run.differences(config, refused=True)
         if missing := [part for part in code if part not in run.trained_by]:
             logger.warning("%s: was started by other code; it resumes, but will not be reused when finished", path)
-        run.find_checkpoint()
+        # where a kill or a copy has lost `best` and `last`
+        newest = max((path / "checkpoints").glob("step_*"), default=None)  # names sort by their step
+        for name in ("best", "last") if newest else ():
+            if not (path / name).exists():
+                run._point(name, newest)
         run.metrics()  # a damaged file is refused before anything is written
         if run.has_checkpoint():
             run._verified("last", FILES)
@@ -148,11 +152,6 @@ class Run:
         return self.config.get("code") or ["unknown"]
 
     @property
-    def is_finished(self) -> bool:
-        """Whether all steps of the plan are taken and saved."""
-        return None not in (self.saved_step, self.total_steps) and self.saved_step >= self.total_steps
-
-    @property
     def saved_step(self) -> int | None:
         """The step of the newest checkpoint; None before the first."""
         return self._number("last/meta.json", "step")
@@ -208,13 +207,6 @@ class Run:
 
     def has_checkpoint(self) -> bool:
         return (self.path / "last").exists()
-
-    def find_checkpoint(self) -> None:
-        """Point `best` and `last`, where a kill or a copy has lost them, at the newest checkpoint."""
-        newest = max((self.path / "checkpoints").glob("step_*"), default=None)  # names sort by their step
-        for name in ("best", "last") if newest else ():
-            if not (self.path / name).exists():
-                self._point(name, newest)
 
     def _point(self, name: str, folder: Path) -> None:
         """Make `best` or `last` a link to a checkpoint."""

@@ -1256,7 +1256,8 @@ def test_a_run_that_ended_for_lack_of_patience_is_finished(start, tmp_path, monk
     validate = Trainer.validate
     monkeypatch.setattr(Trainer, "validate", lambda trainer: validate(trainer) | {"loss": 1.0})
     settings = {"patience": 1, "checkpoint_every": 1, "max_steps": 20}
-    assert start(**settings).is_finished
+    run = start(**settings)
+    assert run.saved_step == run.total_steps < 20
     edit_code("lib.training.trainer")
     run = start(resume=True, **settings)
     assert (tmp_path / "run" / "replaced").exists()
@@ -1270,7 +1271,7 @@ def test_a_run_that_other_code_began_is_resumed_but_not_reused(start, tmp_path, 
     run = start(resume=True)
     assert "was started by other code; it resumes" in caplog.text
     assert len(run.config["code"]) == 2
-    assert run.is_finished
+    assert run.saved_step == run.total_steps
     start(resume=True)
     assert (tmp_path / "run" / "replaced").exists()
 
