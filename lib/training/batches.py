@@ -15,6 +15,7 @@ Batch = tuple[Tensor, Tensor]  # the first and the second of its pairs, [B, …]
 # What training reads, in several threads: all firsts have one shape, and all seconds. It has a `clip_length`, samples
 # of sound that a pair stands for, a `sample_rate` in Hz and, for the report of a fault, perhaps `clip_names(i)`.
 Pairs = Sequence[Batch]
+Splits = dict[str, Pairs]  # 'train' and 'val'
 
 
 def epoch_order(num_pairs: int, epoch: int, seed: int, shuffled: float = 0.0) -> Tensor:

@@ -1,5 +1,6 @@
 """Training the fusion model: its loss, noise and discriminator, the metrics of its stages, and `train`."""
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from lib.model.discriminator import Discriminator
 from lib.model.fusion import Fusion, FusionModel
 from lib.model.masks import MaskingConfig, complementarity
 from lib.model.rms_law import check_collapse
-from lib.training.batches import Batch, Pairs, mix_noise
+from lib.training.batches import Batch, Splits, mix_noise
 from lib.training.config import TrainConfig, resolved_precision
 from lib.training.learner import Adversary, Learner, Losses, StepInfo
 from lib.training.losses import total_loss
@@ -137,20 +138,15 @@ def train(
     accelerator = open_accelerator()
     config.check_sizes({split: len(found) for split, found in pairs.items()}, accelerator.num_processes)
     code = [code_fingerprint("lib.training.fusion_learner")[:16]]
-    with Run.started(out_dir, settings, accelerator, resume=resume, code=code) as run:
+    with Run.started(out_dir, settings, accelerator, resume=resume, code=code) as run, contextlib.ExitStack() as after:
         if isinstance(codec, nn.Module):  # a codec with weights decodes on the training's device
             codec.to(accelerator.device)
-        try:
-            fusion_trainer(run, pairs, codec, callbacks).run_to_end(progress=progress)
-        finally:
-            if isinstance(codec, nn.Module):
-                codec.to("cpu")
+            after.callback(codec.to, "cpu")
+        fusion_trainer(run, pairs, codec, callbacks).run_to_end(progress=progress)
     return run
 
 
-def fusion_trainer(
-    run: Run, pairs: dict[str, Pairs], codec: Codec | None = None, callbacks: Sequence[Callback] = ()
-) -> Trainer:
+def fusion_trainer(run: Run, pairs: Splits, codec: Codec | None = None, callbacks: Sequence[Callback] = ()) -> Trainer:
     """The trainer of the fusion model that a run's config describes."""
     config = from_fields(TrainConfig, run.config["train"])
     model = from_fields(CascadeConfig, run.config["cascade"]), from_fields(MaskingConfig, run.config["masking"])

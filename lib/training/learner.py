@@ -16,6 +16,7 @@ the device until the trainer gathers them, and so does `failed`, which the fused
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -97,16 +98,9 @@ class Learner:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * learning_rate_factor(info, self.config)
-        samples = []  # (fake, real) of each batch
-
-        def loss_and_metrics(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            loss, metrics, fake_and_real = self.loss(self.model, batch, info)
-            if fake_and_real is not None:
-                samples.append(tuple(x.detach() for x in fake_and_real))
-            return loss, {"loss": loss} | metrics
-
         self.optimizer.zero_grad(set_to_none=True)
-        means = accumulate_gradients(self.accelerator, self.model, batches, loss_and_metrics)
+        losses = functools.partial(self.loss, self.model, info=info)
+        means, samples = accumulate_gradients(self.accelerator, self.model, batches, losses)
         part_norms = gradient_norms(self.parts(self.unwrapped_model))
         # the infinite norm by both ends, which takes a tenth of the time on a CPU
         ends = [end for p in self.model.parameters() if p.grad is not None for end in torch.aminmax(p.grad)]
@@ -147,7 +141,7 @@ class Adversary:
         """One step on (fake, real) batches; returns its metrics. Skipped if `failed` or the gradient is not finite."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        means = accumulate_gradients(self.accelerator, self.model, batches, lambda batch: self.loss(*batch))
+        means, _ = accumulate_gradients(self.accelerator, self.model, batches, lambda batch: (*self.loss(*batch), None))
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
         bad = not_finite(norm)
         step_unless(bad if failed is None else torch.maximum(failed, bad), self.optimizer)
@@ -175,22 +169,22 @@ def learning_rate_factor(info: StepInfo, config: LoopConfig) -> float:
 
 
 def accumulate_gradients(
-    accelerator: Accelerator,
-    model: nn.Module,
-    batches: Sequence[tuple[Tensor, ...]],
-    loss_and_metrics: Callable[[tuple[Tensor, ...]], tuple[Tensor, dict[str, Tensor]]],
-) -> dict[str, Tensor]:
-    """Add the gradients of the mean loss over all clips of the batches; returns the metrics' means over them."""
+    accelerator: Accelerator, model: nn.Module, batches: Sequence[Batch], losses: Callable[[Batch], Losses]
+) -> tuple[dict[str, Tensor], list[Batch]]:
+    """Add the gradients of the mean loss over all clips of the batches; returns the means of loss and metrics over
+    them, and the samples of each batch for the discriminator."""
     total = sum(len(batch[0]) for batch in batches)
-    means: dict[str, Tensor] = {}
+    means, samples = {}, []
     for i, batch in enumerate(batches):
         share = len(batch[0]) / total
         with accelerator.no_sync(model) if i + 1 < len(batches) else contextlib.nullcontext():
-            loss, metrics = loss_and_metrics(batch)
+            loss, metrics, fake_and_real = losses(batch)
             accelerator.backward(loss * share)
-        for name, value in metrics.items():
+        if fake_and_real is not None:
+            samples.append(tuple(x.detach() for x in fake_and_real))
+        for name, value in ({"loss": loss} | metrics).items():
             means[name] = means.get(name, 0) + share * value.detach()
-    return means
+    return means, samples
 
 
 @torch.no_grad()

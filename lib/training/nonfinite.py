@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # private names, but those that torch's notes tell users of
 from torch.utils._pytree import tree_leaves
 
+from lib.training.batches import Batch
 from lib.util.errors import UserError
 
 NORM = "norm of the gradients"  # the last resort: nothing else was not finite
@@ -120,11 +121,7 @@ class Watch(TorchDispatchMode):
 
 
 def find_non_finite(
-    model: nn.Module,
-    batch: tuple[Tensor, ...],
-    names: Sequence[str],
-    forward: Callable[[tuple[Tensor, ...]], Tensor],
-    max_norm: float = math.inf,
+    model: nn.Module, batch: Batch, names: Sequence[str], forward: Callable[[Batch], Tensor], max_norm: float = math.inf
 ) -> Finding:
     """Where a step left the finite numbers: in a batch with these `names`, in the parameters, or in a forward and a
     backward pass. `forward`: batch → loss, under the same random numbers; `max_norm`: of clipping."""

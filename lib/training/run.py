@@ -60,10 +60,9 @@ class Run:
             if item.is_symlink() or item.exists():
                 (path / "replaced").mkdir(exist_ok=True)
                 os.rename(item, path / "replaced" / item.name)
-        config = json.loads(json.dumps(config | {"versions": versions()}))  # what a later open reads
-        write_file(path / "config.json", json.dumps(config, indent=1))
+        write_file(path / "config.json", json.dumps(config | {"versions": versions()}, indent=1))
         (path / "checkpoints").mkdir()
-        return cls(path, config)
+        return cls.open(path)
 
     @classmethod
     def start(

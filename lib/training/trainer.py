@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.model.projection import realign_projections
-from lib.training.batches import Batch, Pairs, TrainingOrder, evenly_spread, prefetch_batches
+from lib.training.batches import Batch, Splits, TrainingOrder, evenly_spread, prefetch_batches
 from lib.training.config import LoopConfig
 from lib.training.learner import Learner, StepInfo, evaluating, to_floats
 from lib.training.nonfinite import NORM, Finding, NonFiniteError, find_non_finite
@@ -29,6 +29,7 @@ from lib.util.tensors import torch_threads
 logger = logging.getLogger(__name__)
 
 VAL_BATCH = 8
+MakeLearner = Callable[[Accelerator], Learner]
 
 
 class Callback:
@@ -61,16 +62,11 @@ class Taken(NamedTuple):
 
 
 class Trainer:
-    """The loop over a run's steps. All the state that resuming needs is in the run's checkpoints. `pairs`: the data of
-    'train' and 'val'; `make_learner` builds the model in training, with random weights of the config's seed."""
+    """The loop over a run's steps. All the state that resuming needs is in the run's checkpoints. `make_learner` builds
+    the model in training, with random weights of the config's seed."""
 
     def __init__(
-        self,
-        run: Run,
-        config: LoopConfig,
-        pairs: dict[str, Pairs],
-        make_learner: Callable[[Accelerator], Learner],
-        callbacks: Sequence[Callback] = (),
+        self, run: Run, config: LoopConfig, pairs: Splits, make_learner: MakeLearner, callbacks: Sequence[Callback] = ()
     ):
         self.run, self.config, self.pairs = run, config, pairs
         most = {"train": config.max_train_pairs, "val": config.max_val_pairs}
@@ -88,7 +84,7 @@ class Trainer:
         self.best_loss = math.inf
         self.stale = 0  # validations since the best one
         self.warned: set[Hashable] = set()  # keys of the learner's warnings that have been logged
-        self.stop = StopSignals(file=run.stop_file, second_acts=not was_launched())
+        self.stop = StopSignals(file=run.stop_file, second_acts=self.processes == 1)
         if run.has_checkpoint():
             self.load()
         elif self.rank:
@@ -298,15 +294,11 @@ class Trainer:
         raise error
 
 
-def was_launched() -> bool:
-    """Whether this is one of several processes that a launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def join_processes() -> PartialState:
     """This process among the launcher's. Without a GPU they talk through gloo, whichever launcher it is."""
+    on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     # long enough for one to encode much music; a launcher ends those that wait for one that has failed
-    return PartialState(cpu=was_launched() and not torch.cuda.is_available(), timeout=timedelta(days=1))
+    return PartialState(cpu=on_cpu, timeout=timedelta(days=1))
 
 
 def open_accelerator() -> Accelerator:
