@@ -86,9 +86,8 @@ def run_notebooks(
         say(f"preset {preset_name}: data and latents")
         project = open_project(preset, data, out, resume=resume)
         if resume and TRAINING[0] in only and (out / "config.json").exists():  # refused before anything is replaced
-            settings = run_settings(
-                project.index, project.codec, preset.model.cascade, preset.train, preset.model.masking
-            )
+            model = preset.model
+            settings = run_settings(project.index, project.codec, model.cascade, preset.train, model.masking)
             Run.open(out).differences(settings, refused=True)
         if FIRST in only:
             project.listening()  # refuse songs too short to listen to before training, not after

@@ -101,9 +101,8 @@ class SuperresSettings:
         self.training_plan(seed=0)  # refuses steps of a vocoder that the plan does not train
 
     def training_plan(self, seed: int) -> SuperresPlan:
-        return PLANS[self.plan].lasting(
-            self.completion_steps, self.vae_steps, self.steps, self.vocoder_steps, seed=seed
-        )
+        steps = self.completion_steps, self.vae_steps, self.steps, self.vocoder_steps
+        return PLANS[self.plan].lasting(*steps, seed=seed)
 
 
 @checked_dataclass

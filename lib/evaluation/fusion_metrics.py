@@ -136,9 +136,8 @@ def sound_metrics(output: SoundFeatures, input: SoundFeatures, target: SoundFeat
     counts = input.full | target.full
     if not counts.any():
         counts = ~counts
-    kept, taken, alike = (
-        correlation(x.rises[counts], y.rises[counts]) for x, y in ((output, input), (output, target), (input, target))
-    )
+    clips = (output, input), (output, target), (input, target)
+    kept, taken, alike = (correlation(x.rises[counts], y.rises[counts]) for x, y in clips)
     onsets = float(kept.mean())
     onsets_left = float(((taken - kept * alike) / np.maximum(1 - alike**2, 0.1)).clip(0, 1).mean())
     frames = min(len(x.notes) for x in (output, input, target))

@@ -57,12 +57,8 @@ def audit_untrained(output_rms: Sequence[Values], scales: Sequence[Values], simi
     laws = {s / 100: CascadeConfig.reference().predict_rms(Clips(similarity=s / 100)) for s in range(101)}
     alike = next(s for s, stages in laws.items() if max(stage.target_scale for stage in stages) <= 1.02)
     near = all(measured.within(values, 5.73 * 0.95, 5.73 * 1.05) for values in output_rms)
-    return [
-        decide("C2.levels", output_rms[1], near),
-        decide(
-            "C2.factors", scales[0], max(map(max, scales)) <= 1.05, facts={"alike": alike, "similarity": similarity}
-        ),
-    ]
+    small, facts = max(map(max, scales)) <= 1.05, {"alike": alike, "similarity": similarity}
+    return [decide("C2.levels", output_rms[1], near), decide("C2.factors", scales[0], small, facts=facts)]
 
 
 def audit_spectral_norm(ours: float, torchs: float, lipschitz: Values) -> list[Verdict]:

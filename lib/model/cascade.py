@@ -243,9 +243,7 @@ class CascadeConfig:
 
     def __post_init__(self):
         for first in self.stages[:1]:
-            check(
-                "previous" not in first.sources, "stages[0].sources", first.sources, "no 'previous' in the first stage"
-            )
+            check("previous" not in first.sources, "stages[0].sources", first.sources, "no 'previous' in stage 0")
             check(first.residual_source != "previous", "stages[0].residual_source", "previous", "'mean' in stage 0")
         for i, stage in enumerate(self.stages):
             width, rule = self.width(i), f"a multiple of num_heads ({stage.num_heads}), even, at most {MOST}"
