@@ -16,7 +16,6 @@ the device until the trainer gathers them, and so does `failed`, which the fused
 
 import contextlib
 import copy
-import functools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -99,8 +98,9 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * learning_rate_factor(info, self.config)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = functools.partial(self.loss, self.model, info=info)
-        means, samples = accumulate_gradients(self.accelerator, self.model, batches, losses)
+        means, samples = accumulate_gradients(
+            self.accelerator, self.model, batches, lambda batch: self.loss(self.model, batch, info)
+        )
         part_norms = gradient_norms(self.parts(self.unwrapped_model))
         # the infinite norm by both ends, which takes a tenth of the time on a CPU
         ends = [end for p in self.model.parameters() if p.grad is not None for end in torch.aminmax(p.grad)]
