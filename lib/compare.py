@@ -18,10 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lib.audio.decode import resample
 from lib.codec.codec import load_codec
 from lib.data.pairs import Clip, build_manifest, load_pair, read_manifest, whole_clip
-from lib.evaluation.baselines import advantage
-from lib.evaluation.fusion_metrics import sound_features, sound_metrics
+from lib.evaluation.baselines import advantage, features_of
+from lib.evaluation.fusion_metrics import sound_metrics
 from lib.evaluation.tables import count_parameters, fusion_rows
 from lib.listening.panel import describe_pair
 from lib.listening.player import Players
@@ -84,13 +85,21 @@ def compare_runs(
     sounds = Section(out, "sounds", "Sounds")
     for what, new in music.items():
         for pair, clips in spread(new, pairs).items():
-            wavs = load_pair(*clips)
-            outputs = {c.name: render(c.model, c.codec, *wavs).wav for c in compared}
-            sounds.players(Players({"input": wavs[0], "target": wavs[1], **outputs}), f"{what}: {pair}")
+            sounds.players(fused(compared, *clips), f"{what}: {pair}")
     facts = {c.name: f"{c.run.path}, commit {c.run.config.get('versions', {}).get('commit')}" for c in compared}
     for what, new in music.items():
         facts[what] = f"{len(new)} pairs that are new to both, {len(measured.get(what, ()))} of them measured"
     return write_report(out, " and ".join(paths), LEAD, facts), tables
+
+
+def fused(compared: Sequence[Compared], input: Clip, target: Clip) -> Players:
+    """Two clips and every run's fusion of them, at the clips' rate; each codec gets them at its own."""
+    rate, wavs = input.sample_rate, load_pair(input, target)
+    players = dict(zip(("input", "target"), wavs, strict=True))
+    for c in compared:
+        fusion = render(c.model, c.codec, *(resample(wav, rate, c.codec.sample_rate) for wav in wavs)).wav
+        players[c.name] = resample(fusion, c.codec.sample_rate, rate)[..., : wavs[0].shape[-1]]
+    return Players(players, rate)
 
 
 def write_runs(section: Section, compared: Sequence[Compared], changed: Sequence[str]) -> Table:
@@ -115,11 +124,10 @@ def write_metrics(section: Section, compared: Sequence[Compared], music: Mapping
     rows = []
     for what, pairs in music.items():
         measured: dict[str, list[dict[str, float]]] = {a: [], b: []}
-        for input, target in tqdm(pairs.values(), desc=f"measuring on {what}", unit="pair"):
-            wavs = load_pair(input, target)
-            clips = [sound_features(wav) for wav in wavs]
-            for c in compared:
-                measured[c.name].append(sound_metrics(sound_features(render(c.model, c.codec, *wavs).wav), *clips))
+        for clips in tqdm(pairs.values(), desc=f"measuring on {what}", unit="pair"):
+            input, target, *outputs = features_of(list(fused(compared, *clips).resampled().values()))
+            for judged, output in zip(measured.values(), outputs, strict=True):
+                judged.append(sound_metrics(output, input, target))
         found = advantage(measured, a, b, [(input.sha256, target.sha256) for input, target in pairs.values()])
         asked = f"figure of merit of {a} against {b} on {what}"
         said = f"{found}, {found.in_words(b)} on {len(pairs)} pair(s) ({TEST})"
@@ -149,9 +157,10 @@ def music_new_to_both(runs: Mapping[str, Path], data: str | Path = "") -> dict[s
         manifest = read_manifest(longer if longer.exists() else path / "manifest.json")
         sets.append((f"{manifest.root}, validation set of {name}", manifest, manifest.split("val")))
     if data:
+        rate = max(manifest.sample_rate for _, manifest, _ in sets)
         seconds = max(manifest.clip_length / manifest.sample_rate for _, manifest, _ in sets)
         with tempfile.TemporaryDirectory() as folder:
-            manifest = build_manifest(data, Path(folder) / "manifest.json", seconds)
+            manifest = build_manifest(data, Path(folder) / "manifest.json", seconds, sample_rate=rate)
         sets.append((str(manifest.root), manifest, manifest.pairs))
     for what, manifest, pairs in sets:
         couples = [(pair.input, pair.target) for pair in pairs]

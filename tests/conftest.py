@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lib.data.pairs
 import lib.util.provenance
-from lib.codec.codec import Codec
+from lib.codec.codec import Codec, load_codec
 from lib.data.latents import encode_manifest
 from lib.data.pairs import Clip, Manifest, Pair, build_manifest
 from lib.model.cascade import CascadeConfig
@@ -57,6 +57,17 @@ class TinyCodec:
         """`[B, 8, T] → [B, 1, T · 320]` or `[B, 1, length]`, each mean held for its 40 samples."""
         wav = latents.transpose(1, 2).repeat_interleave(self.hop // self.dim, 2).flatten(1)[:, None] / 300.0
         return wav[..., :length]
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory) -> Iterator[Codec]:
+    """A codec of one's own: 16 kHz, 64 channels."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own_blocks.py").write_text(BLOCKS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield load_codec("own_blocks:Blocks")
+    sys.modules.pop("own_blocks")
 
 
 class TinyDiscriminator(nn.Module):

@@ -19,6 +19,7 @@ import torch
 from markupsafe import escape
 
 import lib.compare
+from lib.audio.decode import resample
 from lib.audio.files import load_audio
 from lib.codec.mdct import MdctCodec
 from lib.compare import MEASURES, OF_LOSSES, Compared, compare_runs, main, music_new_to_both, names_of, spread
@@ -317,6 +318,42 @@ def test_pairs_are_spread_evenly():
     pairs = {str(i): (i, i) for i in range(10)}
     assert list(spread(pairs, 3)) == ["0", "3", "6"]
     assert spread(pairs, 10) == spread(pairs, 99) == pairs
+
+
+# --- codecs of other rates --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory, blocks, songs, save_run) -> Run:
+    """A run of the codec at 16 kHz, split by songs like the others."""
+    folder = tmp_path_factory.mktemp("compared") / "own"
+    cascade = dataclasses.replace(CascadeConfig.reference(1, num_layers=1), latent_dim=blocks.dim)
+    run = save_run(folder, blocks, cascade, "learned", seed=3)
+    build_manifest(songs.root, folder / "manifest.json", 0.5, mode="both", sample_rate=blocks.sample_rate)
+    return run
+
+
+def test_runs_of_codecs_at_two_rates_are_compared_on_the_same_seconds(tmp_path, runs, own, songs, blocks, codec):
+    out, codecs = tmp_path / "out", {"a": (runs[0], codec), "own": (own, blocks)}
+    _, tables = compare_runs(runs[0].path, own.path, out, pairs=1, judged=1)
+    rates = re.findall(r'data-seconds="([0-9.]+)" data-rate="(\d+)"', (out / "index.html").read_text())
+    assert rates == [("0.500000", "24000"), ("0.500000", "16000")]  # those of the two validation sets
+    table = tables["metrics"]
+    rows = [dict(zip(table.columns, cells, strict=True)) for cells in table.rows]
+    assert [row["run"] for row in rows] == ["a", "own", "a", "own"]
+    for rate, pair in ((24_000, rows[:2]), (16_000, rows[2:])):
+        manifest = read_manifest((own if rate == 16_000 else runs[0]).path / "manifest.json")
+        clips = next(p for p in manifest.split("val") if len(songs_of(p)) == 2)
+        wavs = [load_audio(manifest.path(c), c.offset, rate // 2, rate) for c in (clips.input, clips.target)]
+        for row in pair:
+            run, its_codec = codecs[row["run"]]
+            at_its_rate = [resample(wav, rate, its_codec.sample_rate)[None] for wav in wavs]
+            fusion = resample(fuse_clips(*at_its_rate, load_model(run), its_codec)[0], its_codec.sample_rate, rate)
+            sounds = [resample(wav, rate, 24_000) for wav in (fusion, *wavs)]
+            judged = sound_metrics(*map(sound_features, sounds))
+            for name in MEASURES:
+                found = float(row[name.replace("_", " ")])
+                assert found == pytest.approx(judged[name], abs=0.0051), (rate, row["run"], name)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

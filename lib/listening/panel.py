@@ -12,10 +12,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from traitlets import Dict, HasTraits
 
-from lib.audio.decode import resample
-from lib.audio.files import SAMPLE_RATE
 from lib.audio.plots import mel_power, mixing_maps
-from lib.codec.codec import Codec
+from lib.codec.codec import Codec, decoded
 from lib.data.pairs import Clip, Manifest, Pair, load_pair, whole_clip
 from lib.evaluation.baselines import recipes
 from lib.listening import widgets as ui
@@ -39,8 +37,9 @@ class Listening(HasTraits):
     clips = Dict()  # by name, those that are uploaded meanwhile included
 
     def __init__(self, codec: Codec, manifest: Manifest, runs: Mapping[str, Run], uploads: Path, superres: Path):
-        """`runs`: name → run; the first is selected at the start. `uploads`: folder that keeps uploaded files, which
-        recipes name. `superres`: folder of the super-resolver, which notebook 06 may not have trained yet."""
+        """`manifest`: of clips at the codec's rate. `runs`: name → run; the first is selected at the start. `uploads`:
+        folder that keeps uploaded files, which recipes name. `superres`: folder of the super-resolver, which notebook
+        06 may not have trained yet."""
         super().__init__()
         self.codec, self.runs, self.uploads, self.superres = codec, dict(runs), uploads, superres
         self.clip_length = manifest.clip_length
@@ -48,20 +47,21 @@ class Listening(HasTraits):
         self.pairs = {name: tuple(whole_clip(manifest, clip) for clip in pair) for name, pair in pairs.items()}
         self.clips = {describe_clip(clip): whole_clip(manifest, clip) for pair in pairs.values() for clip in pair}
         self.offer_uploads()
-        self.models: dict[str, tuple[int, FusionModel]] = {}
-        self.render = functools.lru_cache(maxsize=8)(self._render)  # what a playground plays beside the next variant
+        self.load = functools.lru_cache(maxsize=16)(
+            lambda path, saved: load_model(Run.open(path), codec_fingerprint=codec.fingerprint)
+        )
+        self.render = functools.lru_cache(maxsize=8)(  # what a playground plays beside the next variant
+            lambda model, input, target, settings: render(model, codec, *load_pair(input, target), settings)
+        )
 
     def offer_uploads(self) -> None:
-        self.clips = self.clips | uploaded_clips(self.uploads, self.clip_length)
+        self.clips = self.clips | uploaded_clips(self.uploads, self.clip_length, self.codec.sample_rate)
 
     def model(self, run: str) -> FusionModel:
         """The best model of a run: loaded at the first call, and again once another training has replaced it."""
         path = self.runs[run].path
         meta = path / "best" / "meta.json"
-        written = meta.stat().st_mtime_ns if meta.exists() else 0  # without one, loading says what is wrong
-        if self.models.get(run, (None,))[0] != written:
-            self.models[run] = written, load_model(Run.open(path), codec_fingerprint=self.codec.fingerprint)
-        return self.models[run][1]
+        return self.load(path, meta.stat().st_mtime_ns if meta.exists() else 0)  # without one, it says what is wrong
 
     def compare(
         self, input: Clip, target: Clip, outputs: Mapping[str, tuple[str, Settings]], restored: bool = False
@@ -84,20 +84,17 @@ class Listening(HasTraits):
                 rest = left_out(self.codec, wav[None], latents) if settings.whole_band else 0
                 wavs[name] = (self.codec.decode(latents, length=wav.shape[-1]) + rest)[0]
         step("players")
-        return (Players(self.restore(wavs), mel.SAMPLE_RATE) if restored else Players(wavs)), parts, found
+        players = Players(wavs, self.codec.sample_rate)
+        return (self.restore(players) if restored else players), parts, found
 
-    def _render(self, model: FusionModel, input: Clip, target: Clip, settings: Settings) -> Rendition:
-        return render(model, self.codec, *load_pair(input, target), settings)
-
-    def restore(self, wavs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def restore(self, players: Players) -> Players:
         """The clips at 48 kHz, the outputs with a restored upper band."""
-        resolver = SuperResolver(self.superres)
-        found = {name: resample(wav, SAMPLE_RATE, mel.SAMPLE_RATE) for name, wav in wavs.items()}
-        for name in found:
-            if name.startswith("output") and (edge := band_edge(wavs[name], SAMPLE_RATE)):
+        resolver, found = SuperResolver(self.superres), players.resampled(mel.SAMPLE_RATE)
+        for name, wav in players.wavs.items():
+            if name.startswith("output") and (edge := band_edge(wav, players.sample_rate)):
                 step(f"upper band of the {name}")
                 found[name] = resolver.restore_signal(found[name], Restoration(cutoff=edge))
-        return found
+        return Players(found, mel.SAMPLE_RATE)
 
     def blends(self) -> Figure | None:
         """What the first run takes from which clip of the first pair, masks blended with 0.5; None without masks."""
@@ -120,10 +117,10 @@ def by_hand(input: Clip, target: Clip) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def taken(model: FusionModel, codec: Codec, rendition: Rendition) -> tuple[Tensor, Tensor]:
-    """Mel powers `[80, F]` of the masked input and of the masked target, each decoded separately."""
+    """Mel powers `[80, F]` of the masked input and of the masked target, each decoded separately, at 24 kHz."""
     restored = itertools.repeat(model.masking.restore_rms)
     masked = map(apply_mask, rendition.latents, rendition.masks, restored)
-    return tuple(mel_power(codec.decode(latents)[0]) for latents in masked)
+    return tuple(mel_power(decoded(codec, latents)[0]) for latents in masked)
 
 
 def describe_pair(input: Clip, target: Clip) -> str:
@@ -134,12 +131,28 @@ def marked(pair: Pair) -> str:
     return f"{pair.mode}: {describe_pair(pair.input, pair.target)}"
 
 
-class _Panel:
+class Comparing:
+    """The widgets of any panel that compares clips: its players and, below them, what was taken from which clip."""
+
+    def __init__(self):
+        self.work, self.players, self.masks = ui.Work(), PlayerWidget(), Image(**ui.PICTURE)
+
+    def show(self, players: Players, parts: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Show what `Listening.compare` returns."""
+        html, masks = players._repr_html_(), ui.figure_png(mixing_maps(parts, players.seconds)) if parts else b""
+        step("showing it")
+        self.players.html, self.masks.value = html, masks
+        self.masks.layout.display = None if parts else "none"
+
+
+class _Panel(Comparing):
     """The widgets of a panel and what they do."""
 
     def __init__(self, listening: Listening):
+        super().__init__()
         self.listening = listening
-        self.files = [ui.Upload(role, listening.uploads, listening.clip_length) for role in ("input", "target")]
+        kept = listening.uploads, listening.clip_length, listening.codec.sample_rate
+        self.files = [ui.Upload(role, *kept) for role in ("input", "target")]
         self.controls = ui.controls("listening", runs=listening.runs, pair=[*listening.pairs, UPLOADED])
         search, self.pair, self.runs, *others = self.controls.values()
         self.runs.value = self.runs.options[:1]
@@ -147,8 +160,7 @@ class _Panel:
             restored = self.controls["restored"]
             restored.disabled, restored.layout.width = True, "auto"
             restored.description += ": needs notebook 06, which trains the super-resolver"
-        self.work, self.playing = ui.Work(), Label()  # the latter says which pair the players hold
-        self.players, self.masks = PlayerWidget(), Image(**ui.PICTURE)
+        self.playing = Label()  # which pair the players hold
         shown = (*self.files, *self.controls.values(), self.work, self.playing, self.players, self.masks)
         self.box = VBox(shown)
         ui.observe([file.button for file in self.files], self.keep)
@@ -182,9 +194,5 @@ class _Panel:
         title = " + ".join(file.part() for file in self.files) if uploaded else title
         runs, settings = ui.chosen(self.runs), Settings(mask_blend=blend, whole_band=whole_band)
         outputs = {f"output: {run}" if len(runs) > 1 else "output": (run, settings) for run in runs}
-        players, parts, _ = self.listening.compare(*clips, outputs, restored)
-        masks = ui.figure_png(mixing_maps(parts, players.seconds)) if parts else b""
-        html = players._repr_html_()
-        step("showing it")
-        self.players.html, self.masks.value, self.playing.value = html, masks, f"playing {title}"
-        self.masks.layout.display = None if parts else "none"
+        self.show(*self.listening.compare(*clips, outputs, restored)[:2])
+        self.playing.value = f"playing {title}"

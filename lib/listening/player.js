@@ -88,7 +88,8 @@ class Panel {
       clip.shift = element("small", { className: "shift" });
       clip.figure.querySelector("figcaption").append(clip.shift);
       const picture = clip.figure.querySelector(".picture");
-      picture.append(clip.cursor, ...FREQUENCIES.map((hertz) => this.frequency(hertz)));
+      const shown = FREQUENCIES.filter((hertz) => hertz < Number(this.root.dataset.rate) / 2);
+      picture.append(clip.cursor, ...shown.map((hertz) => this.frequency(hertz)));
       picture.addEventListener("click", (event) => {
         const box = picture.getBoundingClientRect();
         this.seek(((event.clientX - box.left) / box.width) * this.duration);

@@ -14,6 +14,7 @@ import traitlets
 from markupsafe import Markup
 from torch import Tensor
 
+from lib.audio.decode import resample
 from lib.audio.files import SAMPLE_RATE
 from lib.audio.levels import decibels, level_of
 from lib.audio.plots import AVERAGE, INPUT, OUTPUT, STAGES, TARGET, clip_image
@@ -55,6 +56,10 @@ class Players:
         self.loudness = {name: loudness(wav, sample_rate) for name, wav in self.wavs.items()}
         self.seconds = max(wav.shape[-1] for wav in self.wavs.values()) / sample_rate
         self.gain = HEADROOM / peak if (peak := max(self.peaks.values())) > 1 else 1.0
+
+    def resampled(self, sample_rate: int = SAMPLE_RATE) -> dict[str, Tensor]:
+        """The clips at another rate, by default at the 24 kHz that figures and metrics take."""
+        return {name: resample(wav, self.sample_rate, sample_rate) for name, wav in self.wavs.items()}
 
     def levels(self) -> dict[str, str]:
         """RMS, peak and loudness of each clip before the common gain."""

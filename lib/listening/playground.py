@@ -6,13 +6,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ipywidgets import Button, HBox, Image, Label, VBox
+from ipywidgets import Button, HBox, Label, VBox
 from matplotlib.figure import Figure
 
-from lib.audio.plots import mixing_maps, waveforms_and_mels
+from lib.audio.plots import waveforms_and_mels
 from lib.listening import widgets as ui
-from lib.listening.panel import Listening
-from lib.listening.player import Players, PlayerWidget
+from lib.listening.panel import Comparing, Listening
+from lib.listening.player import Players
 from lib.listening.render import Rendition, Settings, save_with_recipe
 from lib.listening.widgets import step
 from lib.model.fusion import FusionModel
@@ -39,7 +39,8 @@ class Playground:
         (players, parts, found), *others = compared
         for target, (other, *_) in zip(targets[1:], others, strict=True):
             players.wavs |= {f"{name}, {target}": wav for name, wav in other.wavs.items() if name != "input"}
-        return Players(players.wavs), parts, level_in_words(self.listening.model(run), found["variant"], settings)
+        level = level_in_words(self.listening.model(run), found["variant"], settings)
+        return Players(players.wavs, players.sample_rate), parts, level
 
     def save(self, name: str, run: str, input: str, target: str, settings: Settings) -> Path:
         """Save a fusion as favourites/<name>.wav and return its recipe's path. A taken name gets a number."""
@@ -58,8 +59,9 @@ class Playground:
         stages, masks = len(model.cascade.stages), model.masking.masking != "none"
         fitting = {title: how for title, how in table.items() if how["stages"] <= stages and how["masks"] <= masks}
         outputs = {title: (run, Settings(**how["settings"])) for title, how in fitting.items()}
-        *_, found = self.listening.compare(*(self.listening.clips[name] for name in self.first), outputs)
-        return waveforms_and_mels({title: rendition.wav for title, rendition in found.items()})
+        players, *_ = self.listening.compare(*(self.listening.clips[name] for name in self.first), outputs)
+        wavs = players.resampled()
+        return waveforms_and_mels({title: wavs[title] for title in outputs})
 
     def panel(self) -> VBox:
         """The live playground."""
@@ -79,10 +81,11 @@ def level_in_words(model: FusionModel, rendition: Rendition, settings: Settings)
     return f"{found}; smallest safe weight {law.smallest_safe_weight:.2f}"
 
 
-class _Panel:
+class _Panel(Comparing):
     """The widgets of a playground and what they do."""
 
     def __init__(self, playground: Playground):
+        super().__init__()
         self.playground, listening = playground, playground.listening
         chosen = ui.controls("playground", run=listening.runs, input=listening.clips, targets=listening.clips)
         self.run, self.input, self.targets = chosen.values()
@@ -90,7 +93,6 @@ class _Panel:
         self.controls, saved = ui.controls("settings"), ui.controls("favourite")  # the former by the settings they set
         self.favourite, self.name = saved.values()
         self.level, self.greyed = Label(), Label()  # of the last stage; why some of the controls are disabled
-        self.work, self.players, self.masks = ui.Work(), PlayerWidget(), Image(**ui.PICTURE)
         self.shown: Any = None  # what the players hold: two sliders that change together redraw once
         self.choices = (*chosen.values(), *self.controls.values())
         self.states: list[tuple[Any, ...]] = []  # that all choices had, the newest last
@@ -157,10 +159,8 @@ class _Panel:
         if wanted == self.shown:
             return
         players, parts, level = self.playground.fuse(*wanted)
-        html, masks = players._repr_html_(), ui.figure_png(mixing_maps(parts, players.seconds)) if parts else b""
-        step("showing it")
-        self.players.html, self.masks.value, self.level.value, self.shown = html, masks, level, wanted
-        self.masks.layout.display = None if parts else "none"
+        self.show(players, parts)
+        self.level.value, self.shown = level, wanted
         kept, self.favourite.options = self.favourite.value, targets
         self.favourite.value = kept if kept in targets else targets[0]
 

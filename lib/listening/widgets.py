@@ -21,7 +21,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from lib.audio.decode import NAMES, AudioError
-from lib.audio.files import AUDIO_SUFFIXES, SAMPLE_RATE, AudioReport, check_audio
+from lib.audio.files import AUDIO_SUFFIXES, AudioReport, check_audio
 from lib.data.pairs import Clip
 from lib.util.errors import UserError
 from lib.util.files import make_folder, write_atomic
@@ -142,29 +142,36 @@ class Work(ipywidgets.VBox):
 class Upload(ipywidgets.HBox):
     """A button to upload a file with, and the second at which its clip begins; the file is kept in `folder`."""
 
-    def __init__(self, role: str, folder: Path, clip_length: int):
-        self.folder, self.clip_length, self.name = folder, clip_length, ""
+    def __init__(self, role: str, folder: Path, clip_length: int, sample_rate: int):
+        """`clip_length`: samples at `sample_rate` (Hz), the codec's."""
+        self.folder, self.clip_length, self.sample_rate = folder, clip_length, sample_rate
         self.button, self.begin = controls("upload").values()
         self.button.accept, self.button.description = ",".join(AUDIO_SUFFIXES), f"{role} file"
-        self.report: AudioReport | None = None
+        self.file, self.name = None, ""  # all of it as a clip, and what its owner calls it
         super().__init__([self.button, self.begin])
 
     def keep(self) -> None:
         """Keep the file that has arrived. `AudioError` if it cannot be used; then the one before it stays."""
         (file,) = self.button.value
-        self.report, self.name = keep_upload(file["name"], bytes(file["content"]), self.folder), file["name"]
-        self.begin.value, self.begin.max = 0, max(0, self.report.num_samples - self.clip_length) / SAMPLE_RATE
+        report = keep_upload(file["name"], bytes(file["content"]), self.folder)
+        self.file, self.name = all_of(report, self.sample_rate), file["name"]
+        self.begin.value, self.begin.max = 0, max(0, self.file.length - self.clip_length) / self.sample_rate
 
     def clip(self) -> Clip:
         """The chosen part, or the whole of a file that is shorter than `clip_length`; `UserError` without a file."""
-        if self.report is None:
+        if self.file is None:
             raise UserError(f"Choose two audio files: {NAMES}.")
-        length = min(self.clip_length, self.report.num_samples)
-        return Clip(str(self.report.path), round(self.begin.value * SAMPLE_RATE), length, self.report.sha256)
+        offset, length = round(self.begin.value * self.sample_rate), min(self.clip_length, self.file.length)
+        return replace(self.file, offset=offset, length=length)
 
     def part(self) -> str:
         """'song.wav 4–20 s of 24 s'."""
-        return f"{describe_clip(replace(self.clip(), path=self.name))} of {self.report.num_samples / SAMPLE_RATE:.4g} s"
+        seconds = self.file.length / self.sample_rate
+        return f"{describe_clip(replace(self.clip(), path=self.name))} of {seconds:.4g} s"
+
+
+def all_of(file: AudioReport, sample_rate: int) -> Clip:
+    return Clip(str(file.path), 0, file.samples_at(sample_rate), file.sha256, sample_rate)
 
 
 def keep_upload(name: str, content: bytes, folder: Path) -> AudioReport:
@@ -180,13 +187,13 @@ def keep_upload(name: str, content: bytes, folder: Path) -> AudioReport:
         raise AudioError(name, error.problem) from None  # under the name that its owner knows
 
 
-def uploaded_clips(folder: Path, length: int) -> dict[str, Clip]:
-    """Name → clip of every uploaded file: its first `length` samples, or all of a shorter one."""
+def uploaded_clips(folder: Path, length: int, sample_rate: int) -> dict[str, Clip]:
+    """Name → clip of every uploaded file: its first `length` samples at this rate, or all of a shorter one."""
     clips = {}
     for path in sorted(folder.glob("*")):
         with contextlib.suppress(AudioError):  # any other file in the folder
-            report = check_audio(path)
-            clip = Clip(str(path), 0, min(length, report.num_samples), report.sha256)
+            whole = all_of(check_audio(path), sample_rate)
+            clip = replace(whole, length=min(length, whole.length))
             name = path.name.partition("_")[2] or path.name  # without its hash
             clips[describe_clip(replace(clip, path=name))] = clip
     return clips
@@ -199,4 +206,5 @@ def plain_name(name: str, most: int = 100) -> str:
 
 def describe_clip(clip: Clip) -> str:
     """'song_04.wav 4–8 s'."""
-    return f"{clip.path} {clip.offset / SAMPLE_RATE:.4g}–{(clip.offset + clip.length) / SAMPLE_RATE:.4g} s"
+    begin, end = (n / clip.sample_rate for n in (clip.offset, clip.offset + clip.length))
+    return f"{clip.path} {begin:.4g}–{end:.4g} s"

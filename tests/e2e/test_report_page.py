@@ -15,20 +15,21 @@ from lib.report.report import Section, write_report
 SECONDS = 3.0
 
 
-def tone(level: float, frequency: float) -> torch.Tensor:
+def tone(level: float, frequency: float, rate: int = SAMPLE_RATE) -> torch.Tensor:
     """`[1, N]`."""
-    time = torch.arange(round(SECONDS * SAMPLE_RATE)) / SAMPLE_RATE
+    time = torch.arange(round(SECONDS * rate)) / rate
     return level * torch.sin(2 * torch.pi * frequency * time)[None]
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> str:
-    """The address of a page with two panels, tables and a figure."""
+    """The address of a page with two panels, the second of a codec at 16 kHz, tables and a figure."""
     folder = tmp_path_factory.mktemp("report")
     section = Section(folder, "05_listening", "Listening")
     section.text("Words about the clips, which come after the first of them. " * 4)
     section.players(Players({"input": tone(0.5, 440), "target": tone(0.05, 660), "output": tone(0.2, 550)}), "A pair")
-    section.players(Players({"input": tone(0.1, 300), "output": tone(0.1, 400)}), "Another pair")
+    other = {"input": tone(0.1, 300, 16_000), "output": tone(0.1, 400, 16_000)}
+    section.players(Players(other, 16_000), "Another pair")
     section.table([{f"column {i}": "a long cell" * 3 for i in range(12)}], "A wide table")
     section.table([{"a": i} for i in range(3)], "A narrow table")
     section.table([{"a": i} for i in range(30)], "A long table")
@@ -126,6 +127,9 @@ def test_frequencies_stand_beside_their_bands(page):
     box, at = picture.bounding_box(), label.bounding_box()
     height = (box["y"] + box["height"] - at["y"] - at["height"] / 2) / box["height"]
     assert height == pytest.approx(80 / 140 * math.log(1 + 1000 / 700) / math.log(1 + 12000 / 700), abs=0.05)
+    shown = [panel.locator(".player").first.locator(".frequency") for panel in page.locator(".players").all()]
+    wanted = ["0.3 kHz", "1 kHz", "3 kHz", "10 kHz"]
+    assert [labels.all_inner_texts() for labels in shown] == [wanted, wanted[:3]]  # of 12 and 8 kHz
 
 
 def test_the_end_is_the_end(page):
