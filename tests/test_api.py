@@ -1,10 +1,12 @@
 """What users do in Python: the README's API section, executed as it stands; and a codec of another rate and size."""
 
 import hashlib
+import json
 import re
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import soundfile
@@ -19,6 +21,7 @@ from lib.data.latents import LatentPairs
 from lib.data.pairs import whole_clip
 from lib.evaluation.baselines import mean_metrics, measure_fusions
 from lib.fuse import main
+from lib.lab.claims import NOT_TESTED
 from lib.listening.render import Settings, follow_recipe, save_with_recipe
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import load_model
@@ -27,7 +30,8 @@ from lib.presets import load_preset
 from lib.project import open_project
 from lib.train import train_project
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 
 @pytest.fixture
@@ -72,10 +76,42 @@ def test_the_readmes_api_section_runs_as_it_stands(folder, save_run, capsys):
     )
 
 
+OWN = {"train.max_steps": 3, "data.clip_seconds": 1.0, "listening.seconds": 1.0, "model.num_layers": 1}
+OWN |= {"codec": "own_blocks:Blocks"}
+
+
+def executed(notebook: str, **parameters: object) -> dict:
+    """The names that a notebook's cells leave, with these parameters."""
+    names: dict = {}
+    for cell in nbformat.read(ROOT / "notebooks" / f"{notebook}.ipynb", 4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, names)
+            names |= parameters if "parameters" in cell.metadata.get("tags", ()) else {}
+    return names
+
+
+def test_notebooks_01_and_05_work_with_a_codec_of_another_rate_and_size(folder):
+    (folder / "own_blocks.py").write_text(BLOCKS)
+    where = {"overrides": OWN, "data_dir": "data/demo", "out_dir": "outputs/mine"}
+    first = executed("01_encoding", **where)
+    assert first["wav"].shape == first["decoded"].shape == (1, 16 * 16_000)
+    assert first["latents"].shape == (64, 16 * 125)
+    assert {wav.shape for wav in first["sounds"].values()} == {(1, 16 * 24_000)}
+    stored = json.loads((folder / "outputs" / "mine" / "report" / "01_encoding.json").read_text())
+    (claims,) = (item["claims"] for item in stored["items"] if item["kind"] == "claims")
+    assert {claim["verdict"] for claim in claims} == {NOT_TESTED}
+    run = train_project(first["project"])
+    fifth = executed("05_listening", **where)
+    assert {players.seconds for players in fifth["players"].values()} == {1.0}
+    saved = [soundfile.info(path) for path in (run.path / "audio").glob("val_*/*.wav")]
+    assert saved
+    assert {(file.samplerate, file.frames) for file in saved} == {(16_000, 16_000)}
+    assert {axes.get_xlim() for axes in fifth["pictures"].axes if axes.get_xlabel() == "time (s)"} == {(0.0, 1.0)}
+
+
 def test_a_codec_of_another_rate_and_size_encodes_trains_and_fuses(folder, monkeypatch, capsys):
     (folder / "own_blocks.py").write_text(BLOCKS)
-    small = {"train.max_steps": 3, "data.clip_seconds": 1.0, "listening.seconds": 1.0, "model.num_layers": 1}
-    project = open_project(load_preset("smoke", small | {"codec": "own_blocks:Blocks"}), "data/demo", "outputs/mine")
+    project = open_project(load_preset("smoke", OWN), "data/demo", "outputs/mine")
     codec, manifest = project.codec, project.manifest
     assert manifest.sample_rate == manifest.clip_length == 16_000
     pairs = LatentPairs(project.index, "val")
