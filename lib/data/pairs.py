@@ -170,7 +170,7 @@ def build_manifest(
         if (manifest := read_manifest(out_path)).made_of == made_of and manifest.root == root.resolve():
             return manifest
     found = list(zip(files, check_files(root, files, check_file, "checking audio"), strict=True))
-    skipped += [Skipped(path, what.problem) for path, what in found if isinstance(what, AudioError)]
+    reasons = {path: what.problem for path, what in found if isinstance(what, AudioError)}  # why files are in no pair
     good = [(path, what) for path, what in found if not isinstance(what, AudioError)]
     sources = [Clip(path, 0, what.samples_at(sample_rate), what.sha256, sample_rate) for path, what in good]
     named = _named_files(sources) if mode in ("auto", "named") else {}
@@ -178,16 +178,16 @@ def build_manifest(
         layout = "train/ and val/ with pair_XXXX_input.* and pair_XXXX_target.*"
         raise UserError(f"{root}: no usable {layout}; check the names, or use mode continuation, cross or both")
     if named:
-        pairs = _named_pairs(sources, named, clip_length, skipped)
+        pairs = _named_pairs(sources, named, clip_length, reasons)
     else:
         kinds = ("continuation", "cross") if mode in ("auto", "both") else (mode,)
-        pairs = _tree_pairs(root, sources, kinds, clip_length, seed, skipped)
-    skipped.sort(key=lambda item: item.path)
+        pairs = _tree_pairs(root, sources, kinds, clip_length, seed, reasons)
+    skipped = sorted([*skipped, *itertools.starmap(Skipped, reasons.items())], key=lambda item: item.path)
     for split in SPLITS:
         if not any(pair.split == split for pair in pairs):
-            reasons = "; ".join([f"{item.path}: {item.reason}" for item in skipped if item.path in set(files)][:3])
+            first = "; ".join(f"{path}: {reason}" for path, reason in sorted(reasons.items())[:3])
             found = f"no usable pair for {split} among {len(files)} music files"
-            raise UserError(f"{root}: {found}; first reasons: {reasons or 'too few files'}")
+            raise UserError(f"{root}: {found}; first reasons: {first or 'too few files'}")
     manifest = Manifest(root.resolve(), clip_length, sample_rate, seed, tuple(pairs), tuple(skipped), made_of)
     before_writing(manifest)
     write_manifest(manifest, out_path)
@@ -222,10 +222,11 @@ def split_of(path: str) -> str | None:
 
 
 def _named_pairs(
-    sources: list[Clip], named: dict[tuple[str, str], dict[str, Clip]], clip_length: int, skipped: list[Skipped]
+    sources: list[Clip], named: dict[tuple[str, str], dict[str, Clip]], clip_length: int, reasons: dict[str, str]
 ) -> list[Pair]:
+    """Pairs of files; `reasons` gets every file that is in none."""
     validation = {file.sha256 for (split, _), files in named.items() if split == "val" for file in files.values()}
-    pairs, reasons = [], {}
+    pairs = []
     for (split, name), files in sorted(named.items()):
         halves = list(files.values())
         leaking = [file.path for file in halves if split == "train" and file.sha256 in validation]
@@ -243,30 +244,29 @@ def _named_pairs(
             reasons |= {file.path: _too_short(min(halves, key=lambda f: f.length), clip_length) for file in halves}
     unnamed = {source.path for source in sources} - {file.path for files in named.values() for file in files.values()}
     reasons |= dict.fromkeys(unnamed, "neither train/ nor val/ pair_XXXX_input.* or _target.*, or one too many of them")
-    skipped.extend(Skipped(path, reason) for path, reason in reasons.items())
     return pairs
 
 
 def _tree_pairs(
-    root: Path, sources: list[Clip], kinds: tuple[str, ...], clip_length: int, seed: int, skipped: list[Skipped]
+    root: Path, sources: list[Clip], kinds: tuple[str, ...], clip_length: int, seed: int, reasons: dict[str, str]
 ) -> list[Pair]:
-    """Continuation and cross pairs of any folder tree; every file that is in no pair is listed as skipped."""
+    """Continuation and cross pairs of any folder tree; `reasons` gets every file that is in none."""
     tops = {source.path: split_of(source.path) for source in sources}
     given = {split_of(f"{folder.name}/") for folder in root.iterdir() if folder.is_dir()} >= set(SPLITS)
     if given:  # songs of any name in train/ and val/
         if unused := [split for split in SPLITS if split not in tops.values()]:
             fix = "put music there, or remove that folder"
             raise UserError(f"{root}: is split into train/ and val/, but no file of {unused[0]}/ is usable; {fix}")
-        outside = [source for source in sources if tops[source.path] is None]
-        skipped.extend(Skipped(source.path, "neither in train/ nor in val/; move it into one") for source in outside)
+        outside = [path for path, split in tops.items() if split is None]
+        reasons |= dict.fromkeys(outside, "neither in train/ nor in val/; move it into one")
         sources = [source for split in ("val", "train") for source in sources if tops[source.path] == split]
     distinct: dict[str, Clip] = {}
     for source in sources:
         first = distinct.setdefault(source.sha256, source)
         if given and tops[first.path] != tops[source.path]:
-            skipped.append(Skipped(source.path, f"its content {IN_VAL}"))
+            reasons[source.path] = f"its content {IN_VAL}"
         elif first is not source:
-            skipped.append(Skipped(source.path, f"same content as {first.path}, which is used; remove one of them"))
+            reasons[source.path] = f"same content as {first.path}, which is used; remove one of them"
     if len(distinct) == 1:
         raise UserError(f"{root}: only one usable file ({sources[0].path}), and validation needs another; add a file")
     ordered = sorted(distinct, key=lambda sha256: hashlib.sha256(f"{seed}:{sha256}".encode()).hexdigest())
@@ -288,7 +288,7 @@ def _tree_pairs(
     alone = f"no partner: it needs {' or '.join(needs[kind] for kind in kinds)}; add files or shorten the clips"
     for source in distinct.values():
         if source.path not in used:
-            skipped.append(Skipped(source.path, alone if source.cut(clip_length) else _too_short(source, clip_length)))
+            reasons[source.path] = alone if source.cut(clip_length) else _too_short(source, clip_length)
     return pairs
 
 
