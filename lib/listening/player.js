@@ -16,16 +16,11 @@ function clock(seconds) {
   return `${Math.floor(seconds / 60)}:${(seconds % 60).toFixed(1).padStart(4, "0")}`;
 }
 
-function bytes(dataUri) {
-  return Uint8Array.from(atob(dataUri.slice(dataUri.indexOf(",") + 1)), (c) => c.charCodeAt(0)).buffer;
-}
-
 /** A labelled group of radio buttons; `choose(i)` is called with the number of the selected one. */
 function choice(legend, values, chosen, choose) {
   const name = `choice-${Math.random().toString(36).slice(2)}`;
   const inputs = values.map((label, value) => {
-    const input = element("input", { type: "radio", name, checked: value === chosen });
-    input.addEventListener("change", () => choose(value));
+    const input = element("input", { type: "radio", name, checked: value === chosen, onchange: () => choose(value) });
     return element("label", {}, [input, ` ${label}`]);
   });
   return element("fieldset", { className: "choice" }, [element("legend", { textContent: legend }), ...inputs]);
@@ -34,19 +29,17 @@ function choice(legend, values, chosen, choose) {
 class Panel {
   /** `state`: of the panel that this one replaces. */
   constructor(root, { position = 0, name = "", equal = false, loop = false, message = "" } = {}) {
-    this.root = root;
     this.clips = [...root.querySelectorAll(".player")].map((figure) => ({
       figure,
       name: figure.dataset.name,
       audio: figure.querySelector("audio"),
       gain: Number(figure.dataset.gain), // linear; makes it as loud as the others
     }));
-    Object.assign(this, { position, equal, loop, blind: false });
+    const duration = Number(root.dataset.seconds);
+    // sources: one for each clip while playing, all in sync: switching only changes gains
+    Object.assign(this, { root, duration, equal, loop, blind: false, sources: [] });
+    this.position = Math.min(position, duration);
     this.current = Math.max(0, this.clips.findIndex((clip) => clip.name === name));
-    this.note = root.querySelector(".note");
-    this.sources = []; // one for each clip while playing, all in sync: switching only changes gains
-    this.duration = Number(root.dataset.seconds);
-    this.position = Math.min(position, this.duration);
     this.build();
     this.problem.textContent = message;
     this.show();
@@ -63,56 +56,52 @@ class Panel {
   // --- display ---
 
   build() {
-    this.button = element("button", { type: "button", className: "play", textContent: "▶ Play" });
-    this.button.addEventListener("click", () => (this.playing ? this.pause() : this.play()));
+    this.button = element("button", { type: "button", className: "play" });
+    this.button.onclick = () => (this.playing ? this.pause() : this.play());
     this.slider = element("input", { type: "range", min: 0, max: this.duration, step: 0.05, className: "position" });
-    this.slider.setAttribute("aria-label", "Position in the clip, seconds");
-    this.slider.addEventListener("input", () => this.seek(Number(this.slider.value)));
+    this.slider.ariaLabel = "Position in the clip, seconds";
+    this.slider.oninput = () => this.seek(Number(this.slider.value));
     this.time = element("output", { className: "time" });
-    const loop = element("input", { type: "checkbox", checked: this.loop });
-    loop.addEventListener("change", () => (this.loop = loop.checked));
+    const loop = element("input", { type: "checkbox", checked: this.loop, onchange: () => (this.loop = loop.checked) });
     const repeat = element("label", {}, [loop, " loop"]);
     const transport = element("div", { className: "transport" }, [this.button, this.slider, this.time, repeat]);
-    this.names = choice("Clip", this.clips.map((clip) => clip.name), this.current, (i) => this.select(i));
-    this.levels = choice("Level", ["true", "equal loudness"], Number(this.equal), (i) => this.match(i === 1));
-    this.problem = element("p", { className: "problem" });
-    this.problem.setAttribute("role", "alert");
+    this.names = choice("Clip", this.clips.map((clip) => clip.name), this.current, (current) => this.mix({ current }));
+    this.levels = choice("Level", ["true", "equal loudness"], Number(this.equal), (i) => this.mix({ equal: i === 1 }));
+    this.problem = element("p", { className: "problem", role: "alert" });
     const controls = [transport, this.names, this.levels, this.problem];
     if (this.clips.length > 1) controls.push(this.buildTest());
-    const panel = element("div", { className: "panel" }, controls);
-    panel.addEventListener("keydown", (event) => event.stopPropagation()); // or JupyterLab takes the arrow keys
-    this.root.prepend(panel);
+    const onkeydown = (event) => event.stopPropagation(); // or JupyterLab takes the arrow keys
+    this.root.prepend(element("div", { className: "panel", onkeydown }, controls));
+    const highest = Number(this.root.dataset.rate) / 2;
     for (const clip of this.clips) {
       clip.audio.hidden = true;
       clip.cursor = element("div", { className: "cursor" });
       clip.shift = element("small", { className: "shift" });
       clip.figure.querySelector("figcaption").append(clip.shift);
       const picture = clip.figure.querySelector(".picture");
-      const shown = FREQUENCIES.filter((hertz) => hertz < Number(this.root.dataset.rate) / 2);
-      picture.append(clip.cursor, ...shown.map((hertz) => this.frequency(hertz)));
-      picture.addEventListener("click", (event) => {
+      picture.append(clip.cursor);
+      for (const hertz of FREQUENCIES.filter((hertz) => hertz < highest)) {
+        // on the mel scale of the lower 80 of a picture's 140 rows
+        const label = element("span", { className: "frequency", textContent: `${hertz / 1000} kHz` });
+        label.style.bottom = `${((8000 / 140) * Math.log(1 + hertz / 700)) / Math.log(1 + highest / 700)}%`;
+        picture.append(label);
+      }
+      picture.onclick = (event) => {
         const box = picture.getBoundingClientRect();
         this.seek(((event.clientX - box.left) / box.width) * this.duration);
-      });
+      };
     }
-  }
-
-  /** A label at a frequency of the mel spectrogram, the lower 80 of a picture's 140 rows. */
-  frequency(hertz) {
-    const height = Math.log(1 + hertz / 700) / Math.log(1 + Number(this.root.dataset.rate) / 1400);
-    const label = element("span", { className: "frequency", textContent: `${hertz / 1000} kHz` });
-    label.style.bottom = `${(8000 / 140) * height}%`;
-    return label;
   }
 
   show() {
     const at = this.now();
     this.slider.value = at;
-    this.slider.setAttribute("aria-valuetext", `${at.toFixed(1)} of ${this.duration.toFixed(1)} seconds`);
+    this.slider.ariaValueText = `${at.toFixed(1)} of ${this.duration.toFixed(1)} seconds`;
     this.time.textContent = `${clock(at)} / ${clock(this.duration)}`;
     const matched = this.equal || this.blind;
-    this.note.hidden = matched;
+    this.root.querySelector(".note").hidden = matched;
     this.levels.querySelectorAll("input")[Number(matched)].checked = true;
+    this.names.disabled = this.levels.disabled = this.blind;
     this.button.textContent = this.playing ? "❚❚ Pause" : "▶ Play";
     this.clips.forEach((clip, i) => {
       clip.cursor.style.left = `${(100 * at) / this.duration}%`;
@@ -149,7 +138,9 @@ class Panel {
   async load() {
     await this.context.resume();
     await Promise.all(this.clips.map(async (clip) => {
-      clip.buffer ??= await this.context.decodeAudioData(bytes(clip.audio.src));
+      if (clip.buffer) return;
+      const sound = atob(clip.audio.src.slice(clip.audio.src.indexOf(",") + 1)); // of a data URI
+      clip.buffer = await this.context.decodeAudioData(Uint8Array.from(sound, (c) => c.charCodeAt(0)).buffer);
     }));
   }
 
@@ -177,11 +168,8 @@ class Panel {
   }
 
   pause(position = this.now()) {
-    const sources = this.sources;
-    this.position = position;
-    this.wanted = false;
-    this.sources = [];
-    for (const source of sources) source.stop();
+    for (const source of this.sources) source.stop();
+    Object.assign(this, { position, wanted: false, sources: [] });
     this.show();
   }
 
@@ -191,22 +179,14 @@ class Panel {
     if (resume) this.play();
   }
 
-  select(i) {
-    this.current = i;
-    this.mix();
-  }
-
-  match(equal) {
-    this.equal = equal;
-    this.mix();
-  }
-
   levelOf(i) {
     if (i !== this.current) return 0;
     return this.equal || this.blind ? this.clips[i].gain : 1;
   }
 
-  mix() {
+  /** Play what `changes` says: another clip or level, or the blind test. */
+  mix(changes) {
+    Object.assign(this, changes);
     this.clips.forEach((clip, i) => {
       clip.level?.gain.setTargetAtTime(this.levelOf(i), this.context.currentTime, FADE / 3);
     });
@@ -227,36 +207,27 @@ class Panel {
   }
 
   buildTest() {
-    const pick = (label, chosen) => {
-      const options = this.clips.map((clip, i) => element("option", { value: i, textContent: clip.name }));
-      const select = element("select", {}, options);
-      select.value = chosen;
-      select.addEventListener("change", () => this.newTest());
-      return [select, element("label", {}, [`${label} is `, select])];
-    };
     const outputs = this.clips.flatMap(({ name }, i) => (["input", "target", "plain average", "HPSS"].includes(name) ? [] : [i]));
-    const [first, second] = outputs.length > 1 ? outputs : [0, outputs[0] || 1]; // two outputs, else input against output
-    const [a, labelA] = pick("A", first);
-    const [b, labelB] = pick("B", second);
-    this.picks = [a, b];
-    this.listen = choice("Listen to", ["A", "B", "X"], -1, (i) => this.listenTo(i));
-    this.guesses = ["X is A", "X is B"].map((textContent, i) => {
-      const button = element("button", { type: "button", textContent });
-      button.addEventListener("click", () => this.answer(i));
-      return button;
+    const chosen = outputs.length > 1 ? outputs : [0, outputs[0] || 1]; // two outputs, else input against output
+    this.picks = chosen.slice(0, 2).map((value) => {
+      const options = this.clips.map((clip, i) => element("option", { value: i, textContent: clip.name }));
+      const select = element("select", { onchange: () => this.newTest() }, options);
+      return Object.assign(select, { value });
     });
-    this.score = element("p", { className: "score" });
-    this.score.setAttribute("aria-live", "polite");
-    const test = element("details", { className: "abx" }, [
+    this.listen = choice("Listen to", ["A", "B", "X"], -1, (i) => this.listenTo(i));
+    this.guesses = ["X is A", "X is B"].map((textContent, i) =>
+      element("button", { type: "button", textContent, onclick: () => this.answer(i) }));
+    this.score = element("p", { className: "score", ariaLive: "polite" });
+    const ontoggle = () => (test.open ? this.beginTest() : this.mix({ blind: false, current: this.before }));
+    const test = element("details", { className: "abx", ontoggle }, [
       element("summary", { textContent: "Blind test (ABX)" }),
       element("p", { textContent: "X is A or B, chosen at random every round; all play equally loud. Can you hear which? " +
         "Listen to X before you answer. While A, B or X plays, clip and level are not yours to choose." }),
-      element("div", {}, [labelA, " ", labelB]),
+      element("div", {}, this.picks.map((pick, i) => element("label", {}, [`${"AB"[i]} is `, pick, " "]))),
       this.listen,
       element("div", {}, this.guesses),
       this.score,
     ]);
-    test.addEventListener("toggle", () => (test.open ? this.beginTest() : this.endTest()));
     return test;
   }
 
@@ -282,10 +253,8 @@ class Panel {
   }
 
   listenTo(i) {
-    this.blind = true;
     if (i === 2) for (const button of this.guesses) button.disabled = false;
-    this.names.disabled = this.levels.disabled = true;
-    this.select(Number(this.picks[i === 2 ? this.x : i].value));
+    this.mix({ blind: true, current: Number(this.picks[i === 2 ? this.x : i].value) });
     if (!this.playing) this.play();
   }
 
@@ -298,12 +267,6 @@ class Panel {
       `p = ${chance.toFixed(chance < 0.1 ? 3 : 2)} (the probability of that many by guessing). X was chosen again.`;
     this.listen.querySelectorAll("input")[2].focus();
     this.draw();
-  }
-
-  endTest() {
-    this.blind = false;
-    this.names.disabled = this.levels.disabled = false;
-    this.select(this.before);
   }
 }
 
