@@ -65,15 +65,14 @@ def compare_runs(
         raise UserError(f"--pairs {pairs}, --judged {judged}: at least one pair each is needed")
     given = [Path(first), Path(second)]
     paths = dict(sorted(zip(names_of(given), given, strict=True)))
-    runs = {name: Run.open(path) for name, path in paths.items()}
-    compared = [Compared(name, run, codec) for name, run in runs.items()]
+    compared = [Compared(name, Run.open(path), codec) for name, path in paths.items()]
     music = music_new_to_both(paths, data)
     out = Path(out) if out else ROOT / "outputs" / "compare" / "-".join(paths).replace("/", "_")
     if (out / "config.json").exists() or {path.stem for path in (out / "report").glob("*")} - SECTIONS:
         raise UserError(f"{out}: holds a run or its page, which would be lost; choose another folder")
     make_folder(out)
-    changes = differing_fields(*(run.config for run in runs.values()))
-    rows = [{"field": field} | dict(zip(runs, map(str, values), strict=True)) for field, *values in changes]
+    changes = differing_fields(*(c.run.config for c in compared))
+    rows = [{"field": field} | dict(zip(paths, map(str, values), strict=True)) for field, *values in changes]
     configs = Section(out, "config", "Configs")
     configs.key_figure("fields of the configs that differ", str(len(rows)))
     tables = {

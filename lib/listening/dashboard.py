@@ -117,7 +117,7 @@ class Panel:
         self.picture, self.players = Image(**PICTURE), PlayerWidget()
         self.metrics = Metrics(run.path / "metrics.jsonl")
         self.seen: list[tuple[float, int]] = []  # time and newest step of the last updates
-        self.newest: tuple[Path, int] | None = None  # the output that is shown, and when it was written
+        self.newest: tuple[int, Path] | None = None  # when the output that is shown was written, and its file
         self.box = VBox([HBox([self.button, self.status]), self.picture, self.players])
 
     def stop(self, button: Any) -> None:
@@ -152,12 +152,12 @@ class Panel:
     def show_clips(self, folder: Path) -> None:
         """The first demo pair with the model's newest output."""
         outputs = [path for path in folder.glob("pair_0_*.wav") if re.search("_(epoch_[0-9]+|last)$", path.stem)]
-        written, newest = max(((path.stat().st_mtime_ns, path) for path in outputs), default=(0, None))
-        if newest is not None and (newest, written) != self.newest:
-            when = re.sub("epoch_0*", "after epoch ", newest.stem.removeprefix("pair_0_"))
+        newest = max(((path.stat().st_mtime_ns, path) for path in outputs), default=self.newest)
+        if newest != self.newest:
+            when = re.sub("epoch_0*", "after epoch ", newest[1].stem.removeprefix("pair_0_"))
             wavs = {name: load_audio(folder / f"pair_0_{name}.wav") for name in ("input", "target")}
-            self.players.html = Players(wavs | {f"output, {when}": load_audio(newest)})._repr_html_()
-            self.newest = (newest, written)
+            self.players.html = Players(wavs | {f"output, {when}": load_audio(newest[1])})._repr_html_()
+            self.newest = newest
 
 
 def leave_subshell_to_front_end(widget: Widget) -> None:

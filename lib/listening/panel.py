@@ -105,7 +105,7 @@ class Listening(HasTraits):
 
     def panel(self) -> VBox:
         """The live panel."""
-        return _Panel(self).box
+        return _Panel(self)
 
 
 @functools.lru_cache(maxsize=8)  # a slider plays the same pair again and again
@@ -131,14 +131,15 @@ def marked(pair: Pair) -> str:
     return f"{pair.mode}: {describe_pair(pair.input, pair.target)}"
 
 
-class Comparing:
-    """The widgets of any panel that compares clips: its players and, below them, what was taken from which clip."""
+class Comparing(VBox):
+    """Any panel that compares clips, rendered again with each change: players, and what was taken from which clip."""
 
     def __init__(self):
+        super().__init__()
         self.work, self.players, self.masks = ui.Work(), PlayerWidget(), Image(**ui.PICTURE)
 
     def show(self, players: Players, parts: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Show what `Listening.compare` returns."""
+        """Show what `Listening.compare` returns first."""
         html, masks = players._repr_html_(), ui.figure_png(mixing_maps(parts, players.seconds)) if parts else b""
         step("showing it")
         self.players.html, self.masks.value = html, masks
@@ -146,7 +147,7 @@ class Comparing:
 
 
 class _Panel(Comparing):
-    """The widgets of a panel and what they do."""
+    """The live panel and what its widgets do."""
 
     def __init__(self, listening: Listening):
         super().__init__()
@@ -161,8 +162,8 @@ class _Panel(Comparing):
             restored.disabled, restored.layout.width = True, "auto"
             restored.description += ": needs notebook 06, which trains the super-resolver"
         self.playing = Label()  # which pair the players hold
-        shown = (*self.files, *self.controls.values(), self.work, self.playing, self.players, self.masks)
-        self.box = VBox(shown)
+        above = (*self.files, *self.controls.values(), self.work, self.playing)
+        self.children = (*above, self.players, self.masks)
         ui.observe([file.button for file in self.files], self.keep)
         ui.observe([search], self.find)
         ui.observe((self.pair, self.runs, *others, *(file.begin for file in self.files)), self.redraw)

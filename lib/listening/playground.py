@@ -65,7 +65,7 @@ class Playground:
 
     def panel(self) -> VBox:
         """The live playground."""
-        return _Panel(self).box
+        return _Panel(self)
 
 
 def level_in_words(model: FusionModel, rendition: Rendition, settings: Settings) -> str:
@@ -82,7 +82,7 @@ def level_in_words(model: FusionModel, rendition: Rendition, settings: Settings)
 
 
 class _Panel(Comparing):
-    """The widgets of a playground and what they do."""
+    """The live playground and what its widgets do."""
 
     def __init__(self, playground: Playground):
         super().__init__()
@@ -102,7 +102,7 @@ class _Panel(Comparing):
         stages, weight, *others = self.controls.values()
         beside = HBox([weight, self.level], layout={"flex_flow": "row wrap"})
         top = (*chosen.values(), stages, beside, *others, self.greyed, HBox([self.undo, self.reset]), self.work)
-        self.box = VBox([*top, self.players, self.masks, self.favourite, self.name, self.button])
+        self.children = (*top, self.players, self.masks, self.favourite, self.name, self.button)
         self.fit()
         ui.observe([self.run, stages], self.fit)
         ui.observe(self.choices, self.redraw)
