@@ -51,7 +51,7 @@ class Compared:
 
     def __init__(self, name: str, run: Run, codec_folder: str):
         self.name, self.run = name, run
-        self.codec = load_codec(codec_folder if codec_folder and run.codec["name"] == "encodec" else run.codec["name"])
+        self.codec = load_codec(codec_folder if codec_folder and run.codec["name"] == "encodec" else run.codec_source)
         self.model = load_model(run, "best", codec_fingerprint=self.codec.fingerprint)
 
 

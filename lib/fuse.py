@@ -139,7 +139,7 @@ def main() -> None:
 
 def fuse(options: argparse.Namespace) -> int:
     run = Run.open(options.run)
-    codec = load_codec(options.codec or run.codec["name"])
+    codec = load_codec(options.codec or run.codec_source)
     files = options.input, options.target, options.out
     chosen = {"which": options.checkpoint or "best", "mono": options.mono, "whole_band": not options.narrow}
     chosen["level"] = options.level or "lufs"

@@ -2,12 +2,15 @@
 
 import dataclasses
 import hashlib
+import io
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import encodec.model
 import numpy as np
 import pytest
 import soundfile
@@ -46,7 +49,8 @@ class Blocks:
 class TinyCodec:
     """Eight channels a frame: each the mean of 40 neighbouring samples, at the RMS of real latents (about 5)."""
 
-    sample_rate, hop, dim, name = 24_000, 320, 8, "tiny"
+    sample_rate, hop, dim = 24_000, 320, 8
+    name = source = "tiny"
     fingerprint = hashlib.sha256(b"tiny").hexdigest()
 
     def encode(self, wav: Tensor) -> Tensor:
@@ -68,6 +72,25 @@ def blocks(tmp_path_factory) -> Iterator[Codec]:
         patch.syspath_prepend(folder)
         yield load_codec("own_blocks:Blocks")
     sys.modules.pop("own_blocks")
+
+
+def encodec_model(seed: int = 0) -> nn.Module:
+    """EnCodec with random weights."""
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the package's weight norm
+        torch.manual_seed(seed)
+        return encodec.model.EncodecModel.encodec_model_24khz(pretrained=False)
+
+
+def write_weights(directory: Path, content: bytes | None = None) -> Path:
+    """A file of EnCodec's weights, random ones by default, that is named with its true checksum."""
+    directory.mkdir(exist_ok=True)
+    if content is None:
+        torch.save(encodec_model().state_dict(), saved := io.BytesIO())
+        content = saved.getvalue()
+    path = directory / f"encodec_24khz-{hashlib.sha256(content).hexdigest()[:8]}.th"
+    path.write_bytes(content)
+    return path
 
 
 class TinyDiscriminator(nn.Module):

@@ -16,10 +16,12 @@ import pytest
 import soundfile
 import torch
 import torchaudio
+from conftest import write_weights
 
 import lib.fuse
 from lib.audio.decode import AudioError
 from lib.audio.files import SAMPLE_RATE, load_audio
+from lib.codec.codec import load_codec
 from lib.codec.encodec import OFFLINE_VARIABLE
 from lib.codec.mdct import MdctCodec
 from lib.data.pairs import Clip
@@ -476,6 +478,24 @@ def test_a_bad_run_is_one_line(tmp_path, clip, run, call, monkeypatch):
     fails(path, path / "best", "no checkpoint here; train this run first")
 
 
+def test_a_run_finds_its_codec_where_it_came_from(tmp_path, clip, call, monkeypatch):
+    """EnCodec's weights in a folder of the user's: never those of the hub, whose name is the same."""
+    monkeypatch.setenv(OFFLINE_VARIABLE, "1")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    folder, elsewhere, a, b = tmp_path / "weights", tmp_path / "elsewhere", clip("a.wav"), clip("b.wav", seed=1)
+    write_weights(folder)
+    monkeypatch.chdir(tmp_path)
+    codec = load_codec("weights")
+    run = saved_run(tmp_path / "run", codec, CascadeConfig.reference(1, num_layers=1))
+    older = call(a, b, "-o", tmp_path / "out.wav", "--run", run.path)
+    check_one_line(older, "encodec", "its weights are not on this machine.*; give the directory that holds")
+    path = changed_copy(run, tmp_path / "noted", codec_source=codec.source)
+    assert call(a, b, "-o", tmp_path / "out.wav", "--run", path)[0] == 0
+    folder.rename(elsewhere)
+    assert call(a, b, "-o", tmp_path / "out.wav", "--run", path)[0] == 2
+    assert call(a, b, "-o", tmp_path / "out.wav", "--run", path, "--codec", elsewhere)[0] == 0
+
+
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 
@@ -523,11 +543,10 @@ def test_samples_that_differ_from_the_recipe_exit_with_1_and_still_written(tmp_p
 
 def test_a_recipe_takes_run_and_codec_from_the_options(tmp_path, run, recipe, call):
     values = json.loads(recipe.read_text())
-    values["codec"]["name"] = "lpc"
     recipe.write_text(json.dumps(values | {"run": "gone"}))
     result = call("--recipe", recipe, "-o", tmp_path / "again.wav")
     check_one_line(result, recipe, "its run .*gone is not there; say where it is now, by --run")
-    result = call("--recipe", recipe, "-o", tmp_path / "again.wav", "--run", run.path)
+    result = call("--recipe", recipe, "-o", tmp_path / "again.wav", "--run", run.path, "--codec", "lpc")
     check_one_line(result, "'lpc'", "unknown; choose mdct or encodec")
     result = call("--recipe", recipe, "-o", tmp_path / "again.wav", "--run", tmp_path)
     check_one_line(result, tmp_path, "no run here (no config.json)")

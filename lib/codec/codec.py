@@ -25,8 +25,9 @@ class Codec(Protocol):
     sample_rate: int
     hop: int
     dim: int
-    name: str  # by which `load_codec` finds it, and which it gives to a codec of your own
+    name: str
     fingerprint: str
+    source: str  # from which `load_codec` loads it, and which it gives to a codec of your own
 
     def encode(self, wav: Tensor) -> Tensor: ...
 
@@ -50,7 +51,7 @@ def load_codec(name_or_path: str | Path) -> Codec:
     make, _ = load_object(name)
     try:
         codec = make()
-        codec.name = name
+        codec.name = codec.source = name
         _try_out(codec)
     except Exception as error:  # of code that is not ours, too
         wanted = " ".join(Codec.__doc__.split())

@@ -23,7 +23,8 @@ WEIGHTS_FILE = "encodec_24khz-d7cc33bc.th"  # the public file; the digits begin 
 class EncodecCodec(nn.Module):
     """EnCodec at 24 kHz (Défossez et al. 2022) along its continuous path, always in float32 on its own device."""
 
-    sample_rate, hop, dim, name = SAMPLE_RATE, HOP, DIM, "encodec"
+    sample_rate, hop, dim = SAMPLE_RATE, HOP, DIM
+    name = source = "encodec"
 
     def __init__(self, model: encodec.model.EncodecModel, weights_sha256: str):
         super().__init__()
@@ -41,7 +42,9 @@ class EncodecCodec(nn.Module):
         if len(files) != 1:
             found = ", ".join(f.name for f in files) or "none"
             raise UserError(f"{directory}: needs exactly one encodec_24khz-<8 hex digits>.th, found {found}")
-        return cls._from_file(files[0])
+        codec = cls._from_file(files[0])
+        codec.source = str(Path(directory).resolve())
+        return codec
 
     @classmethod
     def from_hub(cls) -> "EncodecCodec":

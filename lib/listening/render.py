@@ -150,7 +150,7 @@ def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str
     model = load_model(found, recipe["checkpoint"], codec_fingerprint=recipe["codec"]["fingerprint"])
     if found.weights_sha256(recipe["checkpoint"]) != recipe["weights_sha256"]:
         raise UserError(f"{found.path}: its weights are not those of {path}; name the run that has them, by --run")
-    loaded = load_codec(codec or recipe["codec"]["name"])
+    loaded = load_codec(codec or found.codec_source)
     found.check_codec(loaded.fingerprint)
     try:
         with torch_threads(recipe["threads"]):  # the last bits of sums depend on how many threads share them

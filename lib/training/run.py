@@ -66,21 +66,29 @@ class Run:
 
     @classmethod
     def start(
-        cls, path: str | Path, config: dict[str, Any], *, resume: bool, code: list[str], measured: Sequence[str] = ()
+        cls,
+        path: str | Path,
+        config: dict[str, Any],
+        *,
+        resume: bool,
+        code: list[str],
+        measured: Sequence[str] = (),
+        notes: dict[str, Any] | None = None,
     ) -> "Run":
         """With `resume` the run in `path`, if there is one with this config; otherwise a new one. `code`: fingerprints
         of the code that trains the run now, and of what it is trained on. If other code finished the run, a new one
         starts; if other code began it, it resumes and remembers both. Of the section 'train', what is in `LENGTH` and
         `WITHOUT_EFFECT` may differ; the values in `config` apply. `measured`: fields that may follow from the code; if
-        only they differ, and the code does too, a new run starts. Any other difference raises `UserError`."""
-        path = Path(path)
+        only they differ, and the code does too, a new run starts. Any other difference raises `UserError`. `notes` are
+        added to the config, and replace those of an earlier start."""
+        path, notes = Path(path), notes or {}
         if not (resume and (path / "config.json").exists()):
-            return cls.create(path, config | {"code": code})
+            return cls.create(path, config | {"code": code} | notes)
         run = cls.open(path)
         fields, finished = run.differences(config), (run.saved_step or 0) >= (run.total_steps or math.inf)
         if run.trained_by != code and fields <= set(measured) and (fields or finished):
             logger.warning("%s: was trained by other code and is trained again; the old run is in replaced/", path)
-            return cls.create(path, config | {"code": code})
+            return cls.create(path, config | {"code": code} | notes)
         run.differences(config, refused=True)
         if missing := [part for part in code if part not in run.trained_by]:
             logger.warning("%s: was started by other code; it resumes, but will not be reused when finished", path)
@@ -92,7 +100,7 @@ class Run:
         run.metrics()  # a damaged file is refused before anything is written
         if run.has_checkpoint():
             run._verified("last", FILES)
-        now = run.config | {"train": config["train"], "code": [*run.trained_by, *missing]}
+        now = run.config | {"train": config["train"], "code": [*run.trained_by, *missing]} | notes
         if now != run.config:
             write_file(path / "config.json", json.dumps(now, indent=1))
         run.config = now
@@ -237,6 +245,11 @@ class Run:
             fault = "names no codec, as a run of the fusion model does; name such a run's folder, or restore the file"
             raise UserError(f"{self.path / 'config.json'}: {fault}")
         return codec
+
+    @property
+    def codec_source(self) -> str:
+        """From where `load_codec` loads that codec: its name, the directory of its weights, or module:Class."""
+        return self.config.get("codec_source", self.codec["name"])
 
     def check_codec(self, fingerprint: str | None) -> None:
         if fingerprint is not None and fingerprint != self.codec["fingerprint"]:

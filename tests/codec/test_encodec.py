@@ -1,29 +1,19 @@
 """EnCodec and the choice of a codec: exact frame counts, and every way weights can be wrong."""
 
-import hashlib
 import math
 import pickle
 import urllib.error
-import warnings
 from pathlib import Path
 
-import encodec.model
 import pytest
 import torch
+from conftest import encodec_model, write_weights
 
 import lib.codec.encodec
 from lib.codec.codec import load_codec
 from lib.codec.encodec import EncodecCodec
 from lib.codec.mdct import DIM, HOP, MdctCodec
 from lib.util.errors import UserError
-
-
-def write_weights(directory: Path, content: bytes) -> Path:
-    """A weights file that is named with its true checksum."""
-    directory.mkdir(exist_ok=True)
-    path = directory / f"encodec_24khz-{hashlib.sha256(content).hexdigest()[:8]}.th"
-    path.write_bytes(content)
-    return path
 
 
 def saved(thing, path: Path) -> bytes:
@@ -33,17 +23,12 @@ def saved(thing, path: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def model():
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of the package's weight norm
-        torch.manual_seed(0)
-        return encodec.model.EncodecModel.encodec_model_24khz(pretrained=False)
+    return encodec_model()
 
 
 @pytest.fixture(scope="module")
-def weights_dir(model, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("weights")
-    write_weights(directory, saved(model.state_dict(), directory / "temp"))
-    return directory
+def weights_dir(tmp_path_factory):
+    return write_weights(tmp_path_factory.mktemp("weights")).parent
 
 
 @pytest.fixture(scope="module")
