@@ -207,7 +207,7 @@ def test_every_format_decodes_to_minus_one_dbtp_at_most(tmp_path, name):
         assert peak == pytest.approx(writer.level.true_peak, rel=5e-3)
         if number == 2:
             assert writer.change == 0
-            assert peak == pytest.approx(true_peak(sound), rel=0.02)
+            assert peak == pytest.approx(true_peak(sound), rel=0.05)
             continue
         assert 0.97 * CEILING < peak < 1.005 * CEILING
         assert writer.change == pytest.approx(-20 * math.log10(true_peak(sound) / CEILING), abs=0.5)
