@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from listening.test_widgets import audio
 from torch import Tensor
 
 import lib.listening.panel
@@ -27,7 +28,6 @@ from lib.model.cascade import CascadeConfig
 from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import MaskingConfig, Masks
 from lib.training.run import Run
-from listening.test_widgets import audio
 
 RATE, LENGTH = 16_000, 8_000  # of the clips of half a second
 
