@@ -759,9 +759,9 @@ def test_another_codec_is_refused(project, favourite, monkeypatch):
     where = project / "an output é" / "favourites" / ".."
     trained = r"trained on latents of codec 'mdct'.*; use that codec, or train again"
     refused(rewritten(favourite, codec=recipe["codec"] | {"fingerprint": "0" * 64}), where, trained)
-    unknown = rewritten(favourite, codec=recipe["codec"] | {"name": "lpc"})
-    refused(unknown, "'lpc'", "unknown; choose mdct or encodec")
-    assert follow_recipe(unknown, codec="mdct").equal
+    refused(favourite, "'lpc'", "unknown; choose mdct or encodec", codec="lpc")
+    renamed = rewritten(favourite, codec=recipe["codec"] | {"name": "lpc"})  # the run knows where it comes from
+    assert follow_recipe(renamed).equal
 
     class Other(MdctCodec):
         fingerprint = "0" * 64
