@@ -25,9 +25,8 @@ class Codec(Protocol):
     sample_rate: int
     hop: int
     dim: int
-    name: str
+    name: str  # by which `load_codec` finds it, and which it gives to a codec of your own
     fingerprint: str
-    source: str  # from which `load_codec` loads it, and which it gives to a codec of your own
 
     def encode(self, wav: Tensor) -> Tensor: ...
 
@@ -51,7 +50,7 @@ def load_codec(name_or_path: str | Path) -> Codec:
     make, _ = load_object(name)
     try:
         codec = make()
-        codec.name = codec.source = name
+        codec.name = name
         _try_out(codec)
     except Exception as error:  # of code that is not ours, too
         wanted = " ".join(Codec.__doc__.split())

@@ -23,8 +23,7 @@ WEIGHTS_FILE = "encodec_24khz-d7cc33bc.th"  # the public file; the digits begin 
 class EncodecCodec(nn.Module):
     """EnCodec at 24 kHz (Défossez et al. 2022) along its continuous path, always in float32 on its own device."""
 
-    sample_rate, hop, dim = SAMPLE_RATE, HOP, DIM
-    name = source = "encodec"
+    sample_rate, hop, dim, name = SAMPLE_RATE, HOP, DIM, "encodec"
 
     def __init__(self, model: encodec.model.EncodecModel, weights_sha256: str):
         super().__init__()

@@ -30,8 +30,7 @@ class MdctCodec(nn.Module):
     cosines. It computes on the device of its input, in float64 for float64 and in float32 otherwise.
     """
 
-    sample_rate, hop, dim = SAMPLE_RATE, HOP, DIM
-    name = source = "mdct"
+    sample_rate, hop, dim, name = SAMPLE_RATE, HOP, DIM, "mdct"
 
     @property
     def fingerprint(self) -> str:

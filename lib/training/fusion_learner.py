@@ -138,7 +138,8 @@ def train(
     accelerator = open_accelerator()
     config.check_sizes({split: len(found) for split, found in pairs.items()}, accelerator.num_processes)
     code = [code_fingerprint("lib.training.fusion_learner")[:16]]
-    how = {"resume": resume, "code": code, "notes": {"codec_source": codec.source}}
+    source = getattr(codec, "source", codec.name)  # a folder of weights has the name of others
+    how = {"resume": resume, "code": code, "notes": {"codec_source": source}}
     with Run.started(out_dir, settings, accelerator, **how) as run, contextlib.ExitStack() as after:
         if isinstance(codec, nn.Module):  # a codec with weights decodes on the training's device
             codec.to(accelerator.device)
