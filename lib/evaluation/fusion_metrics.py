@@ -83,7 +83,8 @@ def sound_features(wav: Tensor) -> SoundFeatures:
     envelope = np.sqrt(np.square(samples[: 250 * length].astype(float)).reshape(250, length).mean(axis=1) + 1e-10)
     return SoundFeatures(
         librosa.feature.melspectrogram(S=power, sr=SAMPLE_RATE, norm=None),
-        np.stack([np.median(rises[band], axis=0).clip(0) for band in bands]),
+        # below a millionth it is rounding, which is another on each processor
+        np.stack([np.median(rises[band], axis=0) for band in bands]).clip(0).round(6),
         levels > EMPTY * power.sum(),
         note_posteriors(samples) > NOTE,
         find_peaks(pulse)[0] * HOP / SAMPLE_RATE,

@@ -132,6 +132,17 @@ def test_a_band_that_is_empty_in_both_clips_does_not_count():
     assert compare(hits + quiet, hits, hits + quiet)["onsets"] < 0.7  # the target fills it
 
 
+def test_a_band_that_is_empty_in_the_output_has_no_onsets_but_its_rounding():
+    target = bursts(np.arange(0.2, 4, 0.5), 100, 8000)
+    low = bursts(np.arange(0.2, 4, 0.5), 50, 180)
+    found = []
+    for seed in range(2):
+        noise = torch.randn(low.shape, generator=torch.Generator().manual_seed(seed))
+        found.append(compare(low + 2e-8 * noise, target, target)["onsets"])
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+    assert 0 < found[0] < 0.5  # of five bands it has the lowest
+
+
 def test_notes_are_no_hits():
     """The beginnings and ends of held notes, each in its own place, louder than the hits."""
     hits = bursts([0.63, 1.2, 2.1, 3.1], 200, 2400)
@@ -149,7 +160,7 @@ def test_the_ends_of_a_clip_are_no_hits():
     input, target = (sum(sine(f, 0.1, 4) for f in chord) for chord in ((262, 330, 392), (220, 277, 370)))
     found = compare(target, input, target)
     assert found["onsets"] < 0.2
-    assert found["merit"] < 0.01
+    assert found["merit"] < 0.05
 
 
 def test_artifacts_are_what_neither_clip_has():
