@@ -34,7 +34,7 @@ from lib.audio.chunks import chunk_starts, crossfaded, reading
 from lib.audio.decode import AudioError, read_windows
 from lib.audio.files import AudioWriter, check_audio, save_audio
 from lib.audio.levels import Meter, mean_loudness
-from lib.codec.codec import Codec, load_codec
+from lib.codec.codec import Codec, load_codec, placed
 from lib.listening.render import Settings, follow_recipe, render
 from lib.model.fusion import FusionModel, load_model
 from lib.superres.resolver import Restoration, SuperResolver, Written, restore_file
@@ -64,8 +64,6 @@ def fuse_files(
     fused of both files, at the codec's rate. `UserError` for unusable files and a run of another codec."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(run, which, codec_fingerprint=codec.fingerprint).to(device)
-    if isinstance(codec, torch.nn.Module):
-        codec.to(device)
     paths = (input, target)
     _check_out(out, paths)
     infos = [check_audio(path) for path in paths]  # whose mean decides the masks
@@ -86,7 +84,7 @@ def fuse_files(
             meter.add(clip[0, :, overlap if number else 0 :].T.cpu().numpy())
         return fuse_clips(*clips, model, codec, whole_band)[0].cpu()
 
-    with AudioWriter(out, rate, channels, level) as writer, music as chunks:
+    with AudioWriter(out, rate, channels, level) as writer, placed(codec, device), music as chunks:
         for piece in crossfaded(itertools.starmap(fused, enumerate(chunks)), overlap):
             writer.write(piece)
         writer.loudness = mean_loudness(*(meter.level().lufs for meter in meters))
@@ -148,7 +146,7 @@ def fuse(options: argparse.Namespace) -> int:
         seconds = -(-written.num_samples // written.sample_rate)
         how = f"in {len(chunk_starts(seconds, CHUNK_SECONDS, OVERLAP_SECONDS))} chunk(s)"
     else:
-        resolver = SuperResolver(options.superres, device="cuda" if torch.cuda.is_available() else "cpu")
+        resolver = SuperResolver(options.superres)
         written, cutoff = fuse_and_restore(*files, run, codec, resolver, **chosen)
         how = f"at 48 kHz, restored above {cutoff / 1000:.1f} kHz"
     print(f"{written}, {how}")

@@ -3,12 +3,15 @@
 import dataclasses
 import hashlib
 import io
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: the tests' batches and models are on the CPU
 
 import encodec.model
 import numpy as np

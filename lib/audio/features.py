@@ -60,7 +60,7 @@ class Sound:
         band, so the middle half of its frequencies is averaged, and a note's onset, which raises its partials, hardly
         counts. 30 dB below the loudest hit is silence. Two frames at each end see padding; of 8 or fewer, all stay."""
         spectrum = power_spectrum(self.wav, MEL_FFT, HOP).clamp_min(FLOOR**2).sqrt()
-        lasting = F.avg_pool1d(F.pad(spectrum, 2 * [LASTING // 2], mode="replicate"), LASTING, stride=1)
+        lasting = F.avg_pool1d(held(spectrum, LASTING // 2), LASTING, stride=1)
         power = (spectrum - lasting).relu().square()
         power = power[..., 2:-2] if power.shape[-1] > 8 else power
         rises = (power + 1e-3 * power.amax(dim=(1, 2), keepdim=True) + FLOOR).log().diff(dim=2).relu()
@@ -74,7 +74,7 @@ class Sound:
         quarter of a second, which a hit hardly raises."""
         highest = math.ceil(librosa.midi_to_hz(HIGHEST_NOTE) * TONE_FFT / SAMPLE_RATE)
         power = power_spectrum(self.wav, TONE_FFT, TONE_HOP)[:, :highest]
-        log = F.pad((power + FLOOR).log(), 2 * [LASTING // 4], mode="replicate")
+        log = held((power + FLOOR).log(), LASTING // 4)
         return (F.avg_pool1d(log, 2 * (LASTING // 4) + 1, stride=1) / 4).exp()
 
     @functools.cached_property
@@ -83,7 +83,7 @@ class Sound:
         more: lines of a spectrum, whatever its colour and level; less what rounding leaves of silence."""
         power = _semitone_bank(self.wav.device) @ power_spectrum(self.wav, NOTE_FFT, NOTE_HOP)
         log = (power / (power.amax(dim=(1, 2), keepdim=True) + FLOOR) + 1e-4).log()
-        return (log - F.avg_pool1d(F.pad(log.mT, (6, 6), mode="replicate"), 13, stride=1).mT - 1e-4).relu()
+        return (log - F.avg_pool1d(held(log.mT, 6), 13, stride=1).mT - 1e-4).relu()
 
     @functools.cached_property
     def chroma(self) -> Tensor:
@@ -94,13 +94,26 @@ class Sound:
 
 def magnitudes(wav: Tensor, size: int) -> Tensor:
     """STFT magnitudes, window `size`, hop a quarter of it: `[B, 1, N] → [B, size / 2 + 1, F]`. N above `size / 2`."""
-    return power_spectrum(wav, size, size // 4, "reflect").clamp_min(FLOOR).sqrt()
+    return power_spectrum(mirrored(wav, size // 2, size // 2), size, size // 4, padded=True).clamp_min(FLOOR).sqrt()
 
 
-def power_spectrum(wav: Tensor, size: int, hop: int, padding: str = "constant") -> Tensor:
-    """STFT powers, `[B, 1, N] → [B, size / 2 + 1, F]`; `padding`: of the clip, by default with silence."""
-    spectrum = torch.stft(wav[:, 0], size, hop, window=hann(size, wav.device), pad_mode=padding, return_complex=True)
+def power_spectrum(wav: Tensor, size: int, hop: int, padded: bool = False) -> Tensor:
+    """STFT powers, `[B, 1, N] → [B, size / 2 + 1, F]`; unless the clip is `padded`, it is continued by silence."""
+    how = {"center": not padded, "pad_mode": "constant", "return_complex": True}
+    spectrum = torch.stft(wav[:, 0], size, hop, window=hann(size, wav.device), **how)
     return spectrum.real.square() + spectrum.imag.square()
+
+
+def mirrored(x: Tensor, before: int, after: int) -> Tensor:
+    """`[..., N]`, continued at both ends by its mirror image. The gradient of `F.pad` adds in another order each time
+    on a GPU; that of flips, and of `held`, does not."""
+    return torch.cat([x[..., 1 : before + 1].flip(-1), x, x[..., -after - 1 : -1].flip(-1)], dim=-1)
+
+
+def held(x: Tensor, count: int) -> Tensor:
+    """`[..., N]`, continued at both ends by its first and last value, `[..., N + 2 · count]`."""
+    first, last = (end.expand(*x.shape[:-1], count) for end in (x[..., :1], x[..., -1:]))
+    return torch.cat([first, x, last], dim=-1)
 
 
 def correlation(x: Tensor, y: Tensor, guarded: bool = True) -> Tensor:

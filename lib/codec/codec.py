@@ -1,7 +1,8 @@
 """The protocol of every codec, and `load_codec`, which finds a codec of your own by `module:Class`."""
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -71,6 +72,19 @@ def _try_out(codec: Codec) -> None:
     found = [(list(x.shape), x.requires_grad) for x in (latents, whole, cut)]
     wanted = [([1, codec.dim, T], False), ([1, 1, T * codec.hop], True), ([1, 1, N], True)]
     check(found == wanted, f"shapes and gradients of encode, decode and decode with length={N}", found, wanted)
+
+
+@contextlib.contextmanager
+def placed(codec: Codec, device: torch.device) -> Iterator[None]:
+    """In which a codec with weights computes on a device; afterwards, on the CPU again."""
+    modules = [codec] if isinstance(codec, nn.Module) else []
+    try:
+        for module in modules:
+            module.to(device)
+        yield
+    finally:
+        for module in modules:
+            module.to("cpu")
 
 
 def decoded(codec: Codec, latents: Tensor) -> Tensor:

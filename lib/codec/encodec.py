@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import encodec.model
+import encodec.modules.conv
 import torch
 from torch import Tensor, nn
 
+from lib.audio.features import mirrored
 from lib.codec.mdct import DIM, HOP, SAMPLE_RATE, checked, trimmed
 from lib.util.errors import UserError
 from lib.util.files import file_sha256, naming
@@ -18,6 +20,18 @@ from lib.util.tensors import check_tensors, safe_torch_load, torch_threads
 
 OFFLINE_VARIABLE = "ENCODEC_OFFLINE"  # if set, and not to 0, the weights are never downloaded
 WEIGHTS_FILE = "encodec_24khz-d7cc33bc.th"  # the public file; the digits begin its sha256
+
+
+def pad1d(x: Tensor, paddings: tuple[int, int], mode: str = "constant", value: float = 0.0) -> Tensor:
+    """The package's own, which its convolutions call, but for the gradient: see `mirrored`."""
+    if mode != "reflect":
+        return nn.functional.pad(x, paddings, mode, value)
+    silence = max(0, max(paddings) - x.shape[-1] + 1)  # after a clip that is shorter than its padding
+    padded = mirrored(nn.functional.pad(x, (0, silence)), *paddings)
+    return padded[..., : padded.shape[-1] - silence]
+
+
+encodec.modules.conv.pad1d = pad1d
 
 
 class EncodecCodec(nn.Module):

@@ -108,9 +108,9 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
     """In worker processes. The first `UserError` ends all of them; other errors are collected."""
     context = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP does not work
     workers = min(workers, len(jobs))
-    devices = context.SimpleQueue()
+    devices, found = context.SimpleQueue(), visible_gpus()
     for i in range(workers):
-        devices.put(i % max(1, torch.cuda.device_count()))
+        devices.put(found[i % len(found)])
     failed = []
     with ProcessPoolExecutor(workers, context, start_worker, (devices,)) as pool:
         started = {pool.submit(work, job): job for job in jobs}
@@ -130,6 +130,12 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
         raise RuntimeError(f"{len(failed)} of {len(jobs)} runs failed, the others are kept: {'; '.join(failed[:4])}")
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs of this process, each as it is named in CUDA_VISIBLE_DEVICES; one empty name if there is none."""
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (named.split(",") if named else list(map(str, range(count))))[:count] or [""]
+
+
 busy, stopped = threading.Lock(), threading.Event()  # of this process, if it is a worker
 
 
@@ -138,12 +144,12 @@ def start_worker(devices: Any) -> None:
     parent's SIGTERM stops it. It must not end the process, or the pool kills the others."""
     os.setpgrp()
     StopSignals(stop_worker, second_acts=False).__enter__()  # for as long as the process lives
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get()) if torch.cuda.device_count() else ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu = devices.get()  # before anything asks CUDA what there is
     logging.getLogger("lib.training").setLevel(logging.ERROR)  # variants collapse on purpose
     torch.set_num_threads(1)
     # on a GPU, only algorithms whose sums do not depend on the order of threads; a CPU has no others
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(torch.cuda.is_available())
+    torch.use_deterministic_algorithms(bool(gpu))
     threading.Thread(target=follow_parent, daemon=True).start()
 
 

@@ -12,8 +12,6 @@ if __name__ == "__main__":  # at once: what is imported below takes seconds
 import sys
 from pathlib import Path
 
-import torch
-
 from lib.audio.files import AudioWriter
 from lib.superres.resolver import Restoration, SuperResolver, restore_file, restore_folder
 from lib.util.errors import exit_on_user_error
@@ -23,8 +21,7 @@ def main() -> None:
     options = parser_of("superres").parse_args()
     with exit_on_user_error():
         settings = Restoration(options.steps, options.seed, options.cutoff, options.level)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        resolver = SuperResolver(options.run, vocoder=options.vocoder, device=device)
+        resolver = SuperResolver(options.run, vocoder=options.vocoder)
         if not Path(options.input).is_dir():
             report(*restore_file(options.input, options.out, resolver, settings))
             return

@@ -45,9 +45,9 @@ def lsd(estimate: Tensor, reference: Tensor, *, above=0.0, below: Tensor | None 
         levels = [x[:, :LOWEST_TENTH].mean(dim=(1, 2), keepdim=True) for x in (first, second)]
         first = first * levels[1] / levels[0].clamp_min(FLOOR**0.5)
     a, b = (x[:, bin_of(above) :].square().clamp_min(FLOOR).log10() for x in (first, second))
-    bins = torch.arange(bin_of(above), N_FFT // 2 + 1)[:, None]
+    bins = torch.arange(bin_of(above), N_FFT // 2 + 1, device=a.device)[:, None]
     top = torch.full((len(a),), SAMPLE_RATE / 2) if below is None else below
-    counted = bins <= top.view(-1, 1, 1) * N_FFT / SAMPLE_RATE
+    counted = bins <= top.to(a.device).view(-1, 1, 1) * N_FFT / SAMPLE_RATE
     squares = ((a - b).square() * counted).sum(dim=1) / counted.sum(dim=1)
     return squares.sqrt().mean(dim=1)
 
@@ -118,22 +118,40 @@ def restorations(
     resolver: SuperResolver, original: Tensor, low: Tensor, cutoff: int, settings: Restoration
 ) -> dict[str, Tensor]:
     """The original, and what each method makes of its low band, `[B, 1, N]` each; draws if `settings` have steps."""
+    parts = [x.split(resolver.batch_size) for x in (original, low, torch.arange(len(low)))]
+    made = [
+        _restored(resolver, *clips, cutoff, settings, numbers.tolist()) for *clips, numbers in zip(*parts, strict=True)
+    ]
+    return {name: torch.cat([sounds[name] for sounds in made]) for name in made[0]}
+
+
+@torch.inference_mode()
+def _restored(
+    resolver: SuperResolver, original: Tensor, low: Tensor, cutoff: int, settings: Restoration, numbers: Sequence[int]
+) -> dict[str, Tensor]:
+    """`restorations` of one batch, whose clips have these numbers."""
     mel, statistics = log_mel(original), resolver.completion.statistics
-    with torch.inference_mode():
-        coded = resolver.vae.decode(resolver.vae.encode(mel.to(resolver.device))).to(mel.device)
+    coded = resolver.vae.decode(resolver.vae.encode(mel.to(resolver.device))).to(mel.device)
+
+    def predicted(**changes: int) -> Tensor:
+        return resolver.predict_mel(low, cutoff, replace(settings, **changes), numbers)
+
+    def heard(mel: Tensor, neural: bool = True) -> Tensor:
+        return resolver.vocode(mel, low, cutoff, settings, numbers, neural)
+
     mels = {
         "envelope": statistics.mean.to(mel.device)[:, None].expand_as(mel),
         "ridge": statistics.predicted(log_mel(low.to(resolver.device)), cutoff).to(mel.device),
-        "model": resolver.predict_mel(low, cutoff, replace(settings, steps=0)),
+        "model": predicted(steps=0),
         "autoencoder": coded,
         "vocoder": mel,
     }
     if settings.steps:
-        draws = [resolver.predict_mel(low, cutoff, replace(settings, seed=settings.seed + i)) for i in range(DRAWS)]
+        draws = [predicted(seed=settings.seed + i) for i in range(DRAWS)]
         mels |= {"draw": draws[0], "mean of draws": torch.stack(draws).mean(dim=0)}
-    full = {name: resolver.vocode(mel, low, cutoff, settings) for name, mel in mels.items()}
+    full = {name: heard(mel) for name, mel in mels.items()}
     if resolver.vocoder is not None:
-        full["griffin-lim"] = resolver.vocode(mel, low, cutoff, settings, neural=False)
+        full["griffin-lim"] = heard(mel, neural=False)
     full["replication"] = statistics.replicated(low.to(resolver.device), cutoff).to(low.device)
     joined = {name: join_bands(low, wav, cutoff) for name, wav in full.items()}
     return {"original": original, "sinc": low} | joined

@@ -51,12 +51,13 @@ Sources = Sequence[tuple[Tensor, float]]  # clips `[B, 1, N]` that others are mi
 
 
 class SuperResolver:
-    """The trained parts of a folder, on `device`, in eval mode: its runs of `PARTS`. `vocoder`, 'hifigan' or
-    'griffin-lim' (which has no parameters), is HiFi-GAN by default if the folder has it."""
+    """The trained parts of a folder, in eval mode: its runs of `PARTS`. `vocoder`, 'hifigan' or 'griffin-lim' (which
+    has no parameters), is HiFi-GAN by default if the folder has it; `device`, a GPU if there is one."""
 
     def __init__(
-        self, folder: str | Path, *, diffusion: str = "diffusion", vocoder: str | None = None, device: str = "cpu"
+        self, folder: str | Path, *, diffusion: str = "diffusion", vocoder: str | None = None, device: str | None = None
     ):
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         folder, self.device = Path(folder), torch.device(device)
         vocoder = vocoder or VOCODERS[(folder / "hifigan" / "best").exists()]
         check(vocoder in VOCODERS, "vocoder", vocoder, f"one of {', '.join(VOCODERS)}")
@@ -110,8 +111,14 @@ class SuperResolver:
         """A waveform `[B, 1, N]` for a log mel: by HiFi-GAN if loaded and `neural`, else by Griffin-Lim over `low`."""
         if neural and self.vocoder is not None:
             return self.vocoder(mel.to(self.device)).to(low.device)
-        noise = drawn(torch.rand, (len(mel), N_FFT // 2 + 1, mel.shape[-1]), settings, numbers)
-        return griffin_lim(mel, low, bin_of(cutoff), noise=noise)
+        noise = drawn(torch.rand, (len(mel), N_FFT // 2 + 1, mel.shape[-1]), settings, numbers).to(self.device)
+        wav = griffin_lim(mel.to(self.device), low.to(self.device), bin_of(cutoff), noise=noise)
+        return wav.to(low.device)
+
+    @property
+    def batch_size(self) -> int:
+        """How many clips are restored together."""
+        return max(1, round(BATCH_SECONDS * SAMPLE_RATE / self.clip_length))
 
     def starts(self, num_samples: int) -> list[int]:
         """Start positions of the overlapping clips that cover a signal, in samples."""
@@ -124,11 +131,10 @@ class SuperResolver:
         share random numbers. Crossfade gains follow from the added band: neighbouring clips agree on their own band.
         `ends`: of the bands (Hz) of S sources that follow in each clip, `[(1 + S) · C, clip_length]`."""
         length = self.clip_length
-        batch_size = max(1, round(BATCH_SECONDS * SAMPLE_RATE / length))
 
         def parts() -> Iterator[Tensor]:
             numbered = enumerate(clips)
-            while batch := list(itertools.islice(numbered, batch_size)):
+            while batch := list(itertools.islice(numbered, self.batch_size)):
                 padded = [torch.nn.functional.pad(clip, (0, length - clip.shape[-1])) for _, clip in batch]
                 parts = torch.stack(padded).unflatten(1, (1 + len(ends), -1))  # [B, 1 + S, C, N]
                 low, *sources = (part.flatten(0, 1)[:, None] for part in parts.unbind(1))  # [B · C, 1, N]
@@ -160,7 +166,8 @@ def drawn(draw: Callable, shape: Sequence[int], settings: Restoration, numbers: 
 
 def join_bands(low: Tensor, high: Tensor, cutoff: float) -> Tensor:
     """`low [B, 1, N]` below the cutoff (Hz), `high [B, 1, N]` above it: the shares of both in a bin add up to 1."""
-    share = ((torch.arange(N_FFT // 2 + 1) - bin_of(cutoff) + TRANSITION) / TRANSITION).clamp(0, 1)[:, None]
+    bins = torch.arange(N_FFT // 2 + 1, device=low.device)[:, None]
+    share = ((bins - bin_of(cutoff) + TRANSITION) / TRANSITION).clamp(0, 1)
     return low + inverse_spectrum(share * spectrum(high - low))
 
 

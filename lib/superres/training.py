@@ -76,12 +76,12 @@ class CompletionLearner(Learner):
 
     def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
         mel, statistics = torch.cat(batch), self.unwrapped_model.statistics
-        clips, grid = len(mel), torch.arange(LOWEST, HIGHEST + 1, GRID)
+        clips, grid = len(mel), torch.arange(LOWEST, HIGHEST + 1, GRID)  # on the host, which solves for each cutoff
         # validation has cutoffs that are spread over all
         places = torch.randint(len(grid), (clips,)) if info else torch.linspace(0, len(grid) - 1, clips).long()
         cutoffs = grid[places].tolist()
         linear = torch.cat([statistics.predicted(one, at) for one, at in zip(mel.split(1), cutoffs, strict=True)])
-        missing = torch.stack([missing_bands(cutoff) for cutoff in cutoffs]).to(mel.device)
+        missing = torch.stack([missing_bands(cutoff) for cutoff in cutoffs]).to(mel.device, non_blocking=True)
         with self.autocast():
             correction = model(linear, missing).float()
         squares = (linear + (1 if info else SHARE) * correction - mel).square().mean(dim=(1, 3))  # [B, 256]
@@ -116,12 +116,11 @@ class DiffusionLearner(Learner):
         high, low = batch[0].chunk(2, dim=1)
         clips, device = len(high), high.device
         # validation uses the same noise for the same batch, and timesteps spread over the schedule
-        generator = None if info else torch.Generator().manual_seed(0)
-        noise = torch.randn(high.shape, generator=generator).to(device)
-        spread = (torch.arange(clips) * 2 + 1) * TIMESTEPS // (2 * clips)
-        timesteps = torch.randint(TIMESTEPS, (clips,)) if info else spread
-        timesteps[torch.rand(clips, generator=generator) < LAST] = TIMESTEPS - 1
-        timesteps = timesteps.to(device)
+        drawn = {"device": device} if info else {"generator": torch.Generator().manual_seed(0)}
+        noise = torch.randn(high.shape, **drawn).to(device)
+        spread = (torch.arange(clips, device=device) * 2 + 1) * TIMESTEPS // (2 * clips)
+        timesteps = torch.randint(TIMESTEPS, (clips,), device=device) if info else spread
+        timesteps = timesteps.masked_fill(torch.rand(clips, **drawn).to(device) < LAST, TIMESTEPS - 1)
         noisy, velocity = add_noise(high - low, noise, timesteps)
         with self.autocast():
             found = model(noisy, timesteps, low, batch[1])
@@ -150,8 +149,7 @@ class VocoderLearner(Learner):
 
     def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
         real, mel = batch[0], log_mel(batch[0])
-        with self.autocast():
-            fake = model(mel).float()
+        fake = model(mel)  # in float32, as its authors train it: samples of bf16 have eight bits
         terms = {"loss/mel": (log_mel(fake) - mel).abs().mean()}
         loss = MEL_WEIGHT * terms["loss/mel"]
         if info and (critic := self.adversary.critic(info.step)):
@@ -317,10 +315,13 @@ class Plan:
 
     def train(self, folder: str | Path, library: Library, **options: Any) -> dict[str, Run]:
         """Train every part into its run in the folder, with the options of `train_part`."""
+        return {part: train_part(folder, part, library, *how, **options) for part, *how in self.parts()}
+
+    def parts(self) -> list[tuple[str, Any, PartConfig]]:
+        """Name, sizes and training of each part that is trained."""
         sizes = (self.completion, self.vae, self.denoiser, self.vocoder)
         training = (self.completion_training, self.vae_training, self.training, self.vocoder_training)
-        parts = [how for how in zip(PARTS, sizes, training, strict=True) if how[2] is not None]
-        return {part: train_part(folder, part, library, *how, **options) for part, *how in parts}
+        return [how for how in zip(PARTS, sizes, training, strict=True) if how[2] is not None]
 
 
 PLANS: dict[str, Plan] = read_entries(Path(__file__).with_name("plans.toml"), lambda name, **parts: Plan(**parts))

@@ -1,6 +1,5 @@
 """Training the fusion model: its loss, noise and discriminator, the metrics of its stages, and `train`."""
 
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lib.codec.codec import Codec
+from lib.codec.codec import Codec, placed
 from lib.data.latents import LatentPairs
 from lib.model.cascade import CascadeConfig
 from lib.model.discriminator import Discriminator
@@ -52,7 +51,7 @@ class FusionLearner(Learner):
         with self.autocast():
             fusion: Fusion = model(mix_noise(input, noise), mix_noise(target, noise))
         output = fusion.latents.float()
-        options = {"masks": fusion.masks, "critic": critic, "training": model.training}
+        options = {"masks": fusion.masks, "critic": critic, "training": info is not None}
         loss, terms = total_loss(output, input, target, self.config.loss, self.codec, **options)
         fake_and_real = (output, torch.cat([input, target])) if self.adversary else None
         return loss, step_metrics(terms, fusion), fake_and_real
@@ -140,10 +139,7 @@ def train(
     code = [code_fingerprint("lib.training.fusion_learner")[:16]]
     source = getattr(codec, "source", codec.name)  # a folder of weights has the name of others
     how = {"resume": resume, "code": code, "notes": {"codec_source": source}}
-    with Run.started(out_dir, settings, accelerator, **how) as run, contextlib.ExitStack() as after:
-        if isinstance(codec, nn.Module):  # a codec with weights decodes on the training's device
-            codec.to(accelerator.device)
-            after.callback(codec.to, "cpu")
+    with Run.started(out_dir, settings, accelerator, **how) as run, placed(codec, accelerator.device):
         fusion_trainer(run, pairs, codec, callbacks).run_to_end(progress=progress)
     return run
 

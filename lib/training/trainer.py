@@ -29,6 +29,7 @@ from lib.util.tensors import torch_threads
 logger = logging.getLogger(__name__)
 
 VAL_BATCH = 8
+OUT_OF_MEMORY = ("can't allocate memory", "_STATUS_ALLOC_FAILED")
 MakeLearner = Callable[[Accelerator], Learner]
 
 
@@ -121,9 +122,9 @@ class Trainer:
                 if self.processes == 1:  # another one might not answer
                     self.gather()  # the steps before a failure are those that explain it
             kept = f"; {run.path / 'last'} is kept" if run.has_checkpoint() else ""
-            # the CPU's allocator has no class of its own for this
-            on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-            if on_cpu or isinstance(error, torch.OutOfMemoryError):
+            # which have no class of their own: the CPU's allocator, cuBLAS and cuDNN
+            other = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+            if other or isinstance(error, torch.OutOfMemoryError):
                 advice = self.config.memory_advice(self.pairs["train"].clip_length / self.pairs["train"].sample_rate)
                 raise UserError(f"out of memory at step {self.step + 1}: {advice}{kept}") from error
             if isinstance(error, OSError) and error.errno in FULL:
@@ -260,9 +261,10 @@ class Trainer:
         self.order.epoch, self.order.position = training["epoch"], training["position"]
         self.best_loss, self.stale = training["best_loss"], training["stale"]
         self.warned = set(training["warned"])
-        if len(training["random"]) == self.processes:
-            set_rng_state(training["random"][self.rank])
-        else:  # the number of processes has changed
+        states = training["random"]
+        if len(states) == self.processes and len(states[self.rank]["cuda_rng"]) == torch.cuda.device_count():
+            set_rng_state(states[self.rank])
+        else:
             seed_process(self.config.seed, self.step, self.rank)
 
     def stop_non_finite(self, split: str, step: int, taken: Taken) -> None:
@@ -317,8 +319,7 @@ def rng_state() -> dict[str, Any]:
 
 def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["rng"])
-    if len(state["cuda_rng"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    torch.cuda.set_rng_state_all(state["cuda_rng"])
 
 
 def seed_process(seed: int, step: int, rank: int) -> None:

@@ -5,9 +5,11 @@ import pickle
 import urllib.error
 from pathlib import Path
 
+import encodec.modules.conv
 import pytest
 import torch
 from conftest import encodec_model, write_weights
+from torch import nn
 
 import lib.codec.encodec
 from lib.codec.codec import load_codec
@@ -95,6 +97,21 @@ def test_encodec_is_frozen_yet_gradients_reach_the_latents(encodec_codec):
     latents = torch.randn(1, DIM, 4, requires_grad=True)
     encodec_codec.decode(latents).square().sum().backward()
     assert (latents.grad.abs().sum(dim=(0, 1)) > 0).all()
+
+
+@pytest.mark.parametrize(("length", "paddings"), [(9, (3, 2)), (9, (0, 4)), (9, (4, 0)), (3, (3, 2)), (1, (2, 4))])
+def test_its_convolutions_pad_as_the_package_does(length, paddings):
+    """Whose words these are: what is shorter than its padding is continued by silence first."""
+    x = torch.randn(2, 3, length, requires_grad=True)
+    silence = max(0, max(paddings) - length + 1)
+    stock = nn.functional.pad(nn.functional.pad(x, (0, silence)), paddings, "reflect")
+    stock = stock[..., : stock.shape[-1] - silence]
+    own = encodec.modules.conv.pad1d(x, paddings, mode="reflect")
+    assert torch.equal(own, stock)
+    weights = torch.randn_like(stock)
+    first, second = (torch.autograd.grad((padded * weights).sum(), x)[0] for padded in (own, stock))
+    assert torch.allclose(first, second, atol=1e-6)
+    assert torch.equal(encodec.modules.conv.pad1d(x, paddings), nn.functional.pad(x, paddings))
 
 
 def test_encodec_ignores_autocast_and_input_precision(encodec_codec):

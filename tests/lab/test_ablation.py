@@ -37,6 +37,7 @@ from lib.lab.ablation import (
     run_job,
     run_jobs,
     run_plan,
+    visible_gpus,
     work,
 )
 from lib.lab.results import Result, by_variant, growth, read_record
@@ -397,6 +398,18 @@ def threads(monkeypatch) -> None:
     """Workers that are threads of this process: for what `run_jobs` makes of their errors."""
     monkeypatch.setattr(lib.lab.ablation, "ProcessPoolExecutor", ThreadPoolExecutor)
     monkeypatch.setattr(lib.lab.ablation, "start_worker", lambda devices: None)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "names"),
+    [(None, 0, [""]), ("", 0, [""]), (None, 2, ["0", "1"]), ("2,3", 2, ["2", "3"]), ("GPU-8f,GPU-1c", 1, ["GPU-8f"])],
+)
+def test_workers_take_the_gpus_that_this_process_may_see(monkeypatch, visible, count, names):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpus() == names
 
 
 def jobs_called(*names: str) -> list[Job]:

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from conftest import TinyCodec, TinyDiscriminator
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lib.training.fusion_learner
 import lib.training.losses
@@ -36,8 +37,8 @@ def build(monkeypatch, tiny_cascade):
     """`build(TrainConfig fields)`: a learner of small models."""
     monkeypatch.setattr(lib.training.fusion_learner, "Discriminator", TinyDiscriminator)
 
-    def learner(masking="learned", dim=8, codec=None, cascade=None, **changes):
-        torch.manual_seed(0)
+    def learner(masking="learned", dim=8, codec=None, cascade=None, seed=0, **changes):
+        torch.manual_seed(seed)
         cascade = cascade or dataclasses.replace(tiny_cascade(anti_cheating=0.1), latent_dim=dim)
         config = dataclasses.replace(CONFIG, **changes)
         codec = codec or TinyCodec()
@@ -320,3 +321,62 @@ def test_the_output_is_fake_and_the_clean_latents_of_both_clips_are_real(build, 
     assert fake.dtype == torch.float32
     assert torch.equal(real, torch.cat([input, target]))
     assert build().loss(learner.model, batch, StepInfo(0, 1))[2] is None  # without a discriminator
+
+
+# --- bf16 -------------------------------------------------------------------------------------------------------------
+
+# matrix products, attention, what is done to their outputs, and views: nothing that sums squares or takes roots
+ONSETS = LossConfig(onsets_weight=1.0)
+IN_BF16 = {"_to_copy", "addmm", "mm", "bmm", "matmul", "linear", "convolution", "mkldnn_rnn_layer", "gelu", "relu"}
+IN_BF16 |= {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention", "native_layer_norm"}
+IN_BF16 |= {"native_dropout", "mul", "mul_", "add", "add_", "sigmoid", "clone", "cat", "empty", "empty_like", "copy_"}
+IN_BF16 |= {"t", "transpose", "permute", "view", "reshape", "_unsafe_view", "slice", "select", "expand", "detach"}
+IN_BF16 |= {"unsqueeze", "squeeze", "as_strided", "alias", "split", "unbind", "native_group_norm"}
+
+
+class InBf16(TorchDispatchMode):
+    """The names of the operations that give bf16."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if any(x.dtype == torch.bfloat16 for x in tree_leaves(result) if isinstance(x, torch.Tensor)):
+            self.names.add(function.overloadpacket.__name__)
+        return result
+
+
+@pytest.mark.parametrize("masking", ["learned", "wide"])
+def test_in_bf16_are_matrix_products_and_what_is_done_to_their_outputs(build, masking):
+    every = {name: weight or 0.1 for name, weight in PRESETS["reference"].train.loss.weights.items()}
+    adversary = AdversaryConfig(discriminator_learning_rate=1e-3)
+    learner = build(
+        masking, dim=128, codec=MdctCodec(), loss=LossConfig(**every), adversary=adversary, ema=0.9, precision="bf16"
+    )
+    batch = clips(D=128, T=20)
+    with InBf16() as seen:
+        loss, metrics, _ = learner.loss(learner.model.train(), batch, StepInfo(0))
+    assert {"addmm", "mm", "linear", "convolution"} & seen.names
+    assert seen.names <= IN_BF16, seen.names - IN_BF16
+    with InBf16() as seen:  # terms, STFT, roots, RMS scaling and spectral norms
+        output = 5 * torch.randn(3, 128, 20, requires_grad=True)
+        masks = Masks(torch.rand(3, 128, 20), torch.rand(3, 128, 20))
+        lib.training.losses.total_loss(output, *batch, LossConfig(**every), MdctCodec(), masks=masks)[0].backward()
+    assert not seen.names
+    assert {x.dtype for x in (loss, *metrics.values())} == {torch.float32}
+
+
+@pytest.mark.parametrize("masking", ["learned", "wide"])
+def test_fifty_steps_in_bf16_stay_within_the_spread_of_seeds(build, masking):
+    def curve(precision, seed):
+        learner = build(masking, 128, MdctCodec(), None, seed, precision=precision, loss=ONSETS, learning_rate=1e-3)
+        losses = [learner.train_step([clips(step, 2, 128, 20)], StepInfo(step))["loss"] for step in range(50)]
+        return torch.stack(losses).unflatten(0, (5, 10)).mean(dim=1)
+
+    seeds = torch.stack([curve("fp32", seed) for seed in range(3)])
+    spread, away = seeds.amax(dim=0) - seeds.amin(dim=0), (curve("bf16", 0) - seeds[0]).abs()
+    assert seeds[:, -1].mean() < seeds[:, 0].mean()
+    assert (away > 0).any()
+    assert (away < spread).all(), (away, spread)

@@ -1449,16 +1449,23 @@ def test_random_numbers_resume_where_they_were():
     assert torch.equal(torch.randn(50), first[0])
 
 
-@pytest.mark.parametrize(("gpus", "taken"), [(0, False), (1, False), (2, True), (3, False)])
-def test_a_state_of_another_number_of_gpus_is_taken_for_the_cpu_alone(monkeypatch, gpus, taken):
-    given = []
+@pytest.mark.parametrize(("states", "gpus", "taken"), [(1, 0, True), (1, 2, False), (2, 0, False)])
+def test_a_run_of_another_number_of_gpus_or_processes_gets_random_numbers_of_its_own(
+    start, monkeypatch, states, gpus, taken
+):
+    """Not those with which it began, which would be the same in every process."""
+    seeds, load = [], Run.load_training
+
+    def loaded(run: Run, model: nn.Module) -> tuple[int, dict[str, Any]]:
+        step, training = load(run, model)
+        return step, training | {"random": states * training["random"]}
+
+    start(max_steps=2)
+    monkeypatch.setattr(Run, "load_training", loaded)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "set_rng_state_all", given.append)
-    state = {"rng": torch.get_rng_state(), "cuda_rng": [torch.zeros(16), torch.ones(16)]}  # of two
-    first = torch.randn(5)
-    set_rng_state(state)
-    assert torch.equal(torch.randn(5), first)
-    assert given == [state["cuda_rng"]] * taken
+    monkeypatch.setattr(lib.training.trainer, "seed_process", lambda *of: seeds.append(of))
+    start(max_steps=4, resume=True)
+    assert seeds == ([] if taken else [(CONFIG.seed, 2, 0)])
 
 
 def test_seeds_differ_between_processes_and_steps():
@@ -1489,7 +1496,11 @@ def machine_is_full(cascade: Cascade) -> None:
     torch.empty(1 << 50)
 
 
-@pytest.mark.parametrize("full", [gpu_is_full, machine_is_full])
+def library_is_full(cascade: Cascade) -> None:
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+@pytest.mark.parametrize("full", [gpu_is_full, machine_is_full, library_is_full])
 @pytest.mark.parametrize("step", [1, 4])
 def test_out_of_memory_says_what_to_lower(start, tmp_path, monkeypatch, full, step):
     poison_before(monkeypatch, step, full)
