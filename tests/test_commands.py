@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lib.commands import SETTINGS, TABLE, parser_of
+from lib.plan import GPUS
 from lib.presets import PRESETS
 from lib.superres.resolver import VOCODERS, Restoration
 from lib.util.configs import flat
@@ -39,7 +40,7 @@ def test_a_letter_and_a_name_mean_the_same_in_every_command():
     kinds = {}
     for name in COMMANDS:
         actions = {action.dest: action for action in parser_of(name)._actions}
-        assert "-o" in actions["out"].option_strings
+        assert name == "plan" or "-o" in actions["out"].option_strings
         for flag, action in ((flag, a) for a in actions.values() for flag in a.option_strings or [a.dest]):
             kind = (action.dest, type(action), action.type, action.choices)
             assert kinds.setdefault(flag, kind) == kind, (name, flag)
@@ -58,6 +59,7 @@ def test_what_the_table_repeats_is_what_the_code_says():
     assert Restoration() == Restoration(steps=0, seed=0, cutoff=None)
     assert tuple(options["vocoder"]["choices"]) == VOCODERS
     assert f"one of {', '.join(PRESETS)};" in options["preset"]["help"]
+    assert options["gpu"]["choices"] == list(GPUS)
 
 
 def settings() -> str:

@@ -1,0 +1,327 @@
+"""What training a preset takes, before a GPU is paid for; with `--check`, whether this machine does it.
+
+    python -m lib.plan --preset full --gpu h100 [--pairs 10000] [--share 0.3]
+    python -m lib.plan --preset full --check [--codec WEIGHTS_DIR]
+
+For a plan nothing is computed: a step runs on tensors without values (torch's `FakeTensorMode`), whose bytes and whose
+operations, of matrix products and convolutions (torch's `FlopCounterMode`), are counted.
+"""
+
+from lib.commands import parser_of
+
+if __name__ == "__main__":  # at once: what is imported below takes seconds
+    parser_of("plan").parse_args()
+
+import copy
+import dataclasses
+import itertools
+import math
+import multiprocessing
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import weakref
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+import encodec.model
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.distributed.elastic.utils.distributed import get_free_port
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from lib.codec.codec import Codec, load_codec, placed
+from lib.codec.encodec import EncodecCodec
+from lib.model.fusion import FusionModel
+from lib.model.masks import Masks
+from lib.pipeline import parse_overrides
+from lib.presets import Preset, load_preset
+from lib.superres.mel import HOP, MELS
+from lib.superres.training import PARTS
+from lib.training.batches import Batch
+from lib.training.config import resolved_precision
+from lib.training.fusion_learner import FusionLearner
+from lib.training.learner import Losses, StepInfo
+from lib.training.losses import total_loss
+from lib.training.run import Run
+from lib.training.trainer import open_accelerator
+from lib.util.configs import check
+from lib.util.errors import UserError, exit_on_user_error
+
+GIB = 2**30
+GREEN, RED, PLAIN = "\033[32m", "\033[31m", "\033[0m"
+OVERHEAD = GIB  # of CUDA's context and of the workspaces of its libraries
+SIZES = (24, 40, 80)  # GiB, of which the largest batch is said
+
+
+ATTENTION = {  # which the counter knows on a GPU alone
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
+    ),
+}
+
+
+class Gpu(NamedTuple):
+    memory: int  # GiB
+    bf16: int  # TFLOP/s of dense matrix products, by NVIDIA's data sheets
+    tf32: int  # of those in float32, as convolutions of a codec are
+
+
+GPUS = {"h200": Gpu(141, 989, 495), "h100": Gpu(80, 989, 495), "a100": Gpu(80, 312, 156), "a100-40": Gpu(40, 312, 156)}
+GPUS |= {"l40s": Gpu(48, 362, 183), "l4": Gpu(24, 121, 60), "rtx4090": Gpu(24, 165, 83)}
+
+
+class Cost(NamedTuple):
+    """Of one training step: bytes by part, and floating-point operations, a multiply and an add being two."""
+
+    weights: int  # of the model, its EMA, the discriminator and the codec
+    gradients: int
+    optimizer: int
+    model: int  # activations that its forward pass keeps for the gradient
+    sound: int  # and those of decoding, with the terms on sound
+    peak: int  # the most at once
+    model_flops: int
+    sound_flops: int
+
+
+class Alive(TorchDispatchMode):
+    """The bytes of memory that tensors hold which were made, or given to `add`, since the beginning."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = operation(*args, **kwargs or {})
+        self.add(x for x in tree_leaves(result) if isinstance(x, Tensor))
+        return result
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        for storage in (x.untyped_storage() for x in tensors):
+            if storage not in self.known:
+                self.known.add(storage)
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._count, -storage.nbytes())
+
+    def _count(self, size: int) -> None:
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+class FollowedLearner(FusionLearner):
+    """Notes what is alive, and what was computed, before the loss, after the model's forward pass, and at the end."""
+
+    def __init__(self, alive: Alive, flops: FlopCounterMode, *args: Any):
+        self.alive, self.flops, self.notes = alive, flops, []
+        super().__init__(*args)
+
+    def loss(self, model: nn.Module, batch: Batch, info: StepInfo | None = None) -> Losses:
+        self.note()
+        hook = model.register_forward_hook(lambda *_: self.note())
+        try:  # without `info`: the window in the middle, as tensors without values cannot decide a random one
+            return super().loss(model, batch)
+        finally:
+            hook.remove()
+            self.note()
+
+    def note(self) -> None:
+        self.notes.append((self.alive.now, self.flops.get_total_flops()))
+
+
+def cost_of(preset: Preset, codec: Codec, batch_size: int) -> Cost:
+    """Of a step of the preset's training. Constant tables that it makes have no values either, and stay: `costs_of`
+    calls it in a process that computes nothing else."""
+    torch.set_num_threads(1)  # EnCodec decodes in threads, which have no part in the mode
+    config, ema = dataclasses.replace(preset.train, compile=False, ema=0.0), preset.train.ema > 0
+    frames = -(-round(preset.data.clip_seconds * codec.sample_rate) // codec.hop)
+    output, *clips = torch.randn(3, 1, codec.dim, 40)
+    total_loss(output, *clips, config.loss, codec, masks=Masks(*clips))  # makes tables that depend on values
+    model = FusionModel(dataclasses.replace(preset.model.cascade, latent_dim=codec.dim), preset.model.masking)
+    alive, flops, mode = (
+        Alive(),
+        FlopCounterMode(display=False, custom_mapping=ATTENTION),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    )
+    with FakeCopyMode(mode):
+        model, codec = copy.deepcopy((model, codec))
+    accelerator = Accelerator(cpu=True, device_placement=False, mixed_precision="no")
+    with mode, alive:
+        held = [x for part in (model, codec) if isinstance(part, nn.Module) for x in part.state_dict().values()]
+        alive.add(held)
+        learner = FollowedLearner(alive, flops, config, model, accelerator, codec)
+        clips = tuple(torch.randn(2, batch_size, codec.dim, frames))
+        learner.train_step([clips], StepInfo(0))  # makes the optimizer's state
+        learner.notes.clear()
+        alive.most = alive.now
+        with flops:
+            learner.train_step([clips], StepInfo(1))
+    (start, _), (after_model, of_model), (after_loss, _) = learner.notes
+    gradients = sum(p.nbytes for p in model.parameters())
+    averages = ema * gradients  # torch cannot move what has no values, as the EMA is moved to its device
+    states = [x for state in learner.optimizer.state.values() for x in state.values()]
+    optimizer = sum(x.nbytes for x in states if isinstance(x, Tensor))
+    model_flops = 3 * of_model  # a gradient costs as much as the pass forward for the weights, and again for the inputs
+    sizes = averages + sum(x.nbytes for x in held), gradients, optimizer, after_model - start, after_loss - after_model
+    return Cost(*sizes, averages + alive.most, model_flops, flops.get_total_flops() - model_flops)
+
+
+def random_encodec() -> Codec:
+    """EnCodec's network with random weights, which take what the trained ones do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of its weight norm
+        return EncodecCodec(encodec.model.EncodecModel.encodec_model_24khz(pretrained=False), "")
+
+
+def costs_of(preset: Preset, codec: Codec, batch_sizes: Sequence[int]) -> list[Cost]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(cost_of, itertools.repeat(preset), itertools.repeat(codec), batch_sizes))
+
+
+def in_words(preset: Preset, codec: Codec, gpu: str, pairs: int, share: float) -> list[str]:
+    """The plan of a training on `pairs` pairs, on one GPU and on eight, which reach a share of their peak rates."""
+    half = preset.train.precision != "fp32"  # 'auto': all of these GPUs have bf16
+    preset = dataclasses.replace(preset, train=dataclasses.replace(preset.train, precision="bf16" if half else "fp32"))
+    config, (memory, bf16, tf32) = preset.train, GPUS[gpu]
+    size = config.batch_size
+    cost, twice = costs_of(preset, codec, (size, 2 * size))
+    a_clip = (twice.peak - cost.peak) / size
+    fixed = cost.peak + OVERHEAD - size * a_clip
+    fits = {room: int((room * GIB - fixed) // a_clip) for room in sorted({*SIZES, memory})}
+    seconds = (cost.model_flops / (bf16 if half else tf32) + cost.sound_flops / tf32) / (share * 1e12)
+    steps, frames = -(-pairs // size) * config.epochs, -(-preset.data.clip_seconds * codec.sample_rate // codec.hop)
+    hours, data = steps * seconds / 3600, 2 * pairs * codec.dim * frames * 4 / 1e9
+    parts = {"weights": cost.weights, "gradients": cost.gradients, "optimizer": cost.optimizer}
+    parts |= {"activations of the model": cost.model, "of decoded sound": cost.sound}
+    return [
+        f"{preset.name}, codec {codec.name}, clips of {preset.data.clip_seconds:g} s, batch size {size}, {gpu}",
+        f"memory    {', '.join(f'{name} {value / GIB:.2f}' for name, value in parts.items())} GiB",
+        f"          at most {cost.peak / GIB:.2f} GiB at once, and about {OVERHEAD / GIB:.1f} GiB of CUDA's own",
+        f"fits      {', '.join(f'{room} GiB: batch size {count}' for room, count in fits.items())}",
+        f"a step    {cost.model_flops / 1e12:.2f} TFLOP of the model in {'bf16' if half else 'float32'}, "
+        f"{cost.sound_flops / 1e12:.2f} of sound in float32: {seconds:.3f} s at {share:.2%} of the peak",
+        f"training  {config.epochs} epochs of {pairs:,} pairs, {steps:,} steps: {hours:.1f} h on one GPU, "
+        f"{hours / 8:.1f} h on eight; latents of at most {data:.1f} GB",
+    ]
+
+
+# --- on the server ----------------------------------------------------------------------------------------------------
+
+
+class Checks:
+    """What a server must do, each a method that says what it found, or raises."""
+
+    def __init__(self, preset: Preset, codec: Codec):
+        precision = resolved_precision(preset.train.precision)
+        self.preset = preset = dataclasses.replace(preset, train=dataclasses.replace(preset.train, precision=precision))
+        self.codec = codec
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.cost, self.seconds = costs_of(preset, codec, [preset.train.batch_size])[0], math.nan
+
+    def gpu(self) -> str:
+        if self.device.type == "cpu":
+            raise UserError(f"torch sees no GPU; install a driver for CUDA {torch.version.cuda}")
+        found = torch.cuda.get_device_properties(0)
+        return f"{torch.cuda.device_count()} of {found.name}, {found.total_memory / GIB:.0f} GiB"
+
+    def precision(self) -> str:
+        a, b = torch.randn(2, 1024, 1024, device=self.device)
+        wanted, off = a.double() @ b.double(), {}
+        for kind, most in ((torch.float32, 1e-3), (torch.bfloat16, 1e-2)):
+            off[kind] = float(((a.to(kind) @ b.to(kind)).double() - wanted).norm() / wanted.norm())
+            check(off[kind] < most, f"error of a product in {kind}", off[kind], f"below {most}")
+        said = ", ".join(f"{str(kind).removeprefix('torch.')} is off by {error:.0e}" for kind, error in off.items())
+        return f"{said}; the preset trains in {self.preset.train.precision}"
+
+    def fusion_step(self) -> str:
+        config = self.preset.train
+        cascade = dataclasses.replace(self.preset.model.cascade, latent_dim=self.codec.dim)
+        frames = round(self.preset.data.clip_seconds * self.codec.sample_rate) // self.codec.hop
+        clips = tuple(5 * torch.randn(2, config.batch_size, self.codec.dim, frames, device=self.device))
+        model = FusionModel(cascade, self.preset.model.masking)
+        with placed(self.codec, self.device):
+            learner = FusionLearner(config, model, open_accelerator(), self.codec)
+            seconds = []
+            for step in range(4):
+                started = time.perf_counter()
+                loss = float(learner.train_step([clips], StepInfo(step))["loss"])
+                seconds.append(time.perf_counter() - started)
+        check(math.isfinite(loss), "loss", loss, "finite")
+        self.seconds = min(seconds[1:])
+        taken = f"{torch.cuda.max_memory_allocated() / GIB:.2f} GiB" if self.device.type == "cuda" else "memory unknown"
+        return f"loss {loss:.3f}; {taken}, {self.cost.peak / GIB:.2f} GiB planned"
+
+    def throughput(self) -> str:
+        rate = (self.cost.model_flops + self.cost.sound_flops) / self.seconds / 1e12
+        return f"{self.seconds:.3f} s a step, {rate:.2f} TFLOP/s: --share is this over the GPU's peak"
+
+    def super_resolution_steps(self) -> str:
+        plan, losses = self.preset.superres.training_plan(seed=0), []
+        mel, clip = (torch.rand(2, 1, *of, device=self.device) for of in ((MELS, 128), (128 * HOP,)))
+        latents = torch.randn(2, 2 * plan.denoiser.latent_channels, 32, 16, device=self.device)
+        batches = {"completion": (mel, mel), "vae": (clip, clip), "diffusion": (latents, mel), "hifigan": (clip, clip)}
+        for part, sizes, config in plan.parts():
+            learner, model, _ = PARTS[part]
+            config = dataclasses.replace(config, precision=resolved_precision(config.precision))
+            metrics = learner(config, model(sizes), open_accelerator()).train_step([batches[part]], StepInfo(0))
+            losses.append(f"{part} {float(metrics['loss']):.3f}")
+        return f"losses {', '.join(losses)}"
+
+    def resume(self) -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            whole = trained(f"{folder}/whole", 4)
+            trained(f"{folder}/part", 2)
+            again = trained(f"{folder}/part", 4, "--resume")
+        off = max(abs(a - b) / abs(a) for a, b in zip(whole, again, strict=True))
+        check(off < 1e-3, "relative difference of losses after a resume", off, "below 1e-3")
+        return f"losses differ by {off:.0e} at most"
+
+    def two_processes(self) -> str:
+        torchrun = ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={get_free_port()}"]
+        with tempfile.TemporaryDirectory() as folder:
+            one, two = trained(f"{folder}/one", 4), trained(f"{folder}/two", 4, "--set=train.batch_size=2", by=torchrun)
+        off = max(abs(a - b) / abs(a) for a, b in zip(one, two, strict=True))
+        check(off < 1e-2, "relative difference of losses from one process", off, "below 1e-2")
+        return f"losses differ from one process's by {off:.0e} at most"
+
+
+def trained(out: str, steps: int, *options: str, by: Sequence[str] = ()) -> list[float]:
+    """The losses of so many steps of preset smoke: `lib.train` in one process, or in as many as `by` starts."""
+    command = [sys.executable, "-m", *by, *(("-m",) if by else ()), "lib.train", "--preset=smoke", f"--out={out}"]
+    settings = {"max_steps": steps, "checkpoint_every": 2, "schedule": "constant"}
+    command += [*(f"--set=train.{name}={value}" for name, value in settings.items()), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError("; ".join(done.stderr.strip().splitlines()[-3:]))
+    return [row["loss"] for row in Run.open(out).metrics("train")]
+
+
+def main() -> None:
+    options = parser_of("plan").parse_args()
+    with exit_on_user_error():
+        preset = load_preset(options.preset, parse_overrides(options.set, options.codec))
+        codec = random_encodec() if preset.codec == "encodec" else load_codec(preset.codec)
+        if not options.check:
+            print(*in_words(preset, codec, options.gpu, options.training_pairs, options.share), sep="\n")
+            return
+        checks, failed = Checks(preset, codec), 0
+        names = ("gpu", "precision", "fusion_step", "throughput", "super_resolution_steps", "resume", "two_processes")
+        for name in names:
+            try:
+                mark, said = f"{GREEN}ok    ", getattr(checks, name)()
+            except Exception as error:  # the others are checked all the same
+                mark, said, failed = f"{RED}FAILED", f"{type(error).__name__}: {error}", failed + 1
+            print(f"{mark}{PLAIN} {name.replace('_', ' ')}: {said}", flush=True)
+        sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The plan of a training: memory against what a step takes here, and what is said; and the checks of a machine."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from flops import training_flops
+
+import lib.plan
+from lib.codec.mdct import MdctCodec
+from lib.plan import GIB, Cost, costs_of, in_words
+from lib.presets import load_preset
+from lib.project import ROOT
+
+# one step, or two, in a process whose allocator gives back what is free: what it took beyond what the process had
+STEPS = """
+import ctypes, dataclasses, gc, sys, torch
+from accelerate import Accelerator
+from lib.codec.codec import load_codec
+from lib.model.fusion import FusionModel
+from lib.presets import load_preset
+from lib.training.fusion_learner import FusionLearner
+from lib.training.learner import StepInfo
+
+torch.set_num_threads(1)
+preset = load_preset(sys.argv[1], {"codec": "mdct", "train.precision": "fp32"})
+codec = load_codec(preset.codec)
+
+def train(frames, batch_size, steps):
+    cascade = dataclasses.replace(preset.model.cascade, latent_dim=codec.dim)
+    model = FusionModel(cascade, preset.model.masking)
+    learner = FusionLearner(preset.train, model, Accelerator(cpu=True), codec)
+    clips = tuple(5 * torch.randn(2, batch_size, codec.dim, frames))
+    for step in range(steps):
+        float(learner.train_step([clips], StepInfo(step))["loss"])
+
+def kibibytes(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+train(40, 1, 1)
+gc.collect()
+ctypes.CDLL("libc.so.6").malloc_trim(0)
+before = kibibytes("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+train(round(preset.data.clip_seconds * 75), int(sys.argv[2]), 2)
+print(1024 * (kibibytes("VmHWM") - before))
+"""
+
+
+def planned(name: str, *batch_sizes: int, **changes: object) -> list[Cost]:
+    return costs_of(load_preset(name, {"codec": "mdct", "train.precision": "fp32"} | changes), MdctCodec(), batch_sizes)
+
+
+@pytest.mark.parametrize(("name", "batch_size"), [("demo", 8), ("reference", 4)])
+def test_the_planned_memory_is_what_a_step_takes(name, batch_size):
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", STEPS, name, str(batch_size)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    (cost,) = planned(name, batch_size)
+    assert cost.peak == pytest.approx(int(done.stdout), rel=0.15)
+    assert cost.optimizer == pytest.approx(2 * cost.gradients, rel=0.01)  # Adam's two averages
+    assert cost.weights + cost.optimizer + cost.model + cost.sound < 1.1 * cost.peak
+
+
+def test_operations_and_activations_grow_with_the_batch_and_match_the_count_by_hand():
+    alone = {"model.num_stages": 2, "model.masking.masking": "none"}
+    one, two = planned("demo", 2, 4, **alone)
+    assert two.model_flops == pytest.approx(2 * one.model_flops, rel=0.05)  # but for the projections' alignment
+    assert two.model == pytest.approx(2 * one.model, rel=0.1)
+    assert (two.weights, two.gradients, two.optimizer) == (one.weights, one.gradients, one.optimizer)
+    cascade = load_preset("demo", alone).model.cascade
+    assert two.model_flops == pytest.approx(4 * training_flops(cascade, 300), rel=0.1)
+
+
+def test_half_precision_takes_less_for_activations():
+    half, full = (planned("reference", 2, **{"train.precision": kind})[0] for kind in ("bf16", "fp32"))
+    assert 0.5 < half.model / full.model < 0.9
+    assert half.model_flops == full.model_flops
+
+
+def test_what_is_said_follows_from_the_counts(monkeypatch):
+    tera, counts = 10**12, {"weights": GIB, "gradients": GIB, "optimizer": 2 * GIB, "model": 4 * GIB, "sound": 2 * GIB}
+    costs = [Cost(**counts, peak=peak * GIB, model_flops=989 * tera, sound_flops=495 * tera) for peak in (10, 16)]
+    monkeypatch.setattr(lib.plan, "costs_of", lambda *_: costs)
+    preset = load_preset("full", {"codec": "mdct"})  # batch size 8, so 0.75 GiB a clip and 4 GiB for the rest
+    said = "\n".join(in_words(preset, MdctCodec(), "h100", 8_000, share=0.5))
+    assert "at most 10.00 GiB at once" in said
+    assert "24 GiB: batch size 25, 40 GiB: batch size 46, 80 GiB: batch size 100" in said  # CUDA takes one GiB
+    assert "4.000 s at 50.00% of the peak" in said
+    assert "200 epochs of 8,000 pairs, 200,000 steps: 222.2 h on one GPU, 27.8 h on eight" in said
+    assert "at most 9.8 GB" in said
+
+
+def test_the_command_plans_and_names_what_it_plans_for():
+    done = subprocess.run(
+        [sys.executable, "-m", "lib.plan", "--preset", "smoke", "--codec", "encodec", "--gpu", "l4"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )  # whose weights are not needed
+    assert done.stdout.startswith("smoke, codec encodec, clips of 2 s, batch size 4, l4")
+    assert len(done.stdout.splitlines()) == 6
+
+
+def test_the_checks_run_and_say_what_fails():
+    """Here there is no GPU, which is one failure; all else works."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lib.plan", "--preset", "smoke", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1, done.stderr
+    assert "FAILED" in lines[0]
+    assert "sees no GPU; install a driver for CUDA" in lines[0]
+    assert len(lines) == 7
+    assert all("ok" in line and "FAILED" not in line for line in lines[1:]), done.stdout
+    assert "resume: losses differ by 0e+00 at most" in done.stdout
