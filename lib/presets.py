@@ -96,13 +96,17 @@ class SuperresSettings:
     vocoder_steps: Whole = 0  # of HiFi-GAN; 0: Griffin-Lim, which needs no training
     sampler_steps: Count = 10
     clips: Count = 16  # at each cutoff, on which methods are compared
+    # the most of every part, where the plan has more
+    clip_seconds: Positive | None = None
+    batch_size: Count | None = None
 
     def __post_init__(self):
         self.training_plan(seed=0)  # refuses steps of a vocoder that the plan does not train
 
     def training_plan(self, seed: int) -> SuperresPlan:
         steps = self.completion_steps, self.vae_steps, self.steps, self.vocoder_steps
-        return PLANS[self.plan].lasting(*steps, seed=seed)
+        most = {"clip_seconds": self.clip_seconds, "batch_size": self.batch_size}
+        return PLANS[self.plan].lasting(*steps, seed=seed, **{name: x for name, x in most.items() if x is not None})
 
 
 @checked_dataclass

@@ -74,6 +74,8 @@ class WarningLine(logging.Handler):
         logging.root.addHandler(self) if on else logging.root.removeHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.name == "Comm":  # of widgets that an earlier view of the page had
+            return
         self.said[record.getMessage()] = None
         self.line.say(" · ".join(list(self.said)[-5:]))
 

@@ -80,12 +80,13 @@ class Panel {
       clip.figure.querySelector("figcaption").append(clip.shift);
       const picture = clip.figure.querySelector(".picture");
       picture.append(clip.cursor);
-      for (const hertz of FREQUENCIES.filter((hertz) => hertz < highest)) {
+      FREQUENCIES.filter((hertz) => hertz < highest).forEach((hertz, i) => {
         // on the mel scale of the lower 80 of a picture's 140 rows
         const label = element("span", { className: "frequency", textContent: `${hertz / 1000} kHz` });
+        label.classList.toggle("between", i % 2 === 0); // left out of small pictures
         label.style.bottom = `${((8000 / 140) * Math.log(1 + hertz / 700)) / Math.log(1 + highest / 700)}%`;
         picture.append(label);
-      }
+      });
       picture.onclick = (event) => {
         const box = picture.getBoundingClientRect();
         this.seek(((event.clientX - box.left) / box.width) * this.duration);

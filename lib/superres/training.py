@@ -299,9 +299,10 @@ class Plan:
     vocoder_training: VocoderTraining | None = None  # None: Griffin-Lim, which is not trained
 
     def lasting(
-        self, completion_steps: int, vae_steps: int, steps: int, vocoder_steps: int = 0, seed: int = 0
+        self, completion_steps: int, vae_steps: int, steps: int, vocoder_steps: int = 0, seed: int = 0, **most: float
     ) -> "Plan":
-        """The plan with these numbers of steps (`vocoder_steps=0`: no HiFi-GAN) and this random seed."""
+        """The plan with these numbers of steps (`vocoder_steps=0`: no HiFi-GAN) and this random seed. `most`: of fields
+        of each part's training that are lowered to it, such as `batch_size`."""
         fix = "0, or a plan that trains a vocoder, such as 'full'"
         check(self.vocoder_training or not vocoder_steps, "vocoder_steps", vocoder_steps, fix)
         changes = {"vocoder_training": None}
@@ -309,6 +310,8 @@ class Plan:
         for part, count in zip(parts, (completion_steps, vae_steps, steps, vocoder_steps), strict=True):
             if count:
                 config = getattr(self, part)
+                lowered = {name: min(value, getattr(config, name)) for name, value in most.items()}
+                config = dataclasses.replace(config, **lowered)
                 epochs = math.ceil(count * config.batch_size * config.accumulate / config.examples)
                 changes[part] = dataclasses.replace(config, epochs=epochs, max_steps=count, seed=seed)
         return dataclasses.replace(self, **changes)

@@ -239,12 +239,14 @@ def test_warnings_are_in_a_line_of_their_own_while_a_training_is_watched(start, 
         for message in ("RMS <low>", "RMS <low>", "another"):
             logging.getLogger("lib.training").warning(message)
         warnings.warn("from elsewhere", stacklevel=1)
+        logging.getLogger("Comm").warning("No such comm: 3afe")  # of a page that was closed
 
     handlers = list(logging.getLogger().handlers)
     start([dashboard := Dashboard(seconds=1000), At(5, warn)])
     line = dashboard.warnings.line.value
     assert "RMS &lt;low&gt; · another · " in line
     assert "from elsewhere" in line
+    assert "comm" not in line
     assert capsys.readouterr().err == ""
     assert logging.getLogger().handlers == handlers
 

@@ -655,6 +655,13 @@ def test_a_vocoder_is_trained_where_it_has_steps_and_the_plan_has_one():
         SMALL_PLAN.lasting(1, 1, 1, 5)
 
 
+def test_a_plan_may_be_lowered_but_not_raised():
+    lowered = SMALL_PLAN.lasting(8, 8, 8, batch_size=8, clip_seconds=0.64)
+    assert [config.batch_size for config in trainings(lowered)] == [4, 4, 8]
+    assert [config.clip_seconds for config in trainings(lowered)] == [0.64, 0.64, 0.64]
+    assert lowered.training.epochs == math.ceil(8 * 8 / lowered.training.examples)
+
+
 def test_a_plan_may_take_its_steps_in_pieces():
     config = dataclasses.replace(TINY.training, accumulate=2, batch_size=2)
     lasting = dataclasses.replace(TINY, training=config).lasting(1, 1, 7, 1).training
