@@ -99,6 +99,7 @@ class SuperresSettings:
     # the most of every part, where the plan has more
     clip_seconds: Positive | None = None
     batch_size: Count | None = None
+    examples: Count | None = None  # for training, and for validation
 
     def __post_init__(self):
         self.training_plan(seed=0)  # refuses steps of a vocoder that the plan does not train
@@ -106,6 +107,7 @@ class SuperresSettings:
     def training_plan(self, seed: int) -> SuperresPlan:
         steps = self.completion_steps, self.vae_steps, self.steps, self.vocoder_steps
         most = {"clip_seconds": self.clip_seconds, "batch_size": self.batch_size}
+        most |= {"examples": self.examples, "val_examples": self.examples}
         return PLANS[self.plan].lasting(*steps, seed=seed, **{name: x for name, x in most.items() if x is not None})
 
 
