@@ -1,7 +1,7 @@
 """What training a preset takes, before a GPU is paid for; with `--check`, whether this machine does it.
 
-    python -m lib.plan --preset full --gpu h100 [--pairs 10000] [--share 0.3]
-    python -m lib.plan --preset full --check [--codec WEIGHTS_DIR]
+    python -m lib.plan --preset full --gpu h100 [--training-pairs 10000] [--share 0.0115] [--codec mdct]
+    python -m lib.plan --preset full --gpu h100 --check
 
 For a plan nothing is computed: a step runs on tensors without values (torch's `FakeTensorMode`), whose bytes and whose
 operations, of matrix products and convolutions (torch's `FlopCounterMode`), are counted.
@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 import math
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -59,8 +60,6 @@ GIB = 2**30
 GREEN, RED, PLAIN = "\033[32m", "\033[31m", "\033[0m"
 OVERHEAD = GIB  # of CUDA's context and of the workspaces of its libraries
 SIZES = (24, 40, 80)  # GiB, of which the largest batch is said
-
-
 ATTENTION = {  # which the counter knows on a GPU alone
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -146,11 +145,8 @@ def cost_of(preset: Preset, codec: Codec, batch_size: int) -> Cost:
     output, *clips = torch.randn(3, 1, codec.dim, 40)
     total_loss(output, *clips, config.loss, codec, masks=Masks(*clips))  # makes tables that depend on values
     model = FusionModel(dataclasses.replace(preset.model.cascade, latent_dim=codec.dim), preset.model.masking)
-    alive, flops, mode = (
-        Alive(),
-        FlopCounterMode(display=False, custom_mapping=ATTENTION),
-        FakeTensorMode(allow_non_fake_inputs=True),
-    )
+    alive, mode = Alive(), FakeTensorMode(allow_non_fake_inputs=True)
+    flops = FlopCounterMode(display=False, custom_mapping=ATTENTION)
     with FakeCopyMode(mode):
         model, codec = copy.deepcopy((model, codec))
     accelerator = Accelerator(cpu=True, device_placement=False, mixed_precision="no")
@@ -217,9 +213,10 @@ def in_words(preset: Preset, codec: Codec, gpu: str, pairs: int, share: float) -
 
 
 class Checks:
-    """What a server must do, each a method that says what it found, or raises."""
+    """What a server must do, each a method that says what it found, or raises; beside the plan for such a GPU."""
 
-    def __init__(self, preset: Preset, codec: Codec):
+    def __init__(self, preset: Preset, codec: Codec, gpu: str, share: float):
+        self.planned_for, self.share = gpu, share
         precision = resolved_precision(preset.train.precision)
         self.preset = preset = dataclasses.replace(preset, train=dataclasses.replace(preset.train, precision=precision))
         self.codec = codec
@@ -261,7 +258,8 @@ class Checks:
 
     def throughput(self) -> str:
         rate = (self.cost.model_flops + self.cost.sound_flops) / self.seconds / 1e12
-        return f"{self.seconds:.3f} s a step, {rate:.2f} TFLOP/s: --share is this over the GPU's peak"
+        share = rate / GPUS[self.planned_for].bf16
+        return f"{self.seconds:.3f} s a step: {share:.2%} of the peak of {self.planned_for}, {self.share:.2%} planned"
 
     def super_resolution_steps(self) -> str:
         plan, losses = self.preset.superres.training_plan(seed=0), []
@@ -286,19 +284,21 @@ class Checks:
 
     def two_processes(self) -> str:
         torchrun = ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={get_free_port()}"]
+        on = {} if torch.cuda.device_count() > 1 else {"CUDA_VISIBLE_DEVICES": ""}  # each needs a GPU of its own
         with tempfile.TemporaryDirectory() as folder:
-            one, two = trained(f"{folder}/one", 4), trained(f"{folder}/two", 4, "--set=train.batch_size=2", by=torchrun)
+            one = trained(f"{folder}/one", 4, **on)
+            two = trained(f"{folder}/two", 4, "--set=train.batch_size=2", by=torchrun, **on)
         off = max(abs(a - b) / abs(a) for a, b in zip(one, two, strict=True))
         check(off < 1e-2, "relative difference of losses from one process", off, "below 1e-2")
-        return f"losses differ from one process's by {off:.0e} at most"
+        return f"losses{' on the CPU' * bool(on)} differ from one process's by {off:.0e} at most"
 
 
-def trained(out: str, steps: int, *options: str, by: Sequence[str] = ()) -> list[float]:
+def trained(out: str, steps: int, *options: str, by: Sequence[str] = (), **environment: str) -> list[float]:
     """The losses of so many steps of preset smoke: `lib.train` in one process, or in as many as `by` starts."""
     command = [sys.executable, "-m", *by, *(("-m",) if by else ()), "lib.train", "--preset=smoke", f"--out={out}"]
     settings = {"max_steps": steps, "checkpoint_every": 2, "schedule": "constant"}
     command += [*(f"--set=train.{name}={value}" for name, value in settings.items()), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError("; ".join(done.stderr.strip().splitlines()[-3:]))
     return [row["loss"] for row in Run.open(out).metrics("train")]
@@ -309,10 +309,12 @@ def main() -> None:
     with exit_on_user_error():
         preset = load_preset(options.preset, parse_overrides(options.set, options.codec))
         codec = random_encodec() if preset.codec == "encodec" else load_codec(preset.codec)
+        check(options.training_pairs > 0, "--training-pairs", options.training_pairs, "1 or more")
+        check(0 < options.share <= 1, "--share", options.share, "above 0, at most 1")
         if not options.check:
             print(*in_words(preset, codec, options.gpu, options.training_pairs, options.share), sep="\n")
             return
-        checks, failed = Checks(preset, codec), 0
+        checks, failed = Checks(preset, codec, options.gpu, options.share), 0
         names = ("gpu", "precision", "fusion_step", "throughput", "super_resolution_steps", "resume", "two_processes")
         for name in names:
             try:

@@ -104,6 +104,15 @@ def test_the_command_plans_and_names_what_it_plans_for():
     assert len(done.stdout.splitlines()) == 6
 
 
+@pytest.mark.parametrize("wrong", ["--training-pairs=0", "--share=0", "--share=1.5", "--gpu=abacus", "--set=a.b=1"])
+def test_wrong_options_are_refused_at_once(wrong):
+    command = [sys.executable, "-m", "lib.plan", "--preset=smoke", wrong]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert wrong.lstrip("-").partition("=")[0] in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_checks_run_and_say_what_fails():
     """Here there is no GPU, which is one failure; all else works."""
     done = subprocess.run(
