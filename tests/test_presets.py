@@ -114,6 +114,7 @@ OTHER = {  # values that the smoke preset does not have, where the type does not
     "train.loss.anti_modulation": "log",
     "ablation.variants": "all",
     "superres.plan": "full",
+    "superres.clip_seconds": 0.32,
     "record.variants": "all",
 }
 

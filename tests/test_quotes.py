@@ -47,6 +47,7 @@ NOT_MEASURED = {
     "12": "kHz, the highest in them",
     "48": "kHz of super-resolution",
     "4.0": "the licence of EnCodec's weights",
+    **dict.fromkeys(("13", "580"), "the version of CUDA that is installed, and of the driver that it needs"),
     **dict.fromkeys(("02", "03", "05"), "a notebook"),
 }
 

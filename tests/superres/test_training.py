@@ -573,7 +573,7 @@ def test_the_original_reaches_the_model_through_the_noisy_latents_alone(monkeypa
     monkeypatch.setattr(training, "LAST", 0.0)
     learner = make_learner("diffusion", PartConfig(**LOOP), DENOISER)
     nn.init.normal_(learner.unwrapped_model.unet.conv_out.weight, std=0.1)  # which starts at 0
-    monkeypatch.setattr(torch, "randint", lambda highest, size: torch.full(size, timestep))
+    monkeypatch.setattr(torch, "randint", lambda highest, size, device: torch.full(size, timestep))
     generator = torch.Generator().manual_seed(1)
     high, low, other = torch.randn(3, 2, 2, 32, 4, generator=generator)
     mel, other_mel = torch.randn(2, 2, 1, 256, 32, generator=generator)
