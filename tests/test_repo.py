@@ -204,7 +204,7 @@ def test_every_module_has_its_tests(package):
     modules = {path.stem.strip("_") for path in (ROOT / "lib" / package).glob("*.py")} - {"init"}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / package).glob("test_*.py")}
     record = {"record", "quotes", "explosion", "constructed", "full_size"}
-    others = set() if package else {"notebooks", "repo", "api", "bench", "check_demo", "other_rates", "gpu", *record}
+    others = set() if package else {"notebooks", "repo", "api", "bench", "check_demo", "other_rates", "gpu", "full_preset", *record}
     assert modules <= tests
     assert tests - modules <= others, "a test of a module that is not there"
 
