@@ -14,7 +14,7 @@ if __name__ == "__main__":  # at once: what is imported below takes seconds
 
 import copy
 import dataclasses
-import itertools
+import functools
 import math
 import multiprocessing
 import os
@@ -57,7 +57,6 @@ from lib.util.configs import check
 from lib.util.errors import UserError, exit_on_user_error
 
 GIB = 2**30
-GREEN, RED, PLAIN = "\033[32m", "\033[31m", "\033[0m"
 OVERHEAD = GIB  # of CUDA's context and of the workspaces of its libraries
 SIZES = (24, 40, 80)  # GiB, of which the largest batch is said
 ATTENTION = {  # which the counter knows on a GPU alone
@@ -136,15 +135,22 @@ class FollowedLearner(FusionLearner):
         self.notes.append((self.alive.now, self.flops.get_total_flops()))
 
 
+def frames_of(preset: Preset, codec: Codec) -> int:
+    return -(-round(preset.data.clip_seconds * codec.sample_rate) // codec.hop)
+
+
+def model_of(preset: Preset, codec: Codec) -> FusionModel:
+    return FusionModel(dataclasses.replace(preset.model.cascade, latent_dim=codec.dim), preset.model.masking)
+
+
 def cost_of(preset: Preset, codec: Codec, batch_size: int) -> Cost:
     """Of a step of the preset's training. Constant tables that it makes have no values either, and stay: `costs_of`
     calls it in a process that computes nothing else."""
     torch.set_num_threads(1)  # EnCodec decodes in threads, which have no part in the mode
     config, ema = dataclasses.replace(preset.train, compile=False, ema=0.0), preset.train.ema > 0
-    frames = -(-round(preset.data.clip_seconds * codec.sample_rate) // codec.hop)
     output, *clips = torch.randn(3, 1, codec.dim, 40)
     total_loss(output, *clips, config.loss, codec, masks=Masks(*clips))  # makes tables that depend on values
-    model = FusionModel(dataclasses.replace(preset.model.cascade, latent_dim=codec.dim), preset.model.masking)
+    model, frames = model_of(preset, codec), frames_of(preset, codec)
     alive, mode = Alive(), FakeTensorMode(allow_non_fake_inputs=True)
     flops = FlopCounterMode(display=False, custom_mapping=ATTENTION)
     with FakeCopyMode(mode):
@@ -177,9 +183,9 @@ def random_encodec() -> Codec:
         return EncodecCodec(encodec.model.EncodecModel.encodec_model_24khz(pretrained=False), "")
 
 
-def costs_of(preset: Preset, codec: Codec, batch_sizes: Sequence[int]) -> list[Cost]:
+def costs_of(steps: Sequence[tuple[Preset, Codec, int]]) -> list[Cost]:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(cost_of, itertools.repeat(preset), itertools.repeat(codec), batch_sizes))
+        return list(pool.map(cost_of, *zip(*steps, strict=True)))
 
 
 def in_words(preset: Preset, codec: Codec, gpu: str, pairs: int, share: float) -> list[str]:
@@ -188,13 +194,13 @@ def in_words(preset: Preset, codec: Codec, gpu: str, pairs: int, share: float) -
     preset = dataclasses.replace(preset, train=dataclasses.replace(preset.train, precision="bf16" if half else "fp32"))
     config, (memory, bf16, tf32) = preset.train, GPUS[gpu]
     size = config.batch_size
-    cost, twice = costs_of(preset, codec, (size, 2 * size))
+    cost, twice = costs_of([(preset, codec, size), (preset, codec, 2 * size)])
     a_clip = (twice.peak - cost.peak) / size
     fixed = cost.peak + OVERHEAD - size * a_clip
     fits = {room: int((room * GIB - fixed) // a_clip) for room in sorted({*SIZES, memory})}
     seconds = (cost.model_flops / (bf16 if half else tf32) + cost.sound_flops / tf32) / (share * 1e12)
-    steps, frames = -(-pairs // size) * config.epochs, -(-preset.data.clip_seconds * codec.sample_rate // codec.hop)
-    hours, data = steps * seconds / 3600, 2 * pairs * codec.dim * frames * 4 / 1e9
+    steps, data = -(-pairs // size) * config.epochs, 2 * pairs * codec.dim * frames_of(preset, codec) * 4 / 1e9
+    hours = steps * seconds / 3600
     parts = {"weights": cost.weights, "gradients": cost.gradients, "optimizer": cost.optimizer}
     parts |= {"activations of the model": cost.model, "of decoded sound": cost.sound}
     return [
@@ -221,7 +227,7 @@ class Checks:
         self.preset = preset = dataclasses.replace(preset, train=dataclasses.replace(preset.train, precision=precision))
         self.codec = codec
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.cost, self.seconds = costs_of(preset, codec, [preset.train.batch_size])[0], math.nan
+        self.cost, self.seconds = costs_of([(preset, codec, preset.train.batch_size)])[0], math.nan
 
     def gpu(self) -> str:
         if self.device.type == "cpu":
@@ -240,10 +246,8 @@ class Checks:
 
     def fusion_step(self) -> str:
         config = self.preset.train
-        cascade = dataclasses.replace(self.preset.model.cascade, latent_dim=self.codec.dim)
-        frames = round(self.preset.data.clip_seconds * self.codec.sample_rate) // self.codec.hop
+        model, frames = model_of(self.preset, self.codec), frames_of(self.preset, self.codec)
         clips = tuple(5 * torch.randn(2, config.batch_size, self.codec.dim, frames, device=self.device))
-        model = FusionModel(cascade, self.preset.model.masking)
         with placed(self.codec, self.device):
             learner = FusionLearner(config, model, open_accelerator(), self.codec)
             seconds = []
@@ -273,24 +277,33 @@ class Checks:
             losses.append(f"{part} {float(metrics['loss']):.3f}")
         return f"losses {', '.join(losses)}"
 
+    @functools.cached_property
+    def losses(self) -> list[float]:
+        """Of one process."""
+        with tempfile.TemporaryDirectory() as folder:
+            return trained(folder, 4)
+
     def resume(self) -> str:
         with tempfile.TemporaryDirectory() as folder:
-            whole = trained(f"{folder}/whole", 4)
-            trained(f"{folder}/part", 2)
-            again = trained(f"{folder}/part", 4, "--resume")
-        off = max(abs(a - b) / abs(a) for a, b in zip(whole, again, strict=True))
-        check(off < 1e-3, "relative difference of losses after a resume", off, "below 1e-3")
-        return f"losses differ by {off:.0e} at most"
+            trained(folder, 2)
+            again = trained(folder, 4, "--resume")
+        return f"losses differ by {largest_difference(self.losses, again, 1e-3):.0e} at most"
 
     def two_processes(self) -> str:
         torchrun = ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={get_free_port()}"]
-        on = {} if torch.cuda.device_count() > 1 else {"CUDA_VISIBLE_DEVICES": ""}  # each needs a GPU of its own
+        count = torch.cuda.device_count()
+        on = {"CUDA_VISIBLE_DEVICES": ""} if count == 1 else {}  # each needs a GPU of its own
         with tempfile.TemporaryDirectory() as folder:
-            one = trained(f"{folder}/one", 4, **on)
+            one = trained(f"{folder}/one", 4, **on) if on else self.losses
             two = trained(f"{folder}/two", 4, "--set=train.batch_size=2", by=torchrun, **on)
-        off = max(abs(a - b) / abs(a) for a, b in zip(one, two, strict=True))
-        check(off < 1e-2, "relative difference of losses from one process", off, "below 1e-2")
-        return f"losses{' on the CPU' * bool(on)} differ from one process's by {off:.0e} at most"
+        where = " on the CPU" if count < 2 else ""
+        return f"losses{where} differ from one process's by {largest_difference(one, two, 1e-2):.0e} at most"
+
+
+def largest_difference(losses: Sequence[float], others: Sequence[float], most: float) -> float:
+    found = max(abs(a - b) / abs(a) for a, b in zip(losses, others, strict=True))
+    check(found < most, "relative difference of losses", found, f"below {most:g}")
+    return found
 
 
 def trained(out: str, steps: int, *options: str, by: Sequence[str] = (), **environment: str) -> list[float]:
@@ -315,13 +328,14 @@ def main() -> None:
             print(*in_words(preset, codec, options.gpu, options.training_pairs, options.share), sep="\n")
             return
         checks, failed = Checks(preset, codec, options.gpu, options.share), 0
+        ok, bad = ("\033[32mok\033[0m", "\033[31mFAILED\033[0m") if sys.stdout.isatty() else ("ok", "FAILED")
         names = ("gpu", "precision", "fusion_step", "throughput", "super_resolution_steps", "resume", "two_processes")
         for name in names:
             try:
-                mark, said = f"{GREEN}ok    ", getattr(checks, name)()
+                mark, said = ok, getattr(checks, name)()
             except Exception as error:  # the others are checked all the same
-                mark, said, failed = f"{RED}FAILED", f"{type(error).__name__}: {error}", failed + 1
-            print(f"{mark}{PLAIN} {name.replace('_', ' ')}: {said}", flush=True)
+                mark, said, failed = bad, f"{type(error).__name__}: {error}", failed + 1
+            print(f"{mark} {name.replace('_', ' ')}: {said}", flush=True)
         sys.exit(failed > 0)
 
 
