@@ -40,7 +40,7 @@ from lib.model.fusion import FusionModel, load_model
 from lib.superres.resolver import Restoration, SuperResolver, Written, restore_file
 from lib.training.run import Run
 from lib.util.errors import UserError, exit_on_user_error
-from lib.util.files import cannot_write
+from lib.util.files import writing
 from lib.util.provenance import versions
 
 CHUNK_SECONDS, OVERLAP_SECONDS = 16, 1  # the clip length of the full preset, and what is crossfaded
@@ -97,10 +97,8 @@ def fuse_and_restore(
     """Fuse two audio files, with the options of `fuse_files`; write 48 kHz with the upper band restored."""
     _check_out(out, (input, target))
     level = options.pop("level", None)
-    try:
+    with writing(out, "choose an existing folder you may write to"):
         folder = tempfile.TemporaryDirectory(prefix=".fused-", dir=Path(out).parent)
-    except OSError as error:
-        raise cannot_write(out, error, "choose an existing folder you may write to") from None
     with folder as name:
         draft = Path(name) / "fusion.wav"
         try:  # at the level of the sources, which limit the restored band, unless another is wanted

@@ -40,7 +40,7 @@ from lib.training.fusion_learner import run_settings
 from lib.training.run import Run
 from lib.util.configs import check
 from lib.util.errors import UserError, exit_on_user_error
-from lib.util.files import cannot_write, file_sha256, only_one, read_json, write_file
+from lib.util.files import file_sha256, only_one, read_json, write_file, writing
 from lib.util.provenance import code_fingerprint, gpu_name
 from lib.util.signals import StopSignals
 
@@ -154,7 +154,7 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
 
     stop = StopSignals(interrupt)
     try:
-        with stop:
+        with stop, writing(executed):
             papermill.execute_notebook(*paths, parameters, cwd=ROOT, km=kernel, stderr_file=sys.stderr)
         if stop.asked:  # between two cells, where no code saw it
             raise KeyboardInterrupt(STOPPED)
@@ -165,8 +165,6 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
         said = error.evalue or "".join(lines[-1:])  # an assertion without a message: its first line
         reason = f"cell {error.exec_count}: {error.ename}: {said}; the executed notebook is {executed}"
         raise NotebookError(name, reason, said if error.ename in USER_ERRORS else "") from None
-    except OSError as error:
-        raise cannot_write(error.filename or executed, error) from None
     except RuntimeError as error:  # the kernel died, or never started
         if stop.asked:
             raise KeyboardInterrupt(STOPPED) from None

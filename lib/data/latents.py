@@ -19,7 +19,6 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +32,14 @@ from lib.audio.files import AudioReport, Check, check_files, report_on
 from lib.codec.codec import Codec
 from lib.data.pairs import Clip, Manifest
 from lib.util.errors import UserError
-from lib.util.files import TEMPORARY, cannot_write, file_sha256, naming, write_atomic
+from lib.util.files import TEMPORARY, file_sha256, naming, write_atomic, writing
 from lib.util.provenance import code_fingerprint
 
 logger = logging.getLogger(__name__)
 
 STALE_SECONDS = 24 * 3600  # a temporary file this old was left by a killed run
 AGAIN = "encode the manifest again, which rebuilds only what is missing or damaged"
+WRITABLE = "choose a cache folder you may write to"
 
 
 def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> Path:
@@ -52,7 +52,7 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> 
         raise UserError(f"codec {codec.name}: {rates}; build the manifest with the codec's sample_rate")
     store, shape = _store(cache_dir, codec, manifest.clip_length), (codec.dim, -(-manifest.clip_length // codec.hop))
     clips = {clip.key: clip for pair in manifest.pairs for clip in (pair.input, pair.target)}
-    with _writing(store):
+    with writing(store, WRITABLE):
         for temp in store.glob(f".*{TEMPORARY}"):
             with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
                 if time.time() - temp.stat().st_mtime > STALE_SECONDS:
@@ -80,11 +80,10 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> 
 def encoding_check(codec: Codec, cache_dir: str | Path, clip_length: int) -> Check:
     """A `check_audio` that, in the same decode, brings the latents of all clips of the file into the cache."""
     store = _store(cache_dir, codec, clip_length)
-    with _writing(store):
-        there = {path.name.partition("-")[0] for path in store.glob("*-*.npy")}
+    there = {path.name.partition("-")[0] for path in store.glob("*-*.npy")}
 
     def check(path: Path) -> AudioReport:
-        with Decoder(path) as file, _writing(store):
+        with Decoder(path) as file, writing(store, WRITABLE):
             sha256 = file_sha256(path)
             windows = zip(itertools.count(0, clip_length), itertools.repeat(clip_length))
             for offset, wav in zip(itertools.count(0, clip_length), file.windows(windows, codec.sample_rate)):
@@ -98,17 +97,12 @@ def encoding_check(codec: Codec, cache_dir: str | Path, clip_length: int) -> Che
 
 
 def _store(cache_dir: str | Path, codec: Codec, clip_length: int) -> Path:
+    """The codec's folder in the cache."""
     code = code_fingerprint("lib.data.latents")
-    return Path(cache_dir) / f"{codec.name}-{codec.fingerprint[:12]}-{clip_length}-{code[:12]}"
-
-
-@contextlib.contextmanager
-def _writing(store: Path) -> Iterator[None]:
-    try:
+    store = Path(cache_dir) / f"{codec.name}-{codec.fingerprint[:12]}-{clip_length}-{code[:12]}"
+    with writing(store, WRITABLE):
         store.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise cannot_write(error.filename or store, error, "choose a cache folder you may write to") from error
+    return store
 
 
 def _find_latents(store: Path, clips: dict[str, Clip], shape: tuple[int, int]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from lib.superres.vocoder import griffin_lim
 from lib.training.run import Run
 from lib.util.configs import check, checked_dataclass, number, whole
 from lib.util.errors import UserError
-from lib.util.files import FIX, cannot_write, naming
+from lib.util.files import FIX, naming, writing
 
 VOCODERS = ("griffin-lim", "hifigan")
 MARGIN = 1 / 4  # share of a clip, at its end, that the next one replaces: the autoencoder's convolutions pad there
@@ -268,15 +268,14 @@ def restore_folder(
         try:
             if target in sources:
                 raise AudioError(path, f"{sources[target].name} goes by the same name; rename one of them")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            report(*restore_file(path, target, resolver, settings))
+            with writing(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                report(*restore_file(path, target, resolver, settings))
             sources[target] = path
         except AudioError as error:
             if error.path == target:  # nor can the others be written
                 raise
             skipped.append((path, error.problem))
-        except OSError as error:
-            raise cannot_write(target, error) from None
     skipped += [(folder / item.path, item.reason) for item in others]
     if not sources:
         reasons = "; ".join(f"{path.name}: {problem}" for path, problem in skipped[:3])

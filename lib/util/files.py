@@ -32,19 +32,21 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def cannot_write(path: str | Path, error: OSError, otherwise: str = "choose another output folder") -> UserError:
-    """Why something cannot be written, and what to do about it: `otherwise`, unless the disk is full."""
-    fix = "make room there and run it again" if error.errno in FULL else otherwise
-    return UserError(f"{path}: cannot be written ({error.strerror}); {fix}")
+@contextlib.contextmanager
+def writing(path: str | Path, otherwise: str = "choose another output folder") -> Iterator[None]:
+    """What prevents writing there becomes a `UserError` with what to do: `otherwise`, unless the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        fix = "make room there and run it again" if error.errno in FULL else otherwise
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {fix}") from error
 
 
 def make_folder(path: Path) -> None:
     """Create a folder for output and prove that it can be written to; `UserError` if not."""
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise cannot_write(path, error) from None
 
 
 @contextlib.contextmanager
@@ -85,11 +87,9 @@ def write_atomic(path: Path, content: str | bytes | memoryview, *, sync: bool = 
 
 def write_file(path: Path, content: str) -> None:
     """`write_atomic`, in a folder that is created if need be; what prevents it becomes a `UserError`."""
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
-    except OSError as error:
-        raise cannot_write(path, error) from error
 
 
 def fsync(path: Path) -> None:
