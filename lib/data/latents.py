@@ -11,13 +11,11 @@ So a killed run loses at most the clips in flight, a new song adds its own clips
 Reading verifies the two clips of a pair, whatever the size of the cache. P pairs, D latent channels, T frames.
 """
 
-import contextlib
 import io
 import itertools
 import json
 import logging
 import os
-import time
 import zlib
 from pathlib import Path
 
@@ -32,12 +30,11 @@ from lib.audio.files import AudioReport, Check, check_files, report_on
 from lib.codec.codec import Codec
 from lib.data.pairs import Clip, Manifest
 from lib.util.errors import UserError
-from lib.util.files import TEMPORARY, file_sha256, naming, write_atomic, writing
+from lib.util.files import file_sha256, naming, write_atomic, writing
 from lib.util.provenance import code_fingerprint
 
 logger = logging.getLogger(__name__)
 
-STALE_SECONDS = 24 * 3600  # a temporary file this old was left by a killed run
 AGAIN = "encode the manifest again, which rebuilds only what is missing or damaged"
 WRITABLE = "choose a cache folder you may write to"
 
@@ -53,10 +50,6 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> 
     store, shape = _store(cache_dir, codec, manifest.clip_length), (codec.dim, -(-manifest.clip_length // codec.hop))
     clips = {clip.key: clip for pair in manifest.pairs for clip in (pair.input, pair.target)}
     with writing(store, WRITABLE):
-        for temp in store.glob(f".*{TEMPORARY}"):
-            with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
-                if time.time() - temp.stat().st_mtime > STALE_SECONDS:
-                    temp.unlink()
         names = _find_latents(store, clips, shape)
         songs = {clip.path: clip.sha256 for key, clip in clips.items() if key not in names}
         check, doing = encoding_check(codec, cache_dir, manifest.clip_length), f"encoding ({codec.name})"

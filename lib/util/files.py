@@ -23,7 +23,6 @@ from lib.util.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-TEMPORARY = ".tmp"  # ends the name of a file that is being written
 FIX = "restore it"
 FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG  # of a disk, a user's share of it, a file
 
@@ -75,7 +74,7 @@ def only_one(path: Path, *, wait: bool = False) -> Iterator[None]:
 def write_atomic(path: Path, content: str | bytes | memoryview, *, sync: bool = True) -> None:
     """Write a file under a temporary name, fsync and rename it. Text is UTF-8; surrogates carry odd file names. Without
     `sync`, a power failure may leave an empty file: for what carries a checksum and can be made again."""
-    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}{TEMPORARY}")
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_bytes(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
         if sync:

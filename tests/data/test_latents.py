@@ -335,17 +335,6 @@ def test_a_cache_folder_that_cannot_be_written_is_one_line(songs, cache, monkeyp
     assert not list(cache.rglob("*.tmp"))
 
 
-def test_only_old_temporary_files_are_deleted(songs, cache):
-    folder = encode(make_manifest(songs), cache)[0].parent
-    old, young = folder / ".x.npy.1.tmp", folder / ".y.npy.2.tmp"
-    for path in (old, young):
-        path.write_bytes(b"")
-    os.utime(old, (0, 0))
-    (folder / ".z.npy.3.tmp").symlink_to("gone")  # listed, then renamed by its writer
-    encode(make_manifest(songs), cache)
-    assert (old.exists(), young.exists()) == (False, True)
-
-
 def test_a_codec_of_another_sample_rate_is_refused(songs, cache):
     codec = CountingCodec()
     codec.sample_rate = 48_000
