@@ -47,14 +47,9 @@ class AudioReport:
     sha256: str  # of the file's bytes, hex
     marks: Marks = field(default=(), repr=False)
 
-    def samples_at(self, sample_rate: int) -> int:
+    def samples_at(self, sample_rate: int = SAMPLE_RATE) -> int:
         """Number of samples that `load_audio` returns for the whole file at `sample_rate`."""
         return math.ceil(self.num_frames / rate_ratio(self.sample_rate, sample_rate))
-
-    @property
-    def num_samples(self) -> int:
-        """At 24 kHz."""
-        return self.samples_at(SAMPLE_RATE)
 
 
 Check = Callable[[Path], AudioReport]  # `check_audio`, or what does more in the same decode
@@ -88,8 +83,8 @@ def report_on(file: Decoder, sha256: str, min_samples: int = MIN_SAMPLES) -> Aud
     if file.is_truncated():
         raise AudioError(file.path, f"truncated: only {file.seconds:.2f} s are left; copy it again or export it again")
     report = AudioReport(file.path, file.rate, file.channels, file.num_frames, sha256, tuple(file.marks))
-    if report.num_samples < min_samples:
-        fault = f"only {report.num_samples} samples at 24 kHz, less than one codec frame ({MIN_SAMPLES})"
+    if report.samples_at() < min_samples:
+        fault = f"only {report.samples_at()} samples at 24 kHz, less than one codec frame ({MIN_SAMPLES})"
         raise AudioError(file.path, f"{fault}; use a longer recording")
     if file.loudest < SILENCE_PEAK:
         fault = f"silent throughout (peak {file.loudest:.1e})"
