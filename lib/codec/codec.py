@@ -77,14 +77,12 @@ def _try_out(codec: Codec) -> None:
 @contextlib.contextmanager
 def placed(codec: Codec, device: torch.device) -> Iterator[None]:
     """In which a codec with weights computes on a device; afterwards, on the CPU again."""
-    modules = [codec] if isinstance(codec, nn.Module) else []
+    module = codec if isinstance(codec, nn.Module) else nn.Module()
     try:
-        for module in modules:
-            module.to(device)
+        module.to(device)
         yield
     finally:
-        for module in modules:
-            module.to("cpu")
+        module.to("cpu")
 
 
 def decoded(codec: Codec, latents: Tensor) -> Tensor:
