@@ -50,12 +50,12 @@ class AudioError(UserError):
 
 class Decoder:
     """An open audio file, to be iterated once, in a `with`. `rate` in Hz; found so far: `num_frames` at that rate,
-    `loudest`, the peak of all channels, and `peak`, that of what was handed on. `known`: marks of this file that were
-    found before. `AudioError` if it is no audio, damaged or not finite."""
+    `loudest`, the peak of all channels, `peak`, that of what was handed on, and `marks`, at which a later reading may
+    begin, which gets them as `known`. `AudioError` if it is no audio, damaged or not finite."""
 
     def __init__(self, path: str | Path, known: Marks = ()):
         self.path, self.num_frames, self.loudest, self.peak = Path(path), 0, 0.0, 0.0
-        self._marks, self._known, self._start = [], known, (0, 0)
+        self.marks, self._known, self._start = [], known, (0, 0)
         self._file, self._fifo, self._floats = _open(self.path), av.AudioFifo(), av.AudioResampler("fltp")
         try:
             options = {"format_whitelist": CONTAINERS}
@@ -90,11 +90,6 @@ class Decoder:
     def seconds(self) -> float:
         """Decoded so far."""
         return self.num_frames / self.rate
-
-    @property
-    def marks(self) -> Marks:
-        """Where a later reading may begin; nowhere in joined Ogg files, whose headers it would leave out."""
-        return [] if self._joined else self._marks
 
     def blocks(self, *, mix: bool = True) -> Iterator[np.ndarray]:
         """All of it at its own rate, in finite pieces `[C, n]`, float32, mixed to one channel or as it is. What is good
@@ -209,8 +204,8 @@ class Decoder:
                 if number < start - WARM_UP:
                     next(itertools.islice(packets, start - WARM_UP - number - 1, None))
                     continue
-                if number % MARK_EVERY == 0:
-                    self._marks.append((number, count))
+                if number % MARK_EVERY == 0 and not self._joined:  # whose later headers a reading would leave out
+                    self.marks.append((number, count))
                 count = before if number == start else count
                 try:
                     for frame in packet.decode():
