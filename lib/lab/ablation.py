@@ -14,7 +14,6 @@ import logging
 import multiprocessing
 import os
 import shutil
-import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -42,10 +41,8 @@ from lib.training.config import TrainConfig
 from lib.training.fusion_learner import train
 from lib.training.nonfinite import NonFiniteError
 from lib.training.trainer import Callback
-from lib.util.errors import UserError
 from lib.util.files import make_folder, write_atomic
 from lib.util.provenance import code_fingerprint
-from lib.util.signals import StopSignals
 
 
 @dataclass(frozen=True)
@@ -74,9 +71,8 @@ class Job(NamedTuple):
 
 def run_plan(plan: Plan, index: Path, codec: str, folder: str | Path, workers: int | None = None) -> tuple[Result, ...]:
     """All results of a plan, variant by variant, seed by seed; finished runs are not repeated. `index`: latents by
-    `encode_manifest`; `codec`: its name or folder. `workers`: how many at once, by default one per GPU or core; on
-    Ctrl-C, or when this process is killed, they save their runs and end. `UserError` for bad settings; `RuntimeError`
-    names runs that failed for another reason, after all others have ended."""
+    `encode_manifest`; `codec`: its name or folder. `workers`: how many at once, by default one per GPU or core; they
+    end at the first error, on Ctrl-C, and when this process is killed. `UserError` for bad settings."""
     folder = Path(folder).resolve()
     make_folder(folder)
     fingerprint = load_codec(codec).fingerprint
@@ -105,29 +101,24 @@ def job_key(cascade: CascadeConfig, training: TrainConfig, masking: MaskingConfi
 
 
 def run_jobs(jobs: Sequence[Job], workers: int) -> None:
-    """In worker processes. The first `UserError` ends all of them; other errors are collected."""
+    """In worker processes. The first error ends all of them; the runs that they were at are resumed the next time."""
     context = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP does not work
     workers = min(workers, len(jobs))
     devices, found = context.SimpleQueue(), visible_gpus()
     for i in range(workers):
         devices.put(found[i % len(found)])
-    failed = []
     with ProcessPoolExecutor(workers, context, start_worker, (devices,)) as pool:
-        started = {pool.submit(work, job): job for job in jobs}
+        started = {pool.submit(run_job, job): job for job in jobs}
         try:
             for future in tqdm(as_completed(started), "ablation", len(jobs), unit="run", mininterval=1.0):
-                error = future.exception()
-                if isinstance(error, UserError | KeyboardInterrupt):
+                if error := future.exception():
+                    error.add_note(f"in {started[future].folder}")
                     raise error
-                if error is not None:
-                    failed.append(f"{started[future].folder}: {type(error).__name__}: {error}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
-                worker.terminate()  # its trainer saves, which the end of `with` waits for
+                worker.kill()  # a checkpoint is written as a whole or not at all
             raise
-    if failed:
-        raise RuntimeError(f"{len(failed)} of {len(jobs)} runs failed, the others are kept: {'; '.join(failed[:4])}")
 
 
 def visible_gpus() -> list[str]:
@@ -136,47 +127,23 @@ def visible_gpus() -> list[str]:
     return (named.split(",") if named else list(map(str, range(count))))[:count] or [""]
 
 
-busy, stopped = threading.Lock(), threading.Event()  # of this process, if it is a worker
-
-
 def start_worker(devices: Any) -> None:
-    """Before a process takes its first job. In a group of its own, a terminal's Ctrl-C does not reach it: only the
-    parent's SIGTERM stops it. It must not end the process, or the pool kills the others."""
+    """Before a process takes its first job. In a group of its own, a terminal's Ctrl-C does not reach it: its parent
+    ends it."""
     os.setpgrp()
-    StopSignals(stop_worker, second_acts=False).__enter__()  # for as long as the process lives
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu = devices.get()  # before anything asks CUDA what there is
     logging.getLogger("lib.training").setLevel(logging.ERROR)  # variants collapse on purpose
     torch.set_num_threads(1)
     # on a GPU, only algorithms whose sums do not depend on the order of threads; a CPU has no others
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(bool(gpu))
-    threading.Thread(target=follow_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def stop_worker(signal_name: str) -> None:
-    stopped.set()
-    if busy.locked():
-        raise KeyboardInterrupt
-
-
-def follow_parent() -> None:
-    """End this process when its parent has ended; a run in training saves first."""
+def end_with_parent() -> None:
+    """Where the parent was killed, nobody else ends this process."""
     multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
-    busy.acquire()
     os._exit(1)
-
-
-def work(job: Job) -> None:
-    """A job in a worker. After a stop signal the pool still hands out jobs; none is begun."""
-    with busy:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        try:
-            run_job(job)
-        except KeyboardInterrupt:
-            stopped.set()  # training takes the signal itself
-            raise
 
 
 def run_job(job: Job) -> None:
