@@ -103,17 +103,20 @@ def fused(compared: Sequence[Compared], input: Clip, target: Clip) -> Players:
 
 def write_runs(section: Section, compared: Sequence[Compared], changed: Sequence[str]) -> Table:
     """What was trained, and the curves. Losses are left out if a field that they depend on has `changed`."""
-    curves = {c.name: {split: c.run.metrics(split) for split in ("train", "val")} for c in compared}
     of_one_kind = not any(field.startswith(OF_LOSSES) for field in changed)
-    rows = []
+    rows, norms, losses = [], {}, {}
     for c in compared:
-        steps = max((row["step"] for row in curves[c.name]["train"]), default=0)
-        row = {"run": c.name, "parameters": f"{count_parameters(c.model):,}", "steps": steps}
-        losses = [row["loss"] for row in curves[c.name]["val"] if row.get("loss") is not None]
-        lowest = f"{min(losses):.3f}" if losses else "none"
-        rows.append(row | ({"lowest validation loss": lowest} if of_one_kind else {}))
+        training, validation = c.run.metrics("train"), c.run.metrics("val")
+        steps = max((row["step"] for row in training), default=0)
+        rows.append({"run": c.name, "parameters": f"{count_parameters(c.model):,}", "steps": steps})
+        norms[c.name], losses[c.name] = (training, "grad_norm"), (validation, "loss")
+        if of_one_kind:
+            found = [row["loss"] for row in validation if row.get("loss") is not None]
+            rows[-1]["lowest validation loss"] = f"{min(found):.3f}" if found else "none"
+    section.figure(plots.curves(norms, ylabel="gradient norm", yscale="log"), "gradient_norms", "Gradient norms")
+    if of_one_kind:
+        section.figure(plots.curves(losses, ylabel="validation loss"), "losses", "Validation losses")
     about = "" if of_one_kind else "; no losses, as they are of different pairs, codecs or objectives"
-    section.figure(plots.runs_side_by_side(curves, losses=of_one_kind), "curves", f"Training, over steps{about}")
     return section.table(rows, f"What was trained{about}")
 
 

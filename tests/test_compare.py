@@ -185,7 +185,9 @@ def test_the_page_says_what_was_compared(page, runs, songs, new_pairs):
     music = f"{songs.root}, validation set of a and b run"
     assert summary["facts"][music] == f"{count} pairs that are new to both, {count} of them measured"
     assert f"figure of merit of a against b run on {music}: " in printed
-    assert f"Training, over steps{NO_LOSSES}" in text
+    pictures = re.findall('alt="([^"]*)"', text)
+    assert "Gradient norms" in pictures
+    assert "Validation losses" not in pictures  # as objectives differ
     lines = printed.splitlines()
     assert "What differs in the configs" in lines
     assert re.search(r"^train\.learning_rate +0\.0001 +0\.001$", printed, re.MULTILINE)
@@ -213,7 +215,9 @@ def test_equal_runs_are_said_to_be_equal_on_pairs_of_two_songs(tmp_path, runs, s
     assert first[3:] == second[3:]
     assert tables["runs"].columns == ["run", "parameters", "steps", "lowest validation loss"]  # of equal objectives
     assert [row[-1] for row in tables["runs"].rows] == ["1.500", "1.500"]
-    assert "fields of the configs that differ" in (tmp_path / "out" / "index.html").read_text()
+    text = (tmp_path / "out" / "index.html").read_text()
+    assert "fields of the configs that differ" in text
+    assert {"Gradient norms", "Validation losses"} <= set(re.findall('alt="([^"]*)"', text))
 
 
 # --- which pairs ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Figures of a training run. Rows are those of metrics.jsonl; a value that was not finite is null, a gap here."""
 
-import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -83,36 +82,9 @@ def training_dashboard(train: Rows, val: Rows, clamps: Sequence[tuple[float, flo
             scales.axhspan(max(lows) / 1.2, min(highs) / 0.8, **HEALTHY, label="RMS stays within 0.8 to 1.2")
         levels.set(ylabel="RMS (latent units)", ylim=(0, None))
         scales.set(ylabel="RMS scale", ylim=(0, None))
-    return _over_steps(figure, figure.axes[-2:])
-
-
-@plt.rc_context(STYLE)
-def runs_side_by_side(runs: Mapping[str, Mapping[str, Rows]], losses: bool = True) -> Figure:
-    """Validation `losses`, if they compare, gradient norm and the last stage's level over steps; `runs`: name → split →
-    rows."""
-    figure, (*of_losses, norms, levels) = plt.subplots(1, 2 + losses, figsize=(WIDTH, 3.4))
-    for (name, rows), colour in zip(runs.items(), itertools.cycle(STAGES), strict=False):
-        for axes in of_losses:
-            _plot(axes, rows["val"], "loss", color=colour, marker="o", label=name)
-        _plot(norms, rows["train"], "grad_norm", color=colour, linewidth=1, label=name)
-        stages = [key for key in (rows["train"] or [{}])[0] if key.endswith("/applied_scale")]
-        if stages:
-            applied, target = max(stages), max(stages).replace("applied", "target")
-            found = [(row["step"], row[applied] / row[target]) for row in rows["train"] if row.get(target)]
-            levels.plot(*zip(*found, strict=True), color=colour, label=name)
-    levels.axhspan(0.8, 1.2, **HEALTHY, label="0.8 to 1.2")
-    for axes in of_losses:
-        axes.set_ylabel("validation loss")
-    norms.set(ylabel="gradient norm", yscale="log")
-    levels.set(ylabel="output / target RMS, last stage", ylim=(0, None))
-    return _over_steps(figure, figure.axes)
-
-
-def _over_steps(figure: Figure, lowest: Sequence[Axes]) -> Figure:
-    """The figure with a legend in every panel, and the axis of the lowest ones named."""
     for axes in figure.axes:
         axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)  # above, where no line runs
-    for axes in lowest:
+    for axes in figure.axes[-2:]:
         axes.set_xlabel("step")
     return figure
 

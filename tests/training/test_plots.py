@@ -29,14 +29,10 @@ def val_rows() -> list[dict]:
     return [{"step": s, "loss": loss, "masks/complementarity": 0.9} for s, loss in ((2, 7.0), (5, 6.0))]
 
 
-RUN = {"train": training_rows(), "val": val_rows()}
-
-
 FIGURES = {
     "curves": lambda: plots.curves({"loss": (training_rows(), "loss")}, ylabel="loss"),
     "mask_pictures": lambda: plots.mask_pictures(torch.rand(128, 40), torch.rand(128, 40), 75.0),
     "training_dashboard": lambda: plots.training_dashboard(training_rows(), val_rows(), [(0.7, 1.5), None]),
-    "runs_side_by_side": lambda: plots.runs_side_by_side({"a": RUN, "b": RUN}),
 }
 
 
@@ -177,41 +173,6 @@ def test_the_dashboard_needs_no_rows_and_shows_no_band_without_a_clamp():
 def test_only_norms_below_100_are_shaded_however_large_they_are(norm):
     low, high = band(plots.training_dashboard([{"step": 1, "grad_norm": norm}], [], [None]).axes[1])
     assert 0 < low < high == pytest.approx(100)
-
-
-def test_runs_side_by_side_show_the_last_stages_level():
-    def run(num_stages: int) -> dict:
-        rows = training_rows(num_stages)
-        for row in rows:
-            for stage in range(num_stages):
-                row[f"stage{stage}/applied_scale"] = row["step"] * row[f"stage{stage}/target_scale"] * (stage + 1)
-        return {"train": rows, "val": val_rows()}
-
-    losses, norms, levels = plots.runs_side_by_side({"two": run(2), "three": run(3)}).axes
-    assert curve(losses, "two") == ([2, 5], [7.0, 6.0])
-    assert curve(norms, "three") == ([1, 2, 5], [2.0, 4.0, 10.0])
-    assert norms.get_yscale() == "log"
-    assert curve(levels, "two")[0] == [1, 2, 5]
-    assert curve(levels, "two")[1] == pytest.approx([2, 4, 10])
-    assert curve(levels, "three")[1] == pytest.approx([3, 6, 15])
-    assert band(levels) == pytest.approx([0.8, 1.2])
-    colours = {line.get_color() for axes in (losses, norms, levels) for line in axes.get_lines()}
-    assert len(colours) == 2
-    assert len({curve.get_color() for axes in (losses, levels) for curve in axes.get_lines()[:1]}) == 1  # one per run
-
-
-def test_runs_side_by_side_takes_more_runs_than_colours_and_what_is_missing():
-    broken = training_rows()
-    broken[1] |= {"loss": None, "grad_norm": None, "stage1/target_scale": None}
-    runs = {f"run {i}": RUN for i in range(6)} | {
-        "broken": {"train": broken, "val": []},
-        "new": {"train": [], "val": []},
-    }
-    figure = plots.runs_side_by_side(runs)
-    losses, norms, levels = figure.axes
-    assert len(losses.get_lines()) == 8
-    assert curve(norms, "broken")[0] == curve(levels, "broken")[0] == [1, 5]
-    figure.canvas.draw()
 
 
 def test_no_legend_and_no_line_hides_a_line():
