@@ -14,8 +14,6 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lib.data.pairs import MODES
 from lib.lab.ablation import Plan
 from lib.lab.variants import SETS
@@ -24,7 +22,7 @@ from lib.model.masks import MaskingConfig
 from lib.superres.training import PLANS
 from lib.superres.training import Plan as SuperresPlan
 from lib.training.config import TrainConfig
-from lib.util.configs import Count, NonNegative, Positive, Whole, checked_dataclass, choice, flat
+from lib.util.configs import Count, NonNegative, Positive, Whole, check, checked_dataclass, choice, flat
 from lib.util.errors import UserError
 from lib.util.files import FIX, naming
 
@@ -152,23 +150,19 @@ def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 PRESETS = _read_presets()
 
 
-def load_preset(name: str, overrides: Mapping[str, Any] | str | None = None) -> Preset:
+def load_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Preset:
     """A preset with some settings changed, by address; its model is one that suits the codec, unless the preset or the
-    changes say otherwise. `overrides` may be written in YAML, as papermill's -p passes them. `UserError` lists the
-    choices for an unknown name or value."""
-    if isinstance(overrides, str):
-        try:
-            overrides = dict(yaml.safe_load(overrides) or {})
-        except (yaml.YAMLError, ValueError, TypeError):
-            raise UserError(f"overrides={overrides!r} is not allowed; use a mapping: {{train.max_steps: 40}}") from None
+    changes say otherwise. `UserError` lists the choices for an unknown name or value."""
+    overrides = overrides or {}
+    check(isinstance(overrides, Mapping), "overrides", overrides, "a mapping: papermill -y 'overrides: {name: value}'")
     if name not in PRESETS:
         raise UserError(f"preset: unknown {name!r}; choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
-    if (codec := (overrides or {}).get("codec", preset.codec)) != preset.codec:
+    if (codec := overrides.get("codec", preset.codec)) != preset.codec:
         preset = _read_presets("mdct" if codec == "mdct" else "encodec")[name]
     values = dataclasses.asdict(preset)
     known = [address for address in flat(values) if address != "name"] + ["train.loss.own"]  # which is empty
-    for address, value in (overrides or {}).items():
+    for address, value in overrides.items():
         if address not in known:
             raise UserError(f"setting {address} {_advice(address, known)}")
         # YAML 1.1 takes 1e-4 and 1.0e9 for text, because they lack a dot or a sign
