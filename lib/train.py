@@ -43,13 +43,11 @@ def train_project(
     preset = project.preset
 
     def start(*callbacks: Callback) -> Run:
+        if num_processes > 1:
+            torch.set_num_threads(1)  # OpenMP's threads do not follow into a fork: a step would wait for them forever
         model, clips = preset.model, DemoClips(project.codec, project.manifest, preset.listening.every)
         what = (project.out_dir, project.index, project.codec, model.cascade, preset.train, model.masking)
         return train(*what, resume=resume, callbacks=(clips, *callbacks), progress=progress)
-
-    def start_forked() -> None:
-        torch.set_num_threads(1)  # OpenMP's threads do not follow into a fork: a step would wait for them forever
-        start()
 
     if num_processes == 1:
         return start(*callbacks)
@@ -57,7 +55,7 @@ def train_project(
         raise UserError(f"num_processes={num_processes}: this kernel has used a GPU already; restart it, train first")
     # Private: the launcher refuses a kernel with a state, such as an earlier training's, and no public call clears it.
     AcceleratorState._reset_state(reset_partial_state=True)
-    notebook_launcher(start_forked, num_processes=num_processes, use_port=str(get_free_port()))
+    notebook_launcher(start, num_processes=num_processes, use_port=str(get_free_port()))
     return Run.open(project.out_dir)
 
 
