@@ -87,8 +87,6 @@ def run_plan(plan: Plan, index: Path, codec: str, folder: str | Path, workers: i
     missing = [job for job in jobs.values() if not (job.folder / "result.json").exists()]
     if missing:
         run_jobs(missing, workers or torch.cuda.device_count() or len(os.sched_getaffinity(0)))
-    for job in jobs.values():
-        drop_checkpoints(job.folder)  # a kill may have left them
     return tuple(summarize(folder / key, name, seed, plan.num_layers) for name, seed, key in order)
 
 
@@ -165,10 +163,6 @@ def run_job(job: Job) -> None:
     except NonFiniteError as error:
         bad = {"step": error.step} | error.facts
     write_atomic(job.folder / "result.json", json.dumps({"non_finite": bad, "final": final}, indent=1))
-    drop_checkpoints(job.folder)
-
-
-def drop_checkpoints(folder: Path) -> None:
     for name in ("best", "last"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        (job.folder / name).unlink(missing_ok=True)
+    shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)

@@ -152,11 +152,9 @@ def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str
         raise UserError(f"{found.path}: its weights are not those of {path}; name the run that has them, by --run")
     loaded = load_codec(codec or found.codec_source)
     found.check_codec(loaded.fingerprint)
-    try:
-        with torch_threads(recipe["threads"]):  # the last bits of sums depend on how many threads share them
-            wav = render(model, loaded, *wavs, recipe["settings"]).wav
-    except UserError as error:  # a setting that this model does not have
-        raise UserError(f"{path}: {error}") from None
+    # it may have a setting that this model lacks; and how many threads share sums decides their last bits
+    with naming(path, "name another run"), torch_threads(recipe["threads"]):
+        wav = render(model, loaded, *wavs, recipe["settings"]).wav
     equal = samples_sha256(wav) == recipe["output"]["samples_sha256"]
     return Rerendering(wav, loaded.sample_rate, equal, recipe["versions"], tuple(Path(clip.path) for clip in clips))
 
