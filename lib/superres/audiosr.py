@@ -26,12 +26,9 @@ from lib.util.tensors import check_tensors, safe_torch_load
 
 PREFIX = "first_stage_model."
 FIX = "give a checkpoint that AudioSR released, such as basic.pth"
-ATTENTION = re.compile(r"\.attn_1\.(q|k|v|proj_out)\.weight$")
-# endings of the names of magnitude and direction, in torch's older and newer form of weight normalisation
-WEIGHT_NORM = ((".weight_g", ".weight_v"), (".parametrizations.weight.original0", ".parametrizations.weight.original1"))
-UNUSED = ("mean", "scale")  # of a normalisation that transformers' class has
-# patterns of diffusers' names → the file's
-VAE_NAMES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+UNUSED = ("vocoder.mean", "vocoder.scale")  # of a normalisation that transformers' class has
+# patterns of the names of diffusers' autoencoder and transformers' vocoder → the file's
+NAMES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 
 
 def import_audiosr(
@@ -45,54 +42,32 @@ def import_audiosr(
     named = isinstance(tensors, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in tensors.items())
     if not named:
         raise UserError(f"{path}: holds no 'state_dict' of tensors; {FIX}")
-    own = {name.removeprefix(PREFIX): tensor.float() for name, tensor in tensors.items() if name.startswith(PREFIX)}
-    ignored, own = len(tensors) - len(own), without_weight_norm(path, own)
-    of_vocoder = {name: own.pop(name) for name in list(own) if name.startswith("vocoder.")}
+    found = {name: tensor.float() for name, tensor in tensors.items() if name.startswith(PREFIX)}
+    for name, tensor in found.items():
+        if ".attn_1." in name and tensor.shape[2:] == (1, 1):  # a matrix here, there a convolution with a kernel of one
+            found[name] = tensor[..., 0, 0]
     vae, vocoder = MelVae(vae_sizes), Vocoder(vocoder_sizes)
-    names = {name: vae_name(name, len(vae.config.channels)) for name in vae.autoencoder.state_dict()}
-    fill(path, vae.autoencoder, own, names)
+    parts = nn.ModuleDict({"vae": vae.autoencoder, "vocoder": vocoder.generator})
+    own = parts.state_dict()
+    names = {name: original_name(name, len(vae.config.channels)) for name in own if name not in UNUSED}
+    check_tensors(path, found, {theirs: own[ours] for ours, theirs in names.items()}, fix=FIX)
+    parts.load_state_dict(own | {ours: found[theirs] for ours, theirs in names.items()})
     for layer in vae.modules():
         if isinstance(layer, nn.Conv2d):
             layer.weight.data = layer.weight.data.mT.contiguous()
-    names = [name for name in vocoder.generator.state_dict() if name not in UNUSED]
-    fill(path, vocoder.generator, of_vocoder, {name: "vocoder." + re.sub("^upsampler", "ups", name) for name in names})
-    vocoder.generator.apply_weight_norm()  # the form in which runs keep it
+    vocoder.generator.apply_weight_norm()  # the form in which runs keep it; the file has plain weights
     source, runs = {"imported": {"file": path.name, "sha256": file_sha256(path)}}, []
     for name, model in (("vae", vae), ("hifigan", vocoder)):
         runs.append(Run.create(folder / name, {"sizes": dataclasses.asdict(model.config)} | source))
         runs[-1].save(0, model, {}, is_best=True)
-    return *runs, ignored
+    return *runs, len(tensors) - len(found)
 
 
-def fill(path: Path, model: nn.Module, tensors: dict[str, Tensor], names: dict[str, str]) -> None:
-    """Load every tensor into its place in the model. `names`: the model's name → the file's, without the prefix."""
-    own = model.state_dict()
-    # attention is a matrix here, a convolution with a kernel of one in the file
-    found = {k: x[..., 0, 0] if ATTENTION.search(k) and x.shape[2:] == (1, 1) else x for k, x in tensors.items()}
-    expected = {PREFIX + theirs: own[ours] for ours, theirs in names.items()}
-    check_tensors(path, {PREFIX + name: tensor for name, tensor in found.items()}, expected, fix=FIX)
-    model.load_state_dict(own | {ours: found[theirs] for ours, theirs in names.items()})
-
-
-def vae_name(name: str, levels: int) -> str:
-    """The file's name for a tensor of diffusers' autoencoder. The file counts the decoder's levels from the last."""
-    for ours, theirs in VAE_NAMES.items():
+def original_name(name: str, levels: int) -> str:
+    """The file's name for a tensor of ours. The file counts the decoder's levels from the last."""
+    for ours, theirs in NAMES.items():
         name = re.sub(ours, theirs, name)
     return re.sub(r"\.up\.(\d+)\.", lambda found: f".up.{levels - 1 - int(found[1])}.", name)
-
-
-def without_weight_norm(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, with one weight g · v / ‖v‖ for each magnitude g and direction v (arXiv 1602.07868)."""
-    plain = dict(tensors)
-    for magnitude, direction in WEIGHT_NORM:
-        stems = [name.removesuffix(magnitude) for name in tensors if name.endswith(magnitude)]
-        for stem in (stem for stem in stems if stem + direction in tensors):
-            g, v = plain.pop(stem + magnitude), plain.pop(stem + direction)
-            if g.shape != (len(v),) + (1,) * (v.ndim - 1):
-                fault = f"{PREFIX}{stem}{magnitude} is {list(g.shape)}, not one magnitude an output"
-                raise UserError(f"{path}: {fault}; {FIX}")
-            plain[f"{stem}.weight"] = g * v / v.flatten(1).norm(dim=1).view_as(g)
-    return plain
 
 
 def main() -> None:

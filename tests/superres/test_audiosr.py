@@ -1,10 +1,8 @@
 """Checkpoints in AudioSR's layout, which these tests write from a small implementation of their own, of plain torch."""
 
-import copy
 import functools
 import re
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -282,40 +280,6 @@ def test_report_and_runs_say_what_was_imported(original, imported):
     assert vae.config["imported"] == vocoder.config["imported"]
 
 
-def forms(original: Original) -> dict[str, Original]:
-    """The same vocoder in every form of weight normalisation. Directions have lengths of their own, which must not
-    matter."""
-    made = {"folded": original}
-    for form, normalise in {
-        "weight_g": nn.utils.weight_norm,
-        "parametrizations": nn.utils.parametrizations.weight_norm,
-    }.items():
-        made[form] = copy.deepcopy(original)
-        layers = [m for m in made[form].vocoder.modules() if isinstance(m, nn.Conv1d | nn.ConvTranspose1d)]
-        for layer in layers:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                normalise(layer)
-            direction = layer.weight_v if form == "weight_g" else layer.parametrizations.weight.original1
-            with torch.no_grad():
-                direction.mul_(torch.rand(len(direction), 1, 1) + 0.5)
-    return made
-
-
-@pytest.mark.parametrize("form", ["weight_g", "parametrizations"])
-def test_weight_norm_of_every_form_is_the_same_function(original, imported, form, tmp_path):
-    torch.manual_seed(0)
-    tensors = content(forms(original)[form])
-    endings = {"weight_g": ("weight_g", "weight_v"), "parametrizations": ("weight.original0", "weight.original1")}[form]
-    assert sum(name.endswith(endings) for name in tensors["state_dict"]) == 2 * (2 + 5 + 5 * 2 * 4)
-    report, mel = small_import(write(tmp_path, tensors), tmp_path / "out"), mels(T=3)
-    assert report[2] == imported[2]
-    with torch.no_grad():
-        made, folded = (load_part(Run.open(r[1].path), "hifigan")(mel) for r in (report, imported))
-        torch.testing.assert_close(made, folded, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(made, original.vocoder(mel[:, 0])[..., : 480 * 3], atol=1e-4, rtol=1e-4)
-
-
 def test_half_precision_is_read(original, tmp_path):
     halves = content(original)
     halves["state_dict"] = {name: tensor.half() for name, tensor in halves["state_dict"].items()}
@@ -376,26 +340,6 @@ def test_with_a_denoiser_trained_in_its_folder_it_restores_a_file(library, tmp_p
         (
             {"vocoder__conv_pre__weight_v": torch.ones(32, 256, 7), "vocoder__conv_pre__weight": None},
             "missing first_stage_model.vocoder.conv_pre.weight; unknown first_stage_model.vocoder.conv_pre.weight_v",
-        ),
-        (
-            {"vocoder__ups__0__weight_g": torch.ones(32, 1, 1), "vocoder__ups__0__weight": None},
-            "missing first_stage_model.vocoder.ups.0.weight; unknown first_stage_model.vocoder.ups.0.weight_g",
-        ),
-        (
-            {
-                "vocoder__conv_pre__weight_g": torch.ones(1, 256, 1),
-                "vocoder__conv_pre__weight_v": torch.ones(32, 256, 7),
-                "vocoder__conv_pre__weight": None,
-            },
-            "first_stage_model.vocoder.conv_pre.weight_g is [1, 256, 1], not one magnitude an output",
-        ),
-        (
-            {
-                "vocoder__conv_pre__parametrizations__weight__original0": torch.ones(31, 1, 1),
-                "vocoder__conv_pre__parametrizations__weight__original1": torch.ones(32, 256, 7),
-                "vocoder__conv_pre__weight": None,
-            },
-            "first_stage_model.vocoder.conv_pre.parametrizations.weight.original0 is [31, 1, 1], not one magnitude",
         ),
     ],
 )
