@@ -13,6 +13,8 @@ N_FFT, HOP, MELS = 2048, 480, 256
 LOWEST, HIGHEST = 20.0, 24_000.0  # Hz
 FLOOR = 1e-5  # of a magnitude
 SILENCE = -11.5129  # its logarithm: the value of a silent band
+EDGES = librosa.mel_frequencies(MELS + 2, fmin=LOWEST, fmax=HIGHEST)  # Hz: band i begins at i and ends at i + 2
+CENTRES = EDGES[1:-1]
 KNOWN = 0.9  # share of a cutoff below which a band is the clip's own, whatever filter removed the rest
 PAD = (N_FFT - HOP) // 2  # on either side: frame t is centred on samples t · HOP to (t + 1) · HOP
 
@@ -58,14 +60,12 @@ def bin_of(frequency: float) -> int:
 
 def band_of(frequency: float) -> float:
     """The band that is centred on a frequency in Hz; between two of them, a fraction."""
-    return float(
-        np.interp(frequency, librosa.mel_frequencies(MELS + 2, fmin=LOWEST, fmax=HIGHEST)[1:-1], np.arange(MELS))
-    )
+    return float(np.interp(frequency, CENTRES, np.arange(MELS)))
 
 
 def known_bands(cutoff: float) -> int:
     """The number of bands that end below `KNOWN` of a cutoff in Hz."""
-    return int((librosa.mel_frequencies(MELS + 2, fmin=LOWEST, fmax=HIGHEST)[2:] <= KNOWN * cutoff).sum())
+    return int((EDGES[2:] <= KNOWN * cutoff).sum())
 
 
 @cached_table
@@ -84,7 +84,6 @@ def filters(device: torch.device) -> Tensor:
 @cached_table
 def interpolation(device: torch.device) -> Tensor:
     """`[N_FFT / 2 + 1, 256]`: a band's mean magnitude at its centre, linear interpolation between the centres."""
-    centres = librosa.mel_frequencies(MELS + 2, fmin=LOWEST, fmax=HIGHEST)[1:-1]
     bins = np.arange(N_FFT // 2 + 1) * SAMPLE_RATE / N_FFT
-    lines = torch.from_numpy(np.stack([np.interp(bins, centres, band) for band in np.eye(MELS)], axis=1))
+    lines = torch.from_numpy(np.stack([np.interp(bins, CENTRES, band) for band in np.eye(MELS)], axis=1))
     return (lines / filters(torch.device("cpu")).double().sum(dim=1)).float().to(device)
