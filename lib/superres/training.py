@@ -132,7 +132,7 @@ class VocoderAdversary(Adversary):
     betas = (0.8, 0.99)  # HiFi-GAN's
 
     def loss(self, fake: Tensor, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = hifigan.discriminator_loss(*hifigan.outputs_of_both(self.model, real, fake))
+        loss = hifigan.discriminator_loss(hifigan.outputs_of_both(self.model, real, fake))
         return loss, {"loss": loss}
 
 
@@ -153,9 +153,9 @@ class VocoderLearner(Learner):
         terms = {"loss/mel": (log_mel(fake) - mel).abs().mean()}
         loss = MEL_WEIGHT * terms["loss/mel"]
         if info and (critic := self.adversary.critic(info.step)):
-            of_real, of_fake = hifigan.outputs_of_both(critic, real, fake)
-            terms["loss/adversarial"], terms["loss/features"] = hifigan.generator_losses(of_real, of_fake)
-            loss = loss + terms["loss/adversarial"] + FEATURE_WEIGHT * terms["loss/features"]
+            adversarial, features = hifigan.generator_losses(hifigan.outputs_of_both(critic, real, fake))
+            terms |= {"loss/adversarial": adversarial, "loss/features": features}
+            loss = loss + adversarial + FEATURE_WEIGHT * features
         return loss, terms, (fake, real)
 
 

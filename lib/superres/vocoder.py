@@ -111,18 +111,18 @@ class Discriminators(nn.Module):
         return [period(wav) for period in self.periods] + [scale(slower) for scale, slower in scales]
 
 
-def discriminator_loss(of_real: list[Output], of_fake: list[Output]) -> Tensor:
+def outputs_of_both(discriminators: nn.Module, real: Tensor, fake: Tensor) -> list[list[tuple[Tensor, Tensor]]]:
+    """For each discriminator its feature maps, and last its logits: (real, fake) each, of waveforms `[B, 1, N]`."""
+    outputs = discriminators(torch.cat([real, fake]))
+    return [[x.chunk(2) for x in (*features, logits)] for logits, features in outputs]
+
+
+def discriminator_loss(both: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
     """Least squares, to 1 for real and 0 for fake, summed over the discriminators."""
-    return sum((1 - r).square().mean() + f.square().mean() for (r, _), (f, _) in zip(of_real, of_fake, strict=True))
+    return sum((1 - real).square().mean() + fake.square().mean() for *_, (real, fake) in both)
 
 
-def generator_losses(of_real: list[Output], of_fake: list[Output]) -> tuple[Tensor, Tensor]:
+def generator_losses(both: list[list[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
     """Least squares to 1, and the mean absolute difference of the feature maps, summed over all outputs and maps."""
-    maps = [(r, f) for (_, rs), (_, fs) in zip(of_real, of_fake, strict=True) for r, f in zip(rs, fs, strict=True)]
-    return sum((1 - logits).square().mean() for logits, _ in of_fake), sum((r - f).abs().mean() for r, f in maps)
-
-
-def outputs_of_both(discriminators: nn.Module, real: Tensor, fake: Tensor) -> tuple[list[Output], list[Output]]:
-    """Outputs for real and fake waveforms, `[B, 1, N]` each, in one pass."""
-    both, parts = discriminators(torch.cat([real, fake])), (slice(len(real)), slice(len(real), None))
-    return tuple([(logits[part], [f[part] for f in features]) for logits, features in both] for part in parts)
+    differences = [(real - fake).abs().mean() for *maps, _ in both for real, fake in maps]
+    return sum((1 - fake).square().mean() for *_, (_, fake) in both), sum(differences)

@@ -311,31 +311,29 @@ def test_gradients_reach_every_sample_and_every_parameter(N):
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def outputs(*numbers: tuple[list[float], list[list[float]]]):
-    return [(torch.tensor(logits), [torch.tensor(f) for f in features]) for logits, features in numbers]
+def both(*numbers: tuple[list, list[list]]):
+    """Feature maps and then logits, of real and of fake each."""
+    return [[[torch.tensor(x) for x in pair] for pair in discriminator] for discriminator in numbers]
 
 
 def test_losses_by_hand():
-    real = outputs(([1.0, 3.0], [[1.0, 2.0], [0.0]]), ([0.0], [[4.0]]))
-    made = outputs(([0.0, 2.0], [[3.0, 1.0], [-1.0]]), ([-1.0], [[4.5]]))
+    first = (([1.0, 2.0], [3.0, 1.0]), ([0.0], [-1.0]), ([1.0, 3.0], [0.0, 2.0]))
+    found = both(first, (([4.0], [4.5]), ([0.0], [-1.0])))
     # (0 + 4)/2 + (0 + 4)/2, and 1 + 1
-    assert discriminator_loss(real, made).item() == 6
+    assert discriminator_loss(found).item() == 6
     # (1 + 1)/2, and 4; (2 + 1)/2 + 1, and 1/2
-    assert [loss.item() for loss in generator_losses(real, made)] == [5, 3]
-    perfect = outputs(([1.0], [[]])), outputs(([0.0], [[]]))
-    assert discriminator_loss(*perfect) == 0
-    assert generator_losses(perfect[0], perfect[0])[0] == 0
-    with pytest.raises(ValueError, match="shorter"):
-        discriminator_loss(real, made[:1])
+    assert [loss.item() for loss in generator_losses(found)] == [5, 3]
+    assert discriminator_loss(both((([1.0], [0.0]),))) == 0
+    assert generator_losses(both((([0.0], [1.0]),))) == (0, 0)
 
 
 def test_both_in_one_pass_are_each_alone_in_this_order():
     discriminators = tiny().eval()
-    real, made = waveforms(320, B=2), waveforms(320, B=3, seed=2)
-    of_real, of_fake = outputs_of_both(discriminators, real, made)
-    for both, alone in ((of_real, discriminators(real)), (of_fake, discriminators(made))):
-        for (logits, features), (own_logits, own_features) in zip(both, alone, strict=True):
-            torch.testing.assert_close(logits, own_logits, atol=1e-5, rtol=1e-4)
-            for feature, own in zip(features, own_features, strict=True):
-                torch.testing.assert_close(feature, own, atol=1e-5, rtol=1e-4)
-    assert (of_real[0][0] - of_fake[0][0][:2]).abs().max() > 1e-3
+    real, made = waveforms(320), waveforms(320, seed=2)
+    found = outputs_of_both(discriminators, real, made)
+    for which, wav in enumerate((real, made)):
+        for (logits, features), pairs in zip(discriminators(wav), found, strict=True):
+            for pair, own in zip(pairs, (*features, logits), strict=True):
+                torch.testing.assert_close(pair[which], own, atol=1e-5, rtol=1e-4)
+    of_real, of_fake = found[0][-1]
+    assert (of_real - of_fake).abs().max() > 1e-3
