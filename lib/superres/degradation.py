@@ -119,14 +119,14 @@ class Examples:
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         clip = self.clip(i)
-        return clip, (self.degradation or self._draw(i)[2])(clip)
+        return clip, self._draw(i)[2](clip)
 
     def clip(self, i: int) -> Tensor:
         song, offset, _ = self._draw(i)
         return load_audio(song, offset, self.clip_length, SAMPLE_RATE)
 
     def cutoff(self, i: int) -> int:
-        return (self.degradation or self._draw(i)[2]).cutoff
+        return self._draw(i)[2].cutoff
 
     def song(self, i: int) -> AudioReport:
         return self._draw(i)[0]
@@ -137,9 +137,10 @@ class Examples:
         return (f"{song.path.name} at {offset / SAMPLE_RATE:.2f} s",) * 2
 
     def _draw(self, i: int) -> tuple[AudioReport, int, Degradation]:
-        """Song, offset in samples and random degradation of example `i`."""
+        """Song, offset in samples and degradation of example `i`."""
         if not 0 <= i < self.count:
             raise IndexError(f"example {i} of {self.count}")
         generator = np.random.default_rng([self.seed, self.split == "val", i])
         place = i % len(self.songs)  # every song as often as the others, every offset in it equally likely
-        return self.songs[place], int(generator.integers(self.offsets[place])), Degradation.draw(generator)
+        offset = int(generator.integers(self.offsets[place]))
+        return self.songs[place], offset, self.degradation or Degradation.draw(generator)

@@ -3,11 +3,12 @@
 10.1109/TASLP.2021.3054302, and in AudioSR), powers floored at the rounding noise of 16 bits. Energy-matched: after
 scaling the estimate to the reference's mean magnitude in the lowest tenth of the bins, as AudioSR's authors advise."""
 
+import functools
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
@@ -96,21 +97,18 @@ class Evaluation(NamedTuple):
 def evaluate(resolver: SuperResolver, library: Library, settings=DEFAULTS, *, clips=16, cutoffs=CUTOFFS) -> Evaluation:
     """Score every method on the same clips, not those that chose the checkpoint, resampled to twice each cutoff. Only
     up to where a clip's file has a band, and only clips that have at least `LEAST` above the cutoff."""
-    whole = Examples(library, "val", clips, resolver.clip_length, SEED)
-    songs = [whole.song(i) for i in range(clips)]
-    bands = {song.sha256: file_band(song) for song in dict.fromkeys(songs)}
-    original = torch.stack([whole.clip(i) for i in range(clips)])
-    tops = torch.tensor([bands[song.sha256] for song in songs])
+    examples = Examples(library, "val", clips, resolver.clip_length, SEED)
+    original = torch.stack([examples.clip(i) for i in range(clips)])
+    songs = [examples.song(i) for i in range(clips)]
+    tops = torch.tensor([file_band(song) for song in songs])
     scores, sounds = [], {}
     for cutoff in cutoffs:
         reaching = (tops >= cutoff + LEAST).nonzero().flatten().tolist()
         if not reaching:
             continue
-        examples = Examples(library, "val", clips, resolver.clip_length, SEED, Degradation(cutoff))
-        low = torch.stack([examples[i][1] for i in reaching])
-        sounds[cutoff] = restored = restorations(resolver, original[reaching], low, cutoff, settings)
-        names = [songs[i].sha256 for i in reaching]
-        scores += score(cutoff, restored, tops[reaching], names)
+        low = torch.stack([Degradation(cutoff)(clip) for clip in original[reaching]])
+        sounds[cutoff] = restorations(resolver, original[reaching], low, cutoff, settings)
+        scores += score(cutoff, sounds[cutoff], tops[reaching], [songs[i].sha256 for i in reaching])
     return Evaluation(tuple(scores), sounds)
 
 
@@ -118,10 +116,8 @@ def restorations(
     resolver: SuperResolver, original: Tensor, low: Tensor, cutoff: int, settings: Restoration
 ) -> dict[str, Tensor]:
     """The original, and what each method makes of its low band, `[B, 1, N]` each; draws if `settings` have steps."""
-    parts = [x.split(resolver.batch_size) for x in (original, low, torch.arange(len(low)))]
-    made = [
-        _restored(resolver, *clips, cutoff, settings, numbers.tolist()) for *clips, numbers in zip(*parts, strict=True)
-    ]
+    batches = torch.arange(len(low)).split(resolver.batch_size)
+    made = [_restored(resolver, original[clips], low[clips], cutoff, settings, clips.tolist()) for clips in batches]
     return {name: torch.cat([sounds[name] for sounds in made]) for name in made[0]}
 
 
@@ -130,49 +126,41 @@ def _restored(
     resolver: SuperResolver, original: Tensor, low: Tensor, cutoff: int, settings: Restoration, numbers: Sequence[int]
 ) -> dict[str, Tensor]:
     """`restorations` of one batch, whose clips have these numbers."""
+    sounds = {"original": original, "sinc": low}
+    original, low = original.to(resolver.device), low.to(resolver.device)
     mel, statistics = log_mel(original), resolver.completion.statistics
-    coded = resolver.vae.decode(resolver.vae.encode(mel.to(resolver.device))).to(mel.device)
-
-    def predicted(**changes: int) -> Tensor:
-        return resolver.predict_mel(low, cutoff, replace(settings, **changes), numbers)
-
-    def heard(mel: Tensor, neural: bool = True) -> Tensor:
-        return resolver.vocode(mel, low, cutoff, settings, numbers, neural)
-
+    predict = functools.partial(resolver.predict_mel, low, cutoff, numbers=numbers)
+    vocode = functools.partial(resolver.vocode, low=low, cutoff=cutoff, settings=settings, numbers=numbers)
     mels = {
-        "envelope": statistics.mean.to(mel.device)[:, None].expand_as(mel),
-        "ridge": statistics.predicted(log_mel(low.to(resolver.device)), cutoff).to(mel.device),
-        "model": predicted(steps=0),
-        "autoencoder": coded,
+        "envelope": statistics.mean[:, None].expand_as(mel),
+        "ridge": statistics.predicted(log_mel(low), cutoff),
+        "model": predict(replace(settings, steps=0)),
+        "autoencoder": resolver.vae.decode(resolver.vae.encode(mel)),
         "vocoder": mel,
     }
     if settings.steps:
-        draws = [predicted(seed=settings.seed + i) for i in range(DRAWS)]
+        draws = [predict(replace(settings, seed=settings.seed + i)) for i in range(DRAWS)]
         mels |= {"draw": draws[0], "mean of draws": torch.stack(draws).mean(dim=0)}
-    full = {name: heard(mel) for name, mel in mels.items()}
+    full = {name: vocode(mel) for name, mel in mels.items()}
     if resolver.vocoder is not None:
-        full["griffin-lim"] = heard(mel, neural=False)
-    full["replication"] = statistics.replicated(low.to(resolver.device), cutoff).to(low.device)
-    joined = {name: join_bands(low, wav, cutoff) for name, wav in full.items()}
-    return {"original": original, "sinc": low} | joined
+        full["griffin-lim"] = vocode(mel, neural=False)
+    full["replication"] = statistics.replicated(low, cutoff)
+    return sounds | {name: join_bands(sounds["sinc"], wav.cpu(), cutoff) for name, wav in full.items()}
 
 
 def score(cutoff: int, sounds: Mapping[str, Tensor], tops: Tensor, songs: Sequence[str]) -> list[Score]:
     """Every method's waveforms `[B, 1, N]` against the originals, from the cutoff up to each clip's `tops [B]`, Hz;
     `songs`: the song of each clip."""
-    methods, original = [method for method in METHODS if method in sounds], sounds["original"]
+    found, band = [], {"above": cutoff, "below": tops}
 
     def in_songs(values: Tensor) -> tuple[float, float]:
         return mean_and_error(values.tolist(), songs)
 
-    def distances(**options: Any) -> dict[str, Tensor]:
-        return {name: lsd(sounds[name], original, above=cutoff, below=tops, **options) for name in methods}
-
-    apart, matched = distances(), distances(matched=True)
-    found = []
-    for method in methods:
+    methods = {name: sounds[name] for name in METHODS if name in sounds}
+    apart = {name: lsd(wav, sounds["original"], **band) for name, wav in methods.items()}
+    for method, wav in methods.items():
         gains = {name: in_songs(apart[name] - apart[method]) for name in BASELINES}
-        ways = in_songs(apart[method]), in_songs(matched[method])
+        ways = in_songs(apart[method]), in_songs(lsd(wav, sounds["original"], **band, matched=True))
         found.append(Score(method, cutoff, len(songs), len(set(songs)), *ways, gains))
     return found
 
