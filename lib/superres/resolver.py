@@ -54,14 +54,12 @@ class SuperResolver:
     """The trained parts of a folder, in eval mode: its runs of `PARTS`. `vocoder`, 'hifigan' or 'griffin-lim' (which
     has no parameters), is HiFi-GAN by default if the folder has it; `device`, a GPU if there is one."""
 
-    def __init__(
-        self, folder: str | Path, *, diffusion: str = "diffusion", vocoder: str | None = None, device: str | None = None
-    ):
+    def __init__(self, folder: str | Path, *, vocoder: str | None = None, device: str | None = None):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         folder, self.device = Path(folder), torch.device(device)
         vocoder = vocoder or VOCODERS[(folder / "hifigan" / "best").exists()]
         check(vocoder in VOCODERS, "vocoder", vocoder, f"one of {', '.join(VOCODERS)}")
-        run, earlier = Run.open(folder / diffusion), {part: Run.open(folder / part) for part in NEEDED}
+        run, earlier = Run.open(folder / "diffusion"), {part: Run.open(folder / part) for part in NEEDED}
         self.completion, self.vae = (load_part(run, part).to(device) for part, run in earlier.items())
         self.denoiser = load_part(run, "diffusion").to(device)
         for part, other in earlier.items():
@@ -76,33 +74,30 @@ class SuperResolver:
 
     @torch.inference_mode()
     def restore(
-        self,
-        low: Tensor,
-        cutoff: float,
-        settings: Restoration = DEFAULTS,
-        numbers: Numbers = None,
-        sources: Sources = (),
+        self, low: Tensor, cutoff: float, settings=DEFAULTS, numbers: Numbers = None, sources: Sources = ()
     ) -> Tensor:
         """Clips `[B, 1, N]` at 48 kHz, unchanged below `cutoff` Hz, with a band above it: `[B, 1, N]`. N: `clip_length`
         or another multiple of eight mel frames. The seed and a clip's number decide its random numbers. The band is
         `limited` by the sources; what they lack is what is expected of them."""
-        mel = self.predict_mel(low, cutoff, settings, numbers=numbers)
+        own = low.to(self.device)
+        mel = self.predict_mel(own, cutoff, settings, numbers)
         if sources:
             mels = [(log_mel(wav.to(self.device)), end) for wav, end in sources]
             whole = [self.completion.complete(own, end) if end <= FULL else own for own, end in mels]
-            mel = limited(mel.to(self.device), whole, cutoff).to(low.device)
-        return join_bands(low, self.vocode(mel, low, cutoff, settings, numbers=numbers), cutoff)
+            mel = limited(mel, whole, cutoff)
+        return join_bands(low, self.vocode(mel, own, cutoff, settings, numbers).to(low.device), cutoff)
 
     @torch.inference_mode()
     def predict_mel(self, low: Tensor, cutoff: float, settings: Restoration, numbers: Numbers = None) -> Tensor:
-        """Log mel `[B, 1, 256, T]` of the whole band: the expected one, or a draw of the diffusion model around it."""
-        mel = self.completion.complete(log_mel(low.to(self.device)), cutoff)
+        """Log mel `[B, 1, 256, T]` of the whole band, for clips on the `device`: the expected one, or a draw of the
+        diffusion model around it."""
+        mel = self.completion.complete(log_mel(low), cutoff)
         if settings.steps:
             latents = self.latent_scale * self.vae.encode(mel)
             noise = drawn(torch.randn, latents.shape, settings, numbers).to(self.device)
             added = sample(self.denoiser, latents, mel, noise, steps=settings.steps)
             mel = self.vae.decode((latents + added) / self.latent_scale)
-        return mel.to(low.device)
+        return mel
 
     @torch.inference_mode()
     def vocode(
@@ -110,10 +105,9 @@ class SuperResolver:
     ) -> Tensor:
         """A waveform `[B, 1, N]` for a log mel: by HiFi-GAN if loaded and `neural`, else by Griffin-Lim over `low`."""
         if neural and self.vocoder is not None:
-            return self.vocoder(mel.to(self.device)).to(low.device)
+            return self.vocoder(mel)
         noise = drawn(torch.rand, (len(mel), N_FFT // 2 + 1, mel.shape[-1]), settings, numbers).to(self.device)
-        wav = griffin_lim(mel.to(self.device), low.to(self.device), bin_of(cutoff), noise=noise)
-        return wav.to(low.device)
+        return griffin_lim(mel, low, bin_of(cutoff), noise=noise)
 
     @property
     def batch_size(self) -> int:
@@ -127,16 +121,15 @@ class SuperResolver:
     def restored(
         self, clips: Iterable[Tensor], cutoff: float, settings: Restoration = DEFAULTS, ends: Sequence[float] = ()
     ) -> Iterator[Tensor]:
-        """Pieces `[C, n]` of a long signal, from clips `[C, clip_length]` at its `starts`, shorter at its end. Channels
-        share random numbers. Crossfade gains follow from the added band: neighbouring clips agree on their own band.
-        `ends`: of the bands (Hz) of S sources that follow in each clip, `[(1 + S) · C, clip_length]`."""
+        """Pieces `[C, n]` of a long signal, from clips `[1 + S, C, clip_length]` at its `starts`: of itself, and of S
+        sources whose bands end at `ends` (Hz). Channels share random numbers. Crossfade gains follow from the added
+        band: neighbouring clips agree on their own band."""
         length = self.clip_length
 
         def parts() -> Iterator[Tensor]:
             numbered = enumerate(clips)
             while batch := list(itertools.islice(numbered, self.batch_size)):
-                padded = [torch.nn.functional.pad(clip, (0, length - clip.shape[-1])) for _, clip in batch]
-                parts = torch.stack(padded).unflatten(1, (1 + len(ends), -1))  # [B, 1 + S, C, N]
+                parts = torch.stack([clip for _, clip in batch])  # [B, 1 + S, C, N]
                 low, *sources = (part.flatten(0, 1)[:, None] for part in parts.unbind(1))  # [B · C, 1, N]
                 numbers = [number for number, _ in batch for _ in range(parts.shape[2])]
                 limits = list(zip(sources, ends, strict=True))
@@ -153,7 +146,9 @@ class SuperResolver:
         if not 0 < edge <= FULL:
             return wav
         cutoff = settings.cutoff or max(edge, LOWEST)  # the lowest cutoff in training
-        clips = (wav[:, start : start + self.clip_length] for start in self.starts(wav.shape[-1]))
+        starts = self.starts(wav.shape[-1])
+        whole = torch.nn.functional.pad(wav, (0, starts[-1] + self.clip_length - wav.shape[-1]))
+        clips = (whole[None, :, start : start + self.clip_length] for start in starts)
         return torch.cat(list(self.restored(clips, cutoff, settings)), dim=1)[:, : wav.shape[-1]]
 
 
@@ -220,17 +215,16 @@ def restore_file(
     total = info.samples_at(SAMPLE_RATE)
     starts = resolver.starts(total)
     windows = [(start, min(resolver.clip_length, total - start)) for start in starts]
-    files = [
+    wavs = [
         read_windows(file.path, windows, SAMPLE_RATE, mix=file.channels != info.channels) for file in (info, *sources)
     ]
 
     def clip(parts: Sequence[Tensor]) -> Tensor:
-        size = parts[0].shape[-1]
-        padded = (torch.nn.functional.pad(part, (0, size - part.shape[-1])) for part in parts)
-        return torch.cat([part.expand(info.channels, -1) for part in padded])
+        padded = (torch.nn.functional.pad(part, (0, resolver.clip_length - part.shape[-1])) for part in parts)
+        return torch.stack([part.expand(info.channels, -1) for part in padded])
 
     ends = [max(file_band(source), LOWEST) for source in sources]
-    chunks = reading(map(clip, zip(*files, strict=True)), starts, total, SAMPLE_RATE, path.name)
+    chunks = reading(map(clip, zip(*wavs, strict=True)), starts, total, SAMPLE_RATE, path.name)
     with AudioWriter(out, SAMPLE_RATE, info.channels, settings.level) as writer, chunks as clips:
         writer.loudness = file_loudness(info) if loudness is None and settings.level == "lufs" else loudness
         for piece in resolver.restored(clips, cutoff, settings, ends):

@@ -179,8 +179,6 @@ def test_parts_that_do_not_belong_together_are_refused(trained, library, tmp_pat
         SuperResolver(tmp_path / "run")
     with pytest.raises(UserError, match="diffusion: no run here"):
         SuperResolver(tmp_path)
-    with pytest.raises(UserError, match="diffusion-pooled: no run here"):
-        SuperResolver(trained, diffusion="diffusion-pooled")
 
 
 @pytest.mark.parametrize(
