@@ -46,15 +46,14 @@ def import_audiosr(
     for name, tensor in found.items():
         if ".attn_1." in name and tensor.shape[2:] == (1, 1):  # a matrix here, there a convolution with a kernel of one
             found[name] = tensor[..., 0, 0]
+        elif tensor.ndim == 4:
+            found[name] = tensor.mT.contiguous()  # of the autoencoder
     vae, vocoder = MelVae(vae_sizes), Vocoder(vocoder_sizes)
     parts = nn.ModuleDict({"vae": vae.autoencoder, "vocoder": vocoder.generator})
     own = parts.state_dict()
     names = {name: original_name(name, len(vae.config.channels)) for name in own if name not in UNUSED}
     check_tensors(path, found, {theirs: own[ours] for ours, theirs in names.items()}, fix=FIX)
     parts.load_state_dict(own | {ours: found[theirs] for ours, theirs in names.items()})
-    for layer in vae.modules():
-        if isinstance(layer, nn.Conv2d):
-            layer.weight.data = layer.weight.data.mT.contiguous()
     vocoder.generator.apply_weight_norm()  # the form in which runs keep it; the file has plain weights
     source, runs = {"imported": {"file": path.name, "sha256": file_sha256(path)}}, []
     for name, model in (("vae", vae), ("hifigan", vocoder)):

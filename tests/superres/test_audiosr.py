@@ -327,7 +327,7 @@ def test_with_a_denoiser_trained_in_its_folder_it_restores_a_file(library, tmp_p
         ({"vocoder__mean": torch.ones(256)}, "unknown first_stage_model.vocoder.mean"),
         (
             {"encoder__mid__block_1__conv1__weight": torch.ones(6, 6, 3, 5)},
-            "first_stage_model.encoder.mid.block_1.conv1.weight is [6, 6, 3, 5] instead of [6, 6, 3, 3]",
+            "first_stage_model.encoder.mid.block_1.conv1.weight is [6, 6, 5, 3] instead of [6, 6, 3, 3]",
         ),
         (
             {"encoder__mid__attn_1__q__weight": torch.ones(6, 6, 3, 3)},
