@@ -141,11 +141,8 @@ class SuperResolver:
             yield torch.add(*piece.chunk(2))  # the clips' own sound and the added band
 
     def restore_signal(self, wav: Tensor, settings: Restoration = DEFAULTS) -> Tensor:
-        """A signal `[C, N]` at 48 kHz, restored unless silent or complete; for a resampled one give its `band_edge`."""
-        edge = settings.cutoff or band_edge(wav)
-        if not 0 < edge <= FULL:
-            return wav
-        cutoff = settings.cutoff or max(edge, LOWEST)  # the lowest cutoff in training
+        """A signal `[C, N]` at 48 kHz, restored; for a resampled one give its `band_edge` as the cutoff."""
+        cutoff = settings.cutoff or max(band_edge(wav), LOWEST)  # the lowest cutoff in training
         starts = self.starts(wav.shape[-1])
         whole = torch.nn.functional.pad(wav, (0, starts[-1] + self.clip_length - wav.shape[-1]))
         clips = (whole[None, :, start : start + self.clip_length] for start in starts)
