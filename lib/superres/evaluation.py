@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -19,7 +20,7 @@ from lib.audio.features import hann
 from lib.audio.plots import STYLE, draw_image, mel_axes
 from lib.lab.claims import Verdict, decide
 from lib.superres.degradation import Degradation, Examples, Library
-from lib.superres.mel import HOP, N_FFT, SAMPLE_RATE, SILENCE, band_of, bin_of, log_mel
+from lib.superres.mel import CENTRES, HOP, MELS, N_FFT, SAMPLE_RATE, SILENCE, bin_of, log_mel
 from lib.superres.resolver import DEFAULTS, Restoration, SuperResolver, file_band, join_bands
 from lib.util.stats import Comparison, in_words, mean_and_error
 
@@ -172,7 +173,7 @@ def mel_spectrograms(mels: Mapping[str, Tensor]) -> Figure:
     for axis, mel in zip(axes, mels.values(), strict=True):
         seconds = mel.shape[1] * HOP / SAMPLE_RATE
         image = draw_image(axis, mel.cpu().numpy(), seconds, vmin=SILENCE, vmax=LOUDEST, cmap="magma")
-        axis.set_yticks([band_of(hertz) + 0.5 for hertz in CUTOFFS], [f"{hertz:,}" for hertz in CUTOFFS])
+        axis.set_yticks(np.interp(CUTOFFS, CENTRES, np.arange(MELS)) + 0.5, [f"{hertz:,}" for hertz in CUTOFFS])
     figure.colorbar(image, ax=axes, label="ln of the magnitude")
     return figure
 

@@ -58,11 +58,6 @@ def bin_of(frequency: float) -> int:
     return -int(-frequency * N_FFT // SAMPLE_RATE)
 
 
-def band_of(frequency: float) -> float:
-    """The band that is centred on a frequency in Hz; between two of them, a fraction."""
-    return float(np.interp(frequency, CENTRES, np.arange(MELS)))
-
-
 def known_bands(cutoff: float) -> int:
     """The number of bands that end below `KNOWN` of a cutoff in Hz."""
     return int((EDGES[2:] <= KNOWN * cutoff).sum())
