@@ -113,40 +113,34 @@ def evaluate(resolver: SuperResolver, library: Library, settings=DEFAULTS, *, cl
     return Evaluation(tuple(scores), sounds)
 
 
+@torch.inference_mode()
 def restorations(
     resolver: SuperResolver, original: Tensor, low: Tensor, cutoff: int, settings: Restoration
 ) -> dict[str, Tensor]:
     """The original, and what each method makes of its low band, `[B, 1, N]` each; draws if `settings` have steps."""
-    batches = torch.arange(len(low)).split(resolver.batch_size)
-    made = [_restored(resolver, original[clips], low[clips], cutoff, settings, clips.tolist()) for clips in batches]
-    return {name: torch.cat([sounds[name] for sounds in made]) for name in made[0]}
-
-
-@torch.inference_mode()
-def _restored(
-    resolver: SuperResolver, original: Tensor, low: Tensor, cutoff: int, settings: Restoration, numbers: Sequence[int]
-) -> dict[str, Tensor]:
-    """`restorations` of one batch, whose clips have these numbers."""
-    sounds = {"original": original, "sinc": low}
-    original, low = original.to(resolver.device), low.to(resolver.device)
-    mel, statistics = log_mel(original), resolver.completion.statistics
-    predict = functools.partial(resolver.predict_mel, low, cutoff, numbers=numbers)
-    vocode = functools.partial(resolver.vocode, low=low, cutoff=cutoff, settings=settings, numbers=numbers)
-    mels = {
-        "envelope": statistics.mean[:, None].expand_as(mel),
-        "ridge": statistics.predicted(log_mel(low), cutoff),
-        "model": predict(replace(settings, steps=0)),
-        "autoencoder": resolver.vae.decode(resolver.vae.encode(mel)),
-        "vocoder": mel,
-    }
-    if settings.steps:
-        draws = [predict(replace(settings, seed=settings.seed + i)) for i in range(DRAWS)]
-        mels |= {"draw": draws[0], "mean of draws": torch.stack(draws).mean(dim=0)}
-    full = {name: vocode(mel) for name, mel in mels.items()}
-    if resolver.vocoder is not None:
-        full["griffin-lim"] = vocode(mel, neural=False)
-    full["replication"] = statistics.replicated(low, cutoff)
-    return sounds | {name: join_bands(sounds["sinc"], wav.cpu(), cutoff) for name, wav in full.items()}
+    statistics, made = resolver.completion.statistics, []
+    for clips in torch.arange(len(low)).split(resolver.batch_size):
+        own = low[clips].to(resolver.device)
+        mel, numbers = log_mel(original[clips].to(resolver.device)), clips.tolist()
+        predict = functools.partial(resolver.predict_mel, own, cutoff, numbers=numbers)
+        vocode = functools.partial(resolver.vocode, low=own, cutoff=cutoff, settings=settings, numbers=numbers)
+        mels = {
+            "envelope": statistics.mean[:, None].expand_as(mel),
+            "ridge": statistics.predicted(log_mel(own), cutoff),
+            "model": predict(replace(settings, steps=0)),
+            "autoencoder": resolver.vae.decode(resolver.vae.encode(mel)),
+            "vocoder": mel,
+        }
+        if settings.steps:
+            draws = [predict(replace(settings, seed=settings.seed + i)) for i in range(DRAWS)]
+            mels |= {"draw": draws[0], "mean of draws": torch.stack(draws).mean(dim=0)}
+        full = {name: vocode(mel) for name, mel in mels.items()}
+        if resolver.vocoder is not None:
+            full["griffin-lim"] = vocode(mel, neural=False)
+        full["replication"] = statistics.replicated(own, cutoff)
+        made.append({name: join_bands(low[clips], wav.cpu(), cutoff) for name, wav in full.items()})
+    joined = {name: torch.cat([sounds[name] for sounds in made]) for name in made[0]}
+    return {"original": original, "sinc": low} | joined
 
 
 def score(cutoff: int, sounds: Mapping[str, Tensor], tops: Tensor, songs: Sequence[str]) -> list[Score]:
