@@ -110,10 +110,6 @@ class Examples:
     degradation: Degradation | None = None
     sample_rate = SAMPLE_RATE
 
-    def __post_init__(self):
-        self.songs = self.library.songs[self.split]
-        self.offsets = [song.samples_at(SAMPLE_RATE) - self.clip_length + 1 for song in self.songs]
-
     def __len__(self) -> int:
         return self.count
 
@@ -141,6 +137,7 @@ class Examples:
         if not 0 <= i < self.count:
             raise IndexError(f"example {i} of {self.count}")
         generator = np.random.default_rng([self.seed, self.split == "val", i])
-        place = i % len(self.songs)  # every song as often as the others, every offset in it equally likely
-        offset = int(generator.integers(self.offsets[place]))
-        return self.songs[place], offset, self.degradation or Degradation.draw(generator)
+        songs = self.library.songs[self.split]
+        song = songs[i % len(songs)]  # every song as often as the others, every offset in it equally likely
+        offset = int(generator.integers(song.samples_at(SAMPLE_RATE) - self.clip_length + 1))
+        return song, offset, self.degradation or Degradation.draw(generator)
