@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lib.audio.chunks import chunk_starts, crossfaded, reading
-from lib.audio.decode import AudioError, read_windows
+from lib.audio.decode import AudioError, Decoder, read_windows
 from lib.audio.files import AudioReport, AudioWriter, check_audio, walk_audio
 from lib.audio.levels import band_edge, level_of
 from lib.superres.degradation import LOWEST
@@ -240,9 +240,8 @@ def file_band(info: AudioReport) -> float:
 
 def file_loudness(info: AudioReport) -> float:
     """LUFS, of a file of any length."""
-    rate, block = info.sample_rate, BLOCK_SECONDS * info.sample_rate
-    windows = read_windows(info.path, [(start, block) for start in range(0, info.num_frames, block)], rate, mix=False)
-    return level_of((wav.T.numpy() for wav in windows), rate, info.channels).lufs
+    with Decoder(info.path) as file:
+        return level_of((block.T for block in file.blocks(mix=False)), info.sample_rate, info.channels).lufs
 
 
 def restore_folder(
