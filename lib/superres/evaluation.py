@@ -39,17 +39,16 @@ ALIKE = 1e-5  # relative spread over positions, below which all of them receive 
 VERBS = {1: "beats", -1: "loses to", 0: "no statistically significant difference from"}  # by verdict
 
 
-def lsd(estimate: Tensor, reference: Tensor, *, above=0.0, below: Tensor | None = None, matched=False) -> Tensor:
-    """Log-spectral distance of `[B, 1, N]` twice, in decades: `[B]`. `above`, and each clip's `below [B]`: in Hz.
-    `matched`: in energy."""
+def lsd(estimate: Tensor, reference: Tensor, *, above=0.0, below=SAMPLE_RATE / 2, matched=False) -> Tensor:
+    """Log-spectral distance of `[B, 1, N]` twice, in decades: `[B]`. `above`, and `below`, one for all or each clip's
+    `[B]`: in Hz. `matched`: in energy."""
     first, second = (_magnitudes(wav) for wav in (estimate, reference))
     if matched:
         levels = [x[:, :LOWEST_TENTH].mean(dim=(1, 2), keepdim=True) for x in (first, second)]
         first = first * levels[1] / levels[0].clamp_min(FLOOR**0.5)
     a, b = (x[:, bin_of(above) :].square().clamp_min(FLOOR).log10() for x in (first, second))
     bins = torch.arange(bin_of(above), N_FFT // 2 + 1, device=a.device)[:, None]
-    top = torch.full((len(a),), SAMPLE_RATE / 2) if below is None else below
-    counted = bins <= top.to(a.device).view(-1, 1, 1) * N_FFT / SAMPLE_RATE
+    counted = bins <= torch.as_tensor(below, device=a.device).view(-1, 1, 1) * N_FFT / SAMPLE_RATE
     squares = ((a - b).square() * counted).sum(dim=1) / counted.sum(dim=1)
     return squares.sqrt().mean(dim=1)
 
