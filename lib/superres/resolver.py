@@ -83,7 +83,7 @@ class SuperResolver:
         mel = self.predict_mel(own, cutoff, settings, numbers)
         if sources:
             mels = [(log_mel(wav.to(self.device)), end) for wav, end in sources]
-            whole = [self.completion.complete(own, end) if end <= FULL else own for own, end in mels]
+            whole = [self.completion.complete(one, end) if end <= FULL else one for one, end in mels]
             mel = limited(mel, whole, cutoff)
         return join_bands(low, self.vocode(mel, own, cutoff, settings, numbers).to(low.device), cutoff)
 
