@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NBVAL := $(BIN)/python -m pytest notebooks -p no:python -p no:cacheprovider --nbval --nbval-current-env \
-	--nbval-sanitize-with notebooks/nbval_sanitize.cfg --nbval-cell-timeout 300 --maxfail=1
+	--nbval-sanitize-with notebooks/nbval_sanitize.cfg --nbval-cell-timeout 600 --timeout 600 --maxfail=1
 CLEAN := $(BIN)/nbstripout --keep-output --keep-count \
 	--extra-keys "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
 
