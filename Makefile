@@ -19,7 +19,7 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 -m "not jupyterlab and not slow"
+	$(BIN)/python -m pytest -n 2 -m "not jupyterlab"
 	$(MAKE) --no-print-directory --jobs=2 --output-sync=target stored-notebooks smoke-run
 
 # beside each other: most of a small notebook's time is one core's
@@ -31,9 +31,9 @@ smoke-run:
 	$(BIN)/python -m lib.pipeline --preset smoke --out outputs/test/smoke
 
 # in a real browser, which must be there: the report page, and JupyterLab with notebooks 03, 04 and 05; about eight minutes.
-# Leaves pictures of what it saw in outputs/e2e. And preset full on the CPU, cut short; a quarter of an hour
+# Leaves pictures of what it saw in outputs/e2e
 e2e: .venv/ready
-	NEED_BROWSER=1 $(BIN)/python -m pytest tests/e2e tests/test_full_preset.py
+	NEED_BROWSER=1 $(BIN)/python -m pytest tests/e2e
 
 # a server of its own would close the connection on uploads above 10 MB
 lab: .venv/ready

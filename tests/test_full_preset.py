@@ -27,6 +27,8 @@ CUT = {
     "listening.seconds": 1,
     "listening.pairs": 1,
     "evaluation.pairs": 2,
+    "ablation.variants": "named",
+    "ablation.layers": 1,
     "ablation.steps": 1,
     "ablation.seeds": 1,
     "ablation.clip_seconds": 1,
