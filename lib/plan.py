@@ -14,7 +14,6 @@ if __name__ == "__main__":  # at once: what is imported below takes seconds
 
 import copy
 import dataclasses
-import functools
 import math
 import multiprocessing
 import os
@@ -46,7 +45,7 @@ from lib.pipeline import parse_overrides
 from lib.presets import Preset, load_preset
 from lib.superres.mel import HOP, MELS
 from lib.superres.training import PARTS
-from lib.training.batches import Batch
+from lib.training.batches import Batch, TrainingOrder
 from lib.training.config import resolved_precision
 from lib.training.fusion_learner import FusionLearner
 from lib.training.learner import Losses, StepInfo
@@ -59,30 +58,46 @@ from lib.util.errors import UserError, exit_on_user_error
 GIB = 2**30
 OVERHEAD = GIB  # of CUDA's context and of the workspaces of its libraries
 SIZES = (24, 40, 80)  # GiB, of which the largest batch is said
-ATTENTION = {  # which the counter knows on a GPU alone
+SAME = 1e-3  # relative difference of losses: 1e-6 between equal trainings, 1e-2 where gradients or a state are lost
+UNKNOWN = {  # to the counter: attention on a CPU, and EnCodec's LSTM
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
     ),
+    torch.ops.aten.mkldnn_rnn_layer: lambda x, of_input, of_state, *_, **__: lstm_flops(x, of_input, of_state),
+    torch.ops.aten.mkldnn_rnn_layer_backward: lambda x, of_input, of_state, *_, **__: (
+        2 * lstm_flops(x, of_input, of_state)
+    ),
 }
+
+
+def lstm_flops(x: Sequence[int], *weights: Sequence[int]) -> int:
+    """Of the shapes of an input `[T, B, channels]` and of the weights of a layer, `[4 H, channels]` and `[4 H, H]`."""
+    return 2 * x[0] * x[1] * sum(math.prod(shape) for shape in weights)
 
 
 class Gpu(NamedTuple):
     memory: int  # GiB
     bf16: int  # TFLOP/s of dense matrix products, by NVIDIA's data sheets
-    tf32: int  # of those in float32, as convolutions of a codec are
+    tf32: int  # of those of convolutions in float32, which torch rounds, as a codec's are
+    fp32: int  # and of those of others in float32
+
+    def seconds(self, cost: "Cost", half: bool) -> float:
+        """Of a step at the peak rates; `half`: the model in bf16."""
+        return (cost.model_flops / (self.bf16 if half else self.fp32) + cost.sound_flops / self.tf32) / 1e12
 
 
-GPUS = {"h200": Gpu(141, 989, 495), "h100": Gpu(80, 989, 495), "a100": Gpu(80, 312, 156), "a100-40": Gpu(40, 312, 156)}
-GPUS |= {"l40s": Gpu(48, 362, 183), "l4": Gpu(24, 121, 60), "rtx4090": Gpu(24, 165, 83)}
+GPUS = {"h200": Gpu(141, 989, 495, 67), "h100": Gpu(80, 989, 495, 67), "a100": Gpu(80, 312, 156, 20)}
+GPUS |= {"a100-40": Gpu(40, 312, 156, 20), "l40s": Gpu(48, 362, 183, 92), "l4": Gpu(24, 121, 60, 30)}
+GPUS |= {"rtx4090": Gpu(24, 165, 83, 83)}
 
 
 class Cost(NamedTuple):
-    """Of one training step: bytes by part, and floating-point operations, a multiply and an add being two."""
+    """Of a step on one batch: bytes by part, and floating-point operations, a multiply and an add being two."""
 
     weights: int  # of the model, its EMA, the discriminator and the codec
-    gradients: int
-    optimizer: int
+    gradients: int  # of model and discriminator
+    optimizer: int  # of both
     model: int  # activations that its forward pass keeps for the gradient
     sound: int  # and those of decoding, with the terms on sound
     peak: int  # the most at once
@@ -152,13 +167,12 @@ def cost_of(preset: Preset, codec: Codec, batch_size: int) -> Cost:
     total_loss(output, *clips, config.loss, codec, masks=Masks(*clips))  # makes tables that depend on values
     model, frames = model_of(preset, codec), frames_of(preset, codec)
     alive, mode = Alive(), FakeTensorMode(allow_non_fake_inputs=True)
-    flops = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    flops = FlopCounterMode(display=False, custom_mapping=UNKNOWN)
     with FakeCopyMode(mode):
         model, codec = copy.deepcopy((model, codec))
     accelerator = Accelerator(cpu=True, device_placement=False, mixed_precision="no")
     with mode, alive:
-        held = [x for part in (model, codec) if isinstance(part, nn.Module) for x in part.state_dict().values()]
-        alive.add(held)
+        alive.add(x for part in (model, codec) for x in tensors_of(part))
         learner = FollowedLearner(alive, flops, config, model, accelerator, codec)
         clips = tuple(torch.randn(2, batch_size, codec.dim, frames))
         learner.train_step([clips], StepInfo(0))  # makes the optimizer's state
@@ -167,13 +181,24 @@ def cost_of(preset: Preset, codec: Codec, batch_size: int) -> Cost:
         with flops:
             learner.train_step([clips], StepInfo(1))
     (start, _), (after_model, of_model), (after_loss, _) = learner.notes
-    gradients = sum(p.nbytes for p in model.parameters())
-    averages = ema * gradients  # torch cannot move what has no values, as the EMA is moved to its device
-    states = [x for state in learner.optimizer.state.values() for x in state.values()]
-    optimizer = sum(x.nbytes for x in states if isinstance(x, Tensor))
+    trained = [learner] if learner.adversary is None else [learner, learner.adversary]
+    gradients = size_of(p for part in trained for p in part.model.parameters())
+    # torch cannot move what has no values, as the EMA is moved to its device
+    averages = ema * size_of(model.parameters())
+    held = size_of(x for part in (*(part.model for part in trained), codec) for x in tensors_of(part))
+    states = size_of(x for part in trained for state in part.optimizer.state.values() for x in state.values())
     model_flops = 3 * of_model  # a gradient costs as much as the pass forward for the weights, and again for the inputs
-    sizes = averages + sum(x.nbytes for x in held), gradients, optimizer, after_model - start, after_loss - after_model
+    sizes = averages + held, gradients, states, after_model - start, after_loss - after_model
     return Cost(*sizes, averages + alive.most, model_flops, flops.get_total_flops() - model_flops)
+
+
+def tensors_of(part: Any) -> Iterable[Tensor]:
+    return part.state_dict().values() if isinstance(part, nn.Module) else ()
+
+
+def size_of(values: Iterable[Any]) -> int:
+    """Bytes of the tensors among them."""
+    return sum(x.nbytes for x in values if isinstance(x, Tensor))
 
 
 def random_encodec() -> Codec:
@@ -188,19 +213,26 @@ def costs_of(steps: Sequence[tuple[Preset, Codec, int]]) -> list[Cost]:
         return list(pool.map(cost_of, *zip(*steps, strict=True)))
 
 
+def in_bf16(preset: Preset) -> bool:
+    """'auto': all of these GPUs have it."""
+    return preset.train.precision != "fp32"
+
+
 def in_words(preset: Preset, codec: Codec, gpu: str, pairs: int, share: float) -> list[str]:
     """The plan of a training on `pairs` pairs, on one GPU and on eight, which reach a share of their peak rates."""
-    half = preset.train.precision != "fp32"  # 'auto': all of these GPUs have bf16
+    half = in_bf16(preset)
     preset = dataclasses.replace(preset, train=dataclasses.replace(preset.train, precision="bf16" if half else "fp32"))
-    config, (memory, bf16, tf32) = preset.train, GPUS[gpu]
+    config, memory = preset.train, GPUS[gpu].memory
     size = config.batch_size
     cost, twice = costs_of([(preset, codec, size), (preset, codec, 2 * size)])
     a_clip = (twice.peak - cost.peak) / size
     fixed = cost.peak + OVERHEAD - size * a_clip
-    fits = {room: int((room * GIB - fixed) // a_clip) for room in sorted({*SIZES, memory})}
-    seconds = (cost.model_flops / (bf16 if half else tf32) + cost.sound_flops / tf32) / (share * 1e12)
-    steps, data = -(-pairs // size) * config.epochs, 2 * pairs * codec.dim * frames_of(preset, codec) * 4 / 1e9
-    hours = steps * seconds / 3600
+    fits = {room: max(0, int((room * GIB - fixed) // a_clip)) for room in sorted({*SIZES, memory})}
+    seconds = config.accumulate * GPUS[gpu].seconds(cost, half) / share
+    taken = min(pairs, config.max_train_pairs or pairs)
+    steps = {count: TrainingOrder(taken, config, 0, count).total_steps(0) for count in (1, 8)}
+    hours = {count: found * seconds / 3600 for count, found in steps.items()}
+    data = 2 * pairs * codec.dim * frames_of(preset, codec) * 4
     parts = {"weights": cost.weights, "gradients": cost.gradients, "optimizer": cost.optimizer}
     parts |= {"activations of the model": cost.model, "of decoded sound": cost.sound}
     return [
@@ -208,10 +240,12 @@ def in_words(preset: Preset, codec: Codec, gpu: str, pairs: int, share: float) -
         f"memory    {', '.join(f'{name} {value / GIB:.2f}' for name, value in parts.items())} GiB",
         f"          at most {cost.peak / GIB:.2f} GiB at once, and about {OVERHEAD / GIB:.1f} GiB of CUDA's own",
         f"fits      {', '.join(f'{room} GiB: batch size {count}' for room, count in fits.items())}",
-        f"a step    {cost.model_flops / 1e12:.2f} TFLOP of the model in {'bf16' if half else 'float32'}, "
-        f"{cost.sound_flops / 1e12:.2f} of sound in float32: {seconds:.3f} s at {share:.2%} of the peak",
-        f"training  {config.epochs} epochs of {pairs:,} pairs, {steps:,} steps: {hours:.1f} h on one GPU, "
-        f"{hours / 8:.1f} h on eight; latents of at most {data:.1f} GB",
+        f"a step    {config.accumulate * cost.model_flops / 1e12:.2f} TFLOP of the model in "
+        f"{'bf16' if half else 'float32'}, {config.accumulate * cost.sound_flops / 1e12:.2f} of sound in float32: "
+        f"{seconds:.3f} s at {share:.2%} of the peak",
+        f"training  {taken:,} pairs, {steps[1]:,} steps: {hours[1]:.1f} h on one GPU, {hours[8]:.1f} h on eight, "
+        f"without their messages; latents of at most {data / 1e9:.1f} GB",
+        "          of the fusion model alone: ablation and super-resolution come on top",
     ]
 
 
@@ -253,65 +287,81 @@ class Checks:
             seconds = []
             for step in range(4):
                 started = time.perf_counter()
-                loss = float(learner.train_step([clips], StepInfo(step))["loss"])
+                metrics = learner.train_step([clips], StepInfo(step))
+                float(metrics["loss"])  # waits for the step
                 seconds.append(time.perf_counter() - started)
-        check(math.isfinite(loss), "loss", loss, "finite")
         self.seconds = min(seconds[1:])
-        taken = f"{torch.cuda.max_memory_allocated() / GIB:.2f} GiB" if self.device.type == "cuda" else "memory unknown"
-        return f"loss {loss:.3f}; {taken}, {self.cost.peak / GIB:.2f} GiB planned"
+        check_finite({name: metrics[name] for name in ("loss", "grad_norm")})
+        if self.device.type == "cpu":
+            return f"loss {float(metrics['loss']):.3f}; memory unknown, {self.cost.peak / GIB:.2f} GiB planned"
+        taken = torch.cuda.max_memory_allocated()
+        check(taken < 1.3 * self.cost.peak, "bytes a step", taken, f"below 1.3 times the planned {self.cost.peak}")
+        return f"loss {float(metrics['loss']):.3f}; {taken / GIB:.2f} GiB, {self.cost.peak / GIB:.2f} GiB planned"
 
     def throughput(self) -> str:
-        rate = (self.cost.model_flops + self.cost.sound_flops) / self.seconds / 1e12
-        share = rate / GPUS[self.planned_for].bf16
+        check(math.isfinite(self.seconds), "seconds a step", self.seconds, "known: the fusion step must succeed")
+        share = GPUS[self.planned_for].seconds(self.cost, in_bf16(self.preset)) / self.seconds
+        if self.device.type == "cuda":
+            rule = f"at least half of {self.share:.2%}; plan with it by --share, or look what keeps the GPU waiting"
+            check(share > self.share / 2, f"share of the peak of {self.planned_for}", f"{share:.2%}", rule)
         return f"{self.seconds:.3f} s a step: {share:.2%} of the peak of {self.planned_for}, {self.share:.2%} planned"
 
     def super_resolution_steps(self) -> str:
         plan, losses = self.preset.superres.training_plan(seed=0), []
-        mel, clip = (torch.rand(2, 1, *of, device=self.device) for of in ((MELS, 128), (128 * HOP,)))
-        latents = torch.randn(2, 2 * plan.denoiser.latent_channels, 32, 16, device=self.device)
-        batches = {"completion": (mel, mel), "vae": (clip, clip), "diffusion": (latents, mel), "hifigan": (clip, clip)}
         for part, sizes, config in plan.parts():
             learner, model, _ = PARTS[part]
             config = dataclasses.replace(config, precision=resolved_precision(config.precision))
-            metrics = learner(config, model(sizes), open_accelerator()).train_step([batches[part]], StepInfo(0))
+            clips, frames = config.batch_size, config.clip_length // HOP
+            mel, wav = (torch.rand(clips, 1, *of, device=self.device) for of in ((MELS, frames), (frames * HOP,)))
+            latents = torch.randn(clips, 2 * plan.denoiser.latent_channels, MELS // 8, frames // 8, device=self.device)
+            batch = {"completion": (mel, mel), "diffusion": (latents, mel)}.get(part, (wav, wav))
+            metrics = learner(config, model(sizes), open_accelerator()).train_step([batch], StepInfo(0))
+            check_finite({f"{part} {name}": metrics[name] for name in ("loss", "grad_norm")})
             losses.append(f"{part} {float(metrics['loss']):.3f}")
         return f"losses {', '.join(losses)}"
 
-    @functools.cached_property
-    def losses(self) -> list[float]:
-        """Of one process."""
-        with tempfile.TemporaryDirectory() as folder:
-            return trained(folder, 4)
-
     def resume(self) -> str:
+        """Where noise is drawn, and Adam's averages decide the steps."""
+        noise = ("--set=train.curriculum.noise_rate=0.3", "--set=train.max_train_pairs=4")  # from the second epoch on
         with tempfile.TemporaryDirectory() as folder:
-            trained(folder, 2)
-            again = trained(folder, 4, "--resume")
-        return f"losses differ by {largest_difference(self.losses, again, 1e-3):.0e} at most"
+            whole = trained(f"{folder}/whole", 4, *noise)
+            trained(f"{folder}/part", 2, *noise)
+            again = trained(f"{folder}/part", 4, *noise, "--resume")
+        return f"losses differ by {largest_difference(whole, again):.0e} at most"
 
     def two_processes(self) -> str:
         torchrun = ["torch.distributed.run", "--nproc_per_node=2", f"--master_port={get_free_port()}"]
-        count = torch.cuda.device_count()
-        on = {"CUDA_VISIBLE_DEVICES": ""} if count == 1 else {}  # each needs a GPU of its own
+        on = {} if torch.cuda.device_count() > 1 else {"CUDA_VISIBLE_DEVICES": ""}  # each needs a GPU of its own
         with tempfile.TemporaryDirectory() as folder:
-            one = trained(f"{folder}/one", 4, **on) if on else self.losses
+            one = trained(f"{folder}/one", 4, **on)
             two = trained(f"{folder}/two", 4, "--set=train.batch_size=2", by=torchrun, **on)
-        where = " on the CPU" if count < 2 else ""
-        return f"losses{where} differ from one process's by {largest_difference(one, two, 1e-2):.0e} at most"
+        where = " on the CPU" if on else ""
+        return f"losses{where} differ from one process's by {largest_difference(one, two):.0e} at most"
 
 
-def largest_difference(losses: Sequence[float], others: Sequence[float], most: float) -> float:
-    found = max(abs(a - b) / abs(a) for a, b in zip(losses, others, strict=True))
-    check(found < most, "relative difference of losses", found, f"below {most:g}")
-    return found
+def check_finite(metrics: dict[str, Tensor]) -> None:
+    for name, value in metrics.items():
+        check(bool(value.isfinite()), name, float(value), "finite")
+
+
+def largest_difference(losses: Sequence[float], others: Sequence[float]) -> float:
+    """Relative; `UserError` if there is a real one."""
+    found = [abs(a - b) / abs(a) for a, b in zip(losses, others, strict=True)]
+    check(all(one < SAME for one in found), "relative differences of losses", found, f"below {SAME:g}")
+    return max(found)
 
 
 def trained(out: str, steps: int, *options: str, by: Sequence[str] = (), **environment: str) -> list[float]:
     """The losses of so many steps of preset smoke: `lib.train` in one process, or in as many as `by` starts."""
     command = [sys.executable, "-m", *by, *(("-m",) if by else ()), "lib.train", "--preset=smoke", f"--out={out}"]
-    settings = {"max_steps": steps, "checkpoint_every": 2, "schedule": "constant"}
+    settings = {"max_steps": steps, "checkpoint_every": 2, "schedule": "constant", "warmup_steps": 0}
+    settings |= {
+        "precision": "fp32",
+        "agent_learning_rate": 0.01,
+    }  # so that what is wrong with a step shows in the next
     command += [*(f"--set=train.{name}={value}" for name, value in settings.items()), *options]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    environment = os.environ | {"NVIDIA_TF32_OVERRIDE": "0"} | environment
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError("; ".join(done.stderr.strip().splitlines()[-3:]))
     return [row["loss"] for row in Run.open(out).metrics("train")]

@@ -1,17 +1,21 @@
 """The plan of a training: memory against what a step takes here, and what is said; and the checks of a machine."""
 
+import math
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 from flops import training_flops
+from torch.utils.flop_counter import FlopCounterMode
 
 import lib.plan
 from lib.codec.mdct import MdctCodec
-from lib.plan import GIB, Cost, costs_of, in_words, main
+from lib.plan import GIB, GPUS, UNKNOWN, Checks, Cost, check_finite, costs_of, in_words, largest_difference, main
 from lib.presets import load_preset
 from lib.project import ROOT
+from lib.util.errors import UserError
 
 # one step, or two, in a process whose allocator gives back what is free: what it took beyond what the process had
 STEPS = """
@@ -100,8 +104,32 @@ def test_what_is_said_follows_from_the_counts(monkeypatch):
     assert "at most 10.00 GiB at once" in said
     assert "24 GiB: batch size 25, 40 GiB: batch size 46, 80 GiB: batch size 100" in said  # CUDA takes one GiB
     assert "4.000 s at 50.00% of the peak" in said
-    assert "200 epochs of 8,000 pairs, 200,000 steps: 222.2 h on one GPU, 27.8 h on eight" in said
+    assert "8,000 pairs, 200,000 steps: 222.2 h on one GPU, 27.8 h on eight" in said
     assert "at most 9.8 GB" in said
+    changed = {"train.max_steps": 900, "train.max_train_pairs": 1_600, "train.accumulate": 2}
+    said = "\n".join(in_words(load_preset("full", {"codec": "mdct"} | changed), MdctCodec(), "h100", 8_000, share=0.5))
+    assert "1,600 pairs, 900 steps: 2.0 h on one GPU, 2.0 h on eight" in said
+    assert "8.000 s at 50.00% of the peak" in said
+    full = [cost._replace(peak=100 * GIB + cost.peak) for cost in costs]
+    monkeypatch.setattr(lib.plan, "costs_of", lambda _: full)
+    assert "24 GiB: batch size 0" in "\n".join(in_words(preset, MdctCodec(), "h100", 8_000, share=0.5))
+
+
+def test_in_float32_matrix_products_take_longer():
+    cost = Cost(0, 0, 0, 0, 0, 0, model_flops=67 * 10**12, sound_flops=495 * 10**12)
+    assert GPUS["h100"].seconds(cost, half=False) == pytest.approx(2)
+    assert GPUS["h100"].seconds(cost, half=True) == pytest.approx(1 + 67 / 989)
+
+
+def test_an_lstm_counts():
+    layers = torch.nn.LSTM(512, 512, num_layers=2)
+    with FlopCounterMode(display=False, custom_mapping=UNKNOWN) as forward:
+        output, _ = layers(torch.randn(75, 1, 512))
+    by_hand = 2 * 75 * 2 * (4 * 512) * (512 + 512)
+    assert forward.get_total_flops() == by_hand
+    with FlopCounterMode(display=False, custom_mapping=UNKNOWN) as backward:
+        output.sum().backward()
+    assert backward.get_total_flops() == 2 * by_hand
 
 
 def test_the_command_plans_and_names_what_it_plans_for(monkeypatch, capsys):
@@ -109,7 +137,7 @@ def test_the_command_plans_and_names_what_it_plans_for(monkeypatch, capsys):
     main()
     said = capsys.readouterr().out
     assert said.startswith("smoke, codec encodec, clips of 2 s, batch size 4, l4")
-    assert len(said.splitlines()) == 6
+    assert len(said.splitlines()) == 7
 
 
 @pytest.mark.parametrize("wrong", ["--training-pairs=0", "--share=0", "--share=1.5", "--gpu=abacus", "--set=a.b=1"])
@@ -118,6 +146,22 @@ def test_wrong_options_are_refused_at_once(wrong, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         main()
     assert wrong.lstrip("-").partition("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("others", [[2.0, 1.01], [2.0, math.nan]])
+def test_other_losses_are_a_failure(others):
+    assert largest_difference([2.0, 1.0], [2.0, 1.0]) == 0
+    with pytest.raises(UserError, match="relative differences of losses"):
+        largest_difference([2.0, 1.0], others)
+
+
+def test_what_is_not_finite_or_was_not_timed_is_a_failure():
+    with pytest.raises(UserError, match="vae loss=nan"):
+        check_finite({"vae grad_norm": torch.tensor(1.0), "vae loss": torch.tensor(math.nan)})
+    checks = Checks.__new__(Checks)
+    checks.seconds = math.nan
+    with pytest.raises(UserError, match="the fusion step must succeed"):
+        checks.throughput()
 
 
 def test_the_checks_run_and_say_what_fails():

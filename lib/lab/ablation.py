@@ -102,7 +102,7 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
     """In worker processes. The first error ends all of them; the runs that they were at are resumed the next time."""
     context = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP does not work
     workers = min(workers, len(jobs))
-    devices, found = context.SimpleQueue(), visible_gpus()
+    devices, found, others = context.SimpleQueue(), visible_gpus(), multiprocessing.active_children()
     for i in range(workers):
         devices.put(found[i % len(found)])
     with ProcessPoolExecutor(workers, context, start_worker, (devices,)) as pool:
@@ -114,7 +114,7 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
                     raise error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
+            for worker in set(multiprocessing.active_children()) - set(others):
                 worker.kill()  # a checkpoint is written as a whole or not at all
             raise
 

@@ -71,7 +71,7 @@ def render(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)  # torch.manual_seed would seed GPUs too
         clean = codec.encode(input[:, None]), codec.encode(target[:, None])  # [C, D, T] each
-        latents = tuple(mix_noise(x, settings.noise) for x in clean)
+        latents = tuple(mix_noise(x.cpu(), settings.noise).to(x.device) for x in clean)  # the same on any device
     one = latents if len(input) == 1 else (codec.encode(x.mean(0)[None, None]) for x in (input, target))
     masks = model.make_masks(*one)
     if masks is not None:

@@ -29,7 +29,7 @@ from lib.util.tensors import torch_threads
 logger = logging.getLogger(__name__)
 
 VAL_BATCH = 8
-OUT_OF_MEMORY = ("can't allocate memory", "_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY = ("can't allocate memory", "_ALLOC_FAILED", "_ALLOCATION_FAILED", "CUDA error: out of memory")
 MakeLearner = Callable[[Accelerator], Learner]
 
 
@@ -122,7 +122,7 @@ class Trainer:
                 if self.processes == 1:  # another one might not answer
                     self.gather()  # the steps before a failure are those that explain it
             kept = f"; {run.path / 'last'} is kept" if run.has_checkpoint() else ""
-            # which have no class of their own: the CPU's allocator, cuBLAS and cuDNN
+            # which have no class of their own: the CPU's allocator, cuBLAS, cuDNN and the driver
             other = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
             if other or isinstance(error, torch.OutOfMemoryError):
                 advice = self.config.memory_advice(self.pairs["train"].clip_length / self.pairs["train"].sample_rate)

@@ -26,11 +26,14 @@ INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, 
 INDEXING |= {aten._unsafe_index.Tensor}
 COPIES = {aten.copy_.default, aten._to_copy.default, aten.set_.source_Tensor}
 WAITING = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.is_nonzero.default}
-WAITING |= {aten.masked_select.default, aten._unique2.default, aten.linalg_inv_ex.default}
+WAITING |= {aten.masked_select.default, aten._unique2.default, aten.unique_dim.default, aten.allclose.default}
+WAITING |= {aten.unique_consecutive.default, aten.repeat_interleave.Tensor, aten.bincount.default}
 NO_SCALARS = ("cat.", "stack", "foreach", "mm", "convolution", "lerp")  # what takes no CPU scalar beside the device
 # of what torch.use_deterministic_algorithms lists, the operations that music meets
-UNORDERED = {f"aten.{pad}{n}d_backward" for pad in ("reflection_pad", "replication_pad") for n in (1, 2)}
-UNORDERED |= {"aten.upsample_linear1d_backward", "aten.upsample_bilinear2d_backward", "aten.cumsum", "aten.histc"}
+UNORDERED = {f"aten.{pad}{n}d_backward" for pad in ("reflection_pad", "replication_pad") for n in (1, 2, 3)}
+UNORDERED |= {f"aten.upsample_{mode}_backward" for mode in ("linear1d", "bilinear2d", "bicubic2d", "trilinear3d")}
+UNORDERED |= {f"aten._adaptive_avg_pool{n}d_backward" for n in (2, 3)} | {"aten.grid_sampler_2d_backward"}
+UNORDERED |= {"aten.cumsum", "aten.histc", "aten.kthvalue", "aten.median", "aten.put_", "aten.bincount"}
 syncs, uploads, unordered = (collections.Counter() for _ in range(3))  # operation and line of lib → how often
 
 
@@ -134,17 +137,33 @@ def _refuse_mixed(operation: Any, name: str, args: tuple, placed: list[Tensor], 
 def _count_waits(
     operation: Any, name: str, args: tuple, kwargs: dict, placed: list[Tensor], others: list[Tensor], target: str | None
 ) -> None:
-    if threading.current_thread().name.startswith("prefetch"):  # what reads ahead may wait
+    if _reads_ahead():
         return
-    if placed and (operation in WAITING or _indexes_by_mask(operation, args)):
+    checked = "linalg_" in name and "vector_norm" not in name  # a solver says whether it succeeded
+    if placed and (operation in WAITING or checked or _indexes_by_mask(operation, args)):
         syncs[f"{name} {line()}"] += 1
+    if operation in INDEXING and isinstance(args[0], Placed):
+        from_host = [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor) and not isinstance(x, Placed)]
+        uploads.update({f"{name} {line()}": len(from_host)} if from_host else {})
     if operation is aten._to_copy.default:
         if placed and target == "cpu":
             syncs[f"to the CPU {line()}"] += 1
         if others and target == "gpu" and not kwargs.get("non_blocking"):
             uploads[f"{tuple(others[0].shape)} {line()}"] += 1
-    if operation is aten.copy_.default and isinstance(args[1], Placed) and not isinstance(args[0], Placed):
+    if operation is aten.copy_.default:
+        _count_copy(args[1], args[0], args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+
+
+def _reads_ahead() -> bool:
+    """In a thread that may wait."""
+    return threading.current_thread().name.startswith("prefetch")
+
+
+def _count_copy(source: Tensor, to: Tensor, non_blocking: bool) -> None:
+    if isinstance(source, Placed) and not isinstance(to, Placed):
         syncs[f"copied to the CPU {line()}"] += 1
+    if isinstance(to, Placed) and not isinstance(source, Placed) and not non_blocking:
+        uploads[f"{tuple(source.shape)} {line()}"] += 1
 
 
 def _indexes_by_mask(operation: Any, args: tuple) -> bool:
@@ -248,6 +267,8 @@ def _factory(operation: Any) -> Callable:
 
 
 def _copy_from(source: Tensor, to: Tensor, non_blocking: bool = False) -> Tensor:
+    if not _reads_ahead():
+        _count_copy(source, to, non_blocking)
     (to.values if isinstance(to, Placed) else to).copy_(source.values if isinstance(source, Placed) else source)
     return to
 

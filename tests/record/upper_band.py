@@ -83,7 +83,8 @@ class Study(NamedTuple):
     def resolver(self, name: str, seed: int) -> SuperResolver:
         """The whole system, with the completion of a run."""
         resolver = SuperResolver(self.folder(*MAIN))
-        resolver.completion = load_part(Run.open(self.folder(name, seed) / "completion"), "completion")
+        completion = load_part(Run.open(self.folder(name, seed) / "completion"), "completion")
+        resolver.completion = completion.to(resolver.device)
         return resolver
 
 
@@ -172,7 +173,8 @@ def by_steps(study: Study, resolver: SuperResolver, library: Library, _: None) -
         songs = [examples.song(i) for i in range(clips)]
         tops = torch.tensor([file_band(song) for song in songs])
         for steps in STEPS:
-            drawn = resolver.restore(low, cutoff, Restoration(steps=steps))
+            settings, batches = Restoration(steps=steps), torch.arange(clips).split(resolver.batch_size)
+            drawn = torch.cat([resolver.restore(low[one], cutoff, settings, one.tolist()) for one in batches])
             distances = lsd(drawn, original, above=cutoff, below=tops)[tops >= cutoff + LEAST]
             names = [song.sha256 for song, top in zip(songs, tops, strict=True) if top >= cutoff + LEAST]
             rows.append({"cutoff": cutoff, "steps": steps, "lsd": mean_and_error(distances.tolist(), names)})

@@ -1500,7 +1500,13 @@ def library_is_full(cascade: Cascade) -> None:
     raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
 
-@pytest.mark.parametrize("full", [gpu_is_full, machine_is_full, library_is_full])
+def driver_is_full(cascade: Cascade) -> None:
+    raise RuntimeError(
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other call"
+    )
+
+
+@pytest.mark.parametrize("full", [gpu_is_full, machine_is_full, library_is_full, driver_is_full])
 @pytest.mark.parametrize("step", [1, 4])
 def test_out_of_memory_says_what_to_lower(start, tmp_path, monkeypatch, full, step):
     poison_before(monkeypatch, step, full)
