@@ -314,7 +314,7 @@ class Checks:
             clips, frames = config.batch_size, config.clip_length // HOP
             mel, wav = (torch.rand(clips, 1, *of, device=self.device) for of in ((MELS, frames), (frames * HOP,)))
             latents = torch.randn(clips, 2 * plan.denoiser.latent_channels, MELS // 8, frames // 8, device=self.device)
-            batch = {"completion": (mel, mel), "diffusion": (latents, mel)}.get(part, (wav, wav))
+            batch = {"completion": mel.chunk(2, dim=-1), "diffusion": (latents, mel)}.get(part, (wav, wav))
             metrics = learner(config, model(sizes), open_accelerator()).train_step([batch], StepInfo(0))
             check_finite({f"{part} {name}": metrics[name] for name in ("loss", "grad_norm")})
             losses.append(f"{part} {float(metrics['loss']):.3f}")
