@@ -166,6 +166,7 @@ def watching(out: Path) -> nbformat.NotebookNode:
 def newest(trained):
     """The trained run as the newest of the repository's own outputs."""
     run = ROOT / "outputs" / "e2e_newest"
+    shutil.rmtree(run, ignore_errors=True)  # a kernel may have written into it after an earlier test
     shutil.copytree(trained, run, symlinks=True)
     os.utime(run / "best", follow_symlinks=False)
     yield run
