@@ -2,6 +2,7 @@
 `[C, N]` (C channels, N samples); files may have any rate."""
 
 import contextlib
+import gc
 import itertools
 import math
 import os
@@ -140,6 +141,7 @@ def check_files(root: Path, files: Sequence[str], check_file: Check, what: str) 
         except UserError as error:  # raised, it would come with the traceback of a worker
             return error
 
+    gc.collect()  # in a forked process it would wait for the threads of FFmpeg's filters, which are not there
     workers = min(len(files), len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1)
     # forked: `check_file` holds a codec, which could not be sent to a process that is started anew
     forked = {"num_workers": workers, "multiprocessing_context": "fork"} if workers > 1 else {}
