@@ -34,7 +34,7 @@ MIN_SAMPLES = 320  # one codec frame: less than this cannot be encoded
 SILENCE_PEAK = 1e-4  # -80 dBFS: inaudible, and an RMS that the cascade would divide by
 
 _BLOCK = 1 << 16  # frames per write: libsndfile's Vorbis encoder overflows its stack on much larger ones
-_TRIES = 5  # to encode at a level: what a lossy format adds to a peak is known when it is decoded
+_TRIES = 12  # to encode at a level: what a lossy format adds to a peak is known when it is decoded
 
 
 @dataclass(frozen=True)
@@ -241,28 +241,44 @@ class AudioWriter:
         return f"{self.path}: {length}, {channels}, {band}, {self.level}{change if round(self.change, 1) else ''}"
 
     def _encode(self) -> None:
-        """From the draft, by the policy; again, if a lossy format is decoded to another level."""
+        """From the draft, by the policy; again, if a lossy format is decoded to another level. That need not settle at
+        any: from the third time on it is aimed ever lower, and what is below the ceiling will do."""
         level, factor = self._meter.level(), 1.0
-        for _ in range(_TRIES):
-            factor *= level.factor(self.policy, self.loudness)
+        for attempt in range(_TRIES):
+            factor *= level.factor(self.policy, self.loudness) * (1 - 0.01 * max(0, attempt - 1))
             with self._create(self._temp, self.suffix) as file:
-                for samples in self._blocks(self._draft, _BLOCK):
+                for samples in self._blocks(self._draft):
                     self._append(file, samples * np.float32(factor))
-            level = level_of(self._blocks(self._temp, _BLOCK), self.sample_rate, self.channels)
-            if 0.999 < level.factor(self.policy, self.loudness) < 1.01:
+            level = level_of(self._decoded(), self.sample_rate, self.channels)
+            needed = level.factor(self.policy, self.loudness)
+            if needed > 0.999 and (needed < 1.01 or attempt > 1):
                 break
-        self.level, self.change = level, decibels(factor)
-        blocks = self._blocks(self._temp, 4 * _BLOCK, overlap=BAND_FRAME)
-        self.band = band_edge((torch.from_numpy(samples.T) for samples in blocks), self.sample_rate)
+        self.level, self.change, self.band = level, decibels(factor), band_edge(self._overlapping(), self.sample_rate)
+
+    def _decoded(self) -> Iterator[np.ndarray]:
+        """Pieces `[n, C]` of what was encoded."""
+        if self.suffix == ".mp3":  # libsndfile reads it by mpg123, which prints faults that there are none
+            with Decoder(self._temp) as file:
+                yield from (block.T for block in file.blocks(mix=False))
+        else:
+            yield from self._blocks(self._temp)
+
+    def _overlapping(self) -> Iterator[torch.Tensor]:
+        """The same, `[C, n]`, each with the end of the one before."""
+        end = np.zeros((0, self.channels), np.float32)
+        for piece in self._decoded():
+            piece = np.concatenate([end, piece])
+            yield torch.from_numpy(piece.T)
+            end = piece[-BAND_FRAME:]
 
     def _create(self, path: Path, suffix: str) -> SoundFile:
         kind, subtype = suffix[1:].upper(), SUBTYPES.get(suffix, "FLOAT")
         return SoundFile(os.fsencode(path), "w", self.sample_rate, self.channels, subtype, format=kind)
 
     @staticmethod
-    def _blocks(path: Path, size: int, overlap: int = 0) -> Iterator[np.ndarray]:
+    def _blocks(path: Path) -> Iterator[np.ndarray]:
         with SoundFile(os.fsencode(path)) as file:
-            yield from file.blocks(size, overlap, dtype="float32", always_2d=True)
+            yield from file.blocks(_BLOCK, dtype="float32", always_2d=True)
 
     def _append(self, file: SoundFile, samples: np.ndarray) -> None:
         try:

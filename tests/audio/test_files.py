@@ -30,6 +30,7 @@ from lib.audio.files import (
     walk_audio,
 )
 from lib.audio.levels import CEILING
+from lib.audio.synth import make_demo_dataset
 from lib.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,6 +216,17 @@ def test_every_format_decodes_to_minus_one_dbtp_at_most(tmp_path, name):
         if name in ("a.wav", "a.flac"):
             torch.testing.assert_close(made, factor * sound, rtol=1e-5, atol=2**-22)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("rate", [24_000, 48_000])
+def test_loud_music_as_mp3_stays_below_the_ceiling_and_prints_nothing(tmp_path, capfd, rate):
+    """Its peak is another at every level, and does not settle."""
+    make_demo_dataset(tmp_path / "songs", num_songs=2, seconds=8)
+    for path in sorted((tmp_path / "songs").glob("*.wav")):
+        with AudioWriter(tmp_path / "a.mp3", rate, policy="none") as writer:
+            writer.write(1.3 * load_audio(path, 0, 8 * rate, rate))
+        assert 0.9 * CEILING < writer.level.true_peak < 1.001 * CEILING
+    assert capfd.readouterr().err == ""  # mpg123 prints faults of good files
 
 
 def true_peak(wav: torch.Tensor) -> float:
