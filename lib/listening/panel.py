@@ -22,9 +22,10 @@ from lib.listening.render import Rendition, Settings, render
 from lib.listening.widgets import describe_clip, step, uploaded_clips
 from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import apply_mask
-from lib.model.whole_band import left_out
+from lib.model.whole_band import leaves_out, left_out
 from lib.superres import mel
-from lib.superres.resolver import Restoration, SuperResolver, band_edge
+from lib.superres.degradation import LOWEST
+from lib.superres.resolver import FULL, Restoration, SuperResolver, band_edge
 from lib.training.run import Run
 
 UPLOADED = "uploaded files"  # the choice beside the validation pairs
@@ -88,12 +89,14 @@ class Listening(HasTraits):
         return (self.restore(players) if restored else players), parts, found
 
     def restore(self, players: Players) -> Players:
-        """The clips at 48 kHz, the outputs with a restored upper band."""
+        """The clips at 48 kHz, the outputs with a restored upper band, which both clips limit as in `lib.fuse`."""
         resolver, found = SuperResolver(self.superres), players.resampled(mel.SAMPLE_RATE)
+        edges = {name: band_edge(players.wavs[name], players.sample_rate) for name in ("input", "target")}
+        sources = [(found[name], max(edge, LOWEST)) for name, edge in edges.items()]
         for name, wav in players.wavs.items():
-            if name.startswith("output") and (edge := band_edge(wav, players.sample_rate)):
+            if name.startswith("output") and 0 < (edge := band_edge(wav, players.sample_rate)) <= FULL:
                 step(f"upper band of the {name}")
-                found[name] = resolver.restore_signal(found[name], Restoration(cutoff=edge))
+                found[name] = resolver.restore_signal(found[name], Restoration(cutoff=edge), sources)
         return Players(found, mel.SAMPLE_RATE)
 
     def blends(self) -> Figure | None:
@@ -161,11 +164,13 @@ class _Panel(Comparing):
             restored = self.controls["restored"]
             restored.disabled, restored.layout.width = True, "auto"
             restored.description += ": needs notebook 06, which trains the super-resolver"
-        self.playing = Label()  # which pair the players hold
-        above = (*self.files, *self.controls.values(), self.work, self.playing)
+        self.playing, self.greyed = Label(), Label()  # which pair the players hold; why controls are disabled
+        above = (*self.files, *self.controls.values(), self.greyed, self.work, self.playing)
         self.children = (*above, self.players, self.masks)
         ui.observe([file.button for file in self.files], self.keep)
         ui.observe([search], self.find)
+        ui.observe([self.runs], self.fit)
+        self.fit()
         ui.observe((self.pair, self.runs, *others, *(file.begin for file in self.files)), self.redraw)
         self.redraw()
 
@@ -176,6 +181,17 @@ class _Panel(Comparing):
             self.listening.offer_uploads()
             self.pair.value = UPLOADED
             self.redraw()
+
+    def fit(self, change: Any = None) -> None:
+        """Offer to blend masks only where there are some, and the whole band only of a codec that leaves one out."""
+        blend, whole_band = (self.controls[name] for name in ("blend", "whole_band"))
+        with self.work.message.show_errors():
+            models = [self.listening.model(run) for run in ui.chosen(self.runs)]
+            blend.disabled = all(model.masking.masking == "none" for model in models)
+        whole_band.disabled = not leaves_out(self.listening.codec)
+        why = ["blending: no chosen run has masks"] * blend.disabled
+        why += ["whole band: this codec's channels are no bands"] * whole_band.disabled
+        self.greyed.value = f"Greyed: {'; '.join(why)}." if why else ""
 
     def find(self, change: Any) -> None:
         """Offer the pairs that have all words, or all pairs where none has."""

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import re
+import threading
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -107,31 +108,36 @@ class Work(ipywidgets.VBox):
     `step`. Shows that it goes on, a button that cancels it, and what is missing or wrong."""
 
     THREAD = ThreadPoolExecutor(1)  # of all panels: they share models, and the order of random numbers
+    BUSY = threading.Lock()  # while one of them works
 
     def __init__(self):
         self.message, self.sign = Message(), ipywidgets.HTML()
         self.button = ipywidgets.Button(description="Cancel", icon="times")
         self.button.on_click(self.cancel)
-        self.busy = ipywidgets.HBox([self.sign, self.button])
+        self.busy = ipywidgets.HBox([self.sign, self.button], layout={"display": "none"})
         super().__init__([self.busy, self.message])
 
     def start(self, work: Callable[[], None]) -> None:
         self.current = work
+        self.say("waiting for another panel" if self.BUSY.locked() else "starting")
         run = functools.partial(copy_context().run, self.do, work)
         self.THREAD.submit(run) if can_show_widgets() else run()
 
     def cancel(self, button: Any) -> None:
         self.current, self.busy.layout.display = None, "none"
-        self.message.say("Cancelled: what plays is what played before.")
+        self.message.say("Cancelled: what plays is what played before, whatever the controls say.")
+
+    def say(self, what: str) -> None:
+        self.sign.value, self.busy.layout.display = f"<progress></progress> {escape(what)}", None
 
     def do(self, work: Callable[[], None]) -> None:
         def show(what: str) -> None:
             if self.current is not work:
                 raise Cancelled
-            self.sign.value, self.busy.layout.display = f"<progress></progress> {escape(what)}", None
+            self.say(what)
 
         STEP.set(show)
-        with self.message.show_errors(), contextlib.suppress(Cancelled):
+        with self.BUSY, self.message.show_errors(), contextlib.suppress(Cancelled):
             try:
                 work()
             finally:

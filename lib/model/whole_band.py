@@ -23,9 +23,14 @@ TOP = 8  # channels, 4.5 to 4.8 kHz, whose mean mask goes for all bins above
 MAX_GAIN = 1.5  # of these bins, as of a cascade's output: one that fills silence would raise the hiss above it
 
 
+def leaves_out(codec: Codec) -> bool:
+    """Whether its channels are bands, so that what it lacks can be mixed as they are."""
+    return isinstance(codec, MdctCodec)
+
+
 def left_out(codec: Codec, wavs: Tensor, latents: Tensor) -> Tensor:
     """What the codec leaves out of clips `[2·B, 1, N]` of these latents; zeros unless its channels are bands."""
-    if not isinstance(codec, MdctCodec):
+    if not leaves_out(codec):
         return torch.zeros_like(wavs)
     return wavs - codec.decode(latents, length=wavs.shape[-1])
 
@@ -34,7 +39,7 @@ def decode_fusion(codec: Codec, fusion: Fusion, latents: Tensor, rest: Tensor | 
     """A fusion of latents `[2·B, D, T]` as sound `[B, 1, length]`. `rest`: what the codec left out of their clips; None
     for its band alone. If the cascade changes the RMS of the masked clips' sum, the bins above follow."""
     wav = codec.decode(fusion.latents, length=length)
-    if rest is None or not isinstance(codec, MdctCodec):
+    if rest is None or not leaves_out(codec):
         return wav
     masks = torch.cat(fusion.masks or 2 * [torch.ones_like(fusion.latents)])
     scale = rms(fusion.latents) / rms(added(*(latents * masks).chunk(2), fusion.root))

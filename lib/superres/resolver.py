@@ -57,6 +57,8 @@ class SuperResolver:
     def __init__(self, folder: str | Path, *, vocoder: str | None = None, device: str | None = None):
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         folder, self.device = Path(folder), torch.device(device)
+        if (folder / "superres" / "diffusion").exists():  # of a run of all notebooks
+            folder /= "superres"
         vocoder = vocoder or VOCODERS[(folder / "hifigan" / "best").exists()]
         check(vocoder in VOCODERS, "vocoder", vocoder, f"one of {', '.join(VOCODERS)}")
         run, earlier = Run.open(folder / "diffusion"), {part: Run.open(folder / part) for part in NEEDED}
@@ -140,13 +142,15 @@ class SuperResolver:
         for piece in crossfaded(parts(), round(OVERLAP * length), margin=round(MARGIN * length), keep_power=True):
             yield torch.add(*piece.chunk(2))  # the clips' own sound and the added band
 
-    def restore_signal(self, wav: Tensor, settings: Restoration = DEFAULTS) -> Tensor:
-        """A signal `[C, N]` at 48 kHz, restored; for a resampled one give its `band_edge` as the cutoff."""
+    def restore_signal(self, wav: Tensor, settings: Restoration = DEFAULTS, sources: Sources = ()) -> Tensor:
+        """A signal `[C, N]` at 48 kHz, restored; for a resampled one give its `band_edge` as the cutoff. Its band is
+        limited by the `sources` that it is mixed of, `[C, N]` each."""
         cutoff = settings.cutoff or max(band_edge(wav), LOWEST)  # the lowest cutoff in training
-        starts = self.starts(wav.shape[-1])
-        whole = torch.nn.functional.pad(wav, (0, starts[-1] + self.clip_length - wav.shape[-1]))
-        clips = (whole[None, :, start : start + self.clip_length] for start in starts)
-        return torch.cat(list(self.restored(clips, cutoff, settings)), dim=1)[:, : wav.shape[-1]]
+        starts, ends = self.starts(wav.shape[-1]), [end for _, end in sources]
+        whole = torch.stack([wav, *(source for source, _ in sources)])
+        whole = torch.nn.functional.pad(whole, (0, starts[-1] + self.clip_length - wav.shape[-1]))
+        clips = (whole[..., start : start + self.clip_length] for start in starts)
+        return torch.cat(list(self.restored(clips, cutoff, settings, ends)), dim=1)[:, : wav.shape[-1]]
 
 
 def drawn(draw: Callable, shape: Sequence[int], settings: Restoration, numbers: Numbers) -> Tensor:

@@ -222,7 +222,7 @@ def test_the_panel_is_all_of_its_parts_and_draws_a_real_picture(listening):
     box = listening.panel()
     kinds = [type(child).__name__ for child in box.children]
     controls = ["Upload", "Upload", "Text", "Dropdown", "SelectMultiple", "FloatSlider", "Checkbox", "Checkbox"]
-    assert kinds == [*controls, "Work", "Label", "PlayerWidget", "Image"]
+    assert kinds == [*controls, "Label", "Work", "Label", "PlayerWidget", "Image"]
     picture = imread(io.BytesIO(bytes(box.children[-1].value)))
     assert picture.std() > 0.05
     assert plt.get_fignums() == before
@@ -349,6 +349,36 @@ def test_what_is_greyed_says_why(panel, listening, monkeypatch):
     (listening.superres / "diffusion" / "best").mkdir(parents=True)
     restored = _Panel(listening).controls["restored"]
     assert (restored.disabled, restored.description) == (False, "restore the outputs' upper band (48 kHz)")
+    assert (panel.controls["blend"].disabled, panel.greyed.value) == (False, "")
+    panel.runs.value = ("plain",)
+    assert panel.controls["blend"].disabled
+    assert panel.greyed.value == "Greyed: blending: no chosen run has masks."
+    panel.runs.value = ("plain", "b")
+    assert not panel.controls["blend"].disabled
+    monkeypatch.setattr(lib.listening.panel, "leaves_out", lambda codec: False)
+    panel = _Panel(listening)
+    assert panel.controls["whole_band"].disabled
+    assert panel.greyed.value == "Greyed: whole band: this codec's channels are no bands."
+
+
+def test_both_clips_limit_a_restored_band(listening, songs, monkeypatch):
+    seen = []
+
+    class Resolver:
+        def __init__(self, folder):
+            assert folder == listening.superres
+
+        def restore_signal(self, wav, settings, sources):
+            seen.append((settings.cutoff, [(source.shape, end) for source, end in sources]))
+            return wav
+
+    monkeypatch.setattr(lib.listening.panel, "SuperResolver", Resolver)
+    input, target = next(iter(listening.pairs.values()))
+    players, *_ = listening.compare(input, target, {"output": ("a", Settings())}, restored=True)
+    shape = (1, players.wavs["output"].shape[-1])
+    ((cutoff, sources),) = seen
+    assert [found for found, _ in sources] == [shape, shape]
+    assert all(2_000 <= end <= 12_000 for end in (cutoff, *(end for _, end in sources)))
 
 
 def test_two_files_play_and_are_kept_under_their_hash(panel, listening, codec, models):

@@ -185,6 +185,20 @@ def test_newer_work_replaces_what_is_under_way(live):
     assert work.message.value == ""
 
 
+def test_what_waits_for_another_panel_says_so_from_the_start(live):
+    first, second, slow, other = Work(), Work(), Slow(), Slow()
+    assert first.busy.layout.display == "none"  # no sign of nothing
+    first.start(slow)
+    assert slow.begun.wait(60)
+    second.start(other)
+    assert second.busy.layout.display is None
+    assert second.sign.value.endswith(" waiting for another panel")
+    for work in (slow, other):
+        work.leave.set()
+    all_done()
+    assert second.busy.layout.display == "none"
+
+
 @pytest.mark.parametrize(("error", "words"), [(UserError("a.wav: gone"), "a.wav: gone"), (KeyError("x"), "KeyError")])
 def test_what_fails_in_a_thread_is_shown(live, error, words):
     def fail() -> None:

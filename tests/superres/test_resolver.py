@@ -20,6 +20,7 @@ from lib.audio.files import AudioWriter, check_audio, load_audio, save_audio
 from lib.superres.degradation import Degradation
 from lib.superres.mel import bin_of, known_bands, log_mel, spectrum
 from lib.superres.resolver import (
+    FULL,
     OVERLAP,
     Restoration,
     SuperResolver,
@@ -298,6 +299,19 @@ def test_a_signal_of_any_length_is_restored(resolver, num_samples):
     assert made.isfinite().all()
     assert decibels(band(inner(made - wav), 0, 4_000), wav) < -60
     assert decibels(band(inner(made), 6_000), wav) > -60 > decibels(band(inner(wav), 6_000), wav)
+
+
+def test_what_a_signal_is_mixed_of_limits_its_band(resolver):
+    """A source that is known to have nothing above 5 kHz."""
+    low, settings = band(white(2 * CLIP), 0, 5_000), Restoration(cutoff=5_000)
+    free, held = (resolver.restore_signal(low, settings, sources) for sources in ((), [(low, FULL + 1)]))
+    above = [decibels(band(inner(wav), 6_000), low) for wav in (free, held)]
+    assert above[1] < above[0] - 10
+
+
+def test_the_run_of_all_notebooks_names_its_super_resolver(trained, tmp_path):
+    (tmp_path / "superres").symlink_to(trained)
+    assert SuperResolver(tmp_path).latent_scale == SuperResolver(trained).latent_scale
 
 
 def test_a_clip_of_one_length_is_restored_like_a_clip(resolver):
