@@ -126,10 +126,13 @@ def write_metrics(section: Section, compared: Sequence[Compared], music: Mapping
     rows = []
     for what, pairs in music.items():
         measured: dict[str, list[dict[str, float]]] = {a: [], b: []}
-        for clips in tqdm(pairs.values(), desc=f"measuring on {what}", unit="pair"):
-            input, target, *outputs = features_of(list(fused(compared, *clips).resampled().values()))
-            for judged, output in zip(measured.values(), outputs, strict=True):
-                judged.append(sound_metrics(output, input, target))
+        seconds = sum(input.length / input.sample_rate for input, _ in pairs.values())
+        with tqdm(desc=f"measuring on {what}", total=seconds, unit=" s of music", unit_scale=True) as bar:
+            for clips in pairs.values():
+                input, target, *outputs = features_of(list(fused(compared, *clips).resampled().values()))
+                for judged, output in zip(measured.values(), outputs, strict=True):
+                    judged.append(sound_metrics(output, input, target))
+                bar.update(clips[0].length / clips[0].sample_rate)
         found = advantage(measured, a, b, [(input.sha256, target.sha256) for input, target in pairs.values()])
         asked = f"figure of merit of {a} against {b} on {what}"
         said = f"{found}, {found.in_words(b)} on {len(pairs)} pair(s) ({TEST})"

@@ -70,6 +70,7 @@ def settings() -> str:
         section, _, name = address.rpartition(".")
         sections.setdefault(section, []).append(name)
     lines = ["names for --set, as SECTION.NAME=VALUE:"]
+    sections["train.loss"].append("own")  # which is empty in every preset
     for section, names in sections.items():
         indents = {"initial_indent": f"  {section or '(no section)':<24}", "subsequent_indent": " " * 26}
         lines += textwrap.wrap(" ".join(names), 110, break_long_words=False, **indents)
