@@ -106,12 +106,13 @@ def test_what_moves_on_other_processors_is_said():
     here = row("as it is", 0.70, claims={"C1: a": "reproduced", "C2: b": "refuted"})
     thread = row("songs-0-seed-0", 0.72, claims={"C1: a": "reproduced", "C2: b": "refuted"})
     bare = row("no-vectors", 0.69, claims={"C1: a": "reproduced", "C2: b": "refuted"})
-    same = "the demo has the same pairs and split, and 4 of its 4 verdicts are the same. "
+    same = "the demo has the same pairs and split, and 4 of its 4 verdicts, on claims and on baselines, are the same. "
     moves = "Figures of merit move by up to 0.02."
     assert moved(here, [thread, bare]).endswith(same + moves)
     assert moved(here, [here, here]).endswith(same + "Figures of merit are equal to two digits.")
     bare["claims"]["C2: b"], bare["pairs"] = "reproduced", "q"
-    other = "the demo has OTHER pairs and split, and 3 of its 4 verdicts are the same, all but: C2: b. "
+    other = "the demo has OTHER pairs and split, and 3 of its 4 verdicts, on claims and on baselines, are the same, "
+    other += "all but: C2: b. "
     assert moved(here, [thread, bare]).endswith(other + moves)
     assert "Other CPUs" in "\n".join(results([here, thread | {"data_seed": 0, "seed": 0}, bare]))
 
@@ -239,8 +240,9 @@ def test_an_advantage_without_an_error_is_quoted_as_it_is(tmp_path):
 
 
 GPU_SAID = (
-    "On one NVIDIA H200 (commit 1234567), clips of 16 s, batch size 8: merit 0.63 after 200 epochs and 12.5 minutes "
-    "(masks), 0.40 after 50 epochs and 1.0 minutes (cascade), beside 0.45 of the best mark (HPSS): "
+    "On one NVIDIA H200 (commit 1234567), clips of 16 s, batch size 8, by that commit's judge and on other pairs: "
+    "merit 0.63 after 200 epochs and 12.5 minutes (masks), 0.40 after 50 epochs and 1.0 minutes (cascade), beside 0.45 "
+    "of the best mark (HPSS): "
     "[curves](outputs/record/gpu.png)."
 )
 

@@ -222,7 +222,8 @@ def moved(here: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
     moves = f"move by up to {merit:.2f}" if merit >= 0.005 else "are equal to two digits"
     return (
         "On one thread, with and without vector instructions (AVX and the like), the demo "
-        f"has {pairs} pairs and split, and {len(names) - len(changed)} of its {len(names)} verdicts are the same"
+        f"has {pairs} pairs and split, and {len(names) - len(changed)} of its {len(names)} verdicts, on claims and on "
+        f"baselines, are the same"
         f"{all_but}. Figures of merit {moves}."
     )
 
