@@ -48,8 +48,8 @@ BENCH ?= outputs/bench
 bench: .venv/ready
 	$(BIN)/python tests/bench $(PARTS) --out $(BENCH)
 
-# measure what the README quotes, in a clone of this commit, into outputs/record/; resumes on the same commit. Two to four
-# hours in all; PARTS="fusion" measures some of it and keeps the rest
+# measure what the README quotes, in a clone of this commit, into outputs/record/; resumes on the same commit. About ten
+# hours in all, six of them the explosion's; PARTS="fusion" measures some of it and keeps the rest
 PRESET ?= demo
 record: .venv/ready
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --group record

@@ -22,6 +22,7 @@ from explosion import (
     slim,
 )
 from lab.test_audit import result
+from settings import settings_of
 from torch import nn
 
 from lib.audio.files import load_audio, save_audio
@@ -32,6 +33,9 @@ from lib.lab.results import Result, final, growth, last_projection_share, nearer
 from lib.lab.variants import CAUSES, EXPLODING
 from lib.model.cascade import StageConfig
 from lib.model.projection import SpectralLinear
+from lib.presets import load_preset
+
+SIZE = settings_of(load_preset("demo")).explosion
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,7 @@ def test_the_longest_silence_is_counted():
 
 
 def test_every_cell_meets_every_condition():
-    grid = [e for e in experiments() if e.name == "grid"]
+    grid = [e for e in experiments(SIZE) if e.name == "grid"]
     conditions = {(e.data, e.rate, e.clip) for e in grid}
     assert len(conditions) == len(grid) == 8
     assert all(e.variants == tuple(CAUSES.values()) for e in grid)
@@ -95,7 +99,7 @@ def test_every_cell_meets_every_condition():
 
 def test_an_experiment_differs_in_one_thing_from_what_it_is_compared_with():
     kinds = {}
-    for e in experiments():
+    for e in experiments(SIZE):
         kinds.setdefault(e.name, set()).add((e.data, e.guarded, e.window))
     assert kinds == {
         "windows": {("loops", False, 0.5), ("songs", False, 0.5)},
@@ -110,13 +114,13 @@ def test_an_experiment_differs_in_one_thing_from_what_it_is_compared_with():
         "grid": {("loops", False, None), ("songs", False, None)},
     }
     assert set(explosion.JUDGED) == {"weak residual", "protections", "longer"}
-    assert explosion.PAIRS["train"] == 205 * next(experiments()).plan().train.batch_size
+    assert explosion.PAIRS["train"] == 205 * next(experiments(SIZE)).plan().train.batch_size
 
 
 def test_runs_whose_norms_stay_below_the_clip_are_not_repeated(monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr(explosion, "run_plan", lambda plan, *_: given.append([v.name for v in plan.variants]) or ())
-    first = next(e for e in experiments() if e.name == "grid")
+    first = next(e for e in experiments(SIZE) if e.name == "grid")
     small, large, broken = first.variants[:3]
     unclipped = [of(small, (1.0, 9.9)), of(large, (1.0, 10.1)), of(broken, (1.0, math.inf))]
     e = first._replace(variants=(small, large, broken), clip=10.0)
@@ -213,7 +217,7 @@ def nan_at(step: int, clips: str, seed: int = 0) -> Result:
 
 def test_a_death_is_told_by_its_step_its_operation_and_its_clips():
     runs = (nan_at(4, "a with /x y/b"), nan_at(40, "a with b", 1), nan_at(9, "c with d", 2), result(EXPLODING, 3))
-    e = Experiment("windows", "loops", SOUND, rate=3e-4, clip=None)
+    e = Experiment("windows", "loops", SOUND, rate=3e-4, clip=None, steps=2_000)
     row, quiet = death_rows([(e, runs), (e._replace(clip=10.0, guarded=True), runs[3:])])
     assert row == {
         "experiment": "windows",
@@ -240,7 +244,7 @@ def test_causes_are_told_in_decades_of_the_largest_norm():
         return dataclasses.replace(result(EXPLODING, seed, norms=(1.0, 10.0 ** (weak + 2 * log))), variant=variant.name)
 
     runs = tuple(run_of(variant, on, seed) for on, variant in CAUSES.items() for seed in range(3))
-    (row,) = cause_rows([(next(e for e in experiments() if e.name == "grid"), runs)])
+    (row,) = cause_rows([(next(e for e in experiments(SIZE) if e.name == "grid"), runs)])
     assert row["weak residual"] == "1.0 (1.0 to 1.0)"
     assert row["learnable scalars"].startswith("0")
     assert row["log penalty"] == "2.0 (2.0 to 2.0)"
@@ -271,11 +275,11 @@ def test_data_are_as_large_as_asked(data, monkeypatch):
 
 
 def test_every_plan_can_be_built():
-    for e in experiments():
+    for e in experiments(SIZE):
         plan = e.plan()
         for variant in plan.variants:
             assert variant.cascade(plan.num_layers).stages
-            assert variant.training(plan.train).max_steps >= 2_000
+            assert variant.training(plan.train).max_steps in (SIZE.steps, SIZE.longer)
 
 
 @torch.no_grad()

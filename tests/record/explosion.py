@@ -6,11 +6,13 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from math import inf, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from settings import ExplosionSettings
 from torch import Tensor, nn
 from verdicts import CREATIVE, audit_gradients
 from writing import write_record
@@ -47,7 +49,6 @@ from lib.util.files import file_sha256
 from lib.util.stats import describe
 
 ELECTRONIC = "nexuiz-music"  # the folder of the loops
-STEPS, SEEDS = 2_000, 5
 PAIRS = {"train": 410, "val": 8}  # 205 batches of 2: an epoch of source document 001
 RATES, CLIPS = (1e-4, 3e-4), (10.0, None)
 WINDOW = 0.5  # seconds
@@ -70,7 +71,6 @@ PROTECTED = tuple(dataclasses.replace(variant, loss=LOG_PENALTY) for variant in 
 # the model of source document 003, with its objective; its NaNs came in epochs 5, 14 and 24
 CREATIVE_LOG = dict(BY_NAME[CREATIVE].loss) | {"anti_modulation": "log"}
 SEED_003 = dataclasses.replace(BY_NAME[LEARNABLE], name=f"{LEARNABLE}, creative terms", loss=CREATIVE_LOG)
-LONGER = 24 * 205 + 80
 LAW_ROWS = "law"  # split of the rows that `Law` logs
 JUDGED = ("weak residual", "protections", "longer")
 
@@ -100,12 +100,12 @@ class Experiment(NamedTuple):
     name: str
     data: str
     variants: tuple[Variant, ...]
-    seeds: int = SEEDS
+    seeds: int = 1
     rate: float = 1e-4
     clip: float | None = 10.0
     window: float | None = None  # seconds of a clip that are decoded, at random; None: all
     guarded: bool = False
-    steps: int = STEPS
+    steps: int = 1
     layers: int = 1
     width: int | None = NARROW  # of all stages; None: the reference's
 
@@ -139,28 +139,30 @@ def variants(names: Sequence[str]) -> tuple[Variant, ...]:
     return tuple(BY_NAME[name] for name in names)
 
 
-def experiments() -> Iterator[Experiment]:
+def experiments(size: ExplosionSettings) -> Iterator[Experiment]:
     """What is found, its causes, the weak residual and the law first; the grid takes the longest."""
     sound = variants(ON_SOUND)
+    sized = partial(Experiment, steps=size.steps, seeds=size.seeds)
+    law = partial(sized, "law", "loops", seeds=min(3, size.seeds), guarded=True, width=None)
     for rate in RATES:
         for clip in CLIPS:
-            yield Experiment("windows", "loops", sound, rate=rate, clip=clip, window=WINDOW)
+            yield sized("windows", "loops", sound, rate=rate, clip=clip, window=WINDOW)
     some = variants([ON_SOUND[0], *ON_SOUND[-2:]])
-    yield Experiment("operation taken away", "loops", some, window=WINDOW, guarded=True)
-    yield Experiment("pairs taken away", "loops without silence", some, window=WINDOW)
-    yield Experiment("windows", "songs", some, window=WINDOW)
-    yield Experiment("pair put in", "songs and silence", some, window=WINDOW)
-    yield Experiment("pair put in, operation taken away", "songs and silence", some, window=WINDOW, guarded=True)
-    yield Experiment("weak residual", "loops", variants(KEPT), guarded=True, width=None)
-    yield Experiment("law", "loops", LAW, seeds=3, guarded=True, width=None)
+    yield sized("operation taken away", "loops", some, window=WINDOW, guarded=True)
+    yield sized("pairs taken away", "loops without silence", some, window=WINDOW)
+    yield sized("windows", "songs", some, window=WINDOW)
+    yield sized("pair put in", "songs and silence", some, window=WINDOW)
+    yield sized("pair put in, operation taken away", "songs and silence", some, window=WINDOW, guarded=True)
+    yield sized("weak residual", "loops", variants(KEPT), guarded=True, width=None)
+    yield law(LAW)
     for layers in (2, 4):
-        yield Experiment("law", "loops", variants(["3 stages"]), seeds=3, guarded=True, layers=layers, width=None)
-    yield Experiment("protections", "loops", PROTECTED)
-    yield Experiment("longer", "loops", (BY_NAME[LEARNABLE], SEED_003), steps=LONGER)
+        yield law(variants(["3 stages"]), layers=layers)
+    yield sized("protections", "loops", PROTECTED)
+    yield sized("longer", "loops", (BY_NAME[LEARNABLE], SEED_003), steps=size.longer)
     for rate in RATES[::-1]:
         for data in ("loops", "songs"):
             for clip in CLIPS[::-1]:
-                yield Experiment("grid", data, tuple(CAUSES.values()), rate=rate, clip=clip)
+                yield sized("grid", data, tuple(CAUSES.values()), rate=rate, clip=clip)
 
 
 def prepare(music: Path, songs: Path, folder: Path) -> dict[str, Path]:
@@ -223,11 +225,11 @@ def with_silence(manifest: Manifest, path: Path) -> Manifest:
     return dataclasses.replace(manifest, pairs=tuple(pairs))
 
 
-def run_all(music: Path, songs: Path, folder: Path) -> tuple[list[Ran], dict[str, Path]]:
+def run_all(size: ExplosionSettings, music: Path, songs: Path, folder: Path) -> tuple[list[Ran], dict[str, Path]]:
     """Every experiment with its results, and the latents."""
     indices = prepare(music, songs, folder / "latents")
     done: list[Ran] = []
-    for e in experiments():
+    for e in experiments(size):
         alike = [r for other, results in done if other == e._replace(clip=None) for r in results if e.clip]
         done.append((e, run(e, indices[e.data], folder / "runs", alike)))
     return done, indices
@@ -420,9 +422,9 @@ def largest_error(run: str, stage: StageConfig, i: int, *, by_weights: bool = Tr
     return max(errors, default=nan)
 
 
-def record(music: Path, songs: Path, folder: Path, path: Path) -> None:
+def record(size: ExplosionSettings, music: Path, songs: Path, folder: Path, path: Path) -> None:
     """Run all experiments and write what they found: tables, and the results of those that verdicts are made from."""
-    done, indices = run_all(music, songs, folder)
+    done, indices = run_all(size, music, songs, folder)
     silences = {name: silences_of(index) for name, index in indices.items()}
     deaths = [(e, runs) for e, runs in done if e.window or any(run.non_finite for run in runs)]
     tables = {
@@ -436,10 +438,4 @@ def record(music: Path, songs: Path, folder: Path, path: Path) -> None:
     rows = [{"data": e.data, "results": [slim(r) for r in results]} for e, results in judged]
     loops = [Result(**run) for row in rows if row["data"] == "loops" for run in row["results"]]
     claims = [dataclasses.asdict(verdict) for verdict in audit_gradients(loops)]
-    write_record(path, rows, {"steps": STEPS, "window": WINDOW, "tables": tables, "claims": claims})
-
-
-if __name__ == "__main__":
-    import sys
-
-    record(*map(Path, sys.argv[1:]))
+    write_record(path, rows, {"steps": size.steps, "window": WINDOW, "tables": tables, "claims": claims})

@@ -77,7 +77,7 @@ def record(
     measure = {
         "bench": lambda: record_bench(folder),
         "ablations": lambda: record_ablations(preset, project, folder),
-        "explosion": lambda: record_explosion(project, music, folder),
+        "explosion": lambda: record_explosion(preset, project, music, folder),
         "fusion": lambda: record_fusion(preset, overrides, music, folder),  # its notebook shows the schedule's record
         "superres": lambda: record_superres(preset, (music, more), project.out_dir / "superres_record", folder),
         "notebooks": lambda: record_notebooks(preset, overrides, data_dir, folder),
@@ -194,10 +194,11 @@ def record_ablations(preset: Preset, project: Project, folder: Path) -> None:
     write_record(folder / "schedule.json", scheduled, facts)
 
 
-def record_explosion(project: Project, music: Path, folder: Path) -> None:
+def record_explosion(preset: Preset, project: Project, music: Path, folder: Path) -> None:
     """What ends a training and what does not, on real music and on the project's songs."""
-    say("what ends a training: about eight hours on two cores")
-    explosion.record(music, project.manifest.root, ROOT / "outputs" / "explosion", folder / "explosion.json")
+    size, out = settings_of(preset).explosion, ROOT / "outputs" / "explosion"
+    say(f"what ends a training: {size.seeds} seeds, {size.steps} and {size.longer} steps")
+    explosion.record(size, music, project.manifest.root, out, folder / "explosion.json")
 
 
 def shortened(result: Result) -> Result:

@@ -34,6 +34,15 @@ class ScheduleSettings:
 
 
 @checked_dataclass
+class ExplosionSettings:
+    """What ends a training, and what does not."""
+
+    steps: Count
+    longer: Count  # steps of the runs that follow source document 003
+    seeds: Count
+
+
+@checked_dataclass
 class RecordSettings:
     """Section 'record' of a preset: runs are longer, and the named settings are added at full depth."""
 
@@ -49,6 +58,7 @@ class RecordSettings:
     seeds_on_music: Count  # training seeds on real music, each trained for ...
     steps_on_music: Count  # ... so many steps
     schedule: ScheduleSettings
+    explosion: ExplosionSettings
 
 
 def settings_of(preset: Preset) -> RecordSettings:
