@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 FILES = ("model.safetensors", "training.pt")
 LOCK = ".lock"  # in a run's folder: who trains it
+ROUNDING = 1e-3  # share by which a measured number differs with the number of threads, or from a GPU to another
 
 
 class Run:
@@ -79,17 +80,18 @@ class Run:
         of the code that trains the run now, and of what it is trained on. If other code finished the run, a new one
         starts; if other code began it, it resumes and remembers both. Of the section 'train', what is in `LENGTH` and
         `WITHOUT_EFFECT` may differ; the values in `config` apply. `measured`: fields that may follow from the code; if
-        only they differ, and the code does too, a new run starts. Any other difference raises `UserError`. `notes` are
-        added to the config, and replace those of an earlier start."""
+        only they differ, and the code does too, a new run starts; numbers among them may always differ by `ROUNDING`.
+        Any other difference raises `UserError`. `notes` are added to the config, and replace those of an earlier
+        start."""
         path, notes = Path(path), notes or {}
         if not (resume and (path / "config.json").exists()):
             return cls.create(path, config | {"code": code} | notes)
         run = cls.open(path)
-        fields, finished = run.differences(config), (run.saved_step or 0) >= (run.total_steps or math.inf)
+        fields, finished = run.differences(config, measured), (run.saved_step or 0) >= (run.total_steps or math.inf)
         if run.trained_by != code and fields <= set(measured) and (fields or finished):
             logger.warning("%s: was trained by other code and is trained again; the old run is in replaced/", path)
             return cls.create(path, config | {"code": code} | notes)
-        run.differences(config, refused=True)
+        run.differences(config, measured, refused=True)
         if missing := [part for part in code if part not in run.trained_by]:
             logger.warning("%s: was started by other code; it resumes, but will not be reused when finished", path)
         # where a kill or a copy has lost `best` and `last`
@@ -106,12 +108,16 @@ class Run:
         run.config = now
         return run
 
-    def differences(self, config: dict[str, Any], *, refused: bool = False) -> set[str]:
+    def differences(self, config: dict[str, Any], measured: Sequence[str] = (), *, refused: bool = False) -> set[str]:
         """The fields in which a config differs from the run's, but for those that may; `UserError` if `refused`."""
         had = {key: self.config.get(key) for key in config}
         train = had["train"] if isinstance(had["train"], dict) else {}
         had["train"] = train | {name: config["train"][name] for name in LENGTH + WITHOUT_EFFECT}
-        found = differing_fields(had, config)
+        found = [
+            (field, old, new)
+            for field, old, new in differing_fields(had, config)
+            if not (field in measured and type(old) is type(new) is float and math.isclose(old, new, rel_tol=ROUNDING))
+        ]
         if found and refused:
             said = "; ".join(f"{field}: {old!r} → {new!r}" for field, old, new in found[:4])
             fix = "resume with its own config, start again without resume, or choose another output folder"

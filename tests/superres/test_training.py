@@ -215,6 +215,22 @@ def test_a_part_on_another_part_that_other_code_trained_is_trained_again(train, 
     assert (tmp_path / "diffusion" / "replaced").exists()
 
 
+@pytest.mark.parametrize(("part", "measured"), [("vae", "mel_std"), ("diffusion", "latent_scale")])
+def test_another_number_of_threads_resumes_and_changes_nothing_that_was_measured(train, monkeypatch, part, measured):
+    """Sums in another order differ in their last digits: here they certainly do."""
+    before = train(part).config
+    assert measured in json.dumps(before)
+    std, threads = torch.Tensor.std, torch.get_num_threads()
+    monkeypatch.setattr(torch.Tensor, "std", lambda *a, **k: std(*a, **k) * (1 + 1e-5))
+    torch.set_num_threads(threads + 1)
+    try:
+        run = train(part, resume=True, max_steps=4)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(run.metrics("train")) == 4
+    assert run.config | {"train": before["train"]} == before
+
+
 def test_a_run_may_be_made_longer(train, straight, tmp_path):
     shutil.copytree(straight("vae").run.path, tmp_path / "vae", symlinks=True)
     run = train("vae", resume=True, max_steps=4)

@@ -695,6 +695,15 @@ def test_what_was_measured_by_other_code_may_differ_and_nothing_else(begin, tmp_
     assert not begin("b", sizes=other).has_checkpoint()
 
 
+def test_what_was_measured_may_differ_by_rounding_and_stays_as_it_was(begin, tmp_path):
+    take_steps(begin("a"), 3, 5)
+    run = begin("a", sizes={"width": 2, "mean": 1.0 + 1e-6})
+    assert run.saved_step == 3
+    assert Run.open(tmp_path).config["sizes"] == run.config["sizes"] == {"width": 2, "mean": 1.0}
+    with pytest.raises(UserError, match="another config"):
+        begin("a", sizes={"width": 2 + 1e-6, "mean": 1.0})
+
+
 def test_a_section_that_is_none_is_another_config(begin, tmp_path):
     (begin("a").path / "config.json").write_text(
         json.dumps({"code": ["a"], "train": 1e308, "sizes": {"width": 2, "mean": 1.0}})
