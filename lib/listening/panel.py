@@ -1,8 +1,9 @@
 """The listening panel: a pair of clips and its fusion by one or several runs; headless, the masks of one pair."""
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from traitlets import Dict, HasTraits
 
+from lib.audio.files import check_audio
 from lib.audio.plots import mel_power, mixing_maps
 from lib.codec.codec import Codec, decoded
 from lib.data.pairs import Clip, Manifest, Pair, load_pair, whole_clip
@@ -28,6 +30,7 @@ from lib.superres.degradation import LOWEST
 from lib.superres.resolver import FULL, Restoration, SuperResolver, band_edge
 from lib.training.run import Run
 
+checked = functools.lru_cache(maxsize=16)(check_audio)
 UPLOADED = "uploaded files"  # the choice beside the validation pairs
 BLENDS = {"the masks": 0.0, "blended by half with 0.5": 0.5, "0.5 everywhere": 1.0}  # what a headless run shows
 
@@ -43,7 +46,7 @@ class Listening(HasTraits):
         06 may not have trained yet."""
         super().__init__()
         self.codec, self.runs, self.uploads, self.superres = codec, dict(runs), uploads, superres
-        self.clip_length = manifest.clip_length
+        self.clip_length, self.root = manifest.clip_length, manifest.root
         pairs = {marked(pair): (pair.input, pair.target) for pair in manifest.split("val")}
         self.pairs = {name: tuple(whole_clip(manifest, clip) for clip in pair) for name, pair in pairs.items()}
         self.clips = {describe_clip(clip): whole_clip(manifest, clip) for pair in pairs.values() for clip in pair}
@@ -154,7 +157,7 @@ class _Panel(Comparing):
 
     def __init__(self, listening: Listening):
         super().__init__()
-        self.listening = listening
+        self.listening, self.chosen = listening, True
         kept = listening.uploads, listening.clip_length, listening.codec.sample_rate
         self.files = [ui.Upload(role, *kept) for role in ("input", "target")]
         self.controls = ui.controls("listening", runs=listening.runs, pair=[*listening.pairs, UPLOADED])
@@ -171,16 +174,37 @@ class _Panel(Comparing):
         ui.observe([search], self.find)
         ui.observe([self.runs], self.fit)
         self.fit()
-        ui.observe((self.pair, self.runs, *others, *(file.begin for file in self.files)), self.redraw)
-        self.redraw()
+        ui.observe([self.pair], self.choose)
+        ui.observe((self.runs, *others, *(file.begin for file in self.files)), self.redraw)
+        self.choose()
 
     def keep(self, change: Any) -> None:
         """Keep a file that arrives, offer it to the playground, and play it."""
-        with self.work.message.show_errors():
+        with self.work.message.show_errors(), self.choosing():
             next(file for file in self.files if file.button is change["owner"]).keep()
             self.listening.offer_uploads()
             self.pair.value = UPLOADED
-            self.redraw()
+
+    def choose(self, change: Any = None) -> None:
+        """Play a pair, from where its clips begin in their files, or the uploaded files."""
+        with self.work.message.show_errors(), self.choosing():
+            if self.pair.value == UPLOADED:
+                for file in self.files:
+                    file.hold(*file.uploaded)
+                return
+            for file, clip in zip(self.files, self.listening.pairs[self.pair.value], strict=True):
+                name = Path(clip.path).relative_to(self.listening.root).as_posix()
+                file.hold(ui.all_of(checked(clip.path), clip.sample_rate), name, clip.offset)
+
+    @contextlib.contextmanager
+    def choosing(self) -> Iterator[None]:
+        """Render once, when all is chosen."""
+        outer, self.chosen = self.chosen, False
+        try:
+            yield
+        finally:
+            self.chosen = outer
+        self.redraw()
 
     def fit(self, change: Any = None) -> None:
         """Offer to blend masks only where there are some, and the whole band only of a codec that leaves one out."""
@@ -202,13 +226,12 @@ class _Panel(Comparing):
         self.pair.value = playing if playing in self.pair.options else self.pair.options[0]
 
     def redraw(self, change: Any = None) -> None:
-        self.work.start(self.render)
+        if self.chosen:
+            self.work.start(self.render)
 
     def render(self) -> None:
         blend, whole_band, restored = (self.controls[name].value for name in ("blend", "whole_band", "restored"))
-        uploaded, title = self.pair.value == UPLOADED, self.pair.value
-        clips = [file.clip() for file in self.files] if uploaded else self.listening.pairs[title]
-        title = " + ".join(file.part() for file in self.files) if uploaded else title
+        clips, title = [file.clip() for file in self.files], " + ".join(file.part() for file in self.files)
         runs, settings = ui.chosen(self.runs), Settings(mask_blend=blend, whole_band=whole_band)
         outputs = {f"output: {run}" if len(runs) > 1 else "output": (run, settings) for run in runs}
         self.show(*self.listening.compare(*clips, outputs, restored)[:2])

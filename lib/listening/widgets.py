@@ -146,29 +146,37 @@ class Work(ipywidgets.VBox):
 
 
 class Upload(ipywidgets.HBox):
-    """A button to upload a file with, and the second at which its clip begins; the file is kept in `folder`."""
+    """A button to upload a file with, kept in `folder`, and the second at which the clip of it, or of another file,
+    begins."""
 
     def __init__(self, role: str, folder: Path, clip_length: int, sample_rate: int):
         """`clip_length`: samples at `sample_rate` (Hz), the codec's."""
         self.folder, self.clip_length, self.sample_rate = folder, clip_length, sample_rate
         self.button, self.begin = controls("upload").values()
         self.button.accept, self.button.description = ",".join(AUDIO_SUFFIXES), f"{role} file"
-        self.file, self.name = None, ""  # all of it as a clip, and what its owner calls it
+        self.uploaded = self.file, self.name = None, ""  # all of it as a clip, and what its owner calls it
         super().__init__([self.button, self.begin])
 
     def keep(self) -> None:
-        """Keep the file that has arrived. `AudioError` if it cannot be used; then the one before it stays."""
+        """Keep and hold the file that has arrived. `AudioError` if it cannot be used; then the one before it stays."""
         (file,) = self.button.value
         report = keep_upload(file["name"], bytes(file["content"]), self.folder)
-        self.file, self.name = all_of(report, self.sample_rate), file["name"]
-        self.begin.value, self.begin.max = 0, max(0, self.file.length - self.clip_length) / self.sample_rate
+        self.uploaded = all_of(report, self.sample_rate), file["name"]
+        self.hold(*self.uploaded)
+
+    def hold(self, file: Clip | None, name: str, begin: int = 0) -> None:
+        """Offer the parts of a file, at first the one from sample `begin` on."""
+        self.file, self.name = file, name
+        self.begin.value = 0  # which any highest value allows
+        self.begin.max = max(begin, file.length - self.clip_length) / self.sample_rate if file else 0
+        self.begin.value = begin / self.sample_rate
 
     def clip(self) -> Clip:
-        """The chosen part, or the whole of a file that is shorter than `clip_length`; `UserError` without a file."""
+        """The chosen part, or the rest of a file that is shorter; `UserError` without a file."""
         if self.file is None:
             raise UserError(f"Choose two audio files: {NAMES}.")
-        offset, length = round(self.begin.value * self.sample_rate), min(self.clip_length, self.file.length)
-        return replace(self.file, offset=offset, length=length)
+        offset = round(self.begin.value * self.sample_rate)
+        return replace(self.file, offset=offset, length=min(self.clip_length, self.file.length - offset))
 
     def part(self) -> str:
         """'song.wav 4–20 s of 24 s'."""

@@ -236,9 +236,11 @@ def test_listening(lab, trained, tmp_path, screenshots):
     search = cell.get_by_placeholder("words of names, cross, continuation")
     search.fill("continuation")
     search.press("Enter")
-    expect(cell.get_by_text(re.compile("^playing continuation: "))).to_be_visible(timeout=60_000)
     offered = cell.get_by_label("pair", exact=True).locator("option")
     expect(offered.filter(has_text=re.compile("^cross:"))).to_have_count(0)
+    first = offered.first.inner_text().replace("\xa0", " ").removeprefix("continuation: ")
+    parts = r" of [\d.]+ s \+ ".join(map(re.escape, first.split(" + ")))
+    expect(cell.get_by_text(re.compile(f"^playing {parts} of "))).to_be_visible(timeout=60_000)
     options = [option.replace("\xa0", " ") for option in offered.all_inner_texts()]
     assert options[-1] == "uploaded files"
     assert all(option.startswith("continuation: ") for option in options[:-1])

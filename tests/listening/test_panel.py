@@ -23,10 +23,11 @@ from torch import Tensor
 import lib.listening.panel
 import lib.listening.widgets
 from lib.audio.plots import mel_power, mixing_maps
+from lib.data.pairs import Manifest, Pair
 from lib.fuse import fuse_clips
 from lib.listening.panel import BLENDS, UPLOADED, Listening, _Panel, marked, taken
 from lib.listening.render import Rendition, Settings, render
-from lib.listening.widgets import Upload
+from lib.listening.widgets import Upload, describe_clip
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import FusionModel, load_model
 from lib.model.masks import MaskingConfig, Masks
@@ -230,12 +231,36 @@ def test_the_panel_is_all_of_its_parts_and_draws_a_real_picture(listening):
 
 def test_another_pair_plays(panel, songs):
     other = songs.split("val")[1]
-    assert panel.playing.value == f"playing {panel.pair.options[0]}"
+    assert panel.playing.value == playing(songs, songs.split("val")[0])
     panel.pair.value = marked(other)
-    assert panel.playing.value == f"playing {panel.pair.options[1]}"
+    assert panel.playing.value == playing(songs, other)
     heard = played(panel.players.html)
     assert sounds_like(heard["input"], window(songs.path(other.input), other.input.offset))
     assert sounds_like(heard["target"], window(songs.path(other.target), other.target.offset))
+
+
+def playing(songs: Manifest, pair: Pair) -> str:
+    """What the panel says while a pair plays."""
+    clips = (pair.input, pair.target)
+    return "playing " + " + ".join(
+        f"{describe_clip(c)} of {soundfile.info(songs.path(c)).duration:.4g} s" for c in clips
+    )
+
+
+def test_another_part_of_a_pairs_song_plays_and_is_named(panel, songs, monkeypatch):
+    pair = next(pair for pair in songs.split("val") if pair.input.offset)
+    panel.pair.value = marked(pair)
+    begin, seconds = role_of(panel, "input").begin, soundfile.info(songs.path(pair.input)).duration
+    assert (begin.value, begin.max) == (pair.input.offset / 24_000, max(seconds - 0.5, pair.input.offset / 24_000))
+    renderings = []
+    monkeypatch.setattr(panel, "render", lambda: renderings.append(1) or _Panel.render(panel))
+    begin.value = 0.25
+    assert panel.playing.value.startswith(f"playing {pair.input.path} 0.25–0.75 s of {seconds:.4g} s + ")
+    heard = played(panel.players.html)
+    assert sounds_like(heard["input"], window(songs.path(pair.input), 6_000))
+    assert sounds_like(heard["target"], window(songs.path(pair.target), pair.target.offset))
+    panel.pair.value = marked(songs.split("val")[0])  # both begin elsewhere
+    assert len(renderings) == 2
 
 
 def test_several_runs_play_and_show_their_masks(panel, monkeypatch, codec, models, pair):
@@ -314,18 +339,19 @@ def test_pairs_are_marked_and_found_by_words_in_any_order_and_case(panel, songs)
     assert 0 < len(wanted) < modes.count("cross") + modes.count("continuation")
     assert panel.pair.options == (*wanted, UPLOADED)
     assert panel.pair.value == wanted[0]
-    assert panel.playing.value == f"playing {wanted[0]}"
+    first = next(pair for pair in songs.split("val") if marked(pair) == wanted[0])
+    assert panel.playing.value == playing(songs, first)
     assert search.description == f"find pairs ({len(wanted)} found)"
     search.value = ""
     assert panel.pair.options == everything
-    assert panel.playing.value == f"playing {wanted[0]}"  # still, among all
+    assert panel.playing.value == playing(songs, first)  # still, among all
 
 
 def test_where_no_pair_has_all_words_all_are_offered_and_nothing_changes(panel):
-    everything, playing = panel.pair.options, panel.playing.value
+    everything, said = panel.pair.options, panel.playing.value
     panel.controls["search"].value = "no such song"
     assert panel.controls["search"].description == "find pairs (0 found)"
-    assert (panel.pair.options, panel.playing.value) == (everything, playing)
+    assert (panel.pair.options, panel.playing.value) == (everything, said)
 
 
 # --- uploaded files ---------------------------------------------------------------------------------------------------
@@ -464,7 +490,7 @@ def test_the_players_are_those_of_the_compared_clips(panel, listening, songs):
 
 
 def test_a_cancelled_rendering_leaves_what_plays(panel, monkeypatch):
-    before, playing = panel.players.html, panel.playing.value
+    before, said = panel.players.html, panel.playing.value
     fused = []
 
     def render_and_cancel(*what):
@@ -475,7 +501,7 @@ def test_a_cancelled_rendering_leaves_what_plays(panel, monkeypatch):
     monkeypatch.setattr(lib.listening.panel, "render", render_and_cancel)
     panel.controls["blend"].value = 0.5
     assert len(fused) == 1
-    assert (panel.players.html, panel.playing.value) == (before, playing)
+    assert (panel.players.html, panel.playing.value) == (before, said)
     assert "Cancelled" in panel.work.message.value
     assert panel.work.busy.layout.display == "none"
     monkeypatch.undo()
