@@ -153,7 +153,7 @@ def mel_axes(titles: Sequence[str]) -> tuple[Figure, list[plt.Axes]]:
 
 def label_bands(axes: plt.Axes) -> None:
     """Frequencies beside the bands of `mel_power`."""
-    hertz = np.array((100, 300, 1000, 3000, 10_000))
+    hertz = np.array((300, 1000, 3000, 10_000))
     axes.set_yticks(81 * np.log1p(hertz / 700) / np.log1p(SAMPLE_RATE / 1400) - 0.5, [f"{f:,}" for f in hertz])
     axes.set_ylabel("frequency (Hz)")
 

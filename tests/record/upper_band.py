@@ -89,7 +89,7 @@ class Study(NamedTuple):
 
 
 def record_superres(preset: Preset, music: Sequence[Path], out: Path, folder: Path) -> None:
-    """Train the whole system once, and what is heard of it with other seeds and on other songs, too; measure all.
+    """Train the whole system once, and its completion with other seeds and on other songs, too; measure all.
     `music`: folders."""
     splits = splits_of(music, preset.superres.training_plan(0).completion_training.clip_length)
     study, seeds = Study(preset, splits, out), range(settings_of(preset).superres_seeds)
