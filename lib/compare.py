@@ -1,11 +1,4 @@
-"""Two runs side by side: their configs, their metrics, and the same pairs fused by both.
-
-    python -m lib.compare outputs/a outputs/b [-o DIR] [--data DIR] [--pairs 3] [--judged 24]
-
-Both are measured on both runs' validation sets, and on the music in `--data`: on pairs that neither run was trained on,
-of two songs, if there are some. The order in which they are named plays no part. Prints the tables and writes them,
-with curves and players, to a page, by default outputs/compare/<a>-<b>/index.html.
-"""
+"""Two runs side by side: their configs, their metrics, and the same pairs fused by both. More: `--help`."""
 
 from lib.commands import parser_of
 

@@ -1,18 +1,4 @@
-"""Fuse two files into one with a trained run.
-
-    python -m lib.fuse INPUT TARGET -o OUT.wav --run outputs/demo
-    python -m lib.fuse INPUT TARGET -o OUT.wav --run outputs/demo --superres outputs/demo/superres
-    python -m lib.fuse --recipe FAVOURITE.json -o OUT.wav
-
-Files of any length are fused in chunks of 16 s that overlap by a second and are crossfaded. The output is as long as
-the shorter file, at the codec's rate; with a trained super-resolver, 48 kHz with the upper band restored. What `mdct`
-leaves out, 4.8 to 12 kHz, is mixed by the masks too (`--narrow`: it is not). If a file is stereo, so is the output
-(`--mono`), by the masks of the mean of both channels; mono counts as two equal channels, more than two are mixed.
-
-Whatever the format, the output is as loud as both files are on average (BS.1770), or less, so that its true peak is
-−1 dBTP at most (`--level peak`: it is −1 dBTP; `--level none`: it is only lowered, if it exceeds that). A recipe, which
-the playground of notebook 05 writes beside a favourite, reproduces its samples, mono, bit for bit.
-"""
+"""Fuse two files into one with a trained run. More: `--help`."""
 
 from lib.commands import parser_of
 

@@ -1,11 +1,4 @@
-"""Run the notebooks by papermill and collect their results on one page, which is rewritten after each of them.
-
-    python -m lib.pipeline --preset demo [--data DIR] [--codec NAME|DIR] [-o DIR] [--only 04,05] [--resume]
-                           [--set train.max_steps=200]
-
-When a notebook fails, the page shows its section with the error. `--resume` skips notebooks that finished with the same
-settings and code, and resumes a stopped training.
-"""
+"""Run the notebooks by papermill and collect their results on one page. More: `--help`."""
 
 from lib.commands import parser_of
 

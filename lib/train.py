@@ -1,9 +1,4 @@
-"""Train a preset's model: one process, or several, which share every step, and stop together.
-
-python -m lib.train --preset full --data DIR --out outputs/full [--resume] [--follow 24] [--set train.epochs=50]
-accelerate launch --num_processes 4 -m lib.train --preset full ...
-torchrun --nproc_per_node 4 -m lib.train --preset full ...
-"""
+"""Train a preset's model: one process, or several, which share every step, and stop together. More: `--help`."""
 
 from lib.commands import parser_of
 

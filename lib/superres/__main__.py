@@ -1,8 +1,4 @@
-"""Restore the upper band of audio files at 48 kHz.
-
-python -m lib.superres IN.wav -o OUT.wav --run outputs/demo/superres
-python -m lib.superres FOLDER -o FOLDER --run outputs/demo/superres
-"""
+"""Restore the upper band of audio files at 48 kHz. More: `--help`."""
 
 from lib.commands import parser_of
 

@@ -1,9 +1,6 @@
 """Import the autoencoder and the vocoder of a public AudioSR checkpoint (Liu et al. 2023, arXiv 2309.07314) as the runs
 `vae` and `hifigan` of a folder, in which a diffusion model can then be trained; AudioSR's own has another architecture.
-Its spectrograms are `[B, 1, T, F]`, so the kernels of the autoencoder are transposed.
-
-    python -m lib.superres.audiosr basic.pth -o outputs/audiosr
-"""
+Its spectrograms are `[B, 1, T, F]`, so the kernels of the autoencoder are transposed."""
 
 from lib.commands import parser_of
 
