@@ -1,11 +1,5 @@
-"""What training a preset takes, before a GPU is paid for; with `--check`, whether this machine does it.
-
-    python -m lib.plan --preset full --gpu h100 [--training-pairs 10000] [--share 0.0115] [--codec mdct]
-    python -m lib.plan --preset full --gpu h100 --check
-
-For a plan nothing is computed: a step runs on tensors without values (torch's `FakeTensorMode`), whose bytes and whose
-operations, of matrix products and convolutions (torch's `FlopCounterMode`), are counted.
-"""
+"""What training a preset takes, before a GPU is paid for; with `--check`, whether this machine does it. A plan's step
+runs in torch's `FakeTensorMode`, on tensors without values, counted by its `FlopCounterMode`. More: `--help`."""
 
 from lib.commands import parser_of
 
