@@ -68,10 +68,9 @@ def render(
     rule = f"1 to {len(stages)}" if stages else none
     check(settings.stages is None or settings.stages <= len(stages), "stages", settings.stages, rule)
     check(weight is None or stages, "residual_weight", weight, none)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(settings.seed)  # torch.manual_seed would seed GPUs too
-        clean = codec.encode(input[:, None]), codec.encode(target[:, None])  # [C, D, T] each
-        latents = tuple(mix_noise(x.cpu(), settings.noise).to(x.device) for x in clean)  # the same on any device
+    generator = torch.Generator().manual_seed(settings.seed)  # its own: several threads render at once
+    clean = codec.encode(input[:, None]), codec.encode(target[:, None])  # [C, D, T] each
+    latents = tuple(mix_noise(x.cpu(), settings.noise, generator).to(x.device) for x in clean)  # the same on any device
     one = latents if len(input) == 1 else (codec.encode(x.mean(0)[None, None]) for x in (input, target))
     masks = model.make_masks(*one)
     if masks is not None:

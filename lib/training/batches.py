@@ -97,9 +97,9 @@ def prefetch_batches(
     return prefetch(lambda step: [read(chosen[batch].tolist()) for batch in step], steps, threads=threads)
 
 
-def mix_noise(latents: Tensor, share: float) -> Tensor:
+def mix_noise(latents: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
     """√(1 − α²) · latents + α · noise of the same RMS, `[B, D, T]`: a clip keeps its level at every share α."""
     if share == 0:
         return latents
-    noise = torch.randn_like(latents) * rms(latents)[:, None, None]
+    noise = torch.randn_like(latents, generator=generator) * rms(latents)[:, None, None]
     return (1 - share**2) ** 0.5 * latents + share * noise
