@@ -80,13 +80,13 @@ class SuperResolver:
     ) -> Tensor:
         """Clips `[B, 1, N]` at 48 kHz, unchanged below `cutoff` Hz, with a band above it: `[B, 1, N]`. N: `clip_length`
         or another multiple of eight mel frames. The seed and a clip's number decide its random numbers. The band is
-        `limited` by the sources; what they lack is what is expected of them."""
+        `limited` by the sources; what they lack is what is expected of them, and no more than their own tilt allows."""
         own = low.to(self.device)
         mel = self.predict_mel(own, cutoff, settings, numbers)
         if sources:
             mels = [(log_mel(wav.to(self.device)), end) for wav, end in sources]
             whole = [self.completion.complete(one, end) if end <= FULL else one for one, end in mels]
-            mel = limited(mel, whole, cutoff)
+            mel = limited(mel, whole, cutoff, [end for _, end in sources])
         return join_bands(low, self.vocode(mel, own, cutoff, settings, numbers).to(low.device), cutoff)
 
     @torch.inference_mode()
@@ -167,20 +167,34 @@ def join_bands(low: Tensor, high: Tensor, cutoff: float) -> Tensor:
     return low + inverse_spectrum(share * spectrum(high - low))
 
 
-def limited(mel: Tensor, sources: Sequence[Tensor], cutoff: float) -> Tensor:
+def limited(mel: Tensor, sources: Sequence[Tensor], cutoff: float, ends: Sequence[float] = ()) -> Tensor:
     """A log mel `[B, 1, 256, T]` whose bands above the cutoff (Hz) are no louder, over the clip, than in the loudest of
     the sources `[B, 1, 256, T]`. A source that is louder than the clip in the octave below the cutoff is taken at the
-    clip's level there, so that its tilt counts."""
+    clip's level there, so that its tilt counts. `ends`: of the sources' own bands (Hz), as in `continued`."""
     known, octave = known_bands(cutoff), known_bands(cutoff / 2)
 
     def mean(mel: Tensor, dim: int) -> Tensor:  # of powers
         return ((2 * mel).logsumexp(dim, keepdim=True) - math.log(mel.shape[dim])) / 2
 
     spectra = torch.stack([mean(x, -1) for x in (mel, *sources)])  # [1 + S, B, 1, 256, 1]
+    for i, end in enumerate(ends, start=1):
+        spectra[i] = continued(spectra[i], end)
     levels = mean(spectra[:, :, :, octave:known], -2)
     most = (spectra + (levels[0] - levels).clamp_max(0))[1:].amax(dim=0)
     excess = (spectra[0] - most).clamp_min(0)
     return torch.cat([mel[:, :, :known], (mel - excess)[:, :, known:]], dim=2)
+
+
+def continued(spectrum: Tensor, end: float) -> Tensor:
+    """Log magnitudes `[..., 256, 1]` that, above `end` (Hz), are no higher than the straight line through the octave
+    below it goes on, which never rises."""
+    known, octave = known_bands(end), known_bands(end / 2)
+    bands = torch.arange(spectrum.shape[-2], dtype=spectrum.dtype, device=spectrum.device)[:, None]
+    middle, own = bands[octave:known].mean(), spectrum[..., octave:known, :]
+    away = bands[octave:known] - middle
+    slope = ((own * away).sum(dim=-2, keepdim=True) / away.square().sum()).clamp_max(0)
+    line = own.mean(dim=-2, keepdim=True) + slope * (bands - middle)
+    return torch.where(bands < known, spectrum, torch.minimum(spectrum, line))
 
 
 def audible(low: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from lib.superres.resolver import (
     Restoration,
     SuperResolver,
     band_edge,
+    continued,
     file_band,
     join_bands,
     limited,
@@ -418,28 +419,43 @@ def test_bands_are_no_louder_than_in_a_source_that_tilts_alike():
     torch.testing.assert_close(limited(faint, sources, cutoff), faint)  # nothing is raised
 
 
+def test_what_a_source_lacks_goes_on_as_its_own_tilt_does_and_never_rises():
+    end, bands = 12_000, torch.arange(256.0)[:, None]
+    known, octave = known_bands(end), known_bands(end / 2)
+    falling, rising = (tilt * bands - 3 for tilt in (-0.02, 0.01))
+    bright = torch.where(bands < known, falling, torch.tensor(5.0))
+    torch.testing.assert_close(continued(bright, end), falling)
+    torch.testing.assert_close(
+        continued(torch.where(bands < known, falling, falling - 1), end)[known:], falling[known:] - 1
+    )
+    flat = continued(torch.where(bands < known, rising, torch.tensor(5.0)), end)
+    assert torch.equal(flat[:known], rising[:known])
+    torch.testing.assert_close(flat[known:], rising[octave:known].mean().expand(256 - known, 1))
+
+
 class Bright(torch.nn.Module):
-    """Expects far too much above 8 kHz, as much in every band as in the loudest that is known; next to nothing above
-    13 kHz."""
+    """Expects far too much, as much in every band as in the loudest that is known."""
 
     def complete(self, mel: Tensor, cutoff: float) -> Tensor:
         known = mel[:, :, : known_bands(cutoff)]
-        most = known.amax(dim=2, keepdim=True) if cutoff < 9_000 else torch.full_like(mel[:, :, :1], -11)
+        most = known.amax(dim=2, keepdim=True)
         return torch.cat([known, most.expand(-1, -1, 256 - known.shape[2], -1)], dim=2)
 
 
-@pytest.mark.parametrize(("steep", "channels"), [(0, 1), (13_000, 2)])
-def test_a_restored_band_is_no_louder_than_in_the_sources(tmp_path, resolver, steep, channels):
-    """In third octaves, for sources of whole bands that fall by 12 dB an octave, one of them with a steep edge."""
-    resolver, sources = copy.copy(resolver), []
+@pytest.mark.parametrize(("steep", "channels"), [((), 1), ((1,), 2), ((0, 1), 1)])
+def test_a_restored_band_is_no_louder_than_the_sources_and_their_tilt(tmp_path, resolver, steep, channels):
+    """In third octaves, for sources that fall by 12 dB an octave, some of them with a steep edge at 13 kHz, above which
+    they are compared as they would go on."""
+    resolver, sources, wavs = copy.copy(resolver), [], []
     resolver.completion = Bright()
     for seed, level in ((0, 0.2), (1, 0.1)):
         spectrum = torch.fft.rfft(white(48_000, seed=seed, channels=channels, rms=level))
         frequency = torch.linspace(0, 24_000, spectrum.shape[-1])
-        shape = (frequency / 1_000).clamp_min(1) ** -2 * (1.0 if not (steep and seed) else (frequency < steep))
-        save_audio(tmp_path / f"{seed}.wav", torch.fft.irfft(spectrum * shape), 48_000)
+        shape = (frequency / 1_000).clamp_min(1) ** -2
+        wavs.append(torch.fft.irfft(spectrum * shape))
+        edge = frequency < (13_000 if seed in steep else 24_000)
+        save_audio(tmp_path / f"{seed}.wav", torch.fft.irfft(spectrum * shape * edge), 48_000)
         sources.append(check_audio(tmp_path / f"{seed}.wav", mix=False))
-    wavs = [load_audio(source.path, sample_rate=48_000, mix=False) for source in sources]
     save_audio(tmp_path / "mix.wav", band(sum(wavs) / 2, 0, 8_000), 48_000)
     excess = {}
     for name, given in (("free", ()), ("limited", sources)):
