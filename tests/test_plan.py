@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lib.plan
 from lib.codec.mdct import MdctCodec
-from lib.plan import GIB, GPUS, UNKNOWN, Checks, Cost, check_finite, costs_of, in_words, largest_difference, main
+from lib.plan import (
+    GIB,
+    GPUS,
+    UNKNOWN,
+    Checks,
+    Cost,
+    check_finite,
+    costs_of,
+    in_words,
+    largest_difference,
+    main,
+    planned_names,
+)
 from lib.presets import load_preset
 from lib.project import ROOT
 from lib.util.errors import UserError
@@ -102,7 +115,7 @@ def test_what_is_said_follows_from_the_counts(monkeypatch):
     preset = load_preset("full", {"codec": "mdct"})  # batch size 8, so 0.75 GiB a clip and 4 GiB for the rest
     said = "\n".join(in_words(preset, MdctCodec(), "h100", 8_000, share=0.5))
     assert "at most 10.00 GiB at once" in said
-    assert "24 GiB: batch size 25, 40 GiB: batch size 46, 80 GiB: batch size 100" in said  # CUDA takes one GiB
+    assert "24 GiB: batch size 24, 40 GiB: batch size 43, 80 GiB: batch size 92, in 92% of each" in said
     assert "4.000 s at 50.00% of the peak" in said
     assert "8,000 pairs, 200,000 steps: 222.2 h on one GPU, 27.8 h on eight" in said
     assert "at most 9.8 GB" in said
@@ -146,6 +159,57 @@ def test_wrong_options_are_refused_at_once(wrong, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         main()
     assert wrong.lstrip("-").partition("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("card", "names"),
+    [
+        ("NVIDIA H100 80GB HBM3", ["h100"]),
+        ("NVIDIA H200", ["h200"]),
+        ("NVIDIA A100-SXM4-40GB", ["a100", "a100-40"]),
+        ("NVIDIA L4", ["l4"]),
+        ("NVIDIA L40S", ["l40s"]),
+        ("NVIDIA GeForce RTX 4090", ["rtx4090"]),
+        ("NVIDIA RTX A6000", []),
+    ],
+)
+def test_a_card_is_known_by_its_name(card, names):
+    assert planned_names(card) == names
+
+
+def checks_for(gpu: str) -> Checks:
+    checks = Checks.__new__(Checks)
+    checks.planned_for, checks.device = gpu, torch.device("cuda")
+    return checks
+
+
+def test_a_plan_for_another_card_is_refused(monkeypatch):
+    found = SimpleNamespace(name="NVIDIA L4", total_memory=22 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert checks_for("l4").gpu() == "1 of NVIDIA L4, 22 GiB"
+    with pytest.raises(UserError, match=r"NVIDIA L4: is not what is planned for; name it by --gpu l4"):
+        checks_for("h100").gpu()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "count", "where"), [(0, 2, "CPU"), (1, 2, "CPU"), (2, 2, "GPUs"), (6, 4, "GPUs"), (16, 8, "GPUs")]
+)
+def test_as_many_processes_are_tried_as_there_are_gpus(monkeypatch, gpus, count, where):
+    asked = []
+
+    def trained(out, steps, *options, by=(), **environment):
+        asked.append((options, by, environment))
+        return [1.0] * steps
+
+    monkeypatch.setattr(lib.plan, "trained", trained)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert checks_for("h100").processes() == f"losses of {count} on the {where} differ from one's by 0e+00 at most"
+    (alone, by, on), (together, torchrun, also_on) = asked
+    assert (alone, together) == (("--set=train.batch_size=8",), (f"--set=train.batch_size={8 // count}",))
+    assert by == ()
+    assert f"--nproc_per_node={count}" in torchrun
+    assert on == also_on == ({"CUDA_VISIBLE_DEVICES": ""} if where == "CPU" else {})
 
 
 @pytest.mark.parametrize("others", [[2.0, 1.01], [2.0, math.nan]])
