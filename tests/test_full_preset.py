@@ -1,5 +1,6 @@
 """Preset full from end to end, as on a server: EnCodec's weights from a folder, all notebooks, several processes. What
-is cut is cut by `--set`; sizes of the models are the preset's own."""
+is cut is cut by `--set`; sizes of the models are the preset's own, but for the ablation's stages, which have one layer,
+and the vocoder, which is Griffin-Lim."""
 
 import json
 import subprocess

@@ -53,11 +53,12 @@ class Dashboard(Callback):
     on_validation = on_step
 
     def on_end(self, trainer: Trainer) -> None:
+        if self.warnings is not None:
+            self.warnings.replace_stderr(False)
         if self.panel is not None:
             ended = f"ended at step {trainer.step}; resume = True resumes"
             self.panel.update("finished" if trainer.finished else ended)
             self.panel.button.disabled = True
-            self.warnings.replace_stderr(False)
 
 
 class WarningLine(logging.Handler):
@@ -66,6 +67,8 @@ class WarningLine(logging.Handler):
     def __init__(self):
         super().__init__(logging.WARNING)
         self.line, self.said = Message(), {}
+        for other in [handler for handler in logging.root.handlers if isinstance(handler, WarningLine)]:
+            other.replace_stderr(False)  # of a training that was refused
         display(self.line)
         self.replace_stderr(True)
 

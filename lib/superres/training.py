@@ -102,7 +102,7 @@ class VaeLearner(Learner):
         with self.autocast():
             # validation decodes the posterior's mean: it is deterministic, and what the diffusion model works on
             decoded, divergence = model(mel, sampled=info is not None)
-        error, divergence = (decoded.float() - mel).abs().mean(), divergence.float().mean()
+        error, divergence = (decoded - mel).abs().mean(), divergence.mean()
         return error + self.config.kl_weight * divergence, {"loss/mel": error, "loss/kl": divergence}, None
 
 

@@ -43,7 +43,8 @@ class MelVae(nn.Module):
         return self._posterior(mel).mode()
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.autoencoder.decode(latents, return_dict=False)[0] * self.config.mel_std + self.config.mel_mean
+        decoded = self.autoencoder.decode(latents, return_dict=False)[0].float()  # near silence, bf16 has steps of 0.06
+        return decoded * self.config.mel_std + self.config.mel_mean
 
     def forward(self, mel: Tensor, *, sampled: bool = True) -> tuple[Tensor, Tensor]:
         """Reconstruction from a sample of the posterior or its mean, and KL divergence `[B]`, nats a latent value."""
@@ -52,4 +53,5 @@ class MelVae(nn.Module):
         return self.decode(latents), posterior.kl() / latents[0].numel()
 
     def _posterior(self, mel: Tensor) -> Any:
-        return self.autoencoder.encode((mel - self.config.mel_mean) / self.config.mel_std, return_dict=False)[0]
+        found = self.autoencoder.encode((mel - self.config.mel_mean) / self.config.mel_std, return_dict=False)[0]
+        return type(found)(found.parameters.float())

@@ -99,6 +99,8 @@ class Trainer:
         """Train the steps that are left. A stop signal saves, then `KeyboardInterrupt`; out of memory: `UserError`."""
         run, total = self.run, self.order.total_steps(self.step)
         if self.step >= total or self.out_of_patience:
+            for callback in self.callbacks:
+                callback.on_end(self)
             return
         if self.accelerator.is_main_process:
             run.forget_metrics_after(self.step)
@@ -159,7 +161,7 @@ class Trainer:
 
     def read(self, split: str, steps: Iterable[list[Tensor]]) -> Iterator[list[Batch]]:
         """The batches of some steps, prefetched."""
-        on_gpu = self.accelerator.device.type == "cuda"
+        on_gpu = self.accelerator.device.type != "cpu"
         pairs, chosen, threads = self.pairs[split], self.chosen[split], self.config.num_workers
         return prefetch_batches(pairs, chosen, steps, threads=threads, pin_memory=on_gpu)
 

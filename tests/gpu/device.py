@@ -34,6 +34,7 @@ UNORDERED = {f"aten.{pad}{n}d_backward" for pad in ("reflection_pad", "replicati
 UNORDERED |= {f"aten.upsample_{mode}_backward" for mode in ("linear1d", "bilinear2d", "bicubic2d", "trilinear3d")}
 UNORDERED |= {f"aten._adaptive_avg_pool{n}d_backward" for n in (2, 3)} | {"aten.grid_sampler_2d_backward"}
 UNORDERED |= {"aten.cumsum", "aten.histc", "aten.kthvalue", "aten.median", "aten.put_", "aten.bincount"}
+STAGED = 1 << 16  # bytes that a driver's own buffer takes at once, from memory that is not pinned
 syncs, uploads, unordered = (collections.Counter() for _ in range(3))  # operation and line of lib → how often
 
 
@@ -148,7 +149,7 @@ def _count_waits(
     if operation is aten._to_copy.default:
         if placed and target == "cpu":
             syncs[f"to the CPU {line()}"] += 1
-        if others and target == "gpu" and not kwargs.get("non_blocking"):
+        if others and target == "gpu" and _waits_to_send(others[0], kwargs.get("non_blocking")):
             uploads[f"{tuple(others[0].shape)} {line()}"] += 1
     if operation is aten.copy_.default:
         _count_copy(args[1], args[0], args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
@@ -162,8 +163,18 @@ def _reads_ahead() -> bool:
 def _count_copy(source: Tensor, to: Tensor, non_blocking: bool) -> None:
     if isinstance(source, Placed) and not isinstance(to, Placed):
         syncs[f"copied to the CPU {line()}"] += 1
-    if isinstance(to, Placed) and not isinstance(source, Placed) and not non_blocking:
+    if isinstance(to, Placed) and not isinstance(source, Placed) and _waits_to_send(source, non_blocking):
         uploads[f"{tuple(source.shape)} {line()}"] += 1
+
+
+def _waits_to_send(source: Tensor, non_blocking: bool | None) -> bool:
+    return not (non_blocking and (getattr(source, "pinned", False) or source.nbytes <= STAGED))
+
+
+def _pinned(x: Tensor) -> Tensor:
+    copy = x.clone()
+    copy.pinned = True
+    return copy
 
 
 def _indexes_by_mask(operation: Any, args: tuple) -> bool:
@@ -273,7 +284,7 @@ def _copy_from(source: Tensor, to: Tensor, non_blocking: bool = False) -> Tensor
     return to
 
 
-torch.inference_mode = InferenceMode
+torch.inference_mode, Tensor.pin_memory = InferenceMode, _pinned
 torch.nn.modules.rnn._VF = LstmByHand(torch.nn.modules.rnn._VF)
 torch.__future__.set_swap_module_params_on_conversion(True)
 _autocast = torch.library.Library("_", "IMPL")

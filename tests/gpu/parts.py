@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import gpu.device
 import pytest
 import torch
 from accelerate import Accelerator
@@ -124,6 +125,8 @@ def test_it_counts_what_the_host_uploads():
         (1, lambda: x.new_tensor([1.0])),
         (1, lambda: x.copy_(ones)),
         (1, lambda: x[:2].copy_(ones[:2])),
+        (1, lambda: torch.ones(1 << 15).to("cuda", non_blocking=True)),
+        (0, lambda: torch.ones(1 << 15).pin_memory().to("cuda", non_blocking=True)),
         (1, lambda: x[places]),
         (2, assigned),
     ):
@@ -163,7 +166,7 @@ def test_a_step_with_all_terms_is_deterministic_and_waits_for_nothing(kind, enco
     with placed(codec, GPU):
         learning, batch = learner(codec, "learned"), [tuple(x.to(GPU) for x in clips(batch=1))]
         learning.train_step(batch, StepInfo(0, 1))
-        syncs.clear(), uploads.clear()
+        syncs.clear(), uploads.clear(), unordered.clear()
         learning.train_step(batch, StepInfo(1, 1))
         assert unordered + syncs + uploads == {}
     if kind == "encodec":
@@ -190,6 +193,7 @@ def test_training_validation_resume_and_evaluation(tiny_index, tiny_codec, tmp_p
         waits.append(syncs + uploads)
 
     monkeypatch.setattr(Trainer, "train_step", counted)
+    monkeypatch.setattr(gpu.device, "STAGED", 0)  # batches are small here
     pairs = {split: LatentPairs(tiny_index, split) for split in ("train", "val")}
     config = TrainConfig(max_steps=4, checkpoint_every=2, batch_size=2, loss=LossConfig(onsets_weight=0.0), ema=0.9)
     small = dataclasses.replace(cascade(num_heads=2), latent_dim=8)

@@ -192,6 +192,16 @@ def test_a_failed_training_leaves_its_last_curves(start, front_end):
     assert dashboard.panel.button.disabled
 
 
+def test_a_training_that_had_ended_or_was_refused_keeps_no_later_warning(start, front_end):
+    before = list(logging.root.handlers)
+    start([Dashboard()])
+    start([Dashboard()], resume=True)
+    assert logging.root.handlers == before
+    Dashboard(), Dashboard()  # whose trainings never began
+    start([Dashboard()], resume=True)
+    assert logging.root.handlers == before
+
+
 def test_a_resumed_run_shows_what_came_before(start, front_end):
     with pytest.raises(Stop):
         start([Dashboard(seconds=1000), Kill(6)])

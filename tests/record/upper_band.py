@@ -35,7 +35,7 @@ FEWER = (30,)  # songs to train with: what more of them brings
 MAIN = ("songs", 0)  # the split and the seed with which all parts are trained
 STEPS = (1, 2, 5, 10, 20, 50)  # of the sampler
 HEARD_AT, HEARD = (4_000, 12_000), 2.56  # cutoffs in Hz, and seconds of each song, for the models of perception, ...
-HEARD_SONGS = 20  # ... of so many of the songs
+HEARD_SONGS = 20  # ... of so many of the songs, or of as many as there are clips
 KNOWN = 0.5  # share of a clip whose whole band is given, so that a global context should help
 
 
@@ -186,7 +186,8 @@ def perceptions(study: Study, resolver: SuperResolver, library: Library, cutoff:
     the spectral convergence of its onsets above the cutoff."""
     from visqol import VisqolApi  # for the record alone: it is compiled when it is installed
 
-    songs, length = library.songs["val"][:HEARD_SONGS], round(HEARD * SAMPLE_RATE)
+    count, length = min(HEARD_SONGS, settings_of(study.preset).superres_clips), round(HEARD * SAMPLE_RATE)
+    songs = library.songs["val"][:count]
     original = torch.stack(
         [load_audio(s, (s.samples_at(SAMPLE_RATE) - length) // 2, length, SAMPLE_RATE) for s in songs]
     )

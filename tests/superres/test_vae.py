@@ -97,6 +97,17 @@ def test_clips_do_not_mix_and_every_parameter_learns():
     assert min(gradients[name] for name in gradients.keys() - keys) > 1e-7
 
 
+def test_under_autocast_the_posterior_and_the_log_mel_are_float32():
+    """In bf16 a log mel of −11.5, which is silence, has steps of 0.06."""
+    vae, mel = tiny(mel_mean=-11.5, mel_std=0.01), 0.01 * mels() - 11.5
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        made, divergence = vae(mel)
+        latents = vae.encode(mel)
+        assert moments(vae, mel)[0].dtype == torch.bfloat16
+    assert {x.dtype for x in (made, divergence, latents)} == {torch.float32}
+    assert len(made.unique()) > 20 * len(made.bfloat16().unique())
+
+
 def test_full_configuration():
     with torch.device("meta"):
         vae, mel = MelVae(), torch.zeros(1, 1, 256, 1024)
