@@ -5,6 +5,8 @@ from lib.commands import parser_of
 if __name__ == "__main__":  # at once: what is imported below takes seconds
     parser_of("compare").parse_args()
 
+import itertools
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,9 +44,10 @@ File = str | Path
 class Compared:
     """A run with its model and codec."""
 
-    def __init__(self, name: str, run: Run, codec_folder: str):
+    def __init__(self, name: str, run: Run, codec: str):
         self.name, self.run = name, run
-        self.codec = load_codec(codec_folder if codec_folder and run.codec["name"] == "encodec" else run.codec_source)
+        asked = codec if run.codec["name"] != "mdct" else ""  # which is built in
+        self.codec = load_codec(asked or run.codec_source)
         self.model = load_model(run, "best", codec_fingerprint=self.codec.fingerprint)
 
 
@@ -149,7 +152,7 @@ def music_new_to_both(runs: Mapping[str, Path], data: str | Path = "") -> dict[s
     """Name of the music → its pairs of songs that neither run was trained on, if any: the validation set of each run,
     of listening length where it has one, and everything in the folder `data`. Where two are equal, they are one."""
     trained_on = set().union(*(read_manifest(path / "manifest.json").songs("train") for path in runs.values()))
-    sets, music = [], {}
+    sets, music, missing = [], {}, []
     for name, path in runs.items():
         longer = path / "listening.json"
         manifest = read_manifest(longer if longer.exists() else path / "manifest.json")
@@ -164,14 +167,23 @@ def music_new_to_both(runs: Mapping[str, Path], data: str | Path = "") -> dict[s
         couples = [(pair.input, pair.target) for pair in pairs]
         new = [clips for clips in couples if trained_on.isdisjoint(clip.sha256 for clip in clips)]
         found = {describe_pair(*clips): tuple(whole_clip(manifest, clip) for clip in clips) for clips in new}
-        if found and (twin := next((other for other, known in music.items() if known == found), None)):
+        if absent := next((c.path for c in itertools.chain(*found.values()) if not Path(c.path).is_file()), None):
+            missing.append(f"{what}: left out, as {absent} is not there")
+            continue
+        if found and (twin := next((name for name, known in music.items() if keys(known) == keys(found)), None)):
             music[f"{twin} and {what.rpartition('validation set of ')[2]}"] = music.pop(twin)
         else:
             music[what] = found
     if not any(music.values()):
-        fault = f"one of the two was trained on the songs of every pair of {'; '.join(music)}"
-        raise UserError(f"{' and '.join(runs)}: {fault}; name a folder of other music by --data")
+        faults = [f"one of the two was trained on the songs of every pair of {'; '.join(music)}"] * bool(music)
+        raise UserError(f"{' and '.join(runs)}: {'; '.join(missing + faults)}; name a folder of other music by --data")
+    print(*(f"{line}\n" for line in missing), sep="", end="", file=sys.stderr)
     return music
+
+
+def keys(pairs: Pairs) -> set[tuple[str, str]]:
+    """What the pairs hold, wherever their files are."""
+    return {(input.key, target.key) for input, target in pairs.values()}
 
 
 def spread(pairs: Pairs, count: int, of_two_songs: bool = False) -> Pairs:

@@ -288,6 +288,25 @@ def test_both_runs_are_measured_on_both_validation_sets_and_on_other_music(tmp_p
     assert facts[theirs] == "0 pairs that are new to both, 0 of them measured"
 
 
+def test_a_set_whose_songs_are_not_here_is_left_out_and_named(tmp_path, runs, songs, other_music, capsys):
+    absent = next((tmp_path / "music").glob("*.wav"))
+    shutil.rmtree(tmp_path / "music")
+    assert list(music_new_to_both(of(runs[0].path, other_music))) == [f"{songs.root}, validation set of a"]
+    said = capsys.readouterr().err
+    assert said.startswith(f"{tmp_path / 'music'}, validation set of other: left out, as {absent.parent}/")
+    assert said.count("\n") == 1
+    with pytest.raises(UserError, match=r"left out, as .* is not there; .*name a folder of other music by --data"):
+        music_new_to_both({"x": other_music, "y": other_music})
+
+
+def test_the_same_songs_in_two_folders_are_one_set(tmp_path, runs, songs):
+    shutil.copytree(songs.root, tmp_path / "copy")
+    shutil.copytree(runs[0].path, tmp_path / "other", symlinks=True)
+    manifest = read_manifest(tmp_path / "other" / "manifest.json")
+    write_manifest(dataclasses.replace(manifest, root=tmp_path / "copy"), tmp_path / "other" / "manifest.json")
+    assert len(music_new_to_both(of(runs[0].path, tmp_path / "other"))) == 1
+
+
 def known(manifest: Manifest) -> tuple[Pair, ...]:
     """All of its pairs, as training pairs."""
     return tuple(dataclasses.replace(pair, split="train") for pair in manifest.pairs)
@@ -503,7 +522,10 @@ def test_a_runs_own_page_is_not_written_over(program, runs):
 
 @pytest.mark.parametrize(
     ("name", "folder", "wanted"),
-    [("mdct", "", "mdct"), ("mdct", "w", "mdct"), ("encodec", "", "encodec"), ("encodec", "w", "w")],
+    [
+        *(("mdct", "", "mdct"), ("mdct", "w", "mdct"), ("encodec", "", "encodec"), ("encodec", "w", "w")),
+        ("mine:Codec", "its:Codec", "its:Codec"),
+    ],
 )
 def test_weights_are_for_the_runs_that_need_them(tmp_path, monkeypatch, name, folder, wanted):
     codec = SimpleNamespace(fingerprint="f")
