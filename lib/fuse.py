@@ -19,7 +19,7 @@ from torch import Tensor
 from lib.audio.chunks import chunk_starts, crossfaded, reading
 from lib.audio.decode import AudioError, read_windows
 from lib.audio.files import AudioWriter, check_audio, save_audio
-from lib.audio.levels import Meter, mean_loudness
+from lib.audio.levels import Meter, decibels, mean_loudness
 from lib.codec.codec import Codec, load_codec, placed
 from lib.listening.render import Settings, follow_recipe, render
 from lib.model.fusion import FusionModel, load_model
@@ -56,24 +56,26 @@ def fuse_files(
     rate, chunk, overlap = (seconds * codec.sample_rate for seconds in (1, CHUNK_SECONDS, OVERLAP_SECONDS))
     num_samples = min(info.samples_at(rate) for info in infos)
     starts = chunk_starts(num_samples, chunk, overlap)
-    mixed = [mono or info.channels != 2 for info in infos]
-    channels = 1 if all(mixed) else 2
+    mixed = [info.channels != 2 for info in infos]
+    channels = 1 if mono or all(mixed) else 2
 
     windows = [(start, min(chunk, num_samples - start)) for start in starts]
-    meters = [Meter(rate, channels) for _ in paths]
+    meters = [Meter(rate, 2) for _ in paths]  # mono is heard from two loudspeakers
     wavs = (read_windows(path, windows, rate, mix=mix) for path, mix in zip(paths, mixed, strict=True))
-    pairs = ([wav.expand(channels, -1)[None].to(device) for wav in pair] for pair in zip(*wavs, strict=True))
+    pairs = ([wav.expand(2, -1)[None] for wav in pair] for pair in zip(*wavs, strict=True))
     music = reading(pairs, starts, num_samples, rate, "fusing")
 
     def fused(number: int, clips: Sequence[Tensor]) -> Tensor:
         for meter, clip in zip(meters, clips, strict=True):
-            meter.add(clip[0, :, overlap if number else 0 :].T.cpu().numpy())
+            meter.add(clip[0, :, overlap if number else 0 :].T.numpy())
+        clips = (clip.to(device) if channels == 2 else clip.mean(dim=1, keepdim=True).to(device) for clip in clips)
         return fuse_clips(*clips, model, codec, whole_band)[0].cpu()
 
     with AudioWriter(out, rate, channels, level) as writer, placed(codec, device), music as chunks:
         for piece in crossfaded(itertools.starmap(fused, enumerate(chunks)), overlap):
             writer.write(piece)
         writer.loudness = mean_loudness(*(meter.level().lufs for meter in meters))
+        writer.loudness -= decibels(2) / 2 if channels == 1 else 0  # a meter counts one channel once
     return writer
 
 
@@ -93,7 +95,9 @@ def fuse_and_restore(
         except AudioError as error:
             raise AudioError(out, error.problem) if error.path == draft else error from None
         settings, sources = Restoration(level=level), [check_audio(path, mix=False) for path in (input, target)]
-        return restore_file(draft, out, resolver, settings, sources=sources, loudness=fused.loudness)
+        written, cutoff = restore_file(draft, out, resolver, settings, sources=sources, loudness=fused.loudness)
+        written.change += fused.change
+        return written, cutoff
 
 
 def _check_out(out: File, clips: Iterable[File]) -> None:

@@ -308,6 +308,10 @@ def test_a_fusion_is_as_loud_as_both_clips_are_on_average(tmp_path, run, codec, 
         assert float(re.search(words, said)[1]) == pytest.approx(wanted, abs=0.2)
         heard = torchaudio.functional.loudness(load_audio(out, mix=False), SAMPLE_RATE)
         assert heard == pytest.approx(wanted, abs=0.2)
+    assert call(a, b, "-o", tmp_path / "mono.wav", "--run", run.path, "--mono")[0] == 0
+    mono = load_audio(tmp_path / "mono.wav", mix=False)
+    assert len(mono) == 1
+    assert torchaudio.functional.loudness(mono.expand(2, -1), SAMPLE_RATE) == pytest.approx(wanted, abs=0.2)
     levels = {}
     for level in ("peak", "none"):
         assert call(a, b, "-o", tmp_path / "out.wav", "--run", run.path, "--level", level)[0] == 0

@@ -234,11 +234,16 @@ class AudioWriter:
             self._remove()
 
     def __str__(self) -> str:
-        """'out.mp3: 12.00 s, stereo, band up to 11.9 kHz, -18.8 LUFS, true peak -1.0 dBTP (lowered by 1.3 dB)'."""
+        """'out.mp3: 12.00 s, stereo, band up to 11.9 kHz, -18.8 LUFS, true peak -1.0 dBTP (lowered by 1.3 dB)'. Where a
+        higher true peak would be needed, the loudness that was wanted, too."""
         channels = {1: "mono", 2: "stereo"}.get(self.channels, f"{self.channels} channels")
         length, band = f"{self.num_samples / self.sample_rate:.2f} s", f"band up to {self.band / 1000:.1f} kHz"
-        change = f" ({'raised' if self.change > 0 else 'lowered'} by {abs(self.change):.1f} dB)"
-        return f"{self.path}: {length}, {channels}, {band}, {self.level}{change if round(self.change, 1) else ''}"
+        notes = []
+        if round(self.change, 1):
+            notes.append(f"{'raised' if self.change > 0 else 'lowered'} by {abs(self.change):.1f} dB")
+        if self.policy == "lufs" and self.loudness - self.level.lufs > 0.1:
+            notes.append(f"not to {self.loudness:.1f} LUFS, for its peaks")
+        return f"{self.path}: {length}, {channels}, {band}, {self.level}" + f" ({', '.join(notes)})" * bool(notes)
 
     def _encode(self) -> None:
         """From the draft, by the policy; again, if a lossy format is decoded to another level. That need not settle at

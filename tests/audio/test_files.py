@@ -288,6 +288,10 @@ def test_the_closing_line_says_what_is_in_the_file(tmp_path):
         writer.loudness = -23.0
     said = "2.00 s, mono, band up to 1.0 kHz, -23.0 LUFS, true peak -20.0 dBTP (raised by 20.0 dB)"
     assert str(writer) == f"{tmp_path / 'b.wav'}: {said}"
+    with AudioWriter(tmp_path / "c.wav", channels=2, policy="lufs") as writer:
+        writer.write(sine / 2)
+        writer.loudness = 3.0
+    assert str(writer).endswith(", -1.0 LUFS, true peak -1.0 dBTP (raised by 5.0 dB, not to 3.0 LUFS, for its peaks)")
     with pytest.raises(UserError, match="level='loud' is not allowed; use one of lufs, peak, none"):
         AudioWriter(tmp_path / "a.wav", policy="loud")
 
