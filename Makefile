@@ -35,9 +35,9 @@ smoke-run:
 e2e: .venv/ready
 	NEED_BROWSER=1 $(BIN)/python -m pytest tests/e2e
 
-# a server of its own would close the connection on uploads above 10 MB
+# a server of its own would close the connection on uploads above 10 MB; kernels find modules of your own in this folder
 lab: .venv/ready
-	$(BIN)/jupyter lab notebooks --ServerApp.tornado_settings='{"websocket_max_message_size": 500000000}'
+	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(BIN)/jupyter lab notebooks --ServerApp.tornado_settings='{"websocket_max_message_size": 500000000}'
 
 # real, free music into data/music; data/README.md says how to train on it
 music:

@@ -137,6 +137,8 @@ def execute(name: str, out: Path, parameters: dict[str, Any]) -> None:
     # under /tmp where the usual place has a long name: a socket's may have 107 bytes
     sockets = tempfile.TemporaryDirectory(prefix="kernel-", dir="/tmp" if len(tempfile.gettempdir()) > 60 else None)
     kernel = Kernel(kernel_name="python3", transport="ipc", ip=f"{sockets.name}/kernel")
+    # where modules of one's own are
+    kernel.kernel_spec.env["PYTHONPATH"] = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
     paths = (str(path).replace("{", "{{").replace("}", "}}") for path in (FOLDER / executed.name, executed))
 
     def interrupt(signal_name: str) -> None:

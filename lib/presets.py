@@ -151,8 +151,8 @@ PRESETS = _read_presets()
 
 
 def load_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Preset:
-    """A preset with some settings changed, by address; its model is one that suits the codec, unless the preset or the
-    changes say otherwise. `UserError` lists the choices for an unknown name or value."""
+    """A preset `with_changes`; its model is one that suits the codec, unless the preset or the changes say otherwise.
+    `UserError` lists the choices for an unknown name or value."""
     overrides = overrides or {}
     check(isinstance(overrides, Mapping), "overrides", overrides, "a mapping: papermill -y 'overrides: {name: value}'")
     if name not in PRESETS:
@@ -160,6 +160,11 @@ def load_preset(name: str, overrides: Mapping[str, Any] | None = None) -> Preset
     preset = PRESETS[name]
     if (codec := overrides.get("codec", preset.codec)) != preset.codec:
         preset = _read_presets("mdct" if codec == "mdct" else "encodec")[name]
+    return with_changes(preset, overrides)
+
+
+def with_changes(preset: Preset, overrides: Mapping[str, Any]) -> Preset:
+    """The preset with some settings changed, by address."""
     values = dataclasses.asdict(preset)
     known = [address for address in flat(values) if address != "name"] + ["train.loss.own"]  # which is empty
     for address, value in overrides.items():

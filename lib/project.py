@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lib.data.pairs import Manifest, build_manifest
 from lib.lab.ablation import Plan, run_plan
 from lib.lab.results import Result, read_record
 from lib.lab.variants import NAMED, Variant
-from lib.presets import Preset
+from lib.presets import Preset, with_changes
 from lib.superres.degradation import Library, read_library
 from lib.superres.training import Plan as SuperresPlan
 from lib.training.run import LOCK, Run, find_runs
@@ -148,19 +148,20 @@ def open_project(
             check_file = encoding_check(codec, cache, round(seconds * codec.sample_rate))
             manifest = _manifest(data, out / "manifest.json", seconds, preset, codec, check_file, before_writing)
             index = encode_manifest(manifest, codec, cache)
-        opened = {"preset": dataclasses.asdict(preset), "data_dir": str(data_dir)}
+        of_codec = {"codec": str(Path(preset.codec).resolve())} if Path(preset.codec).is_dir() else {}
+        opened = {"preset": dataclasses.asdict(preset) | of_codec, "data_dir": str(data_dir)}
         write_file(out / OPENED, json.dumps(opened, indent=1))
         return Project(preset, out, codec, manifest, index)
 
 
-def reopen_project(out_dir: str | Path) -> Project:
-    """The project of a run's folder, with the settings and the music that it was opened with last. `UserError` as in
-    `open_project`, and where the folder does not say what they were."""
+def reopen_project(out_dir: str | Path, overrides: Mapping[str, Any] = {}) -> Project:
+    """The project of a run's folder, with the music and the settings, but for `overrides`, that it was opened with
+    last. `UserError` as in `open_project`, and where the folder does not say what they were."""
     path, fix = ROOT / out_dir / OPENED, "open the project with its preset and its folder of music"
     with naming(path, fix):
         opened = read_json(path, {"preset": dict, "data_dir": str}, fix=fix)
         preset = from_fields(Preset, opened["preset"])
-    return open_project(preset, opened["data_dir"], out_dir)
+    return open_project(with_changes(preset, overrides), opened["data_dir"], out_dir)
 
 
 def trained_runs(out_dir: str | Path = "", outputs: Path = OUTPUTS) -> dict[str, Run]:

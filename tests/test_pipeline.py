@@ -214,6 +214,14 @@ def test_folders_from_the_command_line_are_relative_to_where_it_was_called(tmp_p
 # --- execution --------------------------------------------------------------------------------------------------------
 
 
+def test_notebooks_find_modules_where_the_command_runs(tmp_path, notebooks, project, monkeypatch):
+    (tmp_path / "mine.py").write_text("answer = 42")
+    monkeypatch.chdir(tmp_path)
+    notebooks(**{"01_encoding": ["import mine\nprint(mine.answer)"]})
+    run_notebooks("smoke", {}, "", tmp_path / "out", ("01_encoding",))
+    assert executed(tmp_path / "out", "01_encoding")[-1].outputs[0].text == "42\n"
+
+
 def test_notebooks_are_executed_and_joined_into_a_page(tmp_path, notebooks, project, capsys):
     notebooks(**{"01_encoding": [], "04_training": []})
     out = tmp_path / "a run {é}"  # papermill would take braces for a parameter

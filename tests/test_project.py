@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+from conftest import write_weights
 from writing import write_record
 
 import lib.data.pairs
@@ -319,6 +320,18 @@ def test_a_project_is_reopened_with_its_own_settings_and_music(root):
     assert dataclasses.replace(again, codec=opened.codec) == opened
     assert again.codec.fingerprint == opened.codec.fingerprint
     assert reopen_project(root / "outputs" / "mine").listening().clip_length == 36_000
+    changed = reopen_project("outputs/mine", {"listening.seconds": 1.0}).preset
+    assert (changed.listening.seconds, changed.train.max_steps) == (1.0, 7)
+    with pytest.raises(UserError, match=r"setting listening\.second is unknown; did you mean listening\.seconds"):
+        reopen_project("outputs/mine", {"listening.second": 1.0})
+
+
+def test_a_codec_by_a_relative_folder_is_found_again_from_anywhere(root, monkeypatch, tmp_path):
+    write_weights(root / "weights")
+    monkeypatch.chdir(root)
+    opened = open_project(load_preset("demo", SMALL | {"codec": "weights"}), "my songs é", "outputs/mine")
+    monkeypatch.chdir(tmp_path)
+    assert reopen_project("outputs/mine").codec.fingerprint == opened.codec.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -252,7 +252,7 @@ def test_listening(lab, trained, tmp_path, screenshots):
     if cancel.is_visible():  # a machine may be faster than a click
         cancel.click()
     expect(cancel).to_be_hidden(timeout=60_000)
-    if cell.get_by_text("Cancelled: what plays is what played before.").is_visible():
+    if cell.get_by_text("Cancelled: what plays is what played before").is_visible():
         expect(panel.locator("audio").nth(2)).to_have_attribute("src", playing)
     # two files, one of them broken
     (tmp_path / "broken.wav").write_bytes(b"RIFF\x10\x00\x00\x00WAVE no sound")

@@ -89,6 +89,7 @@ def explosion_block(folder: Path) -> str:
     def of(experiment: str, data: str) -> list[Mapping[str, str]]:
         return [row for row in deaths if (row["experiment"], row["data"]) == (experiment, data)]
 
+    deaths = [row | {"operation": re.sub(r"(\w+\.py):\d+ in (\w+)", r"\2 in \1", row["operation"])} for row in deaths]
     names = [variant.name for variant in WEAK_RESIDUALS]
     kept = {}
     for row in rows:
