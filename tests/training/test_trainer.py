@@ -1,6 +1,7 @@
 """Training: what it computes and records, that a kill at any moment changes nothing, and how it stops when it must."""
 
 import dataclasses
+import datetime
 import hashlib
 import itertools
 import json
@@ -1478,6 +1479,14 @@ def test_seeds_differ_between_processes_and_steps():
     assert len(set(numbers.values())) == len(numbers) == 32
     seed_process(1, 2, 3)
     assert tuple(torch.randn(3).tolist()) == numbers[1, 3, 2]
+
+
+def test_processes_wait_for_one_that_encodes_for_hours(monkeypatch):
+    """NCCL alone gives up after ten minutes."""
+    asked = {}
+    monkeypatch.setattr(lib.training.trainer, "PartialState", lambda **how: asked.update(how))
+    join_processes()
+    assert asked["timeout"] >= datetime.timedelta(hours=12)
 
 
 def test_without_a_launcher_there_is_one_process(monkeypatch):
