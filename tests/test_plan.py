@@ -1,10 +1,12 @@
 """The plan of a training: memory against what a step takes here, and what is said; and the checks of a machine."""
 
+import json
 import math
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from lib.plan import (
     largest_difference,
     main,
     planned_names,
+    random_encodec,
 )
 from lib.presets import load_preset
 from lib.project import ROOT
@@ -32,17 +35,18 @@ from lib.util.errors import UserError
 
 # one step, or two, in a process whose allocator gives back what is free: what it took beyond what the process had
 STEPS = """
-import ctypes, dataclasses, gc, sys, torch
+import ctypes, dataclasses, gc, json, sys, torch
 from accelerate import Accelerator
 from lib.codec.codec import load_codec
 from lib.model.fusion import FusionModel
+from lib.plan import random_encodec
 from lib.presets import load_preset
 from lib.training.fusion_learner import FusionLearner
 from lib.training.learner import StepInfo
 
 torch.set_num_threads(1)
-preset = load_preset(sys.argv[1], {"codec": "mdct", "train.precision": "fp32"})
-codec = load_codec(preset.codec)
+preset = load_preset(sys.argv[1], json.loads(sys.argv[3]))
+codec = random_encodec() if preset.codec == "encodec" else load_codec(preset.codec)
 
 def train(frames, batch_size, steps):
     cascade = dataclasses.replace(preset.model.cascade, latent_dim=codec.dim)
@@ -72,21 +76,28 @@ PLANNED = {
     "half": ("reference", 4, {"train.precision": "bf16"}),
     "stages": ("demo", 2, TWO_STAGES),
     "stages, twice": ("demo", 4, TWO_STAGES),
+    "full": ("full", 2, {"codec": "encodec", "train.precision": "bf16", "data.clip_seconds": 2.0}),
 }
+
+
+def changes_of(name: str) -> dict[str, Any]:
+    return {"codec": "mdct", "train.precision": "fp32"} | PLANNED[name][2]
 
 
 @pytest.fixture(scope="module")
 def planned() -> dict[str, Cost]:
     """All in one process, as starting one takes longer than a plan."""
-    changes = {"codec": "mdct", "train.precision": "fp32"}
-    steps = [(load_preset(name, changes | own), MdctCodec(), size) for name, size, own in PLANNED.values()]
+    steps = []
+    for name, (preset, size, _) in PLANNED.items():
+        codec = random_encodec() if changes_of(name)["codec"] == "encodec" else MdctCodec()
+        steps.append((load_preset(preset, changes_of(name)), codec, size))
     return dict(zip(PLANNED, costs_of(steps), strict=True))
 
 
-@pytest.mark.parametrize("name", ["demo", "reference"])
+@pytest.mark.parametrize("name", ["demo", "reference", "full"])
 def test_the_planned_memory_is_what_a_step_takes(planned, name):
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", STEPS, name, str(PLANNED[name][1])]
+    command = [sys.executable, "-c", STEPS, name, str(PLANNED[name][1]), json.dumps(changes_of(name))]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     cost = planned[name]
     assert cost.peak == pytest.approx(int(done.stdout), rel=0.15)
