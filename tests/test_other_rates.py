@@ -68,7 +68,7 @@ def test_the_panel_plays_and_shows_clips_at_the_codecs_rate(listening, at_16_khz
         torch.testing.assert_close(heard[name][0], wav, rtol=0, atol=1e-4)
     assert 'data-seconds="0.500000" data-rate="16000"' in shown.players.html
     begin = pair.input.offset / RATE
-    assert f"{pair.input.path} {begin:.4g}–{begin + 0.5:.4g} s + " in shown.playing.value
+    assert f"{pair.input.path} {begin:.4g}–{begin + 0.5:.4g} s of " in shown.playing.value
     ((parts, seconds),) = drawn
     assert seconds == 0.5
     assert [power.shape for power in parts["output"]] == 2 * [(80, 63 * 192 // 256 + 1)]  # 63 frames, at 24 kHz

@@ -1414,7 +1414,7 @@ def test_callbacks_are_called_in_order(start):
     assert recorder.calls == [("start", 6), ("step", 7), ("validation", 7, "6"), ("end", 7)]
     recorder.calls.clear()
     start(callbacks=(recorder,), max_steps=7, resume=True)  # no step is left
-    assert recorder.calls == []
+    assert recorder.calls == [("end", 7)]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt("stopped"), UserError("use another")])
