@@ -107,7 +107,7 @@ class Work(ipywidgets.VBox):
     """One piece of work at a time, in a thread where a front end shows widgets; a newer one replaces it at its next
     `step`. Shows that it goes on, a button that cancels it, and what is missing or wrong."""
 
-    THREAD = ThreadPoolExecutor(1)  # of all panels: they share models, and the order of random numbers
+    THREAD = ThreadPoolExecutor(1)  # of all panels: they share models
     BUSY = threading.Lock()  # while one of them works
 
     def __init__(self):
