@@ -339,9 +339,9 @@ class Checks:
         torchrun = ["torch.distributed.run", f"--nproc_per_node={count}", f"--master_port={get_free_port()}"]
         with tempfile.TemporaryDirectory() as folder:
             one = trained(f"{folder}/one", 4, "--set=train.batch_size=8", **on)
-            all_ = trained(f"{folder}/all", 4, f"--set=train.batch_size={8 // count}", by=torchrun, **on)
+            together = trained(f"{folder}/together", 4, f"--set=train.batch_size={8 // count}", by=torchrun, **on)
         where = f"on the {'CPU' if on else 'GPUs'}"
-        return f"losses of {count} {where} differ from one's by {largest_difference(one, all_):.0e} at most"
+        return f"losses of {count} {where} differ from one's by {largest_difference(one, together):.0e} at most"
 
 
 def planned_names(card: str) -> list[str]:
