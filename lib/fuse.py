@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lib.audio.chunks import chunk_starts, crossfaded, reading
-from lib.audio.decode import AudioError, read_windows
+from lib.audio.decode import AudioError, mixed, read_windows
 from lib.audio.files import AudioWriter, check_audio, save_audio
 from lib.audio.levels import Meter, decibels, mean_loudness
 from lib.codec.codec import Codec, load_codec, placed
@@ -56,12 +56,12 @@ def fuse_files(
     rate, chunk, overlap = (seconds * codec.sample_rate for seconds in (1, CHUNK_SECONDS, OVERLAP_SECONDS))
     num_samples = min(info.samples_at(rate) for info in infos)
     starts = chunk_starts(num_samples, chunk, overlap)
-    mixed = [info.channels != 2 for info in infos]
-    channels = 1 if mono or all(mixed) else 2
+    mixes = [info.channels != 2 for info in infos]
+    channels = 1 if mono or all(mixes) else 2
 
     windows = [(start, min(chunk, num_samples - start)) for start in starts]
     meters = [Meter(rate, 2) for _ in paths]  # mono is heard from two loudspeakers
-    wavs = (read_windows(path, windows, rate, mix=mix) for path, mix in zip(paths, mixed, strict=True))
+    wavs = (read_windows(path, windows, rate, mix=mix) for path, mix in zip(paths, mixes, strict=True))
     pairs = ([wav.expand(2, -1)[None] for wav in pair] for pair in zip(*wavs, strict=True))
     music = reading(pairs, starts, num_samples, rate, "fusing")
 
@@ -69,7 +69,7 @@ def fuse_files(
         for meter, clip in zip(meters, clips, strict=True):
             meter.add(clip[0, :, overlap if number else 0 :].T.numpy())
         clips = (clip.to(device) if channels == 2 else clip.mean(dim=1, keepdim=True).to(device) for clip in clips)
-        return fuse_clips(*clips, model, codec, whole_band)[0].cpu()
+        return mixed(fuse_clips(*clips, model, codec, whole_band)[0].cpu(), channels)
 
     with AudioWriter(out, rate, channels, level) as writer, placed(codec, device), music as chunks:
         for piece in crossfaded(itertools.starmap(fused, enumerate(chunks)), overlap):
@@ -106,7 +106,7 @@ def _check_out(out: File, clips: Iterable[File]) -> None:
 
 
 def fuse_clips(input: Tensor, target: Tensor, model: FusionModel, codec: Codec, whole_band: bool = True) -> Tensor:
-    """Waveforms `[B, C, N]` twice → fused waveforms `[B, C, N]`, by `render`."""
+    """Waveforms `[B, C, N]` twice → fused waveforms, by `render`."""
     settings = Settings(whole_band=whole_band)
     return torch.stack([render(model, codec, *pair, settings).wav for pair in zip(input, target, strict=True)])
 

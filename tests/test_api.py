@@ -1,8 +1,12 @@
-"""What users do in Python: the README's API section, executed as it stands; and a codec of another rate and size."""
+"""The README's API section, executed as it stands: what users do in Python, with a loss term and a codec of theirs."""
 
+import contextlib
 import hashlib
+import itertools
 import json
 import re
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,49 +15,58 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import BLOCKS
 
+import lib.fuse
 import lib.project
+import lib.train
 from lib.audio.files import load_audio
 from lib.audio.synth import make_demo_dataset
 from lib.codec.codec import load_codec
 from lib.data.latents import LatentPairs
 from lib.data.pairs import whole_clip
 from lib.evaluation.baselines import mean_metrics, measure_fusions
-from lib.fuse import main
 from lib.lab.claims import NOT_TESTED
-from lib.listening.render import Settings, follow_recipe, save_with_recipe
+from lib.listening.render import Settings, follow_recipe, render, save_with_recipe
 from lib.model.cascade import CascadeConfig
 from lib.model.fusion import load_model
-from lib.pipeline import parse_overrides
 from lib.presets import load_preset
 from lib.project import open_project
 from lib.train import train_project
+from lib.training.run import Run
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+SECTION = re.search(r"^## API\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+SNIPPET, MODULE = re.findall(r"^```python\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
+COMMANDS = [shlex.split(command) for command in re.findall(r"^ {4}python -m (.*)$", SECTION, re.MULTILINE)]
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """The working folder, which is the repository too, with five songs of 5 s in data/demo."""
+    """The working folder, which is the repository too: five songs of 5 s in data/demo, and the README's mine.py."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(lib.project, "ROOT", tmp_path)
     make_demo_dataset(tmp_path / "data" / "demo", num_songs=5, seconds=5)
+    (tmp_path / "mine.py").write_text(MODULE)
     yield tmp_path
-    for module in ("mine", "own_blocks"):
-        sys.modules.pop(module, None)
+    sys.modules.pop("mine", None)
+
+
+@pytest.fixture
+def stereo(folder) -> Path:
+    """The same, its songs in stereo: on the right another song's start, more quietly."""
+    songs = sorted((folder / "data" / "demo").glob("*.wav"))
+    wavs = [soundfile.read(song)[0] for song in songs]
+    for song, left, right in zip(songs, wavs, wavs[1:] + wavs[:1], strict=True):
+        soundfile.write(song, np.stack([left, 0.3 * right], axis=1), 24_000)
+    return folder
 
 
 def test_the_readmes_api_section_runs_as_it_stands(folder, save_run, capsys):
     """Its paths are relative, so that the working folder decides what they mean."""
-    section = re.search(r"^## API\n(.*?)^## ", README.read_text(), re.MULTILINE | re.DOTALL)[1]
-    snippet, module = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     save_run(folder / "outputs" / "demo", load_codec("mdct"), CascadeConfig.reference(num_layers=1), "learned")
-    (folder / "mine.py").write_text(module)
     names = {}
-    exec(snippet, names)
+    exec(SNIPPET, names)
     fusion, T = names["fusion"], 375
     assert fusion.wav.shape == names["input"].shape == (1, 5 * 24_000)
     assert [mask.shape for mask in fusion.masks] == 2 * [(1, 128, T)]
@@ -62,22 +75,36 @@ def test_the_readmes_api_section_runs_as_it_stands(folder, save_run, capsys):
     run = names["mine"]
     assert run.path == folder / "outputs" / "mine"
     assert run.metrics("train")[-1]["step"] == 24
-    source = hashlib.sha256(module.encode()).hexdigest()
+    source = hashlib.sha256(MODULE.encode()).hexdigest()
     term = {"function": "mine:steady", "weight": 0.1, "source": source}
     assert run.config["train"]["loss"]["own"] == {"steady": term}
     assert all(row["loss/steady"] > 0 for row in run.metrics())
     merits = eval(capsys.readouterr().out)
     assert {"demo", "mine", "input", "average of waveforms"} <= set(merits)
     assert all(0 <= merit <= 1 for merit in merits.values())
-    command = re.search(r"--set '(train\.loss\.own=.*?)'", section)[1]
-    assert (
-        load_preset("smoke", parse_overrides([command])).train.loss
-        == load_preset("smoke", {"train.loss.own": {"steady": {"function": "mine:steady", "weight": 0.1}}}).train.loss
-    )
+
+
+def test_the_readmes_commands_train_with_an_own_term_and_fuse_with_an_own_codec(stereo, monkeypatch, capsys):
+    """With fewer steps. Of a stereo file, its codec keeps both channels."""
+    small = ("train.max_steps=3", "data.clip_seconds=1", "model.num_layers=1", "listening.seconds=1")
+    small = ["--data", "data/demo", *(f"--set={setting}" for setting in small)]
+    for name, *arguments in COMMANDS:
+        command = {"lib.train": lib.train.main, "lib.fuse": lib.fuse.main}[name]
+        monkeypatch.setattr(sys, "argv", [name, *arguments, *(small if name == "lib.train" else ())])
+        with contextlib.ExitStack() as ends:
+            if name == "lib.fuse":
+                assert ends.enter_context(pytest.raises(SystemExit)) is not None
+            command()
+    steady, frames = (Run.open(stereo / "outputs" / name) for name in ("steady", "frames"))
+    assert steady.config["train"]["loss"]["own"]["steady"]["weight"] == 0.1
+    assert all(row["loss/steady"] > 0 for row in steady.metrics("train"))
+    assert frames.codec["name"] == "mine:Frames"
+    assert "frames.wav: 5.00 s, stereo" in capsys.readouterr().out
+    assert soundfile.info("frames.wav").samplerate == 16_000
 
 
 OWN = {"train.max_steps": 3, "data.clip_seconds": 1.0, "listening.seconds": 1.0, "model.num_layers": 1}
-OWN |= {"codec": "own_blocks:Blocks"}
+OWN |= {"codec": "mine:Frames"}
 
 
 def executed(notebook: str, **parameters: object) -> dict:
@@ -90,14 +117,13 @@ def executed(notebook: str, **parameters: object) -> dict:
     return names
 
 
-def test_notebooks_01_and_05_work_with_a_codec_of_another_rate_and_size(folder):
-    (folder / "own_blocks.py").write_text(BLOCKS)
+def test_notebooks_01_and_05_work_with_a_stereo_codec_of_another_rate(stereo):
     where = {"overrides": OWN, "data_dir": "data/demo", "out_dir": "outputs/mine"}
     first = executed("01_encoding", **where)
-    assert first["wav"].shape == first["decoded"].shape == (1, 16 * 16_000)
-    assert first["latents"].shape == (64, 16 * 125)
-    assert {wav.shape for wav in first["sounds"].values()} == {(1, 16 * 24_000)}
-    stored = json.loads((folder / "outputs" / "mine" / "report" / "01_encoding.json").read_text())
+    assert first["wav"].shape == first["decoded"].shape == (2, 16 * 16_000)
+    assert first["latents"].shape == (128, 16 * 250)
+    assert {wav.shape for wav in first["sounds"].values()} == {(2, 16 * 24_000)}
+    stored = json.loads((stereo / "outputs" / "mine" / "report" / "01_encoding.json").read_text())
     (claims,) = (item["claims"] for item in stored["items"] if item["kind"] == "claims")
     assert {claim["verdict"] for claim in claims} == {NOT_TESTED}
     run = train_project(first["project"])
@@ -105,42 +131,62 @@ def test_notebooks_01_and_05_work_with_a_codec_of_another_rate_and_size(folder):
     assert {players.seconds for players in fifth["players"].values()} == {1.0}
     saved = [soundfile.info(path) for path in (run.path / "audio").glob("val_*/*.wav")]
     assert saved
-    assert {(file.samplerate, file.frames) for file in saved} == {(16_000, 16_000)}
+    assert {(file.samplerate, file.channels, file.frames) for file in saved} == {(16_000, 2, 16_000)}
     assert {axes.get_xlim() for axes in fifth["pictures"].axes if axes.get_xlabel() == "time (s)"} == {(0.0, 1.0)}
 
 
-def test_a_codec_of_another_rate_and_size_encodes_trains_and_fuses(folder, monkeypatch, capsys):
-    (folder / "own_blocks.py").write_text(BLOCKS)
+def test_a_stereo_codec_of_another_rate_encodes_trains_and_fuses(stereo, monkeypatch, capsys):
     project = open_project(load_preset("smoke", OWN), "data/demo", "outputs/mine")
     codec, manifest = project.codec, project.manifest
     assert manifest.sample_rate == manifest.clip_length == 16_000
     pairs = LatentPairs(project.index, "val")
     first = manifest.split("val")[-1]
     clips = [whole_clip(manifest, clip) for clip in (first.input, first.target)]
-    for clip, latents in zip(clips, pairs[len(pairs) - 1], strict=True):
-        wav = load_audio(clip.path, clip.offset, clip.length, 16_000)
+    wavs = [load_audio(clip.path, clip.offset, clip.length, 16_000, 2) for clip in clips]
+    for wav, latents in zip(wavs, pairs[len(pairs) - 1], strict=True):
+        assert (wav[0] - wav[1]).abs().max() > 0.05
         torch.testing.assert_close(latents, codec.encode(wav[None])[0], rtol=0, atol=1e-3)
     run = train_project(project)
-    assert run.codec["name"] == "own_blocks:Blocks"
-    assert run.config["cascade"]["latent_dim"] == 64
+    assert run.codec["name"] == "mine:Frames"
+    assert run.config["cascade"]["latent_dim"] == 128
     assert all(row["loss/onsets"] > 0 for row in run.metrics("train"))
     for name in ("input", "last"):
-        assert soundfile.info(run.path / "audio" / f"pair_0_{name}.wav").samplerate == 16_000
+        saved = soundfile.info(run.path / "audio" / f"pair_0_{name}.wav")
+        assert (saved.samplerate, saved.channels) == (16_000, 2)
 
-    for name, seconds in (("a", 1.5), ("b", 1.2)):  # a tone of 500 Hz in stereo, which the codec carries
+    model = load_model(run)
+    rendition = render(model, codec, *wavs)
+    latents = model(*(codec.encode(wav[None]) for wav in wavs)).latents
+    torch.testing.assert_close(rendition.wav, codec.decode(latents, length=16_000)[0])
+    mono = [wav[:1] for wav in wavs]
+    assert torch.equal(render(model, codec, *mono).wav, render(model, codec, *(wav.expand(2, -1) for wav in mono)).wav)
+
+    for name, seconds in (("a", 1.5), ("b", 1.2)):  # a tone of 500 Hz, on the right more quietly
         tone = 0.2 * np.sin(2 * np.pi * 500 * np.arange(seconds * 44_100) / 44_100)
         soundfile.write(f"{name}.wav", np.stack([tone, tone / 2], axis=1), 44_100)
-    monkeypatch.setattr(sys, "argv", ["lib.fuse", "a.wav", "b.wav", "-o", "out.wav", "--run", "outputs/mine"])
-    with pytest.raises(SystemExit, match="0"):
-        main()
-    assert capsys.readouterr().out.startswith("out.wav: 1.20 s")
-    out = soundfile.info("out.wav")
-    assert (out.samplerate, out.channels, out.frames) == (16_000, 2, 19_200)
-    assert 0.01 < load_audio("out.wav", sample_rate=16_000).square().mean().sqrt() < 1
+    soundfile.write("left.wav", tone, 44_100)
+    levels = {}
+    for out, first, options in (("out", "a.wav", ()), ("mono", "a.wav", ("--mono",)), ("of_mono", "left.wav", ())):
+        second = "left_again.wav" if first == "left.wav" else "b.wav"
+        shutil.copy("left.wav", "left_again.wav")
+        arguments = [first, second, "-o", f"{out}.wav", "--run", "outputs/mine", *options]
+        monkeypatch.setattr(sys, "argv", ["lib.fuse", *arguments])
+        with pytest.raises(SystemExit, match="0"):
+            lib.fuse.main()
+        made = load_audio(f"{out}.wav", sample_rate=16_000, channels=None)
+        levels[out] = made.square().mean(1).sqrt().tolist()
+        assert made.shape[1] == 19_200
+        assert soundfile.info(f"{out}.wav").samplerate == 16_000
+    assert {out: len(level) for out, level in levels.items()} == {"out": 2, "mono": 1, "of_mono": 1}
+    assert all(0.01 < level < 1 for level in itertools.chain.from_iterable(levels.values()))
+    assert levels["out"][1] == pytest.approx(levels["out"][0] / 2, rel=0.2)
+    assert "out.wav: 1.20 s, stereo" in capsys.readouterr().out
 
-    recipe = save_with_recipe(folder / "favourite.wav", run, codec, *clips, Settings(mask_blend=0.5))
+    recipe = save_with_recipe(stereo / "favourite.wav", run, codec, *clips, Settings(mask_blend=0.5))
     assert follow_recipe(recipe).equal
-    assert soundfile.info("favourite.wav").samplerate == 16_000
-    measured = measure_fusions([pairs[0]], codec, {"model": load_model(run)})
-    assert mean_metrics(measured["input"])["onsets"] == pytest.approx(1)
-    assert np.isfinite(list(mean_metrics(measured["model"]).values())).all()
+    assert soundfile.info("favourite.wav").channels == 2
+    of_latents = measure_fusions([pairs[len(pairs) - 1]], codec, {"model": model})
+    of_sound = measure_fusions([tuple(wavs)], codec, {"model": model})
+    assert mean_metrics(of_latents["input"])["onsets"] == pytest.approx(1)
+    for name, rows in of_latents.items():
+        assert mean_metrics(of_sound[name]) == pytest.approx(mean_metrics(rows), abs=1e-3)

@@ -203,7 +203,7 @@ def test_stereo_is_fused_to_12_khz_without_seams_by_the_masks_of_the_mid_signal(
     monkeypatch.setattr(lib.fuse, "load_model", lambda *args, **options: model)
     a, b = clip("a.wav", num_samples, channels=2, subtype="FLOAT"), clip("b.wav", num_samples, seed=1, subtype="FLOAT")
     report = fuse_files(a, b, tmp_path / "out.wav", run, codec)
-    written, input, target = (load_audio(path, mix=False) for path in (report.path, a, b))
+    written, input, target = (load_audio(path, channels=None) for path in (report.path, a, b))
     assert (written.shape, report.num_samples) == ((2, num_samples), num_samples)
     begin = (num_samples - OVERLAP) // (CHUNK - OVERLAP) * (CHUNK - OVERLAP)  # of the last chunk
     for latents, wav in zip(model.seen, (load_audio(a), load_audio(b)), strict=True):
@@ -214,7 +214,7 @@ def test_stereo_is_fused_to_12_khz_without_seams_by_the_masks_of_the_mid_signal(
     torch.testing.assert_close(written[:, steady], wanted[:, steady], rtol=0, atol=1e-5)
     assert written.abs().max() < 1.25 * wanted.abs().max()
     fuse_files(a, b, tmp_path / "narrow.wav", run, codec, whole_band=False)
-    narrow = load_audio(tmp_path / "narrow.wav", mix=False)
+    narrow = load_audio(tmp_path / "narrow.wav", channels=None)
     assert (narrow - wanted)[:, steady].abs().max() > 0.01
 
 
@@ -244,7 +244,7 @@ def test_equal_channels_are_mono_twice_and_mono_is_as_the_codec_alone(tmp_path, 
         (((a, b), {}), (stereo, {}), ((stereo[0], b), {}), (stereo, {"mono": True}))
     ):
         fuse_files(*pair, tmp_path / f"{number}.wav", run, codec, **options)
-        wavs.append(load_audio(tmp_path / f"{number}.wav", mix=False))
+        wavs.append(load_audio(tmp_path / f"{number}.wav", channels=None))
     assert [len(wav) for wav in wavs] == [1, 2, 2, 1]
     for wav in wavs[1:]:
         torch.testing.assert_close(wav, wavs[0].expand_as(wav), rtol=0, atol=1e-5)
@@ -306,20 +306,20 @@ def test_a_fusion_is_as_loud_as_both_clips_are_on_average(tmp_path, run, codec, 
             r"19\.00 s, stereo, band up to \d+\.\d kHz, (-?\d+\.\d) LUFS, true peak -\d+\.\d dBTP.*, in 2 chunk\(s\)"
         )
         assert float(re.search(words, said)[1]) == pytest.approx(wanted, abs=0.2)
-        heard = torchaudio.functional.loudness(load_audio(out, mix=False), SAMPLE_RATE)
+        heard = torchaudio.functional.loudness(load_audio(out, channels=None), SAMPLE_RATE)
         assert heard == pytest.approx(wanted, abs=0.2)
     assert call(a, b, "-o", tmp_path / "mono.wav", "--run", run.path, "--mono")[0] == 0
-    mono = load_audio(tmp_path / "mono.wav", mix=False)
+    mono = load_audio(tmp_path / "mono.wav", channels=None)
     assert len(mono) == 1
     assert torchaudio.functional.loudness(mono.expand(2, -1), SAMPLE_RATE) == pytest.approx(wanted, abs=0.2)
     levels = {}
     for level in ("peak", "none"):
         assert call(a, b, "-o", tmp_path / "out.wav", "--run", run.path, "--level", level)[0] == 0
-        levels[level] = load_audio(tmp_path / "out.wav", mix=False)
+        levels[level] = load_audio(tmp_path / "out.wav", channels=None)
     assert levels["peak"].abs().max() == pytest.approx(10 ** (-1 / 20), rel=0.01)
     torch.testing.assert_close(levels["none"] / levels["none"].abs().max(), levels["peak"] / levels["peak"].abs().max())
     exact = fuse_files(a, b, tmp_path / "exact.wav", run, codec)
-    assert torch.equal(load_audio(exact.path, mix=False), levels["none"])
+    assert torch.equal(load_audio(exact.path, channels=None), levels["none"])
 
 
 def test_no_file_is_left_of_a_fusion_that_is_not_finite(tmp_path, clip, run, codec, monkeypatch):

@@ -234,6 +234,11 @@ def read_windows(
         yield from file.windows(windows, sample_rate, mix=mix)
 
 
+def mixed(wav: Tensor, channels: int) -> Tensor:
+    """`[C, N]` in this number of channels: as it is, or its mean in each of them."""
+    return wav if len(wav) == channels else wav.mean(dim=0, keepdim=True).repeat(channels, 1)
+
+
 def rate_ratio(native: int, target: int) -> Fraction:
     """Native frames per target sample. Odd rates (44,099 Hz) are rounded, by 0.1 % at most: filters must fit memory."""
     return Fraction(native, target).limit_denominator(1000)

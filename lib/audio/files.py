@@ -19,7 +19,7 @@ from soundfile import SoundFile, SoundFileError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lib.audio.decode import NAMES, AudioError, Decoder, Marks, rate_ratio, read_windows
+from lib.audio.decode import NAMES, AudioError, Decoder, Marks, mixed, rate_ratio, read_windows
 from lib.audio.levels import BAND_FRAME, POLICIES, Meter, band_edge, decibels, level_of
 from lib.util.configs import check
 from lib.util.errors import UserError
@@ -61,13 +61,13 @@ def load_audio(
     offset: int = 0,
     length: int | None = None,
     sample_rate: int = SAMPLE_RATE,
-    *,
-    mix: bool = True,
+    channels: int | None = 1,
 ) -> torch.Tensor:
-    """One of `read_windows`: float32 `[1, N]`, the mean of the channels, or `[C, N]` without `mix`. A file is decoded
+    """One of `read_windows`: float32 `[channels, N]`, as `mixed` makes them, or all with None. A file is decoded
     up to the window's end; with its report, from shortly before it on. `AudioError` if damaged or not finite."""
     path, known = (source.path, source.marks) if isinstance(source, AudioReport) else (source, ())
-    return next(read_windows(path, [(offset, length)], sample_rate, mix=mix, known=known))
+    wav = next(read_windows(path, [(offset, length)], sample_rate, mix=channels == 1, known=known))
+    return mixed(wav, channels or len(wav))
 
 
 def check_audio(path: str | Path, min_samples: int = MIN_SAMPLES, *, mix: bool = True) -> AudioReport:

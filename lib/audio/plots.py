@@ -36,8 +36,8 @@ STYLE = dict(rc_params_from_file(Path(__file__).with_suffix(".mplstyle"), use_de
 
 
 def mel_power(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> Tensor:
-    """Mel power spectrogram of `[1, N]`: `[80, frames]`, hop 256 samples."""
-    wav = torch.nn.functional.pad(wav, (0, max(0, 1024 - wav.shape[-1])))
+    """Mel power spectrogram of `[C, N]`, of the channels' mean: `[80, frames]`, hop 256 samples."""
+    wav = torch.nn.functional.pad(wav.mean(0, keepdim=True), (0, max(0, 1024 - wav.shape[-1])))
     return torchaudio.transforms.MelSpectrogram(sample_rate, n_fft=1024, hop_length=256, n_mels=80)(wav)[0]
 
 
@@ -50,13 +50,13 @@ def decibels_below_peak(power: Tensor) -> Tensor:
 
 
 def clip_image(wav: Tensor, colour: str = INPUT, sample_rate: int = SAMPLE_RATE) -> bytes:
-    """The waveform of `[1, N]`, at full scale, above its mel spectrogram, as a PNG without axes for a player."""
+    """The waveform of `[C, N]`, at full scale, above its mel spectrogram, as a PNG without axes for a player."""
     width, height = 480, 60
     decibels = decibels_below_peak(mel_power(wav, sample_rate))  # [80, frames]
     levels = ((decibels.flip(0) + 80) * ((SHADES - 1) / 80)).round().byte()
     mel = Image.fromarray(levels.numpy()).resize((width, len(levels)), Image.Resampling.BOX)
     edges = np.linspace(0, wav.shape[-1], width + 1).astype(int)
-    slices = [wav[0, a : max(a + 1, b)].numpy() for a, b in itertools.pairwise(edges)]
+    slices = [wav.mean(0)[a : max(a + 1, b)].numpy() for a, b in itertools.pairwise(edges)]
     low, high = np.array([s.min() for s in slices]), np.array([s.max() for s in slices])
     rows = 1 - 2 * (np.arange(height)[:, None] + 0.5) / height  # amplitude of each row, 1 to -1
     reach = 1.01 / height  # half a row, and a little more
@@ -72,7 +72,7 @@ def clip_image(wav: Tensor, colour: str = INPUT, sample_rate: int = SAMPLE_RATE)
 
 @plt.rc_context(STYLE)
 def waveform_and_latents(wav: Tensor, latents: Tensor, title: str) -> Figure:
-    """A clip as waveform `[1, N]`, mel spectrogram and latents `[D, T]`."""
+    """A clip as waveform `[C, N]`, mel spectrogram and latents `[D, T]`."""
     figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(9, 6.5), height_ratios=(1, 1.5, 1.5), sharex=True)
     figure.colorbar(_draw_clip(top, middle, wav, INPUT, title), ax=middle, label=DECIBELS)
     limit = latents.abs().quantile(0.995).item()
@@ -84,10 +84,12 @@ def waveform_and_latents(wav: Tensor, latents: Tensor, title: str) -> Figure:
 
 @plt.rc_context(STYLE)
 def spectra(wavs: Mapping[str, Tensor], band_edge: float | None) -> Figure:
-    """Mean power spectra of `[1, N]` clips at 24 kHz in dB, and the upper edge of the codec's band (Hz), if any."""
+    """Mean power spectra of `[C, N]` clips at 24 kHz in dB, and the upper edge of the codec's band (Hz), if any."""
     figure, axes = plt.subplots(figsize=(7, 3.2))
     for (name, wav), colour in zip(wavs.items(), (INPUT, OUTPUT, TARGET), strict=False):
-        power = torch.stft(wav[0], 2048, window=torch.hann_window(2048), return_complex=True).abs().square().mean(1)
+        power = (
+            torch.stft(wav.mean(0), 2048, window=torch.hann_window(2048), return_complex=True).abs().square().mean(1)
+        )
         frequencies = torch.linspace(0, SAMPLE_RATE / 2000, len(power))
         axes.plot(frequencies, 10 * torch.log10(power + 1e-10), color=colour, label=name, linewidth=1)
     if band_edge:
@@ -116,7 +118,7 @@ def mixing_maps(taken: Mapping[str, tuple[Tensor, Tensor]], seconds: float) -> F
 
 @plt.rc_context(STYLE)
 def waveforms_and_mels(wavs: Mapping[str, Tensor]) -> Figure:
-    """Clips `[1, N]` below each other on one time axis and the same scale: the waveform, and its mel spectrogram."""
+    """Clips `[C, N]` below each other on one time axis and the same scale: the waveform, and its mel spectrogram."""
     size = (WIDTH, 0.6 + 1.5 * len(wavs))
     figure, axes = plt.subplots(len(wavs), 2, figsize=size, sharex=True, sharey="col", squeeze=False)
     colours = itertools.cycle((INPUT, TARGET, OUTPUT, AVERAGE, AVERAGE))
@@ -161,7 +163,7 @@ def label_bands(axes: plt.Axes) -> None:
 def _draw_clip(top: plt.Axes, bottom: plt.Axes, wav: Tensor, colour: str, title: str) -> AxesImage:
     """Minimum and maximum of each of about 1,000 slices of the waveform, and below them its mel spectrogram."""
     width = max(1, wav.shape[-1] // 1000)
-    slices = wav[0, : wav.shape[-1] // width * width].numpy().reshape(-1, width)
+    slices = wav.mean(0)[: wav.shape[-1] // width * width].numpy().reshape(-1, width)
     time = np.arange(len(slices)) * width / SAMPLE_RATE
     top.fill_between(time, slices.min(1), slices.max(1), color=colour, linewidth=0.3)
     top.set(title=title, ylabel="amplitude")

@@ -18,12 +18,14 @@ from lib.util.errors import UserError
 
 
 class Codec(Protocol):
-    """A codec has whole numbers sample_rate (Hz), hop (samples a frame) and dim (latent channels); a fingerprint, hash
-    of what changes latents, in 12 or more hex digits; encode: [B, 1, N] → [B, dim, T], T = ceil(N / hop), without a
-    gradient, and ValueError for NaN or inf; and decode: latents, length=None → [B, 1, T · hop] or its first `length`
-    samples, with a gradient. Sound is mono; latents should have an RMS near 5.7, which the law of the RMS assumes."""
+    """A codec has whole numbers sample_rate (Hz), channels (1, which may be left out, or 2), hop (samples a frame) and
+    dim (latent channels); a fingerprint, hash of what changes latents, in 12 or more hex digits; encode: [B, channels,
+    N] → [B, dim, T], T = ceil(N / hop), without a gradient; and decode: latents, length=None → [B, channels, T · hop]
+    or its first `length` samples, with a gradient. Latents should have an RMS near 5.7, which the law of the RMS
+    assumes."""
 
     sample_rate: int
+    channels: int  # or none: `channels_of`
     hop: int
     dim: int
     name: str  # by which `load_codec` finds it, and which it gives to a codec of your own
@@ -63,14 +65,15 @@ def load_codec(name_or_path: str | Path) -> Codec:
 def _try_out(codec: Codec) -> None:
     if isinstance(codec, nn.Module):
         codec.requires_grad_(False)
-    sizes = codec.sample_rate, codec.hop, codec.dim
-    check({type(size) for size in sizes} == {int}, "sample_rate, hop, dim", sizes, "whole numbers")
+    sizes = codec.sample_rate, codec.hop, codec.dim, (C := channels_of(codec))
+    check({type(size) for size in sizes} == {int}, "sample_rate, hop, dim, channels", sizes, "whole numbers")
+    check(C in (1, 2), "channels", C, "1 or 2")
     check(re.fullmatch("[0-9a-f]{12,}", codec.fingerprint), "fingerprint", codec.fingerprint, "12 or more hex digits")
     N, T = codec.sample_rate + 1, codec.sample_rate // codec.hop + 1
-    latents = codec.encode(0.1 * torch.arange(N).sin()[None, None])
+    latents = codec.encode(0.1 * torch.arange(N).sin().repeat(1, C, 1))
     whole, cut = (codec.decode(latents.detach().clone().requires_grad_(), length=length) for length in (None, N))
     found = [(list(x.shape), x.requires_grad) for x in (latents, whole, cut)]
-    wanted = [([1, codec.dim, T], False), ([1, 1, T * codec.hop], True), ([1, 1, N], True)]
+    wanted = [([1, codec.dim, T], False), ([1, C, T * codec.hop], True), ([1, C, N], True)]
     check(found == wanted, f"shapes and gradients of encode, decode and decode with length={N}", found, wanted)
 
 
@@ -85,6 +88,10 @@ def placed(codec: Codec, device: torch.device) -> Iterator[None]:
         module.to("cpu")
 
 
+def channels_of(codec: Codec) -> int:
+    return getattr(codec, "channels", 1)
+
+
 def decoded(codec: Codec, latents: Tensor) -> Tensor:
-    """Latents `[B, D, T]` as sound `[B, 1, N]` at 24 kHz, at which losses and metrics compare whatever the codec."""
-    return resample(codec.decode(latents), codec.sample_rate, SAMPLE_RATE)
+    """Latents `[B, D, T]` as mono sound `[B, 1, N]` at 24 kHz, which losses and metrics compare whatever the codec."""
+    return resample(codec.decode(latents).mean(1, keepdim=True), codec.sample_rate, SAMPLE_RATE)

@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from lib.audio.decode import AudioError, Decoder
+from lib.audio.decode import AudioError, Decoder, mixed
 from lib.audio.files import AudioReport, Check, check_files, report_on
-from lib.codec.codec import Codec
+from lib.codec.codec import Codec, channels_of
 from lib.data.pairs import Clip, Manifest
 from lib.util.errors import UserError
 from lib.util.files import file_sha256, naming, write_atomic, writing
@@ -73,18 +73,19 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> 
 def encoding_check(codec: Codec, cache_dir: str | Path, clip_length: int) -> Check:
     """A `check_audio` that, in the same decode, brings the latents of all clips of the file into the cache."""
     store = _store(cache_dir, codec, clip_length)
-    there = {path.name.partition("-")[0] for path in store.glob("*-*.npy")}
+    there, channels = {path.name.partition("-")[0] for path in store.glob("*-*.npy")}, channels_of(codec)
 
     def check(path: Path) -> AudioReport:
         with Decoder(path) as file, writing(store, WRITABLE):
             sha256 = file_sha256(path)
             windows = zip(itertools.count(0, clip_length), itertools.repeat(clip_length))
-            for offset, wav in zip(itertools.count(0, clip_length), file.windows(windows, codec.sample_rate)):
+            wavs = file.windows(windows, codec.sample_rate, mix=channels == 1)
+            for offset, wav in zip(itertools.count(0, clip_length), wavs):
                 if not (length := wav.shape[1]):
                     return report_on(file, sha256)
                 clip = Clip(path.name, offset, length, sha256)
                 if clip.fills(clip_length) and clip.key not in there:
-                    _encode(clip.key, wav, clip_length, codec, store)
+                    _encode(clip.key, mixed(wav, channels), clip_length, codec, store)
 
     return check
 
@@ -111,7 +112,7 @@ def _find_latents(store: Path, clips: dict[str, Clip], shape: tuple[int, int]) -
 
 
 def _encode(key: str, wav: Tensor, clip_length: int, codec: Codec, store: Path) -> None:
-    """Encode a clip `[1, N]` into its file."""
+    """Encode a clip `[C, N]` into its file."""
     wav = torch.nn.functional.pad(wav, (0, clip_length - wav.shape[1]))
     latents = np.ascontiguousarray(codec.encode(wav[None])[0].float().cpu().numpy())  # [D, T]
     content = io.BytesIO()

@@ -129,10 +129,10 @@ def cut_to_shorter(input: Clip, target: Clip) -> tuple[Clip, Clip]:
     return replace(input, length=length), replace(target, length=length)
 
 
-def load_pair(input: Clip, target: Clip) -> tuple[Tensor, Tensor]:
-    """Both clips `[1, N]`, cut to the shorter one. They are whole ones: each `path` is that of the file."""
+def load_pair(input: Clip, target: Clip, channels: int = 1) -> tuple[Tensor, Tensor]:
+    """Both clips `[channels, N]`, cut to the shorter one. They are whole ones: each `path` is that of the file."""
     clips = cut_to_shorter(input, target)
-    wavs = tuple(load_audio(clip.path, clip.offset, clip.length, clip.sample_rate) for clip in clips)
+    wavs = tuple(load_audio(clip.path, clip.offset, clip.length, clip.sample_rate, channels) for clip in clips)
     for clip, wav in zip(clips, wavs, strict=True):
         if wav.shape[-1] < clip.length:
             raise UserError(f"{clip.path}: ends before sample {clip.offset + clip.length}; restore the file")

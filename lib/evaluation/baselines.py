@@ -11,8 +11,9 @@ import librosa
 import torch
 from torch import Tensor
 
+from lib.audio.decode import mixed
 from lib.audio.files import SAMPLE_RATE
-from lib.codec.codec import Codec, decoded
+from lib.codec.codec import Codec, channels_of, decoded
 from lib.data.latents import LatentPairs
 from lib.data.pairs import Manifest
 from lib.evaluation.fusion_metrics import SoundFeatures, sound_features, sound_metrics
@@ -41,7 +42,7 @@ def pairs_to_measure(
 
 
 def recipes(input: Tensor, target: Tensor, crossovers: Mapping[str, float]) -> dict[str, Tensor]:
-    """What a musician would do by hand with two waveforms `[1, N]`: both crossovers; HPSS, the input's percussive with
+    """What a musician would do by hand with two waveforms `[C, N]`: both crossovers; HPSS, the input's percussive with
     the target's harmonic part (librosa's); and HPSS with a crossover. `crossovers`: Hz, of `best_crossovers`."""
     parts = low_and_high(input, target)
     crossed = {name: crossover(*parts[name], frequency) for name, frequency in crossovers.items()}
@@ -60,7 +61,7 @@ def low_and_high(input: Tensor, target: Tensor) -> dict[str, tuple[Tensor, Tenso
 
 
 def crossover(low: Tensor, high: Tensor, frequency: float) -> Tensor:
-    """One waveform `[1, N]` below a frequency (Hz), the other one above."""
+    """One waveform `[C, N]` below a frequency (Hz), the other one above."""
     below = torch.fft.rfftfreq(low.shape[-1], 1 / SAMPLE_RATE) < frequency
     return torch.fft.irfft(torch.where(below, torch.fft.rfft(low), torch.fft.rfft(high)), low.shape[-1])
 
@@ -102,14 +103,15 @@ def fusions(
 
 
 def encoded(pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of latents `[D, T]`, as they are or from pairs of waveforms `[1, N]` at the codec's rate. `UserError` for a
-    pair of other shapes, or of clips that are not equally long."""
+    """Pairs of latents `[D, T]`, as they are or from pairs of waveforms `[C, N]` at the codec's rate, C 1 or its own.
+    `UserError` for a pair of other shapes, or of clips that are not equally long."""
+    channels = channels_of(codec)
     for i, (input, target) in enumerate(pairs):
-        if input.shape != target.shape or input.ndim != 2 or len(input) not in (1, codec.dim):
-            wanted = f"two waveforms [1, N] or two latents [{codec.dim}, T] of one length"
+        if input.shape != target.shape or input.ndim != 2 or len(input) not in (1, channels, codec.dim):
+            wanted = f"two waveforms [{channels}, N] or two latents [{codec.dim}, T] of one length"
             raise UserError(f"pair {i}: is {list(input.shape)} and {list(target.shape)}; give {wanted}")
-        is_sound = len(input) == 1 and codec.dim > 1
-        yield tuple(codec.encode(x[None])[0] for x in (input, target)) if is_sound else (input, target)
+        sound = len(input) != codec.dim
+        yield tuple(codec.encode(mixed(x, channels)[None])[0] for x in (input, target)) if sound else (input, target)
 
 
 def measure_fusions(
@@ -131,7 +133,9 @@ def measure_fusions(
 
 
 def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over pairs of one output's rows of `measure_fusions`."""
+    """Means over pairs of one output's rows of `measure_fusions`. `UserError` if there are none."""
+    if not rows:
+        raise UserError("no pairs were measured; give at least one")
     return {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 

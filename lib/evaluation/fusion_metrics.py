@@ -57,8 +57,9 @@ class SoundFeatures:
 
 
 def sound_features(wav: Tensor) -> SoundFeatures:
-    """Features of a clip `[1, N]` at 24 kHz, N at least 320 (`ValueError`). A non-finite clip counts as silence."""
-    samples = wav[0].float().cpu().numpy()
+    """Features of a clip `[C, N]`, the channels' mean, at 24 kHz, N at least 320 (`ValueError`). A non-finite clip
+    counts as silence."""
+    samples = wav.mean(0).float().cpu().numpy()
     if len(samples) < HOP:
         raise ValueError(f"onsets need at least {HOP} samples, got {len(samples)}")
     samples = samples if np.isfinite(samples).all() else np.zeros_like(samples)

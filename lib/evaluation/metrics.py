@@ -18,8 +18,8 @@ from lib.training.losses import latent_mse
 
 
 def band_snr(reference: Tensor, estimate: Tensor, edges: Sequence[float]) -> list[float]:
-    """Signal-to-noise ratio (dB) of `estimate [1, N]` between neighbouring `edges` (Hz); NaN without a signal."""
-    signal, noise = (torch.fft.rfft(x[0].double()).abs().square() for x in (reference, reference - estimate))
+    """Signal-to-noise ratio (dB) of `estimate [C, N]` between neighbouring `edges` (Hz); NaN without a signal."""
+    signal, noise = (torch.fft.rfft(x.mean(0).double()).abs().square() for x in (reference, reference - estimate))
     frequencies = torch.fft.rfftfreq(reference.shape[-1], 1 / SAMPLE_RATE)
     bands = [(frequencies >= low) & (frequencies < high) for low, high in itertools.pairwise(edges)]
     powers = [(signal[band].sum(), noise[band].sum().clamp_min(1e-30)) for band in bands]

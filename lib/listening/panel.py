@@ -15,7 +15,7 @@ from traitlets import Dict, HasTraits
 
 from lib.audio.files import check_audio
 from lib.audio.plots import mel_power, mixing_maps
-from lib.codec.codec import Codec, decoded
+from lib.codec.codec import Codec, channels_of, decoded
 from lib.data.pairs import Clip, Manifest, Pair, load_pair, whole_clip
 from lib.evaluation.baselines import recipes
 from lib.listening import widgets as ui
@@ -54,8 +54,9 @@ class Listening(HasTraits):
         self.load = functools.lru_cache(maxsize=16)(
             lambda path, saved: load_model(Run.open(path), codec_fingerprint=codec.fingerprint)
         )
+        self.pair_of = functools.partial(load_pair, channels=channels_of(codec))
         self.render = functools.lru_cache(maxsize=8)(  # what a playground plays beside the next variant
-            lambda model, input, target, settings: render(model, codec, *load_pair(input, target), settings)
+            lambda model, input, target, settings: render(model, codec, *self.pair_of(input, target), settings)
         )
 
     def offer_uploads(self) -> None:
@@ -73,7 +74,7 @@ class Listening(HasTraits):
         """A pair beside its fusions, by name, each by a run with settings, and by hand: the plain average and HPSS,
         through the codec. For each output with masks, mel powers `[80, F]` of what it took from both. And all that was
         rendered. `restored`: at 48 kHz, with an upper band."""
-        wavs, parts, found = dict(zip(("input", "target"), load_pair(input, target), strict=True)), {}, {}
+        wavs, parts, found = dict(zip(("input", "target"), self.pair_of(input, target), strict=True)), {}, {}
         for name, (run, settings) in outputs.items():
             step(f"fusing: {name}")
             model = self.model(run)
@@ -83,7 +84,7 @@ class Listening(HasTraits):
                 parts[name] = taken(model, self.codec, found[name])
         step("plain average and HPSS")
         with torch.inference_mode():
-            for name, wav in by_hand(input, target).items():
+            for name, wav in by_hand(input, target, channels_of(self.codec)).items():
                 latents = self.codec.encode(wav[None])
                 rest = left_out(self.codec, wav[None], latents) if settings.whole_band else 0
                 wavs[name] = (self.codec.decode(latents, length=wav.shape[-1]) + rest)[0]
@@ -115,9 +116,9 @@ class Listening(HasTraits):
 
 
 @functools.lru_cache(maxsize=8)  # a slider plays the same pair again and again
-def by_hand(input: Clip, target: Clip) -> dict[str, Tensor]:
-    """What needs no model, `[1, N]`."""
-    pair = load_pair(input, target)
+def by_hand(input: Clip, target: Clip, channels: int) -> dict[str, Tensor]:
+    """What needs no model, `[channels, N]`."""
+    pair = load_pair(input, target, channels)
     return {"plain average": (pair[0] + pair[1]) / 2} | recipes(*pair, {})
 
 
@@ -180,6 +181,8 @@ class _Panel(Comparing):
 
     def keep(self, change: Any) -> None:
         """Keep a file that arrives, offer it to the playground, and play it."""
+        if not change["new"]:
+            return
         with self.work.message.show_errors(), self.choosing():
             next(file for file in self.files if file.button is change["owner"]).keep()
             self.listening.offer_uploads()
@@ -195,6 +198,7 @@ class _Panel(Comparing):
             for file, clip in zip(self.files, self.listening.pairs[self.pair.value], strict=True):
                 name = Path(clip.path).relative_to(self.listening.root).as_posix()
                 file.hold(ui.all_of(checked(clip.path), clip.sample_rate), name, clip.offset)
+                file.button.value = ()  # so that the same file, uploaded again, is a change
 
     @contextlib.contextmanager
     def choosing(self) -> Iterator[None]:

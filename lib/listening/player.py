@@ -30,7 +30,7 @@ PLAYER = Markup(Path(__file__).with_suffix(".html").read_text().replace("\n", ""
 
 
 def loudness(wav: Tensor, sample_rate: int = SAMPLE_RATE) -> float:
-    """Loudness of `[1, N]` in LUFS by ITU-R BS.1770-4; −∞ for silence. A clip shorter than its window is repeated."""
+    """Loudness of `[C, N]` in LUFS by ITU-R BS.1770-4; −∞ for silence. A clip shorter than its window is repeated."""
     repeats = math.ceil(2 * BLOCK * sample_rate / wav.shape[-1]) if wav.shape[-1] < BLOCK * sample_rate else 1
     scale = max(1.0, float(wav.abs().max()))  # the meter ends at 10 LUFS
     return level_of([(wav.T / scale).numpy()] * repeats, sample_rate, len(wav)).lufs + decibels(scale)
@@ -43,12 +43,12 @@ def data_uri(kind: str, content: bytes) -> str:
 
 def flac(wav: Tensor, sample_rate: int) -> bytes:
     content = io.BytesIO()
-    soundfile.write(content, wav[0].numpy(), sample_rate, format="FLAC", subtype="PCM_16")
+    soundfile.write(content, wav.T.numpy(), sample_rate, format="FLAC", subtype="PCM_16")
     return content.getvalue()
 
 
 class Players:
-    """Clips `[1, N]` by name, one player each, at one gain, so that levels compare: 1, or less above full scale."""
+    """Clips `[C, N]` by name, one player each, at one gain, so that levels compare: 1, or less above full scale."""
 
     def __init__(self, wavs: Mapping[str, Tensor], sample_rate: int = SAMPLE_RATE):
         self.wavs, self.sample_rate = dict(wavs), sample_rate

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lib.audio.decode import mixed
 from lib.audio.files import SAMPLE_RATE, save_audio
-from lib.codec.codec import Codec, load_codec
+from lib.codec.codec import Codec, channels_of, load_codec
 from lib.data.pairs import Clip, cut_to_shorter, load_pair
 from lib.model.cascade import StageTrace
 from lib.model.fusion import FusionModel, load_model
@@ -49,36 +50,39 @@ class Settings:
 
 class Rendition(NamedTuple):
     wav: Tensor  # [C, N]
-    latents: tuple[Tensor, Tensor]  # of input and target [C, D, T], noise included
-    masks: Masks | None  # [C, D, T] each, as applied; None without masking
+    latents: tuple[Tensor, Tensor]  # of input and target [C, D, T], [1, D, T] of a codec with C; noise included
+    masks: Masks | None  # the same, as applied; None without masking
     traces: tuple[StageTrace, ...]  # one per applied stage
-    stages: tuple[Tensor, ...] = ()  # [C, D, T], the latents after each of them
+    stages: tuple[Tensor, ...] = ()  # the same, the latents after each of them
 
 
 @torch.inference_mode()
 def render(
     model: FusionModel, codec: Codec, input: Tensor, target: Tensor, settings: Settings | None = None
 ) -> Rendition:
-    """Fuse two waveforms `[C, N]` of one shape, at the codec's rate; channels share the masks of their mean.
-    `UserError` for others, and for a setting that this model lacks."""
-    if input.shape != target.shape:
-        raise UserError(f"clips are {list(input.shape)} and {list(target.shape)} samples; cut both to one length")
+    """Fuse two waveforms `[C, N]` of one shape, at the codec's rate: in as many channels as the codec has, or, where it
+    has one, each by itself, with the masks of their mean. `UserError` for others, and for a setting that this model
+    lacks."""
+    if input.shape != target.shape or input.ndim != 2:
+        raise UserError(f"clips are {list(input.shape)} and {list(target.shape)}; give two [C, N] of one length")
     settings = settings or Settings()
     stages, weight, none = model.cascade.stages, settings.residual_weight, "None: this model has no stages"
     rule = f"1 to {len(stages)}" if stages else none
     check(settings.stages is None or settings.stages <= len(stages), "stages", settings.stages, rule)
     check(weight is None or stages, "residual_weight", weight, none)
     generator = torch.Generator().manual_seed(settings.seed)  # its own: several threads render at once
-    clean = codec.encode(input[:, None]), codec.encode(target[:, None])  # [C, D, T] each
+    channels = channels_of(codec)
+    clips = [mixed(x, channels)[None] if channels > 1 else x[:, None] for x in (input, target)]  # [1, C, N], [C, 1, N]
+    clean = codec.encode(clips[0]), codec.encode(clips[1])  # [C, D, T] or [1, D, T] each
     latents = tuple(mix_noise(x.cpu(), settings.noise, generator).to(x.device) for x in clean)  # the same on any device
-    one = latents if len(input) == 1 else (codec.encode(x.mean(0)[None, None]) for x in (input, target))
+    one = latents if len(clean[0]) == 1 else (codec.encode(x.mean(0, keepdim=True)) for x in clips)
     masks = model.make_masks(*one)
     if masks is not None:
         masks = Masks(*(adjusted(mask, settings).expand_as(latents[0]) for mask in masks))
     with contextlib.nullcontext() if weight is None else stages[: settings.stages][-1].override(residual_weight=weight):
         fusion = model(*latents, masks=masks, stages=settings.stages)
-    rest = left_out(codec, torch.cat([input, target])[:, None], torch.cat(clean)) if settings.whole_band else None
-    wav = decode_fusion(codec, fusion, torch.cat(latents), rest, input.shape[-1])[:, 0]
+    rest = left_out(codec, torch.cat(clips), torch.cat(clean)) if settings.whole_band else None
+    wav = decode_fusion(codec, fusion, torch.cat(latents), rest, input.shape[-1]).flatten(0, 1)
     return Rendition(wav, latents, masks, fusion.traces, fusion.stages)
 
 
@@ -97,7 +101,7 @@ def save_with_recipe(path: str | Path, run: Run, codec: Codec, input: Clip, targ
     for clip in (input, target):
         _check_file(clip, "the pair", "restore that file, or make the pairs again")
     model = load_model(run, codec_fingerprint=codec.fingerprint)
-    rendition = render(model, codec, *load_pair(input, target), settings)
+    rendition = render(model, codec, *load_pair(input, target, channels_of(codec)), settings)
     save_audio(path, rendition.wav, codec.sample_rate)
     folder, root = path.parent.resolve(), run.path.resolve()
     root = root if folder.is_relative_to(root) else folder.parent
@@ -125,7 +129,7 @@ def save_with_recipe(path: str | Path, run: Run, codec: Codec, input: Clip, targ
 
 
 class Rerendering(NamedTuple):
-    wav: Tensor  # [1, N]
+    wav: Tensor  # [C, N]
     sample_rate: int
     equal: bool  # bit for bit to the samples that the recipe was written for
     versions: dict[str, str]  # the versions that the recipe was written with
@@ -141,7 +145,6 @@ def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str
         if not Path(clip.path).is_file():
             raise UserError(f"{path}: its {role} {clip.path} is not there; put the file back, or correct {role}.path")
         _check_file(clip, str(path), "restore that file")
-    wavs = load_pair(*clips)
     place = Path(run or path.parent / recipe["run"])
     if not run and not (place / "config.json").is_file():
         raise UserError(f"{path}: its run {place} is not there; say where it is now, by --run")
@@ -151,6 +154,7 @@ def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str
         raise UserError(f"{found.path}: its weights are not those of {path}; name the run that has them, by --run")
     loaded = load_codec(codec or found.codec_source)
     found.check_codec(loaded.fingerprint)
+    wavs = load_pair(*clips, channels_of(loaded))
     # it may have a setting that this model lacks; and how many threads share sums decides their last bits
     with naming(path, "name another run"), torch_threads(recipe["threads"]):
         wav = render(model, loaded, *wavs, recipe["settings"]).wav

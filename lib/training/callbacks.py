@@ -6,7 +6,7 @@ import torch
 from lib.audio import plots
 from lib.audio.decode import resample
 from lib.audio.files import SAMPLE_RATE, save_audio
-from lib.codec.codec import Codec
+from lib.codec.codec import Codec, channels_of
 from lib.data.pairs import Manifest, load_pair, whole_clip
 from lib.model.whole_band import decode_fusion, left_out
 from lib.training.batches import evenly_spread
@@ -37,7 +37,8 @@ class DemoClips(Callback):
         for number, place in enumerate(evenly_spread(len(pairs), self.count).tolist()):
             latents = torch.stack(pairs[place]).to(device)
             (pair,) = (pair for pair in self.manifest.pairs if pair.id == pairs.pair_id(place))
-            clips = torch.stack(load_pair(*(whole_clip(self.manifest, clip) for clip in (pair.input, pair.target))))
+            clips = (whole_clip(self.manifest, clip) for clip in (pair.input, pair.target))
+            clips = torch.stack(load_pair(*clips, channels_of(self.codec)))
             with torch.inference_mode(), evaluating(trainer.learner.eval_model) as model:
                 fusion, rest = model(*latents.split(1)), left_out(self.codec, clips.to(device), latents)
                 fusion = fusion._replace(latents=fusion.latents.float())

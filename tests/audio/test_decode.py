@@ -77,7 +77,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("name", LOSSLESS)
 def test_lossless_files_are_decoded_as_by_libsndfile(folder, name):
-    found = load_audio(folder / name, sample_rate=RATE, mix=False)
+    found = load_audio(folder / name, sample_rate=RATE, channels=None)
     wanted = soundfile.read(folder / name, dtype="float32")[0].T
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-7)
 
@@ -86,7 +86,7 @@ def test_lossless_files_are_decoded_as_by_libsndfile(folder, name):
 def test_lossy_files_are_decoded_as_by_another_decoder(folder, name, decibels):
     """At once: libsndfile's own blocks and seeks of an MP3 differ from its decode of the whole."""
     wanted, rate = soundfile.read(folder / name)
-    found = load_audio(folder / name, sample_rate=rate, mix=False).numpy().T
+    found = load_audio(folder / name, sample_rate=rate, channels=None).numpy().T
     assert found.shape == wanted.shape
     assert 10 * np.log10(np.square(wanted).sum() / np.square(found - wanted).sum()) > decibels
 
@@ -105,7 +105,7 @@ def test_every_file_has_the_length_of_what_was_written(folder, name):
 @pytest.mark.parametrize("name", FILES)
 def test_every_window_is_a_slice_of_one_decode(folder, name, rate):
     rate = rate or check_audio(folder / name).sample_rate
-    whole = load_audio(folder / name, sample_rate=rate, mix=False)
+    whole = load_audio(folder / name, sample_rate=rate, channels=None)
     draw = np.random.default_rng(0)
     offsets = sorted(map(int, draw.integers(0, whole.shape[1] - 500, 20)))
     windows = [(offset, int(draw.integers(1, rate))) for offset in offsets]
@@ -115,7 +115,7 @@ def test_every_window_is_a_slice_of_one_decode(folder, name, rate):
     for (offset, length), window in zip(windows, found, strict=True):
         wanted = whole[:, offset : None if length is None else offset + length]
         torch.testing.assert_close(window, wanted, rtol=0, atol=1e-6)
-        torch.testing.assert_close(load_audio(report, offset, length, rate, mix=False), wanted, rtol=0, atol=1e-6)
+        torch.testing.assert_close(load_audio(report, offset, length, rate, channels=None), wanted, rtol=0, atol=1e-6)
     for offset, length in windows[:20:7]:
         wanted = whole[:, offset : offset + length].mean(dim=0, keepdim=True)
         torch.testing.assert_close(load_audio(folder / name, offset, length, rate), wanted, rtol=0, atol=1e-6)
@@ -258,7 +258,7 @@ def test_six_channels_are_read_from_every_container(tmp_path):
     for name, codec in (("a.wav", "pcm_f32le"), ("a.m4a", "aac"), ("a.opus", "libopus")):
         rate = 48_000 if codec == "libopus" else RATE
         path = encode(tmp_path / name, codec, samples, rate)
-        assert load_audio(path, sample_rate=rate, mix=False).shape[0] == check_audio(path).channels == 6
+        assert load_audio(path, sample_rate=rate, channels=None).shape[0] == check_audio(path).channels == 6
 
 
 def test_a_decoder_closes_its_file(folder):

@@ -48,6 +48,8 @@ FAULTS = {
     "a fingerprint that is none": ("b10c5b10c5b1", "mine"),
     "a frame too few": ("torch.nn.functional.pad(wav, (0, -wav.shape[-1] % self.hop))", "wav[..., :15_872]"),
     "other channels": ("128, 64,", "128, 32,"),
+    "three channels": ("    def encode", "    channels = 3\n\n    def encode"),
+    "a second channel that is not there": ("    def encode", "    channels = 2\n\n    def encode"),
     "no length": ("[..., :length]", ""),
     "no gradient": ("return (latents.mT", "return (latents.detach().mT"),
     "an error": ("return 30 *", "return 1 / 0 *"),

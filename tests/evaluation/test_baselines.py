@@ -136,6 +136,11 @@ def test_a_pair_that_is_neither_is_refused_by_its_place(clips, shapes):
         list(encoded(pairs, MdctCodec()))
 
 
+def test_means_of_no_pairs_are_refused():
+    with pytest.raises(UserError, match="no pairs were measured; give at least one"):
+        mean_metrics([])
+
+
 def test_without_crossovers_there_are_no_recipes(clips):
     rows = measure_fusions([(clips[0], clips[1])], MdctCodec(), {})
     assert not {*RECIPES, ORACLE} & set(rows)

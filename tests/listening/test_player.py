@@ -61,6 +61,14 @@ def test_embedded_audio_is_the_clip_itself(embedded):
     assert torch.allclose(second, tone(0.5)[0], rtol=0, atol=2**-15)
 
 
+def test_both_channels_are_played_and_their_mean_is_shown(embedded):
+    wav = torch.cat([tone(0.9), torch.zeros(1, 2400)])
+    ((played, rate),) = embedded(Players({"a": wav}))
+    assert rate == RATE
+    assert torch.allclose(played, wav.T, rtol=0, atol=2**-15)
+    assert clip_image(wav) == clip_image(wav.mean(0, keepdim=True)) != clip_image(wav[:1])
+
+
 def test_a_quiet_clip_stays_quiet(embedded):
     players = Players({"quiet": tone(0.001), "loud": tone(0.9)})
     (quiet, _), (loud, _) = embedded(players)

@@ -156,10 +156,12 @@ def test_a_model_without_masks_has_none_to_move(codec, build):
     assert torch.equal(rendition.wav, render(model, codec, input, target).wav)
 
 
-def test_clips_of_unlike_length_are_our_mistake(codec, build):
+def test_clips_of_unlike_length_or_without_channels_are_refused(codec, build):
     input, target = clips()
-    with pytest.raises(UserError, match=r"9600.*9590.*cut both"):  # which are as many frames
+    with pytest.raises(UserError, match=r"9600.*9590.*; give two \[C, N\]"):  # which are as many frames
         render(build("none"), codec, input, target[:, :-10])
+    with pytest.raises(UserError, match=r"\[9600\] and \[9600\]; give two \[C, N\]"):
+        render(build("none"), codec, input[0], target[0])
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

@@ -460,7 +460,7 @@ def test_a_restored_band_is_no_louder_than_the_sources_and_their_tilt(tmp_path, 
     excess = {}
     for name, given in (("free", ()), ("limited", sources)):
         restore_file(tmp_path / "mix.wav", tmp_path / "out.wav", resolver, Restoration(), sources=given)
-        made = inner(load_audio(tmp_path / "out.wav", sample_rate=48_000, mix=False))
+        made = inner(load_audio(tmp_path / "out.wav", sample_rate=48_000, channels=None))
         thirds = [(low, low * 2 ** (1 / 3)) for low in (8_500, 10_700, 13_500, 17_000)]
         excess[name] = [min(decibels(band(made, *t), band(inner(wav), *t)) for wav in wavs) for t in thirds]
     assert min(excess["free"]) > 6
@@ -477,8 +477,8 @@ def test_a_restored_band_is_no_louder_than_the_sources_and_their_tilt(tmp_path, 
 def test_a_file_of_any_rate_becomes_one_at_48_khz(resolver, low_file, tmp_path, rate, edge, channels):
     path, out = low_file("in.wav", 0.3101, edge, rate, channels), tmp_path / "out.wav"
     written, cutoff = restore_file(path, out, resolver, ONE_STEP)
-    info, made = soundfile.info(out), load_audio(out, sample_rate=48_000, mix=False)
-    expected = load_audio(path, sample_rate=48_000, mix=False)
+    info, made = soundfile.info(out), load_audio(out, sample_rate=48_000, channels=None)
+    expected = load_audio(path, sample_rate=48_000, channels=None)
     assert (info.samplerate, info.channels, info.frames) == (48_000, channels, expected.shape[1])
     assert (written.path, written.num_samples, written.channels) == (out, expected.shape[1], channels)
     assert cutoff == pytest.approx(edge, abs=600)
@@ -551,15 +551,15 @@ def test_the_band_is_looked_for_minute_by_minute(low_file, tmp_path, monkeypatch
 @pytest.mark.parametrize("level", ["lufs", "peak", "none", None])
 def test_a_level_is_the_files_own_or_one_that_is_wanted(low_file, tmp_path, level):
     path, loud = low_file(seconds=1.5, channels=2), NoiseResolver(12_000, rms=0.3)
-    own = loudness(load_audio(path, sample_rate=48_000, mix=False), 48_000)
+    own = loudness(load_audio(path, sample_rate=48_000, channels=None), 48_000)
     restore_file(path, tmp_path / "out.wav", loud, Restoration(cutoff=8_000, level=level))
-    made = load_audio(tmp_path / "out.wav", sample_rate=48_000, mix=False)
+    made = load_audio(tmp_path / "out.wav", sample_rate=48_000, channels=None)
     changes = {"lufs": made.abs().max() < 0.9, "peak": 0.8 < made.abs().max() < 0.9, None: made.abs().max() > 1}
     assert changes.get(level, made.abs().max() < 0.9)
     assert (abs(loudness(made, 48_000) - own) < 0.1) == (level == "lufs")
     if level == "lufs":
         restore_file(path, tmp_path / "out.wav", loud, Restoration(cutoff=8_000, level=level), loudness=-30.0)
-        assert loudness(load_audio(tmp_path / "out.wav", sample_rate=48_000, mix=False), 48_000) == pytest.approx(
+        assert loudness(load_audio(tmp_path / "out.wav", sample_rate=48_000, channels=None), 48_000) == pytest.approx(
             -30, abs=0.1
         )
 
