@@ -24,7 +24,7 @@ from lib.presets import Preset, with_changes
 from lib.superres.degradation import Library, read_library
 from lib.superres.training import Plan as SuperresPlan
 from lib.training.run import LOCK, Run, find_runs
-from lib.util.configs import check, from_fields
+from lib.util.configs import check, from_fields, load_object
 from lib.util.errors import UserError
 from lib.util.files import make_folder, naming, only_one, read_json, write_file
 
@@ -126,6 +126,8 @@ def open_project(
     `resume` the run in `out_dir`, its data must be the same."""
     out = ROOT / (out_dir or f"outputs/{preset.name}")
     codec = load_codec(preset.codec)
+    for term in preset.train.loss.own.values():
+        load_object(term.function)  # refused before music is read
     data = ROOT / data_dir if data_dir else demo_folder("demo", preset.data.seed)
     if out.resolve().is_relative_to(data.resolve()):
         raise UserError(f"{out}: is inside the data folder, where its audio would become training data; choose another")

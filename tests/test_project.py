@@ -229,6 +229,7 @@ def test_listening_has_longer_clips_and_the_same_split(root, builds):
         ("my songs é", "/proc/run", {}, "/proc/run: cannot be written"),
         ("my songs é", "", {"codec": "lpc"}, "codec 'lpc': unknown; choose mdct or encodec"),
         ("my songs é", "", {"data.clip_seconds": 1000}, "no usable pair for"),
+        ("my songs é", "", {"train.loss.own": {"a": {"function": "no:term", "weight": 1}}}, "'no:term': cannot be im"),
         ("my songs é", "", {"data.pair_mode": "all"}, "data.pair_mode='all' is not allowed; use one of auto, "),
     ],
 )

@@ -275,6 +275,11 @@ def test_listening(lab, trained, tmp_path, screenshots):
     offered = notebook.cell("show(playground.panel").get_by_label("input", exact=True).locator("option")
     expect(offered.filter(has_text="mine.wav")).to_have_count(1)  # without running its cell again
     assert sorted(path.name.split("_")[1] for path in (trained / "uploads").iterdir()) == ["mine.wav", "other.flac"]
+    # the same file again, after a pair
+    cell.get_by_label("pair", exact=True).select_option(index=0)
+    expect(cell.get_by_text(re.compile(f"^playing {parts} of "))).to_be_visible()
+    upload(cell.get_by_role("button", name="input file"), tmp_path / "mine.wav")
+    expect(cell.get_by_text("playing mine.wav 0–2 s of 140 s + other.flac 0–2 s of 2 s")).to_be_visible()
     page.close()
 
 

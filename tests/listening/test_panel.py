@@ -468,6 +468,17 @@ def test_a_broken_file_is_reported_under_its_own_name_and_the_one_before_it_stay
     assert panel.players.html != before
 
 
+def test_the_same_file_plays_again_when_it_is_uploaded_again(panel):
+    contents = {"input": audio(), "target": audio(seed=1)}
+    for role, content in contents.items():
+        upload(panel, role, f"{role}.wav", content)
+    uploaded = panel.playing.value
+    panel.pair.value = panel.pair.options[0]
+    assert panel.playing.value != uploaded
+    upload(panel, "input", "input.wav", contents["input"])
+    assert panel.playing.value == uploaded
+
+
 def test_a_folder_that_cannot_be_written_is_reported(panel, listening, tmp_path):
     (tmp_path / "uploads").write_text("a file")
     upload(panel, "input", "a.wav", audio())
