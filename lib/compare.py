@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib.audio.decode import resample
-from lib.codec.codec import channels_of, load_codec
+from lib.audio.decode import mixed, resample
+from lib.codec.codec import load_codec
 from lib.data.pairs import Clip, build_manifest, load_pair, read_manifest, whole_clip
 from lib.evaluation.baselines import advantage, features_of
 from lib.evaluation.fusion_metrics import sound_metrics
@@ -89,10 +89,11 @@ def compare_runs(
 
 def fused(compared: Sequence[Compared], input: Clip, target: Clip) -> Players:
     """Two clips and every run's fusion of them, at the clips' rate; each codec gets them at its own."""
-    rate, wavs = input.sample_rate, load_pair(input, target, max(channels_of(c.codec) for c in compared))
+    rate, wavs = input.sample_rate, load_pair(input, target, max(c.codec.channels for c in compared))
     players = dict(zip(("input", "target"), wavs, strict=True))
     for c in compared:
-        fusion = render(c.model, c.codec, *(resample(wav, rate, c.codec.sample_rate) for wav in wavs)).wav
+        own = (mixed(resample(wav, rate, c.codec.sample_rate), c.codec.channels) for wav in wavs)
+        fusion = render(c.model, c.codec, *own).wav
         players[c.name] = resample(fusion, c.codec.sample_rate, rate)[..., : wavs[0].shape[-1]]
     return Players(players, rate)
 

@@ -92,10 +92,11 @@ def fuse_and_restore(
         try:  # at the level of the sources, which limit the restored band, unless another is wanted
             policy = "lufs" if level == "lufs" else None
             fused = fuse_files(input, target, draft, run, codec, level=policy, **options)
+            settings, sources = Restoration(level=level), [check_audio(path, mix=False) for path in (input, target)]
+            written, cutoff = restore_file(draft, out, resolver, settings, sources=sources, loudness=fused.loudness)
         except AudioError as error:
-            raise AudioError(out, error.problem) if error.path == draft else error from None
-        settings, sources = Restoration(level=level), [check_audio(path, mix=False) for path in (input, target)]
-        written, cutoff = restore_file(draft, out, resolver, settings, sources=sources, loudness=fused.loudness)
+            problem = error.problem.replace("or give --cutoff", "without --superres")
+            raise AudioError(out, problem) if error.path == draft else error from None
         written.change += fused.change
         return written, cutoff
 

@@ -76,6 +76,8 @@ def run_notebooks(
     # which notebooks keep in their parameters
     check(data.encode(errors="ignore").decode() == data, "folder", data, "a name in UTF-8")
     with only_one(out / ".notebooks.lock"):  # each notebook that trains has a lock of its own
+        if TRAINING[0] in only:
+            preset.train.loss.find_own()
         say(f"preset {preset_name}: data and latents")
         project = open_project(preset, data, out, resume=resume)
         if resume and TRAINING[0] in only and (out / "config.json").exists():  # refused before anything is replaced

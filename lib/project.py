@@ -24,7 +24,7 @@ from lib.presets import Preset, with_changes
 from lib.superres.degradation import Library, read_library
 from lib.superres.training import Plan as SuperresPlan
 from lib.training.run import LOCK, Run, find_runs
-from lib.util.configs import check, from_fields, load_object
+from lib.util.configs import check, from_fields
 from lib.util.errors import UserError
 from lib.util.files import make_folder, naming, only_one, read_json, write_file
 
@@ -52,6 +52,8 @@ class Project:
         train, val = (len(self.manifest.split(split)) for split in ("train", "val"))
         by = self.manifest.split_by
         yield f"{train} training and {val} validation pairs, split by {by}; codec {self.codec.name}"
+        stages, masking = self.preset.model.num_stages, self.preset.model.masking.masking
+        yield f"masks: {masking}; stages behind them: {stages}"
         if skipped := self.manifest.skipped:
             yield f"{len(skipped)} files were skipped, listed in {self.out_dir / 'manifest.json'}"
             yield from (f"  {item.path}: {item.reason}" for item in skipped[:5])
@@ -126,8 +128,6 @@ def open_project(
     `resume` the run in `out_dir`, its data must be the same."""
     out = ROOT / (out_dir or f"outputs/{preset.name}")
     codec = load_codec(preset.codec)
-    for term in preset.train.loss.own.values():
-        load_object(term.function)  # refused before music is read
     data = ROOT / data_dir if data_dir else demo_folder("demo", preset.data.seed)
     if out.resolve().is_relative_to(data.resolve()):
         raise UserError(f"{out}: is inside the data folder, where its audio would become training data; choose another")
@@ -136,8 +136,10 @@ def open_project(
 
     def before_writing(manifest: Manifest) -> None:
         with only_one(out / LOCK):  # what trains here was begun with the manifest that is here
-            trained_on = Run.open(out).config.get("data") if resume and (out / "config.json").exists() else None
-            if trained_on not in (None, manifest.index_name):
+            if not (resume and (out / "config.json").exists()):
+                return
+            (run := Run.open(out)).check_codec(codec.fingerprint)
+            if run.config.get("data") not in (None, manifest.index_name):
                 fix = "resume with its own data, start again without resume, or choose another output folder"
                 raise UserError(f"{out}: holds a run that was trained on other pairs than {data} gives; {fix}")
 

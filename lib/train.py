@@ -64,6 +64,7 @@ def main() -> None:
     options = parser_of("train").parse_args()
     with exit_on_user_error(), contextlib.ExitStack() as held:
         preset = load_preset(options.preset, parse_overrides(options.set, options.codec))
+        preset.train.loss.find_own()  # before music is read
         processes = join_processes()
         data, out = (Path(path).resolve() if path else "" for path in (options.data, options.out))
         if processes.is_main_process:  # before anything is written there

@@ -52,7 +52,7 @@ class Blocks:
 class TinyCodec:
     """Eight channels a frame: each the mean of 40 neighbouring samples, at the RMS of real latents (about 5)."""
 
-    sample_rate, hop, dim, name = 24_000, 320, 8, "tiny"
+    sample_rate, channels, hop, dim, name = 24_000, 1, 320, 8, "tiny"
     fingerprint = hashlib.sha256(b"tiny").hexdigest()
 
     def encode(self, wav: Tensor) -> Tensor:

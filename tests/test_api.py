@@ -19,12 +19,14 @@ import torch
 import lib.fuse
 import lib.project
 import lib.train
+from lib.audio.decode import resample
 from lib.audio.files import load_audio
 from lib.audio.synth import make_demo_dataset
 from lib.codec.codec import load_codec
+from lib.compare import Compared, fused
 from lib.data.latents import LatentPairs
 from lib.data.pairs import whole_clip
-from lib.evaluation.baselines import mean_metrics, measure_fusions
+from lib.evaluation.baselines import encoded, mean_metrics, measure_fusions
 from lib.lab.claims import NOT_TESTED
 from lib.listening.render import Settings, follow_recipe, render, save_with_recipe
 from lib.model.cascade import CascadeConfig
@@ -33,6 +35,7 @@ from lib.presets import load_preset
 from lib.project import open_project
 from lib.train import train_project
 from lib.training.run import Run
+from lib.util.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SECTION = re.search(r"^## API\n(.*?)^## ", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
@@ -54,11 +57,13 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def stereo(folder) -> Path:
-    """The same, its songs in stereo: on the right another song's start, more quietly."""
+    """The same, its songs in stereo: on the right another song, more quietly; and a file whose channels cancel."""
     songs = sorted((folder / "data" / "demo").glob("*.wav"))
     wavs = [soundfile.read(song)[0] for song in songs]
     for song, left, right in zip(songs, wavs, wavs[1:] + wavs[:1], strict=True):
         soundfile.write(song, np.stack([left, 0.3 * right], axis=1), 24_000)
+    opposite = np.stack([wavs[0], -wavs[0]], axis=1)  # silence in mono, which metrics would hear
+    soundfile.write(songs[0].with_name("opposite.wav"), opposite, 24_000)
     return folder
 
 
@@ -132,13 +137,19 @@ def test_notebooks_01_and_05_work_with_a_stereo_codec_of_another_rate(stereo):
     saved = [soundfile.info(path) for path in (run.path / "audio").glob("val_*/*.wav")]
     assert saved
     assert {(file.samplerate, file.channels, file.frames) for file in saved} == {(16_000, 2, 16_000)}
+    for players in fifth["players"].values():
+        assert all((wav[0] - wav[1]).abs().max() > 0.01 for wav in players.wavs.values())
     assert {axes.get_xlim() for axes in fifth["pictures"].axes if axes.get_xlabel() == "time (s)"} == {(0.0, 1.0)}
 
 
-def test_a_stereo_codec_of_another_rate_encodes_trains_and_fuses(stereo, monkeypatch, capsys):
+def test_a_stereo_codec_of_another_rate_encodes_trains_and_fuses(stereo, save_run, monkeypatch, capsys):
     project = open_project(load_preset("smoke", OWN), "data/demo", "outputs/mine")
     codec, manifest = project.codec, project.manifest
     assert manifest.sample_rate == manifest.clip_length == 16_000
+    for found in (manifest, project.listening()):  # which agree on what is held out
+        ((path, reason),) = ((skipped.path, skipped.reason) for skipped in found.skipped)
+        assert path == "opposite.wav"
+        assert "cancel in the mono mix" in reason
     pairs = LatentPairs(project.index, "val")
     first = manifest.split("val")[-1]
     clips = [whole_clip(manifest, clip) for clip in (first.input, first.target)]
@@ -153,6 +164,8 @@ def test_a_stereo_codec_of_another_rate_encodes_trains_and_fuses(stereo, monkeyp
     for name in ("input", "last"):
         saved = soundfile.info(run.path / "audio" / f"pair_0_{name}.wav")
         assert (saved.samplerate, saved.channels) == (16_000, 2)
+    left, right = load_audio(run.path / "audio" / "pair_0_input.wav", sample_rate=16_000, channels=2)
+    assert (left - right).abs().max() > 0.05
 
     model = load_model(run)
     rendition = render(model, codec, *wavs)
@@ -160,6 +173,24 @@ def test_a_stereo_codec_of_another_rate_encodes_trains_and_fuses(stereo, monkeyp
     torch.testing.assert_close(rendition.wav, codec.decode(latents, length=16_000)[0])
     mono = [wav[:1] for wav in wavs]
     assert torch.equal(render(model, codec, *mono).wav, render(model, codec, *(wav.expand(2, -1) for wav in mono)).wav)
+
+    (found,) = encoded([tuple(mono)], codec)
+    for latents, wav in zip(found, mono, strict=True):
+        assert torch.equal(latents, codec.encode(wav.expand(2, -1)[None])[0])
+
+    mdct = load_codec("mdct")
+    other = save_run(stereo / "outputs" / "mdct", mdct, CascadeConfig.reference(num_layers=1), "learned")
+    compared = [Compared("mine", run, ""), Compared("mdct", other, "")]
+    players = fused(compared, *clips).wavs
+    assert torch.equal(players["input"], wavs[0])
+    assert torch.equal(players["mine"], rendition.wav)
+    in_mono = [resample(wav, 16_000, 24_000).mean(0, keepdim=True) for wav in wavs]
+    fusion = render(load_model(other), mdct, *in_mono).wav
+    assert torch.equal(players["mdct"], resample(fusion, 24_000, 16_000)[:, :16_000])
+    with pytest.raises(UserError, match="outputs/mdct: this run was trained on latents of codec 'mdct'"):
+        render(load_model(other), codec, *wavs)
+    with pytest.raises(UserError, match="outputs/mine: this run was trained on latents of codec 'mine:Frames'"):
+        measure_fusions([tuple(wavs)], mdct, {"mine": model})
 
     for name, seconds in (("a", 1.5), ("b", 1.2)):  # a tone of 500 Hz, on the right more quietly
         tone = 0.2 * np.sin(2 * np.pi * 500 * np.arange(seconds * 44_100) / 44_100)
@@ -183,8 +214,10 @@ def test_a_stereo_codec_of_another_rate_encodes_trains_and_fuses(stereo, monkeyp
     assert "out.wav: 1.20 s, stereo" in capsys.readouterr().out
 
     recipe = save_with_recipe(stereo / "favourite.wav", run, codec, *clips, Settings(mask_blend=0.5))
-    assert follow_recipe(recipe).equal
-    assert soundfile.info("favourite.wav").channels == 2
+    followed, wanted = follow_recipe(recipe), render(model, codec, *wavs, Settings(mask_blend=0.5)).wav
+    assert followed.equal
+    assert torch.equal(followed.wav, wanted)
+    assert torch.equal(load_audio("favourite.wav", sample_rate=16_000, channels=2), wanted)
     of_latents = measure_fusions([pairs[len(pairs) - 1]], codec, {"model": model})
     of_sound = measure_fusions([tuple(wavs)], codec, {"model": model})
     assert mean_metrics(of_latents["input"])["onsets"] == pytest.approx(1)

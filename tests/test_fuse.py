@@ -677,7 +677,7 @@ def test_a_super_resolver_begins_where_the_whole_band_ends(tmp_path, clip, run, 
         assert (soundfile.info(out).channels, soundfile.info(out).samplerate) == (channels, 48_000)
 
 
-def test_no_file_is_left_when_the_super_resolver_cannot_be_used(tmp_path, clip, run, tiny_superres, codec):
+def test_no_file_is_left_when_the_super_resolver_cannot_be_used(tmp_path, clip, run, tiny_superres, codec, monkeypatch):
     paths = [clip(name) for name in ("a.wav", "b.wav")]
     resolver = SuperResolver(tiny_superres)
     with pytest.raises(UserError, match=r"missing/out\.wav: cannot be written"):
@@ -686,4 +686,11 @@ def test_no_file_is_left_when_the_super_resolver_cannot_be_used(tmp_path, clip, 
         fuse_and_restore(*paths, paths[0], run, codec, resolver)
     with pytest.raises(AudioError, match=r"cannot write \.xyz"):
         fuse_and_restore(*paths, tmp_path / "out.xyz", run, codec, resolver)
+
+    def full(draft: Path, *given: object, **options: object):
+        raise AudioError(draft, "its band reaches 22.1 kHz already; leave it as it is, or give --cutoff")
+
+    monkeypatch.setattr(lib.fuse, "restore_file", full)
+    with pytest.raises(AudioError, match=r"out\.wav: its band .*; leave it as it is, without --superres"):
+        fuse_and_restore(*paths, tmp_path / "out.wav", run, codec, resolver)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.wav", "b.wav"]

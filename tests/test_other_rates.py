@@ -88,7 +88,8 @@ def test_a_tone_stands_beside_its_own_frequency_in_the_picture_of_masks(blocks):
 def test_an_uploaded_file_is_cut_in_seconds(tmp_path, listening):
     content, upload = audio(36_000), Upload("input", tmp_path / "uploads", LENGTH, RATE)
     file = {"name": "a.wav", "type": "audio/wav", "size": len(content), "content": memoryview(content)}
-    upload.button.value = (file | {"last_modified": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)},)
+    sent = (file | {"last_modified": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)},)
+    upload.button.value = sent
     upload.keep()
     assert upload.begin.max == 1.0  # where the last whole part of 1.5 s begins
     upload.begin.value = 0.75
@@ -99,7 +100,7 @@ def test_an_uploaded_file_is_cut_in_seconds(tmp_path, listening):
     assert listening.clips["a.wav 0–0.5 s"] == dataclasses.replace(clip, offset=0)
     shown = panel._Panel(listening)
     for file in shown.files:
-        file.button.value = upload.button.value
+        file.button.value = sent
     heard, rate = played(shown.players.html)["input"]
     assert rate == RATE
     torch.testing.assert_close(heard, load_audio(clip.path, 0, LENGTH, RATE), rtol=0, atol=1e-4)

@@ -691,3 +691,12 @@ def test_listening_is_done_again_after_another_training(tmp_path, notebooks, pro
     executions.clear()
     run_notebooks(**run, only=names, resume=True)
     assert [name for name, _ in executions] == ["05_listening"]
+
+
+def test_an_own_term_that_is_not_there_is_refused_where_one_trains_before_music_is_read(tmp_path, project, executions):
+    own = {"train.loss.own": {"a": {"function": "no:term", "weight": 1.0}}}
+    with pytest.raises(UserError, match="'no:term': cannot be imported"):
+        run_notebooks("smoke", own, "", tmp_path)
+    assert not project.asked
+    run_notebooks("smoke", own, "", tmp_path, ("05_listening",))
+    assert [name for name, _ in executions] == ["05_listening"]

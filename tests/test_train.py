@@ -574,12 +574,16 @@ def test_in_one_process_callbacks_are_called(tmp_path, monkeypatch):
     assert load_model(run, "last").masking == preset.model.masking
 
 
+NO_TERM = 'train.loss.own={a: {function: "no:term", weight: 1}}'
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--preset", "none"], "preset: unknown 'none'"),
         (["--preset", "smoke", "--set", "max_steps"], "--set max_steps: not of the form name=value"),
         (["--preset", "smoke", "--data", "/nowhere"], "/nowhere: no such folder"),
+        (["--preset", "smoke", "--data", "/nowhere", "--set", NO_TERM], "'no:term': cannot be imported"),  # at once
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys, options, words):

@@ -50,8 +50,8 @@ class AudioError(UserError):
 
 class Decoder:
     """An open audio file, to be iterated once, in a `with`. `rate` in Hz; found so far: `num_frames` at that rate,
-    `loudest`, the peak of all channels, `peak`, that of what was handed on, and `marks`, at which a later reading may
-    begin, which gets them as `known`. `AudioError` if it is no audio, damaged or not finite."""
+    `loudest`, the peak of all channels, `peak`, that of their mean, and `marks`, at which a later reading may begin,
+    which gets them as `known`. `AudioError` if it is no audio, damaged or not finite."""
 
     def __init__(self, path: str | Path, known: Marks = ()):
         self.path, self.num_frames, self.loudest, self.peak = Path(path), 0, 0.0, 0.0
@@ -97,9 +97,11 @@ class Decoder:
         block, fault = self._gather()
         while block is not None:
             self.loudest = max(self.loudest, float(block.max()), -float(block.min()))
-            if mix and len(block) > 1:  # NumPy's mean takes six times as long as a sum of two rows
-                block = sum(block[1:], block[:1]) / np.float32(len(block))
-            highest, lowest = float(block.max()), float(block.min())
+            mean = block
+            if len(block) > 1:  # NumPy's mean takes six times as long as a sum of two rows
+                mean = sum(block[1:], block[:1]) / np.float32(len(block))
+            highest, lowest = float(mean.max()), float(mean.min())
+            block = mean if mix else block
             if not math.isfinite(highest - lowest):
                 block = block[:, : int(np.argmin(np.isfinite(block).all(axis=0)))]
                 at = self.seconds + block.shape[1] / self.rate

@@ -75,12 +75,12 @@ def check_audio(path: str | Path, min_samples: int = MIN_SAMPLES, *, mix: bool =
     with Decoder(path) as file:
         for _ in file.blocks(mix=mix):
             pass
-        return report_on(file, file_sha256(file.path), min_samples)
+        return report_on(file, file_sha256(file.path), min_samples, mix=mix)
 
 
-def report_on(file: Decoder, sha256: str, min_samples: int = MIN_SAMPLES) -> AudioReport:
+def report_on(file: Decoder, sha256: str, min_samples: int = MIN_SAMPLES, *, mix: bool = True) -> AudioReport:
     """What a decoder found that has come to the end of its file. `AudioError` for a truncated file, a peak below 1e-4
-    (of the mean of its channels or, unmixed, of all), and fewer than `min_samples` at 24 kHz."""
+    (of all channels and, with `mix`, of their mean), and fewer than `min_samples` at 24 kHz."""
     if file.is_truncated():
         raise AudioError(file.path, f"truncated: only {file.seconds:.2f} s are left; copy it again or export it again")
     report = AudioReport(file.path, file.rate, file.channels, file.num_frames, sha256, tuple(file.marks))
@@ -90,7 +90,7 @@ def report_on(file: Decoder, sha256: str, min_samples: int = MIN_SAMPLES) -> Aud
     if file.loudest < SILENCE_PEAK:
         fault = f"silent throughout (peak {file.loudest:.1e})"
         raise AudioError(file.path, f"{fault}; use a recording with sound in it")
-    if file.peak < SILENCE_PEAK:
+    if mix and file.peak < SILENCE_PEAK:
         fault = f"its channels cancel in the mono mix (peaks {file.loudest:.1e}, mixed {file.peak:.1e})"
         raise AudioError(file.path, f"{fault}; invert one of them, or export one channel")
     return report

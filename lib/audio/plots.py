@@ -55,8 +55,8 @@ def clip_image(wav: Tensor, colour: str = INPUT, sample_rate: int = SAMPLE_RATE)
     decibels = decibels_below_peak(mel_power(wav, sample_rate))  # [80, frames]
     levels = ((decibels.flip(0) + 80) * ((SHADES - 1) / 80)).round().byte()
     mel = Image.fromarray(levels.numpy()).resize((width, len(levels)), Image.Resampling.BOX)
-    edges = np.linspace(0, wav.shape[-1], width + 1).astype(int)
-    slices = [wav.mean(0)[a : max(a + 1, b)].numpy() for a, b in itertools.pairwise(edges)]
+    edges, mono = np.linspace(0, wav.shape[-1], width + 1).astype(int), wav.mean(0).numpy()
+    slices = [mono[a : max(a + 1, b)] for a, b in itertools.pairwise(edges)]
     low, high = np.array([s.min() for s in slices]), np.array([s.max() for s in slices])
     rows = 1 - 2 * (np.arange(height)[:, None] + 0.5) / height  # amplitude of each row, 1 to -1
     reach = 1.01 / height  # half a row, and a little more

@@ -25,7 +25,7 @@ class Codec(Protocol):
     assumes."""
 
     sample_rate: int
-    channels: int  # or none: `channels_of`
+    channels: int
     hop: int
     dim: int
     name: str  # by which `load_codec` finds it, and which it gives to a codec of your own
@@ -36,8 +36,11 @@ class Codec(Protocol):
     def decode(self, latents: Tensor, length: int | None = None) -> Tensor: ...
 
 
+MdctCodec.channels = 1  # here, as the code of its own file is its fingerprint
 CODECS: dict[str, Callable[[], Codec]] = {"mdct": MdctCodec, "encodec": EncodecCodec.from_hub}
-CODEC = f"{' or '.join(CODECS)}, a directory of EnCodec's weights, or a codec of your own as module:Class"
+CODEC = (
+    f"{' or '.join(CODECS)}, a directory of EnCodec's weights ({WEIGHTS_FILE}), or a codec of your own as module:Class"
+)
 
 
 def load_codec(name_or_path: str | Path) -> Codec:
@@ -49,11 +52,11 @@ def load_codec(name_or_path: str | Path) -> Codec:
     if Path(name).is_dir():
         return EncodecCodec.from_directory(name)
     if ":" not in name:
-        raise UserError(f"codec {name!r}: unknown; choose {CODEC} ({WEIGHTS_FILE})")
+        raise UserError(f"codec {name!r}: unknown; choose {CODEC}")
     make, _ = load_object(name)
     try:
         codec = make()
-        codec.name = name
+        codec.name, codec.channels = name, getattr(codec, "channels", 1)
         _try_out(codec)
     except Exception as error:  # of code that is not ours, too
         wanted = " ".join(Codec.__doc__.split())
@@ -64,13 +67,16 @@ def load_codec(name_or_path: str | Path) -> Codec:
 @torch.enable_grad()
 def _try_out(codec: Codec) -> None:
     if isinstance(codec, nn.Module):
-        codec.requires_grad_(False)
-    sizes = codec.sample_rate, codec.hop, codec.dim, (C := channels_of(codec))
+        codec.requires_grad_(False).eval()
+    sizes = codec.sample_rate, codec.hop, codec.dim, (C := codec.channels)
     check({type(size) for size in sizes} == {int}, "sample_rate, hop, dim, channels", sizes, "whole numbers")
     check(C in (1, 2), "channels", C, "1 or 2")
+    check(codec.dim > 2, "dim", codec.dim, "3 or more, so that latents are not taken for sound")
     check(re.fullmatch("[0-9a-f]{12,}", codec.fingerprint), "fingerprint", codec.fingerprint, "12 or more hex digits")
     N, T = codec.sample_rate + 1, codec.sample_rate // codec.hop + 1
-    latents = codec.encode(0.1 * torch.arange(N).sin().repeat(1, C, 1))
+    sound = 0.1 * torch.arange(N).sin().repeat(1, C, 1)
+    latents, again = codec.encode(sound), codec.encode(sound)
+    check(torch.equal(latents, again), "encode", "differing or NaN", "finite latents, the same for the same sound")
     whole, cut = (codec.decode(latents.detach().clone().requires_grad_(), length=length) for length in (None, N))
     found = [(list(x.shape), x.requires_grad) for x in (latents, whole, cut)]
     wanted = [([1, codec.dim, T], False), ([1, C, T * codec.hop], True), ([1, C, N], True)]
@@ -86,10 +92,6 @@ def placed(codec: Codec, device: torch.device) -> Iterator[None]:
         yield
     finally:
         module.to("cpu")
-
-
-def channels_of(codec: Codec) -> int:
-    return getattr(codec, "channels", 1)
 
 
 def decoded(codec: Codec, latents: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ encodec.modules.conv.pad1d = pad1d
 class EncodecCodec(nn.Module):
     """EnCodec at 24 kHz (Défossez et al. 2022) along its continuous path, always in float32 on its own device."""
 
-    sample_rate, hop, dim, name = SAMPLE_RATE, HOP, DIM, "encodec"
+    sample_rate, channels, hop, dim, name = SAMPLE_RATE, 1, HOP, DIM, "encodec"
 
     def __init__(self, model: encodec.model.EncodecModel, weights_sha256: str):
         super().__init__()

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from lib.audio.decode import AudioError, Decoder, mixed
 from lib.audio.files import AudioReport, Check, check_files, report_on
-from lib.codec.codec import Codec, channels_of
+from lib.codec.codec import Codec
 from lib.data.pairs import Clip, Manifest
 from lib.util.errors import UserError
 from lib.util.files import file_sha256, naming, write_atomic, writing
@@ -73,7 +73,7 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> 
 def encoding_check(codec: Codec, cache_dir: str | Path, clip_length: int) -> Check:
     """A `check_audio` that, in the same decode, brings the latents of all clips of the file into the cache."""
     store = _store(cache_dir, codec, clip_length)
-    there, channels = {path.name.partition("-")[0] for path in store.glob("*-*.npy")}, channels_of(codec)
+    there, channels = {path.name.partition("-")[0] for path in store.glob("*-*.npy")}, codec.channels
 
     def check(path: Path) -> AudioReport:
         with Decoder(path) as file, writing(store, WRITABLE):

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lib.audio.decode import mixed
 from lib.audio.files import SAMPLE_RATE
-from lib.codec.codec import Codec, channels_of, decoded
+from lib.codec.codec import Codec, decoded
 from lib.data.latents import LatentPairs
 from lib.data.pairs import Manifest
 from lib.evaluation.fusion_metrics import SoundFeatures, sound_features, sound_metrics
-from lib.model.fusion import FusionModel
+from lib.model.fusion import FusionModel, check_codec
 from lib.training.batches import evenly_spread
 from lib.util.errors import UserError
 from lib.util.stats import Comparison, paired_comparison
@@ -55,7 +55,7 @@ def low_and_high(input: Tensor, target: Tensor) -> dict[str, tuple[Tensor, Tenso
     tones = torch.from_numpy(librosa.effects.harmonic(target.numpy()))
     return {
         "crossover": (target, input),
-        "crossover, input below": (input, target),
+        "crossover with the input below": (input, target),
         "HPSS with crossover": (hits + tones, hits + own_tones),
     }
 
@@ -97,21 +97,25 @@ def fusions(
         wavs |= recipes(first, second, crossovers)
     latents = {"average of latents": (input + target)[None] / 2}
     for name, model in models.items():
+        check_codec(model, codec.fingerprint)
         device = next(model.parameters()).device
         latents[name] = model.eval()(input[None].to(device), target[None].to(device)).latents.cpu()
     return wavs | {name: decoded(codec, x)[0] for name, x in latents.items()}
 
 
 def encoded(pairs: Iterable[tuple[Tensor, Tensor]], codec: Codec) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of latents `[D, T]`, as they are or from pairs of waveforms `[C, N]` at the codec's rate, C 1 or its own.
+    """Pairs of latents `[D, T]`, as they are or from pairs of waveforms `[C, N]` at the codec's rate, C 1 or 2.
     `UserError` for a pair of other shapes, or of clips that are not equally long."""
-    channels = channels_of(codec)
     for i, (input, target) in enumerate(pairs):
-        if input.shape != target.shape or input.ndim != 2 or len(input) not in (1, channels, codec.dim):
-            wanted = f"two waveforms [{channels}, N] or two latents [{codec.dim}, T] of one length"
+        if input.shape != target.shape or input.ndim != 2 or len(input) not in (1, 2, codec.dim):
+            wanted = f"two waveforms [1 or 2, N] or two latents [{codec.dim}, T] of one length"
             raise UserError(f"pair {i}: is {list(input.shape)} and {list(target.shape)}; give {wanted}")
         sound = len(input) != codec.dim
-        yield tuple(codec.encode(mixed(x, channels)[None])[0] for x in (input, target)) if sound else (input, target)
+        yield (
+            tuple(codec.encode(mixed(x, codec.channels)[None])[0] for x in (input, target))
+            if sound
+            else (input, target)
+        )
 
 
 def measure_fusions(

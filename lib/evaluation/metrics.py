@@ -19,7 +19,8 @@ from lib.training.losses import latent_mse
 
 def band_snr(reference: Tensor, estimate: Tensor, edges: Sequence[float]) -> list[float]:
     """Signal-to-noise ratio (dB) of `estimate [C, N]` between neighbouring `edges` (Hz); NaN without a signal."""
-    signal, noise = (torch.fft.rfft(x.mean(0).double()).abs().square() for x in (reference, reference - estimate))
+    parts = reference, reference - estimate
+    signal, noise = (torch.fft.rfft(x.double()).abs().square().sum(0) for x in parts)  # of all channels
     frequencies = torch.fft.rfftfreq(reference.shape[-1], 1 / SAMPLE_RATE)
     bands = [(frequencies >= low) & (frequencies < high) for low, high in itertools.pairwise(edges)]
     powers = [(signal[band].sum(), noise[band].sum().clamp_min(1e-30)) for band in bands]

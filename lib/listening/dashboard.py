@@ -160,8 +160,8 @@ class Panel:
         newest = max(((path.stat().st_mtime_ns, path) for path in outputs), default=self.newest)
         if newest != self.newest:
             when = re.sub("epoch_0*", "after epoch ", newest[1].stem.removeprefix("pair_0_"))
-            wavs = {name: load_audio(folder / f"pair_0_{name}.wav") for name in ("input", "target")}
-            self.players.html = Players(wavs | {f"output, {when}": load_audio(newest[1])})._repr_html_()
+            wavs = {name: load_audio(folder / f"pair_0_{name}.wav", channels=None) for name in ("input", "target")}
+            self.players.html = Players(wavs | {f"output, {when}": load_audio(newest[1], channels=None)})._repr_html_()
             self.newest = newest
 
 

@@ -15,7 +15,7 @@ from traitlets import Dict, HasTraits
 
 from lib.audio.files import check_audio
 from lib.audio.plots import mel_power, mixing_maps
-from lib.codec.codec import Codec, channels_of, decoded
+from lib.codec.codec import Codec, decoded
 from lib.data.pairs import Clip, Manifest, Pair, load_pair, whole_clip
 from lib.evaluation.baselines import recipes
 from lib.listening import widgets as ui
@@ -54,7 +54,7 @@ class Listening(HasTraits):
         self.load = functools.lru_cache(maxsize=16)(
             lambda path, saved: load_model(Run.open(path), codec_fingerprint=codec.fingerprint)
         )
-        self.pair_of = functools.partial(load_pair, channels=channels_of(codec))
+        self.pair_of = functools.partial(load_pair, channels=codec.channels)
         self.render = functools.lru_cache(maxsize=8)(  # what a playground plays beside the next variant
             lambda model, input, target, settings: render(model, codec, *self.pair_of(input, target), settings)
         )
@@ -84,7 +84,7 @@ class Listening(HasTraits):
                 parts[name] = taken(model, self.codec, found[name])
         step("plain average and HPSS")
         with torch.inference_mode():
-            for name, wav in by_hand(input, target, channels_of(self.codec)).items():
+            for name, wav in by_hand(input, target, self.codec.channels).items():
                 latents = self.codec.encode(wav[None])
                 rest = left_out(self.codec, wav[None], latents) if settings.whole_band else 0
                 wavs[name] = (self.codec.decode(latents, length=wav.shape[-1]) + rest)[0]
@@ -198,7 +198,6 @@ class _Panel(Comparing):
             for file, clip in zip(self.files, self.listening.pairs[self.pair.value], strict=True):
                 name = Path(clip.path).relative_to(self.listening.root).as_posix()
                 file.hold(ui.all_of(checked(clip.path), clip.sample_rate), name, clip.offset)
-                file.button.value = ()  # so that the same file, uploaded again, is a change
 
     @contextlib.contextmanager
     def choosing(self) -> Iterator[None]:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lib.audio.decode import mixed
 from lib.audio.files import SAMPLE_RATE, save_audio
-from lib.codec.codec import Codec, channels_of, load_codec
+from lib.codec.codec import Codec, load_codec
 from lib.data.pairs import Clip, cut_to_shorter, load_pair
 from lib.model.cascade import StageTrace
-from lib.model.fusion import FusionModel, load_model
+from lib.model.fusion import FusionModel, check_codec, load_model
 from lib.model.masks import Masks
 from lib.model.whole_band import decode_fusion, left_out
 from lib.training.batches import mix_noise
@@ -65,13 +65,14 @@ def render(
     lacks."""
     if input.shape != target.shape or input.ndim != 2:
         raise UserError(f"clips are {list(input.shape)} and {list(target.shape)}; give two [C, N] of one length")
+    check_codec(model, codec.fingerprint)
     settings = settings or Settings()
     stages, weight, none = model.cascade.stages, settings.residual_weight, "None: this model has no stages"
     rule = f"1 to {len(stages)}" if stages else none
     check(settings.stages is None or settings.stages <= len(stages), "stages", settings.stages, rule)
     check(weight is None or stages, "residual_weight", weight, none)
     generator = torch.Generator().manual_seed(settings.seed)  # its own: several threads render at once
-    channels = channels_of(codec)
+    channels = codec.channels
     clips = [mixed(x, channels)[None] if channels > 1 else x[:, None] for x in (input, target)]  # [1, C, N], [C, 1, N]
     clean = codec.encode(clips[0]), codec.encode(clips[1])  # [C, D, T] or [1, D, T] each
     latents = tuple(mix_noise(x.cpu(), settings.noise, generator).to(x.device) for x in clean)  # the same on any device
@@ -101,7 +102,7 @@ def save_with_recipe(path: str | Path, run: Run, codec: Codec, input: Clip, targ
     for clip in (input, target):
         _check_file(clip, "the pair", "restore that file, or make the pairs again")
     model = load_model(run, codec_fingerprint=codec.fingerprint)
-    rendition = render(model, codec, *load_pair(input, target, channels_of(codec)), settings)
+    rendition = render(model, codec, *load_pair(input, target, codec.channels), settings)
     save_audio(path, rendition.wav, codec.sample_rate)
     folder, root = path.parent.resolve(), run.path.resolve()
     root = root if folder.is_relative_to(root) else folder.parent
@@ -154,7 +155,7 @@ def follow_recipe(path: str | Path, *, run: str | Path | None = None, codec: str
         raise UserError(f"{found.path}: its weights are not those of {path}; name the run that has them, by --run")
     loaded = load_codec(codec or found.codec_source)
     found.check_codec(loaded.fingerprint)
-    wavs = load_pair(*clips, channels_of(loaded))
+    wavs = load_pair(*clips, loaded.channels)
     # it may have a setting that this model lacks; and how many threads share sums decides their last bits
     with naming(path, "name another run"), torch_threads(recipe["threads"]):
         wav = render(model, loaded, *wavs, recipe["settings"]).wav

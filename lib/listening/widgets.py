@@ -159,7 +159,7 @@ class Upload(ipywidgets.HBox):
 
     def keep(self) -> None:
         """Keep and hold the file that has arrived. `AudioError` if it cannot be used; then the one before it stays."""
-        (file,) = self.button.value
+        (file,), self.button.value = self.button.value, ()  # so that the same file, uploaded again, is a change
         report = keep_upload(file["name"], bytes(file["content"]), self.folder)
         self.uploaded = all_of(report, self.sample_rate), file["name"]
         self.hold(*self.uploaded)

@@ -71,4 +71,11 @@ def load_model(run: Any, which: str = "best", *, codec_fingerprint: str | None =
         cascade = from_fields(CascadeConfig, run.config["cascade"])
         model = FusionModel(cascade, from_fields(MaskingConfig, run.config["masking"]))
     run.load_weights(model, which)
+    model.run = run
     return model
+
+
+def check_codec(model: nn.Module, fingerprint: str) -> None:
+    """`UserError` if the model is of a run that was trained on another codec's latents."""
+    if run := getattr(model, "run", None):
+        run.check_codec(fingerprint)

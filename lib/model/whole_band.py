@@ -24,8 +24,8 @@ MAX_GAIN = 1.5  # of these bins, as of a cascade's output: one that fills silenc
 
 
 def leaves_out(codec: Codec) -> bool:
-    """Whether its channels are bands, so that what it lacks can be mixed as they are."""
-    return isinstance(codec, MdctCodec)
+    """Whether its latent channels are bands of mono sound, so that what it lacks can be mixed as they are."""
+    return isinstance(codec, MdctCodec) and codec.channels == 1
 
 
 def left_out(codec: Codec, wavs: Tensor, latents: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from lib.audio import plots
 from lib.audio.decode import resample
 from lib.audio.files import SAMPLE_RATE, save_audio
-from lib.codec.codec import Codec, channels_of
+from lib.codec.codec import Codec
 from lib.data.pairs import Manifest, load_pair, whole_clip
 from lib.model.whole_band import decode_fusion, left_out
 from lib.training.batches import evenly_spread
@@ -38,7 +38,7 @@ class DemoClips(Callback):
             latents = torch.stack(pairs[place]).to(device)
             (pair,) = (pair for pair in self.manifest.pairs if pair.id == pairs.pair_id(place))
             clips = (whole_clip(self.manifest, clip) for clip in (pair.input, pair.target))
-            clips = torch.stack(load_pair(*clips, channels_of(self.codec)))
+            clips = torch.stack(load_pair(*clips, self.codec.channels))
             with torch.inference_mode(), evaluating(trainer.learner.eval_model) as model:
                 fusion, rest = model(*latents.split(1)), left_out(self.codec, clips.to(device), latents)
                 fusion = fusion._replace(latents=fusion.latents.float())

@@ -2,6 +2,7 @@
 mean over clips of what depends on one clip alone, so that a batch split over processes has the same loss. Legend: B
 batch, D latent channels, T frames, N samples."""
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import field
@@ -34,8 +35,17 @@ class OwnTerm:
     weight: Positive
     source: str = ""  # sha256 of the module, which `train` fills in: a run resumes with the same one only
 
+    def find(self) -> Callable:
+        """The function; `UserError` if it is not there, or takes something else."""
+        function, _ = load_object(self.function)
+        try:
+            inspect.signature(function).bind("output", "input", "target", "masks")
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self.function!r}: {error}; a term takes output, input, target and masks") from None
+        return function
+
     def measure(self, *of: Tensor | Masks | None) -> Tensor:
-        value = load_object(self.function)[0](*of)
+        value = self.find()(*of)
         is_scalar = isinstance(value, Tensor) and value.ndim == 0
         check(is_scalar, f"the value of {self.function}", getattr(value, "shape", value), "a scalar, a mean over clips")
         return value
@@ -86,6 +96,11 @@ class LossConfig:
         for name in self.own:
             free = name.isidentifier() and f"{name.removesuffix('_mse')}_weight" not in self.weights
             check(free, "own", name, "a name of letters, digits and _ that no other term has")
+
+    def find_own(self) -> None:
+        """`UserError` for a term of your own that is not there."""
+        for term in self.own.values():
+            term.find()
 
     @property
     def weights(self) -> dict[str, float]:

@@ -117,10 +117,12 @@ def load_object(address: str) -> tuple[Callable, Path]:
     module, _, name = address.partition(":")
     try:
         found = importlib.import_module(module)
-        return getattr(found, name), Path(found.__file__)
-    except (ImportError, AttributeError, ValueError) as error:
+        if not callable(named := getattr(found, name)):
+            raise TypeError("neither a function nor a class")
+        return named, Path(found.__file__)
+    except Exception as error:  # of code that is not ours, too
         fix = "write module:name, and run where that module is, or with its folder in PYTHONPATH"
-        raise UserError(f"{address!r}: cannot be imported ({error}); {fix}") from error
+        raise UserError(f"{address!r}: cannot be imported ({type(error).__name__}: {error}); {fix}") from error
 
 
 def flat(config: Any, address: str = "") -> dict[str, Any]:

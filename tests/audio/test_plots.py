@@ -294,3 +294,30 @@ def test_a_mel_spectrograms_axis_names_the_frequency_of_a_sine(frequency):
     peak = int(decibels(sine(frequency)).mean(1).argmax()) + 0.5
     assert ticks[f"{frequency:,.0f}"] == pytest.approx(peak, abs=1)
     assert bottom.get_ylabel() == "frequency (Hz)"
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        lambda wav: plots.waveform_and_latents(wav, LATENTS, "a song"),
+        lambda wav: plots.spectra({"original": wav}, None),
+        lambda wav: plots.waveforms_and_mels({"input": wav}),
+    ],
+)
+def test_of_a_stereo_clip_the_mean_of_its_channels_is_drawn(drawn):
+    def png(wav: torch.Tensor) -> bytes:
+        content = io.BytesIO()
+        figure = drawn(wav)
+        figure.savefig(content)
+        plt.close(figure)
+        return content.getvalue()
+
+    wav = torch.cat([sine(440), sine(3000, amplitude=0.1)])
+    assert png(wav) == png(wav.mean(0, keepdim=True))
+    assert png(wav) != png(wav[:1])
+
+
+def test_the_mel_power_of_a_stereo_clip_is_that_of_the_mean():
+    wav = torch.cat([sine(440), sine(3000)])
+    assert torch.equal(plots.mel_power(wav), plots.mel_power(wav.mean(0, keepdim=True)))
+    assert not torch.allclose(plots.mel_power(wav), plots.mel_power(wav[:1]))

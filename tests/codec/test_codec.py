@@ -1,6 +1,7 @@
 """`load_codec` names its choices, and takes a codec of one's own that has what `Codec` says."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,11 +67,48 @@ def test_a_wrong_codec_is_named_and_what_a_codec_must_have(own, fault):
         load_codec("own_codec:Blocks")
 
 
+SAID = {
+    "channels": (("    def encode", "    channels = 3\n\n    def encode"), "channels=3 .* 1 or 2"),
+    "size": (("128, 64,", "128, 2,"), "dim=2 .* 3 or more"),
+    "random": (("return 30 *", "return torch.rand(()) *"), "encode=.* the same for the same sound"),
+    "NaN": (("return 30 *", "return torch.nan *"), "encode=.* finite latents"),
+}
+
+
+@pytest.mark.parametrize("fault", SAID)
+def test_what_is_wrong_is_said(own, fault):
+    change, words = SAID[fault]
+    own(change=change)
+    with pytest.raises(UserError, match=words):
+        load_codec("own_codec:Blocks")
+
+
+def test_a_codec_with_weights_is_frozen_and_in_eval_mode(own):
+    """With dropout, which would make its latents random."""
+    own(
+        a=("class Blocks:", "class Blocks(torch.nn.Module):"),
+        b=(
+            "    def encode",
+            "    def __init__(self):\n        super().__init__()\n        self.drop = torch.nn.Dropout()\n"
+            "        self.weight = torch.nn.Parameter(torch.ones(1))\n\n    def encode",
+        ),
+        c=("return 30 *", "return 30 * self.weight * self.drop(torch.ones(64)[:, None]) *"),
+    )
+    codec = load_codec("own_codec:Blocks")
+    assert not codec.training
+    assert not codec.weight.requires_grad
+
+
 @pytest.mark.parametrize("address", ["own_codec:Gone", "no_such_module:Blocks", ":Blocks"])
 def test_a_codec_that_is_not_there_is_named(own, address):
     own()
     with pytest.raises(UserError, match=f"^'{address}': cannot be imported .*PYTHONPATH"):
         load_codec(address)
+
+
+def test_sound_is_compared_in_mono():
+    codec = SimpleNamespace(decode=lambda latents: latents, sample_rate=24_000)
+    assert torch.equal(decoded(codec, torch.tensor([[[1.0, 2], [3, 8]]])), torch.tensor([[[2.0, 5]]]))
 
 
 def test_sound_is_compared_at_24_khz_with_a_gradient(own):

@@ -26,7 +26,7 @@ from lib.model.fusion import Fusion
 from lib.util.errors import UserError
 from lib.util.stats import paired_comparison
 
-CHOSEN = {"crossover": 900.0, "crossover, input below": 500.0, "HPSS with crossover": 900.0}
+CHOSEN = {"crossover": 900.0, "crossover with the input below": 500.0, "HPSS with crossover": 900.0}
 RECIPES = (*CHOSEN, "HPSS")
 BASELINES = ("input", "target", "average of waveforms", *RECIPES, "average of latents")
 
@@ -67,7 +67,7 @@ def test_crossovers_have_the_lows_of_one_clip_and_the_highs_of_the_other():
     frequencies = (200, 440, 600, 700, 2000, 3000)
     levels = {name: [round(level_at(found[name], f), 3) for f in frequencies] for name in CHOSEN}
     assert levels["crossover"] == [0, 0.1, 0.1, 0, 0, 0.1]  # at 900 Hz
-    assert levels["crossover, input below"] == [0.1, 0, 0.1, 0, 0.1, 0]  # at 500 Hz
+    assert levels["crossover with the input below"] == [0.1, 0, 0.1, 0, 0.1, 0]  # at 500 Hz
     whole = crossover(sounds_at(200, 3000), sounds_at(200, 3000), 1000)
     torch.testing.assert_close(whole, sounds_at(200, 3000), rtol=0, atol=1e-6)
 
@@ -127,13 +127,20 @@ def test_pairs_of_waveforms_are_measured_as_their_latents(clips, wavs, known_mod
     assert measure_fusions(mixed, codec, models) == measure_fusions(latents, codec, models)
 
 
-@pytest.mark.parametrize("shapes", [((1, 640), (1, 641)), ((2, 640), (2, 640)), ((640,), (640,)), ((1, 640), (128, 2))])
+@pytest.mark.parametrize("shapes", [((1, 640), (1, 641)), ((3, 640), (3, 640)), ((640,), (640,)), ((1, 640), (128, 2))])
 def test_a_pair_that_is_neither_is_refused_by_its_place(clips, shapes):
     pairs = [(clips[0], clips[1]), tuple(map(torch.zeros, shapes))]
     with pytest.raises(
-        UserError, match=r"^pair 1: is \[.*640.*\] and .*; give two waveforms \[1, N\] or two latents \[128, T\]"
+        UserError, match=r"^pair 1: is \[.*640.*\] and .*; give two waveforms \[1 or 2, N\] or two latents \[128, T\]"
     ):
         list(encoded(pairs, MdctCodec()))
+
+
+def test_a_mono_codec_gets_the_mean_of_stereo_clips():
+    wavs = tuple(0.1 * torch.randn(2, 6400, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    (found,) = encoded([wavs], MdctCodec())
+    for latents, wav in zip(found, wavs, strict=True):
+        assert torch.equal(latents, MdctCodec().encode(wav.mean(0)[None, None])[0])
 
 
 def test_means_of_no_pairs_are_refused():

@@ -365,3 +365,10 @@ def test_short_and_silent_clips_have_frames_without_notes(length):
     found = note_posteriors(np.zeros(length))
     assert len(found) == max(1, int(length * 22_050 / RATE) // 256)
     assert (found < 0.3).all()
+
+
+def test_a_stereo_clip_is_judged_by_the_mean_of_its_channels():
+    wav = torch.cat([bursts((1, 2, 3), 200, 2000), sine(440, 0.2, 4)])
+    judged = [sound_features(x) for x in (wav, wav.mean(0, keepdim=True), wav[:1])]
+    (stereo, mono, left) = (sound_metrics(features, judged[1], judged[1]) for features in judged)
+    assert stereo == mono != left

@@ -31,6 +31,12 @@ def test_band_snr_finds_the_ratio_of_each_band():
     assert band_snr(reference, estimate, (0, 1000, 5000)) == pytest.approx([20, 40], abs=0.01)
 
 
+def test_band_snr_counts_the_errors_of_all_channels():
+    reference = sine(500, 0.5).repeat(2, 1)
+    estimate = reference + torch.cat([sine(700, 0.05), -sine(700, 0.05)])  # whose mean is none
+    assert band_snr(reference, estimate, (0, 1000)) == pytest.approx([20], abs=0.01)
+
+
 def test_band_snr_keeps_a_tone_on_an_edge_in_the_upper_band():
     reference, estimate = sine(500, 0.1) + sine(1000, 0.1), sine(500, 0.1)  # the tone at 1000 Hz is lost
     low, high = band_snr(reference, estimate, (100, 1000, 2000))

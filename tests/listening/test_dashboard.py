@@ -451,9 +451,13 @@ def test_the_newest_clip_of_the_first_pair_is_shown(run):
 def test_the_same_clips_are_read_once(run, monkeypatch):
     clips(run, "pair_0_epoch_0001", "pair_0_input", "pair_0_target")
     panel, loaded = Panel(run), []
-    monkeypatch.setattr(
-        lib.listening.dashboard, "load_audio", lambda path: loaded.append(path.name) or torch.ones(1, 9600)
-    )
+
+    def load(path, channels):
+        assert channels is None  # all there are
+        loaded.append(path.name)
+        return torch.ones(1, 9600)
+
+    monkeypatch.setattr(lib.listening.dashboard, "load_audio", load)
     for _ in range(3):
         panel.show_clips(run.path / "audio")
     assert sorted(loaded) == ["pair_0_epoch_0001.wav", "pair_0_input.wav", "pair_0_target.wav"]

@@ -481,8 +481,12 @@ def test_the_same_file_plays_again_when_it_is_uploaded_again(panel):
 
 def test_a_folder_that_cannot_be_written_is_reported(panel, listening, tmp_path):
     (tmp_path / "uploads").write_text("a file")
-    upload(panel, "input", "a.wav", audio())
+    content = audio()
+    upload(panel, "input", "a.wav", content)
     assert "uploads: cannot be written" in panel.work.message.value
+    (tmp_path / "uploads").unlink()
+    upload(panel, "input", "a.wav", content)
+    assert "Choose two audio files" in panel.work.message.value
 
 
 def test_a_files_name_is_no_markup(panel):

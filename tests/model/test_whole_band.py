@@ -9,7 +9,7 @@ from torch import Tensor
 from lib.codec.mdct import DIM, HOP, SAMPLE_RATE, MdctCodec
 from lib.model.fusion import Fusion
 from lib.model.masks import Masks
-from lib.model.whole_band import MAX_GAIN, TOP, decode_fusion, left_out
+from lib.model.whole_band import MAX_GAIN, TOP, decode_fusion, leaves_out, left_out
 
 CODEC = MdctCodec()
 
@@ -153,3 +153,11 @@ def test_another_codec_is_untouched_bit_for_bit(tiny_codec):
     fusion = Fusion(latents[:1] + latents[1:], (), None)
     rest = left_out(tiny_codec, clips, latents)
     assert torch.equal(decode_fusion(tiny_codec, fusion, latents, rest, 40 * HOP), tiny_codec.decode(fusion.latents))
+
+
+def test_a_codec_of_two_channels_leaves_out_nothing_that_is_mixed():
+    class Stereo(MdctCodec):
+        channels = 2
+
+    assert leaves_out(CODEC)
+    assert not leaves_out(Stereo())

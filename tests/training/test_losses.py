@@ -818,6 +818,23 @@ def test_what_is_no_scalar_is_refused_by_the_functions_name(batch, own, body):
         total_loss(*batch, config)
 
 
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("term = 3", "cannot be imported .*neither a function nor a class"),
+        ("1 / 0", "cannot be imported .*ZeroDivisionError"),
+        ("def term(output):\n    pass", "too many positional arguments; a term takes output, input, target and masks"),
+    ],
+)
+def test_what_is_no_term_is_refused_before_it_is_needed(own, tmp_path, code, words):
+    config = LossConfig(own=own("pass"))
+    config.find_own()
+    sys.modules.pop("own_terms")
+    (tmp_path / "own_terms.py").write_text(code)
+    with pytest.raises(UserError, match=f"^'own_terms:term': {words}"):
+        config.find_own()
+
+
 @pytest.mark.parametrize("name", ["mel", "input_mse", "target_rms", "a/b", "two words", ""])
 def test_a_name_that_another_term_has_is_refused(name):
     with pytest.raises(UserError, match=r"own=.* that no other term has"):
