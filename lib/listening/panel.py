@@ -198,6 +198,7 @@ class _Panel(Comparing):
             for file, clip in zip(self.files, self.listening.pairs[self.pair.value], strict=True):
                 name = Path(clip.path).relative_to(self.listening.root).as_posix()
                 file.hold(ui.all_of(checked(clip.path), clip.sample_rate), name, clip.offset)
+                file.button.value = ()
 
     @contextlib.contextmanager
     def choosing(self) -> Iterator[None]:

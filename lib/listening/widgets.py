@@ -159,8 +159,12 @@ class Upload(ipywidgets.HBox):
 
     def keep(self) -> None:
         """Keep and hold the file that has arrived. `AudioError` if it cannot be used; then the one before it stays."""
-        (file,), self.button.value = self.button.value, ()  # so that the same file, uploaded again, is a change
-        report = keep_upload(file["name"], bytes(file["content"]), self.folder)
+        (file,) = self.button.value
+        try:
+            report = keep_upload(file["name"], bytes(file["content"]), self.folder)
+        except UserError:
+            self.button.value = ()  # which counts what it holds; and the same file, uploaded again, is then a change
+            raise
         self.uploaded = all_of(report, self.sample_rate), file["name"]
         self.hold(*self.uploaded)
 
