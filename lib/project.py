@@ -48,7 +48,7 @@ class Project:
     index: Path  # of the latents
 
     def in_words(self) -> Iterator[str]:
-        """How many pairs there are, what split them, and what is not used."""
+        """How many pairs there are, what split them, the model for them, and what is not used."""
         train, val = (len(self.manifest.split(split)) for split in ("train", "val"))
         by = self.manifest.split_by
         yield f"{train} training and {val} validation pairs, split by {by}; codec {self.codec.name}"
