@@ -55,7 +55,7 @@ def low_and_high(input: Tensor, target: Tensor) -> dict[str, tuple[Tensor, Tenso
     tones = torch.from_numpy(librosa.effects.harmonic(target.numpy()))
     return {
         "crossover": (target, input),
-        "crossover with the input below": (input, target),
+        "crossover, input below": (input, target),
         "HPSS with crossover": (hits + tones, hits + own_tones),
     }
 

@@ -19,8 +19,7 @@ from lib.evaluation.tables import JUDGED, fusion_rows
 
 PAIRS = (0, 1), (4, 5), (8, 9), (1, 8), (5, 2), (10, 11)  # songs of seed 0 whose parts all play from `START` on
 START, SECONDS = 10, 4
-# Hz, best on real music
-CROSSOVERS = {"crossover": 750, "crossover with the input below": 200, "HPSS with crossover": 2600}
+CROSSOVERS = {"crossover": 750, "crossover, input below": 200, "HPSS with crossover": 2600}  # Hz, best on real music
 METRICS = (*JUDGED, "plain_merit")
 Songs = Sequence[tuple[int, int]]
 

@@ -171,7 +171,7 @@ def results(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def filled(template: str, values: Mapping[str, Any]) -> str:
-    """A block of the README; in its lists, names have no comma, as one of an older record has."""
+    """A block of the README; in its lists, names have no comma."""
     return (
         TEMPLATES.get_template(template)
         .render(**WORDS, **values)
