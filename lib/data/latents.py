@@ -73,19 +73,19 @@ def encode_manifest(manifest: Manifest, codec: Codec, cache_dir: str | Path) -> 
 def encoding_check(codec: Codec, cache_dir: str | Path, clip_length: int) -> Check:
     """A `check_audio` that, in the same decode, brings the latents of all clips of the file into the cache."""
     store = _store(cache_dir, codec, clip_length)
-    there, channels = {path.name.partition("-")[0] for path in store.glob("*-*.npy")}, codec.channels
+    there = {path.name.partition("-")[0] for path in store.glob("*-*.npy")}
 
     def check(path: Path) -> AudioReport:
         with Decoder(path) as file, writing(store, WRITABLE):
             sha256 = file_sha256(path)
             windows = zip(itertools.count(0, clip_length), itertools.repeat(clip_length))
-            wavs = file.windows(windows, codec.sample_rate, mix=channels == 1)
+            wavs = file.windows(windows, codec.sample_rate, mix=codec.channels == 1)
             for offset, wav in zip(itertools.count(0, clip_length), wavs):
                 if not (length := wav.shape[1]):
                     return report_on(file, sha256)
                 clip = Clip(path.name, offset, length, sha256)
                 if clip.fills(clip_length) and clip.key not in there:
-                    _encode(clip.key, mixed(wav, channels), clip_length, codec, store)
+                    _encode(clip.key, mixed(wav, codec.channels), clip_length, codec, store)
 
     return check
 

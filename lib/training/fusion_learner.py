@@ -97,6 +97,7 @@ def run_settings(
     index: str | Path, codec: Codec, cascade: CascadeConfig, config: TrainConfig, masking: MaskingConfig
 ) -> dict[str, Any]:
     """The config of a run: all that its result depends on. The cascade's channels are the codec's."""
+    config.loss.find_own()
     replace, own = dataclasses.replace, config.loss.own.items()
     own = {name: replace(term, source=file_sha256(load_object(term.function)[1])) for name, term in own}
     config = replace(config, precision=resolved_precision(config.precision), loss=replace(config.loss, own=own))

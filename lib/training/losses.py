@@ -35,17 +35,8 @@ class OwnTerm:
     weight: Positive
     source: str = ""  # sha256 of the module, which `train` fills in: a run resumes with the same one only
 
-    def find(self) -> Callable:
-        """The function; `UserError` if it is not there, or takes something else."""
-        function, _ = load_object(self.function)
-        try:
-            inspect.signature(function).bind("output", "input", "target", "masks")
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{self.function!r}: {error}; a term takes output, input, target and masks") from None
-        return function
-
     def measure(self, *of: Tensor | Masks | None) -> Tensor:
-        value = self.find()(*of)
+        value = load_object(self.function)[0](*of)
         is_scalar = isinstance(value, Tensor) and value.ndim == 0
         check(is_scalar, f"the value of {self.function}", getattr(value, "shape", value), "a scalar, a mean over clips")
         return value
@@ -98,9 +89,13 @@ class LossConfig:
             check(free, "own", name, "a name of letters, digits and _ that no other term has")
 
     def find_own(self) -> None:
-        """`UserError` for a term of your own that is not there."""
+        """`UserError` for a term of your own that is not there, or takes something else."""
         for term in self.own.values():
-            term.find()
+            function, _ = load_object(term.function)
+            try:
+                inspect.signature(function).bind("output", "input", "target", "masks")
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{term.function!r}: {error}; a term takes output, input, target and masks") from None
 
     @property
     def weights(self) -> dict[str, float]:
