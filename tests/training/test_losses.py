@@ -22,7 +22,10 @@ from lib.audio.features import Sound, correlation, harmony_similarity
 from lib.audio.synth import render_song
 from lib.codec.encodec import EncodecCodec
 from lib.codec.mdct import MdctCodec
-from lib.model.masks import Masks
+from lib.model.cascade import CascadeConfig
+from lib.model.masks import MaskingConfig, Masks
+from lib.training.config import TrainConfig
+from lib.training.fusion_learner import run_settings
 from lib.training.losses import (
     MASK_TERMS,
     SOUND_TERMS,
@@ -831,8 +834,10 @@ def test_what_is_no_term_is_refused_before_it_is_needed(own, tmp_path, code, wor
     config.find_own()
     sys.modules.pop("own_terms")
     (tmp_path / "own_terms.py").write_text(code)
-    with pytest.raises(UserError, match=f"^'own_terms:term': {words}"):
-        config.find_own()
+    models = CascadeConfig.reference(), TrainConfig(loss=config), MaskingConfig()
+    for refused in (config.find_own, lambda: run_settings("index", MdctCodec(), *models)):
+        with pytest.raises(UserError, match=f"^'own_terms:term': {words}"):
+            refused()
 
 
 @pytest.mark.parametrize("name", ["mel", "input_mse", "target_rms", "a/b", "two words", ""])
